@@ -1,0 +1,200 @@
+"""Sampling: a clip is encoded once, its prompt prefilled once, and the prompt's keys and values are stored once for all
+G completions of its group. Each completion (a row) keeps only its own keys and values, one slot a token.
+
+    prompt cache   (N, K, longest prompt, D) a layer        own cache   (N*G, K, S slots, D) a layer
+
+Row r belongs to prompt r // G. A step computes R = N*G new tokens through the same decoder layers as training; the
+attention it passes to them reads both caches and takes one softmax over prompt keys and own keys together.
+
+The hub's generation_config is never read: its near-zero temperature would make every row of a group the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.attention import Segments, attend
+from model.qwen2_5_vl import Packed, Qwen2_5_VL
+
+STOP_CHECK = 16  # steps between looks at "is every row finished?" on a GPU, where a look waits for the device
+
+
+@dataclass
+class Sampling:
+    """How to draw. Filters act in transformers' order: repetition penalty, temperature, top-k, top-p."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = all tokens
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and completion; 1 = none
+    stop_ids: tuple[int, ...] = ()  # any of these ends a row; it is kept as the row's last token
+    banned_ids: tuple[int, ...] = ()  # never drawn, besides the model's vision tokens
+
+
+@dataclass
+class Completion:
+    """One sampled answer. `logprobs[i]` is the log-prob of ids[i] under the policy that training sees: softmax of
+    logits / temperature over every token but the banned ones, before top-k, top-p and repetition penalty."""
+
+    ids: list[int] = field(default_factory=list)  # with the stop token, if it came to one
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False  # ended by a stop token, not by the length limit
+
+
+class GroupCache:
+    """Keys and values of N prompts and of their N*G completions, for every layer."""
+
+    def __init__(self, model: Qwen2_5_VL, lengths: list[int], G: int, slots: int):
+        config, weight = model.config, model.head_weight
+        self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
+        self.lengths, self.used = lengths, 0  # used: slots filled in every row
+        like = {"device": weight.device, "dtype": weight.dtype}
+        L = config.num_hidden_layers
+        self.prompt_k = torch.zeros(L, self.N, self.K, max(lengths), self.D, **like)
+        self.prompt_v = torch.zeros_like(self.prompt_k)
+        self.own_k = torch.zeros(L, self.N * G, self.K, slots, self.D, **like)
+        self.own_v = torch.zeros_like(self.own_k)
+        slot = torch.arange(max(lengths), device=weight.device)
+        length = torch.tensor(lengths, device=weight.device)
+        self.hidden_slots = (slot >= length[:, None])[:, None, None]  # (N, 1, 1, longest), padding of shorter prompts
+
+    def prefill(self, segments: Segments):
+        """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
+
+        def attention(layer, q, k, v):
+            for n, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
+                self.prompt_k[layer, n, :, : len(keys)] = keys.transpose(0, 1)
+                self.prompt_v[layer, n, :, : len(values)] = values.transpose(0, 1)
+            return attend(q, k, v, segments)
+
+        return attention
+
+    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one new token a row. q: (R, H, D); k, v: (R, K, D). Returns (R, H, D)."""
+        N, G, K, D, now = self.N, self.G, self.K, self.D, self.used + 1
+        R, H, h = N * G, q.shape[1], q.shape[1] // K
+        self.own_k[layer, :, :, self.used] = k
+        self.own_v[layer, :, :, self.used] = v
+        own_k, own_v = self.own_k[layer, :, :, :now], self.own_v[layer, :, :, :now]  # (R, K, now, D)
+        q = q.view(N, G, K, h, D) * D**-0.5
+        by_prompt = q.transpose(1, 2).reshape(N, K, G * h, D)  # all rows of a group against one stored prompt
+        shared = by_prompt @ self.prompt_k[layer].transpose(-1, -2)  # (N, K, G*h, longest)
+        shared = shared.masked_fill(self.hidden_slots, float("-inf"))
+        shared = shared.view(N, K, G, h, -1).transpose(1, 2).reshape(R, K, h, -1)
+        own = q.reshape(R, K, h, D) @ own_k.transpose(-1, -2)  # (R, K, h, now)
+        weights = torch.cat([shared, own], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        shared, own = weights.split([shared.shape[-1], now], dim=-1)
+        shared = shared.view(N, G, K, h, -1).transpose(1, 2).reshape(N, K, G * h, -1)
+        out = (shared @ self.prompt_v[layer]).view(N, K, G, h, D).transpose(1, 2).reshape(R, K, h, D)
+        return (out + own @ own_v).reshape(R, H, D)
+
+
+def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
+    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None.
+
+    Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion).
+    """
+    logits = logits.float()
+    logits[:, banned] = float("-inf")
+    greedy = sampling.temperature == 0
+    logp = (logits if greedy else logits / sampling.temperature).log_softmax(-1)
+    scores = logp
+    if seen is not None:
+        p = sampling.repetition_penalty  # CTRL (Keskar et al., 2019; arXiv 1909.05858), sign-aware as in transformers
+        scores = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)
+        scores = scores if greedy else scores / sampling.temperature
+    if greedy:
+        ids = scores.argmax(-1)
+    else:
+        ids = draw(truncate(scores, sampling), generator)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Keep the top-k tokens, then the smallest set whose mass reaches top-p (Holtzman et al., 2020; 1904.09751)."""
+    if 0 < sampling.top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = scores.sort(descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.empty_like(mass_before, dtype=torch.bool).scatter_(1, order, mass_before >= sampling.top_p)
+        scores = scores.masked_fill(drop, float("-inf"))
+    return scores
+
+
+def draw(scores: Tensor, generator) -> Tensor:
+    """One index a row from softmax(scores), by the exponential race: argmin of -log(u) / p is index i with chance p_i.
+    It needs no host sync, as torch.multinomial does."""
+    race = torch.empty_like(scores).exponential_(generator=generator)
+    return (scores.softmax(-1) / race).argmax(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen2_5_VL,
+    prompts: Packed,
+    sampling: Sampling,
+    num_generations: int = 1,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[Completion]]:
+    """Sample `num_generations` completions of each prompt.
+
+    prompts: packed prompts on the model's device, one causal segment each. generator: on that device.
+    on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
+    """
+    assert prompts.segments.kv_index is None, "prompts are plain causal segments"
+    lengths, G = prompts.segments.q_lengths, num_generations
+    was_training = model.training
+    model.eval()
+    device, R = prompts.input_ids.device, len(lengths) * G
+    cache = GroupCache(model, lengths, G, max(1, sampling.max_new_tokens - 1))
+    hidden = model(prompts, cache.prefill(prompts.segments))
+    last = prompts.segments.cu_q[1:].long() - 1
+    logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its own first token
+    ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
+    position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+    banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
+    stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
+    seen = seen_tokens(prompts, G, logits.shape[1]) if sampling.repetition_penalty != 1 else None
+    done = torch.zeros(R, dtype=torch.bool, device=device)
+    steps = []  # (ids, logprobs, done before this token), all (R,)
+    for t in range(sampling.max_new_tokens):
+        ids, logp = sample(logits, sampling, banned, seen, generator)
+        steps.append((ids, logp, done))
+        if on_token:
+            for row in (~done).nonzero()[:, 0].tolist():
+                on_token(row, int(ids[row]))
+        done = done | torch.isin(ids, stops)
+        last_step = t + 1 == sampling.max_new_tokens
+        if last_step or ((device.type == "cpu" or t % STOP_CHECK == 0) and bool(done.all())):
+            break
+        if seen is not None:
+            seen.scatter_(1, ids[:, None], True)
+        step = Packed(ids, (position + t).expand(3, -1), segments=None)
+        logits = model(step, cache.step) @ model.head_weight.T
+        cache.used += 1
+    model.train(was_training)
+    return collect(steps, done, len(lengths), G)
+
+
+def seen_tokens(prompts: Packed, G: int, V: int) -> Tensor:
+    """(R, V) bool: the tokens of each row's prompt."""
+    lengths = torch.tensor(prompts.segments.q_lengths, device=prompts.input_ids.device)
+    row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    seen = torch.zeros(len(lengths), V, dtype=torch.bool, device=lengths.device)
+    seen[row, prompts.input_ids] = True
+    return seen.repeat_interleave(G, 0)
+
+
+def collect(steps: list, done: Tensor, N: int, G: int) -> list[list[Completion]]:
+    """Device columns -> one Completion a row, each cut after its stop token."""
+    ids = torch.stack([s[0] for s in steps], 1).tolist()
+    logp = torch.stack([s[1] for s in steps], 1).tolist()
+    length = (~torch.stack([s[2] for s in steps], 1)).sum(1).tolist()  # tokens drawn while the row was open
+    finished = done.tolist()
+    rows = [Completion(i[:n], p[:n], f) for i, p, n, f in zip(ids, logp, length, finished)]
+    return [rows[n * G : (n + 1) * G] for n in range(N)]

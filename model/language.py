@@ -1,0 +1,78 @@
+"""The language model: Qwen2.5's decoder layers over packed tokens.
+
+A layer does not know whether it trains, prefills or decodes: it hands its queries, keys and values to `attention`, a
+function (layer number, q, k, v) -> out. Training passes packed attention over segments; decoding passes one that also
+writes and reads a cache (decode.py). Positions reach it as rotary tables. So all paths share these lines.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich, 2019; arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020; arXiv 2002.05202). The vision tower's has biases, the language model's has none."""
+
+    def __init__(self, width: int, inner: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config, number: int):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.H, self.K, self.D, self.number = config.num_attention_heads, config.num_key_value_heads, D, number
+        self.q_proj = nn.Linear(C, self.H * D, bias=True)
+        self.k_proj = nn.Linear(C, self.K * D, bias=True)
+        self.v_proj = nn.Linear(C, self.K * D, bias=True)
+        self.o_proj = nn.Linear(self.H * D, C, bias=False)
+
+    def forward(self, x: Tensor, tables, attention) -> Tensor:
+        T = x.shape[0]
+        q = rotate(self.q_proj(x).view(T, self.H, self.D), tables)
+        k = rotate(self.k_proj(x).view(T, self.K, self.D), tables)
+        v = self.v_proj(x).view(T, self.K, self.D)
+        return self.o_proj(attention(self.number, q, k, v).reshape(T, self.H * self.D))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, number: int):
+        super().__init__()
+        self.self_attn = Attention(config, number)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, tables, attention) -> Tensor:  # x: (T, C)
+        x = x + self.self_attn(self.input_layernorm(x), tables, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, decoder layers, final norm. The head is the model's business (it may be the embedding itself)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -1,0 +1,312 @@
+"""Qwen2.5-VL: config.json and safetensors in, packed batches through, safetensors out.
+
+Module names are the hub checkpoint's own (`visual.*`, `model.*`, `lm_head`), so loading needs no map beyond the two
+prefixes that transformers 4.52 introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from config.json,
+never from defaults: 3B, 7B, 32B and 72B are the same code.
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import UserError
+from model.attention import Segments, attend
+from model.language import LanguageModel
+from model.rope import mrope_tables
+from model.vision import VisionTower
+
+SHARD_BYTES = 5 << 30  # 5 GB a file, the habit of the hub
+
+
+@dataclass
+class VisionConfig:
+    """`vision_config` of config.json. Defaults, for keys that hub files leave out, are transformers'
+    Qwen2_5_VLVisionConfig's (configuration_qwen2_5_vl.py)."""
+
+    hidden_size: int
+    out_hidden_size: int
+    intermediate_size: int
+    depth: int = 32
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    tokens_per_second: float = 4
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    initializer_range: float = 0.02
+
+
+@dataclass
+class ModelConfig:
+    """config.json, flat (hub files) or with a `text_config` (transformers >= 4.52)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    vision: VisionConfig
+    initializer_range: float = 0.02
+    raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read; save_pretrained writes it back
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def vision_token_ids(self) -> list[int]:
+        """Tokens that stand for pictures: never sampled. `<|vision_pad|>` sits between end and image pad in Qwen's
+        vocabulary and has no key of its own in config.json."""
+        ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
+        return sorted(ids | ({self.vision_end_token_id + 1} if self.image_token_id == self.vision_end_token_id + 2 else set()))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no config.json in this folder; expected a Qwen2.5-VL checkpoint") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not JSON ({error}); download or save the checkpoint again") from None
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
+        if raw.get("model_type") != "qwen2_5_vl":
+            raise UserError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
+        text = {**raw, **raw.get("text_config", {})}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        text |= {"mrope_section": rope.get("mrope_section"), "rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
+        text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        vision = {"in_channels": raw.get("vision_config", {}).get("in_chans", 3), **raw.get("vision_config", {})}
+        names = {f.name for f in fields(VisionConfig)}
+        text["vision"] = VisionConfig(**{k: v for k, v in vision.items() if k in names})
+        names = {f.name for f in fields(cls)} - {"raw"}
+        missing = [n for n in names - {"initializer_range"} if text.get(n) is None]
+        if missing:
+            raise UserError(f"{source}: missing {', '.join(sorted(missing))}; expected a Qwen2.5-VL config.json")
+        return cls(**{k: v for k, v in text.items() if k in names}, raw=raw)
+
+
+@dataclass(eq=False)
+class Packed:
+    """One packed batch: sequences laid end to end, without padding."""
+
+    input_ids: Tensor  # (T,) int64; a picture's pads are expanded to its M merged tokens
+    position_ids: Tensor  # (3, T) int64
+    segments: Segments  # who attends to whom
+    patches: Tensor | None = None  # (P, 1176) uint8 pixels, or floats already normalised
+    grid_thw: list[tuple[int, int, int]] = field(default_factory=list)  # in patches, one per image or video, in order
+    targets: Tensor | None = None  # (T,) int64, the next token where it is trained, IGNORE elsewhere
+    names: list[str] = field(default_factory=list)  # of the samples, for messages
+
+    def to(self, device) -> "Packed":
+        tensors = ("input_ids", "position_ids", "segments", "patches", "targets")
+        moved = {k: getattr(self, k) for k in tensors}
+        to = {"device": device, "non_blocking": True}
+        moved = {k: v.to(device) if k == "segments" else v if v is None else v.to(**to) for k, v in moved.items()}
+        return replace(self, **moved)
+
+
+class Qwen2_5_VL(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision)
+        self.model = LanguageModel(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)"""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def encode_vision(self, patches: Tensor, grid_thw: list[tuple[int, int, int]]) -> Tensor:
+        """(P, 1176) -> (M, C). Without gradient when nothing in the tower is trained."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
+        with torch.set_grad_enabled(trained):
+            return self.visual(patches, grid_thw, recompute=trained and self.gradient_checkpointing)
+
+    def embed(self, packed: Packed) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C)."""
+        x = self.model.embed_tokens(packed.input_ids)
+        if packed.patches is None:
+            return x + self.no_picture(x) if self.training and torch.is_grad_enabled() else x
+        is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
+        vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
+        where = is_pad.nonzero()[:, 0]
+        assert len(where) == len(vision), f"{len(where)} image and video pads, but {len(vision)} vision tokens"
+        return x.index_copy(0, where, vision.to(x.dtype))
+
+    def no_picture(self, x: Tensor) -> Tensor | float:
+        """Zero, by way of the tower: when it is trained on several ranks, a rank whose batch has no picture must
+        still produce its gradients, in the same order, or the ranks' reductions no longer match."""
+        if not any(p.requires_grad for p in self.visual.parameters()):
+            return 0.0
+        m = self.config.vision.spatial_merge_size
+        blank = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
+        return 0.0 * self.encode_vision(blank, [(1, m, m)]).sum()
+
+    def forward(self, packed: Packed, attention=None) -> Tensor:
+        """Hidden states after the final norm: (T, C). `attention` replaces packed attention (decode.py's cache)."""
+        x = self.embed(packed)
+        tables = mrope_tables(packed.position_ids, self.config, x.dtype)
+        attention = attention or (lambda _layer, q, k, v: attend(q, k, v, packed.segments))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            if recompute:
+                x = checkpoint(layer, x, tables, attention, use_reentrant=False)
+            else:
+                x = layer(x, tables, attention)
+        return self.model.norm(x)
+
+    def logits(self, packed: Packed) -> Tensor:
+        """(T, V). For tests and small inputs; training goes through loss.py, which never holds them all."""
+        return self(packed) @ self.head_weight.T
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Qwen2_5_VL":
+        """Random weights, N(0, initializer_range^2) for matrices, as transformers starts a model."""
+        generator = torch.Generator(self.head_weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            std = (self.config.vision if name.startswith("visual") else self.config).initializer_range
+            if p.dim() > 1:
+                p.normal_(0.0, std, generator=generator)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @classmethod
+    def random(cls, config: ModelConfig, device="cpu", dtype=torch.float32, seed: int = 0) -> "Qwen2_5_VL":
+        """A model of this shape with random weights, made in place on its device."""
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        return model.to_empty(device=device).init_weights(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str | Path, device="cpu", dtype=torch.float32, local_files_only: bool = False
+    ) -> "Qwen2_5_VL":
+        """Load a folder or hub id. Tensors go one by one from the file to their device and dtype.
+
+        Raises UserError that names every missing, surplus or misshapen tensor.
+        """
+        folder = resolve_folder(model_id, local_files_only)
+        with torch.device("meta"):
+            model = cls(ModelConfig.from_folder(folder)).to(dtype)
+        expected = dict(model.state_dict())
+        found, surplus = {}, []
+        for file in shard_files(folder):
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as shard:
+                    for key in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
+                        name = module_name(key)
+                        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                            continue  # a second copy of the embedding, written by some exporters
+                        if name not in expected:
+                            surplus.append(key)
+                            continue
+                        found[name] = shard.get_tensor(key).to(dtype)
+            except SafetensorError as error:
+                raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+        check_tensors(folder, expected, found, surplus)
+        model.load_state_dict(found, assign=True)
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors shards under hub names; transformers and from_pretrained load them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, tensor in self.state_dict().items():
+            tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+            if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+                shards.append({})
+                size = 0
+            shards[-1][name], size = tensor, size + tensor.nbytes
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        if len(shards) == 1:
+            save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        else:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            for name, shard in zip(names, shards):
+                save_file(shard, folder / name, metadata={"format": "pt"})
+            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.config.raw, indent=2) + "\n")
+
+
+def module_name(key: str) -> str:
+    """A checkpoint's tensor name as ours: transformers >= 4.52 prefixes -> the hub's."""
+    if key.startswith("model.visual."):
+        return key.removeprefix("model.")
+    if key.startswith("model.language_model."):
+        return "model." + key.removeprefix("model.language_model.")
+    return key
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by its index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if bad := [n for n in names if Path(n).name != n]:
+            raise UserError(f"{index}: shard {bad[0]!r} is not a plain file name; do not trust this checkpoint")
+        if missing := [n for n in names if not (folder / n).exists()]:
+            raise UserError(f"{folder}: shard {missing[0]} of the index is missing; download the checkpoint again")
+        return [folder / n for n in names]
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder}: no model.safetensors and no index; expected a checkpoint in safetensors")
+    return [folder / "model.safetensors"]
+
+
+def check_tensors(folder, expected: dict, found: dict, surplus: list[str]) -> None:
+    wrong = [f"missing {n}" for n in expected if n not in found]
+    wrong += [f"surplus {n}" for n in surplus]
+    wrong += [
+        f"{n} is {tuple(found[n].shape)}, expected {tuple(expected[n].shape)}"
+        for n in found if found[n].shape != expected[n].shape
+    ]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(wrong[:8])}{more}")
+
+
+def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path:
+    """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need."""
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    name = str(model_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder, and not a hub id; expected a checkpoint's folder or 'owner/name'")
+    from huggingface_hub import snapshot_download  # slow to import, needed only here
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{name}: not a local folder, and the hub gave nothing ({reason}); download it first") from None

@@ -1,0 +1,95 @@
+"""Where a token stands, and how that turns queries and keys.
+
+Language model: three position ids a token, (t, h, w). Text counts up in all three at once; a vision token carries its
+grid step's time, row and column. Vision tower: row and column only.
+
+The rule for the language model is that of transformers 4.51.1 (`get_rope_index`), QwenLM's own `rope2d.py` and verl:
+time is `floor(k * seconds_per_grid_step * tokens_per_second)`, cut *after* the product, and text goes on at the
+maximum over t, h and w plus one. Other transformers releases differ (4.52-4.57 cut too early, 5.3 and later ignore
+time when text goes on), so tests hold this rule against written-out tables, not against the installed library.
+"""
+
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
+    """Position ids of one sequence.
+
+    ids: L token ids with every image/video pad already expanded to its merged tokens.
+    grid_thw: (t, h, w) in patches, one per image or video, in order. second_per_grid: seconds a grid step lasts, one
+    per image or video (ignored for images, t = 1). config: ModelConfig. Returns (3, L) int64.
+    """
+    merge = config.vision.spatial_merge_size
+    pads = (config.image_token_id, config.video_token_id)
+    parts, start, item, done = [], 0, 0, 0
+    for is_pad, run in groupby(ids, key=pads.__contains__):
+        length = len(list(run))
+        if not is_pad:
+            parts.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
+            start, done = start + length, done + length
+            continue
+        end = done + length
+        while done < end:  # two items may stand next to each other
+            assert item < len(grid_thw), f"{end - done} pads left over after {item} images or videos"
+            t, h, w = grid_thw[item]
+            h, w = h // merge, w // merge
+            seconds = second_per_grid[item] if ids[done] == config.video_token_id else 0.0
+            times = [int(k * seconds * config.vision.tokens_per_second) for k in range(t)]
+            grid = np.stack([
+                np.repeat(times, h * w), np.tile(np.repeat(np.arange(h), w), t), np.tile(np.arange(w), t * h)
+            ])  # fmt: skip  # (3, t*h*w)
+            parts.append(grid + start)
+            start, done, item = start + int(grid.max()) + 1, done + t * h * w, item + 1
+        assert done == end, f"grid {grid_thw[item - 1]} does not fill its run of pads: ends at {done}, run ends at {end}"
+    assert item == len(grid_thw), f"{len(grid_thw)} grids, but pads for {item}"
+    return np.concatenate(parts, axis=1).astype(np.int64) if parts else np.zeros((3, 0), np.int64)
+
+
+def mrope_tables(position_ids: Tensor, config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the language model's rotary angles: position_ids (3, T) -> two (T, 1, D/2) in dtype.
+
+    `mrope_section` splits the D/2 frequencies among t, h and w, in this order, without interleaving.
+    """
+    half = config.head_dim // 2
+    exponent = torch.arange(half, device=position_ids.device, dtype=torch.float32) / half
+    inv_freq = 1.0 / config.rope_theta**exponent  # (D/2,)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(position_ids.device)
+    angles = position_ids.float()[axis].T * inv_freq  # (T, D/2)
+    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
+
+
+def vision_tables(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tower's rotary angles: rows, columns (P,) -> two (P, 1, D/2), row half then column half."""
+    quarter = head_dim // 4
+    exponent = torch.arange(quarter, device=rows.device, dtype=torch.float32) / quarter
+    inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
+    angles = torch.cat([rows.float()[:, None] * inv_freq, columns.float()[:, None] * inv_freq], dim=-1)  # (P, D/2)
+    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
+
+
+class Rotate(torch.autograd.Function):
+    """Turn the pairs (x_i, x_{i+D/2}) by their angles. The gradient is turned back, so only the tables are kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate_pairs(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate_pairs(grad, cos, -sin), None, None
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (Su et al., 2021; arXiv 2104.09864) of queries or keys: (T, H, D) -> (T, H, D)."""
+    return Rotate.apply(x, *tables)
