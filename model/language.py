@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels import swiglu
+from model.linear import project
 from model.rope import rotate
 
 
@@ -34,7 +36,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj, pad=True)
+        return project(swiglu(gate, up), self.down_proj)[0]
 
 
 class Attention(nn.Module):
@@ -49,10 +52,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tables, attention) -> Tensor:
         T = x.shape[0]
-        q = rotate(self.q_proj(x).view(T, self.H, self.D), tables)
-        k = rotate(self.k_proj(x).view(T, self.K, self.D), tables)
-        v = self.v_proj(x).view(T, self.K, self.D)
-        return self.o_proj(attention(self.number, q, k, v).reshape(T, self.H * self.D))
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(q.view(T, self.H, self.D), tables)
+        k = rotate(k.view(T, self.K, self.D), tables)
+        out = attention(self.number, q, k, v.view(T, self.K, self.D))
+        return project(out.reshape(T, self.H * self.D), self.o_proj)[0]
 
 
 class DecoderLayer(nn.Module):

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.kernels import turn
+
 
 def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
     """Position ids of one sequence.
@@ -72,22 +74,16 @@ def vision_tables(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dty
 
 
 class Rotate(torch.autograd.Function):
-    """Turn the pairs (x_i, x_{i+D/2}) by their angles. The gradient is turned back, so only the tables are kept."""
+    """Turn queries and keys by their angles. The gradient is turned back, so only the tables are kept."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotate_pairs(x, cos, sin)
+        return turn(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return rotate_pairs(grad, cos, -sin), None, None
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+        return turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

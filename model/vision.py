@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Segments, attend
 from model.language import MLP, RMSNorm
+from model.linear import project
 from model.rope import rotate, vision_tables
 
 # OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
@@ -90,9 +91,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:
         P = x.shape[0]
-        qk, v = self.qkv(x).view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
+        qk, v = project(x, self.qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
         q, k = rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
-        return self.proj(attend(q, k, v, segments).reshape(P, -1))
+        return project(attend(q, k, v, segments).reshape(P, -1), self.proj)[0]
 
 
 class VisionBlock(nn.Module):
@@ -120,7 +121,8 @@ class Merger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (P, width) -> (M, out_hidden_size)
-        return self.mlp(self.ln_q(x).view(-1, self.width))
+        inner = self.mlp[1](project(self.ln_q(x).view(-1, self.width), self.mlp[0])[0])
+        return project(inner, self.mlp[2])[0]
 
 
 class VisionTower(nn.Module):

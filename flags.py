@@ -1,0 +1,274 @@
+"""How options are read: a dataclass, then config files, then the command line; checked, and told in one line.
+
+config.py holds the options themselves. Standard library only: --help must not wait for torch.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+
+from model import UserError
+
+# -- Checks of values, for the dataclasses' check()
+
+def require(ok, name, found, expected):
+    if not ok:
+        raise UserError(f"--{name}: found {found!r}, expected {expected}")
+
+
+def at_least(cfg, low, *names):
+    for name in names:
+        value = getattr(cfg, name)
+        require(value is None or value >= low, name, value, f"at least {low}")
+
+
+def within(cfg, low, high, *names):
+    """Closed interval [low, high]."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value is None or low <= value <= high, name, value, f"a number from {low} to {high}")
+
+
+def positive(cfg, *names):
+    for name in names:
+        value = getattr(cfg, name)
+        require(value is None or value > 0, name, value, "a number above 0")
+
+
+def one_of(cfg, name, *choices):
+    require(getattr(cfg, name) in choices, name, getattr(cfg, name), "one of " + ", ".join(choices))
+
+
+# -- Values
+
+
+def split_list(text):
+    """'a,b', "['a', 'b']" or '[a,b]' -> ['a', 'b']; '' -> []."""
+    parts = (part.strip(" '\"") for part in text.strip().strip("[]()").split(","))
+    return [part for part in parts if part]
+
+
+def type_name(kind):
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("None", "none")
+
+
+def _convert(text, kind):
+    """A flag's text as `kind`. Raises ValueError when it is none."""
+    if isinstance(kind, types.UnionType):
+        inner, _ = typing.get_args(kind)
+        return None if text.lower() == "none" else _convert(text, inner)
+    if typing.get_origin(kind) is list:
+        (inner,) = typing.get_args(kind)
+        return [_convert(part, inner) for part in split_list(text)]
+    if kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _fits(value, kind):
+    """Whether a value from a config file has the type `kind`; an int is a float too, a bool is no int."""
+    if isinstance(kind, types.UnionType):
+        return value is None or _fits(value, typing.get_args(kind)[0])
+    if typing.get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _source(cls):
+    return Path(sys.modules[cls.__module__].__file__)
+
+
+def _kinds(cls):
+    return {f.name: f.type for f in dataclasses.fields(cls)}
+
+
+def _known(cls, name, origin):
+    """The field that `name` means in cls, through aliases and dashes; UserError with the nearest names otherwise."""
+    plain = name.replace("-", "_")
+    plain = getattr(cls, "aliases", {}).get(plain, plain)
+    if plain in _kinds(cls):
+        return plain
+    close = difflib.get_close_matches(plain, list(_kinds(cls)) + list(getattr(cls, "aliases", {})), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "--help lists them"
+    raise UserError(f"{origin}{name}: no such option of {cls.__name__}; {hint}")
+
+
+def read_config_file(cls, path):
+    """The settings of a config file as {name: value}.
+
+    The file is Python: plain assignments (a diff against the defaults; names with a leading _ are its own), or a copy
+    of config.py whose class of the same name has other defaults. Raises UserError for unknown names and wrong types.
+    config.py whose class of the same name has other defaults. Raises UserError for unknown names and wrong types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config: found no file {str(path)!r}, expected a .py file of assignments")
+    if path.resolve() == _source(cls).resolve():
+        return {}
+    try:
+        space = runpy.run_path(str(path))
+    except (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError) as error:
+        raise UserError(f"--config {path}: the file does not run: {error!r}; expected plain assignments") from error
+    if dataclasses.is_dataclass(space.get(cls.__name__)):
+        mine, theirs = as_dict(cls()), dataclasses.asdict(space[cls.__name__]())
+        found = {name: value for name, value in theirs.items() if name not in mine or mine[name] != value}
+    else:
+        skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+        found = {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
+    return {_known(cls, name, f"{path}: "): _from_file(cls, name, value, path) for name, value in found.items()}
+
+
+def _from_file(cls, name, value, path):
+    kind = _kinds(cls)[_known(cls, name, f"{path}: ")]
+    if not _fits(value, kind):
+        raise UserError(f"{path}: {name}: found {value!r}, expected {type_name(kind)}")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_flags(cls, argv):
+    """Command line -> (settings {name: value}, config files [path]). Raises UserError for what it does not know."""
+    kinds, settings, files = _kinds(cls), {}, []
+    free = [f.name for f in dataclasses.fields(cls) if f.metadata.get("positional")]
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            settings[_next_positional(cls, arg, free)] = arg
+            continue
+        name, equals, value = arg[2:].partition("=")
+        special = name.replace("-", "_") in ("config", "local_rank")
+        kind = str if special else kinds[_known(cls, name, "--")]
+        if not equals and kind in (bool, bool | None) and not (rest and _is_bool(rest[0], kind)):
+            value = "true"  # bare --cot
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name}: found no value, expected {type_name(kind)}")
+            value = rest.pop(0)
+        if not special:
+            settings[_known(cls, name, "--")] = _from_flag(name, value, kind)
+        elif name == "config":
+            files.append(value)
+        # else: --local_rank, which the deepspeed launcher inserts and which LOCAL_RANK in the environment says too
+    return settings, files
+
+
+def _next_positional(cls, arg, free):
+    if arg.strip() in ("", "\\", "#"):
+        raise UserError(
+            f"found an argument {arg!r}: a backslash continues a shell line only as its very last character; "
+            "remove the blanks or the comment behind it, the lines below it were not read"
+        )
+    if not free:
+        expected = f"{cls.__name__} takes --name value or --name=value (--help lists them)"
+        raise UserError(f"found {arg!r} without a flag; {expected}")
+    return free.pop(0)
+
+
+def _is_bool(text, kind):
+    words = ("true", "false", "1", "0", "yes", "no")
+    return text.lower() in words + (("none",) if kind is not bool else ())
+
+
+def _from_flag(name, value, kind):
+    try:
+        return _convert(value, kind)
+    except (ValueError, KeyError) as error:
+        expected = "True or False" if kind is bool else type_name(kind)
+        raise UserError(f"--{name}: found {value!r}, expected {expected}") from error
+
+
+def _apply(cfg, settings):
+    """Set a layer of settings (a file, or the flags). What it says beats a conflicting setting of the layers below."""
+    for name, value in settings.items():
+        setattr(cfg, name, value)
+    cfg.given = cfg.given | set(settings)
+    if hasattr(cfg, "settle"):
+        cfg.settle(settings)
+
+
+def parse(cls, argv=None):
+    """Defaults of the dataclass cls, then each --config file in order, then the flags of argv (default sys.argv[1:]).
+
+    Returns an instance whose `given` is the set of names that were set. Raises UserError for unknown names (naming the
+    nearest), wrong types and values that check() refuses. --help prints all options and exits.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        raise SystemExit(0)
+    settings, files = read_flags(cls, argv)
+    cfg = cls()
+    cfg.given = frozenset()
+    for path in files:
+        _apply(cfg, read_config_file(cls, path))
+    _apply(cfg, settings)
+    cfg.check()
+    return cfg
+
+
+def as_dict(cfg):
+    """All fields, as JSON can hold them."""
+    return dataclasses.asdict(cfg)
+
+
+def changed(cfg):
+    """The fields that differ from their defaults, for the lines printed at the start."""
+    default = as_dict(type(cfg)())
+    return {name: value for name, value in as_dict(cfg).items() if value != default[name]}
+
+
+# A field's line in its class: name, type, default, comment.
+_FIELD = re.compile(r"    (\w+): .*?  # (.*)")
+
+
+def _documented(cls):
+    """[(heading, [(field, comment)])] of a dataclass and its bases, from their source; fields keep their group."""
+    source = _source(cls).read_text(encoding="utf-8").splitlines()
+    groups, comments = {}, {}
+    for klass in cls.__mro__[:-1]:
+        start = next(i for i, line in enumerate(source) if re.match(rf"class {klass.__name__}\b", line))
+        heading = ""
+        for line in source[start + 1 :]:
+            if line.startswith(("    def ", "class ")):
+                break
+            if line.startswith("    # -- "):
+                heading = line[9:]
+            elif match := _FIELD.match(line):
+                name, comment = match.groups()
+                comments.setdefault(name, comment)  # the class asked for speaks first
+                owner = [k for k in cls.__mro__ if name in getattr(k, "__annotations__", {})][-1]
+                if owner is klass:
+                    groups.setdefault(heading, []).append(name)
+    return [(heading, [(name, comments[name]) for name in names]) for heading, names in groups.items()]
+
+
+def help_text(cls):
+    """Grouped options with types, defaults, units and reasons."""
+    default, kinds = cls(), _kinds(cls)
+    lines = [f"{cls.__name__}: --config FILE.py (again for more), then --name value or --name=value", ""]
+    for heading, names in _documented(cls):
+        lines.append(f"{heading}:")
+        for name, comment in names:
+            flag = f"--{name} {type_name(kinds[name])}"
+            lines.append(f"  {flag:<44} {getattr(default, name)!r:<26} {comment}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cli(main):
+    """Run a script's main(); a user's mistake becomes one line and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,444 @@
+"""Adapters: nothing changes until they learn, they can be taken out again, and PEFT reads and writes the same files."""
+
+import dataclasses
+import json
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import lora
+from config import SFT, LoraArgs
+from model import UserError
+from model.attention import Segments
+from model.qwen2_5_vl import Packed, Qwen2_5_VL
+
+# 12 tokens: text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text
+IDS = [5, 6, 7, 90, 95, 95, 95, 95, 91, 8, 9, 10]
+GRID = (1, 4, 4)
+ARGS = LoraArgs(lora_rank=4, lora_alpha=8)
+# 2 vision blocks (qkv, proj, gate, up, down), the merger (2 layers), 2 decoder layers of 7
+COUNTS = {"vision": 10, "merger": 2, "llm": 14}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with a random Qwen2.5-VL that transformers wrote."""
+    common = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.1}
+    config = Qwen2_5_VLConfig(
+        text_config=common
+        | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 96}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+        vision_config=common
+        | {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+        image_token_id=94,
+        video_token_id=95,
+        vision_start_token_id=90,
+        vision_end_token_id=91,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():  # biases start at zero, where they would hide a mistake
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(base):
+    return Qwen2_5_VL.from_pretrained(base)
+
+
+def packed():
+    patches = torch.randn(16, 1176, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(len(IDS)).expand(3, -1).contiguous()
+    return Packed(torch.tensor(IDS), positions, Segments.causal([len(IDS)]), patches, [GRID])
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval().logits(packed())
+
+
+@torch.no_grad()
+def hf_logits(hf):
+    batch = packed()
+    out = hf.eval()(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[:, None],
+        pixel_values_videos=batch.patches,
+        video_grid_thw=torch.tensor([GRID]),
+    )
+    return out.logits[0]
+
+
+def load_hf(base, adapter=None):
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    return hf if adapter is None else peft.PeftModel.from_pretrained(hf, adapter)
+
+
+@torch.no_grad()
+def randomise(model, seed=2):
+    """As after training: every adapter and every other trained tensor moves."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora.trainable_parameters(model):
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.2 if "lora_" in name else 0.05))
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# -- The layer
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_is_the_formula(rslora, bias):
+    torch.manual_seed(0)
+    args = LoraArgs(lora_rank=4, lora_alpha=8, use_rslora=rslora)
+    plain = nn.Linear(6, 5, bias=bias)
+    layer = lora.LoRALinear(plain, args)
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(layer(x), plain(x))
+    assert set(plain.state_dict()) | {"lora_A", "lora_B"} == set(layer.state_dict())
+    assert layer.lora_A.abs().max() <= 1 / math.sqrt(6)
+    nn.init.normal_(layer.lora_B)
+    scaling = 8 / 2 if rslora else 8 / 4
+    close(layer(x), plain(x) + scaling * x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def test_fp32_adapter_beside_bf16_weights():
+    layer = lora.LoRALinear(nn.Linear(6, 5).bfloat16(), LoraArgs(lora_rank=2), dtype=torch.float32)
+    nn.init.normal_(layer.lora_B)
+    layer(torch.randn(3, 6).bfloat16()).float().sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    assert layer.lora_A.grad.abs().min() > 0
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(nn.Linear(64, 5), LoraArgs(lora_rank=2, lora_dropout=0.5))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+# -- Where adapters go, and what is trained
+
+
+def count_parts(names):
+    return {part: sum(lora.part_of(name) == part for name in names) for part in COUNTS}
+
+
+def test_every_linear_layer_of_every_part(model):
+    before, keys = logits(model), set(model.state_dict())
+    names = lora.inject(model, ARGS)
+    assert count_parts(names) == COUNTS
+    assert torch.equal(logits(model), before)
+    assert {key for key in model.state_dict() if "lora_" not in key} == keys
+    assert {name.rpartition(".")[0] for name, _ in lora.trainable_parameters(model)} == set(names)
+    with pytest.raises(UserError, match="already"):
+        lora.inject(model, ARGS)
+
+
+def with_args(**changes):
+    return dataclasses.replace(ARGS, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({"vision_lora": False}, {"vision": 0, "merger": 2, "llm": 14}),
+        ({"merger_lora": False}, {"vision": 10, "merger": 0, "llm": 14}),
+        ({"tune_merger": True}, {"vision": 10, "merger": 0, "llm": 14}),
+        ({"llm_lora": False}, {"vision": 10, "merger": 2, "llm": 0}),
+        ({"num_lora_modules": 15}, {"vision": 0, "merger": 1, "llm": 14}),
+        ({"lora_namespan_exclude": ["lm_head", "mlp"]}, {"vision": 4, "merger": 0, "llm": 8}),
+        ({"lora_enable": False, "tune_merger": True}, {"vision": 0, "merger": 0, "llm": 0}),
+    ],
+)
+def test_switches(model, changes, counts):
+    assert count_parts(lora.inject(model, with_args(**changes))) == counts
+    trained = {name for name, _ in lora.trainable_parameters(model) if "lora_" not in name}
+    merger = {name for name, _ in model.named_parameters() if name.startswith("visual.merger.") and "lora_" not in name}
+    assert trained == (merger if changes.get("tune_merger") else set())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_namespan_exclude": ["visaul"]}, "visaul"),
+        ({"lora_namespan_exclude": ["layers", "visual"]}, "no layer"),
+        ({"num_lora_modules": 27}, "at most 26"),
+        ({"freeze_llm": False}, "--llm_lora False"),
+        ({"freeze_vision_tower": False}, "--vision_lora False"),
+        ({"lora_enable": False}, "nothing is left to train"),
+    ],
+)
+def test_contradictions_are_refused(model, changes, words):
+    with pytest.raises(UserError, match=words):
+        lora.inject(model, with_args(**changes))
+    assert not lora.lora_layers(model)
+
+
+def test_a_part_that_is_not_there():
+    with pytest.raises(UserError, match="visual.blocks"):
+        lora.inject(nn.ModuleDict({"model": nn.Linear(2, 2)}), ARGS)
+
+
+def test_full_and_partial_training(model):
+    everything = {name for name, _ in model.named_parameters()}
+    nothing_frozen = {"freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True}
+    lora.set_trainable(model, LoraArgs(lora_enable=False, **nothing_frozen))
+    assert {name for name, _ in lora.trainable_parameters(model)} == everything
+    lora.set_trainable(model, LoraArgs(lora_enable=False, freeze_vision_tower=False))
+    trained = {name for name, _ in lora.trainable_parameters(model)}
+    assert "visual.patch_embed.proj.weight" in trained
+    assert not any(name.startswith(("visual.merger.", "model.")) for name in trained)
+    lora.inject(model, LoraArgs(vision_lora=False, freeze_vision_tower=False))
+    assert trained < {name for name, _ in lora.trainable_parameters(model)}
+
+
+def test_biases(model):
+    lora.inject(model, with_args(lora_bias="lora_only", llm_lora=False, merger_lora=False))
+    biases = [name for name, _ in lora.trainable_parameters(model) if name.endswith("bias")]
+    assert len(biases) == 10
+    assert all(name.startswith("visual.blocks.") for name in biases)
+    lora.set_trainable(model, with_args(lora_bias="all"))
+    biases = [name for name, _ in lora.trainable_parameters(model) if name.endswith("bias")]
+    assert len(biases) == 10 + 2 + 2 * 3
+
+
+def test_optimizer_groups(model):
+    args = SFT(lora_bias="all", tune_merger=True, merger_lora=False, vision_lr=1e-4, merger_lr=1e-5, weight_decay=0.1)
+    lora.inject(model, args)
+    groups = {group["name"]: group for group in lora.param_groups(model, args)}
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {
+        "vision": (1e-4, 0.1),
+        "vision no decay": (1e-4, 0.0),
+        "merger": (1e-5, 0.1),
+        "merger no decay": (1e-5, 0.0),
+        "llm": (args.learning_rate, 0.1),
+        "llm no decay": (args.learning_rate, 0.0),
+    }
+    assert sum(len(group["params"]) for group in groups.values()) == len(lora.trainable_parameters(model))
+    assert len(groups["merger no decay"]["params"]) == 3  # two biases and the norm
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_adapter_tensor_gets_a_gradient(model, recompute):
+    lora.inject(model, ARGS)
+    randomise(model)  # B = 0 would hide A's gradient
+    model.train()
+    model.gradient_checkpointing = recompute
+    model.logits(packed()).logsumexp(-1).sum().backward()
+    silent = [name for name, p in lora.trainable_parameters(model) if p.grad is None or p.grad.abs().max() == 0]
+    assert not silent
+    assert not [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
+
+
+# -- Off, reference, merged
+
+
+def test_disabled_is_the_base(model):
+    before = logits(model)
+    lora.inject(model, ARGS)
+    randomise(model)
+    after = logits(model)
+    assert (after - before).abs().max() > 0.1
+    with lora.disabled(model):
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), after)
+
+
+def test_reference_is_the_start_while_training_goes_on(model):
+    lora.inject(model, with_args(lora_bias="all"))
+    randomise(model)
+    start, snapshot = logits(model), lora.reference_snapshot(model)
+    with lora.reference(model, snapshot):
+        assert torch.equal(logits(model), start)
+    parameters = [p for _, p in lora.trainable_parameters(model)]
+    addresses = [p.data_ptr() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    model.logits(packed()).logsumexp(-1).sum().backward()
+    optimizer.step()
+    now = logits(model)
+    assert (now - start).abs().max() > 1e-3
+    with pytest.raises(KeyError), lora.reference(model, snapshot):
+        assert torch.equal(logits(model), start)
+        raise KeyError("the trained tensors come back after an error too")
+    assert torch.equal(logits(model), now)
+    assert [p.data_ptr() for p in parameters] == addresses
+
+
+def test_merged_equals_unmerged_and_can_be_taken_out(model, tmp_path):
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    lora.inject(model, ARGS)
+    randomise(model)
+    adapted = logits(model)
+    lora.merge(model)
+    close(logits(model), adapted)
+    lora.unmerge(model)
+    close(logits(model), adapted)
+    for name, weight in weights.items():
+        close(model.get_parameter(name), weight, 1e-6)
+    lora.merge(model)
+    lora.remove(model)
+    assert set(model.state_dict()) == set(weights)
+    model.save_pretrained(tmp_path)
+    close(logits(Qwen2_5_VL.from_pretrained(tmp_path)), adapted)
+    close(hf_logits(load_hf(tmp_path)), adapted, 1e-4)
+
+
+# -- Files
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True, "num_lora_modules": 15},
+        {"lora_bias": "all", "tune_merger": True},
+        {"lora_bias": "lora_only"},
+    ],
+)
+def test_peft_loads_ours(base, model, tmp_path, changes):
+    lora.inject(model, with_args(**changes))
+    randomise(model)
+    lora.save_adapter(model, tmp_path, base)
+    hf = load_hf(base, tmp_path)
+    assert (logits(model) - hf_logits(load_hf(base))).abs().max() > 0.1
+    close(hf_logits(hf), logits(model), 1e-4)
+    adapted = [name for name, m in hf.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(adapted) == len(lora.lora_layers(model))
+    again = Qwen2_5_VL.from_pretrained(base)
+    args = lora.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    lora.set_trainable(again, dataclasses.replace(args, lora_bias="none"))
+    lora.save_adapter(again, tmp_path / "again", base)  # what came with the adapter leaves with it
+    first, second = (load_file(folder / lora.TENSORS) for folder in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj", "qkv", "down_proj"], "use_rslora": True},
+        {"target_modules": r".*(language_model.*o_proj|blocks.*gate_proj|merger\.mlp\.[02])", "lora_dropout": 0.1},
+    ],
+)
+def test_we_load_pefts(base, model, tmp_path, options):
+    hf = peft.get_peft_model(load_hf(base), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    hf.save_pretrained(tmp_path)
+    before = logits(model)
+    args = lora.load_adapter(model, tmp_path)
+    assert (logits(model) - before).abs().max() > 0.01
+    close(logits(model), hf_logits(hf), 1e-4)
+    assert (args.lora_rank, args.lora_alpha, args.use_rslora) == (4, 8, options.get("use_rslora", False))
+
+
+def rewrite(folder, change):
+    tensors = change(load_file(folder / lora.TENSORS))
+    save_file(tensors, folder / lora.TENSORS)
+
+
+@pytest.fixture
+def adapter(base, model, tmp_path):
+    lora.inject(model, ARGS)
+    randomise(model)
+    lora.save_adapter(model, tmp_path, base)
+    return tmp_path
+
+
+def test_old_keys(base, model, adapter):
+    new = load_file(adapter / lora.TENSORS)
+    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in new
+    assert "base_model.model.model.visual.blocks.0.attn.qkv.lora_B.weight" in new
+    lora.save_adapter(model, adapter, base, old_keys=True)
+    old = load_file(adapter / lora.TENSORS)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in old
+    assert "base_model.model.visual.blocks.0.attn.qkv.lora_B.weight" in old
+    again = Qwen2_5_VL.from_pretrained(base)
+    lora.load_adapter(again, adapter)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_keys_with_the_adapters_name(base, model, adapter):
+    rewrite(adapter, lambda t: {key.replace(".weight", ".default.weight"): value for key, value in t.items()})
+    again = Qwen2_5_VL.from_pretrained(base)
+    lora.load_adapter(again, adapter)
+    assert torch.equal(logits(again), logits(model))
+
+
+Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+
+
+def without(*keys):
+    return lambda t: {key: value for key, value in t.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without(f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"), ["no tensors for", "model.layers.1.self_attn.q_proj"]),
+        (without(f"{Q}.lora_B.weight"), ["no tensors for", "model.layers.1.self_attn.q_proj.lora_B"]),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.zeros(4, 31)}, ["q_proj.lora_A", "(4, 31)", "(4, 32)"]),
+        (lambda t: t | {f"{Q}x.lora_A.weight": torch.zeros(4, 32)}, ["no place", "q_projx"]),
+        (lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, ["no place", "lm_head"]),
+        (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.zeros(4)}, ["lora_magnitude_vector"]),
+        (lambda t: t | {"base_model.model.model.visual.nothing": torch.zeros(4)}, ["visual.nothing"]),
+    ],
+)
+def test_adapters_that_do_not_fit(base, adapter, change, words):
+    rewrite(adapter, change)
+    again = Qwen2_5_VL.from_pretrained(base)
+    before = logits(again)
+    with pytest.raises(UserError) as error:
+        lora.load_adapter(again, adapter)
+    for word in [str(adapter), *words]:
+        assert word in str(error.value)
+    assert not lora.lora_layers(again)
+    assert torch.equal(logits(again), before)
+
+
+def test_files_that_are_no_adapter(model, adapter, tmp_path):
+    lora.remove(model)
+    with pytest.raises(UserError, match="already"):
+        lora.inject(model, ARGS)
+        lora.load_adapter(model, adapter)
+    lora.remove(model)
+    with pytest.raises(UserError, match=lora.CONFIG):
+        lora.load_adapter(model, tmp_path / "nowhere")
+    config = json.loads((adapter / lora.CONFIG).read_text())
+    (adapter / lora.CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="use_dora"):
+        lora.load_adapter(model, adapter)
+    (adapter / lora.CONFIG).write_text('{"r": 4,\n"lora_alpha": }')
+    with pytest.raises(UserError, match="line 2"):
+        lora.load_adapter(model, adapter)
+    (adapter / lora.CONFIG).write_text(json.dumps(config))
+    save_file({"base_model.model.model.visual.merger.ln_q.weight": torch.ones(32)}, adapter / lora.TENSORS)
+    (adapter / lora.CONFIG).write_text(json.dumps(config | {"target_modules": "all-linear"}))
+    with pytest.raises(UserError, match="no lora_A and lora_B"):
+        lora.load_adapter(model, adapter)
+    (adapter / lora.TENSORS).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=lora.TENSORS):
+        lora.load_adapter(model, adapter)
