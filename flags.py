@@ -6,6 +6,7 @@ config.py holds the options themselves. Standard library only: --help must not w
 import dataclasses
 import difflib
 import math
+import os
 import re
 import runpy
 import sys
@@ -272,3 +273,6 @@ def cli(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

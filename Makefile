@@ -1,0 +1,35 @@
+# Each target does all its own set-up in .venv; a machine with Python >= 3.11 and a C compiler is enough.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: quickstart test bench tiny clean
+
+quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
+	@$(RUN) quickstart.py
+
+test: $(VENV)/dev            ## lint, then every test
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest -q tests
+
+bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
+	@for b in bench/sft.py bench/rollout.py bench/grpo.py bench/vision.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+
+tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
+	$(RUN) assets/make_tiny.py init output/tiny_init
+	$(RUN) generate.py --task base --num_samples 16000 --split 0.98 --output_dir data/base --overwrite
+	$(RUN) train_sft.py --config configs/tiny_base.py
+	$(RUN) assets/make_tiny.py export output/tiny_base assets/tiny
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python {sys.version.split()[0]} found, 3.11 or newer needed (make PYTHON=...)'"
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output data/quickstart

@@ -1,0 +1,216 @@
+"""One clip: what is drawn, how it is augmented, how it becomes pixels and a file. numpy and PyAV only.
+
+The picture is a torus: what leaves at one edge comes back at the opposite one.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import numpy as np
+
+FPS = 30  # frames a second of every file, as the seed's
+SIGHTS = 8  # frames, first and last included, at which positions are kept: what a model with 8 frames sees
+
+# label -> signs of the velocity (x to the right, y downwards)
+DIRECTIONS = {"Left to Right": (1, 0), "Right to Left": (-1, 0), "Falling Down": (0, 1), "Ascending": (0, -1)}
+CORNERS = {"top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1)}
+SIGNS = DIRECTIONS | CORNERS
+
+# Sizes in pixels of a 64-pixel picture; larger pictures scale them.
+RADIUS = (4.0, 20.0)
+SMALL, LARGE = 9.0, 14.0  # a ball below is called small, above large; between them its size is not asked
+# Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
+# sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart; the seed's
+# --fps 1 takes 4).
+SPEED = (1.5, 2.8)
+PLAIN_RADIUS, PLAIN_SPEED = 20, 5  # the seed's ball, pixels and pixels a frame at any picture size
+MIN_FRAME_SIZE = 2 * PLAIN_RADIUS
+
+BALLS = {
+    "red": (225, 45, 45),
+    "green": (50, 190, 70),
+    "blue": (65, 110, 250),
+    "yellow": (245, 215, 50),
+    "white": (245, 245, 245),
+    "purple": (190, 80, 220),
+}
+BACKGROUNDS = {"black": (8, 8, 8), "gray": (96, 96, 96), "navy": (18, 24, 72), "brown": (74, 44, 22)}
+
+
+@dataclass
+class Track:
+    """Where the ball is at the sampled times, in pixels of the clip as it is shown (x to the right, y downwards)."""
+
+    times: np.ndarray  # (F,) seconds
+    xy: np.ndarray  # (F, 2) centre of the ball
+    lap: np.ndarray  # (F, 2) int: how often the ball has left along x and y, and come back, before this time
+    inside: np.ndarray  # (F,) bool: is the centre within the picture
+
+    def longest_run(self) -> np.ndarray:
+        """Indices of the longest stretch in which the ball is seen and does not jump to the other side."""
+        cuts = np.flatnonzero(np.diff(self.lap, axis=0).any(axis=1) | ~self.inside[1:] | ~self.inside[:-1]) + 1
+        runs = [run for run in np.split(np.arange(len(self.times)), cuts) if self.inside[run].all()]
+        return max(runs, key=len, default=np.arange(0))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """All that fixes a clip's pixels. Lengths in pixels of the uncropped picture, of `size` a side."""
+
+    label: str
+    size: int
+    length: int  # frames
+    start: tuple[float, float]  # x, y of the centre in frame 0
+    velocity: tuple[float, float]  # pixels a frame
+    radius: float
+    ball: str
+    ball_rgb: tuple[float, float, float]
+    background: str
+    background_rgb: tuple[float, float, float]
+    gradient: tuple[float, float] = (0.0, 0.0)  # relative brightness from edge to edge, along x and y
+    crop: tuple[float, float, float] = (0.0, 0.0, 1.0)  # window shown: left, top (pixels), side (share of `size`)
+    blur: tuple[float, float, float] = (0.0, 0.0, 0.0)  # isotropic sigma, or length and angle of a motion blur
+
+    def centres(self, frames) -> np.ndarray:
+        """(F, 2) float64: x, y of the ball in the given frames, not yet folded back into the picture."""
+        return np.asarray(self.start) + np.asarray(frames, np.float64)[:, None] * np.asarray(self.velocity)
+
+    def reversed(self) -> "Clip":
+        """The clip that shows the same frames in reverse order; its label is the opposite one."""
+        back = tuple(-v for v in self.velocity)
+        label = next(name for name, signs in SIGNS.items() if signs == tuple(np.sign(back)))
+        last = self.centres([self.length - 1])[0] % self.size
+        return replace(self, label=label, start=tuple(last.tolist()), velocity=back)
+
+    def track(self) -> Track:
+        """Positions as shown (cropped) in the SIGHTS evenly spaced frames."""
+        frames = sight_frames(self.length)
+        path = self.centres(frames)
+        left, top, side = self.crop
+        shown = (path % self.size - (left, top)) / side
+        inside = ((shown >= 0) & (shown < self.size)).all(axis=1)
+        return Track(frames / FPS, shown, np.floor(path / self.size).astype(int), inside)
+
+
+def sight_frames(length: int) -> np.ndarray:
+    return np.linspace(0, length - 1, SIGHTS).round().astype(int)
+
+
+def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> Clip:
+    """A clip of the varied style: everything but the label's direction is drawn independently of the label."""
+    scale = max(1.0, size / 64)
+    ball, background = rng.choice(list(BALLS)), rng.choice(list(BACKGROUNDS))
+    jitter = rng.uniform(-12, 12, (2, 3))
+    # A longer clip is a slower one, so that the same share of the picture passes between the frames a model samples.
+    speed = rng.uniform(*SPEED, 2) * size / 64 * min(1.0, 30 / length)
+    return Clip(
+        label,
+        size,
+        length,
+        start=tuple(rng.uniform(0, size, 2).tolist()),
+        velocity=tuple((speed * SIGNS[label]).tolist()),
+        radius=float(rng.uniform(*RADIUS) * scale),
+        ball=str(ball),
+        ball_rgb=tuple((BALLS[ball] + jitter[0]).tolist()),
+        background=str(background),
+        background_rgb=tuple((BACKGROUNDS[background] + jitter[1]).tolist()),
+        gradient=tuple((rng.uniform(-0.5, 0.5, 2) * (rng.random() < 0.5)).tolist()),
+    )
+
+
+def plain_clip(label: str, size: int, length: int, cell: int) -> Clip:
+    """The seed's ball. Its own start (outside, at the entry edge) made all clips of a class the same and let a still
+    tell the class, so here it starts at one of the size * size whole positions: cell = x + size * y."""
+    velocity = tuple(float(PLAIN_SPEED * sign) for sign in SIGNS[label])
+    return Clip(
+        label,
+        size,
+        length,
+        (float(cell % size), float(cell // size)),
+        velocity,
+        float(PLAIN_RADIUS),
+        "white",
+        (255.0, 255.0, 255.0),
+        "black",
+        (0.0, 0.0, 0.0),
+    )
+
+
+def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
+    """The clip with one draw of a random non-empty subset of the augmentations, the same in all its frames."""
+    picked = [name for name in names if rng.random() < 0.5] or [names[rng.integers(len(names))]]
+    if "blur" in picked:
+        strength = rng.uniform(0.6, 1.5) * clip.size / 64
+        isotropic = rng.random() < 0.5
+        clip = replace(clip, blur=(strength, 0.0, 0.0) if isotropic else (0.0, 4 * strength, rng.uniform(0, np.pi)))
+    if "crop" in picked:
+        for shrink in np.linspace(0.35, 0.0, 40):  # the window grows until enough of the ball's way is in sight
+            side = 1 - rng.uniform(shrink / 2, shrink)
+            window = (*rng.uniform(0, clip.size * (1 - side), 2).tolist(), side)
+            tried = replace(clip, crop=window)
+            if (
+                len(tried.track().longest_run()) >= min(3, len(clip.track().longest_run()))
+                and tried.track().inside.mean() >= 0.6
+            ):
+                return tried
+    return clip
+
+
+def render(clip: Clip, frames=None) -> np.ndarray:
+    """(F, S, S, 3) uint8 RGB of the given frames (default: all), anti-aliased, cropped and blurred as the clip says."""
+    frames = np.arange(clip.length) if frames is None else np.asarray(frames)
+    left, top, side = clip.crop
+    grid = (np.arange(clip.size, dtype=np.float32) + 0.5) * side  # the crop is drawn at its final size, never resampled
+    x, y = grid + left, grid + top
+    centre = clip.centres(frames) % clip.size
+
+    def gap(line, middle):  # (F, S) distance along one axis on the torus, measured the short way round
+        return (line - middle[:, None].astype(np.float32) + clip.size / 2) % clip.size - clip.size / 2
+
+    distance = np.sqrt(gap(x, centre[:, 0])[:, None, :] ** 2 + gap(y, centre[:, 1])[:, :, None] ** 2)  # (F, S, S)
+    cover = ((clip.radius - distance) / side + 0.5).clip(0, 1)[..., None]
+    light = 1 + clip.gradient[0] * (x / clip.size - 0.5) + (clip.gradient[1] * (y / clip.size - 0.5))[:, None]
+    behind = light[..., None] * np.asarray(clip.background_rgb, np.float32)  # (S, S, 3)
+    picture = behind + cover * (np.asarray(clip.ball_rgb, np.float32) - behind)
+    if any(clip.blur):
+        picture = blurred(picture, blur_kernel(*clip.blur))
+    return (picture + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def blur_kernel(sigma: float, length: float, angle: float) -> list[tuple[int, int, float]]:
+    """[(dy, dx, weight)], symmetric about 0 so that it tells no direction: a Gaussian if sigma > 0, else a line."""
+    reach = int(np.ceil(3 * sigma if sigma > 0 else length / 2 + 1))
+    offsets = np.arange(-reach, reach + 1)
+    dy, dx = np.meshgrid(offsets, offsets, indexing="ij")
+    if sigma > 0:
+        weight = np.exp(-(dx**2 + dy**2) / (2 * sigma**2))
+    else:
+        along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        weight = (length / 2 + 0.5 - abs(along)).clip(0, 1) * (1 - abs(across)).clip(0, 1)
+    weight /= weight.sum()
+    return [(int(a), int(b), float(w)) for a, b, w in zip(dy.flat, dx.flat, weight.flat, strict=True) if w > 1e-3]
+
+
+def blurred(picture: np.ndarray, kernel) -> np.ndarray:
+    """(F, S, S, 3) float32 -> the same, convolved; edges repeat."""
+    reach, size = max(max(abs(dy), abs(dx)) for dy, dx, _ in kernel), picture.shape[1]
+    padded = np.pad(picture, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    total = sum(weight for _, _, weight in kernel)
+    out = np.zeros_like(picture)
+    for dy, dx, weight in kernel:
+        out += (weight / total) * padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
+    return out
+
+
+def write_mp4(path: Path, frames: np.ndarray) -> None:
+    """(F, S, S, 3) uint8 -> h264, yuv420p, FPS. One thread, for the worker processes are the parallelism, and no
+    lookahead (zerolatency): with it x264 gave other bytes for the same frames from run to run."""
+    with av.open(str(path), "w", format="mp4") as container:
+        options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
