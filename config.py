@@ -256,16 +256,17 @@ class SFT(CommonTrain):
 
 @dataclass
 class GRPO(CommonTrain):
-    output_dir: str = "output/grpo_video_lora"  # the run's folder: checkpoints, metrics.jsonl, config
+    output_dir: str = "output/grpo_video_lora"  # the run's folder: checkpoints, metrics.jsonl, rollouts.jsonl, config
     model_ckpt: str | None = ""  # adapter to go on from; "" = the newest under output/, none = a new one on the base
     num_train_epochs: float = 8.0  # passes over the data; about 160 steps on 1000 clips with oversample 3
     per_device_train_batch_size: int = 128  # completions a micro-batch and process: 16 prompts x 8
     learning_rate: float = 5e-4  # AdamW's peak rate; 1e-3 is near the edge of a KL blow-up
     warmup_ratio: float = 0.05  # share of all steps with a rising rate
     min_lr_ratio: float = 0.1  # the schedule ends at this share of the peak
+    eval_steps: int = 40  # steps between evaluations, greedy and sampled; 0 = only before the first step and at the end
 
     # -- Groups
-    num_generations: int = 8  # completions a prompt (G); must divide the batch
+    num_generations: int = 8  # completions a prompt (G)
     max_completion_length: int = 256  # tokens a completion
     temperature: float = 1.0  # of sampling and of the log-probs alike
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
@@ -277,9 +278,11 @@ class GRPO(CommonTrain):
 
     # -- Loss
     beta: float = 0.02  # weight of the KL to the frozen reference; 0 = off, no reference pass
+    reference: str = "start"  # KL is measured against the policy as the run began (start), or without adapter (base)
+    use_bias_correction_kl: bool = True  # KL times the ratio: an unbiased gradient that cannot explode
     epsilon: float = 0.2  # the ratio is clipped below at 1 - epsilon
     epsilon_high: float | None = None  # and above at 1 + epsilon_high; none = epsilon
-    num_iterations: int = 1  # updates a set of rollouts
+    num_iterations: int = 1  # updates a set of rollouts; with 1 the ratio is 1 and nothing is clipped
     scale_rewards: str = "group"  # advantages over the std of their group, of the batch, or none
     aggregation: str = "token"  # mean over tokens of the whole batch, over each sequence first, or by constant length
     importance_sampling_level: str = "token"  # ratio of each token, or of the whole sequence
@@ -298,8 +301,14 @@ class GRPO(CommonTrain):
         one_of(self, "scale_rewards", "group", "batch", "none")
         one_of(self, "aggregation", "token", "sequence", "constant")
         one_of(self, "importance_sampling_level", "token", "sequence")
-        size, group = self.per_device_train_batch_size, self.num_generations
-        require(size % group == 0, "num_generations", group, f"a divisor of per_device_train_batch_size {size}")
+        one_of(self, "reference", "start", "base")
+        size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        text = f"a divisor of per_device_train_batch_size x gradient_accumulation_steps = {size}: groups are whole"
+        require(size % self.num_generations == 0, "num_generations", self.num_generations, text)
+        adapters_only = self.lora_enable and self.freeze_llm and self.freeze_vision_tower and not self.tune_merger
+        adapters_only = adapters_only and self.lora_bias == "none"
+        expected = "start: with --lora_enable False, or a part trained whole, nothing keeps the base's weights"
+        require(self.reference == "start" or adapters_only, "reference", self.reference, expected)
         names = split_list(self.rewards)
         require(bool(names), "rewards", self.rewards, "at least one name")
         weights = self.reward_weights
@@ -329,10 +338,11 @@ class Infer(VideoArgs):
     top_p: float = 1.0  # sample from the likeliest tokens of this mass; 1 = off
     top_k: int = 0  # sample from this many tokens; 0 = off
     repetition_penalty: float = 1.0  # divides the logits of tokens already there; 1 = off
-    seed: int = 42  # of sampling and of the shuffled control
+    seed: int = 42  # of sampling; the shuffled control's orders follow from the samples' names
 
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked
+    controls: str | None = "reversed,shuffled,blank"  # the same once more with the frames in this state; none = not
     max_samples: int | None = None  # evaluate only the first N; none = all
     batch_size: int = 32  # clips decoded together; sampling keeps their caches in memory
     dataloader_num_workers: int = 2  # threads that read clips ahead
@@ -354,6 +364,9 @@ class Infer(VideoArgs):
         positive(self, "top_p", "repetition_penalty")
         within(self, 0, 1, "top_p")
         require(not (self.question and self.prompt), "prompt", self.prompt, "to stand alone: --question says the same")
+        controls = [] if self.controls is None else split_list(self.controls)
+        unknown = [name for name in controls if name not in ("none", "reversed", "shuffled", "blank")]
+        require(not unknown, "controls", self.controls, "none, or names out of reversed, shuffled, blank")
         alone = not (self.video and self.data_path)
         require(alone, "data_path", self.data_path, "to stand alone: one clip or a dataset")
         expected = "a file: python infer.py video.mp4, or --data_path val.json"
@@ -389,10 +402,18 @@ def _effects(cfg):
     yield "num_train_epochs", is_set("max_steps"), "max_steps is given and decides"
     yield "warmup_ratio", is_set("warmup_steps"), "warmup_steps is given and decides"
     yield "save_steps", getattr(cfg, "save_strategy", "steps") != "steps", "save_strategy is not steps"
+    if isinstance(cfg, GRPO):
+        for name in ("reference", "use_bias_correction_kl"):
+            yield name, cfg.beta == 0, "beta is 0, there is no KL"
+        for name in ("epsilon", "epsilon_high"):
+            yield name, cfg.num_iterations == 1, "one update a set of rollouts (num_iterations 1): every ratio is 1"
     if isinstance(cfg, Infer):
         for name in ("top_p", "top_k"):
             yield name, cfg.temperature == 0, "temperature 0 takes the likeliest token"
-        yield "max_samples", cfg.data_path is None, "there is no data_path"
+        for name in ("controls", "max_samples", "batch_size"):
+            yield name, cfg.data_path is None, "it is for a dataset (--data_path), not for one clip"
+        for name in ("question", "prompt"):
+            yield name, cfg.data_path is not None, "a dataset brings its own questions"
 
 
 def _has(package):

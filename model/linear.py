@@ -61,10 +61,29 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
-    """weight (out, in) widened to the input's width and, with pad, to an aligned output."""
+    """weight (out, in) widened to the input's width and, with pad, to an aligned output.
+
+    A frozen weight moves once into a storage of that size, of which it is a view ever after, so that widening it costs
+    nothing; a trained one is copied each time, because its storage is the optimizer's.
+    """
     out = aligned(weight.shape[0]) if pad else weight.shape[0]
-    weight = widen(widen(weight, 1, width), 0, out)
+    if tuple(weight.shape) != (out, width):
+        if weight.requires_grad:
+            weight = widen(widen(weight, 1, width), 0, out)
+        else:
+            if weight.untyped_storage().nbytes() != out * width * weight.itemsize or weight.storage_offset():
+                weight.data = widen(widen(weight.data, 1, width), 0, out)[: weight.shape[0], : weight.shape[1]]
+            weight = weight.detach().as_strided((out, width), (width, 1))
     return weight, bias if bias is None else widen(bias, 0, out)
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat that does not copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x.mul_(scale)
 
 
 class Project(torch.autograd.Function):
@@ -73,7 +92,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pad, scales, *tensors):
         quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-        A = torch.cat([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
+        A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
         h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
         outs, first = [], 0
         for (weight, bias, a, b), scale in zip(quads, scales):
@@ -101,12 +120,12 @@ class Project(torch.autograd.Function):
                 d_B.append(None)
                 continue
             A.append(a)
-            back.append((g @ widen(b, 0, len(w)).to(g.dtype)).mul_(scale))  # (T, r)
-            d_B.append((g[:, : len(b)].T @ h[:, first : first + len(a)]).mul_(scale).to(b.dtype))
+            back.append(scaled(g @ widen(b, 0, len(w)).to(g.dtype), scale))  # (T, r)
+            d_B.append(scaled(g[:, : len(b)].T @ h[:, first : first + len(a)], scale).to(b.dtype))
             first += len(a)
-        back = torch.cat(back, 1) if len(back) > 1 else back[0]  # (T, sum of ranks)
+        back = stack(back, 1)  # (T, sum of ranks)
         if d_x is not None:
-            d_x.addmm_(back, widen(torch.cat(A), 1, x.shape[1]).to(x.dtype))
+            d_x.addmm_(back, widen(stack(A), 1, x.shape[1]).to(x.dtype))
         d_A = iter((back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A]))
         d_tensors = []
         for (_w, _b, a, _B), d_b in zip(quads, d_B):

@@ -65,3 +65,14 @@ def test_trained_weights_get_their_gradient():
     layer = Adapted(6, 5, 2, 1.0, True).requires_grad_(True)
     project(torch.randn(3, 6), layer)[0].sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_frozen_weight_is_widened_once_and_keeps_its_value():
+    weight = nn.Parameter(torch.randn(13, 12), requires_grad=False)
+    before = weight.detach().clone()
+    first, _ = linear.padded(weight, None, 16, True)
+    again, _ = linear.padded(weight, None, 16, True)
+    assert first.shape == (16, 16) and first.data_ptr() == again.data_ptr() == weight.data_ptr()
+    assert weight.equal(before) and first[:13, :12].equal(before) and first.sum().isclose(before.sum(), atol=1e-5)
+    weight.data = before[:, :4]  # moved on, as .to() or a merge would: the padded copy is made anew
+    assert linear.padded(weight, None, 8, True)[0][:13, :4].equal(before[:, :4])

@@ -1,0 +1,260 @@
+"""Examples -> packed batches; a dataset -> the micro-batches of every optimizer step.
+
+    pack(examples)                     many samples, one batch, no padding
+    pack_groups(prompts, completions)  a prompt stands once, its completions attend to it (GRPO)
+    Loader(records, processor, args)   which samples, in an order that depends on the seed and the epoch alone
+
+    step k of an epoch   one global batch: batch_size x accumulation x world_size samples, for any number of ranks
+    a rank's share       `accumulation` micro-batches of at most batch_size samples; or, with pack_tokens, as few as
+                         hold its share within that many tokens each. The update is the same.
+
+So a run can go on at any step without having seen the ones before. Threads decode ahead. A sample that is broken is
+skipped, counted and named, and nothing takes its place.
+
+L tokens of a sample, T of a batch, F frames, P patches, N clips, G completions a prompt.
+"""
+
+import heapq
+import logging
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import UserError
+from model.attention import Segments
+from model.loss import IGNORE
+from model.qwen2_5_vl import Packed
+
+PREFETCH = 2  # optimizer steps being decoded ahead
+
+log = logging.getLogger("data")
+
+
+@dataclass(eq=False)
+class Example:
+    """One conversation, ready for the model. L tokens, P patches, N clips."""
+
+    name: str
+    ids: np.ndarray  # (L,) int64; a clip's pad stands once per vision token
+    targets: np.ndarray  # (L,) int64: ids[i + 1] where the assistant says it, its <|im_end|> included; IGNORE elsewhere
+    position_ids: np.ndarray  # (3, L) int64
+    patches: Tensor | None  # (P, 1176) uint8; shared with the cache, never written to
+    grid_thw: list[tuple[int, int, int]]  # N grids in patches
+    second_per_grid: list[float]  # N; 0 for images
+    frame_indices: list[list[int]]  # N lists of F frame numbers, in the order shown
+    frame_times: list[list[float]]  # N lists of F seconds
+    num_vision_tokens: int
+    record: dict = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def pack(examples: list[Example]) -> Packed:
+    """Examples laid end to end, each seeing only itself.
+
+    An empty list gives one untrained token: all ranks must run the same number of passes, also where all samples of one
+    were skipped.
+    """
+    if not examples:
+        zero = torch.zeros(1, dtype=torch.int64)
+        return Packed(zero, zero.expand(3, 1), Segments.causal([1]), targets=torch.full((1,), IGNORE))
+    return Packed(
+        input_ids=join(e.ids for e in examples),
+        position_ids=join((e.position_ids for e in examples), axis=1),
+        segments=Segments.causal([len(e) for e in examples]),
+        patches=join_patches(examples),
+        grid_thw=[grid for e in examples for grid in e.grid_thw],
+        targets=join(e.targets for e in examples),
+        names=[e.name for e in examples],
+    )
+
+
+def pack_groups(prompts: list[Example], completions: list[list[list[int]]]) -> Packed:
+    """Each prompt once, then its completions, which attend to it: prompt_0, c_00, c_01, ..., prompt_1, ...
+
+    completions: ids of each prompt's G completions, end token included. A completion's first token is predicted by the
+    prompt's last one, so that one token is not shared: every completion's run is [last prompt token, c_1 .. c_n-1] with
+    targets c_1 .. c_n, and the shared run is the prompt without it. Positions go on as in decoding.
+    """
+    assert len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} groups of completions"
+    ids, positions, targets = [], [], []
+    for prompt, group in zip(prompts, completions, strict=True):
+        ids.append(prompt.ids[:-1])
+        positions.append(prompt.position_ids[:, :-1])
+        targets.append(np.full(len(prompt) - 1, IGNORE))
+        last = prompt.position_ids.max()
+        assert (prompt.position_ids[:, -1] == last).all(), f"{prompt.name}: ends within a clip, expected text"
+        for completion in group:
+            assert len(completion), f"{prompt.name}: a completion without a token"
+            ids.append(np.array([prompt.ids[-1], *completion[:-1]]))
+            positions.append(np.tile(last + np.arange(len(completion)), (3, 1)))
+            targets.append(np.array(completion))
+    return Packed(
+        input_ids=join(ids),
+        position_ids=join(positions, axis=1),
+        segments=Segments.shared_prompt([len(p) - 1 for p in prompts], [list(map(len, c)) for c in completions]),
+        patches=join_patches(prompts),
+        grid_thw=[grid for p in prompts for grid in p.grid_thw],
+        targets=join(targets),
+        names=[p.name for p in prompts],
+    )
+
+
+def join(arrays: Iterable[np.ndarray], axis: int = 0) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays), axis=axis))
+
+
+def join_patches(examples: list[Example]) -> Tensor | None:
+    patches = [e.patches for e in examples if e.patches is not None]
+    return torch.cat(patches) if patches else None
+
+
+# -- Order
+
+
+class TooLong(UserError):
+    """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
+
+
+class Loader:
+    """The batches of one rank.
+
+    args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
+    dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (data.pack, or list).
+    answer: as in Processor.encode. batch_size: samples a micro-batch, if not per_device_train_batch_size.
+
+    After or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
+    """
+
+    def __init__(
+        self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
+        shuffle: bool = True, collate: Callable = pack, batch_size: int | None = None,
+    ):  # fmt: skip
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.records, self.processor, self.collate, self.args = records, processor, collate, args
+        self.rank, self.world_size, self.answer, self.shuffle = rank, world_size, answer, shuffle
+        self.micro_batches = args.gradient_accumulation_steps * world_size
+        self.global_batch = (batch_size or args.per_device_train_batch_size) * self.micro_batches
+        self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
+        self.skipped: dict[str, str] = {}
+        self.num_broken = 0
+        self.lengths = array("q", [-1]) * len(records)  # tokens, for pack_tokens; -1 = not known yet, 0 = skipped
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of this many passes over the data."""
+        return max(1, math.ceil(self.steps_per_epoch * epochs - 1e-9))
+
+    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list]:
+        """The micro-batches of each step from start_step on, epoch after epoch, without end if stop_step is None."""
+        steps = count(start_step) if stop_step is None else range(start_step, stop_step)
+        workers = self.args.dataloader_num_workers
+        if workers == 0:
+            for step in steps:
+                yield self.finish([[self.encode(i) for i in bin] for bin in self.plan(step)])
+            return
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
+        try:
+            ahead: deque[list[list[Future]]] = deque()
+            for step in steps:
+                ahead.append([[pool.submit(self.encode, i) for i in bin] for bin in self.plan(step, pool)])
+                if len(ahead) > PREFETCH:
+                    yield self.finish([[future.result() for future in bin] for bin in ahead.popleft()])
+            while ahead:
+                yield self.finish([[future.result() for future in bin] for bin in ahead.popleft()])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    # -- The plan
+
+    def batch(self, step: int) -> list[int]:
+        """Sample numbers of one global batch, the same on every rank. An epoch's last one may be smaller."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch)
+        return order[k * self.global_batch : (k + 1) * self.global_batch].tolist()
+
+    def order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.records))
+        if getattr(self, "_epoch", None) != epoch:
+            self._order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
+            self._epoch = epoch
+        return self._order
+
+    def plan(self, step: int, pool: ThreadPoolExecutor | None = None) -> list[list[int]]:
+        """Sample numbers of each of this rank's micro-batches."""
+        batch = self.batch(step)
+        if self.args.pack_tokens is None:
+            bins = [part.tolist() for part in np.array_split(batch, self.micro_batches)]
+        else:
+            list((pool.map if pool else map)(self.measure, batch))
+            batch = [i for i in batch if self.lengths[i]]
+            bins = fill_bins(batch, [self.lengths[i] for i in batch], self.args.pack_tokens, self.world_size)
+        share = len(bins) // self.world_size
+        return [[int(i) for i in bin] for bin in bins[self.rank * share : (self.rank + 1) * share]]
+
+    def measure(self, i: int) -> None:
+        """Learn a sample's length, once, without decoding it. All ranks find the same."""
+        if self.lengths[i] >= 0:
+            return
+        try:
+            self.lengths[i] = self.processor.length(self.records[i], self.answer)
+        except UserError as error:
+            self.lengths[i] = 0
+            self.skip(i, error)
+
+    # -- The samples
+
+    def encode(self, i: int) -> Example | tuple[int, UserError]:
+        """Sample i, or the reason why there is none."""
+        try:
+            return self.processor.encode(self.records[i], self.answer)
+        except UserError as error:
+            return i, error
+
+    def finish(self, bins: list[list]) -> list:
+        """Micro-batches of what was encoded; the rest is skipped."""
+        for failed in (found for bin in bins for found in bin if not isinstance(found, Example)):
+            self.skip(*failed)
+        return [self.collate([found for found in bin if isinstance(found, Example)]) for bin in bins]
+
+    def skip(self, i: int, error: UserError) -> None:
+        """Count and name a sample that is left out; UserError when too many are."""
+        name = f"sample {i}"
+        if name in self.skipped:
+            return
+        self.skipped[name] = str(error)
+        log.warning("%s skipped: %s", name, error)
+        self.num_broken += not isinstance(error, TooLong)
+        total = len(self.records)
+        if self.num_broken > self.args.max_skip_share * total:
+            told = f"{self.num_broken} of {total} samples are broken, max_skip_share is {self.args.max_skip_share}"
+            raise UserError(f"{told}; the last: {name}: {error}")
+        if len(self.skipped) == total:
+            raise UserError(f"all {total} samples are left out; the last: {name}: {error}")
+
+
+def fill_bins(items: list[int], lengths: list[int], budget: int, multiple: int) -> list[list[int]]:
+    """Items into the fewest bins, a multiple of `multiple`, of at most `budget` each: the longest first, each into the
+    emptiest bin. An item above the budget stands alone."""
+    bins = multiple
+    while True:
+        heap = [(0, b) for b in range(bins)]
+        filled: list[list[int]] = [[] for _ in heap]
+        for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: -pair[0]):
+            load, b = heap[0]
+            if load and load + length > budget:
+                break
+            heapq.heapreplace(heap, (load + length, b))
+            filled[b].append(item)
+        else:
+            return filled
+        bins += multiple

@@ -1,0 +1,299 @@
+"""A clip and a question -> the answer, token by token; a dataset -> how often it is right, and whether time matters.
+
+    python infer.py video.mp4 [--question "…"]     a video, a gif, an image, or a folder of frames
+    python infer.py --data_path val.json           accuracy, confusion, and both with frames reversed, shuffled, blank
+
+The newest adapter under output/ is used if it was made for this base, and clips are read as it was trained on them.
+The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import STATE, find_adapter, read_json
+from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
+from model import UserError
+from records import IMAGE_SUFFIXES, read_records
+from rewards import answer_span, extract_answer, is_correct, parse_options, reference_answer, sample_from_record
+
+Z = 1.959964  # standard normal quantile of a 95 % interval
+# What a clip shows when it is played backwards, besides "X to Y" and "Y to X"
+OPPOSITES = {"falling down": "ascending", "ascending": "falling down", "down": "up", "up": "down"}
+
+
+def main(argv=None):
+    cfg = parse(Infer, argv)
+    adapter, told = choose_adapter(cfg)
+    for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
+        print(f"note: {line}")
+    task = list(read_records(cfg.data_path))[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
+    processor = load_processor(cfg)
+    if cfg.data_path:
+        found = evaluate(cfg, load_model(cfg, adapter), processor, task)
+    else:
+        example = processor.encode(task, answer=False, name=cfg.video)  # a broken clip is told before weights are read
+        found = answer(cfg, load_model(cfg, adapter), processor, example)
+    if cfg.json:
+        print(json.dumps({**found, "model_id": cfg.model_id, "adapter": adapter and str(adapter)}))
+
+
+# -- Model and adapter
+
+
+def choose_adapter(cfg):
+    """-> (folder or None, a line that tells). UserError for a --model_ckpt that is no adapter."""
+    folder = None if cfg.model_ckpt is None else find_adapter(cfg.model_ckpt)
+    if folder is None:
+        why = "no adapter found under output/" if cfg.model_ckpt == "" else "no adapter, as --model_ckpt says"
+        return None, f"{why}: the base model answers"
+    if cfg.model_ckpt == "":
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
+        if Path(base).resolve() != Path(cfg.model_id).resolve():  # where they are hub ids, this compares the ids
+            told = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
+            return None, f"{told}; give --model_id {base}, or --model_ckpt"
+    return folder, f"adapter {folder}"
+
+
+def read_as_trained(cfg, adapter):
+    """Take the video options of the adapter's run, or of the model's, where the command line says nothing: other frames
+    or sizes cost accuracy. Changes cfg; returns lines to tell. Checkpoints from elsewhere say nothing of this."""
+    path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
+    trained = read_json(path).get("config", {}) if path.exists() else {}
+    names = as_dict(VideoArgs()).keys() - {"image_folder", "max_seq_length", "overlong", "cache_mb"}
+    for name in names & trained.keys() - cfg.given:
+        setattr(cfg, name, trained[name])
+    cfg.settle(cfg.given)
+    taken = [name for name in sorted(names) if getattr(cfg, name) != before[name]]
+    return [f"--{name} {getattr(cfg, name)}, as in training" for name in taken]
+
+
+def load_processor(cfg):
+    from data import Processor, load_tokenizer  # not at the top: it imports torch, and --help must not wait for that
+    from model.qwen2_5_vl import ModelConfig, resolve_folder
+
+    folder = resolve_folder(cfg.model_id, cfg.local_files_only)
+    return Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), cfg)
+
+
+def load_model(cfg, adapter):
+    """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
+    up to rounding. In bf16 it is not: the weights are too coarse to hold it."""
+    import torch
+
+    from lora import load_adapter, merge
+    from model.qwen2_5_vl import Qwen2_5_VL
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
+    model = Qwen2_5_VL.from_pretrained(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
+    count, told = sum(p.numel() for p in model.parameters()), "no adapter"
+    if adapter is not None:
+        load_adapter(model, adapter)
+        told = "adapter kept beside the weights: bf16 is too coarse to merge it exactly"
+        if dtype == torch.float32:
+            merge(model)
+            told = "adapter merged: in fp32 that is exact up to rounding"
+    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]} on {device}; {told}")
+    return model
+
+
+def complete(cfg, model, processor, examples, on_token=None):
+    """One (Completion, its text without the stop token) for each example."""
+    import torch
+
+    from data import pack
+    from model.decode import Sampling, generate
+
+    device, stops = model.head_weight.device, (processor.im_end, processor.token_id("<|endoftext|>"))
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, stops)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    groups = generate(model, pack(examples).to(device), sampling, generator=generator, on_token=on_token)
+    return [(completion, decode(processor, completion.ids)) for (completion,) in groups]
+
+
+def decode(processor, ids):
+    """Text without the tokens that end an answer; any other special token is shown."""
+    stops = processor.im_end, processor.token_id("<|endoftext|>")
+    return processor.backend.decode([i for i in ids if i not in stops], skip_special_tokens=False)
+
+
+# -- One clip
+
+
+def clip_record(cfg):
+    """The record that asks cfg.text about cfg.video: a file, or a folder of images, the frames of one clip."""
+    path, found = Path(cfg.video), cfg.video
+    if path.is_dir():
+        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+        images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
+        if len(images) < 2:
+            raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
+        found = [[str(p) for p in images]]
+        if len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given:
+            print(f"note: {path} has {len(images)} frames, all are taken: nframes {cfg.nframes} was not asked for")
+            cfg.nframes = None
+    elif not path.exists() and not cfg.image_folder:
+        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames")
+    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() else "video"
+    text = cfg.text if f"<{kind}>" in cfg.text else f"<{kind}>\n{cfg.text}"
+    return {kind: found, "conversations": [{"from": "human", "value": text}]}
+
+
+class Stream:
+    """Writes text as tokens come. A character of several bytes may span several tokens: it waits until it is whole."""
+
+    def __init__(self, processor):
+        self.processor, self.held = processor, []
+
+    def add(self, _row, token):
+        self.held.append(token)
+        # U+FFFD is what a decoder gives for bytes that are no character, or not yet
+        if not decode(self.processor, self.held).endswith("\ufffd"):
+            self.close()
+
+    def close(self):
+        print(decode(self.processor, self.held), end="", flush=True)
+        self.held = []
+
+
+def answer(cfg, model, processor, example):
+    """Stream the answer about one clip, print reasoning and final answer apart; returns the facts for --json."""
+    (t, h, w), indices, config = example.grid_thw[0], example.frame_indices[0], model.config
+    print(f"clip: {cfg.video}: frames {' '.join(map(str, indices))}; {14 * w} x {14 * h}\nquestion: {cfg.text}\n")
+    stream, started = Stream(processor), time.perf_counter()
+    ((completion, text),) = complete(cfg, model, processor, [example], stream.add)
+    seconds = time.perf_counter() - started
+    stream.close()
+    thought = text.partition("<think>")[2].partition("</think>")[0].strip()  # also one that was never closed
+    options = parse_options(cfg.text)
+    letter = extract_answer(text, options) if options else None
+    final = f"({letter}) {options[letter]}" if letter else answer_span(text) or ""
+    unsure = "   (names no option, or contradicts itself)" if options and not letter else ""
+    print(f"\n\nreasoning: {thought or '(none)'}\nanswer: {final or '(none)'}{unsure}")
+    if not completion.finished:
+        print(f"note: cut off after {len(completion.ids)} tokens; --max_new_tokens sets the limit")
+    is_pad = [i in (config.video_token_id, config.image_token_id) for i in example.ids.tolist()]
+    times = example.position_ids[0][is_pad].reshape(t, -1)[:, 0]  # of each grid step, as the model gets them
+    return dict(
+        answer=final, option=letter, reasoning=thought or None, text=text, finished=completion.finished,
+        prompt_tokens=len(example), completion_tokens=len(completion.ids), frames=indices, grid_thw=[t, h, w],
+        second_per_grid=example.second_per_grid[0], time_ids=(times - times[0]).tolist(), seconds=round(seconds, 4),
+    )  # fmt: skip
+
+
+# -- A dataset
+
+
+def wilson(right, count):
+    """The 95 % interval of a share (Wilson, 1927) of count > 0, as [low, high]."""
+    p, z2 = right / count, Z * Z / count
+    middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
+    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def opposite(words):
+    """What the same clip shows backwards: "Left to Right" -> "right to left"; None where that is not known."""
+    start, to, end = words.casefold().partition(" to ")
+    return f"{end} to {start}" if to else OPPOSITES.get(start)
+
+
+def ask(cfg, model, processor, records, control, bar):
+    """Ask under a control -> {number: (true answer's words, the model's, count of options)}, {number: why not}."""
+
+    def read(i):
+        try:
+            sample = sample_from_record(records[i])
+            is_correct("", sample)  # raises where the dataset's own answer cannot be read
+            return i, sample, processor.encode(records[i], answer=False, control=control)
+        except UserError as error:
+            return i, None, str(error)
+
+    said, failed = {}, {}
+    with ThreadPoolExecutor(max(1, cfg.dataloader_num_workers)) as pool:
+        for start in range(0, len(records), cfg.batch_size):
+            batch = list(pool.map(read, range(len(records))[start : start + cfg.batch_size]))
+            failed |= {i: error for i, sample, error in batch if sample is None}
+            asked = [one for one in batch if one[0] not in failed]
+            answers = complete(cfg, model, processor, [example for *_, example in asked]) if asked else []
+            for (i, sample, _), (_, text) in zip(asked, answers, strict=True):
+                letters = reference_answer(sample), extract_answer(text, sample.options)
+                words = [sample.options.get(letter, letter) or "(no answer)" for letter in letters]
+                said[i] = *words, len(sample.options)
+            bar.update(len(batch))
+    return said, failed
+
+
+def evaluate(cfg, model, processor, records):
+    """Ask every record as it is and under each control, print the tables; returns the facts for --json."""
+    from data import CONTROLS
+
+    started, runs, failed = time.perf_counter(), {}, {}
+    controls = [c for c in CONTROLS if c == "none" or c in split_list(cfg.controls or "")]
+    with tqdm(total=len(records) * len(controls), unit="clip", disable=None, leave=False, dynamic_ncols=True) as bar:
+        for control in controls:
+            bar.set_description(control)
+            runs[control], failed[control] = ask(cfg, model, processor, records, control, bar)
+            if not runs["none"]:
+                raise UserError(f"{cfg.data_path}: none of {len(records)} can be asked; the first: {failed['none'][0]}")
+    for error in failed["none"].values():
+        print(f"skipped: {error}", file=sys.stderr)
+    facts = {control: measure(run, runs["none"]) for control, run in runs.items()}
+    chance, confusion = mean([1 / n for _, _, n in runs["none"].values() if n]), {}
+    for true, said, _ in sorted(runs["none"].values()):
+        confusion.setdefault(true, Counter())[said] += 1
+    show(facts, failed, chance, confusion)
+    told = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(failed["none"]), "chance": chance}
+    told |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
+    return told | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def measure(run, plain):
+    """Accuracy of one run, and how its answers stand to those of the plain run: the share that `changed`, and the share
+    that `flipped` to the opposite, of those that have one."""
+    right = [true == said for true, said, _ in run.values()]
+    pairs = [(plain[i][1], said) for i, (_, said, _) in run.items() if i in plain]
+    flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
+    changed = [before != after for before, after in pairs]
+    found = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
+    return found | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
+
+
+def show(facts, failed, chance, confusion, most=8):
+    """The table of the controls, and the confusion table where it has at most so many different answers."""
+
+    def share(value):
+        return "-" if value is None else f"{value:.1%}"
+
+    print(f"\n{'frames':<12}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
+    for control, found in facts.items():
+        name, right = {"none": "as they are"}.get(control, control), f"{found['right']}/{found['count']}"
+        if not found["count"]:
+            print(f"{name:<12}not possible: {next(iter(failed[control].values()))}")
+            continue
+        interval = " to ".join(map(share, found["interval"]))
+        against = "" if control == "none" else f"{share(found['changed']):>8}{share(found['flipped']):>9}"
+        print(f"{name:<12}{right:>10}{share(found['accuracy']):>10}   {interval:<18}{against}".rstrip())
+    print(f"chance is {share(chance)}; changed: other than for the clip as it is; flipped: become the opposite")
+    columns = sorted({said for row in confusion.values() for said in row})
+    if len({*confusion, *columns}) <= most:
+        width = max(map(len, [*confusion, *columns, "true / said"]))
+        print()
+        for head, row in {"true / said": {c: c for c in columns}, **confusion}.items():
+            print(f"{head:<{width}}" + "".join(f"  {row[said]:>{width}}" for said in columns))
+
+
+if __name__ == "__main__":
+    cli(main)

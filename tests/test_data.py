@@ -1,0 +1,407 @@
+"""Records -> chat -> ids and targets; and what a wrong record says."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, config_dict
+from test_video import ramp, write_clip
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import data
+from config import SFT, VideoArgs
+from data import Processor, TooLong, read_records
+from model import UserError
+from model.loss import IGNORE
+from model.qwen2_5_vl import ModelConfig
+from records import JsonLines, read_turns, record_name
+from video import ClipPlan
+
+# In the order of Qwen2.5's vocabulary, from 151643 on
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]
+SPECIAL += ["<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
+# Qwen2's pre-tokenizer, from its tokenizer.json
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPLIT += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The released chat template, less its branches for add_vision_id and image URLs
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+def make_tokenizer(vocab=None, merges=()):
+    vocab = vocab or {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def make_config(tokenizer, tokens_per_second=2):
+    raw = config_dict("tied", tokens_per_second=tokens_per_second, vocab=272)
+    raw |= {f"{name}_token_id": tokenizer.token_to_id(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    raw |= {f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")}
+    return ModelConfig.from_dict(raw)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder with ten clips (30 frames at 10 a second), a picture and a broken clip."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(10):
+        write_clip(folder / f"{i}.mp4", ramp(30))
+    write_clip(folder / "p.png", ramp(1, 56, 84), codec="png", pix_fmt="rgb24", container={"update": "1"})
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture
+def processor(clips):
+    tokenizer = make_tokenizer()
+    args = VideoArgs(image_folder=str(clips), nframes=4, video_max_pixels=3136, image_min_pixels=784)
+    return Processor(tokenizer, make_config(tokenizer), args)
+
+
+def turns(*texts, roles=("human", "gpt")):
+    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def record(i=0, question="<video>\nWhere?", answer="Left"):
+    return {"video": f"{i}.mp4", "conversations": turns(question, answer)}
+
+
+def text_of(processor, ids):
+    """Decoded, runs of pads shortened to one."""
+    pads = (processor.config.video_token_id, processor.config.image_token_id)
+    kept = [int(t) for i, t in enumerate(ids) if i == 0 or t != ids[i - 1] or t not in pads]
+    return processor.backend.decode(kept, skip_special_tokens=False)
+
+
+def trained_text(processor, example):
+    return processor.backend.decode([int(t) for t in example.targets if t != IGNORE], skip_special_tokens=False)
+
+
+# -- Chat and targets
+
+
+def test_one_turn(processor):
+    example = processor.encode(record())
+    expected = SYSTEM + "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Where?<|im_end|>\n"
+    assert text_of(processor, example.ids) == expected + "<|im_start|>assistant\nLeft<|im_end|>\n"
+    assert trained_text(processor, example) == "Left<|im_end|>"
+    trained = example.targets != IGNORE
+    assert np.array_equal(example.targets[trained], example.ids[1:][trained[:-1]])  # already shifted
+    assert example.targets.dtype == example.ids.dtype == example.position_ids.dtype == np.int64
+    assert example.grid_thw == [(2, 4, 4)] and example.second_per_grid == [2 / (4 / 30 * 10)]
+    assert example.num_vision_tokens == 8 == (example.ids == processor.config.video_token_id).sum()
+    assert example.patches.shape == (32, 1176) and example.patches.dtype == torch.uint8
+    assert example.frame_indices == [[0, 10, 19, 29]] and np.allclose(example.frame_times, [[0, 1, 1.9, 2.9]])
+    assert processor.length(record()) == len(example) and example.record["video"] == "0.mp4"
+
+
+def test_prompt_ends_ready_for_the_reply(processor):
+    prompt, whole = processor.encode(record(), answer=False), processor.encode(record())
+    assert text_of(processor, prompt.ids).endswith("Where?<|im_end|>\n<|im_start|>assistant\n")
+    assert np.array_equal(whole.ids[: len(prompt)], prompt.ids)
+    assert np.array_equal(whole.position_ids[:, : len(prompt)], prompt.position_ids)
+    assert (prompt.targets == IGNORE).all() and whole.targets[len(prompt) - 1] != IGNORE
+    unanswered = {"video": "0.mp4", "conversations": turns("<video>\nWhere?")}
+    assert np.array_equal(processor.encode(unanswered, answer=False).ids, prompt.ids)
+
+
+def test_several_turns_a_system_turn_and_text_alone(processor):
+    messages = [{"from": "system", "value": "Be short."}, *turns("Hi", "Ho", "<image>\n<video>\nAnd?", "So")]
+    example = processor.encode({"video": "1.mp4", "image": "p.png", "conversations": messages})
+    assert text_of(processor, example.ids) == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>And?"
+        "<|im_end|>\n<|im_start|>assistant\nSo<|im_end|>\n"
+    )
+    assert trained_text(processor, example) == "Ho<|im_end|>So<|im_end|>"
+    assert example.grid_thw == [(1, 4, 6), (2, 4, 4)] and example.second_per_grid[0] == 0
+    assert example.patches.shape == (24 + 32, 1176)
+    text = processor.encode({"conversations": turns("Hi", "Ho")})
+    assert text.patches is None and text.grid_thw == [] and (text.position_ids == np.arange(len(text))).all()
+
+
+def test_typed_parts_and_their_options(processor):
+    parts = [
+        {"type": "text", "text": "First "},
+        {"type": "video", "video": "0.mp4", "nframes": 8},
+        " then ",
+        {"type": "video", "video": ["p.png", "p.png", "p.png"], "fps": 1},
+        {"type": "image", "image": "p.png", "max_pixels": 784},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}]
+    example = processor.encode({"messages": messages})
+    video, image = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
+    assert f"user\nFirst {video} then {video}{image}<|im_end|>" in text_of(processor, example.ids)
+    assert example.grid_thw == [(4, 4, 4), (2, 2, 4), (1, 2, 2)] and example.second_per_grid[1:] == [2.0, 0.0]
+    beside = {"messages": [{"role": "user", "content": "<video>Where?"}, {"role": "assistant", "content": "L"}]}
+    assert processor.encode({**beside, "videos": ["0.mp4"]}).grid_thw == [(2, 4, 4)]
+
+
+def test_lists_of_videos_and_of_frames():
+    def kinds(record):
+        return [part.paths for turn in read_turns(record, "r") for part in turn.parts if not isinstance(part, str)]
+
+    two = {"video": ["a.mp4", "b.mp4"], "conversations": turns("<video>\n<video>\n?", "!")}
+    assert kinds(two) == [("a.mp4",), ("b.mp4",)]
+    frames = {"video": ["a.png", "b.png"], "conversations": turns("<video>\n?", "!")}
+    assert kinds(frames) == [("a.png", "b.png")]
+    both = {"video": [["a.png", "b.png"], "file:///c.mp4"], "conversations": turns("<video> <video>", "!")}
+    assert kinds(both) == [("a.png", "b.png"), ("/c.mp4",)]
+    assert record_name({"id": 7}) == "7" and record_name(two) == "a.mp4"
+
+
+def as_transformers(tokenizer, example_messages, generation):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
+    text = theirs.apply_chat_template(example_messages, tokenize=False, add_generation_prompt=generation)
+    return theirs(text, add_special_tokens=False)["input_ids"]
+
+
+VIDEO = {"type": "video", "video": "0.mp4"}
+CHATS = {
+    "video": [[VIDEO, "In which direction?\n(A) Left\n(B) Right"], "Answer: (A) Left to Right"],
+    "two": [["Look: ", {"type": "image", "image": "p.png"}, VIDEO], "It’s 12 px,\n\nnaïve 你好"],
+    "turns": ["  Hello\n", "Hi!", "\tAnd\r\n\r\nso?\n", "<think>x</think><answer>(A)</answer>"],
+}
+
+
+def check_chat(processor, chat):
+    roles = ("user", "assistant")
+    ours = [{"role": roles[i % 2], "content": content} for i, content in enumerate(chat)]
+
+    def typed(content):
+        if isinstance(content, str):
+            return content
+        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+
+    theirs = [{"role": m["role"], "content": typed(m["content"])} for m in ours]
+    pads = {processor.config.video_token_id: 8, processor.config.image_token_id: 6}
+    for answer in (True, False):
+        shown = theirs if answer else theirs[:-1]
+        expected = [t for t in as_transformers(processor.backend, shown, not answer) for _ in range(pads.get(t, 1))]
+        assert processor.encode({"messages": ours}, answer=answer).ids.tolist() == expected
+
+
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_equals_the_chat_template(processor, chat):
+    check_chat(processor, chat)
+
+
+@pytest.mark.skipif(not (SHARED / "qwen2_tokenizer").exists(), reason="no Qwen2 vocabulary beside the repository")
+def test_equals_the_chat_template_with_qwens_vocabulary(clips):
+    folder = SHARED / "qwen2_tokenizer"
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    tokenizer = make_tokenizer(json.loads((folder / "vocab.json").read_text("utf-8")), merges)
+    assert [tokenizer.token_to_id(t) for t in SPECIAL[:3]] == [151643, 151644, 151645]
+    assert [tokenizer.token_to_id(t) for t in ("<|vision_start|>", "<|video_pad|>")] == [151652, 151656]
+    args = VideoArgs(image_folder=str(clips), nframes=4, video_max_pixels=3136, image_min_pixels=784)
+    processor = Processor(tokenizer, make_config(tokenizer), args)
+    for chat in CHATS.values():
+        check_chat(processor, chat)
+
+
+# -- Clips: cache, controls, length
+
+
+def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeypatch):
+    decoded = []
+    read_clip = data.read_clip
+    monkeypatch.setattr(data, "read_clip", lambda plan: decoded.append(plan.paths[0]) or read_clip(plan))
+    first, again = processor.encode(record(3)), processor.encode(record(3, answer="Right"))
+    assert len(decoded) == 1 and first.patches.data_ptr() == again.patches.data_ptr()
+    write_clip(clips / "3.mp4", ramp(30)[::-1])
+    changed = processor.encode(record(3))
+    assert len(decoded) == 2 and not torch.equal(changed.patches, first.patches)
+    small = Processor(processor.tokenizer, processor.config, replace(processor.args, cache_mb=0))
+    assert torch.equal(small.encode(record(3)).patches, changed.patches) and not small.cache.entries
+
+
+def test_cache_forgets_the_oldest():
+    cache = data.ClipCache(100)
+    for key in "abc":
+        cache.put(key, key, 40)
+    assert [cache.get(key) for key in "abc"] == [None, "b", "c"] and cache.size == 80
+    cache.get("b")
+    cache.put("d", "d", 40)
+    cache.put("e", "e", 101)
+    assert [cache.get(key) for key in "bcde"] == ["b", None, "d", None]
+    threads = [threading.Thread(target=lambda i=i: [cache.put((i, k), k, 7) for k in range(300)]) for i in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert cache.size == sum(size for _, size in cache.entries.values()) <= 100
+
+
+def test_controls_leave_the_cache_alone(processor):
+    plain = processor.encode(record())
+    before = plain.patches.clone()
+    for control in ("reversed", "shuffled", "blank"):
+        other = processor.encode(record(), control=control)
+        assert np.array_equal(other.ids, plain.ids) and not torch.equal(other.patches, before)
+        assert other.patches.shape == before.shape
+    assert processor.encode(record(), control="reversed").frame_indices == [[29, 19, 10, 0]]
+    assert torch.equal(processor.encode(record()).patches, before)
+    assert len(processor.cache.entries) == 2  # one plan, one clip
+
+
+def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor):
+    args = processor.args
+    args.nframes = 12
+    full = processor.encode(record())
+    args.max_seq_length = len(full) - 1
+    shorter = processor.encode(record())
+    assert full.grid_thw == [(6, 4, 4)] and shorter.grid_thw == [(5, 4, 4)] and len(shorter) == len(full) - 4
+    assert shorter.frame_indices == [[0, 3, 6, 10, 13, 16, 19, 23, 26, 29]]
+    assert shorter.second_per_grid == [2 / (10 / 30 * 10)]
+    assert "[12] -> [10] frames" in processor.rebudgeted["0.mp4"]
+    assert processor.length(record()) == len(shorter)
+    args.max_seq_length = len(full) - 20
+    assert processor.encode(record()).grid_thw == [(1, 4, 4)]
+    args.max_seq_length = len(full) - 21
+    with pytest.raises(TooLong, match="0.mp4: .* tokens"):
+        processor.encode(record())
+    args.overlong, args.max_seq_length = "drop", len(full) - 1
+    with pytest.raises(TooLong):
+        processor.encode(record())
+
+
+def test_overruled_options_are_told_once(processor, caplog):
+    args = processor.args
+    args.nframes, args.fps = None, 0.5
+    for i in range(3):
+        processor.encode(record(i))
+    told = [r.message for r in caplog.records]
+    assert len(told) == 2 and "fps 0.5 asks for 1.5 of 30 frames" in told[0] and "max_pixels 3136" in told[1]
+    assert sorted(processor.notes.values()) == [3, 3]
+
+
+# -- Wrong records
+
+WRONG = {
+    "0 <video> tag": {"video": "0.mp4", "conversations": turns("Where?", "L")},
+    "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
+    "1 <image> tag.* 0 image": {"conversations": turns("<image>", "L")},
+    "empty answer": {"conversations": turns("?", " \n")},
+    "unknown role 'bot'": {"conversations": turns("?", "L", roles=("human", "bot"))},
+    "expected the assistant's answer": {"conversations": turns("?")},
+    "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
+    "no conversations or messages": {"text": "?"},
+    "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
+    "no file nothing.mp4": {"video": "nothing.mp4", "conversations": turns("<video>", "L")},
+    "web address": {"video": "https://a.b/c.mp4", "conversations": turns("<video>", "L")},
+    "video is ''": {"video": "", "conversations": turns("<video>", "L")},
+    "a turn is a str": {"conversations": ["?"]},
+    "holds 5": {"conversations": [{"from": "human", "value": 5}]},
+    "unknown content part": {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+    "unknown video option 'speed'": {
+        "messages": [
+            {"role": "user", "content": [{"type": "video", "video": "0.mp4", "speed": 2}]},
+            {"role": "assistant", "content": "L"},
+        ]
+    },
+    "turn of the assistant; expected it in a user's": {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": [{**VIDEO}]}]
+    },
+    "no readable video": {"video": "broken.mp4", "conversations": turns("<video>", "L")},
+}
+
+
+@pytest.mark.parametrize("told", WRONG)
+def test_wrong_records_say_what_is_wrong(processor, told):
+    with pytest.raises(UserError, match=told) as caught:
+        processor.encode({**WRONG[told], "id": "sample 7"}, name="sample 7")
+    assert "sample 7" in str(caught.value) or "broken.mp4" in str(caught.value)
+
+
+def test_files_that_do_not_parse(tmp_path):
+    def told(name, text):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(UserError) as caught:
+            read_records(tmp_path / name)
+        return str(caught.value)
+
+    assert "a.json: line 2 column" in told("a.json", '[{"a": 1},\n{"a": }]')
+    assert "rename it" in told("b.json", '{"a": 1}\n{"a": 2}\n')
+    assert "found a JSON dict" in told("c.json", "{}")
+    assert "record 1 is a int" in told("d.json", "[{}, 1]")
+    assert "no records" in told("e.json", "[]") and "no records" in told("e.jsonl", "\n\n")
+    assert "line 4 is not JSON" in told("f.jsonl", '{"a": 1}\n\n{"a": 2}\n{"a": \n')
+    assert "line 2 is a list" in told("g.jsonl", "{}\n[]\n")
+    assert "not UTF-8" in told("h.json", b'["\xff"]')
+    with pytest.raises(UserError, match="no such file"):
+        read_records(tmp_path / "none.json")
+
+
+def test_jsonl_is_read_where_it_lies(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"i": i, "text": "ä" * (i % 7)}) + "\n" + "\n" * (i % 2) for i in range(500)))
+    records = read_records(path)
+    assert isinstance(records, JsonLines) and len(records) == 500
+    assert [r["i"] for r in records] == list(range(500)) and records[-1]["i"] == 499
+    assert [r["i"] for r in records[3:9:2]] == [3, 5, 7]
+    with pytest.raises(IndexError):
+        records[500]
+    (tmp_path / "a.json").write_text(json.dumps([{"i": 1}]))
+    assert read_records(tmp_path / "a.json") == [{"i": 1}]
+
+
+def test_where_clips_are_looked_up(tmp_path, clips):
+    args = SFT()
+    args.data_path, args.eval_data_path = "d/train.json", ""
+    assert data.media_folders(args) == ["d/videos", "d", ""]
+    args.image_folder = "x"
+    assert data.media_folders(args) == ["x", ""]
+
+
+def test_tokenizer_and_config_must_belong_together(processor):
+    wrong = replace(processor.config, video_token_id=5)
+    with pytest.raises(UserError, match="is 269 in the tokenizer, 5 in config.json"):
+        Processor(processor.tokenizer, wrong, processor.args)
+    with pytest.raises(UserError, match="tokenizer has no <.im_start.>"):
+        Processor(Tokenizer(models.BPE()), processor.config, processor.args)
+
+
+# -- python data.py FILE...
+
+
+def test_the_plan_is_printed(processor, clips):
+    processor.args.nframes = 8  # of three seconds: 2.67 a second
+    question = [{"type": "video", "path": str(clips / "0.mp4")}, "Where?"]
+    text = "\n".join(data.describe("0.mp4", processor, {"messages": [{"role": "user", "content": question}]}))
+    assert "30 frame(s), 64 x 64, 10 fps" in text and "0 4 8 12 17 21 25 29" in text
+    assert "56 x 56, grid 4 x 4 x 4 patches, 16 tokens" in text and "time ids  0 1 3 4" in text
+    assert "WARNING" not in text
+    plan = ClipPlan("video", ("a",), (0,) * 8, (0.0,) * 8, (56, 56), (64, 64), 30, 30.0, 8.0)
+    lines = data.describe_time(plan, processor.config)
+    assert "time ids  0 0 1 1" in lines[0] and "2 grid step(s) share the time id" in lines[1]
+    with pytest.raises(UserError, match="found no file"):
+        data.main([])
+
+
+def test_the_plan_of_a_dataset(processor, clips):
+    records = [record(i, answer="x" * i) for i in range(1, 4)]
+    records.append({"video": "broken.mp4", "conversations": turns("<video>", "L")})
+    (clips / "d.json").write_text(json.dumps(records))
+    lines = data.describe_dataset(str(clips / "d.json"), processor)
+    lengths = [processor.length(r) for r in records[:3]]
+    assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
+    assert len(lines) == 3 and "sample 3: " in lines[2] and "no readable video" in lines[2]
