@@ -1,0 +1,320 @@
+"""DeepSpeed ZeRO-2, driven directly: an update for any number of ranks and micro-batches, and its state by name.
+
+What DeepSpeed 0.19.8 does, and what follows for us:
+- backward divides by its own gradient_accumulation_steps (we say scale_wrt_gas=False) and gradients are averaged over
+  the ranks (we multiply the loss by their number), so that sum / global count is the gradient of the one big batch;
+- every backward reduces at once, so all ranks must make the same number of them, over the same parameters in the same
+  order: a rank with fewer micro-batches adds blank ones of weight 0;
+- a gradient that is not finite skips the update, in every precision; the gradient norm is then inf;
+- its own checkpoints are pickles, one a rank; ours are whole tensors under their names, for any number of ranks.
+"""
+
+import json
+import logging
+import math
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+# Before deepspeed is imported: it drives the CPU only where there is nothing else; left to guess, it warns.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from batch import pack
+from lora import param_groups
+from model import UserError
+
+BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
+SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while saving
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
+
+
+# Processes
+
+
+# One process and its own port (0: whichever is free). Without these variables deepspeed looks for MPI.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def start_processes():
+    """Join the other processes, or be the only one: `python x.py` and `deepspeed x.py` share one path.
+
+    Returns this process's device.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(ALONE)
+    local = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    else:  # the processes of a machine share its cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
+    # The shared-memory collectives are for inference; at first use they would be compiled for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of, the loops tell themselves
+    # One rank may write a large checkpoint while the others wait.
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=30))
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def leave_processes():
+    deepspeed.comm.destroy_process_group()
+    if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
+        for name in ALONE:
+            del os.environ[name]
+
+
+def _reduce(values, device, op):
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total, op)
+    return total.tolist()
+
+
+def global_sum(values, device):
+    """[numbers of this rank] -> [their sums over all ranks], in one reduction."""
+    return _reduce(values, device, torch.distributed.ReduceOp.SUM)
+
+
+def global_max(values, device):
+    return _reduce(values, device, torch.distributed.ReduceOp.MAX)
+
+
+# The engine
+
+
+def precision(cfg, device):
+    """(dtype of weights and activations, why)."""
+    if cfg.fp16 and cfg.bf16:
+        raise UserError("--fp16: found True beside --bf16 True, expected one of them")
+    if cfg.fp16:
+        if device.type == "cpu":
+            raise UserError("--fp16: found True on a machine without a GPU, expected False; fp32 is the default there")
+        return torch.float16, "--fp16, with loss scaling"
+    if cfg.bf16 is not None:
+        return (torch.bfloat16 if cfg.bf16 else torch.float32), f"--bf16 {cfg.bf16}"
+    if device.type == "cpu":
+        return torch.float32, "CPU: bf16 is slower there"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU computes in bf16"
+    return torch.float32, "this GPU has no bf16; --fp16 True halves the memory"
+
+
+def deepspeed_config(cfg, device, dtype, world, count):
+    """Our ZeRO-2 settings with those of the --deepspeed file over them. count: parameters trained.
+
+    Returns (config, notes to tell the user).
+    """
+    cuda = device.type == "cuda"
+    bucket = min(count + 1024, BUCKET)  # a buffer of this size is made anew in every backward
+    zero = {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda and world > 1,
+        "reduce_scatter": cuda,  # gloo has none
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,
+    }
+    if cfg.offload_optimizer and cuda:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": cfg.max_grad_norm,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW; its fused form runs on CPU memory too, so that
+        "zero_force_ds_cpu_optimizer": False,  # offloading has no C++ to compile
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches are summed in fp32
+        "communication_data_type": "fp32",  # so are ranks
+    }
+    notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
+    if cfg.deepspeed:
+        notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
+    if config["zero_optimization"].get("stage") not in (1, 2):
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is not 1 or 2; this trainer runs ZeRO-1 and ZeRO-2")
+    return config, notes
+
+
+def deepspeed_file(path):
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed: {path} cannot be read ({error.strerror}); without it you get ZeRO-2") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--deepspeed: {path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--deepspeed: {path} holds no JSON object, expected DeepSpeed's settings")
+    return found
+
+
+# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2.
+ELSEWHERE = {
+    "optimizer": "AdamW is set by --learning_rate, --adam_beta1 …",
+    "scheduler": "the schedule is set by --lr_scheduler_type, --warmup_ratio",
+    "train_batch_size": "see --per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
+    "gradient_accumulation_steps": "see --gradient_accumulation_steps",
+    "offload_param": "DeepSpeed reads it in ZeRO-3 only",
+}
+
+
+def merge(ours, theirs, source):
+    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect."""
+    notes = []
+    for key, value in theirs.items():
+        if value == "auto":
+            continue
+        if key in ELSEWHERE:
+            notes.append(f"{source}: {key} has no effect: {ELSEWHERE[key]}")
+        elif isinstance(value, dict):
+            notes += merge(ours.setdefault(key, {}), value, source)
+        else:
+            ours[key] = value
+    return notes
+
+
+def build_engine(model, cfg, device, dtype):
+    """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, notes to tell)."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups = param_groups(model, cfg)
+    for group in groups:
+        group["base_lr"] = group["lr"]  # the peak; lr follows the schedule
+    config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    engine.train()
+    return engine, notes
+
+
+def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
+    """Share of the peak learning rate in step 0 … total-1.
+
+    The warm-up rises by equal amounts, from above 0 to below 1. After it, "cosine" and "linear" fall from 1 towards
+    `floor`, which they would reach in step `total`; "constant" stays 1.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    fall = 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (1 - floor) * fall
+
+
+def set_lr(engine, factor):
+    """Every group at `factor` of its peak. Returns the last group's rate: the language model's, if that is trained."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return engine.optimizer.param_groups[-1]["lr"]
+
+
+def update(engine, micro_batches, loss_of):
+    """One optimizer step over this rank's micro-batches. Every rank must call it.
+
+    loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
+    Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
+    """
+    world = torch.distributed.get_world_size()
+    micro_batches = list(micro_batches)
+    (count,) = global_max([len(micro_batches)], engine.device)
+    for i in range(int(count)):
+        engine.set_gradient_accumulation_boundary(i == count - 1)
+        if i < len(micro_batches):
+            loss = loss_of(micro_batches[i])
+        else:
+            loss = 0.0 * engine(pack([]).to(engine.device)).sum()
+        engine.backward(loss * world, scale_wrt_gas=False)
+    engine.step()
+    return float(engine.get_global_grad_norm()), engine.was_step_applied()
+
+
+# The state, by parameter name. Each rank owns a run of the flat fp32 weights of each parameter group, and its moments;
+# parameters know which piece of them is whose (_hp_mapping, deepspeed/utils/tensor_fragment.py).
+
+
+def owned(zero, param, key):
+    """This rank's piece of a parameter's state: (where in the flat parameter, view of it), or None if it has none.
+
+    key: "weight" or one of MOMENTS.
+    """
+    place = param._hp_mapping
+    if place is None:
+        return None
+    whole = zero.single_partition_of_fp32_groups[place.param_group_index]
+    source = whole.data if key == "weight" else zero.optimizer.state[whole][key]
+    mine, theirs = place.hp_fragment_address, place.lp_fragment_address
+    return slice(theirs.start, theirs.start + theirs.numel), source.narrow(0, mine.start, mine.numel)
+
+
+def trained(engine):
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def whole_state(engine):
+    """Yields (key/name, whole fp32 tensor on the CPU): fp32 weights and moments. Every rank must run it to its end."""
+    zero = engine.optimizer
+    keys = ("weight", *MOMENTS) if updates_made(engine) else ("weight",)
+    for name, param in trained(engine):
+        for key in keys:
+            full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+            piece = owned(zero, param, key)
+            if piece is not None:
+                full[piece[0]] = piece[1].to(param.device)
+            torch.distributed.all_reduce(full)
+            yield f"{key}/{name}", full.view(param.shape).cpu()
+
+
+def save_state(state, folder):
+    """Write what whole_state yields into folder, as optimizer-00000.safetensors and so on."""
+    shard, size, number = {}, 0, 0
+    for name, tensor in state:
+        shard[name], size = tensor, size + tensor.nbytes
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+    if shard:
+        save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+
+
+def updates_made(engine):
+    """AdamW's own count of its updates: a skipped step is none."""
+    state = engine.optimizer.optimizer.state.get(engine.optimizer.single_partition_of_fp32_groups[0], {})
+    return int(state["step"]) if state else 0
+
+
+def load_state(engine, folder, updates):
+    """Put weights and moments back. updates: what updates_made() was. UserError if this model trains other tensors."""
+    zero = engine.optimizer
+    keys = ("weight", *MOMENTS) if updates else ("weight",)
+    if updates:
+        for flat in zero.single_partition_of_fp32_groups:
+            step = torch.tensor(float(updates), device=flat.device)
+            zero.optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+    left = {f"{key}/{name}": (param, key) for name, param in trained(engine) for key in keys}
+    for file in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
+                put_back(zero, left.pop(name, None), name, shard.get_tensor(name), file)
+    if left:
+        raise UserError(f"{folder}: has no {next(iter(left))}, which this model trains; resume with that run's flags")
+    zero.update_lp_params()
+
+
+def put_back(zero, place, name, tensor, file):
+    if place is None or tensor.shape != place[0].shape:
+        found = "nothing of that name" if place is None else list(place[0].shape)
+        raise UserError(f"{file}: {name} {list(tensor.shape)}: the model trains {found}; resume with that run's flags")
+    piece = owned(zero, *place)
+    if piece is not None:
+        piece[1].copy_(tensor.flatten()[piece[0]])

@@ -1,0 +1,397 @@
+"""SFT on a tiny random checkpoint: the update, resuming, checkpoints, signals, bad numbers, the seed's command."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import conftest  # noqa: F401 (sets the environment before torch is imported)
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import generate
+import train_sft
+import trainer
+from assets.make_tiny import init
+from checkpoint import find_adapter, newest_checkpoint, what_is_broken
+from config import SFT
+from engine import deepspeed_config, lr_factor
+from model import UserError
+from model.qwen2_5_vl import Qwen2_5_VL
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random checkpoint with its tokenizer, and 16 clips with 4 text-only records among them."""
+    folder = tmp_path_factory.mktemp("sft")
+    init(folder / "tiny")
+    monkey = pytest.MonkeyPatch()
+    flags = ["--output_dir", str(folder / "data"), "--num_samples", "20", "--split", "0.8", "--video_length", "12"]
+    monkey.setattr(sys, "argv", ["generate.py", *flags])
+    generate.main()
+    monkey.undo()
+    records = json.loads((folder / "data/train.json").read_text())
+    for i in (2, 3, 9, 14):
+        turns = [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": f"{i}"}]
+        records.insert(i, {"id": f"text-{i}", "conversations": turns})
+    (folder / "data/mixed.json").write_text(json.dumps(records))
+    return folder
+
+
+def flags_for(base, output, **options):
+    given = {"model_id": base / "tiny", "data_path": base / "data/mixed.json", "eval_data_path": "none"}
+    given |= {"output_dir": output, "max_steps": 5, "per_device_train_batch_size": 8, "logging_steps": 100}
+    given |= {"nframes": 4, "save_steps": 100}
+    return [part for name, value in (given | options).items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def sft(base, tmp_path, monkeypatch):
+    """sft(name, flag=value, …) runs train_sft in this process and returns the run's folder."""
+
+    def run(name, **options):
+        monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags_for(base, tmp_path / name, **options)])
+        try:
+            train_sft.main()
+        finally:
+            if torch.distributed.is_initialized():
+                trainer.leave_processes()
+        return tmp_path / name
+
+    return run
+
+
+def metrics(folder, *names):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[n] for n in names) for line in lines if names[0] in line]
+
+
+def weights(folder):
+    state = load_file(folder / "optimizer-00000.safetensors")
+    return {name: tensor for name, tensor in state.items() if name.startswith("weight/")}
+
+
+def steps_kept(folder):
+    return [checkpoint.step_of(p) for p in checkpoint.checkpoints(folder)]
+
+
+# The update
+
+
+@pytest.fixture(scope="session")
+def two_ranks(base):
+    """A run of two processes x accumulation 2 x 2 samples, by the deepspeed launcher; one rank may have no clip."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29641"]
+    flags = flags_for(base, base / "two", **options)
+    done = subprocess.run([*launcher, "train_sft.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return base / "two"
+
+
+def test_two_ranks_times_accumulation_two_equals_one_big_batch(sft, two_ranks):
+    one = sft("one", save_steps=3)
+    names = "loss", "token_accuracy", "grad_norm", "answer_tokens"
+    for mine, theirs in zip(metrics(one, *names), metrics(two_ranks, *names), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    mine, theirs = weights(one / "checkpoint-5"), weights(two_ranks / "checkpoint-5")
+    assert mine.keys() == theirs.keys() and len(mine) > 40
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_run_saved_on_two_ranks_goes_on_on_one(sft, two_ranks, tmp_path):
+    shutil.copytree(two_ranks, tmp_path / "on")
+    shutil.rmtree(tmp_path / "on/checkpoint-5")
+    on = sft("on", resume=True, per_device_train_batch_size=2, save_steps=3)  # accumulation becomes 4: 8 samples a step
+    assert metrics(on, "step") == [(i,) for i in range(1, 6)]
+    mine, theirs = weights(on / "checkpoint-5"), weights(two_ranks / "checkpoint-5")
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-5
+
+
+def test_packing_by_tokens_gives_the_same_update(sft):
+    whole, packed = sft("whole"), sft("packed", pack_tokens=400)
+    assert metrics(packed, "loss") == [pytest.approx(m, abs=1e-5) for m in metrics(whole, "loss")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
+        {"lora_enable": False, "tune_merger": True},
+        {"vision_lora": False, "merger_lora": False, "vision_lr": 1e-4, "lora_dropout": 0.1},
+        {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2},
+    ],
+    ids=["full", "merger only", "llm adapters", "bf16 recomputed"],
+)
+def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
+    folder = sft("run", **options, max_steps=12, save_total_limit=1)
+    losses = [loss for (loss,) in metrics(folder, "loss")]
+    assert losses[-1] < losses[0]
+    last = newest_checkpoint(folder)
+    if options.get("lora_enable", True):
+        assert find_adapter(folder) == last
+    else:
+        trained, before = (Qwen2_5_VL.from_pretrained(p).state_dict() for p in (last, base / "tiny"))
+        changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+        merger = {name for name in trained if name.startswith("visual.merger.")}
+        assert changed == (set(trained) if not options.get("freeze_llm", True) else merger)
+        assert (last / "tokenizer.json").exists()
+
+
+def test_the_schedule():
+    cosine = partial(lr_factor, total=10, kind="cosine", warmup=2, floor=0.1)
+    assert [cosine(0), cosine(1), cosine(2)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert cosine(6) == pytest.approx(0.55)  # half of the way down
+    assert cosine(10) == pytest.approx(0.1)
+    linear = [lr_factor(step, 4, "linear") for step in range(5)]
+    assert linear == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert [lr_factor(step, 4, "constant", warmup=1) for step in range(4)] == [0.5, 1, 1, 1]
+    assert lr_factor(0, 1, "cosine") == 1.0
+
+
+def test_a_deepspeed_file_overrides_ours_and_tells_what_has_no_effect(tmp_path):
+    path = tmp_path / "zero2.json"
+    zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}, "allgather_bucket_size": 4096}
+    path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": {"type": "Adam"}}))
+    cfg = SFT(deepspeed=str(path))
+    config, notes = deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+    assert config["zero_optimization"]["allgather_bucket_size"] == 4096
+    assert config["zero_optimization"]["reduce_bucket_size"] == 2024
+    assert [note.split(": ")[1].split()[0] for note in notes] == ["offload_param", "optimizer"]
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match="stage"):
+        deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+
+
+# Resume
+
+
+def test_resume_goes_on_bit_for_bit(sft):
+    names = "step", "loss", "token_accuracy", "grad_norm", "lr"
+    options = {"max_steps": 7, "save_steps": 2, "save_total_limit": "none", "lora_dropout": 0.1}
+    whole, broken = sft("whole", **options), sft("broken", **options)
+    for step in (6, 7):
+        shutil.rmtree(broken / f"checkpoint-{step}")
+    (broken / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # killed while it wrote
+    sft("broken", **options, resume=True)
+    assert metrics(broken, *names) == metrics(whole, *names)
+    for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
+        assert (whole / "checkpoint-7" / name).read_bytes() == (broken / "checkpoint-7" / name).read_bytes()
+
+
+def test_a_broken_checkpoint_is_told_and_the_one_before_it_taken(sft, capfd):
+    options = {"save_steps": 2, "save_total_limit": "none"}
+    folder = sft("run", **options)
+    before = metrics(folder, "loss")
+    (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
+    damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
+    assert "is missing" in what_is_broken(folder / "checkpoint-5")
+    assert newest_checkpoint(folder) == folder / "checkpoint-2"
+    assert "SHA-256" in capfd.readouterr().err
+    sft("run", **options, resume=True)
+    assert metrics(folder, "loss") == before and what_is_broken(folder / "checkpoint-5") is None
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-3"
+    checkpoint.write_whole(folder, lambda beside: (beside / "a.json").write_text("1"))
+    assert what_is_broken(folder) is None
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_whole(folder, lambda beside: (beside / "a.json").write_text("2"))
+    assert (folder / "a.json").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(sft, monkeypatch):
+    fill, calls = trainer.fill, []
+
+    def fill_twice(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        fill(*args)
+
+    monkeypatch.setattr(trainer, "fill", fill_twice)
+    with pytest.raises(UserError, match="checkpoint-4: cannot be written .*No space left.*resume"):
+        sft("run", save_steps=2)
+    monkeypatch.undo()
+
+
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monkeypatch):
+    whole = sft("whole")
+    check = trainer.check_numbers
+
+    def stop_at_three(run, step, *rest):
+        check(run, step, *rest)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "check_numbers", stop_at_three)
+        with pytest.raises(SystemExit) as stopped:
+            sft("run")
+    folder = whole.with_name("run")
+    assert stopped.value.code == 143 and steps_kept(folder) == [3]
+    sft("run", resume=True)
+    assert metrics(folder, "loss") == metrics(whole, "loss")
+
+
+# The folder
+
+
+def test_a_folder_with_a_run_is_refused_then_overwritten(sft, tmp_path):
+    folder = sft("run", max_steps=2, save_steps=1, save_total_limit="none")
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="already holds a run.*--resume or --overwrite"):
+        sft("run")
+    assert (folder / "metrics.jsonl").read_text() == before
+    sft("run", overwrite=True, max_steps=1)
+    assert steps_kept(folder) == [1] and metrics(folder, "step") == [(1,)]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/train.json").write_text("[]")
+    with pytest.raises(UserError, match="other things .train.json"):
+        sft("other")
+
+
+def test_two_runs_into_one_folder(tmp_path):
+    first = trainer.claim(tmp_path / "run", SFT())
+    with pytest.raises(UserError, match="another process"):
+        trainer.claim(tmp_path / "run", SFT(resume=True))
+    first.close()
+    trainer.claim(tmp_path / "run", SFT())
+
+
+def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
+    scores = iter([0.2, 0.6, 0.4, 0.5, 0.1, 0.3])
+    monkeypatch.setattr(train_sft, "evaluate", lambda *args: {"accuracy": next(scores), "count": 4})
+    val = base / "data/val.json"
+    folder = sft("run", max_steps=6, eval_steps=1, save_steps=1, save_total_limit=2, eval_data_path=val)
+    assert steps_kept(folder) == [2, 5, 6]
+    assert json.loads((folder / "best.json").read_text()) == {"step": 2, "accuracy": 0.6}
+    assert find_adapter(folder) == folder / "checkpoint-2"
+
+
+def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
+    folder = sft("run", max_steps=2, eval_data_path=base / "data/val.json", max_new_tokens=12, eval_steps=1)
+    assert [count for _, count in metrics(folder, "eval_accuracy", "eval_count")] == [4, 4]
+    assert json.loads((folder / "best.json").read_text())["step"] in (1, 2)
+
+
+def test_find_adapter_names_what_is_there(sft, base, tmp_path, monkeypatch):
+    folder = sft("output/run", max_steps=1)
+    monkeypatch.chdir(tmp_path)
+    assert find_adapter("").resolve() == (folder / "checkpoint-1").resolve()
+    assert find_adapter("", besides=folder) is None
+    assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
+    with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
+        find_adapter(folder / "checkpoint-19")
+    with pytest.raises(UserError, match="whole model.*--model_id"):
+        find_adapter(base / "tiny")
+
+
+def test_a_run_goes_on_from_an_adapter_and_keeps_it(sft):
+    first = sft("first", max_steps=3)
+    second = sft("second", model_ckpt=first, max_steps=2)
+    assert metrics(second, "loss")[0][0] < metrics(first, "loss")[0][0]
+    folders = second / "start_adapter", first / "checkpoint-3"
+    start, end = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(start[name], end[name]) for name in end)
+
+
+# Bad numbers, bad samples
+
+
+def nan_in(steps, real):
+    calls = []
+
+    def micro_loss(*args):
+        calls.append(args)
+        return real(*args) * (float("nan") if len(calls) in steps else 1.0)
+
+    return micro_loss
+
+
+def test_a_step_with_nan_changes_nothing_and_the_run_goes_on(sft, monkeypatch, capfd):
+    monkeypatch.setattr(train_sft, "micro_loss", nan_in({2}, train_sft.micro_loss))
+    folder = sft("run", max_steps=3, save_steps=1, save_total_limit="none")
+    one, two, three = (weights(folder / f"checkpoint-{i}") for i in (1, 2, 3))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(two[name], three[name]) for name in two)
+    assert all(tensor.isfinite().all() for tensor in three.values())
+    assert metrics(folder, "updated") == [(True,), (False,), (True,)]
+    assert "step 2: loss" in capfd.readouterr().out
+
+
+def test_many_nans_in_a_row_stop_the_run_and_the_last_checkpoint_is_intact(sft, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "micro_loss", nan_in(range(3, 99), train_sft.micro_loss))
+    with pytest.raises(UserError, match="5 steps in a row.*checkpoint-6"):
+        sft("run", max_steps=20, save_steps=2, save_total_limit=1)
+    last = newest_checkpoint(tmp_path / "run")
+    assert checkpoint.step_of(last) == 6 and all(tensor.isfinite().all() for tensor in weights(last).values())
+
+
+def test_a_step_whose_samples_are_all_broken_is_defined_and_logged(sft, base, tmp_path, capfd):
+    records = json.loads((base / "data/train.json").read_text())[:3]
+    (tmp_path / "videos").mkdir()
+    for record in records:
+        shutil.copyfile(base / "data/videos" / record["video"], tmp_path / "videos" / record["video"])
+    (tmp_path / "videos" / records[1]["video"]).write_bytes(b"")
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    options = {"data_path": tmp_path / "train.json", "max_skip_share": 0.5, "per_device_train_batch_size": 1}
+    folder = sft("run", **options, max_steps=3)
+    (empty,) = [line for line in metrics(folder, "answer_tokens", "loss", "updated") if line[0] == 0]
+    assert empty == (0, None, False) and "no answer tokens" in capfd.readouterr().out
+    # one empty micro-batch among three
+    together = sft("together", **options, max_steps=1, gradient_accumulation_steps=3)
+    assert metrics(together, "updated", "skipped") == [(True, 1)]
+    with pytest.raises(UserError, match="max_skip_share"):
+        sft("strict", **(options | {"max_skip_share": 0.05}), max_steps=3)
+
+
+# The seed's command
+
+
+def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
+    """Its SFT command with our paths; two of its flags (bf16, output_dir) are as given."""
+    zero2 = {"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
+    zero2["zero_optimization"] = {"stage": 2, "offload_param": {"device": "cpu"}, "overlap_comm": False}
+    (tmp_path / "zero2_offload.json").write_text(json.dumps(zero2))
+    folder = sft(
+        "video_lora", use_liger=True, deepspeed=tmp_path / "zero2_offload.json", data_path=base / "data/train.json",
+        image_folder=base / "data/videos", remove_unused_columns=False, freeze_vision_tower=True, freeze_llm=True,
+        tune_merger=False, bf16=True, lora_enable=True, vision_lora=True, lora_rank=64, lora_alpha=64,
+        lora_dropout=0.05, num_lora_modules=-1, lora_namespan_exclude="['lm_head','embed_tokens']",
+        disable_flash_attn2=True, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=1,
+        gradient_accumulation_steps=5, video_max_pixels=4096, fps=1, learning_rate=2e-4, weight_decay=0.0,
+        warmup_ratio=0.03, lr_scheduler_type="cosine", logging_steps=1, tf32=True, gradient_checkpointing=True,
+        report_to="none", lazy_preprocess=True, save_strategy="steps", save_steps=5, save_total_limit=2,
+        dataloader_num_workers=2,
+    )  # fmt: skip
+    assert metrics(folder, "step")[-1] == (4,) and steps_kept(folder) == [4]  # 16 clips, 5 a step
+    config = json.loads((folder / "checkpoint-4/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (64, 64)
+    shown = capfd.readouterr().out
+    for words in ("bfloat16", "--use_liger has no effect", "offload_param has no effect", "learning_rate=0.0002"):
+        assert words in shown, shown
+
+
+def test_bad_input_is_one_line_and_exit_code_2(base, tmp_path):
+    flags = flags_for(base, tmp_path / "run", data_path=tmp_path / "none.json")
+    command = [sys.executable, "train_sft.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "none.json" in done.stderr

@@ -1,0 +1,129 @@
+"""Supervised fine-tuning: the model learns to give the dataset's answers. Read it from top to bottom.
+
+    python train_sft.py                                        the embedded model on data/synthetic_videos
+    deepspeed train_sft.py --config configs/qwen_3b_sft.py     all GPUs of the machine
+    deepspeed --num_gpus 2 train_sft.py                        two processes, on a CPU too
+    python train_sft.py --output_dir output/video_lora --resume
+
+loss = - sum of log p(answer token) / number of answer tokens, both over the whole global batch: how it is cut into
+micro-batches and ranks changes nothing.
+"""
+
+# ruff: noqa: E402
+from config import SFT, cli, parse
+
+if __name__ == "__main__":
+    cli(lambda: parse(SFT))  # before torch is imported, so that --help and a mistyped flag answer at once
+
+import time
+from functools import partial
+
+import torch
+
+from data import Loader, Processor, load_tokenizer, read_records
+from engine import update
+from model.loss import IGNORE, target_logprobs
+from model.qwen2_5_vl import resolve_folder
+from runlog import Log
+from trainer import (
+    build_model,
+    check_numbers,
+    evaluate,
+    finish,
+    held_out_records,
+    is_due,
+    launch,
+    save,
+    schedule,
+    start,
+    total_steps,
+)
+
+
+def main():
+    cfg = parse(SFT)
+    records, held_out = read_records(cfg.data_path), held_out_records(cfg)
+    run = launch(cfg)
+    model = build_model(cfg, run)
+    tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
+    processor = Processor(tokenizer, model.config, cfg)
+    loader = Loader(records, processor, cfg, rank=run.rank, world_size=run.world)
+    total = total_steps(cfg, loader)
+    run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
+    engine = start(run, model, total)
+    log = Log(run, total)
+    batches = loader.iterate(run.step, total)
+
+    for step in range(run.step + 1, total + 1):
+        began = time.perf_counter()
+        micro_batches = next(batches)
+        waited = time.perf_counter() - began
+
+        # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
+        run.seed_step(step)
+        lr = schedule(engine, cfg, step - 1, total)
+        answers, tokens, skipped = run.sum(*count(micro_batches), len(loader.skipped))
+        sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of -log p, and of tokens guessed right
+        loss = accuracy = grad_norm = None
+        updated = False
+        if answers:
+            loss_of = partial(micro_loss, engine, answers, sums)
+            grad_norm, updated = update(engine, micro_batches, loss_of)
+            loss, accuracy = (x / answers for x in run.sum(*sums.tolist()))
+        check_numbers(run, step, loss, grad_norm, updated)
+
+        run.step = step
+        metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": accuracy}
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "updated": updated, "answer_tokens": answers, "skipped": skipped}
+        log.step(step, metrics, time.perf_counter() - began, waited, tokens)
+
+        # answer accuracy, checkpoint, end
+        better = False
+        if held_out and is_due(cfg.eval_steps, step, total):
+            better = evaluate_and_tell(run, model, processor, held_out, log)
+        stop = run.stop_requested()
+        every = {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+        if better or stop or is_due(every, step, total):
+            save(run, engine, step)
+        if stop:
+            break
+
+    log.close()
+    finish(run, total)
+
+
+def micro_loss(engine, answers, sums, packed):
+    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged."""
+    model = engine.module
+    rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
+    packed, rows = packed.to(engine.device), rows.to(engine.device)
+    hidden = engine(packed)  # (T, C)
+    logprobs, _, right = target_logprobs(hidden[rows], model.head_weight, packed.targets[rows])
+    sums += torch.stack([-logprobs.detach().sum(), right.sum()])
+    return -logprobs.sum() / answers
+
+
+def count(micro_batches):
+    """(answer tokens, all tokens) of this rank's share of a step."""
+    return sum(int((m.targets != IGNORE).sum()) for m in micro_batches), sum(len(m.input_ids) for m in micro_batches)
+
+
+def evaluate_and_tell(run, model, processor, held_out, log):
+    """Log answer accuracy after this step; True if it is the best so far (of equals the latest)."""
+    began = time.perf_counter()
+    found = evaluate(run, model, processor, held_out)
+    seconds = time.perf_counter() - began
+    log.write(run.step, {"eval_accuracy": found["accuracy"], "eval_count": found["count"], "eval_seconds": seconds})
+    if found["accuracy"] is None:
+        return False
+    better = run.best is None or found["accuracy"] >= run.best["accuracy"]
+    if better:
+        run.best = {"step": run.step, "accuracy": found["accuracy"]}
+    mark = ", the best so far" if better else ""
+    text = f"answers right: {found['accuracy']:.1%} of {found['count']} held-out samples{mark}  ({seconds:.1f} s)"
+    run.say(f"step {run.step:>6}  {text}")
+    return better
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,434 @@
+"""What both training loops share: the run's folder, model, log, evaluation, checkpoints and resume.
+
+    run = launch(cfg)                    processes, device, the folder claimed, the checkpoint to go on from
+    model = build_model(cfg, run)        base, adapter, what is trained
+    engine = start(run, model, total)    DeepSpeed (engine.py), state put back, the facts of the run told (runlog.py)
+    evaluate(…), save(run, engine, …)    accuracy by free generation; a checkpoint, whole or absent (checkpoint.py)
+    finish(run)
+
+Every step seeds the random numbers from (seed, step, rank): dropout and sampling do not depend on how often the run was
+evaluated or interrupted, and there is no generator state to carry over.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+import checkpoint
+from checkpoint import BEST, RUN, STATE, read_json, write_json
+from config import as_dict, inert
+from data import pack
+from engine import (
+    build_engine,
+    global_max,
+    global_sum,
+    leave_processes,
+    load_state,
+    lr_factor,
+    precision,
+    save_state,
+    set_lr,
+    start_processes,
+    updates_made,
+    whole_state,
+)
+from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
+from model import UserError
+from model.decode import Sampling, generate
+from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
+from records import read_records
+from rewards import is_correct, sample_from_record
+from runlog import METRICS, cut_after, describe, machine, say, versions
+
+LOCK, START = "run.lock", "start_adapter"
+OURS = (RUN, BEST, METRICS, "rollouts.jsonl", "report.html")  # what --overwrite removes, beside checkpoints and START
+BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
+SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
+EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
+
+
+@dataclass
+class Run:
+    """One process of one training run."""
+
+    cfg: object
+    script: str
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    lock: object = None  # open file: the folder is ours while it lives (rank 0)
+    source: Path | None = None  # checkpoint to go on from
+    adapter: Path | None = None  # adapter that the run began with
+    state: dict = field(default_factory=dict)  # its trainer_state.json
+    step: int = 0  # steps done
+    best: dict | None = None  # {"step", "accuracy"}
+    bad: int = 0  # steps in a row without an update
+    signal: int = 0  # SIGINT or SIGTERM, once it came
+    handlers: dict = field(default_factory=dict)  # what took these signals before
+    notes: list = field(default_factory=list)  # to tell at the start
+
+    rank = property(lambda self: torch.distributed.get_rank())
+    world = property(lambda self: torch.distributed.get_world_size())
+
+    def say(self, text):
+        if self.rank == 0:
+            say(text)
+
+    def sum(self, *values):
+        return global_sum(values, self.device)
+
+    def seed_step(self, step):
+        """Random numbers of this step and rank: torch's, CPU and GPU."""
+        torch.manual_seed(self.cfg.seed + 1_000_003 * (step + 1) + 7_919 * self.rank)
+
+    def stop_requested(self):
+        """The number of the signal that any rank was sent, else 0. Every rank must ask."""
+        return int(global_max([self.signal], self.device)[0])
+
+
+# Start
+
+
+def launch(cfg):
+    """Processes, device, seed; the run's folder claimed; with --resume the checkpoint found.
+
+    Nothing in the folder is changed yet (start() does). UserError if it holds something and neither --overwrite nor
+    --resume is given, or if another process trains in it.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    lock = claim(Path(cfg.output_dir), cfg) if first else None
+    device = start_processes()
+    dtype, reason = precision(cfg, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
+    script = Path(sys.argv[0]).stem
+    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock)
+    if cfg.resume:
+        find_source(run)
+    return run
+
+
+def claim(folder, cfg):
+    """Make the folder and lock it for this process; the lock ends with the process, however it ends."""
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume: found beside --overwrite, expected one of them: go on, or start anew")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output_dir: another process trains in {folder}; wait for it or choose another") from None
+    except OSError as error:
+        raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
+    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
+    if others and not (cfg.resume or cfg.overwrite):
+        what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
+        raise UserError(f"--output_dir: {folder} already holds {what}, expected nothing; --resume or --overwrite")
+    return lock
+
+
+def find_source(run):
+    """--resume: the newest whole checkpoint, and the flags that must follow it."""
+    newest = checkpoint.newest_checkpoint(run.folder) if run.rank == 0 else None
+    (step,) = global_max([-1 if newest is None else checkpoint.step_of(newest)], run.device)
+    if step < 0:
+        run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
+        return
+    run.source = run.folder / f"checkpoint-{int(step)}"
+    run.state = read_json(run.source / STATE)
+    run.step, run.best = run.state["step"], run.state["best"]
+    keep_batch(run)
+    run.notes.append(f"--resume: going on from {run.source}")
+    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "deepspeed"}
+    for name, value in run.state["config"].items():
+        now = as_dict(run.cfg).get(name)
+        if now != value and name not in ignore:
+            run.notes.append(f"--resume: {name} was {value!r} in that run and is {now!r} now")
+
+
+def samples_per_step(cfg, world):
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world
+
+
+def keep_batch(run):
+    """On another number of ranks a resumed run keeps its samples per step, by another accumulation."""
+    cfg, wanted = run.cfg, run.state["samples_per_step"]
+    at_once = cfg.per_device_train_batch_size * run.world
+    if wanted % at_once:
+        text = f"found {at_once // run.world} on {run.world} ranks, expected a product that divides {wanted}"
+        raise UserError(f"--per_device_train_batch_size: {text}, the samples a step of the run that is resumed")
+    cfg.gradient_accumulation_steps = wanted // at_once
+
+
+def build_model(cfg, run):
+    """The base on its device, with the adapter of --model_ckpt or a fresh one, and exactly what the flags name trained.
+
+    When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
+    """
+    model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    if run.source and (run.folder / START).exists():
+        run.adapter = run.folder / START
+    elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
+        run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder)
+    if run.adapter:
+        found = load_adapter(model, run.adapter)
+        run.notes.append(f"adapter of {run.adapter}: rank {found.lora_rank}, alpha {found.lora_alpha:g}")
+        for name in ("lora_rank", "lora_alpha"):
+            if name in cfg.given and getattr(cfg, name) != getattr(found, name):
+                run.notes.append(f"--{name} has no effect: the adapter has its own")
+    else:
+        inject(model, cfg)
+    set_trainable(model, cfg)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    return model
+
+
+def start(run, model, total):
+    """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
+    engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
+    run.notes += [*notes, *inert(run.cfg)]
+    if run.source:
+        load_state(engine, run.source, run.state["updates"])
+        if run.state["loss_scale"]:
+            engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
+    if run.rank == 0:
+        prepare_folder(run)
+        for line in describe(run, model, total, warmup_steps(run.cfg, total)):
+            run.say(line)
+    watch_signals(run)
+    return engine
+
+
+def prepare_folder(run):
+    """Remove what an overwritten run left, or what a killed run wrote after its last checkpoint; write run.json."""
+    for rest in run.folder.glob(".checkpoint-*"):
+        shutil.rmtree(rest)
+    for folder in checkpoint.checkpoints(run.folder):
+        if checkpoint.step_of(folder) > run.step:  # of an older run, or broken: the newest whole one is older
+            checkpoint.remove(folder)
+    if run.source is None:
+        keep_start_adapter(run)
+        for name in OURS:
+            (run.folder / name).unlink(missing_ok=True)
+    for name in (METRICS, "rollouts.jsonl"):
+        cut_after(run.folder / name, run.step)
+    if run.best:
+        write_json(run.folder / BEST, run.best)
+    facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}
+    write_json(run.folder / RUN, {"script": run.script, "config": as_dict(run.cfg), **facts})
+
+
+def keep_start_adapter(run):
+    """Copy the adapter that the run begins with: its own run may delete it before this one is resumed."""
+    beside = run.folder / f".{START}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name in (CONFIG, TENSORS) if run.adapter else ():
+        shutil.copyfile(run.adapter / name, beside / name)
+    shutil.rmtree(run.folder / START, ignore_errors=True)
+    if run.adapter:
+        beside.rename(run.folder / START)
+    else:
+        beside.rmdir()
+
+
+def watch_signals(run):
+    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    The deepspeed launcher answers a Ctrl-C, which its processes get too, by sending them SIGTERM: no second one.
+    """
+
+    def note(number, _frame):
+        if number == run.signal == signal.SIGINT:
+            raise SystemExit(128 + number)
+        run.signal = run.signal or number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run.handlers[number] = signal.signal(number, note)
+
+
+# Schedule
+
+
+def total_steps(cfg, loader):
+    """Optimizer steps of the whole run."""
+    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
+
+
+def warmup_steps(cfg, total):
+    return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
+
+
+def schedule(engine, cfg, step, total):
+    """Set the learning rates of step 0 … total-1. Returns the language model's."""
+    factor = lr_factor(step, total, cfg.lr_scheduler_type, warmup_steps(cfg, total), cfg.min_lr_ratio)
+    return set_lr(engine, factor)
+
+
+def is_due(every, step, total):
+    """Whether something that happens every so many steps (0 = only at the end) happens after step 1 … total."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def check_numbers(run, step, loss, grad_norm, updated):
+    """Tell a step whose update was skipped; UserError when several in a row were. loss None: nothing to train on."""
+    if updated and loss is not None and math.isfinite(loss):
+        run.bad = 0
+        return
+    run.bad += 1
+    why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
+    run.say(f"step {step}: {why}: no update ({run.bad} in a row)")
+    limit = SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW
+    if run.bad >= limit:
+        last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
+        text = f"{run.bad} steps in a row without an update ({why})"
+        raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
+
+
+# Checkpoints
+
+
+def save(run, engine, step, loop=None):
+    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
+
+    loop: what the script wants to find in run.state["loop"] when it is resumed (JSON). A full disk ends the run with
+    one line; the earlier checkpoints are intact.
+    """
+    folder, error = run.folder / f"checkpoint-{step}", None
+    state = whole_state(engine)
+    if run.rank == 0:
+        try:
+            checkpoint.write_whole(folder, lambda beside: fill(run, engine, step, loop, state, beside))
+            if run.best:
+                write_json(run.folder / BEST, run.best)
+            checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+        except (OSError, SafetensorError) as found:
+            error = found
+    for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it
+        pass
+    if global_max([error is not None], run.device)[0]:
+        if run.rank:
+            raise SystemExit(2)
+        raise UserError(f"{folder}: cannot be written ({error}); earlier ones are intact: make room, then --resume")
+
+
+def fill(run, engine, step, loop, state, folder):
+    """The files of a checkpoint."""
+    cfg, model = run.cfg, engine.module
+    save_state(state, folder)
+    if lora_layers(model):
+        save_adapter(model, folder, cfg.model_id)
+    else:
+        model.save_pretrained(folder)
+        copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
+    scaler = engine.optimizer.loss_scaler
+    told = {
+        "step": step,
+        "updates": updates_made(engine),
+        "best": run.best,
+        "samples_per_step": samples_per_step(cfg, run.world),
+        "ranks": run.world,
+        "loss_scale": scaler.cur_scale if scaler.dynamic else None,
+        "loop": loop or {},
+        "config": as_dict(cfg),
+    }
+    (folder / STATE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_small_files(base, folder):
+    """Tokenizer and preprocessing beside a whole model's weights, so that its folder can be loaded by itself."""
+    for path in base.iterdir():
+        if path.is_file() and path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+# Evaluation
+
+
+def held_out_records(cfg):
+    """The records that answer accuracy is measured on: [] if there are none, or not wanted."""
+    path = cfg.eval_data_path
+    if path == "":
+        beside = Path(cfg.data_path).with_name("val.json")
+        path = beside if beside.exists() else None
+    return [] if path is None else read_records(path)[: cfg.eval_samples]
+
+
+def prompt_batches(examples, budget):
+    """Examples in lists of at most `budget` prompt tokens (one at least)."""
+    batch, tokens = [], 0
+    for example in examples:
+        if batch and tokens + len(example) > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(example)
+        tokens += len(example)
+    if batch:
+        yield batch
+
+
+def prompts(run, processor, records):
+    """Records -> Examples that end where the answer begins, read ahead by threads; what cannot be read is told."""
+
+    def encode(record):
+        try:
+            return processor.encode(record, answer=False)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, run.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
+        for i in range(0, len(records), EVAL_CLIPS):
+            for found in pool.map(encode, records[i : i + EVAL_CLIPS]):
+                if isinstance(found, UserError):
+                    run.say(f"evaluation: skipped: {found}")
+                else:
+                    yield found
+
+
+def evaluate(run, model, processor, records, temperature=0.0, seed=0):
+    """Answer accuracy on records by free generation: what the model says, read by rewards.py. Shared over the ranks.
+
+    Returns {"accuracy": share of those that could be read (None if there was none), "count": how many these were}.
+    """
+    stop = (processor.im_end, processor.token_id("<|endoftext|>"))
+    sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
+    generator = torch.Generator(run.device).manual_seed(seed + run.rank)
+    model.eval()
+    right = count = 0
+    for batch in prompt_batches(prompts(run, processor, records[run.rank :: run.world]), EVAL_TOKENS):
+        answers = generate(model, pack(batch).to(run.device), sampling, generator=generator)
+        for example, (completion,) in zip(batch, answers, strict=True):
+            text = processor.backend.decode(completion.ids, skip_special_tokens=True)
+            right += is_correct(text, sample_from_record(example.record))
+            count += 1
+    model.train()
+    right, count = run.sum(right, count)
+    return {"accuracy": right / count if count else None, "count": int(count)}
+
+
+def finish(run, total):
+    """Tell how the run ended and leave the other ranks in order; after a signal exit with 128 + its number."""
+    number = run.stop_requested()
+    best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
+    why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""
+    run.say(f"{run.folder}: step {run.step} of {total}{best}{why}")
+    for each, handler in run.handlers.items():
+        signal.signal(each, handler)
+    leave_processes()
+    if run.lock:
+        run.lock.close()
+    if number:
+        raise SystemExit(128 + number)
