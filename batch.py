@@ -17,12 +17,14 @@ L tokens of a sample, T of a batch, F frames, P patches, N clips, G completions 
 import heapq
 import logging
 import math
+import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
+from queue import Full, Queue
 
 import numpy as np
 import torch
@@ -154,24 +156,41 @@ class Loader:
         return max(1, math.ceil(self.steps_per_epoch * epochs - 1e-9))
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list]:
-        """The micro-batches of each step from start_step on, epoch after epoch, without end if stop_step is None."""
+        """The micro-batches of each step from start_step on, epoch after epoch, without end if stop_step is None.
+
+        With workers, one thread plans and packs ahead while they decode; what it had to leave out is told when its step
+        is handed over, so that nothing depends on how far ahead it is.
+        """
         steps = count(start_step) if stop_step is None else range(start_step, stop_step)
         workers = self.args.dataloader_num_workers
+        made = ahead(self.produce(steps, workers), PREFETCH) if workers else self.produce(steps, 0)
+        for micro_batches, failed in made:
+            for i, error in failed:
+                self.skip(i, error)
+            yield micro_batches
+
+    def produce(self, steps: Iterable[int], workers: int) -> Iterator[tuple[list, list[tuple[int, UserError]]]]:
+        """(micro-batches, samples left out) of each step; the samples of the next step are decoded meanwhile."""
         if workers == 0:
             for step in steps:
-                yield self.finish([[self.encode(i) for i in bin] for bin in self.plan(step)])
+                bins, failed = self.plan(step, map)
+                yield self.finish([[self.encode(i) for i in bin] for bin in bins], failed)
             return
         pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
         try:
-            ahead: deque[list[list[Future]]] = deque()
+            waiting: deque[tuple[list[list[Future]], list]] = deque()
             for step in steps:
-                ahead.append([[pool.submit(self.encode, i) for i in bin] for bin in self.plan(step, pool)])
-                if len(ahead) > PREFETCH:
-                    yield self.finish([[future.result() for future in bin] for bin in ahead.popleft()])
-            while ahead:
-                yield self.finish([[future.result() for future in bin] for bin in ahead.popleft()])
+                bins, failed = self.plan(step, pool.map)
+                waiting.append(([[pool.submit(self.encode, i) for i in bin] for bin in bins], failed))
+                if len(waiting) > 1:
+                    yield self.gather(*waiting.popleft())
+            while waiting:
+                yield self.gather(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def gather(self, bins: list[list[Future]], failed: list):
+        return self.finish([[future.result() for future in bin] for bin in bins], failed)
 
     # -- The plan
 
@@ -189,27 +208,27 @@ class Loader:
             self._epoch = epoch
         return self._order
 
-    def plan(self, step: int, pool: ThreadPoolExecutor | None = None) -> list[list[int]]:
-        """Sample numbers of each of this rank's micro-batches."""
-        batch = self.batch(step)
-        if self.args.pack_tokens is None:
+    def plan(self, step: int, map_: Callable) -> tuple[list[list[int]], list[tuple[int, UserError]]]:
+        """Sample numbers of each of this rank's micro-batches, and the samples whose length cannot be told."""
+        batch, failed = self.batch(step), []
+        if self.args.pack_tokens is None or len(batch) == 1:
             bins = [part.tolist() for part in np.array_split(batch, self.micro_batches)]
         else:
-            list((pool.map if pool else map)(self.measure, batch))
+            failed = [(i, error) for i, error in zip(batch, map_(self.measure, batch)) if error is not None]
             batch = [i for i in batch if self.lengths[i]]
             bins = fill_bins(batch, [self.lengths[i] for i in batch], self.args.pack_tokens, self.world_size)
         share = len(bins) // self.world_size
-        return [[int(i) for i in bin] for bin in bins[self.rank * share : (self.rank + 1) * share]]
+        return [[int(i) for i in bin] for bin in bins[self.rank * share : (self.rank + 1) * share]], failed
 
-    def measure(self, i: int) -> None:
+    def measure(self, i: int) -> UserError | None:
         """Learn a sample's length, once, without decoding it. All ranks find the same."""
-        if self.lengths[i] >= 0:
-            return
-        try:
-            self.lengths[i] = self.processor.length(self.records[i], self.answer)
-        except UserError as error:
-            self.lengths[i] = 0
-            self.skip(i, error)
+        if self.lengths[i] < 0:
+            try:
+                self.lengths[i] = self.processor.length(self.records[i], self.answer)
+            except UserError as error:
+                self.lengths[i] = 0
+                return error
+        return None
 
     # -- The samples
 
@@ -220,11 +239,10 @@ class Loader:
         except UserError as error:
             return i, error
 
-    def finish(self, bins: list[list]) -> list:
-        """Micro-batches of what was encoded; the rest is skipped."""
-        for failed in (found for bin in bins for found in bin if not isinstance(found, Example)):
-            self.skip(*failed)
-        return [self.collate([found for found in bin if isinstance(found, Example)]) for bin in bins]
+    def finish(self, bins: list[list], failed: list) -> tuple[list, list[tuple[int, UserError]]]:
+        """(micro-batches of what was encoded, the rest)."""
+        failed = failed + [found for bin in bins for found in bin if not isinstance(found, Example)]
+        return [self.collate([found for found in bin if isinstance(found, Example)]) for bin in bins], failed
 
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
@@ -240,6 +258,45 @@ class Loader:
             raise UserError(f"{told}; the last: {name}: {error}")
         if len(self.skipped) == total:
             raise UserError(f"all {total} samples are left out; the last: {name}: {error}")
+
+
+def ahead(iterator: Iterator, depth: int) -> Iterator:
+    """The items of iterator, made by a thread that stays at most depth items ahead; its exceptions come out here."""
+    items: Queue = Queue(depth)
+    closed = threading.Event()
+
+    def put(kind: str, value) -> None:
+        while not closed.is_set():
+            try:
+                return items.put((kind, value), timeout=0.2)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in iterator:
+                put("item", item)
+                if closed.is_set():
+                    break
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised in the thread that waits for us)
+            put("error", error)
+        finally:
+            iterator.close()
+
+    thread = threading.Thread(target=work, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = items.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()
+        thread.join()
 
 
 def fill_bins(items: list[int], lengths: list[int], budget: int, multiple: int) -> list[list[int]]:

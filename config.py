@@ -186,7 +186,8 @@ class CommonTrain(VideoArgs, LoraArgs):
     max_steps: int = -1  # optimizer steps; -1 = by num_train_epochs
     per_device_train_batch_size: int = 32  # samples a micro-batch and process
     gradient_accumulation_steps: int = 1  # micro-batches an optimizer step
-    pack_tokens: int | None = None  # split a micro-batch where it exceeds this many tokens; none = never; same update
+    pack_tokens: int | None = 8192  # a rank's samples of a step go into the fewest micro-batches of at most so many
+    # tokens, whatever batch size and accumulation say; the update is the same; none = micro-batches as given
 
     # -- Optimizer and schedule
     learning_rate: float = 1e-3  # AdamW's peak rate

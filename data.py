@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from batch import Example, Loader, TooLong, pack, pack_groups
@@ -47,6 +48,10 @@ log = logging.getLogger("data")
 
 
 def load_tokenizer(folder: str | Path):
+    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what transformers
+    makes of its other files."""
+    if (Path(folder) / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:

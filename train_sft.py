@@ -81,6 +81,7 @@ def main():
         better = False
         if held_out and is_due(cfg.eval_steps, step, total):
             better = evaluate_and_tell(run, model, processor, held_out, log)
+            report(run)
         stop = run.stop_requested()
         every = {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
         if better or stop or is_due(every, step, total):
@@ -89,6 +90,7 @@ def main():
             break
 
     log.close()
+    report(run)
     finish(run, total)
 
 

@@ -47,6 +47,7 @@ from model import UserError
 from model.decode import Sampling, generate
 from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
 from records import read_records
+from report import write_report
 from rewards import is_correct, sample_from_record
 from runlog import METRICS, cut_after, describe, machine, say, versions
 
@@ -114,6 +115,7 @@ def launch(cfg):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
     script = Path(sys.argv[0]).stem
+    sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock)
     if cfg.resume:
         find_source(run)
@@ -227,7 +229,7 @@ def prepare_folder(run):
     if run.best:
         write_json(run.folder / BEST, run.best)
     facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}
-    write_json(run.folder / RUN, {"script": run.script, "config": as_dict(run.cfg), **facts})
+    write_json(run.folder / RUN, {"script": run.script, "command": sys.argv, "config": as_dict(run.cfg), **facts})
 
 
 def keep_start_adapter(run):
@@ -417,6 +419,15 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0):
     model.train()
     right, count = run.sum(right, count)
     return {"accuracy": right / count if count else None, "count": int(count)}
+
+
+def report(run):
+    """Write report.html of the run so far; a page that cannot be written is told and ends nothing."""
+    if run.rank == 0:
+        try:
+            write_report([run.folder], run.folder / "report.html")
+        except UserError as error:
+            run.say(f"report: {error}")
 
 
 def finish(run, total):

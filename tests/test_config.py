@@ -210,7 +210,8 @@ def test_config_file_is_a_diff(tmp_path):
     cfg = parse(SFT, ["--local_rank=0", f"--config={file}", "--learning_rate", "2e-4"])
     assert (cfg.per_device_train_batch_size, cfg.learning_rate, cfg.bf16) == (8, 2e-4, True)
     assert cfg.lora_namespan_exclude == ["lm_head"]
-    assert set(changed(cfg)) == {"per_device_train_batch_size", "learning_rate", "lora_namespan_exclude", "bf16"}
+    expected = {"per_device_train_batch_size", "learning_rate", "lora_namespan_exclude", "pack_tokens", "bf16"}
+    assert set(changed(cfg)) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,395 @@
+"""The report: escaped, self-contained, whole with anything missing, quick; opened in a browser where there is one."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import charts
+import report
+import rollouts
+from config import GRPO, SFT, as_dict
+from model import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}"
+LABELS = ["Left to Right", "Right to Left"]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def clip(path, frames=10, size=(64, 48)):
+    """A short mp4 in which a bright bar moves to the right."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for k in range(frames):
+            picture = np.zeros((size[1], size[0], 3), np.uint8)
+            picture[:, 4 * k : 4 * k + 8] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+
+
+def rollout_rows(step, right, video="a.mp4", sample="a", say="Answer: (A)"):
+    """A group of four, `right` of them right, their tokens from sure to surprising."""
+    for k in range(4):
+        reward = float(k < right)
+        yield {
+            "step": step, "prompt": 0, "id": sample, "video": video, "question": "<video>\nWhich way?",
+            "answer": LABELS[0], "completion": say, "reward": reward + 1,
+            "rewards": {"accuracy": reward, "format": 1.0},
+            "advantage": 1.0 if reward else -1.0, "finished": k < 3,
+            "tokens": [say, " end"], "logprobs": [-0.01, -1.0 - k],
+        }  # fmt: skip
+
+
+@pytest.fixture
+def grpo_run(tmp_path):
+    """A run's folder with everything in it, and the data it names."""
+    data, run = tmp_path / "data", tmp_path / "grpo"
+    (data / "videos").mkdir(parents=True)
+    run.mkdir()
+    clip(data / "videos" / "a.mp4")
+    counts = {"train": {name: 8 for name in LABELS}, "val": {name: 2 for name in LABELS}}
+    (data / "metadata.json").write_text(json.dumps({"options": {"seed": 3}, "fps": 30, "counts": counts}))
+    config = as_dict(GRPO(data_path=str(data / "train.json"), learning_rate=1.25e-4))
+    about = {"script": "train_grpo", "config": config, "versions": {"torch": "9.8.7", "commit": "0123456789abcdef"}}
+    (run / "run.json").write_text(json.dumps(about | {"machine": {"cpu": "a fast one", "cores": 2, "gpus": []}}))
+    rows = [{"step": s, "loss": 1 / s, "reward": s / 40, "reward/accuracy": s / 50, "kl": 0.01 * s, "ms": 400.0,
+             "tokens_per_second": 9000.0, "gib": 1.5, "odd_number": s % 7} for s in range(1, 41)]  # fmt: skip
+    rows.append({"step": 40, "eval_accuracy": 0.9, "eval_count": 400})
+    write_lines(run / "metrics.jsonl", rows)
+    write_lines(run / "rollouts.jsonl", [*rollout_rows(1, right=1), *rollout_rows(40, right=4)])
+    (run / "best.json").write_text(json.dumps({"step": 40, "accuracy": 0.9}))
+    found = {"accuracy": 0.9, "interval": [0.86, 0.93], "chance": 0.25,
+             "confusion": {LABELS[0]: {LABELS[0]: 9, LABELS[1]: 1}},
+             "controls": {"reversed": {"accuracy": 0.04, "flipped": 0.95}, "blank": {"accuracy": 0.26}}}  # fmt: skip
+    (run / "eval.json").write_text(json.dumps(found))
+    return run
+
+
+def page_of(*runs):
+    return report.write_report(list(runs), runs[0] / "report.html").read_text(encoding="utf-8")
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag with its attributes; whether tags are balanced."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img", "path", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+# -- What is on the page
+
+
+def test_sections_and_their_contents(grpo_run):
+    text = page_of(grpo_run)
+    for anchor in ("curves", "evaluation", "rollouts", "data", "setup"):
+        assert f'<section id="{anchor}">' in text, anchor
+    for words in ("9.8.7", "commit 0123456789", "a fast one", "--learning_rate 0.000125", "0.0005", "Does it watch?",
+                  "4.0 %", "95.0 % of the answers flipped", "Chance is 25.0 %", "Confusion", "Best checkpoint",
+                  "KL to the reference", "Odd number", "before and after", "advantage −1.00", "cut by the limit",
+                  "Which way?"):  # fmt: skip
+        assert words in text, words
+    assert text.count("data:image/jpeg;base64,") % rollouts.FRAMES == 0 and "data:image/jpeg;base64," in text
+    assert not Tags(text).open
+
+
+def test_one_page_needs_nothing_else(grpo_run):
+    text = page_of(grpo_run)
+    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
+    for tag, attributes in Tags(text).tags:
+        for name in ("src", "href", "data", "action", "poster", "srcset"):
+            value = attributes.get(name, "#")
+            assert value.startswith(("#", "data:")), f"<{tag} {name}={value}>"
+        assert not [name for name in attributes if name == "style" or name.startswith("on")], (tag, attributes)
+
+
+def test_policy_names_the_style_and_script_of_the_page(grpo_run):
+    text = page_of(grpo_run)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    for tag in ("style", "script"):
+        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_everything_from_model_and_data_is_escaped(grpo_run):
+    data = Path(json.loads((grpo_run / "run.json").read_text())["config"]["data_path"]).parent
+    about = json.loads((grpo_run / "run.json").read_text())
+    about |= {EVIL: EVIL, "script": EVIL, "versions": {EVIL: EVIL, "commit": EVIL}}
+    about["config"] |= {"model_id": EVIL, EVIL: EVIL, "image_folder": str(data / "videos")}
+    (grpo_run / "run.json").write_text(json.dumps(about))
+    rows = [{"step": k, EVIL: k * k, "=" + EVIL: 1, f"reward/{EVIL}": k} for k in range(5)]
+    write_lines(grpo_run / "metrics.jsonl", rows)
+    rows = [*rollout_rows(1, 1, sample=EVIL, say=EVIL), *rollout_rows(2, 2, video=EVIL, say=EVIL)]
+    for row in rows:
+        row.update(question=EVIL, answer=EVIL, rewards={EVIL: 1.0})
+    rows[0]["tokens"][1] = EVIL  # tinted
+    rows[1].update(tokens=[1, 2])  # falls back to the completion's text
+    write_lines(grpo_run / "rollouts.jsonl", rows)
+    found = {"confusion": {EVIL: {EVIL: 3}}, "accuracy": 1.0, "controls": {EVIL: 0.5}}
+    (grpo_run / "eval.json").write_text(json.dumps(found))
+    (grpo_run / "best.json").write_text(json.dumps({"step": EVIL, "accuracy": 0.5}))
+    (data / "metadata.json").write_text(json.dumps({EVIL: EVIL, "counts": {EVIL: {EVIL: EVIL}}}))
+    evil_folder, other = grpo_run.parent / "<b>&name", grpo_run.parent / "other"
+    grpo_run.rename(evil_folder)
+    evil_data = data.rename(data.parent / "<b>&data")
+    about["config"]["data_path"] = str(evil_data / "train.json")
+    (evil_folder / "run.json").write_text(json.dumps(about))
+    shutil.copytree(evil_folder, other)
+    (other / "best.json").write_text("broken")  # told in a note that names the folder
+    (evil_folder / "eval2.json").write_text("broken")
+    (other / "run.json").write_text(json.dumps(about | {"config": {**about["config"], EVIL: 1}}))
+    for text in (page_of(evil_folder), page_of(evil_folder, other)):
+        tags = Tags(text)
+        assert [tag for tag, _ in tags.tags].count("script") == 1 and not tags.open
+        assert "<b>&" not in text and "<img src=x" not in text and "alert(1)" in text
+        assert not [a for tag, a in tags.tags if tag == "img" and not a["src"].startswith("data:image/")]
+
+
+def test_two_runs_share_charts_and_tell_what_differs(grpo_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(grpo_run, other)
+    about = json.loads((other / "run.json").read_text())
+    about["config"]["beta"] = 0.125
+    (other / "run.json").write_text(json.dumps(about))
+    text = page_of(grpo_run, other)
+    (kl,) = [found for found in re.findall(r"<figure.*?</figure>", text, re.DOTALL) if "KL to the reference" in found]
+    assert kl.count("<li") == 2 and ">grpo<" in kl and ">other<" in kl
+    assert "Options that differ" in text and "0.125" in text and "2 runs" in text
+
+
+# -- What may be missing or broken
+
+
+@pytest.mark.parametrize("missing", ["run.json", "metrics.jsonl", "rollouts.jsonl", "best.json", "eval.json"])
+def test_a_missing_file_is_a_missing_section(grpo_run, missing):
+    (grpo_run / missing).unlink()
+    text = page_of(grpo_run)
+    assert ('id="rollouts"' in text) == (missing != "rollouts.jsonl")
+    assert ('id="evaluation"' in text) == (missing != "eval.json")
+
+
+def test_an_empty_folder_makes_a_page(tmp_path):
+    text = page_of(tmp_path)
+    assert "Nothing has been written" in text and "<section" not in text
+
+
+def test_missing_keys_and_wrong_types(tmp_path):
+    about = {"config": {"data_path": None, "learning_rate": 1.0}, "machine": None}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    rows = [{}, {"step": "x", "tokens": 3, "rewards": []}, {"step": 1, "video": ["no.png"]}]
+    write_lines(tmp_path / "rollouts.jsonl", rows)
+    rows = [{}, {"step": 1}, {"step": None, "loss": 2}, {"loss": "high"}, {"confusion": {}}]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    assert 'id="rollouts"' in page_of(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_gaps_and_told(tmp_path):
+    values = [1.0, float("nan"), 3.0, None, float("inf"), 6.0]
+    write_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "unused": None} for k, v in enumerate(values)])
+    text = page_of(tmp_path)
+    assert "3 values not finite" in text and "unused" not in text and "nan" not in text.lower().partition("<script>")[0]
+    (line,) = re.findall(r'class="line s0" d="([^"]*)"', text)
+    assert line.count("M") == 3, f"one stretch of line around each gap, found {line}"
+
+
+def test_a_curve_that_never_was_finite(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": float("nan")} for k in range(3)])
+    assert "not finite" in page_of(tmp_path)
+
+
+def test_cut_lines_and_broken_json_are_told(grpo_run):
+    with (grpo_run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    (grpo_run / "best.json").write_text("[1]")
+    text = page_of(grpo_run)
+    assert "1 of 42 lines are no JSON objects" in text and "best.json is left out: a JSON list" in text
+
+
+def test_a_clip_that_does_not_decode_is_told(grpo_run):
+    data = Path(json.loads((grpo_run / "run.json").read_text())["config"]["data_path"]).parent
+    (data / "videos" / "a.mp4").write_bytes(b"no video")
+    assert "a.mp4: cannot be decoded" in page_of(grpo_run)
+    (data / "videos" / "a.mp4").unlink()
+    assert "a.mp4: no such file" in page_of(grpo_run)
+
+
+def test_no_folder_and_no_room_are_the_users_errors(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        report.write_report([tmp_path / "none"], tmp_path / "x.html")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_report([tmp_path], tmp_path / "none" / "x.html")
+
+
+# -- Numbers
+
+
+def test_thinning_keeps_the_mean_and_the_extremes():
+    y = np.random.default_rng(0).normal(size=10 * charts.POINTS)
+    y[7] = np.nan
+    mean, low, high, middle = charts.thin(y)
+    assert len(mean) == charts.POINTS and np.all(np.diff(middle) == 10)
+    assert np.nanmin(low) == np.nanmin(y) and np.nanmax(high) == np.nanmax(y)
+    np.testing.assert_allclose(mean[0], np.nanmean(y[:10]))
+    np.testing.assert_allclose(mean[3], y[30:40].mean())
+
+
+def test_of_a_step_written_twice_the_later_counts():
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 5.0}]
+    steps, values = charts.columns(rows)["loss"]
+    assert steps.tolist() == [1, 2] and values.tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.02, 0.03), (19000, 24000), (1e-9, 3e-9), (0, 160)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 7 and all(low - 1e-12 <= v <= high + 1e-12 for v in found)
+    assert all(len(charts.short(v)) <= 8 for v in found), found
+
+
+@pytest.mark.parametrize("key, title", [
+    ("loss", "Loss"), ("token_accuracy", "Accuracy"), ("eval_sampled_accuracy", "Accuracy"),
+    ("reward", "Reward"), ("reward/accuracy", "Reward"), ("reward_std", "Reward spread"), ("kl", "KL to the reference"),
+    ("grad_norm", "Gradient norm"), ("lr", "Learning rate"), ("learning_rate", "Learning rate"), ("entropy", "Entropy"),
+    ("clip_low", "Ratio clipped"), ("sampler_gap_max", "Sampler against trainer"), ("eval_accuracy", "Accuracy"),
+    ("completion_length", "Completion length"),
+    ("tokens_per_second", "Throughput"), ("ms", "Step time"), ("wait", "Waiting for data"), ("gib", "Memory"),
+    ("no_variance", "Groups"), ("truncated", "Completions cut by the limit"), ("length", "Completion length"),
+    ("group_std", "Reward spread"), ("reward/accuracy_std", "Reward spread"), ("answer_tokens", "Tokens a step"),
+    ("rollout_seconds", "Time"), ("eval_seconds", "Time"), ("skipped", "Other"),
+])  # fmt: skip
+def test_known_keys_find_their_chart(key, title):
+    assert charts.group_of(key)[0] == title
+
+
+def test_good_and_bad_first():
+    rows = [{"reward": r} for r in (0.5, 2.0, 0.0, 1.0, 1.5)]
+    assert [row["reward"] for row in rollouts.good_and_bad_first(rows)] == [2.0, 0.0, 1.5, 0.5, 1.0]
+
+
+def test_of_a_large_file_only_whole_groups_of_both_ends_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "rollouts.jsonl"
+    write_lines(path, [row for step in range(50) for row in rollout_rows(step, 2, sample=f"{step % 5}")])
+    monkeypatch.setattr(rollouts, "WINDOW", 5000)
+    found = rollouts.read_rollouts(path)
+    assert found.first[0].step == 0 and found.last[-1].step == 49 and found.first[-1].step < found.last[0].step
+    assert {len(group.rows) for group in [*found.first, *found.last]} == {4}
+
+
+def test_a_long_run_is_written_within_a_second(grpo_run):
+    rows = [{"step": s, **{f"key_{k}": s * k % 97 for k in range(40)}} for s in range(2000)]
+    write_lines(grpo_run / "metrics.jsonl", rows)
+    page_of(grpo_run)
+    began = time.perf_counter()
+    text = page_of(grpo_run)
+    assert time.perf_counter() - began < 2, "twice what is promised: machines differ"
+    assert len(text) < 3e6
+
+
+def test_no_torch_is_imported():
+    code = "import report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_command_line(grpo_run):
+    done = subprocess.run([sys.executable, "report.py", str(grpo_run)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(grpo_run / "report.html"), done.stderr
+    done = subprocess.run([sys.executable, "report.py", "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder"), done.stderr
+
+
+def test_sft_runs_are_held_against_the_defaults_of_sft(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"script": "train_sft", "config": as_dict(SFT(lora_rank=8))}))
+    text = page_of(tmp_path)
+    assert "python train_sft.py --lora_rank 8" in text and "1 of them changed" in text
+
+
+# -- In a browser
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """(page, size) -> (the document after its script ran, what the browser's console said)."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+
+    def open_page(path, *more):
+        command = [program, *flags, *more, path.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
+
+
+def test_opens_without_console_errors_and_is_drawn(grpo_run, browse, tmp_path):
+    page_of(grpo_run)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert not console, console
+    assert text.count("<figure") >= 8 and text.count("<article") >= 2
+    for width, height in ((1280, 1600), (500, 1600)):
+        picture = tmp_path / f"{width}.png"
+        _, console = browse(grpo_run / "report.html", f"--window-size={width},{height}", f"--screenshot={picture}")
+        assert not console, console
+        with av.open(str(picture)) as container:
+            pixels = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert pixels.shape == (height, width, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_hovering_shows_one_step_in_every_chart(grpo_run, browse, tmp_path, monkeypatch):
+    hover = """
+    const box = charts[0].svg.getBoundingClientRect(), x = (charts[0].x(20) + 1) / WIDTH * box.width + box.left;
+    charts[0].svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50, bubbles: true }));
+    </script>"""
+    template = tmp_path / "template.html"
+    template.write_text(report.TEMPLATE.read_text().replace("</script>", hover))
+    monkeypatch.setattr(report, "TEMPLATE", template)
+    page_of(grpo_run)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert not console, console
+    assert text.count("<output>step 20</output>") == text.count("<figure")
+    assert re.search(r"<span>loss</span> <b>0\.05</b>", text) and re.search(r"<span>kl</span> <b>0\.2</b>", text)
+
+
+def test_the_policy_stops_a_script_that_is_not_the_pages_own(grpo_run, browse):
+    page_of(grpo_run)
+    path = grpo_run / "report.html"
+    path.write_text(path.read_text().replace("</main>", "</main><script>document.title = 'broken in'</script>"))
+    text, console = browse(path, "--dump-dom")
+    assert "<title>broken in</title>" not in text
+    assert any("Content Security Policy" in line for line in console), console
