@@ -186,6 +186,8 @@ def merge(ours, theirs, source):
 def build_engine(model, cfg, device, dtype):
     """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, notes to tell)."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may have widened some
+        p.data = p.data.contiguous()
     groups = param_groups(model, cfg)
     for group in groups:
         group["base_lr"] = group["lr"]  # the peak; lr follows the schedule

@@ -33,6 +33,7 @@ from trainer import (
     held_out_records,
     is_due,
     launch,
+    report,
     save,
     schedule,
     start,

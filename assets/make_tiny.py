@@ -3,7 +3,7 @@
     python assets/make_tiny.py init OUT          a tokenizer and random weights
     python generate.py --task base ...           questions about balls, none about direction
     python train_sft.py --config configs/tiny_base.py
-    python assets/make_tiny.py export CHECKPOINT assets/tiny      bf16 weights and tokenizer, without the rest
+    python assets/make_tiny.py export RUN assets/tiny      bf16 weights and tokenizer, without the rest
 
 The architecture is Qwen2.5-VL's with small numbers. initializer_range is 0.1: at this width transformers' 0.02 costs
 twice the steps. tokens_per_second is 8, so that the four grid steps of a one-second clip of eight frames stand at times
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from checkpoint import newest_checkpoint
 from config import cli
 from generate import task_texts
 from model import UserError
@@ -41,8 +42,10 @@ CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and message['ro
 You are a helpful assistant.<|im_end|>
 {% endif %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}<|im_end|>
-{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
-{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}\
+{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>\
+{% elif content['type'] == 'video' %}\
+<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}\
 {% endif %}{% endfor %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -114,6 +117,8 @@ def init(folder: Path) -> None:
 
 def export(checkpoint: Path, folder: Path) -> None:
     """A trained checkpoint -> bf16 weights in one file, with the tokenizer it was trained with."""
+    if not (checkpoint / "config.json").exists():  # a run's folder
+        checkpoint = newest_checkpoint(checkpoint) or checkpoint
     model = Qwen2_5_VL.from_pretrained(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*"):

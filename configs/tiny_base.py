@@ -1,4 +1,5 @@
-"""train_sft.py for assets/tiny: every parameter, from random weights, on questions about balls but none about direction.
+"""train_sft.py for assets/tiny: every parameter, from random weights, on questions about balls but none about
+direction.
 
 1,000 steps x 32 = 32,000 samples, two passes over 15,680 clips. `make tiny` runs it between init and export.
 """

@@ -9,7 +9,7 @@ tokens themselves; with `kv_index` they are gathered, so that G completions can 
     segment 1       queries a0 a1       keys p0 p1 p2 a0 a1
     segment 2       queries b0 b1       keys p0 p1 p2 b0 b1
 
-`attend` is the one entry. `attend_reference` is its slow twin: a loop over segments with an explicit softmax in float32.
+`attend` is the one entry. `attend_reference` is its slow twin: a loop over segments, explicit softmax, float32.
 """
 
 from dataclasses import dataclass, field, replace
@@ -169,7 +169,14 @@ class FlashVarlen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, segments):
-        sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths), 0.0, segments.is_causal)
+        sizes = (
+            segments.cu_q,
+            segments.cu_k,
+            max(segments.q_lengths),
+            max(segments.k_lengths),
+            0.0,
+            segments.is_causal,
+        )
         out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, False)
         ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
         ctx.sizes = sizes

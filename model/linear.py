@@ -1,4 +1,4 @@
-"""Products with frozen weights and trained adapters: several linears that share an input, in as few kernels as it takes.
+"""Products with frozen weights and trained adapters: linears that share an input go together, in few kernels.
 
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T          A_i (r, in), B_i (out_i, r): the adapter, when there is one
 

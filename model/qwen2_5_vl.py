@@ -1,8 +1,8 @@
 """Qwen2.5-VL: config.json and safetensors in, packed batches through, safetensors out.
 
 Module names are the hub checkpoint's own (`visual.*`, `model.*`, `lm_head`), so loading needs no map beyond the two
-prefixes that transformers 4.52 introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from config.json,
-never from defaults: 3B, 7B, 32B and 72B are the same code.
+prefixes that transformers 4.52 introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from
+config.json, never from defaults: 3B, 7B, 32B and 72B are the same code.
 """
 
 import json
@@ -75,7 +75,9 @@ class ModelConfig:
         """Tokens that stand for pictures: never sampled. `<|vision_pad|>` sits between end and image pad in Qwen's
         vocabulary and has no key of its own in config.json."""
         ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
-        return sorted(ids | ({self.vision_end_token_id + 1} if self.image_token_id == self.vision_end_token_id + 2 else set()))
+        return sorted(
+            ids | ({self.vision_end_token_id + 1} if self.image_token_id == self.vision_end_token_id + 2 else set())
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -94,7 +96,10 @@ class ModelConfig:
             raise UserError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
         text = {**raw, **raw.get("text_config", {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        text |= {"mrope_section": rope.get("mrope_section"), "rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
+        text |= {
+            "mrope_section": rope.get("mrope_section"),
+            "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
+        }
         text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         vision = {"in_channels": raw.get("vision_config", {}).get("in_chans", 3), **raw.get("vision_config", {})}
         names = {f.name for f in fields(VisionConfig)}

@@ -46,7 +46,9 @@ def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
             ])  # fmt: skip  # (3, t*h*w)
             parts.append(grid + start)
             start, done, item = start + int(grid.max()) + 1, done + t * h * w, item + 1
-        assert done == end, f"grid {grid_thw[item - 1]} does not fill its run of pads: ends at {done}, run ends at {end}"
+        assert done == end, (
+            f"grid {grid_thw[item - 1]} does not fill its run of pads: ends at {done}, run ends at {end}"
+        )
     assert item == len(grid_thw), f"{len(grid_thw)} grids, but pads for {item}"
     return np.concatenate(parts, axis=1).astype(np.int64) if parts else np.zeros((3, 0), np.int64)
 

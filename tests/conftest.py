@@ -113,7 +113,10 @@ class Sequence:
             out["position_ids"] = torch.from_numpy(self.positions)[:, None]
         sizes = [t * h * w for t, h, w in self.grids]
         chunks = list(self.patches.split(sizes)) if sizes else []
-        for kind, keys in (("image", ("pixel_values", "image_grid_thw")), ("video", ("pixel_values_videos", "video_grid_thw"))):
+        for kind, keys in (
+            ("image", ("pixel_values", "image_grid_thw")),
+            ("video", ("pixel_values_videos", "video_grid_thw")),
+        ):
             mine = [i for i, v in enumerate(self.is_video) if v == (kind == "video")]
             if mine:
                 out[keys[0]] = torch.cat([chunks[i] for i in mine])

@@ -36,7 +36,9 @@ def test_greedy_equals_transformers_generate(oracle, shape, case):
     mine = generate(ours, pack_sequences([sequence]), replace(GREEDY, stop_ids=(2,)))[0][0]
     inputs = sequence.for_transformers(positions=False)
     banned = [[i] for i in ours.config.vision_token_ids]
-    reference = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, bad_words_ids=banned, pad_token_id=0, eos_token_id=2)
+    reference = theirs.generate(
+        **inputs, max_new_tokens=12, do_sample=False, bad_words_ids=banned, pad_token_id=0, eos_token_id=2
+    )
     expected = reference[0, len(sequence.ids) :].tolist()
     assert mine.ids == expected and len(set(expected)) > 3
 
@@ -140,7 +142,9 @@ def test_same_seed_same_rows_and_streaming():
     streamed: list[tuple[int, int]] = []
 
     def run(seed, on_token=None):
-        return generate(model, prompt, Sampling(6, stop_ids=(5, 6, 7)), 3, torch.Generator().manual_seed(seed), on_token)[0]
+        return generate(
+            model, prompt, Sampling(6, stop_ids=(5, 6, 7)), 3, torch.Generator().manual_seed(seed), on_token
+        )[0]
 
     first = run(3, lambda row, token: streamed.append((row, token)))
     assert [r.ids for r in first] == [r.ids for r in run(3)] != [r.ids for r in run(4)]

@@ -53,7 +53,10 @@ def test_gradients_equal_transformers(oracle, shape):
     sequence = Sequence(ours.config, CASES["mixed"])
     weight = torch.randn(len(sequence.ids), 260, generator=torch.Generator().manual_seed(0))
     ours.gradient_checkpointing = True
-    for model, logits in ((ours, ours.logits(pack_sequences([sequence]))), (theirs, theirs(**sequence.for_transformers()).logits[0])):
+    for model, logits in (
+        (ours, ours.logits(pack_sequences([sequence]))),
+        (theirs, theirs(**sequence.for_transformers()).logits[0]),
+    ):
         model.zero_grad()
         (logits * weight).sum().backward()
     ours.gradient_checkpointing = False
@@ -93,7 +96,10 @@ def test_bf16_stays_within_its_own_rounding(oracle):
         error = (low.logits(pack_sequences([sequence])).float() - exact).norm() / exact.norm()
         import copy
 
-        inputs = {k: v.bfloat16() if v.is_floating_point() and "pixel" in k else v for k, v in sequence.for_transformers().items()}
+        inputs = {
+            k: v.bfloat16() if v.is_floating_point() and "pixel" in k else v
+            for k, v in sequence.for_transformers().items()
+        }
         theirs_error = (copy.deepcopy(theirs).bfloat16()(**inputs).logits[0].float() - exact).norm() / exact.norm()
     assert error < 1.5 * theirs_error, (error, theirs_error)
 
@@ -183,7 +189,10 @@ def test_wrong_tensors_are_named(tmp_path):
     tensors["model.layers.9.bogus"] = torch.zeros(1)
     tensors["visual.merger.ln_q.weight"] = torch.zeros(7)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"missing model\.norm\.weight.*surplus model\.layers\.9\.bogus.*ln_q\.weight is \(7,\), expected \(48,\)"):
+    with pytest.raises(
+        UserError,
+        match=r"missing model\.norm\.weight.*surplus model\.layers\.9\.bogus.*ln_q\.weight is \(7,\), expected \(48,\)",
+    ):
         Qwen2_5_VL.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(UserError, match="not a whole safetensors file"):
