@@ -249,9 +249,9 @@ class CommonTrain(VideoArgs, LoraArgs):
 @dataclass
 class SFT(CommonTrain):
     output_dir: str = "output/video_lora"  # the run's folder: checkpoints, metrics.jsonl, config
-    num_train_epochs: float = 10.0  # passes over the data; about 300 steps on 1000 clips
+    num_train_epochs: float = 6.0  # passes over the data; 192 steps on 1000 clips
     learning_rate: float = 3e-3  # AdamW's peak rate; for rank 16 on the embedded model (2e-4 for the 3B)
-    warmup_ratio: float = 0.15  # share of all steps with a rising rate; about 50 of 300
+    warmup_ratio: float = 0.15  # share of all steps with a rising rate; 29 of 192
     min_lr_ratio: float = 0.05  # the schedule ends at this share of the peak
 
 
@@ -265,10 +265,11 @@ class GRPO(CommonTrain):
     warmup_ratio: float = 0.05  # share of all steps with a rising rate
     min_lr_ratio: float = 0.1  # the schedule ends at this share of the peak
     eval_steps: int = 40  # steps between evaluations, greedy and sampled; 0 = only before the first step and at the end
+    max_new_tokens: int = 128  # tokens an answer may take in an evaluation; as max_completion_length
 
     # -- Groups
     num_generations: int = 8  # completions a prompt (G)
-    max_completion_length: int = 256  # tokens a completion
+    max_completion_length: int = 128  # tokens a completion; the dataset's chains of thought take about 80
     temperature: float = 1.0  # of sampling and of the log-probs alike
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: int = 0  # 0 = off; as top_p
@@ -404,6 +405,7 @@ def _effects(cfg):
     yield "warmup_ratio", is_set("warmup_steps"), "warmup_steps is given and decides"
     yield "save_steps", getattr(cfg, "save_strategy", "steps") != "steps", "save_strategy is not steps"
     if isinstance(cfg, GRPO):
+        yield "lora_dropout", True, "it is off in GRPO: the policy that is updated must be the one that was sampled"
         for name in ("reference", "use_bias_correction_kl"):
             yield name, cfg.beta == 0, "beta is 0, there is no KL"
         for name in ("epsilon", "epsilon_high"):

@@ -5,7 +5,8 @@ What DeepSpeed 0.19.8 does, and what follows for us:
   the ranks (we multiply the loss by their number), so that sum / global count is the gradient of the one big batch;
 - every backward reduces at once, so all ranks must make the same number of them, over the same parameters in the same
   order: a rank with fewer micro-batches adds blank ones of weight 0;
-- a gradient that is not finite skips the update, in every precision; the gradient norm is then inf;
+- a gradient whose norm is not finite skips the update, in every precision; the norm is then inf. In bf16 and fp16
+  DeepSpeed looks at every tensor before that too; we take this out, since the norm is computed anyway;
 - its own checkpoints are pickles, one a rank; ours are whole tensors under their names, for any number of ranks.
 """
 
@@ -186,7 +187,7 @@ def merge(ours, theirs, source):
 def build_engine(model, cfg, device, dtype):
     """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, notes to tell)."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may have widened some
+    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
         p.data = p.data.contiguous()
     groups = param_groups(model, cfg)
     for group in groups:
@@ -195,6 +196,7 @@ def build_engine(model, cfg, device, dtype):
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    engine.optimizer.check_overflow = lambda partition_gradients: None  # step() asks the norm next
     engine.train()
     return engine, notes
 

@@ -10,12 +10,11 @@
     save_adapter(model, folder, base)      adapter_config.json + adapter_model.safetensors, which PEFT loads
     load_adapter(model, folder)            our adapters or PEFT's, with the keys of transformers 4 or 5
 
-A LoRALinear owns weight and bias under their old names, so the base's state-dict keys do not change.
+The layer is in adapters.py: all adapters of a block lie in its one parameter `adapters`.
 Adapters of DoRA, quantised bases and embeddings are not supported, and refused by name.
 """
 
 import json
-import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,58 +24,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapters import BlockAdapters, LoRALinear
 from config import LoraArgs
 from model import UserError
-from model.linear import project
 
 # Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
 PARTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
+FLAT = "adapters"  # the parameter of a block
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Options of PEFT's LoraConfig that change the formula above
 BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out")
 BEYOND_LORA += ("layer_replication",)
 
 
-# -- The layer
-
-
-class LoRALinear(nn.Linear):
-    """A Linear with an adapter beside it. `enabled`: the adapter takes part. `merged`: it is in the weight already."""
-
-    def __init__(self, base, args, dtype=None):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        like = {"dtype": dtype or base.weight.dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(args.lora_rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT and Linear itself: bound 1 / sqrt(in)
-        self.scaling = args.lora_alpha / (math.sqrt(args.lora_rank) if args.use_rslora else args.lora_rank)
-        self.dropout = args.lora_dropout
-        self.enabled, self.merged = True, False
-
-    def adapter(self):
-        """(A, B, scale, dropout) for model/linear.py, which does the products; None while the adapter takes no part."""
-        if not self.enabled or self.merged:
-            return None
-        return self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0
-
-    def forward(self, x):
-        return project(x, self)[0]
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
-
-    @torch.no_grad()
-    def shift_weight(self, sign):
-        """weight += sign · s · B A, summed in fp32."""
-        delta = (self.lora_B.float() @ self.lora_A.float()) * (sign * self.scaling)
-        self.weight.copy_(self.weight.float() + delta)
-
-
 def lora_layers(model):
     """[(name, LoRALinear)] in module order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def homes(model):
+    """The BlockAdapters of a model."""
+    return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
 
 
 # -- Where adapters go, and what is trained
@@ -117,10 +85,20 @@ def targets(model, args):
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
 
 
+def block_of(name):
+    """The block that holds a layer: model.layers.N, visual.blocks.N or visual.merger."""
+    return re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
+
+
 def _replace(model, names, args, dtype):
+    blocks = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoRALinear(model.get_submodule(name), args, dtype))
+        layer = LoRALinear(model.get_submodule(name), args)
+        setattr(model.get_submodule(parent), leaf, layer)
+        blocks.setdefault(block_of(name), []).append(layer)
+    for block, layers in blocks.items():
+        BlockAdapters(model.get_submodule(block), layers, args.lora_rank, dtype)
     model.lora_args = args
     model.lora_base_names = set()  # base tensors that came with the adapter, and are saved with it again
     set_trainable(model, args)
@@ -152,13 +130,13 @@ def set_trainable(model, args):
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         bias = leaf == "bias" and (args.lora_bias == "all" or (args.lora_bias == "lora_only" and module in adapted))
-        adapter = leaf in ("lora_A", "lora_B")
-        free = module in adapted if adapter else whole[part_of(name)] or (args.lora_enable and bias)
+        part = part_of(name)
+        free = switches[part] if leaf == FLAT else whole[part] or (args.lora_enable and bias)
         parameter.requires_grad_(free)
-    count = sum(parameter.numel() for _, parameter in trainable_parameters(model))
-    if not count:
+    trained, numbers = trainable_parameters(model), sizes(model)
+    if not trained:
         raise UserError("nothing is left to train: no part is free, and the parts switched on have no adapter")
-    return count
+    return sum(numbers[name] for name, _ in trained)
 
 
 def trainable_parameters(model):
@@ -166,12 +144,18 @@ def trainable_parameters(model):
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def sizes(model):
+    """{parameter's name: how many numbers it has}, without the padding between adapters."""
+    padding = {home.block.adapters: home.padding for home in homes(model)}
+    return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
+
+
 def param_groups(model, args):
-    """Optimizer groups: one learning rate a part (args: CommonTrain), weight decay on matrices only."""
+    """Optimizer groups: one learning rate a part (args: CommonTrain), weight decay on matrices and adapters only."""
     rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
     groups = {}
     for name, parameter in trainable_parameters(model):
-        part, decays = part_of(name), parameter.ndim >= 2
+        part, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
         rate = args.learning_rate if rates[part] is None else rates[part]
         new = {"name": f"{part}{'' if decays else ' no decay'}", "params": [], "lr": rate}
         group = groups.setdefault((part, decays), new | {"weight_decay": args.weight_decay if decays else 0.0})
@@ -242,6 +226,8 @@ def unmerge(model):
 
 def remove(model):
     """Put plain Linear layers back, so that save_pretrained writes an ordinary model; after merge(), the merged one."""
+    for home in homes(model):
+        home.remove()
     for name, layer in lora_layers(model):
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -301,15 +287,16 @@ def save_adapter(model, folder, base_model, old_keys=False):
     assert layers, "save_adapter: the model carries no adapter; save_pretrained writes a whole model"
     assert not any(layer.merged for layer in layers.values()), "save_adapter on a merged model: unmerge it first"
     tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{hf_name(name, old_keys)}.lora_A.weight"] = layer.lora_A
+        tensors[f"{hf_name(name, old_keys)}.lora_B.weight"] = layer.lora_B
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            key = f"{hf_name(module, old_keys)}.{leaf}.weight"
-        elif parameter.requires_grad or name in model.lora_base_names:
-            key = f"{hf_name(module, old_keys)}{'.base_layer' if module in layers else ''}.{leaf}"
-        else:
-            continue
-        tensors[f"base_model.model.{key}"] = parameter.detach().cpu().contiguous()
+        if leaf != FLAT and (parameter.requires_grad or name in model.lora_base_names):
+            inside = ".base_layer" if module in layers else ""
+            tensors[f"{hf_name(module, old_keys)}{inside}.{leaf}"] = parameter
+    # copies: views of one storage cannot go into one file
+    tensors = {f"base_model.model.{k}": t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})

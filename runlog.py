@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from config import as_dict, changed
-from lora import part_of
+from lora import part_of, sizes
 from model import UserError
 
 METRICS = "metrics.jsonl"
@@ -87,10 +87,10 @@ def describe(run, model, total, warmup):
 
 def trained_shares(model):
     """["llm 12,345 of 240,000 (5.14 %)", …] for each part, and for all."""
-    counts = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}
+    counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
     for name, parameter in model.named_parameters():
-        counts[part_of(name)][0] += parameter.numel() * parameter.requires_grad
-        counts[part_of(name)][1] += parameter.numel()
+        counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
+        counts[part_of(name)][1] += numbers[name]
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{part} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for part, (some, whole) in counts.items()]
 

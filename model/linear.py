@@ -8,6 +8,8 @@ the product that makes it (addmm), not by a kernel of its own. The same in the b
 A linear here is an nn.Linear, or anything with weight, bias and `adapter()` -> (A, B, scale, dropout) or None.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,20 +63,25 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
-    """weight (out, in) widened to the input's width and, with pad, to an aligned output.
-
-    A frozen weight moves once into a storage of that size, of which it is a view ever after, so that widening it costs
-    nothing; a trained one is copied each time, because its storage is the optimizer's.
-    """
+    """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise."""
     out = aligned(weight.shape[0]) if pad else weight.shape[0]
     if tuple(weight.shape) != (out, width):
-        if weight.requires_grad:
-            weight = widen(widen(weight, 1, width), 0, out)
-        else:
-            if weight.untyped_storage().nbytes() != out * width * weight.itemsize or weight.storage_offset():
-                weight.data = widen(widen(weight.data, 1, width), 0, out)[: weight.shape[0], : weight.shape[1]]
-            weight = weight.detach().as_strided((out, width), (width, 1))
-    return weight, bias if bias is None else widen(bias, 0, out)
+        frozen = not weight.requires_grad
+        weight = roomy(weight, (out, width)) if frozen else widen(widen(weight, 1, width), 0, out)
+    if bias is not None and len(bias) != out:
+        bias = widen(bias, 0, out) if bias.requires_grad else roomy(bias, (out,))
+    return weight, bias
+
+
+def roomy(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A frozen tensor widened with zeros to shape. It moves once into a storage of that size, of which it is a view
+    ever after, so that widening it costs nothing. (A trained one's storage is the optimizer's: that is copied each time.)"""
+    if x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
+        wide = x.data
+        for dim, size in enumerate(shape):
+            wide = widen(wide, dim, size)
+        x.data = wide[tuple(slice(n) for n in x.shape)]
+    return x.detach().as_strided(shape, (*shape[1:], 1))
 
 
 def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import infer
 from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
-from lora import inject, save_adapter
+from lora import inject, lora_layers, save_adapter
 from model import UserError
 from model.decode import Completion
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
@@ -58,9 +58,8 @@ def save_trained_adapter(base, folder, rank=4, named=None, extra=lambda beside: 
     torch.manual_seed(rank)
     inject(model, LoraArgs(lora_rank=rank, lora_alpha=8))
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("lora_B"):
-                p.normal_(0, 0.3)
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.3)
     write_whole(Path(folder), lambda beside: (save_adapter(model, beside, named or base), extra(beside)))
 
 

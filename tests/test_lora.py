@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import peft
 import pytest
@@ -91,48 +90,15 @@ def randomise(model, seed=2):
     """As after training: every adapter and every other trained tensor moves."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora.trainable_parameters(model):
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.2 if "lora_" in name else 0.05))
+        if not name.endswith("adapters"):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for _, layer in lora.lora_layers(model):
+        for view in (layer.lora_A, layer.lora_B):
+            view.add_(torch.randn(view.shape, generator=generator) * 0.2)
 
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-# -- The layer
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_layer_is_the_formula(rslora, bias):
-    torch.manual_seed(0)
-    args = LoraArgs(lora_rank=4, lora_alpha=8, use_rslora=rslora)
-    plain = nn.Linear(6, 5, bias=bias)
-    layer = lora.LoRALinear(plain, args)
-    x = torch.randn(2, 3, 6)
-    assert torch.equal(layer(x), plain(x))
-    assert set(plain.state_dict()) | {"lora_A", "lora_B"} == set(layer.state_dict())
-    assert layer.lora_A.abs().max() <= 1 / math.sqrt(6)
-    nn.init.normal_(layer.lora_B)
-    scaling = 8 / 2 if rslora else 8 / 4
-    close(layer(x), plain(x) + scaling * x @ layer.lora_A.T @ layer.lora_B.T)
-
-
-def test_fp32_adapter_beside_bf16_weights():
-    layer = lora.LoRALinear(nn.Linear(6, 5).bfloat16(), LoraArgs(lora_rank=2), dtype=torch.float32)
-    nn.init.normal_(layer.lora_B)
-    layer(torch.randn(3, 6).bfloat16()).float().sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-    assert layer.lora_A.grad.abs().min() > 0
-
-
-def test_dropout_only_while_training():
-    torch.manual_seed(0)
-    layer = lora.LoRALinear(nn.Linear(64, 5), LoraArgs(lora_rank=2, lora_dropout=0.5))
-    nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 64)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
 
 
 # -- Where adapters go, and what is trained
@@ -147,8 +113,10 @@ def test_every_linear_layer_of_every_part(model):
     names = lora.inject(model, ARGS)
     assert count_parts(names) == COUNTS
     assert torch.equal(logits(model), before)
-    assert {key for key in model.state_dict() if "lora_" not in key} == keys
-    assert {name.rpartition(".")[0] for name, _ in lora.trainable_parameters(model)} == set(names)
+    blocks = {"model.layers.0", "model.layers.1", "visual.blocks.0", "visual.blocks.1", "visual.merger"}
+    assert set(model.state_dict()) - keys == {f"{block}.adapters" for block in blocks}
+    assert {name.rpartition(".")[0] for name, _ in lora.trainable_parameters(model)} == blocks
+    assert [name for name, _ in lora.lora_layers(model)] == [n for n, _ in model.named_modules() if n in names]
     with pytest.raises(UserError, match="already"):
         lora.inject(model, ARGS)
 
@@ -171,8 +139,8 @@ def with_args(**changes):
 )
 def test_switches(model, changes, counts):
     assert count_parts(lora.inject(model, with_args(**changes))) == counts
-    trained = {name for name, _ in lora.trainable_parameters(model) if "lora_" not in name}
-    merger = {name for name, _ in model.named_parameters() if name.startswith("visual.merger.") and "lora_" not in name}
+    trained = {name for name, _ in lora.trainable_parameters(model) if not name.endswith("adapters")}
+    merger = {name for name, _ in model.named_parameters() if name.startswith("visual.merger.")}
     assert trained == (merger if changes.get("tune_merger") else set())
 
 
@@ -238,6 +206,12 @@ def test_optimizer_groups(model):
     assert len(groups["merger no decay"]["params"]) == 3  # two biases and the norm
 
 
+def gradients(layer):
+    """Of its A and B."""
+    pieces = layer.home.pieces(layer.home.block.adapters.grad)
+    return pieces[2 * layer.number : 2 * layer.number + 2]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_every_adapter_tensor_gets_a_gradient(model, recompute):
     lora.inject(model, ARGS)
@@ -245,9 +219,23 @@ def test_every_adapter_tensor_gets_a_gradient(model, recompute):
     model.train()
     model.gradient_checkpointing = recompute
     model.logits(packed()).logsumexp(-1).sum().backward()
-    silent = [name for name, p in lora.trainable_parameters(model) if p.grad is None or p.grad.abs().max() == 0]
+    silent = [name for name, layer in lora.lora_layers(model) if any(g.abs().max() == 0 for g in gradients(layer))]
     assert not silent
     assert not [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
+
+
+def test_recomputation_changes_no_gradient(model):
+    lora.inject(model, ARGS)
+    randomise(model)
+    model.train()
+    found = []
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        model.logits(packed()).logsumexp(-1).sum().backward()
+        found.append([p.grad for _, p in lora.trainable_parameters(model)])
+        assert all(home.views is None for home in lora.homes(model))
+        model.zero_grad()
+    assert len(found[0]) == 5 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # -- Off, reference, merged
@@ -332,6 +320,16 @@ def test_peft_loads_ours(base, model, tmp_path, changes):
     first, second = (load_file(folder / lora.TENSORS) for folder in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_our_file_has_what_pefts_has(base, model, tmp_path):
+    lora.inject(model, ARGS)
+    randomise(model)
+    lora.save_adapter(model, tmp_path, base)
+    load_hf(base, tmp_path).save_pretrained(tmp_path / "peft")
+    ours, pefts = (load_file(folder / lora.TENSORS) for folder in (tmp_path, tmp_path / "peft"))
+    assert ours.keys() == pefts.keys() and len(ours) == 2 * sum(COUNTS.values())
+    assert all(torch.equal(ours[key], pefts[key]) for key in ours)
 
 
 @pytest.mark.parametrize(
