@@ -1,0 +1,168 @@
+"""The mathematics of GRPO: rewards -> advantages -> loss. The loop around it is train_grpo.py.
+
+The loss, over the tokens t of all completions i of the global batch:
+
+    ratio  = exp(logprob - old logprob)               per token, or one a sequence: exp of the mean over its tokens
+    policy = -min(ratio * A_i, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A_i)
+    kl     = exp(ref - logprob) - (ref - logprob) - 1                     k3, joschu.net/blog/kl-approx.html
+    loss   = sum over tokens of (policy + beta * kl) / normalizer
+
+It is one loss with independent knobs, named as TRL's GRPOConfig where TRL has them; what TRL calls a `loss_type` is
+here `aggregation`: "sequence" = grpo, "token" = bnpo and dapo, "constant" = dr_grpo.
+"""
+
+import torch
+
+ADVANTAGE_EPS = 1e-4  # added to the std of the rewards, as in TRL
+# Log-ratios are kept below this before exp: exp(10) = 22026 is far outside any trust region, and finite in every dtype.
+LOG_RATIO_LIMIT = 10.0
+
+
+def group_advantages(rewards, group, scale="group"):
+    """Rewards of whole groups -> advantages: how much better than the mean of its own group.
+
+    rewards (N,) float: total reward of each completion. group (N,) int64: index of the group it belongs to; groups may
+    lie in any order and have any size. scale: what the difference is divided by: "group", the std of its group;
+    "batch", the std of all N rewards (so pass the rewards of all ranks); "none". Unbiased std + 1e-4, as TRL.
+
+    Returns advantages (N,) float32 and the std of each group (max(group) + 1,) float32. Where all rewards of a group
+    are equal both are exactly 0: such a group teaches nothing.
+    """
+    assert rewards.shape == group.shape, f"rewards {tuple(rewards.shape)} and group {tuple(group.shape)} differ"
+    assert scale in ("group", "batch", "none"), f"scale is {scale!r}, expected 'group', 'batch' or 'none'"
+    rewards = rewards.double()  # in float32 the mean of equal rewards can miss them, and / 1e-4 makes that a signal
+    assert rewards.isfinite().all(), f"rewards hold {rewards[~rewards.isfinite()].tolist()}, expected finite numbers"
+    count = group.bincount()
+    mean = _sums(rewards, group, len(count)) / count
+    low = torch.full_like(mean, torch.inf).scatter_reduce(0, group, rewards, "amin")
+    high = torch.full_like(mean, -torch.inf).scatter_reduce(0, group, rewards, "amax")
+    centred = torch.where((low == high)[group], 0.0, rewards - mean[group])
+    std = (_sums(centred**2, group, len(count)) / (count - 1).clamp(min=1)).sqrt()
+    if scale == "group":
+        centred = centred / (std[group] + ADVANTAGE_EPS)
+    elif scale == "batch":
+        centred = centred / (rewards.std() + ADVANTAGE_EPS)
+    return centred.float(), std.float()
+
+
+def loss_normalizer(aggregation, n_tokens, n_completions, max_completion_length):
+    """The number that the loss is divided by, from counts over the *global* batch (all micro-batches, all ranks).
+
+    n_tokens: completion tokens that are trained on. n_completions: completions, those included whose tokens are masked
+    (as TRL counts them: a masked completion gives nothing, but does not make the others weigh more).
+    """
+    assert aggregation in ("token", "sequence", "constant"), f"aggregation is {aggregation!r}"
+    if aggregation == "constant":
+        return max(n_completions, 1) * max_completion_length
+    return max(n_tokens if aggregation == "token" else n_completions, 1)
+
+
+def grpo_loss(logprobs, advantages, completion_index, normalizer, *, old_logprobs=None, ref_logprobs=None,
+              sampler_logprobs=None, entropy=None, keep=None, epsilon=0.2, epsilon_high=None, beta=0.0,
+              use_bias_correction_kl=True, aggregation="token", importance_sampling_level="token",
+              sampler_is_cap=None):  # fmt: skip
+    """Loss of one micro-batch, already divided: the sum over micro-batches and ranks is the loss of the global batch.
+
+    logprobs (N,): of the completions' tokens under the policy, with gradient. completion_index (N,) int64: completion
+    of each token; all tokens of a completion are in the same micro-batch. advantages (G,): one a completion.
+    normalizer: of `loss_normalizer`. Each (N,) without gradient, None where not needed:
+        old_logprobs      under the policy that made the rollouts; None: this very policy, so the ratio is 1
+        ref_logprobs      under the frozen reference, for the KL; needed where beta > 0
+        sampler_logprobs  as the sampler gave them; see `sampler_weights`
+        entropy           of the policy's distribution at each token, for the metrics
+    keep (G,) bool: completions to train on, e.g. those not cut by the limit; None: all.
+    use_bias_correction_kl: see `kl_loss`.
+
+    Returns the loss (scalar float32) and metrics: detached sums over the kept tokens, to be added over micro-batches
+    and ranks and divided by "tokens"; names that end in "_max" are reduced by max instead.
+    """
+    assert beta == 0 or ref_logprobs is not None, f"beta is {beta}, expected ref_logprobs for the KL"
+    assert sampler_is_cap is None or sampler_logprobs is not None, f"sampler_is_cap {sampler_is_cap} without log-probs"
+    tensors = logprobs, completion_index, old_logprobs, ref_logprobs, sampler_logprobs, entropy
+    if keep is not None:  # taken out rather than multiplied by 0: NaN * 0 is NaN
+        tensors = [None if tensor is None else tensor[keep[completion_index]] for tensor in tensors]
+    logprobs, index, old, ref, sampler, entropy = tensors
+    logprobs = logprobs.float()
+    old = logprobs.detach() if old is None else old.float()
+    lengths = _sums(torch.ones_like(old), index, len(advantages)).clamp(min=1)  # (G,)
+
+    ratio = importance_ratio(logprobs - old, index, lengths, importance_sampling_level)
+    loss, metrics = clipped_policy_loss(ratio, advantages.float()[index], epsilon, epsilon_high)
+    if entropy is not None:
+        metrics["entropy"] = entropy.float().sum()
+    if sampler is not None:
+        weight, gap_metrics = sampler_weights(old, sampler.float(), sampler_is_cap)
+        loss, metrics = loss * weight, metrics | gap_metrics
+    if ref is not None:
+        metrics["kl"] = k3(ref.float() - logprobs).sum()
+    if beta:
+        per_token = importance_sampling_level == "token"
+        loss = loss + beta * kl_loss(logprobs, ref.float(), old, ratio, per_token, use_bias_correction_kl)
+    if aggregation == "sequence":
+        loss = loss / lengths[index]
+    return loss.sum() / normalizer, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def importance_ratio(log_ratio, index, lengths, level):
+    """Policy / old policy of each token (N,): its own, or the geometric mean of its completion ("sequence", GSPO)."""
+    assert level in ("token", "sequence"), f"importance_sampling_level is {level!r}, expected 'token' or 'sequence'"
+    if level == "sequence":
+        log_ratio = (_sums(log_ratio, index, len(lengths)) / lengths)[index]
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def clipped_policy_loss(ratio, advantage, epsilon, epsilon_high=None):
+    """PPO's clipped objective, negated: (N,) and metrics. epsilon_high None: the same as epsilon."""
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    return loss, {
+        "tokens": torch.ones_like(ratio).sum(),
+        "ratio": ratio.sum(),
+        "clip_low": ((ratio < low) & (advantage < 0)).sum(),
+        "clip_high": ((ratio > high) & (advantage > 0)).sum(),
+    }
+
+
+def k3(gap):
+    """Estimate of KL(policy || reference) at tokens drawn from the policy: exp(gap) - gap - 1, never below 0.
+
+    gap (N,) = ref logprob - logprob. Above LOG_RATIO_LIMIT the exponential goes on as its tangent, so neither value
+    nor gradient overflows, and the gradient still pulls back (a plain clamp would let go of the worst tokens).
+    """
+    inside = gap.clamp(max=LOG_RATIO_LIMIT)
+    return torch.expm1(inside) * (1 + gap - inside) - inside
+
+
+def kl_loss(logprobs, ref, old, ratio, per_token, bias_correction):
+    """The KL term that is differentiated, (N,).
+
+    Taken alone, the gradient of k3 is that of another divergence, and grows with exp(gap). Times the ratio (TRL's
+    `use_bias_correction_kl`, arXiv 2512.02556) it is unbiased for the reverse KL: -ratio * gap, which cannot explode.
+    """
+    gap = ref - logprobs
+    if not bias_correction:
+        return k3(gap)
+    if per_token:  # ratio * exp(gap) is exp(ref - old), a constant: said so, its two huge gradients need not cancel
+        return (ref - old).clamp(max=LOG_RATIO_LIMIT).exp() - ratio * (gap + 1)
+    # A sequence's ratio cancels nothing; beyond the limit only k3 may pull, or the ratio's part pushes further away.
+    return torch.where(gap > LOG_RATIO_LIMIT, ratio.detach(), ratio) * k3(gap)
+
+
+def sampler_weights(old, sampler, cap):
+    """Truncated importance weights: the sampler's numerics (bf16, caches, graphs) differ from the training forward's.
+
+    old, sampler (N,): log-probs of the sampled tokens by the training forward and by the sampler.
+    Returns weights min(old / sampler, cap), (N,) without gradient, or 1.0 where cap is None, and metrics of the gap.
+    """
+    gap = (old - sampler).detach()
+    metrics = {"sampler_gap": gap.abs().sum(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}
+    if cap is None:
+        return 1.0, metrics
+    weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
+    metrics["sampler_capped"] = (weight > cap).sum()
+    return weight.clamp(max=cap), metrics
+
+
+def _sums(values, index, n):
+    """values (N,), index (N,) -> (n,): the sum of each index's values."""
+    return values.new_zeros(n).index_add(0, index, values)

@@ -1,0 +1,510 @@
+"""GRPO end to end on a tiny random checkpoint: what is sampled is what is trained, the reference, resuming, ranks, bad
+input. The loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import conftest  # noqa: F401 (sets the environment before torch is imported)
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import generate
+import train_grpo
+import trainer
+from assets.make_tiny import init
+from batch import Example
+from config import GRPO
+from data import Processor, load_tokenizer, pack, read_records
+from groups import ALARM_STEPS, Alarm, Facts, Rollout, reward_metrics
+from grpo import grpo_loss, loss_normalizer
+from lora import inject, lora_layers, trainable_parameters
+from model import UserError, decode
+from model.loss import IGNORE
+from model.qwen2_5_vl import Qwen2_5_VL
+
+ROOT = Path(__file__).resolve().parents[1]
+# Random weights write random text: these rewards differ within its groups, and can be learned.
+REWARDS = '''
+def vowels(text, sample):
+    return sum(text.count(letter) for letter in "aeiou") / max(1, len(text))
+
+def nan(text, sample):
+    return float("nan")
+
+def flat(text, sample):
+    return 0.5
+'''
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random checkpoint with its tokenizer, 6 clips to train on, 4 held out, and rewards for its text."""
+    folder = tmp_path_factory.mktemp("grpo")
+    init(folder / "tiny")
+    monkey = pytest.MonkeyPatch()
+    flags = ["--output_dir", str(folder / "data"), "--num_samples", "10", "--split", "0.8", "--video_length", "12"]
+    monkey.setattr(sys, "argv", ["generate.py", *flags])
+    generate.main()
+    monkey.undo()
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def flags_for(base, output, **options):
+    given = {"model_id": base / "tiny", "data_path": base / "data/train.json", "eval_data_path": "none", "nframes": 4}
+    given |= {"model_ckpt": "none", "output_dir": output, "max_steps": 3, "num_generations": 4, "oversample": 1}
+    given |= {"per_device_train_batch_size": 16, "max_completion_length": 8, "logging_steps": 100, "log_completions": 0}
+    given |= {"rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
+    return [part for name, value in (given | options).items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def grpo(base, tmp_path, monkeypatch):
+    """grpo(name, flag=value, …) runs train_grpo in this process and returns the run's folder."""
+
+    def run(name, **options):
+        monkeypatch.setattr(sys, "argv", ["train_grpo.py", *flags_for(base, tmp_path / name, **options)])
+        try:
+            train_grpo.main()
+        finally:
+            if torch.distributed.is_initialized():
+                trainer.leave_processes()
+        return tmp_path / name
+
+    return run
+
+
+def lines(folder, file="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def column(folder, name):
+    return [line[name] for line in lines(folder) if name in line]
+
+
+def weights(folder):
+    state = load_file(folder / "optimizer-00000.safetensors")
+    return {name: tensor for name, tensor in state.items() if name.startswith("weight/")}
+
+
+class OneRank:
+    """As much of trainer.Run as sampling and comparing need."""
+
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+
+@pytest.fixture(scope="session")
+def bench(base):
+    """(model with a random adapter, processor, prompts of two clips, cfg)"""
+    model = Qwen2_5_VL.from_pretrained(base / "tiny")
+    cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
+    cfg.data_path = str(base / "data/train.json")
+    inject(model, cfg)
+    shake(model)
+    processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
+    records = read_records(cfg.data_path)
+    return model, processor, [processor.encode(record, answer=False) for record in records[:2]], cfg
+
+
+def shake(model, size=0.05, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def sampled(bench, prompts=None, seed=0):
+    """Groups of the bench's prompts with made-up advantages, all of them to be trained on."""
+    model, processor, own, cfg = bench
+    torch.manual_seed(seed)
+    groups = train_grpo.sample_groups(OneRank(cfg), model, processor, own if prompts is None else prompts)
+    for k, rollout in enumerate(r for group in groups for r in group):
+        rollout.advantage, rollout.trained = (-1) ** k * (1 + 0.1 * k), True
+    return groups
+
+
+# What is trained is what was sampled
+
+
+def test_the_training_forward_gives_the_samplers_logprobs(bench):
+    model, _, prompts, cfg = bench
+    groups = sampled(bench)
+    (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+    logprobs, _ = train_grpo.token_logprobs(model, model, batch, cfg)
+    assert len({rollout.text for group in groups for rollout in group}) > 4
+    assert (logprobs - batch.sampler).abs().max() < 1e-4
+
+
+def repeated_form(prompt, rollouts):
+    """The slow twin of a packed group: every completion behind its own copy of prompt and clip."""
+    for rollout in rollouts:
+        ids = np.array([*prompt.ids, *rollout.ids])
+        after = prompt.position_ids.max() + 1 + np.arange(len(rollout.ids))
+        targets = np.full(len(ids), IGNORE)
+        targets[len(prompt) - 1 : -1] = rollout.ids
+        positions = np.concatenate([prompt.position_ids, np.tile(after, (3, 1))], axis=1)
+        yield replace(prompt, ids=ids, targets=targets, position_ids=positions)
+
+
+@pytest.mark.parametrize("split", [8, 3], ids=["whole groups", "split groups"])
+def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, split):
+    model, _, prompts, cfg = bench
+    groups = sampled(bench)
+    everyone = [rollout for group in groups for rollout in group]
+    for k, rollout in enumerate(everyone):  # completions of different lengths
+        rollout.ids, rollout.logprobs = rollout.ids[: 1 + k], rollout.logprobs[: 1 + k]
+    tokens = sum(len(rollout.ids) for rollout in everyone)
+    normalizer = loss_normalizer("sequence", tokens, len(everyone), 8)
+
+    def loss_of(batch):
+        logprobs, entropy = train_grpo.token_logprobs(model, model, batch, cfg)
+        noise = torch.linspace(-0.3, 0.3, tokens)[offset : offset + len(logprobs)]  # ratios and KL that are not 1 and 0
+        known = {"old_logprobs": batch.sampler + noise, "ref_logprobs": batch.sampler - noise, "entropy": entropy}
+        knobs = {"beta": 0.1, "aggregation": "sequence"}
+        return grpo_loss(logprobs, batch.advantages, batch.completion, normalizer, **known, **knobs)[0]
+
+    found = []
+    for form in ("shared", "repeated"):
+        model.zero_grad()
+        total, offset = 0.0, 0
+        batches = train_grpo.micro_batches(prompts, groups, replace_size(cfg, split))
+        if form == "repeated":
+            (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+            batch.packed = pack([e for p, group in zip(prompts, groups, strict=True) for e in repeated_form(p, group)])
+            batch.rows = (batch.packed.targets != IGNORE).nonzero()[:, 0]
+            batches = [batch]
+        for batch in batches:
+            loss = loss_of(batch)
+            loss.backward()
+            total, offset = total + loss.item(), offset + len(batch.rows)
+        found.append((total, {name: p.grad.clone() for name, p in trainable_parameters(model)}))
+    (loss, gradients), (expected, reference) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert any(name.startswith("visual.blocks") for name in gradients)
+    for name, gradient in gradients.items():
+        assert (gradient - reference[name]).abs().max() <= 1e-5 * reference[name].abs().max(), name
+
+
+def replace_size(cfg, size):
+    other = GRPO(**{name: getattr(cfg, name) for name in ("num_generations", "max_completion_length", "nframes")})
+    other.per_device_train_batch_size = size
+    return other
+
+
+def test_the_prompt_stands_once_for_its_completions(bench):
+    _, _, prompts, cfg = bench
+    (batch,) = train_grpo.micro_batches(prompts, sampled(bench), cfg)
+    tokens = len(batch.sampler)
+    assert len(batch.packed.input_ids) == sum(map(len, prompts)) - len(prompts) + tokens
+    assert len(batch.packed.patches) == sum(len(prompt.patches) for prompt in prompts)
+
+
+def test_vision_tokens_are_neither_drawn_nor_in_the_softmax(bench):
+    model, _, prompts, cfg = bench
+    groups = sampled(bench)
+    banned = set(model.config.vision_token_ids)
+    assert not any(banned & set(rollout.ids) for group in groups for rollout in group)
+    (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+    batch.packed.targets[batch.rows] = model.config.video_token_id
+    assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("control", ["blank", "reversed"])
+def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
+    _, processor, prompts, _ = bench
+    rewards = train_grpo.load_rewards(f"{base}/rewards.py:vowels")
+    seen = []
+    for name in ("none", "none", control):
+        examples = [processor.encode(prompt.record, answer=False, control=name) for prompt in prompts]
+        groups = sampled(bench, examples)
+        for example, group in zip(examples, groups, strict=True):
+            train_grpo.score_group(rewards, example, group, None, 8)
+        seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group])
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2] and [r for _, r in seen[0]] != [r for _, r in seen[2]]
+
+
+# Groups
+
+
+def rollouts_of(rewards):
+    """Groups whose completions have these rewards; all texts are the same."""
+    make = lambda g, r: Rollout(g, [5], [-1.0], True, "same", parts={"own": r}, reward=r, right=r > 0.5)
+    return [[make(g, r) for r in group] for g, group in enumerate(rewards)]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+
+
+def test_groups_are_told_apart_by_index_not_by_text(alone):
+    groups = rollouts_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
+    metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=2)
+    found = [[r.advantage for r in group] for group in groups]
+    assert found[0] == pytest.approx([0.7070, -0.7070], abs=1e-4) and found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[2] == [0.0, 0.0]
+    assert [group[0].trained for group in groups] == [True, False, False, True]  # the widest; of equals the first
+    assert counts == (4, 4) and metrics["groups_trained"] == 2 and metrics["no_variance"] == 0.25
+    assert metrics["reward"] == pytest.approx(3.625)
+
+
+def test_groups_without_variance_are_never_trained(alone):
+    groups = rollouts_of([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]])
+    metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=3)
+    assert counts == (6, 6)  # but they count in the means
+    assert metrics["groups_trained"] == 0 and not any(r.trained for group in groups for r in group)
+    assert (metrics["all_right"], metrics["all_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_metrics_tell_each_part_apart():
+    good, bad = {"accuracy": 1.0, "format": 0.2}, {"accuracy": 0.0, "format": 0.0}
+    metrics = reward_metrics([[Facts(1.2, True, 4, True, good), Facts(0.0, False, 8, False, bad)]], [0.85])
+    assert metrics["reward/accuracy"] == 0.5 and metrics["reward/format"] == 0.1
+    assert metrics["reward_std"] == pytest.approx(0.8485, abs=1e-4)
+    assert metrics["length"] == 6 and metrics["truncated"] == 0.5 and metrics["completion_tokens"] == 12
+
+
+def test_alarms():
+    alarm = Alarm()
+    good = {"reward": 1.0, "reward_std": 0.4, "trained_tokens": 3}
+    for step in range(1, 30):
+        assert alarm.look(step, good) == []
+    alarm = Alarm(json.loads(json.dumps(alarm.state)))  # as in a checkpoint
+    told = [alarm.look(step, good | {"reward": 0.2}) for step in range(30, 50)]
+    assert [text for texts in told for text in texts][0].startswith("reward collapses")
+    assert sum(map(len, told)) == 2  # not at every step
+    still, flat = Alarm(), good | {"trained_tokens": 0}
+    told = [still.look(step, flat) for step in range(2 * ALARM_STEPS)]
+    assert [bool(texts) for texts in told] == ([False] * (ALARM_STEPS - 1) + [True]) * 2
+
+
+# The loop
+
+
+def test_it_learns_and_tells(grpo, base, capfd):
+    options = {"max_steps": 16, "learning_rate": 1e-2, "oversample": 2, "log_completions": 8, "logging_steps": 8}
+    folder = grpo("run", **options, num_generations=8, per_device_train_batch_size=32, eval_steps=8, max_new_tokens=8,
+                  eval_data_path=base / "data/val.json")  # fmt: skip
+    reward = column(folder, "reward")
+    assert np.mean(reward[-4:]) > np.mean(reward[:4]) + 0.04, reward  # std of a step's mean is 0.015
+    rows = lines(folder)[1]
+    for name in ("reward", "reward_std", "reward/vowels", "reward/vowels_std", "all_right", "all_wrong", "no_variance",
+                 "length", "truncated", "kl", "clipped", "entropy", "grad_norm", "sampler_gap", "sampler_gap_max",
+                 "rollout_seconds", "update_seconds", "tokens_per_second", "loss", "lr"):  # fmt: skip
+        assert isinstance(rows[name], float), name
+    assert column(folder, "kl")[0] == pytest.approx(0, abs=1e-6) and column(folder, "kl")[-1] > 1e-3
+    assert max(column(folder, "sampler_gap_max")) < 1e-4
+    assert [line["step"] for line in lines(folder) if "eval_sampled_accuracy" in line] == [0, 8, 16]
+
+    rollouts = lines(folder, "rollouts.jsonl")
+    assert len(rollouts) == 16 * 6 * 8  # every completion, of groups that were not trained on too
+    assert sum(row["trained"] for row in rollouts[:48]) == 32
+    first = rollouts[0]
+    assert first["question"].startswith("<video>") and first["video"].endswith(".mp4") and first["answer"]
+    assert first["n_tokens"] == len(first["ids"]) == len(first["tokens"]) == len(first["logprobs"])
+    assert first["reward"] == first["rewards"]["vowels"]
+    shown = capfd.readouterr().out
+    assert "best of a group: reward" in shown and "worst of a group: reward" in shown and "greedy" in shown
+    assert "step      8/16" in shown and "step      7/16" not in shown
+    assert (folder / "report.html").exists()
+
+
+def test_resume_goes_on_bit_for_bit(grpo):
+    """Same rollouts, same update, and the reference is still the policy as the run began."""
+    start = grpo("start", max_steps=2, learning_rate=1e-2)
+    options = {"max_steps": 5, "save_steps": 2, "save_total_limit": "none", "learning_rate": 1e-2, "num_iterations": 2}
+    options |= {"model_ckpt": start, "beta": 0.5}
+    whole, broken = grpo("whole", **options), grpo("broken", **options)
+    for step in (4, 5):
+        shutil.rmtree(broken / f"checkpoint-{step}")
+    grpo("broken", **options, resume=True)
+    assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
+    for name in ("kl", "loss", "grad_norm", "reward", "entropy", "clipped"):
+        assert column(whole, name) == column(broken, name), name
+    for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
+        assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
+    starts = [load_file(p / "adapter_model.safetensors") for p in (start / "checkpoint-2", whole / "start_adapter")]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    kl = column(whole, "kl")
+    assert kl[0] < 1e-6 and min(kl[1:]) > 1e-3
+
+
+def test_the_reference_stays_as_it_was(base):
+    model, cfg = Qwen2_5_VL.from_pretrained(base / "tiny"), GRPO(nframes=4, beta=0.1)
+    inject(model, cfg)
+    shake(model)
+    ids, positions = np.arange(5, 25), np.tile(np.arange(20), (3, 1))
+    example = Example("text", ids, np.full(20, IGNORE), positions, None, [], [], [], [], 0, {})
+    before = model(pack([example])).detach()
+    frozen = train_grpo.freeze_reference(model, cfg)
+    cfg.reference = "base"
+    without = train_grpo.freeze_reference(model, cfg)
+    shake(model, seed=1)
+    now = model(pack([example])).detach()
+    with frozen():
+        assert torch.equal(model(pack([example])), before)
+    with without():
+        for _, layer in lora_layers(model):
+            assert not layer.enabled
+    assert torch.equal(model(pack([example])), now) and not torch.equal(now, before)
+
+
+def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
+    kl = {}
+    for beta in (1e-9, 10.0):
+        kl[beta] = column(grpo(f"beta{beta}", max_steps=8, learning_rate=1e-2, beta=beta), "kl")[-1]
+    assert kl[10.0] < kl[1e-9] / 3, kl
+    assert column(grpo("off", max_steps=2, beta=0), "kl") == []
+
+
+def test_how_the_batch_is_cut_changes_nothing(grpo):
+    whole = grpo("whole", max_steps=2, save_steps=2)
+    for name, options in {
+        "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        "split groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+        "packed": {"pack_tokens": 150},
+    }.items():
+        other = grpo(name, max_steps=2, save_steps=2, **options)
+        assert [r["ids"] for r in lines(other, "rollouts.jsonl")] == [r["ids"] for r in lines(whole, "rollouts.jsonl")]
+        mine, theirs = weights(other / "checkpoint-2"), weights(whole / "checkpoint-2")
+        assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5, name
+
+
+def by_prompt(model, packed, sampling, count):
+    """generate() with random numbers that depend on the prompt alone: the same on any number of ranks."""
+    torch.manual_seed(int(packed.patches.long().sum()))
+    return decode.generate(model, packed, sampling, count)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+import train_grpo, test_train_grpo
+train_grpo.generate, train_grpo.SAMPLED_TOKENS = test_train_grpo.by_prompt, 1
+train_grpo.cli(train_grpo.main)
+"""
+
+
+def test_two_ranks_equal_one(grpo, base, tmp_path, monkeypatch):
+    """The same prompts, one group dropped or chosen as all ranks see it, counts over all ranks."""
+    options = {"max_steps": 2, "oversample": 2, "save_steps": 2}
+    script = tmp_path / "two_ranks.py"
+    script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29643"]
+    flags = flags_for(base, tmp_path / "two", **options, per_device_train_batch_size=8)
+    done = subprocess.run([*launcher, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    monkeypatch.setattr(train_grpo, "generate", by_prompt)
+    monkeypatch.setattr(train_grpo, "SAMPLED_TOKENS", 1)  # one prompt at a time
+    folders = grpo("one", **options), tmp_path / "two"
+    names = "step", "prompt", "id", "ids", "trained"
+    one, two = ([[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in folders)
+    assert one == two
+    mine, theirs = (weights(folder / "checkpoint-2") for folder in folders)
+    assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5
+    for name in ("reward", "kl_trained", "loss", "entropy", "grad_norm"):
+        assert column(folders[0], name) == pytest.approx(column(folders[1], name), abs=1e-5), name
+
+
+def test_the_temporal_reward_samples_shuffled_frames_too(grpo, monkeypatch):
+    asked = []
+    sample = train_grpo.sample_groups
+
+    def watched(run, model, processor, prompts, count=None):
+        asked.append((count, [prompt.frame_indices[0] for prompt in prompts]))
+        return sample(run, model, processor, prompts, count)
+
+    monkeypatch.setattr(train_grpo, "sample_groups", watched)
+    folder = grpo("run", rewards="temporal,accuracy", max_steps=1)
+    (all_of, ordered), (half, shuffled) = asked
+    assert (all_of, half) == (None, 2) and ordered != shuffled and [sorted(f) for f in shuffled] == ordered
+    assert lines(folder)[0]["reward/temporal"] == 0.0
+
+
+# Bad numbers, bad input
+
+
+def nan_in(steps, real):
+    calls = []
+
+    def micro_loss(*args):
+        calls.append(args)
+        return real(*args) * (float("nan") if len(calls) in steps else 1.0)
+
+    return micro_loss
+
+
+def test_a_step_with_nan_is_told_and_skipped_and_many_stop_the_run(grpo, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train_grpo, "micro_loss", nan_in({2, *range(5, 99)}, train_grpo.micro_loss))
+    with pytest.raises(UserError, match="5 steps in a row.*checkpoint-8"):
+        grpo("run", max_steps=20, save_steps=1, save_total_limit="none")
+    kept = [weights(tmp_path / f"run/checkpoint-{i}") for i in (1, 2, 3)]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert any(not torch.equal(kept[1][name], kept[2][name]) for name in kept[0])
+    assert "step 2: loss" in capfd.readouterr().out
+
+
+def test_a_reward_that_is_no_number_stops_the_run_with_its_name(grpo, base):
+    with pytest.raises(UserError, match="reward nan returned nan.*completion"):
+        grpo("run", rewards=f"{base}/rewards.py:nan")
+
+
+def test_steps_without_variance_are_no_fault(grpo, base, capfd):
+    folder = grpo("run", rewards=f"{base}/rewards.py:flat", max_steps=ALARM_STEPS)
+    assert column(folder, "updated") == [False] * ALARM_STEPS and column(folder, "no_variance") == [1.0] * ALARM_STEPS
+    assert "ALARM" in capfd.readouterr().out
+
+
+def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path, capfd):
+    records = json.loads((base / "data/train.json").read_text())
+    records[3]["conversations"][1]["value"] = "Answer: (E) Sideways"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    options = {"data_path": tmp_path / "train.json", "image_folder": base / "data/videos", "max_steps": 1}
+    with pytest.raises(UserError, match="1 of 6 training samples cannot be read.*max_skip_share.*sample 3.*Sideways"):
+        grpo("strict", **options)
+    grpo("run", **options, max_skip_share=0.2)
+    assert "sample 3" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_generations": 1}, "num_generations: found 1.*at least 2"),
+        ({"num_generations": 5}, "num_generations: found 5.*= 16"),
+        ({"rewards": "acuracy"}, "no reward 'acuracy'.*nearest is 'accuracy'"),
+        ({"rewards": ","}, "at least one name"),
+        ({"model_ckpt": "nowhere/checkpoint-19"}, "checkpoint-19: no such folder"),
+        ({"model_id": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
+        ({"reference": "base", "lora_enable": False, "freeze_llm": False}, "reference: found 'base'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(grpo, options, words):
+    with pytest.raises(UserError, match=words) as error:
+        grpo("run", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_flags_of_the_seeds_command(grpo, base, capfd):
+    """Its GRPO command with our paths."""
+    folder = grpo(
+        "grpo_video_lora", image_folder=base / "data/videos", per_device_train_batch_size=8, num_generations=8,
+        gradient_accumulation_steps=1, num_train_epochs=1, max_steps=-1, learning_rate=2e-4, disable_flash_attn2=True,
+        bf16=True, fp16=False, freeze_llm=True, freeze_vision_tower=True, tune_merger=False, lora_enable=True,
+        vision_lora=True, lora_rank=64, lora_alpha=64, lora_dropout=0.05, num_lora_modules=-1,
+        lora_namespan_exclude="['lm_head','embed_tokens']", gradient_checkpointing=True, logging_steps=1,
+        dataloader_num_workers=2,
+    )  # fmt: skip
+    assert len(column(folder, "reward")) == 6 and max(column(folder, "sampler_gap")) < 0.1  # bf16
+    config = json.loads((folder / "checkpoint-6/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (64, 64)
+    assert "bfloat16" in capfd.readouterr().out
