@@ -35,6 +35,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         return rotate_pairs(x, cos, sin if sign > 0 else -sin)
     T, H, D = x.shape
     assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, found strides {x.stride()}"
+    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, found strides {cos.stride()}"
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
     rotary_kernel[(T, triton.cdiv(H, heads))](x, out, cos, sin, x.stride(0), H, sign, D=D, HALF=half, HEADS=heads)

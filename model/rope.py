@@ -62,7 +62,7 @@ def mrope_tables(position_ids: Tensor, config, dtype: torch.dtype) -> tuple[Tens
     exponent = torch.arange(half, device=position_ids.device, dtype=torch.float32) / half
     inv_freq = 1.0 / config.rope_theta**exponent  # (D/2,)
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(position_ids.device)
-    angles = position_ids.float()[axis].T * inv_freq  # (T, D/2)
+    angles = (position_ids.float()[axis].T * inv_freq).contiguous()  # (T, D/2); rows side by side, the kernel needs it
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 

@@ -1,5 +1,6 @@
 """The model against transformers, packed against separate, and what a video must do to the logits."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model import UserError
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from model.rope import mrope_position_ids
+from model.rope import mrope_position_ids, mrope_tables
 from model.vision import MEAN, STD, VisionPlan, normalise_patches
 
 # grids in patches: 8x8 is one whole window of 112 pixels, 4x12 and 10x6 are cut by its border, 16x8 is two windows
@@ -94,8 +95,6 @@ def test_bf16_stays_within_its_own_rounding(oracle):
         low = Qwen2_5_VL(ours.config).bfloat16()
         low.load_state_dict(ours.state_dict())
         error = (low.logits(pack_sequences([sequence])).float() - exact).norm() / exact.norm()
-        import copy
-
         inputs = {
             k: v.bfloat16() if v.is_floating_point() and "pixel" in k else v
             for k, v in sequence.for_transformers().items()
@@ -118,6 +117,30 @@ def test_normalise_is_the_processor_rule():
     mean = torch.tensor(MEAN).repeat_interleave(392)
     std = torch.tensor(STD).repeat_interleave(392)
     assert torch.allclose(normalise_patches(pixels, torch.float32), (pixels / 255 - mean) / std, atol=1e-6)
+
+
+def test_rotary_tables_lie_row_by_row():
+    """The GPU kernel reads them so. A transposed table once put every position wrong there, and right on the CPU."""
+    positions = torch.arange(21).view(3, 7)
+    for table in mrope_tables(positions, RULE, torch.float32):
+        assert table.shape == (7, 1, RULE.head_dim // 2) and table.is_contiguous()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_gpu_equals_cpu(dtype, bound):
+    """Logits and gradients of a mixed batch through the GPU's own paths: Triton, flash attention, aligned widths."""
+    cpu, sequence = random_model("grouped"), Sequence(RULE, CASES["mixed"])
+    gpu = copy.deepcopy(cpu).to("cuda", dtype)
+    packed = pack_sequences([sequence, Sequence(RULE, CASES["videos"], seed=1)])
+    weight = torch.randn(len(packed.input_ids), 260, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model, batch in ((cpu, packed), (gpu, packed.to("cuda"))):
+        logits = model.logits(batch)
+        (logits.float().cpu() * weight).sum().backward()
+        results.append([logits.detach().float().cpu(), *(p.grad.float().cpu() for p in model.parameters())])
+    for right, found in zip(*results):
+        assert (found - right).norm() <= bound * right.norm() + 1e-6
 
 
 # ---------------------------------------------------------------- positions
