@@ -145,8 +145,21 @@ def generate(
 
     prompts: packed prompts on the model's device, one causal segment each. generator: on that device.
     on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
+    bf16 on a GPU goes through fast_decode.py where nothing forbids it.
     """
     assert prompts.segments.kv_index is None, "prompts are plain causal segments"
+    if prompts.input_ids.is_cuda:
+        from model.fast_decode import generate_fast, why_not  # here, because it imports from this file
+
+        if why_not(model, sampling) is None:
+            return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
+    return generate_plain(model, prompts, sampling, num_generations, generator, on_token)
+
+
+@torch.no_grad()
+def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
+    """`generate` through the decoder layers of training, in plain PyTorch: any device, dtype and option, and the slow
+    twin of fast_decode.py."""
     lengths, G = prompts.segments.q_lengths, num_generations
     was_training = model.training
     model.eval()

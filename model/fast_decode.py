@@ -1,0 +1,432 @@
+"""Group decoding on a GPU at the speed of its memory: decode.py's fast path, bf16 on CUDA.
+
+A token's time has a floor, reading the weights once: 6.2 GB for the 3B model, 2.1 ms on an H100. The rest of a step is
+kept small:
+
+    SamplingCopy   adapters merged into fused bf16 weights for the length of a rollout, norms folded into them
+    Step           one token of every row as a captured CUDA graph of hand-written kernels (decode_kernels.py): six a
+                   layer, where plain PyTorch launches thirty; the length of the caches is read on the device, so one
+                   graph serves all steps, and addresses too, so it serves later rollouts
+    GroupCache     a prompt's keys and values once for its whole group, as in decode.py
+
+Nothing in the loop waits for the device, except a look every STOP_CHECK steps at whether all rows have ended.
+"""
+
+import warnings
+from collections import OrderedDict
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import decode_kernels as kernels
+from model.attention import attend
+from model.decode import STOP_CHECK, Completion, sample
+from model.kernels import swiglu, turn
+from model.linear import adapter_of
+from model.rope import mrope_tables
+
+KEYS = 64  # prompt and own keys a program looks at at a time
+PARTS = 128  # programs of one layer's attention to the prompts that are worth having: one a multiprocessor
+PROMPT_BUCKET, OWN_BUCKET = 256, 128  # cache lengths are rounded up to these, so that graphs fit again
+ATTENTION = dict(num_warps=4, num_stages=2)
+MAX_GRAPHS = 8  # kept a model; a graph holds some MB of buffers, and capturing another takes well under a second
+MARGIN = 1 << 30  # bytes of GPU memory that a rollout leaves free, beside its copy, for caches and activations
+CHOOSE_BLOCK = 1024  # a quarter of the logits that a program of `choose` reads
+
+_steps: WeakKeyDictionary = WeakKeyDictionary()  # model -> {bucket: Step}, the latest last
+
+
+class Tile(NamedTuple):
+    """How `linear_kernel` cuts a product up."""
+
+    n: int  # rows of W a program
+    k: int  # columns at a time
+    split: int  # programs that share the columns
+    warps: int
+    stages: int  # loads in flight
+    ahead: int  # bytes of each row of W asked for before the input is ready
+
+
+def tile_for(name: str, rows: int) -> Tile:
+    """Measured on an H100 at the 3B shape (dev/LOG.md)."""
+    few = {
+        "qkv": Tile(16, 256, 2, 4, 5, 512), "o": Tile(32, 256, 4, 4, 5, 512), "gate_up": Tile(32, 128, 1, 4, 4, 1024),
+        "down": Tile(64, 128, 8, 4, 5, 512), "head": Tile(64, 128, 1, 4, 5, 256),
+    }  # fmt: skip
+    many = {
+        "qkv": Tile(32, 128, 1, 4, 5, 512), "o": Tile(32, 128, 1, 4, 5, 512), "gate_up": Tile(128, 64, 1, 4, 3, 512),
+        "down": Tile(64, 128, 4, 4, 5, 512), "head": Tile(64, 128, 1, 4, 3, 0),
+    }  # fmt: skip
+    return (few if rows <= 16 else many)[name]
+
+
+def pow2(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def why_not(model, sampling) -> str | None:
+    """What keeps a call from the fast path; None: nothing."""
+    weight = model.head_weight
+    if not weight.is_cuda or weight.dtype != torch.bfloat16 or kernels.triton is None:
+        return "not bf16 on CUDA with Triton"
+    if sampling.repetition_penalty != 1:
+        return "repetition penalty"
+    layers = model.model.layers
+    need = 2 * sum(p.numel() for layer in layers for n, p in layer.named_parameters() if n.endswith("proj.weight"))
+    free = torch.cuda.mem_get_info(weight.device)[0]
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    if free < need + MARGIN:
+        found = f"the sampling copy takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        warnings.warn(f"slow decoding: {found}", stacklevel=3)
+        return "memory"
+    return None
+
+
+def merge(linears: list, adapters: list, outs: list[Tensor], norms: list[Tensor] | None = None) -> None:
+    """outs[i] (N, K) = (W + scale B A) * norm of linears[i], summed in float32, rounded once: one launch for all of
+    them, which are alike: one linear of several layers. Their adapters have one rank and dtype, or none has one."""
+    first, weight, rows = adapters[0], linears[0].weight, []
+    N, K = weight.shape
+    for i, (linear, a, out) in enumerate(zip(linears, adapters, outs)):
+        assert a is None or (a[0].is_contiguous() and a[1].is_contiguous()), "an adapter is laid out in strides"
+        tensors = (linear.weight, *((linear.weight,) * 2 if a is None else a[:2]), norms[i] if norms else out, out)
+        rows.append([t.data_ptr() for t in tensors])
+    align = 16 if all(address % 16 == 0 for row in rows for address in row) else weight.element_size()
+    table = torch.tensor(rows).to(weight.device, non_blocking=True)
+    scales = torch.tensor([0.0 if a is None else float(a[2]) for a in adapters]).to(weight.device, non_blocking=True)
+    grid = (-(-K // 128), -(-N // 64), len(linears))
+    kernels.merge_kernel[grid](
+        table, scales, weight, weight if first is None else first[0], N, K, weight.stride(0),
+        0 if first is None else len(first[0]), ADAPTER=first is not None, NORM=norms is not None, ALIGN=align,
+        BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8,
+    )  # fmt: skip
+
+
+class SamplingCopy:
+    """The decoder layers' weights as sampling reads them: q, k and v in one, gate and up in one, adapters merged, the
+    norm before a product folded into it. Costs its bytes (5.2 GiB for 3B) and some milliseconds; drop it after the
+    rollout."""
+
+    NAMES = ("qkv", "o", "gate_up", "down")
+
+    @torch.no_grad()
+    def __init__(self, model):
+        self.eps = model.config.rms_norm_eps
+        layers = model.model.layers
+        attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
+        first = [layer.input_layernorm.weight for layer in layers]
+        second = [layer.post_attention_layernorm.weight for layer in layers]
+        self.layers = [{} for _ in layers]
+        self.fuse("qkv", [[getattr(a, name) for a in attentions] for name in ("q_proj", "k_proj", "v_proj")], first)
+        self.fuse("o", [[a.o_proj for a in attentions]])
+        self.fuse("gate_up", [[m.gate_proj for m in mlps], [m.up_proj for m in mlps]], second)
+        self.fuse("down", [[m.down_proj for m in mlps]])
+        self.biases = [torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]) for a in attentions]
+
+    def fuse(self, name: str, parts: list[list], norms=None) -> None:
+        """parts: for each of the linears laid on top of each other, that linear of every layer."""
+        sizes = [len(linears[0].weight) for linears in parts]
+        for made in self.layers:
+            made[name] = parts[0][0].weight.new_empty(sum(sizes), parts[0][0].weight.shape[1])
+        cut = [made[name].split(sizes) for made in self.layers]
+        for i, linears in enumerate(parts):
+            adapters = [adapter_of(linear) for linear in linears]
+            sorts = [a and (len(a[0]), a[0].dtype) for a in adapters]  # some layers may have none, or others
+            sorts = [(m.weight.stride(), sort) for m, sort in zip(linears, sorts)]
+            for sort in set(sorts):
+                which = [n for n, s in enumerate(sorts) if s == sort]
+                mine = ([x[n] for n in which] for x in (linears, adapters, [c[i] for c in cut]))
+                merge(*mine, norms and [norms[n] for n in which])
+
+    def prefill(self, model, prompts, cache: "GroupCache") -> Tensor:
+        """The prompts through the copy, keys and values into the cache: logits of each one's last token, (N, V)."""
+        config = model.config
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        x = model.embed(prompts)
+        T, C = x.shape
+        cos, sin = mrope_tables(prompts.position_ids, config, x.dtype)
+        for number, (w, bias) in enumerate(zip(self.layers, self.biases)):
+            qkv = F.linear(F.rms_norm(x, (C,), None, self.eps), w["qkv"], bias).view(T, H + 2 * K, D)
+            q, k = turn(qkv[:, : H + K], cos, sin, 1.0).split([H, K], dim=1)
+            v = qkv[:, H + K :]
+            cache.prompt_k[number].view(-1, K, D).index_copy_(0, cache.slots, k)
+            cache.prompt_v[number].view(-1, K, D).index_copy_(0, cache.slots, v)
+            x.addmm_(attend(q, k, v, prompts.segments).reshape(T, H * D), w["o"].T)
+            h = F.rms_norm(x, (C,), None, self.eps)
+            gate, up = w["gate_up"].chunk(2)
+            x.addmm_(swiglu(F.linear(h, gate), F.linear(h, up)), w["down"].T)
+        last = prompts.segments.cu_q[1:].long() - 1
+        return model.model.norm(x[last]) @ model.head_weight.T
+
+
+class GroupCache:
+    """decode.py's cache, keys before heads: prompt (L, N, Lp, K, D), own (L, R, S, K, D)."""
+
+    def __init__(self, model, lengths: list[int], G: int, S: int):
+        config, weight = model.config, model.head_weight
+        N, L, K, D = len(lengths), config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.Lp, self.S = round_up(max(lengths), PROMPT_BUCKET), S
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.prompt_k, self.prompt_v = (torch.empty(L, N, self.Lp, K, D, **like) for _ in range(2))
+        self.own_k, self.own_v = (torch.empty(L, N * G, S, K, D, **like) for _ in range(2))
+        slots = torch.cat([n * self.Lp + torch.arange(length) for n, length in enumerate(lengths)])
+        self.slots = slots.to(weight.device)  # (T,): where a packed prompt token is kept
+
+
+class Step:
+    """One token of R = N*G rows: buffers, the order of the kernels, and the graph made of it."""
+
+    def __init__(self, model, N: int, G: int, Lp: int, S: int, mode: str):
+        """mode: "race" draws, "greedy" takes the largest, "logits" leaves the choice to the caller."""
+        config, weight = model.config, model.head_weight
+        self.config, self.N, self.G, self.Lp, self.S, self.mode = config, N, G, Lp, S, mode
+        self.R, self.H, self.K, self.D = N * G, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.C, self.I, self.V = config.hidden_size, config.intermediate_size, len(weight)
+        self.L = config.num_hidden_layers
+        self.pdl = torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        self.block_m = 16 if self.R <= 16 else 32 if self.R <= 32 else 64
+        self.R_pad = round_up(self.R, self.block_m)
+        self.queries = min(64, pow2(G * self.H // self.K, 16))
+        tiles = -(-G * self.H // self.K // self.queries)
+        parts = max(1, min(PARTS // (N * self.K * tiles), Lp // KEYS))
+        self.span = round_up(-(-Lp // parts), KEYS)
+        self.own_span = 64 if self.R <= 16 else 128  # own keys a program of attention reads
+        self.shared_splits, self.own_splits = -(-Lp // self.span), -(-S // self.own_span)
+        self.shared_programs = N * self.K * tiles * self.shared_splits
+        self.graph = None
+        self.make_buffers(weight.device, weight.dtype)
+        self.norm = torch.empty_like(model.model.norm.weight)
+
+    def make_buffers(self, device, dtype) -> None:
+        R, like, real = self.R, {"device": device, "dtype": dtype}, {"device": device, "dtype": torch.float32}
+        whole = {"device": device, "dtype": torch.int64}
+        splits, half = self.shared_splits + self.own_splits, self.D // 2
+        self.x, self.normed = torch.empty(R, self.C, **like), torch.empty(R, self.C, **like)
+        self.qkv = torch.empty(R, (self.H + 2 * self.K) * self.D, **like)
+        self.mixed, self.inner = torch.empty(R, self.H * self.D, **like), torch.empty(R, self.I, **like)
+        self.logits = torch.empty(R, self.V, **like)
+        self.part = torch.empty(R, self.H, splits, self.D, **real)
+        self.part_lse = torch.empty(R, self.H, splits, **real)
+        self.chunks = -(-self.V // (4 * CHOOSE_BLOCK))
+        self.best = torch.empty(R, self.chunks, 5, **real)
+        self.tiles = {name: tile_for(name, R) for name in (*SamplingCopy.NAMES, "head")}
+        self.slots = {name: -(-self.C // self.tiles[name].n) for name in ("o", "down")}
+        self.ssq = {name: torch.zeros(n, self.R_pad, **real) for name, n in self.slots.items()}
+        outs = {"qkv": self.qkv.shape[1], "o": self.C, "gate_up": self.I, "down": self.C, "head": self.V}
+        grids = {n: self.R_pad * round_up(outs[n], t.n) * t.split for n, t in self.tiles.items() if t.split > 1}
+        self.partial = torch.empty(max(grids.values(), default=1), **real)
+        programs = (self.R_pad // self.block_m * -(-outs[n] // t.n) for n, t in self.tiles.items())
+        self.counter = torch.zeros(max(programs), device=device, dtype=torch.int32)
+        self.table = torch.zeros(6 + 4 * self.L, **whole)
+        self.cos, self.sin = (torch.zeros(self.N, self.S, half, **like) for _ in range(2))
+        self.lengths, self.used = (torch.zeros(n, device=device, dtype=torch.int32) for n in (self.N, 1))
+        self.ids, self.seed = torch.zeros(R, **whole), torch.zeros(1, **whole)
+        self.all_ids, self.all_logp = torch.zeros(R, self.S + 1, **whole), torch.zeros(R, self.S + 1, **real)
+        self.inverse, self.hidden = torch.ones(1, **real), torch.zeros(self.V, device=device, dtype=torch.uint8)
+
+    @classmethod
+    def fitting(cls, model, N: int, G: int, cache: GroupCache, mode: str) -> "Step":
+        """The model's Step of this size, kept from an earlier call or new. Sizes of N and G are taken as they come, not
+        rounded up: padded rows would cost every step, another capture costs once."""
+        kept = _steps.setdefault(model, OrderedDict())
+        key = (N, G, cache.Lp, cache.S, mode)
+        if key not in kept:
+            kept[key] = cls(model, *key)
+            if len(kept) > MAX_GRAPHS:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+    def begin(self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator) -> None:
+        """Everything that differs between calls goes into the buffers that the graph reads."""
+        tensors = [model.head_weight, model.model.embed_tokens.weight]
+        tensors += [cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v]
+        tensors += [layer[name] for layer in copy.layers for name in copy.NAMES]
+        addresses = [t.data_ptr() for t in tensors]
+        assert all(a % 16 == 0 for a in addresses), "the kernels read 16 bytes at a time"
+        self.table.copy_(torch.tensor(addresses))
+        self.biases = copy.biases if self.graph is None else self.biases
+        for mine, new in zip(self.biases, copy.biases):
+            mine.copy_(new)
+        self.norm.copy_(model.model.norm.weight)
+        lengths = prompts.segments.q_lengths
+        ends = torch.stack([p.max() for p in prompts.position_ids.split(lengths, dim=1)]) + 1  # (N,)
+        position = (ends[:, None] + torch.arange(self.S, device=ends.device)).flatten()  # text: one number for t, h, w
+        cos, sin = mrope_tables(position.expand(3, -1), self.config, self.cos.dtype)
+        self.cos.copy_(cos.view_as(self.cos))
+        self.sin.copy_(sin.view_as(self.sin))
+        self.lengths.copy_(torch.tensor(lengths))
+        self.used.fill_(-1)
+        self.inverse.fill_(1 / (sampling.temperature or 1))
+        self.hidden.zero_()[banned] = 1
+        self.seed.random_(generator=generator)
+
+    def linear(self, name: str, cell: int, x: Tensor, out: Tensor, K: int, N: int, ssq=None, bias=None, residual=None):
+        t = self.tiles[name]
+        split = min(t.split, -(-K // t.k))
+        ssq_in, ssq_out, dummy = self.ssq.get(ssq), self.ssq.get(name), self.partial
+        grid = (self.R_pad // self.block_m, -(-N // t.n), split)
+        kernels.linear_kernel[grid](
+            x, self.table, cell, bias if bias is not None else x, dummy if ssq is None else ssq_in, out,
+            residual if residual is not None else x, dummy if residual is None else ssq_out, self.partial, self.counter,
+            self.R, self.config.rms_norm_eps, N=N, K=K, SLOTS=self.slots.get(ssq, 0),
+            BLOCK_SLOTS=pow2(self.slots.get(ssq, 1)), R_PAD=self.R_pad, BIAS=bias is not None, SWIGLU=name == "gate_up",
+            RESIDUAL=residual is not None, SPLIT=split, STEPS=-(-K // (t.k * split)), BLOCK_M=self.block_m, BLOCK_N=t.n,
+            BLOCK_K=t.k, AHEAD=t.ahead if K % 64 == 0 else 0, PDL=self.pdl, num_warps=t.warps, num_stages=t.stages,
+            **self.early,
+        )  # fmt: skip
+
+    @property
+    def early(self) -> dict:
+        return {"launch_pdl": True} if self.pdl else {}
+
+    def attention(self, layer: int) -> None:
+        half, wide, h = pow2(self.D // 2, 16), pow2(self.D, 16), self.H // self.K
+        splits = self.shared_splits + self.own_splits
+        kernels.attention_kernel[(self.shared_programs + self.R * self.K * self.own_splits,)](
+            self.qkv, self.table, 2, layer, self.lengths, self.used, self.cos, self.sin, self.part, self.part_lse,
+            self.N, self.G, self.Lp, self.S, self.shared_splits, self.own_splits, self.D**-0.5,
+            H=self.H, KV=self.K, D=self.D, HALF=half, WIDE=wide, QUERIES=self.queries, OWN_QUERIES=pow2(h, 16),
+            KEYS=KEYS, SPAN=self.span, OWN_SPAN=self.own_span, PDL=self.pdl, **ATTENTION, **self.early,
+        )  # fmt: skip
+        kernels.combine_kernel[(self.R * self.H,)](
+            self.part, self.part_lse, self.mixed, splits, D=self.D, WIDE=wide, BLOCK=pow2(splits), CHUNK=16,
+            PDL=self.pdl, num_warps=2, **self.early,
+        )  # fmt: skip
+
+    def launch(self) -> None:
+        C, W = self.C, self.qkv.shape[1]
+        kernels.pick_up_kernel[(self.R,)](
+            self.ids, self.table, 1, self.x, self.ssq["down"], self.used, C=C, SLOTS=self.slots["down"],
+            R_PAD=self.R_pad, BLOCK=pow2(C), BLOCK_SLOTS=pow2(self.slots["down"]), PDL=self.pdl, num_warps=8,
+        )  # fmt: skip
+        for i in range(self.L):
+            qkv, o, gate_up, down = range(6 + 4 * i, 10 + 4 * i)
+            self.linear("qkv", qkv, self.x, self.qkv, C, W, "down", bias=self.biases[i])
+            self.attention(i)
+            self.linear("o", o, self.mixed, self.x, self.H * self.D, C, residual=self.x)
+            self.linear("gate_up", gate_up, self.x, self.inner, C, self.I, "o")
+            self.linear("down", down, self.inner, self.x, self.I, C, residual=self.x)
+        kernels.final_norm_kernel[(self.R,)](
+            self.x, self.norm, self.normed, self.config.rms_norm_eps, C=C, BLOCK=pow2(C), PDL=self.pdl, num_warps=8,
+            **self.early,
+        )  # fmt: skip
+        self.linear("head", 0, self.normed, self.logits, C, self.V)
+        if self.mode != "logits":
+            self.choose(self.logits)
+
+    def choose(self, logits: Tensor) -> None:
+        """logits (R, V) -> ids, and column used + 1 of all_ids and all_logp."""
+        kernels.choose_chunk_kernel[(self.R, self.chunks)](
+            logits, self.hidden, self.seed, self.used, self.inverse, self.best, self.V, self.chunks,
+            GREEDY=self.mode == "greedy", BLOCK=CHOOSE_BLOCK, PDL=self.pdl, num_warps=4, **self.early,
+        )  # fmt: skip
+        kernels.choose_kernel[(self.R,)](
+            self.best, self.ids, self.all_ids, self.all_logp, self.used, self.chunks, self.S + 1,
+            BLOCK=pow2(self.chunks), PDL=self.pdl, num_warps=1, **self.early,
+        )  # fmt: skip
+
+    def capture(self) -> None:
+        """Run once, which compiles and loads the kernels, then capture."""
+        self.launch()
+        self.used.fill_(-1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.launch()
+        self.graph = graph
+
+
+@torch.no_grad()
+def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=None) -> list[list[Completion]]:
+    """decode.generate on the fast path; the same arguments and result."""
+    was_training = model.training
+    model.eval()
+    lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
+    device, N = prompts.input_ids.device, len(lengths)
+    truncated = 0 < sampling.top_k or sampling.top_p < 1
+    mode = "greedy" if sampling.temperature == 0 else "logits" if truncated else "race"
+    copy = SamplingCopy(model)
+    cache = GroupCache(model, lengths, G, round_up(max(1, limit - 1), OWN_BUCKET))
+    banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
+    stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
+    step = Step.fitting(model, N, G, cache, mode)
+    step.begin(model, copy, cache, prompts, sampling, banned, generator)
+    logits = copy.prefill(model, prompts, cache)
+    if step.graph is None and limit > 1:
+        step.capture()
+    drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token)
+    model.train(was_training)
+    return collect(step.all_ids[:, :drawn], step.all_logp[:, :drawn], stops, N, G)
+
+
+def run(step: Step, logits: Tensor, sampling, banned: Tensor, stops: Tensor, generator, on_token) -> int:
+    """Token after token until the limit, or until a look finds every row ended. Returns how many were drawn."""
+    limit = sampling.max_new_tokens
+    for t in range(limit):
+        if t:
+            step.graph.replay()
+            logits = step.logits
+        if step.mode == "logits":
+            ids, step.all_logp[:, t] = sample(logits, sampling, banned, None, generator)
+            step.ids.copy_(ids)
+            step.all_ids[:, t] = ids
+        elif t == 0:
+            step.choose(logits)
+        if on_token:
+            ended = torch.isin(step.all_ids[:, :t], stops).any(1).tolist()
+            for row, token in enumerate(step.ids.tolist()):
+                if not ended[row]:
+                    on_token(row, token)
+        if (on_token or t % STOP_CHECK == 0) and bool(torch.isin(step.all_ids[:, : t + 1], stops).any(1).all()):
+            return t + 1
+    return limit
+
+
+def collect(ids: Tensor, logp: Tensor, stops: Tensor, N: int, G: int) -> list[list[Completion]]:
+    """(R, T) drawn tokens -> one Completion a row, each cut after its first stop token."""
+    stopped = torch.isin(ids, stops)
+    finished = stopped.any(1)
+    length = torch.where(finished, stopped.int().argmax(1) + 1, ids.shape[1])
+    columns = zip(ids.tolist(), logp.tolist(), length.tolist(), finished.tolist())
+    rows = [Completion(i[:n], p[:n], f) for i, p, n, f in columns]
+    return [rows[n * G : (n + 1) * G] for n in range(N)]
+
+
+def linear_plain(x, weight, bias=None, eps=None, swiglu=False, residual=None) -> Tensor:
+    """Twin of `linear`: x (R, K), weight (N or 2N, K) with the norm's weight in it; eps: normalise x first."""
+    if eps is not None:
+        x = F.rms_norm(x, x.shape[1:], None, eps)
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        gate, up = y.chunk(2, dim=1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def merge_plain(weight, adapter=None, norm=None) -> Tensor:
+    """Twin of `merge`: (W + scale B A) * norm in float32, rounded once."""
+    y = weight.float()
+    if adapter is not None:
+        A, B, scale, _ = adapter
+        y = y + scale * (B.to(weight.dtype).float() @ A.to(weight.dtype).float())
+    return (y if norm is None else y * norm.float()).to(weight.dtype)
+
+
+def attention_plain(q, prompt_k, prompt_v, lengths, own_k, own_v) -> Tensor:
+    """Twin of `attention` and `combine`, rotary done: q (R, H, D); prompt (N, Lp, K, D), own (R, S, K, D) up to now."""
+    R, H, D = q.shape
+    out, G = torch.empty_like(q), R // len(lengths)
+    for r in range(R):
+        n = r // G
+        k, v = (torch.cat([a[n, : lengths[n]], b[r]]).float() for a, b in ((prompt_k, own_k), (prompt_v, own_v)))
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))  # (keys, H, D)
+        weights = (torch.einsum("hd,shd->hs", q[r].float(), k) * D**-0.5).softmax(-1)
+        out[r] = torch.einsum("hs,shd->hd", weights, v).to(q.dtype)
+    return out

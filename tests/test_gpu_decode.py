@@ -1,0 +1,238 @@
+"""The fast path of decoding (bf16, CUDA) against its plain twins and against the training forward."""
+
+import copy as copies
+
+import pytest
+import torch
+from conftest import Sequence, config_dict, pack_sequences, random_model
+from test_model import CASES
+
+from model.attention import Segments
+from model.decode import GroupCache as PlainCache
+from model.decode import Sampling, generate, generate_plain
+from model.loss import target_logprobs
+from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
+from model.rope import mrope_position_ids, rotate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
+if torch.cuda.is_available():
+    from model import fast_decode as fast
+
+DEVICE = "cuda"
+
+
+def relative(x, reference) -> float:
+    return float((x.float() - reference.float()).norm() / reference.float().norm())
+
+
+def add_adapters(model, rank: int = 5, seed: int = 9) -> None:
+    """Adapters as model/linear.py sees them, on some of the decoder's linears."""
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            out, width = linear.weight.shape
+            made = [torch.randn(*s, generator=generator, device=DEVICE) for s in ((rank, width), (out, rank))]
+            A, B = made[0] * width**-0.5, made[1] * 0.05
+            linear.adapter = lambda A=A, B=B: (A, B, 0.7, 0.0)
+
+
+def gpu_model(shape: str, adapters: bool = True) -> Qwen2_5_VL:
+    """One of conftest's shapes, or the 3B model's own widths (config.json of Qwen2.5-VL-3B-Instruct) in two layers."""
+    if shape == "3B":
+        raw = config_dict("grouped") | dict(
+            hidden_size=2048, intermediate_size=11008, num_attention_heads=16, vocab_size=151_936,
+            initializer_range=0.02, tie_word_embeddings=True,
+            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        )  # fmt: skip
+        raw["vision_config"]["out_hidden_size"] = 2048
+        model = Qwen2_5_VL.random(ModelConfig.from_dict(raw), DEVICE, torch.bfloat16)
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.data.add_(0.1 * torch.randn_like(p))
+    else:
+        model = random_model(shape).to(DEVICE, torch.bfloat16)
+    model.requires_grad_(False).eval()
+    if adapters:
+        add_adapters(model)
+    return model
+
+
+def prompts_of(model, lengths: list[int]) -> Packed:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat([torch.randint(3, 200, (n,), generator=generator) for n in lengths])
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1).contiguous()
+    return Packed(ids, positions, Segments.causal(lengths)).to(DEVICE)
+
+
+@pytest.mark.parametrize("shape", ["grouped", "3B"])
+def test_merged_weights_equal_their_twin(shape):
+    model = gpu_model(shape)
+    made, layer = fast.SamplingCopy(model), model.model.layers[1]
+    a, m = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    plain = {
+        "qkv": [(a.q_proj, first), (a.k_proj, first), (a.v_proj, first)], "o": [(a.o_proj, None)],
+        "gate_up": [(m.gate_proj, second), (m.up_proj, second)], "down": [(m.down_proj, None)],
+    }  # fmt: skip
+    for name, parts in plain.items():
+        expected = torch.cat([fast.merge_plain(p.weight, fast.adapter_of(p), norm) for p, norm in parts])
+        assert relative(made.layers[1][name], expected) < 2e-4, name  # sums in another order, rounded the other way
+        assert (made.layers[1][name] == expected).float().mean() > 0.99, name
+
+
+def test_prefill_fills_the_cache_as_the_plain_path_does():
+    model = gpu_model("grouped")
+    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
+    prompts = pack_sequences(sequences).to(DEVICE)
+    lengths = prompts.segments.q_lengths
+    plain, cache = PlainCache(model, lengths, 2, 4), fast.GroupCache(model, lengths, 2, 128)
+    with torch.no_grad():
+        hidden = model(prompts, plain.prefill(prompts.segments))  # which also lays some weights out in strides
+        logits = fast.SamplingCopy(model).prefill(model, prompts, cache)
+    expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
+    assert relative(logits, expected) < 5e-2
+    for n, length in enumerate(lengths):
+        for ours, theirs in ((cache.prompt_k, plain.prompt_k), (cache.prompt_v, plain.prompt_v)):
+            assert relative(ours[:, n, :length].transpose(1, 2), theirs[:, n, :, :length]) < 5e-2, n
+
+
+SIZES = [("3B", 1, 8), ("3B", 8, 8), ("3B", 3, 7), ("grouped", 2, 50), ("untied", 1, 1)]
+
+
+@pytest.mark.parametrize("shape, N, G", SIZES)
+def test_a_step_equals_its_twins(shape, N, G):
+    """Two tokens through the kernels; the second, which finds an own key, against the twins, kernel by kernel."""
+    model = gpu_model(shape)
+    prompts = prompts_of(model, [300 + 77 * n for n in range(N)])
+    made, cache = fast.SamplingCopy(model), fast.GroupCache(model, prompts.segments.q_lengths, G, 128)
+    step = fast.Step(model, N, G, cache.Lp, 128, "greedy")
+    step.partial.fill_(float("nan"))
+    step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)
+    made.prefill(model, prompts, cache)
+    for _ in range(2):
+        step.ids.copy_(torch.randint(3, 200, (N * G,), generator=torch.Generator().manual_seed(1)))
+        ids = step.ids.clone()
+        step.launch()
+    x, found = model.model.embed_tokens(ids), {}
+    R, H, K, D = step.R, step.H, step.K, step.D
+    tables = [t[:, 1].repeat_interleave(G, 0)[:, None] for t in (step.cos, step.sin)]
+    for i, w in enumerate(made.layers):
+        qkv = fast.linear_plain(x, w["qkv"], made.biases[i], made.eps).view(R, H + 2 * K, D)
+        q, k = (rotate(y.contiguous(), tables) for y in (qkv[:, :H], qkv[:, H : H + K]))
+        own_k, own_v = cache.own_k[i, :, :2], cache.own_v[i, :, :2]
+        found[f"key {i}"] = relative(own_k[:, 1], k)
+        found[f"value {i}"] = relative(own_v[:, 1], qkv[:, H + K :])
+        lengths = prompts.segments.q_lengths
+        out = fast.attention_plain(q, cache.prompt_k[i], cache.prompt_v[i], lengths, own_k, own_v).view(R, H * D)
+        x = fast.linear_plain(out, w["o"], residual=x)
+        inner = fast.linear_plain(x, w["gate_up"], eps=made.eps, swiglu=True)
+        x = fast.linear_plain(inner, w["down"], residual=x)
+    found |= {"attention": relative(step.mixed, out), "inner": relative(step.inner, inner), "x": relative(step.x, x)}
+    found |= {"norm": relative(step.normed, model.model.norm(x))}
+    found |= {"logits": relative(step.logits, step.normed @ model.head_weight.T)}
+    assert max(found.values()) < (2e-2 if shape == "3B" else 5e-2), found  # roundings; conftest's weights are large
+    scores = step.logits.float()
+    scores[:, 4] = float("-inf")
+    assert step.ids.equal(scores.argmax(-1))
+    assert (step.all_logp[:, 2] - scores.log_softmax(-1).gather(1, step.ids[:, None])[:, 0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["grouped", "tied"])
+@pytest.mark.parametrize("sampling", [Sampling(40, 0.8, stop_ids=(7, 8, 9)), Sampling(40, 0.8, top_k=50, top_p=0.9)])
+def test_log_probs_are_the_training_forwards(shape, sampling):
+    """As near to the float32 forward as the bf16 forward is; several prompts, with pictures, several rows each."""
+    model = gpu_model(shape)
+    exact = copies.deepcopy(model).float()
+    add_adapters(exact)
+    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
+    groups = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 4, torch.Generator(DEVICE).manual_seed(0))
+    banned, ours, plain = torch.tensor(model.config.vision_token_ids, device=DEVICE), [], []
+    for sequence, group in zip(sequences, groups):
+        for row in group:
+            assert row.finished == (row.ids[-1] in sampling.stop_ids)
+            assert all(i not in sampling.stop_ids for i in row.ids[:-1])
+            truth, ours_too = (logprobs_of(m, sequence, row.ids, banned) for m in (exact, model))
+            ours.append(torch.tensor(row.logprobs, device=DEVICE) - truth)
+            plain.append(ours_too - truth)
+    ours, plain = torch.cat(ours), torch.cat(plain)
+    found = [x.pow(2).mean().sqrt().item() for x in (ours, plain)]
+    assert found[0] < 1.5 * found[1] + 1e-3, found
+    assert ours.abs().max() < 4 * plain.abs().max() + 1e-3, (ours.abs().max(), plain.abs().max())
+
+
+def logprobs_of(model, sequence, ids, banned):
+    """The training forward over prompt + answer, at the tests' temperature."""
+    whole = copies.copy(sequence)
+    whole.ids = sequence.ids + ids
+    whole.positions = mrope_position_ids(whole.ids, whole.grids, whole.seconds, model.config)
+    with torch.no_grad():
+        hidden = model(pack_sequences([whole]).to(DEVICE))[len(sequence.ids) - 1 : -1]
+    return target_logprobs(hidden, model.head_weight, torch.tensor(ids, device=DEVICE), 0.8, banned)[0]
+
+
+def test_first_and_second_tokens_follow_the_exact_distribution():
+    """20,000 rows of one group; chi-square, 5 sigma."""
+    model = gpu_model("tied", adapters=False)
+    sequence, R = Sequence(model.config, [6]), 20_000
+    prompt = pack_sequences([sequence]).to(DEVICE)
+    rows = generate(model, prompt, Sampling(2, 0.7), R, torch.Generator(DEVICE).manual_seed(2))[0]
+    first = torch.tensor([r.ids[0] for r in rows])
+    common = first.mode().values.item()
+    second = torch.tensor([r.ids[1] for r in rows if r.ids[0] == common])
+    ids = torch.tensor([*sequence.ids, common], device=DEVICE)
+    longer = Packed(ids, torch.arange(len(ids), device=DEVICE).expand(3, -1), Segments.causal([len(ids)]).to(DEVICE))
+    logits = model.logits(longer)[-2:].float() / 0.7
+    logits[:, model.config.vision_token_ids] = float("-inf")
+    for drawn, p in zip((first, second), logits.softmax(-1).cpu()):
+        expected, counts = p * len(drawn), torch.bincount(drawn, minlength=260).float()
+        big = expected >= 5
+        chi2, freedom = float(((counts - expected)[big] ** 2 / expected[big]).sum()), int(big.sum()) - 1
+        slack = 5 * (2 * freedom) ** 0.5 + 0.01 * len(drawn)  # the second: bf16 logits of two paths differ by 0.1
+        assert freedom > 3 and abs(chi2 - freedom) < slack, (chi2, freedom)
+
+
+def test_vision_tokens_are_never_drawn():
+    model = gpu_model("tied", adapters=False)
+    model.head_weight[model.config.vision_token_ids] *= 50
+    prompt = pack_sequences([Sequence(model.config, [6])]).to(DEVICE)
+    for temperature in (0.0, 1.0):
+        for row in generate(model, prompt, Sampling(8, temperature), 16)[0]:
+            assert not set(row.ids) & set(model.config.vision_token_ids)
+
+
+def test_same_seed_same_rows_streaming_and_early_end():
+    model = gpu_model("grouped")
+    prompt = pack_sequences([Sequence(model.config, CASES["video"])]).to(DEVICE)
+    streamed: list[tuple[int, int]] = []
+    sampling = Sampling(100, stop_ids=tuple(range(3, 60)))
+
+    def run(seed, on_token=None):
+        return generate(model, prompt, sampling, 3, torch.Generator(DEVICE).manual_seed(seed), on_token)[0]
+
+    first = run(3, lambda row, token: streamed.append((row, token)))
+    assert [r.ids for r in first] == [r.ids for r in run(3)] != [r.ids for r in run(4)]
+    assert [[t for r, t in streamed if r == i] for i in range(3)] == [r.ids for r in first]
+    assert all(r.finished for r in first)
+
+
+def test_a_kept_graph_sees_new_adapters_and_frees_its_copy():
+    model = gpu_model("grouped", adapters=False)
+    prompt = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
+    sampling = Sampling(30, temperature=0.0)
+    before = generate(model, prompt, sampling, 2)[0]
+    held = torch.cuda.memory_allocated()
+    blocker = torch.empty(1 << 22, device=DEVICE)  # takes the place of the freed copy: the next one lies elsewhere
+    add_adapters(model)
+    after = generate(model, prompt, sampling, 2)[0]
+    del blocker
+    linears = [m for layer in model.model.layers for m in layer.modules() if hasattr(m, "adapter")]
+    assert torch.cuda.memory_allocated() <= held + sum(x.nbytes + 512 for m in linears for x in m.adapter()[:2])
+    assert before[0].ids != after[0].ids
+    slow = generate_plain(model, prompt, sampling, 2)[0]
+    assert after[0].ids[0] == slow[0].ids[0]
+
+
+def test_repetition_penalty_takes_the_plain_path():
+    model = gpu_model("grouped")
+    assert fast.why_not(model, Sampling(repetition_penalty=1.1)) == "repetition penalty"
+    assert fast.why_not(model, Sampling()) is None
