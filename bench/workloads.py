@@ -1,10 +1,15 @@
-"""Shapes and workloads that the benchmarks share: Qwen2.5-VL at its released sizes with random weights, packed batches
-of made-up clips, the machine's measured ceilings, and medians.
+"""What the benchmarks share: Qwen2.5-VL's released shapes with random weights, packed batches of made-up clips, the
+machine's measured ceilings and arithmetic floors, medians, the table, and transformers' model as the peer.
 
     S   the smallest real use: a 2x4x4 grid (8 video tokens), 72 prompt tokens, 128 answer tokens
     R   a real clip: 16 frames of 252x420, grid 8x18x30 (1,080 video tokens), 82 prompt tokens, 256 completion tokens
+    E   the embedded model's own, for a CPU: 8 frames of 56x56, grid 4x4x4 (16 video tokens), 101 prompt tokens and a
+        chain of thought of 80
 """
 
+import argparse
+import gc
+import json
 import statistics
 import sys
 import time
@@ -15,10 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from lora import hf_name, homes, targets
 from model.attention import Segments
 from model.loss import IGNORE
-from model.qwen2_5_vl import ModelConfig, Packed
+from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
+from model.vision import normalise_patches
+from video import Options, frame_size
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
 # hidden, MLP, layers, heads, kv heads, rows of the embedding, tied, merger's output; config.json of each hub repository
 SIZES = {
@@ -48,7 +58,8 @@ def config_dict(size: str) -> dict:
 
 
 def model_config(size: str = "3B") -> ModelConfig:
-    return ModelConfig.from_dict(config_dict(size))
+    """A released size, or `tiny`: the embedded model's shape."""
+    return ModelConfig.from_folder(TINY) if size == "tiny" else ModelConfig.from_dict(config_dict(size))
 
 
 @dataclass
@@ -70,6 +81,8 @@ class Workload:
 
 S = Workload((2, 4, 4), 72, 128)
 R = Workload((8, 18, 30), 82, 256)
+E = Workload((4, 4, 4), 101, 80)
+NAMED = {"S": S, "R": R, "E": E}
 
 
 def random_prompt(config: ModelConfig, work: Workload, generator: torch.Generator):
@@ -141,18 +154,266 @@ def ceilings(device) -> tuple[float, float]:
     return matrix, 2 * x.numel() / timed(lambda: y.copy_(x), device)[0]
 
 
-def linear_flops(config: ModelConfig, work: Workload, head_tokens: int, recompute: bool) -> float:
-    """Arithmetic floor of one sample's SFT step: products with frozen weights (forward, gradient to the input, and
-    forward again under recomputation), attention's products; adapters and everything elementwise left out."""
+def vision_flops(config: ModelConfig, grid) -> float:
+    """Arithmetic of the tower for one clip, one pass: its products with weights, and attention within windows and, in
+    a few blocks, within whole grid steps."""
+    v, (t, h, w) = config.vision, grid
+    P, cell = t * h * w, v.spatial_merge_size**2 * v.hidden_size
+    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
+    embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
+    merger = (cell * cell + cell * v.out_hidden_size) / v.spatial_merge_size**2
+    whole = len(v.fullatt_block_indexes)
+    keys = whole * h * w + (v.depth - whole) * min(h * w, (v.window_size // v.patch_size) ** 2)
+    return 2 * P * (block * v.depth + embed + merger) + 4 * P * keys * v.hidden_size
+
+
+def forward_flops(config: ModelConfig, work: Workload, group: int = 1, head_tokens: int = 0) -> float:
+    """Arithmetic of one pass over a clip, its prompt once, `group` completions of it, and the head for some tokens."""
     C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv = config.num_key_value_heads * config.head_dim
-    T = work.prompt_tokens + work.completion
     layer = 2 * C * C + 2 * C * kv + 3 * C * inner
-    v = config.vision
-    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
-    P, cell = 4 * work.video_tokens, v.spatial_merge_size**2 * v.hidden_size
-    merger = (cell * cell + cell * v.out_hidden_size) * P // 4
-    attention = L * 2 * T * T * C / 2  # causal: half the square; two products
-    passes = 3 if recompute else 2
-    forward = 2 * (T * layer * L + P * block * v.depth + merger) + 2 * attention
-    return passes * forward + 3 * 2 * head_tokens * C * config.vocab_size
+    prompt, own = work.prompt_tokens, work.completion
+    pairs = prompt * prompt / 2 + group * own * (prompt + own / 2)  # queries x keys, causal
+    language = L * (2 * (prompt + group * own) * layer + 4 * pairs * C)
+    return vision_flops(config, work.grid) + language + 2 * head_tokens * C * config.vocab_size
+
+
+def step_bytes(model, work: Workload, N: int, G: int, mean_own: float) -> float:
+    """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
+    config, size = model.config, model.head_weight.element_size()
+    layers = sum(p.numel() for p in model.model.layers.state_dict().values())
+    merged = sum(a.block.adapters.numel() for a in homes(model) if a.block in [*model.model.layers])
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    own = token * N * (work.prompt_tokens + G * mean_own)
+    return size * (layers - merged + model.head_weight.numel() + own)  # sampling merges adapters into the weights
+
+
+def linear_flops(config: ModelConfig, work: Workload, head_tokens: int, recompute: bool, group: int = 1) -> float:
+    """Arithmetic floor of one sample's (or group's) training step: products with frozen weights (forward, gradient to
+    the input, and forward again under recomputation) and attention's; adapters and everything elementwise left out.
+    The head goes three times, for its logits are not kept."""
+    head = forward_flops(config, work, group, head_tokens) - forward_flops(config, work, group)
+    return (3 if recompute else 2) * forward_flops(config, work, group) + 3 * head
+
+
+# -- Command line
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options that sft.py, grpo.py and vision.py share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    size = "3B" if cuda else "tiny"
+    parser.add_argument("--model", default=size, choices=[*SIZES, "tiny"], help=f"shape, random weights; here {size}")
+    told = "S R (on a CPU E S R), and own where a size is given"
+    parser.add_argument("--work", nargs="+", choices=[*NAMED, "own"], help=told)
+    own = parser.add_argument_group("own workload; what is not given is R's")
+    own.add_argument("--frames", type=int, nargs="+", help="one row each")
+    own.add_argument("--size", help="HEIGHTxWIDTH of a frame in pixels, or budget: 360x640 within the pixel budget")
+    own.add_argument("--prompt", type=int, help="text tokens")
+    own.add_argument("--completion", type=int, help="tokens answered")
+    own.add_argument("--group", type=int, default=8, help="completions of a prompt (GRPO)")
+    own.add_argument("--batch", type=int, help="samples, clips or prompts a step")
+    parser.add_argument("--recompute", type=yes_no, default=cuda, metavar="True|False", help="activation recomputation")
+    parser.add_argument("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
+    parser.add_argument("--memory_limit_gib", type=float, help="hold this process to so much GPU memory")
+    parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
+    parser.add_argument("--peer", action="store_true", help="the usual software on the same work, in the same run")
+    return parser
+
+
+def yes_no(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected True or False")
+    return text.lower() in ("true", "1")
+
+
+def chosen(args) -> list[tuple[str, Workload]]:
+    """[(name, workload)]: S and R, E on a CPU, and one for every --frames if any size of one's own is given."""
+    given = any(x is not None for x in (args.frames, args.size, args.prompt, args.completion, args.batch))
+    usual = (["S", "R"] if torch.cuda.is_available() else ["E", "S", "R"]) + ["own"] * given
+    found = []
+    for name in args.work or usual:
+        if name in NAMED:
+            found.append((name, NAMED[name]))
+            continue
+        for frames in args.frames or [2 * R.grid[0]]:
+            if args.size == "budget":
+                h, w, _ = frame_size("video", 360, 640, frames, Options())
+            else:
+                h, w = map(int, args.size.split("x")) if args.size else (14 * R.grid[1], 14 * R.grid[2])
+            grid = frames // 2, h // 28 * 2, w // 28 * 2
+            own = Workload(grid, args.prompt or R.prompt, args.completion or R.completion)
+            found.append((f"{frames}f {h}x{w}", own))
+    return found
+
+
+# -- Table
+
+
+# key of a row, heading, format, factor
+COLUMNS = (
+    ("work", "work", "<22", None), ("who", "who", "<19", None),
+    ("seconds", "median s", "9.4f", 1), ("least", "min", "9.4f", 1), ("most", "max", "9.4f", 1),
+    ("tokens_s", "tokens/s", "10.0f", 1), ("flop_s", "TFLOP/s", "8.4g", 1e-12), ("matrix_share", "of peak", "7.1%", 1),
+    ("byte_s", "GB/s", "6.0f", 1e-9), ("copy_share", "of copy", "7.1%", 1), ("peak_gib", "GiB", "6.2f", 1),
+    ("floor", "floor s", "9.2g", 1), ("ratio", "x floor", "7.2f", 1),
+)  # fmt: skip
+
+
+def print_row(row: dict | None) -> None:
+    """One line of the table, `-` for what a row has not; None: the headings."""
+    cells = []
+    for key, heading, form, factor in COLUMNS:
+        width, left = int("".join(c for c in form.split(".")[0] if c.isdigit())), form[0] == "<"
+        value = heading if row is None else row.get(key, "-")
+        text = value if isinstance(value, str) else format(value * factor, form)
+        cells.append(text.ljust(width) if left else text.rjust(width))
+    print("  ".join(cells), flush=True)
+
+
+class Bench:
+    """One benchmark's run: the machine and its ceilings, the model, the table as it grows, the JSON line at the end."""
+
+    def __init__(self, name: str, args):
+        self.name, self.args, self.rows = name, args, []
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.cuda = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.matrix, self.copy = ceilings(self.device)
+        if self.cuda:
+            torch.cuda.empty_cache()
+            if args.memory_limit_gib:
+                total = torch.cuda.get_device_properties(self.device).total_memory
+                torch.cuda.set_per_process_memory_fraction(args.memory_limit_gib * 2**30 / total)
+        torch.manual_seed(0)
+        self.config = model_config(args.model)
+        self.model = Qwen2_5_VL.random(self.config, self.device, self.dtype).requires_grad_(False)
+        self.model.gradient_checkpointing = args.recompute
+        self.machine = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{args.model} in {str(self.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}")
+        print(f"{self.machine}, torch {torch.__version__}: product {self.matrix / 1e12:.3g} TFLOP/s, copy "
+              f"{self.copy / 1e9:.0f} GB/s")  # fmt: skip
+        print_row(None)
+
+    def lora(self, kind):
+        """kind: config.SFT or GRPO. Its settings with this run's adapters on every linear layer."""
+        rank, recompute = self.args.lora_rank, self.args.recompute
+        return kind(lora_rank=rank, lora_alpha=rank, gradient_checkpointing=recompute, learning_rate=1e-4)
+
+    def measure(self, work: str, contestants: dict, tokens: int, flops: float) -> dict:
+        """Time the functions of {who: function}, in turns, and print their rows: {who: row}.
+
+        tokens and flops: of one call, the floor's arithmetic. On a CPU also the processor's time, which other
+        programs on the machine hardly change.
+        """
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found = {who: [] for who in contestants}
+        try:
+            for turn in range(self.args.repeats + 1 + self.cuda):
+                for who, function in contestants.items():
+                    times = self.clock(function)
+                    found[who] += [times] if turn > self.cuda else []  # one turn to warm up, two on a GPU
+        except torch.OutOfMemoryError:
+            return {who: self.add(work, who, note="out of memory") for who in contestants}
+        rows = {}
+        for who, times in found.items():
+            wall, busy = zip(*times)
+            spread = statistics.median(wall), min(wall), max(wall)
+            rows[who] = self.add(work, who, spread, tokens, flops, cpu_seconds=statistics.median(busy))
+        return rows
+
+    def sync(self) -> None:
+        sync(self.device)
+
+    def clock(self, function) -> tuple[float, float]:
+        """(wall, processor) seconds of one call."""
+        self.sync()
+        start, busy = time.perf_counter(), time.process_time()
+        function()
+        self.sync()
+        return time.perf_counter() - start, time.process_time() - busy
+
+    def add(self, work, who, times=None, tokens=0, flops=0.0, floor=None, moved=0.0, **more) -> dict:
+        """A row of the table. times: (median, min, max) seconds; moved: bytes; floor: seconds, or else by flops."""
+        row = {"work": work, "who": who} | more
+        if times:
+            row |= dict(zip(("seconds", "least", "most"), times)) | {"floor": floor or flops / self.matrix}
+            row |= {"tokens_s": tokens / times[0], "ratio": times[0] / row["floor"]}
+        if times and flops:
+            row |= {"flop_s": flops / times[0], "matrix_share": flops / times[0] / self.matrix}
+        if times and moved:
+            row |= {"byte_s": moved / times[0], "copy_share": moved / times[0] / self.copy}
+        if times and self.cuda:
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.rows.append(row)
+        print_row(row)
+        if "note" in row:
+            print(f"    {row['note']}", flush=True)
+        return row
+
+    def close(self) -> None:
+        """How often the peer's time is ours, then everything as one JSON object: the last line."""
+        ours = {row["work"]: row for row in self.rows if row["who"] == "ours" and "seconds" in row}
+        ratios = {}
+        for row in self.rows:
+            if row["who"] != "ours" and row["work"] in ours and "seconds" in row:
+                mine = ours[row["work"]]
+                shares = [f"least {row['least'] / mine['least']:.2f} x"]
+                if "cpu_seconds" in row and not self.cuda:
+                    shares.append(f"processor time {row['cpu_seconds'] / mine['cpu_seconds']:.2f} x")
+                ratios[f"{row['work']}: {row['who']}"] = ratio = row["seconds"] / mine["seconds"]
+                print(f"{row['work']}: {row['who']} takes {ratio:.2f} x our time ({', '.join(shares)})")
+        head = {"bench": self.name, "model": self.args.model, "machine": self.machine, "torch": torch.__version__}
+        head |= {"matrix": self.matrix, "copy": self.copy, "args": vars(self.args)}
+        print(json.dumps(head | {"peer_over_ours": ratios, "results": self.rows}))
+
+
+# -- The peer: transformers + PEFT
+
+
+def peer_model(model: Qwen2_5_VL):
+    """transformers' model on the same weights, which it shares; SDPA. `model` carries no adapters yet."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        peer = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.raw))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[hf_name(name)] = tensor
+    state.setdefault("lm_head.weight", model.head_weight.detach())
+    found = peer.load_state_dict(state, strict=False, assign=True)
+    assert not found.missing_keys and not found.unexpected_keys, found
+    for module in peer.modules():  # angles are buffers that no checkpoint holds: made on meta, so made again
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(module.config)
+            for name in ("inv_freq", "original_inv_freq"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(fresh, name).to(model.head_weight.device))
+    return peer.requires_grad_(False)
+
+
+def peft_model(model: Qwen2_5_VL, args, recompute: bool):
+    """transformers + PEFT: adapters on the same layers, in the weights' dtype (PEFT alone would take float32)."""
+    from peft import LoraConfig, get_peft_model
+
+    peer = peer_model(model)
+    if recompute:
+        peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = [hf_name(name) for name in targets(model, args)]
+    config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names)
+    return get_peft_model(peer, config, autocast_adapter_dtype=False).train()
+
+
+def peer_inputs(config: ModelConfig, packed: Packed, batch: int, dtype) -> dict:
+    """A batch of equally long samples (or prompts) as transformers' keyword arguments, on packed's device."""
+    ids = packed.input_ids.view(batch, -1)
+    return dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=2 * (ids == config.video_token_id).int(),
+        pixel_values_videos=normalise_patches(packed.patches, dtype), second_per_grid_ts=torch.ones(batch),
+        video_grid_thw=torch.tensor(packed.grid_thw, device=ids.device),
+    )  # fmt: skip
