@@ -167,7 +167,7 @@ def test_infer_positional():
         (SFT, "--video_resized_height 56", ["--video_resized_width"]),
         (SFT, "--video_min_pixels 9000 --video_max_pixels 4000", ["9000", "4000"]),
         (GRPO, "--num_generations 1", ["--num_generations", "at least 2"]),
-        (GRPO, "--num_generations 7", ["--num_generations", "128"]),
+        (GRPO, "--num_generations 7", ["--num_generations", "256"]),
         (GRPO, "--rewards=,", ["--rewards", "at least one"]),
         (GRPO, "--reward_weights 1", ["--reward_weights", "2 numbers"]),
         (Generate, "--split 1", ["--split", "between 0 and 1"]),
