@@ -1,11 +1,11 @@
 """Conversations and clips -> ids, already shifted targets, positions, patches -> packed batches.
 
-    read_records(path)                 a dataset, json or jsonl (records.py)
+    read_records(path)                 a dataset, json or jsonl (dataset/records.py)
     Processor.encode(record)           one record -> an Example; decoded clips are kept (cache_mb)
-    pack, pack_groups, Loader          Examples -> packed batches, and in which order (batch.py)
+    pack, pack_groups, Loader          Examples -> packed batches, and in which order (dataset/batch.py)
     python data.py FILE... [--fps 4]   what the model will see of each video, image or dataset
 
-SFT, rollouts, evaluation and inference all come through here. Frames and sizes are video.py's duty.
+SFT, rollouts, evaluation and inference all come through here. Frames and sizes are dataset/video.py's duty.
 L tokens of a sample, T of a batch, F frames, P patches, N clips.
 """
 
@@ -28,15 +28,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from batch import Example, Loader, TooLong, pack, pack_groups
 from config import Infer, cli, parse
+from dataset.batch import Example, Loader, TooLong, pack, pack_groups
+from dataset.reader import check_file
+from dataset.records import Media, Turn, read_records, read_turns, record_name
+from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, resolve_folder
 from model.rope import mrope_position_ids
-from reader import check_file
-from records import Media, Turn, read_records, read_turns, record_name
-from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 
 __all__ = ["Example", "Loader", "Processor", "TooLong", "load_tokenizer", "pack", "pack_groups", "read_records"]
 
@@ -103,7 +103,7 @@ class Processor:
                 raise UserError(f"{told}; use the files of one checkpoint")
         v = config.vision
         found, made = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size), (PATCH, TEMPORAL, MERGE)
-        assert found == made, f"config.json is for patches of {found}, video.py makes {made}"
+        assert found == made, f"config.json is for patches of {found}, dataset/video.py makes {made}"
         special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)

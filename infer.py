@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import STATE, find_adapter, read_json
 from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
+from dataset.records import IMAGE_SUFFIXES, read_records
 from model import UserError
-from records import IMAGE_SUFFIXES, read_records
 from rewards import answer_span, extract_answer, is_correct, parse_options, reference_answer, sample_from_record
+from training.checkpoint import STATE, find_adapter, read_json
 
 Z = 1.959964  # standard normal quantile of a 95 % interval
 # What a clip shows when it is played backwards, besides "X to Y" and "Y to X"

@@ -10,7 +10,7 @@
     save_adapter(model, folder, base)      adapter_config.json + adapter_model.safetensors, which PEFT loads
     load_adapter(model, folder)            our adapters or PEFT's, with the keys of transformers 4 or 5
 
-The layer is in adapters.py: all adapters of a block lie in its one parameter `adapters`.
+The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`.
 Adapters of DoRA, quantised bases and embeddings are not supported, and refused by name.
 """
 
@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapters import BlockAdapters, LoRALinear
 from config import LoraArgs
 from model import UserError
+from model.adapters import BlockAdapters, LoRALinear
 
 # Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
 PARTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}

@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-import charts
-from charts import columns, number, percent, short
 from config import GRPO, SFT, as_dict, cli
 from model import UserError
-from rollouts import Rollouts, read_rollouts, rollouts_html
+from reporting import charts
+from reporting.charts import columns, number, percent, short
+from reporting.rollouts import Rollouts, read_rollouts, rollouts_html
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MAX_PREVIEW = 400_000  # bytes of a dataset's preview.png that is put into the page
@@ -294,7 +294,7 @@ def dataset(run: Run) -> str:
     facts = (f"{key.replace('options/', '').replace('/', ' ')} = {plain(value)}" for key, value in flat_text(rest))
     chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     parts += [f'<div><h3>How they were made</h3><ul class="chips">{chips}</ul></div>'] if chips else []
-    preview, picture = run.data_path.parent / "preview.png", ""
+    preview, picture = run.data_path.parent / "drawing.preview.png", ""
     if preview.is_file() and preview.stat().st_size <= MAX_PREVIEW:
         url = "data:image/png;base64," + base64.b64encode(preview.read_bytes()).decode()
         picture = f'<h3>Samples</h3><img class="preview" src="{url}" alt="frames of some clips of the dataset">'

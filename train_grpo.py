@@ -27,17 +27,13 @@ import torch
 from torch import Tensor
 
 from data import Loader, Processor, load_tokenizer, pack, pack_groups, read_records
-from engine import global_max, update
-from groups import Alarm, Rollout, best_and_worst, facts, needs_shuffled, reward_metrics, row, score_group, write_rows
-from grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from dataset.records import record_name
 from lora import disabled, lora_layers, reference, reference_snapshot
 from model import UserError
 from model.decode import Sampling, generate
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import Packed, resolve_folder
-from records import record_name
 from rewards import is_correct, load_rewards, sample_from_record
-from runlog import Log
 from trainer import (
     build_model,
     check_numbers,
@@ -53,6 +49,20 @@ from trainer import (
     start,
     total_steps,
 )
+from training.engine import global_max, update
+from training.groups import (
+    Alarm,
+    Rollout,
+    best_and_worst,
+    facts,
+    needs_shuffled,
+    reward_metrics,
+    row,
+    score_group,
+    write_rows,
+)
+from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from training.runlog import Log
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).

@@ -21,10 +21,8 @@ from functools import partial
 import torch
 
 from data import Loader, Processor, load_tokenizer, read_records
-from engine import update
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
-from runlog import Log
 from trainer import (
     build_model,
     check_numbers,
@@ -39,6 +37,8 @@ from trainer import (
     start,
     total_steps,
 )
+from training.engine import update
+from training.runlog import Log
 
 
 def main():

@@ -2,8 +2,8 @@
 
     run = launch(cfg)                    processes, device, the folder claimed, the checkpoint to go on from
     model = build_model(cfg, run)        base, adapter, what is trained
-    engine = start(run, model, total)    DeepSpeed (engine.py), state put back, the facts of the run told (runlog.py)
-    evaluate(…), save(run, engine, …)    accuracy by free generation; a checkpoint, whole or absent (checkpoint.py)
+    engine = start(run, model, total)    DeepSpeed (training/engine.py), state put back, the run's facts told
+    evaluate(…), save(run, engine, …)    accuracy by free generation; a checkpoint, whole or absent
     finish(run)
 
 Every step seeds the random numbers from (seed, step, rank): dropout and sampling do not depend on how often the run was
@@ -24,11 +24,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import checkpoint
-from checkpoint import BEST, RUN, STATE, read_json, write_json
 from config import as_dict, inert
 from data import pack
-from engine import (
+from dataset.records import read_records
+from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
+from model import UserError
+from model.decode import Sampling, generate
+from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
+from report import write_report
+from rewards import is_correct, sample_from_record
+from training import checkpoint
+from training.checkpoint import BEST, RUN, STATE, read_json, write_json
+from training.engine import (
     build_engine,
     global_max,
     global_sum,
@@ -42,14 +49,7 @@ from engine import (
     updates_made,
     whole_state,
 )
-from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
-from model import UserError
-from model.decode import Sampling, generate
-from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
-from records import read_records
-from report import write_report
-from rewards import is_correct, sample_from_record
-from runlog import METRICS, cut_after, describe, machine, say, versions
+from training.runlog import METRICS, cut_after, describe, machine, say, versions
 
 LOCK, START = "run.lock", "start_adapter"
 OURS = (RUN, BEST, METRICS, "rollouts.jsonl", "report.html")  # what --overwrite removes, beside checkpoints and START

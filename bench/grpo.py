@@ -27,14 +27,14 @@ import torch
 from workloads import Bench, arguments, chosen, forward_flops, linear_flops, peer_model, random_prompt, step_bytes
 
 import lora
-from batch import Example, pack
 from config import GRPO
-from engine import build_engine, leave_processes, start_processes
-from groups import Rollout
+from dataset.batch import Example, pack
 from model.decode import Sampling, generate
 from model.loss import IGNORE
 from train_grpo import compare_within_groups, freeze_reference, kl_of_sampled, micro_batches, train_on
 from trainer import Run
+from training.engine import build_engine, leave_processes, start_processes
+from training.groups import Rollout
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny" / "tokenizer.json"
 PARTS = "whole step", "rollout", "reference", "update"

@@ -23,11 +23,11 @@ import torch
 from workloads import Bench, arguments, chosen, linear_flops, peer_inputs, peft_model, sft_batch
 
 import lora
-from batch import fill_bins
 from config import SFT
-from engine import build_engine, leave_processes, start_processes, update
+from dataset.batch import fill_bins
 from model.loss import IGNORE
 from train_sft import micro_loss
+from training.engine import build_engine, leave_processes, start_processes, update
 
 PEER = "transformers + PEFT"
 

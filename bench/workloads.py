@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from dataset.video import Options, frame_size
 from lora import hf_name, homes, targets
 from model.attention import Segments
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
 from model.vision import normalise_patches
-from video import Options, frame_size
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 

@@ -75,7 +75,7 @@ def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[
 
 def roomy(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A frozen tensor widened with zeros to shape. It moves once into a storage of that size, of which it is a view
-    ever after, so that widening it costs nothing. (A trained one's storage is the optimizer's: that is copied each time.)"""
+    ever after: widening it costs nothing. (A trained one's storage is the optimizer's: it is copied each time.)"""
     if x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
         wide = x.data
         for dim, size in enumerate(shape):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lora
-from adapters import BlockAdapters, LoRALinear, Unpack
 from config import LoraArgs
+from model.adapters import BlockAdapters, LoRALinear, Unpack
 
 
 def close(a, b, tolerance=1e-5):

@@ -10,7 +10,7 @@ import torch
 from conftest import random_model
 from test_data import record, turns
 
-from batch import Loader, fill_bins, pack, pack_groups
+from dataset.batch import Loader, fill_bins, pack, pack_groups
 from model import UserError
 from model.loss import IGNORE
 

@@ -16,10 +16,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import clips as C
-import cot
 import generate as G
 from config import Generate
+from drawing import clips as C
+from drawing import cot
 from model import UserError
 
 KEY = "sk-secret-0123456789"

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 import data
 from config import SFT, VideoArgs
 from data import Processor, TooLong, read_records
+from dataset.records import JsonLines, read_turns, record_name
+from dataset.video import ClipPlan
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig
-from records import JsonLines, read_turns, record_name
-from video import ClipPlan
 
 # In the order of Qwen2.5's vocabulary, from 151643 on
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]

@@ -11,11 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import clips as C
 import generate as G
-import preview
 from config import QUESTION, Generate
-from cot import OPTIONS
+from drawing import clips as C
+from drawing import preview
+from drawing.cot import OPTIONS
 from model import UserError
 
 LABELS = list(C.DIRECTIONS)

@@ -14,12 +14,12 @@ from conftest import config_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
-from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
 from lora import inject, lora_layers, save_adapter
 from model import UserError
 from model.decode import Completion
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from training.checkpoint import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]

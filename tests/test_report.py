@@ -15,11 +15,10 @@ import av
 import numpy as np
 import pytest
 
-import charts
 import report
-import rollouts
 from config import GRPO, SFT, as_dict
 from model import UserError
+from reporting import charts, rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}"
@@ -113,7 +112,7 @@ def test_sections_and_their_contents(grpo_run):
     text = page_of(grpo_run)
     for anchor in ("curves", "evaluation", "rollouts", "data", "setup"):
         assert f'<section id="{anchor}">' in text, anchor
-    for words in ("9.8.7", "commit 0123456789", "a fast one", "--learning_rate 0.000125", "0.0005", "Does it watch?",
+    for words in ("9.8.7", "commit 0123456789", "a fast one", "--learning_rate 0.000125", "0.001", "Does it watch?",
                   "4.0 %", "95.0 % of the answers flipped", "Chance is 25.0 %", "Confusion", "Best checkpoint",
                   "KL to the reference", "Odd number", "before and after", "advantage −1.00", "cut by the limit",
                   "Which way?"):  # fmt: skip

@@ -18,15 +18,15 @@ import generate
 import train_grpo
 import trainer
 from assets.make_tiny import init
-from batch import Example
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
-from groups import ALARM_STEPS, Alarm, Facts, Rollout, reward_metrics
-from grpo import grpo_loss, loss_normalizer
+from dataset.batch import Example
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError, decode
 from model.loss import IGNORE
 from model.qwen2_5_vl import Qwen2_5_VL
+from training.groups import ALARM_STEPS, Alarm, Facts, Rollout, reward_metrics
+from training.grpo import grpo_loss, loss_normalizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # Random weights write random text: these rewards differ within its groups, and can be learned.

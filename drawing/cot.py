@@ -27,8 +27,8 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-from clips import Track
 from config import QUESTION
+from drawing.clips import Track
 from model import UserError
 
 OPTIONS = {

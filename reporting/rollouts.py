@@ -18,7 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from charts import number, short
+from reporting.charts import number, short
 
 WINDOW = 6 * 2**20  # bytes read at either end of the file
 FRAMES = 8  # of a strip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from batch import Example
+from dataset.batch import Example
 from model import UserError
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 

@@ -28,7 +28,7 @@ import deepspeed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from batch import pack
+from dataset.batch import pack
 from lora import param_groups
 from model import UserError
 

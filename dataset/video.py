@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dataset.reader import image_size, read_frames, read_image, read_packets
 from model import UserError
-from reader import image_size, read_frames, read_image, read_packets
 
 PATCH, TEMPORAL, MERGE = 14, 2, 2  # pixels, frames, patches a side; every Qwen2.5-VL config.json has these
 FACTOR = PATCH * MERGE  # 28: heights and widths are multiples of it

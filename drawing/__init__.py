@@ -1,0 +1,1 @@
+"""What generate.py draws with: clips and their trajectories, chains of thought, previews."""

@@ -1,0 +1,1 @@
+"""What report.py is made of: charts and readable rollouts."""
