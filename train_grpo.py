@@ -6,8 +6,8 @@
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics, groups.py
-what is told of the completions.
+sampling and in the update alike the prompt stands once for its G completions. training/grpo.py has the mathematics,
+training/groups.py what is told of the completions.
 """
 
 # ruff: noqa: E402

@@ -304,6 +304,9 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path
     if Path(model_id).is_dir():
         return Path(model_id)
     name = str(model_id)
+    embedded = Path(__file__).resolve().parents[1] / name
+    if embedded.is_dir():  # assets/tiny, from whichever folder the script was started in
+        return embedded
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder, and not a hub id; expected a checkpoint's folder or 'owner/name'")
     from huggingface_hub import snapshot_download  # slow to import, needed only here

@@ -108,6 +108,7 @@ def bench(base):
     model = Qwen2_5_VL.from_pretrained(base / "tiny")
     cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
     cfg.data_path = str(base / "data/train.json")
+    torch.manual_seed(0)
     inject(model, cfg)
     shake(model)
     processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
@@ -122,11 +123,12 @@ def shake(model, size=0.05, seed=0):
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def sampled(bench, prompts=None, seed=0):
+def sampled(bench, prompts=None, seed=0, length=8):
     """Groups of the bench's prompts with made-up advantages, all of them to be trained on."""
     model, processor, own, cfg = bench
     torch.manual_seed(seed)
-    groups = train_grpo.sample_groups(OneRank(cfg), model, processor, own if prompts is None else prompts)
+    run = OneRank(replace(cfg, max_completion_length=length))
+    groups = train_grpo.sample_groups(run, model, processor, own if prompts is None else prompts)
     for k, rollout in enumerate(r for group in groups for r in group):
         rollout.advantage, rollout.trained = (-1) ** k * (1 + 0.1 * k), True
     return groups
@@ -225,7 +227,7 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
     seen = []
     for name in ("none", "none", control):
         examples = [processor.encode(prompt.record, answer=False, control=name) for prompt in prompts]
-        groups = sampled(bench, examples)
+        groups = sampled(bench, examples, length=40)  # long enough for a weak effect of random weights to show
         for example, group in zip(examples, groups, strict=True):
             train_grpo.score_group(rewards, example, group, None, 8)
         seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group])

@@ -1,0 +1,146 @@
+"""Does GRPO learn? Several seeds on the embedded model, from an SFT start that is right 40-70 % of the time when it
+samples, by the scripts a user types. Prints a table and one JSON object; draws assets/grpo_seeds.svg.
+
+    python bench/learn.py                        five seeds, about two minutes each on two cores
+    python bench/learn.py --seeds 0 --extras     also: the format reward alone, and clips outside the training ranges
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, OUT = Path("data/learn"), Path("output/learn")
+
+
+def run(script: str, *flags) -> str:
+    """Run one of the repository's scripts; its last line. A failure ends everything with what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(map(str, flags))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def accuracy(adapter: Path, data: Path, temperature: float = 0.0) -> tuple[float, list[float]]:
+    """(accuracy, 95 % interval) on all clips of a dataset."""
+    flags = ["--data_path", data, "--model_ckpt", adapter, "--json", "--controls", "none", "--max_new_tokens", 64]
+    found = json.loads(run("infer.py", *flags, "--temperature", temperature))
+    return found["accuracy"], found["interval"]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(seed: int) -> tuple[Path, float]:
+    """The first checkpoint of a short SFT run whose sampled accuracy on all held-out clips is between 40 and 70 %."""
+    folder = OUT / f"sft{seed}"
+    often = ["--save_steps", 2, "--eval_steps", 2, "--eval_samples", 100, "--save_total_limit", "none"]
+    run("train_sft.py", "--data_path", DATA / "train.json", "--output_dir", folder, "--overwrite", "--seed", seed,
+        "--max_steps", 80, "--max_new_tokens", 32, *often)  # fmt: skip
+    for row in metrics(folder):
+        if (row.get("eval_accuracy") or 0) >= 0.4:
+            checkpoint = folder / f"checkpoint-{row['step']}"
+            found, _ = accuracy(checkpoint, DATA / "val.json", 1.0)
+            if 0.4 <= found <= 0.7:
+                return checkpoint, found
+    raise SystemExit(f"{folder}: no checkpoint between 40 and 70 %")
+
+
+def learn(seed: int) -> dict:
+    checkpoint, before = start(seed)
+    folder, began = OUT / f"grpo{seed}", time.perf_counter()
+    run("train_grpo.py", "--data_path", DATA / "train.json", "--model_ckpt", checkpoint, "--output_dir", folder,
+        "--overwrite", "--seed", seed, "--max_completion_length", 32, "--max_new_tokens", 32)  # fmt: skip
+    seconds = time.perf_counter() - began
+    last = folder / f"checkpoint-{metrics(folder)[-1]['step']}"
+    sampled, greedy = (accuracy(last, DATA / "val.json", t) for t in (1.0, 0.0))
+    kl = sorted(row["kl"] for row in metrics(folder) if "kl" in row)
+    kl = {"median": kl[len(kl) // 2], "p90": kl[len(kl) * 9 // 10], "largest": kl[-1]}
+    return {"seed": seed, "start": before, "sampled": sampled, "greedy": greedy, "kl": kl, "seconds": seconds}
+
+
+def format_alone() -> dict:
+    """From a start that answers without <think> nine times out of ten: GRPO with the format reward and nothing else."""
+    plain = json.loads((DATA / "train.json").read_text())
+    run("generate.py", "--output_dir", DATA / "cot", "--num_samples", 1400, "--split", 0.7143, "--seed", 42, "--cot",
+        "--cot_source", "trajectory", "--cot_coordinates", 0, "--overwrite")  # fmt: skip
+    cot = json.loads((DATA / "cot" / "train.json").read_text())
+    for records, folder in ((plain, DATA / "videos"), (cot, DATA / "cot" / "videos")):
+        for record in records:
+            record["video"] = str((folder / record["video"]).resolve())
+    mixed = random.Random(0).sample(plain, 900) + random.Random(0).sample(cot, 100)
+    (DATA / "mixed.json").write_text(json.dumps(mixed))
+    sft, grpo = OUT / "format_sft", OUT / "format_grpo"
+    common = ["--data_path", DATA / "mixed.json", "--eval_data_path", "none", "--overwrite"]
+    run("train_sft.py", *common, "--output_dir", sft, "--max_steps", 96)
+    run("train_grpo.py", *common, "--output_dir", grpo, "--model_ckpt", sft, "--rewards", "format", "--max_steps", 40,
+        "--max_completion_length", 64)  # fmt: skip
+    rows = [row for row in metrics(grpo) if "reward/format" in row]
+    mean = lambda part: sum(row["reward/format"] for row in part) / len(part)
+    return {"first_step": rows[0]["reward/format"], "last_five_steps": mean(rows[-5:])}
+
+
+def outside() -> dict:
+    """Clips outside the training ranges (white on black, 5 px a frame where training had at most 2.8): after GRPO, and
+    after SFT with the same 1,000 clips."""
+    far = DATA / "far"
+    run("generate.py", "--output_dir", far, "--style", "plain", "--num_samples", 800, "--split", 0.5, "--overwrite")
+    sft = OUT / "sft_full"
+    run("train_sft.py", "--data_path", DATA / "train.json", "--output_dir", sft, "--overwrite", "--eval_steps", 0)
+    return {"sft": accuracy(sft, far / "val.json"), "grpo": accuracy(OUT / "grpo0", far / "val.json")}
+
+
+def draw(seeds: list[int], path: Path) -> None:
+    """Accuracy of the sampled completions and KL to the start, a line a seed."""
+    colours = ["#0969da", "#1a7f37", "#9a6700", "#cf222e", "#8250df"]
+    parts = []
+    panels = (
+        ("reward/accuracy", "accuracy of what is sampled, training clips", 1.0),
+        ("kl", "KL to the start, nats a token", 0.5),
+    )
+    for panel, (key, title, top) in enumerate(panels):
+        runs = [[min(row[key], top) for row in metrics(OUT / f"grpo{s}") if key in row] for s in seeds]
+        left, n = 60 + 470 * panel, max(map(len, runs))
+        at = lambda i, y, left=left, top=top, n=n: f"{left + 380 * i / (n - 1):.1f},{40 + 200 * (1 - y / top):.1f}"
+        parts.append(f'<text x="{left}" y="24" font-weight="600">{title}</text>')
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            y = 40 + 200 * (1 - share)
+            parts.append(f'<line x1="{left}" x2="{left + 380}" y1="{y}" y2="{y}" stroke="#d0d7de"/>')
+            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{share * top:.2f}</text>')
+        for run_, colour in zip(runs, colours):
+            line = " ".join(at(i, y) for i, y in enumerate(run_))
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        parts.append(f'<text x="{left + 380}" y="260" text-anchor="end">step {n}</text>')
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 930 275" font-family="sans-serif" font-size="12">'
+    path.write_text(f'{head}<rect width="930" height="275" fill="#fff"/>{"".join(parts)}</svg>\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--extras", action="store_true")
+    args = parser.parse_args()
+    run("generate.py", "--output_dir", DATA, "--num_samples", 1400, "--split", 0.7143, "--overwrite")
+    print("seed  start  sampled (95 %)          greedy (95 %)           KL median, p90, largest  seconds", flush=True)
+    rows = []
+    for seed in args.seeds:
+        row = learn(seed)
+        rows.append(row)
+        shown = ["{:6.1%} ({:.1%} to {:.1%})".format(row[k][0], *row[k][1]) for k in ("sampled", "greedy")]
+        kl = "{median:.3f} {p90:.3f} {largest:.3f}".format(**row["kl"])
+        print(f"{seed:4d}  {row['start']:.1%}  {shown[0]}  {shown[1]}  {kl:>23}  {row['seconds']:7.0f}", flush=True)
+    draw(args.seeds, ROOT / "assets" / "grpo_seeds.svg")
+    found = {"seeds": rows}
+    if args.extras:
+        found |= {"format_alone": format_alone(), "outside": outside()}
+        print(found["format_alone"], found["outside"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
