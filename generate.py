@@ -235,7 +235,7 @@ def round_all(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-OURS = ("videos", "train.json", "val.json", "drawing.preview.png", "drawing.preview.gif", "metadata.json")
+OURS = ("videos", "train.json", "val.json", "preview.png", "preview.gif", "metadata.json")
 UNFINISHED = ".unfinished"
 CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost money
 
@@ -303,8 +303,8 @@ def write_previews(work: Path, made: list[tuple[Clip, str]]) -> None:
     rows = [(label, render(examples[label])) for label in SIGNS if label in examples]
     frames = sight_frames(len(rows[0][1]))
     page = preview.sheet([(label, pictures[frames]) for label, pictures in rows], frames / FPS)
-    (work / "drawing.preview.png").write_bytes(preview.png(page))
-    preview.write_gif(work / "drawing.preview.gif", preview.animation(rows))
+    (work / "preview.png").write_bytes(preview.png(page))
+    preview.write_gif(work / "preview.gif", preview.animation(rows))
 
 
 def write_json(path: Path, value) -> None:
@@ -352,7 +352,7 @@ def generate(cfg: Generate) -> dict:
     move_into_place(work, out)
     print(
         f"{out}: {len(parts['train'])} train, {len(parts['val'])} val; "
-        f"drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute; see {out / 'drawing.preview.png'}"
+        f"drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute; see {out / 'preview.png'}"
     )
     return metadata
 

@@ -294,7 +294,7 @@ def dataset(run: Run) -> str:
     facts = (f"{key.replace('options/', '').replace('/', ' ')} = {plain(value)}" for key, value in flat_text(rest))
     chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     parts += [f'<div><h3>How they were made</h3><ul class="chips">{chips}</ul></div>'] if chips else []
-    preview, picture = run.data_path.parent / "drawing.preview.png", ""
+    preview, picture = run.data_path.parent / "preview.png", ""
     if preview.is_file() and preview.stat().st_size <= MAX_PREVIEW:
         url = "data:image/png;base64," + base64.b64encode(preview.read_bytes()).decode()
         picture = f'<h3>Samples</h3><img class="preview" src="{url}" alt="frames of some clips of the dataset">'
