@@ -399,6 +399,8 @@ def _effects(cfg):
     no_report = is_set("report_to") and not _has(cfg.report_to)
     yield "report_to", no_report, "that package is not installed; metrics.jsonl has it all"
     yield "fps", is_set("nframes"), "nframes is given too and decides"
+    for name in ("min_frames", "max_frames"):
+        yield name, is_set("nframes"), f"nframes {getattr(cfg, 'nframes', None)} decides; --nframes none turns it off"
     for kind in ("video", "image"):
         for name in _size_flags(kind)[:2]:
             yield name, is_set(f"{kind}_resized_height"), f"{kind}_resized_height and _width are given and decide"
@@ -432,6 +434,14 @@ def _has(package):
 
 
 def inert(cfg):
-    """One line for each option that was given but has no effect here, and why."""
+    """One line for each option that was given but has no effect here, and why; and for each default of the embedded
+    model that another model is about to get."""
     told = [(name, why) for name, no_effect, why in _effects(cfg) if no_effect and name in cfg.given]
-    return [f"--{name} has no effect: {why}" for name, why in told]
+    lines = [f"--{name} has no effect: {why}" for name, why in told]
+    if hasattr(cfg, "model_id") and cfg.model_id != type(cfg)().model_id:
+        if not {"nframes", "fps", "video_max_pixels", "video_resized_height"} & cfg.given:
+            view = f"{cfg.nframes} frames of {cfg.video_max_pixels} pixels"
+            lines.append(f"clips are read as for the embedded model, {view}: see --fps, --nframes, --video_max_pixels")
+        if hasattr(cfg, "learning_rate") and "learning_rate" not in cfg.given:
+            lines.append(f"--learning_rate {cfg.learning_rate:g} suits the embedded model; the 3B takes 2e-4")
+    return lines

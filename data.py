@@ -31,7 +31,7 @@ from torch import Tensor
 from config import Infer, cli, parse
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
 from dataset.reader import check_file
-from dataset.records import Media, Turn, read_records, read_turns, record_name
+from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError
 from model.loss import IGNORE
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         if file.endswith((".json", ".jsonl")):
             print("\n".join(describe_dataset(file, processor)))
             continue
-        is_image = file.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+        is_image = file.lower().endswith(IMAGE_SUFFIXES)
         part = {"type": "image" if is_image else "video", "path": os.path.abspath(file)}
         record = {"messages": [{"role": "user", "content": [part, args.text]}]}
         print("\n".join(describe(file, processor, record)))

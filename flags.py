@@ -109,7 +109,6 @@ def read_config_file(cls, path):
 
     The file is Python: plain assignments (a diff against the defaults; names with a leading _ are its own), or a copy
     of config.py whose class of the same name has other defaults. Raises UserError for unknown names and wrong types.
-    config.py whose class of the same name has other defaults. Raises UserError for unknown names and wrong types.
     """
     path = Path(path)
     if not path.is_file():

@@ -85,7 +85,8 @@ def load_processor(cfg):
 
 def load_model(cfg, adapter):
     """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
-    up to rounding. In bf16 it is not: the weights are too coarse to hold it."""
+    up to rounding. In bf16 the weights here stay as they are; on a GPU the sampler makes its own merged copy, rounded
+    once (model/fast_decode.py)."""
     import torch
 
     from lora import load_adapter, merge
@@ -98,7 +99,7 @@ def load_model(cfg, adapter):
     count, told = sum(p.numel() for p in model.parameters()), "no adapter"
     if adapter is not None:
         load_adapter(model, adapter)
-        told = "adapter kept beside the weights: bf16 is too coarse to merge it exactly"
+        told = "adapter beside the weights" + (", merged into the sampler's bf16 copy" if device.type == "cuda" else "")
         if dtype == torch.float32:
             merge(model)
             told = "adapter merged: in fp32 that is exact up to rounding"

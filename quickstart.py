@@ -49,6 +49,11 @@ def half_right(folder: Path) -> tuple[Path, float]:
     raise SystemExit(f"no checkpoint of {folder} is right half of the time: SFT failed")
 
 
+def last(folder: Path) -> str:
+    """The checkpoint at a run's end: not its best, which was chosen by clips that are also in the final evaluation."""
+    return str(max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+
+
 seconds: dict[str, float] = {}
 
 
@@ -73,14 +78,16 @@ def main() -> None:
         "64",
     ]
     run("sft", "train_sft.py", *train, "--output_dir", str(sft), *often)
-    after_sft = accuracy("sft_eval", "--model_ckpt", str(sft))
+    after_sft = accuracy("sft_eval", "--model_ckpt", last(sft))
     start, before = half_right(sft)
     run("grpo", "train_grpo.py", *train, "--model_ckpt", str(start), "--output_dir", str(grpo), *SHORT)
-    after_grpo = accuracy("grpo_eval", "--model_ckpt", str(grpo), *SAMPLED)
+    after_grpo = accuracy("grpo_eval", "--model_ckpt", last(grpo), *SAMPLED)
     report = OUT / "report.html"
     run("report", "report.py", str(sft), str(grpo), "--output", str(report))
-    clip = json.loads((DATA / "val.json").read_text())[0]["video"]
-    run("answer", "infer.py", str(DATA / "videos" / clip), "--model_ckpt", str(grpo))
+    clip = str(DATA / "videos" / json.loads((DATA / "val.json").read_text())[0]["video"])
+    for when, adapter in (("before GRPO", str(start)), ("after GRPO", last(grpo))):
+        print(f"\nOne clip, {when}:")
+        run("answer", "infer.py", clip, "--model_ckpt", adapter, "--max_new_tokens", "64")
 
     result = {
         "base_accuracy": base, "sft_accuracy": after_sft, "grpo_start_accuracy": before, "grpo_accuracy": after_grpo,

@@ -1,7 +1,7 @@
 """GRPO: sample groups of completions -> score them -> advantages in each group -> update. Read it from top to bottom.
 
     python train_grpo.py                                         goes on from the newest adapter under output/
-    deepspeed train_grpo.py --config configs/qwen_3b_grpo.py     all GPUs of the machine
+    deepspeed train_grpo.py --config configs/qwen_3b_grpo_24gb.py     all GPUs of the machine
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
@@ -22,19 +22,20 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data import Loader, Processor, load_tokenizer, pack, pack_groups, read_records
-from dataset.records import record_name
 from lora import disabled, lora_layers, reference, reference_snapshot
 from model import UserError
 from model.decode import Sampling, generate
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import Packed, resolve_folder
-from rewards import is_correct, load_rewards, sample_from_record
+from rewards import load_rewards
 from trainer import (
+    answerable,
     build_model,
     check_numbers,
     evaluate,
@@ -49,6 +50,7 @@ from trainer import (
     start,
     total_steps,
 )
+from training.checkpoint import STATE, find_adapter, read_json
 from training.engine import global_max, update
 from training.groups import (
     Alarm,
@@ -99,10 +101,11 @@ class MicroBatch:
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
+    told = follow_adapter(cfg)
     records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
     run = launch(cfg)
-    run.notes += left_out + held_left_out
+    run.notes += told + left_out + held_left_out
     model = build_model(cfg, run)
     for _, layer in lora_layers(model):
         layer.dropout = 0.0  # the policy that is updated is the one that was sampled
@@ -172,25 +175,15 @@ def main():
 # Start
 
 
-def answerable(cfg, what, records):
-    """The records whose right answer can be read, and a note that counts and names the others.
-
-    UserError if they are more than max_skip_share.
-    """
-    good, faults = [], {}
-    for number, record in enumerate(records):
-        try:
-            is_correct("", sample_from_record(record))
-            good.append(record)
-        except UserError as error:
-            faults[f"sample {number} ({record_name(record)})"] = str(error)
-    if faults:
-        found = f"the answers of {len(faults)} of {len(records)} {what} samples cannot be read"
-        first = next(f"{name}: {error}" for name, error in faults.items())
-        if len(faults) > cfg.max_skip_share * len(records):
-            raise UserError(f"{found}, max_skip_share is {cfg.max_skip_share}; the first: {first}")
-        return good, [f"{found}, so they are left out: {', '.join(faults)}; {first}"]
-    return good, []
+def follow_adapter(cfg):
+    """Where no data is named and the default is not there: the data that the adapter was trained on. Lines to tell."""
+    if "data_path" in cfg.given or Path(cfg.data_path).exists() or cfg.model_ckpt is None:
+        return []
+    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
+    if adapter is None or not (adapter / STATE).exists():
+        return []
+    cfg.data_path = read_json(adapter / STATE)["config"]["data_path"]
+    return [f"--data_path {cfg.data_path}, which the adapter was trained on"]
 
 
 def groups_per_step(cfg):

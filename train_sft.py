@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the model learns to give the dataset's answers. Read it from top to bottom.
 
     python train_sft.py                                        the embedded model on data/synthetic_videos
-    deepspeed train_sft.py --config configs/qwen_3b_sft.py     all GPUs of the machine
+    deepspeed train_sft.py --config configs/qwen_3b_sft_24gb.py     all GPUs of the machine
     deepspeed --num_gpus 2 train_sft.py                        two processes, on a CPU too
     python train_sft.py --output_dir output/video_lora --resume
 
@@ -24,6 +24,7 @@ from data import Loader, Processor, load_tokenizer, read_records
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
+    answerable,
     build_model,
     check_numbers,
     evaluate,
@@ -43,8 +44,10 @@ from training.runlog import Log
 
 def main():
     cfg = parse(SFT)
-    records, held_out = read_records(cfg.data_path), held_out_records(cfg)
+    records = read_records(cfg.data_path)
     run = launch(cfg)
+    held_out, left_out = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
+    run.notes += left_out
     model = build_model(cfg, run)
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
     processor = Processor(tokenizer, model.config, cfg)

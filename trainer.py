@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from config import as_dict, inert
 from data import pack
-from dataset.records import read_records
+from dataset.records import read_records, record_name
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
 from model.decode import Sampling, generate
@@ -183,11 +183,12 @@ def build_model(cfg, run):
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
-        run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder)
+        run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
     if run.adapter:
         found = load_adapter(model, run.adapter)
         run.notes.append(f"adapter of {run.adapter}: rank {found.lora_rank}, alpha {found.lora_alpha:g}")
-        for name in ("lora_rank", "lora_alpha"):
+        own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
+        for name in own:
             if name in cfg.given and getattr(cfg, name) != getattr(found, name):
                 run.notes.append(f"--{name} has no effect: the adapter has its own")
     else:
@@ -217,11 +218,12 @@ def prepare_folder(run):
     """Remove what an overwritten run left, or what a killed run wrote after its last checkpoint; write run.json."""
     for rest in run.folder.glob(".checkpoint-*"):
         shutil.rmtree(rest)
+    if run.source is None:
+        keep_start_adapter(run)  # before anything is removed: it may lie in the run that is overwritten
     for folder in checkpoint.checkpoints(run.folder):
         if checkpoint.step_of(folder) > run.step:  # of an older run, or broken: the newest whole one is older
             checkpoint.remove(folder)
     if run.source is None:
-        keep_start_adapter(run)
         for name in OURS:
             (run.folder / name).unlink(missing_ok=True)
     for name in (METRICS, "rollouts.jsonl"):
@@ -367,6 +369,28 @@ def held_out_records(cfg):
         beside = Path(cfg.data_path).with_name("val.json")
         path = beside if beside.exists() else None
     return [] if path is None else read_records(path)[: cfg.eval_samples]
+
+
+def answerable(cfg, what, records, most=None):
+    """The records whose right answer can be read, and a note that counts and names the others.
+
+    UserError if they are more than `most` of all, max_skip_share unless given.
+    """
+    good, faults = [], {}
+    for number, record in enumerate(records):
+        try:
+            is_correct("", sample_from_record(record))
+            good.append(record)
+        except UserError as error:
+            faults[f"sample {number} ({record_name(record)})"] = str(error)
+    if faults:
+        found = f"the answers of {len(faults)} of {len(records)} {what} samples cannot be read"
+        first = next(f"{name}: {error}" for name, error in faults.items())
+        if len(faults) > (cfg.max_skip_share if most is None else most) * len(records):
+            raise UserError(f"{found}, max_skip_share is {cfg.max_skip_share}; the first: {first}")
+        names = ", ".join([*faults][:8]) + (", …" if len(faults) > 8 else "")
+        return good, [f"{found}, so they are left out: {names}; {first}"]
+    return good, []
 
 
 def prompt_batches(examples, budget):

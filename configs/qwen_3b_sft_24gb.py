@@ -18,6 +18,7 @@ num_train_epochs = 1
 adam_beta2 = 0.999
 
 per_device_train_batch_size = 8
+pack_tokens = 12_288  # all eight clips in one pass
 gradient_checkpointing = True
 dataloader_num_workers = 8
 

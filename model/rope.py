@@ -40,7 +40,9 @@ def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
             t, h, w = grid_thw[item]
             h, w = h // merge, w // merge
             seconds = second_per_grid[item] if ids[done] == config.video_token_id else 0.0
-            times = [int(k * seconds * config.vision.tokens_per_second) for k in range(t)]
+            # in float32, as torch's int64 range times a number is: at a boundary float64 falls on the other side
+            rate = np.float32(config.vision.tokens_per_second)
+            times = (np.arange(t, dtype=np.float32) * np.float32(seconds) * rate).astype(np.int64)
             grid = np.stack([
                 np.repeat(times, h * w), np.tile(np.repeat(np.arange(h), w), t), np.tile(np.arange(w), t * h)
             ])  # fmt: skip  # (3, t*h*w)

@@ -156,6 +156,7 @@ RULE = ModelConfig.from_dict(config_dict("tied"))  # tokens_per_second 2, as in 
         ((8, 12, 12), 1.0, [0, 2, 4, 6, 8, 10, 12, 14], 15),
         ((32, 18, 32), 1.0, list(range(0, 64, 2)), 63),
         ((4, 4, 4), 1.15, [0, 2, 4, 6], 7),
+        ((2, 4, 4), 1.4999999999999998, [0, 3], 4),  # 75 frames at 25 fps, --fps 1: float64 would give 0, 2
     ],
 )
 def test_video_positions(grid, seconds, times, text_start):

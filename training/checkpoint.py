@@ -146,16 +146,18 @@ def rotate(run_folder, limit):
         remove(folder)
 
 
-def find_adapter(path, output="output", besides=None):
+def find_adapter(path, output="output", besides=None, script=None):
     """The folder with the adapter that a user means by --model_ckpt.
 
     path: an adapter's folder (ours, or PEFT's); a checkpoint-N; a run's folder, for its best checkpoint, or its newest
     if none was evaluated; "" for the run under `output` that was saved last, the folder `besides` left out, or None.
+    script: among these, runs of this script go first.
     Raises UserError that names what is there instead.
     """
     if path == "":
         runs = {file.parents[1] for file in Path(output).rglob("checkpoint-*/adapter_config.json")}
         runs = [run for run in runs if besides is None or run.resolve() != Path(besides).resolve()]
+        runs = [run for run in runs if script and read_json(run / RUN).get("script") == script] or runs
         if not runs:
             return None
         return find_adapter(max(runs, key=lambda run: max(p.stat().st_mtime for p in checkpoints(run))))
