@@ -2,7 +2,8 @@
 samples, by the scripts a user types. Prints a table and one JSON object; draws assets/grpo_seeds.svg.
 
     python bench/learn.py                        five seeds, about two minutes each on two cores
-    python bench/learn.py --seeds 0 --extras     also: the format reward alone, and clips outside the training ranges
+    python bench/learn.py --seeds 0 1 2 --extras also: the format reward alone, the KL's weight, clips outside the
+                                                 training ranges
 """
 
 import argparse
@@ -11,9 +12,18 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from config import QUESTION
+from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
+
+FAR = ("speed", "radius", "ball", "background")
 DATA, OUT = Path("data/learn"), Path("output/learn")
 
 
@@ -34,6 +44,10 @@ def accuracy(adapter: Path, data: Path, temperature: float = 0.0) -> tuple[float
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def last(folder: Path) -> Path:
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def start(seed: int) -> tuple[Path, float]:
@@ -57,8 +71,7 @@ def learn(seed: int) -> dict:
     run("train_grpo.py", "--data_path", DATA / "train.json", "--model_ckpt", checkpoint, "--output_dir", folder,
         "--overwrite", "--seed", seed, "--max_completion_length", 32, "--max_new_tokens", 32)  # fmt: skip
     seconds = time.perf_counter() - began
-    last = folder / f"checkpoint-{metrics(folder)[-1]['step']}"
-    sampled, greedy = (accuracy(last, DATA / "val.json", t) for t in (1.0, 0.0))
+    sampled, greedy = (accuracy(last(folder), DATA / "val.json", t) for t in (1.0, 0.0))
     kl = sorted(row["kl"] for row in metrics(folder) if "kl" in row)
     kl = {"median": kl[len(kl) // 2], "p90": kl[len(kl) * 9 // 10], "largest": kl[-1]}
     return {"seed": seed, "start": before, "sampled": sampled, "greedy": greedy, "kl": kl, "seconds": seconds}
@@ -85,14 +98,67 @@ def format_alone() -> dict:
     return {"first_step": rows[0]["reward/format"], "last_five_steps": mean(rows[-5:])}
 
 
-def outside() -> dict:
-    """Clips outside the training ranges (white on black, 5 px a frame where training had at most 2.8): after GRPO, and
-    after SFT with the same 1,000 clips."""
-    far = DATA / "far"
-    run("generate.py", "--output_dir", far, "--style", "plain", "--num_samples", 800, "--split", 0.5, "--overwrite")
-    sft = OUT / "sft_full"
-    run("train_sft.py", "--data_path", DATA / "train.json", "--output_dir", sft, "--overwrite", "--eval_steps", 0)
-    return {"sft": accuracy(sft, far / "val.json"), "grpo": accuracy(OUT / "grpo0", far / "val.json")}
+def far_clips() -> Path:
+    """400 clips, 100 of each kind, with one thing outside the training ranges: speed, radius, ball and background."""
+    if (DATA / "far" / "val.json").exists():
+        return DATA / "far" / "val.json"
+    folder, rng, records = DATA / "far" / "videos", np.random.default_rng(7), []
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = dict(zip(DIRECTIONS, "ABCD"))
+    for i in range(400):
+        clip = draw_clip(rng, list(DIRECTIONS)[i % 4], 64, 30)
+        kind = FAR[i // 100]
+        if kind == "speed":  # trained: 1.5 to 2.8 px a frame
+            clip = replace(
+                clip, velocity=tuple(v / max(map(abs, clip.velocity)) * rng.uniform(3.2, 4.5) for v in clip.velocity)
+            )
+        elif kind == "radius":  # trained: 4 to 20 px
+            clip = replace(clip, radius=float(rng.uniform(2, 3) if i % 2 else rng.uniform(22, 26)))
+        elif kind == "ball":  # trained: six colours
+            clip = replace(clip, ball_rgb=(255.0, 140.0, 0.0) if i % 2 else (0.0, 220.0, 220.0))  # orange, cyan
+        else:  # trained: four dark ones
+            clip = replace(
+                clip,
+                background_rgb=(200.0, 170.0, 190.0) if i % 2 else (150.0, 190.0, 150.0),
+                ball_rgb=(20.0, 20.0, 30.0),
+            )
+        write_mp4(folder / f"{i}.mp4", render(clip))
+        turns = [("human", f"<video>\n{QUESTION}"), ("gpt", f"Answer: ({letters[clip.label]}) {clip.label}")]
+        records.append({"video": f"{i}.mp4", "conversations": [{"from": who, "value": text} for who, text in turns]})
+    for k, kind in enumerate(FAR):
+        (DATA / "far" / f"{kind}.json").write_text(json.dumps(records[100 * k : 100 * (k + 1)]))
+    (DATA / "far" / "val.json").write_text(json.dumps(records))
+    return DATA / "far" / "val.json"
+
+
+def outside(seeds: list[int]) -> dict:
+    """Accuracy on clips outside the training ranges after GRPO, and after SFT alone with the same 1,000 clips."""
+    far_clips()
+    found = {}
+    for seed in seeds:
+        sft = OUT / f"sft_full{seed}"
+        flags = ["--output_dir", sft, "--overwrite", "--eval_steps", 0, "--seed", seed]
+        run("train_sft.py", "--data_path", DATA / "train.json", *flags)
+        for name, folder in (("sft", sft), ("grpo", OUT / f"grpo{seed}")):
+            for kind in (*FAR, "val"):
+                found[f"{name} seed {seed} {kind}"] = accuracy(last(folder), DATA / "far" / f"{kind}.json")
+        found[f"sft seed {seed} inside"] = accuracy(last(sft), DATA / "val.json")
+    return found
+
+
+def betas(seed: int) -> dict:
+    """KL to the start with no weight on it, the default, and a large one."""
+    found = {}
+    for beta in (0.0, 0.02, 1.0):
+        folder = OUT / f"beta{beta:g}"
+        given = ["--reference", "start", "--beta", beta or 1e-12]  # 0 would skip the reference pass, and with it the KL
+        run("train_grpo.py", "--data_path", DATA / "train.json", "--model_ckpt", start(seed)[0], "--output_dir", folder,
+            "--overwrite", "--max_steps", 40, "--max_completion_length", 32, "--eval_steps", 0, "--max_new_tokens", 32,
+            *given)  # fmt: skip
+        rows = [row for row in metrics(folder) if "kl" in row]
+        kl = sorted(row["kl"] for row in rows[-20:])
+        found[f"beta {beta:g}"] = {"kl_median_of_last_20": kl[10], "accuracy": rows[-1]["reward/accuracy"]}
+    return found
 
 
 def draw(seeds: list[int], path: Path) -> None:
@@ -137,8 +203,7 @@ def main() -> None:
     draw(args.seeds, ROOT / "assets" / "grpo_seeds.svg")
     found = {"seeds": rows}
     if args.extras:
-        found |= {"format_alone": format_alone(), "outside": outside()}
-        print(found["format_alone"], found["outside"])
+        found |= {"format_alone": format_alone(), "betas": betas(args.seeds[0]), "outside": outside(args.seeds)}
     print(json.dumps(found))
 
 

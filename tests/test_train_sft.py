@@ -291,6 +291,25 @@ def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
     assert json.loads((folder / "best.json").read_text())["step"] in (1, 2)
 
 
+def test_a_run_may_be_overwritten_that_holds_the_adapter_it_starts_from(sft):
+    folder = sft("run", max_steps=2, save_steps=2)
+    adapter = (folder / "checkpoint-2/adapter_model.safetensors").read_bytes()
+    sft("run", max_steps=1, overwrite=True, model_ckpt=folder / "checkpoint-2")
+    assert (folder / "start_adapter/adapter_model.safetensors").read_bytes() == adapter
+    assert steps_kept(folder) == [1]
+
+
+def test_held_out_answers_that_cannot_be_graded_are_left_out(sft, base, tmp_path, capsys):
+    records = json.loads((base / "data/val.json").read_text())
+    records[1]["conversations"][1]["value"] = "I cannot say"
+    for record in records:
+        record["video"] = str(base / "data/videos" / record["video"])
+    (tmp_path / "val.json").write_text(json.dumps(records))
+    folder = sft("run", max_steps=1, eval_data_path=tmp_path / "val.json", max_new_tokens=4)
+    assert metrics(folder, "eval_count") == [(3,)]
+    assert "the answers of 1 of 4 held-out samples cannot be read" in capsys.readouterr().out
+
+
 def test_find_adapter_names_what_is_there(sft, base, tmp_path, monkeypatch):
     folder = sft("output/run", max_steps=1)
     monkeypatch.chdir(tmp_path)
