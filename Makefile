@@ -13,7 +13,7 @@ test: $(VENV)/dev            ## lint, then every test
 	$(RUN) -m pytest -q tests
 
 bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
-	@for b in bench/sft.py bench/rollout.py bench/grpo.py bench/vision.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+	@for b in bench/logits.py bench/sft.py bench/rollout.py bench/grpo.py bench/vision.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init
