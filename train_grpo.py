@@ -148,7 +148,7 @@ def main():
         now = time.perf_counter()
         metrics |= health | {"lr": lr, "epoch": step / loader.steps_per_epoch}
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": now - sampled}
-        prompt_tokens, skipped = run.sum(sum(map(len, prompts)), len(loader.skipped))
+        prompt_tokens, skipped = run.sum(sum(map(len, prompts)), loader.left_out)
         metrics |= {"prompt_tokens": prompt_tokens, "skipped": skipped}
         log.step(step, metrics, now - began, waited, prompt_tokens + metrics["completion_tokens"])
         seen = best_and_worst(groups) if cfg.log_completions and step % cfg.log_completions == 0 else []

@@ -66,7 +66,7 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         run.seed_step(step)
         lr = schedule(engine, cfg, step - 1, total)
-        answers, tokens, skipped = run.sum(*count(micro_batches), len(loader.skipped))
+        answers, tokens, skipped = run.sum(*count(micro_batches), loader.left_out)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of -log p, and of tokens guessed right
         loss = accuracy = grad_norm = None
         updated = False

@@ -148,7 +148,8 @@ class Loader:
         self.global_batch = (batch_size or args.per_device_train_batch_size) * self.micro_batches
         self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
         self.skipped: dict[str, str] = {}
-        self.num_broken = 0
+        self.left_out = 0.0  # its sum over the ranks counts every sample of `skipped` once
+        self.num_broken = 0  # of all ranks: what this one alone came across stands for what the others did
         self.lengths = array("q", [-1]) * len(records)  # tokens, for pack_tokens; -1 = not known yet, 0 = skipped
 
     def num_steps(self, epochs: float) -> int:
@@ -165,11 +166,11 @@ class Loader:
         workers = self.args.dataloader_num_workers
         made = ahead(self.produce(steps, workers), PREFETCH) if workers else self.produce(steps, 0)
         for micro_batches, failed in made:
-            for i, error in failed:
-                self.skip(i, error)
+            for i, error, everywhere in failed:
+                self.skip(i, error, everywhere)
             yield micro_batches
 
-    def produce(self, steps: Iterable[int], workers: int) -> Iterator[tuple[list, list[tuple[int, UserError]]]]:
+    def produce(self, steps: Iterable[int], workers: int) -> Iterator[tuple[list, list[tuple]]]:
         """(micro-batches, samples left out) of each step; the samples of the next step are decoded meanwhile."""
         if workers == 0:
             for step in steps:
@@ -208,13 +209,13 @@ class Loader:
             self._epoch = epoch
         return self._order
 
-    def plan(self, step: int, map_: Callable) -> tuple[list[list[int]], list[tuple[int, UserError]]]:
+    def plan(self, step: int, map_: Callable) -> tuple[list[list[int]], list[tuple]]:
         """Sample numbers of each of this rank's micro-batches, and the samples whose length cannot be told."""
         batch, failed = self.batch(step), []
         if self.args.pack_tokens is None or len(batch) == 1:
             bins = [part.tolist() for part in np.array_split(batch, self.micro_batches)]
         else:
-            failed = [(i, error) for i, error in zip(batch, map_(self.measure, batch)) if error is not None]
+            failed = [(i, error, True) for i, error in zip(batch, map_(self.measure, batch)) if error is not None]
             batch = [i for i in batch if self.lengths[i]]
             bins = fill_bins(batch, [self.lengths[i] for i in batch], self.args.pack_tokens, self.world_size)
         share = len(bins) // self.world_size
@@ -239,19 +240,20 @@ class Loader:
         except UserError as error:
             return i, error
 
-    def finish(self, bins: list[list], failed: list) -> tuple[list, list[tuple[int, UserError]]]:
+    def finish(self, bins: list[list], failed: list) -> tuple[list, list[tuple]]:
         """(micro-batches of what was encoded, the rest)."""
-        failed = failed + [found for bin in bins for found in bin if not isinstance(found, Example)]
+        failed = failed + [(*found, False) for bin in bins for found in bin if not isinstance(found, Example)]
         return [self.collate([found for found in bin if isinstance(found, Example)]) for bin in bins], failed
 
-    def skip(self, i: int, error: UserError) -> None:
+    def skip(self, i: int, error: UserError, everywhere: bool) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
         name = f"sample {i}"
         if name in self.skipped:
             return
         self.skipped[name] = str(error)
         log.warning("%s skipped: %s", name, error)
-        self.num_broken += not isinstance(error, TooLong)
+        self.left_out += 1 / self.world_size if everywhere else 1
+        self.num_broken += (1 if everywhere else self.world_size) * (not isinstance(error, TooLong))
         total = len(self.records)
         if self.num_broken > self.args.max_skip_share * total:
             told = f"{self.num_broken} of {total} samples are broken, max_skip_share is {self.args.max_skip_share}"
