@@ -149,7 +149,7 @@ def outside(seeds: list[int]) -> dict:
 def betas(seed: int) -> dict:
     """KL to the start with no weight on it, the default, and a large one."""
     found = {}
-    for beta in (0.0, 0.02, 1.0):
+    for beta in (0.0, 0.02, 1.0, 10.0):
         folder = OUT / f"beta{beta:g}"
         given = ["--reference", "start", "--beta", beta or 1e-12]  # 0 would skip the reference pass, and with it the KL
         run("train_grpo.py", "--data_path", DATA / "train.json", "--model_ckpt", start(seed)[0], "--output_dir", folder,
