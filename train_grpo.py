@@ -35,15 +35,11 @@ from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import Packed, resolve_folder
 from rewards import load_rewards
 from trainer import (
-    answerable,
     build_model,
     check_numbers,
-    evaluate,
     finish,
-    held_out_records,
     is_due,
     launch,
-    prompt_batches,
     report,
     save,
     schedule,
@@ -52,6 +48,7 @@ from trainer import (
 )
 from training.checkpoint import STATE, find_adapter, read_json
 from training.engine import global_max, update
+from training.evaluation import answerable, evaluate, held_out_records, prompt_batches
 from training.groups import (
     Alarm,
     Rollout,

@@ -24,12 +24,9 @@ from data import Loader, Processor, load_tokenizer, read_records
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
-    answerable,
     build_model,
     check_numbers,
-    evaluate,
     finish,
-    held_out_records,
     is_due,
     launch,
     report,
@@ -39,6 +36,7 @@ from trainer import (
     total_steps,
 )
 from training.engine import update
+from training.evaluation import answerable, evaluate, held_out_records
 from training.runlog import Log
 
 

@@ -1,9 +1,9 @@
-"""What both training loops share: the run's folder, model, log, evaluation, checkpoints and resume.
+"""What both training loops share: the run's folder, model, log, checkpoints and resume. (training/evaluation.py: accuracy.)
 
     run = launch(cfg)                    processes, device, the folder claimed, the checkpoint to go on from
     model = build_model(cfg, run)        base, adapter, what is trained
     engine = start(run, model, total)    DeepSpeed (training/engine.py), state put back, the run's facts told
-    evaluate(…), save(run, engine, …)    accuracy by free generation; a checkpoint, whole or absent
+    save(run, engine, …)                 a checkpoint, whole or absent
     finish(run)
 
 Every step seeds the random numbers from (seed, step, rank): dropout and sampling do not depend on how often the run was
@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +24,10 @@ import torch
 from safetensors import SafetensorError
 
 from config import as_dict, inert
-from data import pack
-from dataset.records import read_records, record_name
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
-from model.decode import Sampling, generate
 from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
 from report import write_report
-from rewards import is_correct, sample_from_record
 from training import checkpoint
 from training.checkpoint import BEST, RUN, STATE, read_json, write_json
 from training.engine import (
@@ -55,7 +50,6 @@ LOCK, START = "run.lock", "start_adapter"
 OURS = (RUN, BEST, METRICS, "rollouts.jsonl", "report.html")  # what --overwrite removes, beside checkpoints and START
 BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
 SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
-EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
 
 
 @dataclass
@@ -359,90 +353,7 @@ def copy_small_files(base, folder):
                 shutil.copyfile(path, folder / path.name)
 
 
-# Evaluation
-
-
-def held_out_records(cfg):
-    """The records that answer accuracy is measured on: [] if there are none, or not wanted."""
-    path = cfg.eval_data_path
-    if path == "":
-        beside = Path(cfg.data_path).with_name("val.json")
-        path = beside if beside.exists() else None
-    return [] if path is None else read_records(path)[: cfg.eval_samples]
-
-
-def answerable(cfg, what, records, most=None):
-    """The records whose right answer can be read, and a note that counts and names the others.
-
-    UserError if they are more than `most` of all, max_skip_share unless given.
-    """
-    good, faults = [], {}
-    for number, record in enumerate(records):
-        try:
-            is_correct("", sample_from_record(record))
-            good.append(record)
-        except UserError as error:
-            faults[f"sample {number} ({record_name(record)})"] = str(error)
-    if faults:
-        found = f"the answers of {len(faults)} of {len(records)} {what} samples cannot be read"
-        first = next(f"{name}: {error}" for name, error in faults.items())
-        if len(faults) > (cfg.max_skip_share if most is None else most) * len(records):
-            raise UserError(f"{found}, max_skip_share is {cfg.max_skip_share}; the first: {first}")
-        names = ", ".join([*faults][:8]) + (", …" if len(faults) > 8 else "")
-        return good, [f"{found}, so they are left out: {names}; {first}"]
-    return good, []
-
-
-def prompt_batches(examples, budget):
-    """Examples in lists of at most `budget` prompt tokens (one at least)."""
-    batch, tokens = [], 0
-    for example in examples:
-        if batch and tokens + len(example) > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(example)
-        tokens += len(example)
-    if batch:
-        yield batch
-
-
-def prompts(run, processor, records):
-    """Records -> Examples that end where the answer begins, read ahead by threads; what cannot be read is told."""
-
-    def encode(record):
-        try:
-            return processor.encode(record, answer=False)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(max(1, run.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
-        for i in range(0, len(records), EVAL_CLIPS):
-            for found in pool.map(encode, records[i : i + EVAL_CLIPS]):
-                if isinstance(found, UserError):
-                    run.say(f"evaluation: skipped: {found}")
-                else:
-                    yield found
-
-
-def evaluate(run, model, processor, records, temperature=0.0, seed=0):
-    """Answer accuracy on records by free generation: what the model says, read by rewards.py. Shared over the ranks.
-
-    Returns {"accuracy": share of those that could be read (None if there was none), "count": how many these were}.
-    """
-    stop = (processor.im_end, processor.token_id("<|endoftext|>"))
-    sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
-    generator = torch.Generator(run.device).manual_seed(seed + run.rank)
-    model.eval()
-    right = count = 0
-    for batch in prompt_batches(prompts(run, processor, records[run.rank :: run.world]), EVAL_TOKENS):
-        answers = generate(model, pack(batch).to(run.device), sampling, generator=generator)
-        for example, (completion,) in zip(batch, answers, strict=True):
-            text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-            right += is_correct(text, sample_from_record(example.record))
-            count += 1
-    model.train()
-    right, count = run.sum(right, count)
-    return {"accuracy": right / count if count else None, "count": int(count)}
+# The end
 
 
 def report(run):

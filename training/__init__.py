@@ -1,1 +1,1 @@
-"""Behind trainer.py and the loops: the DeepSpeed engine, checkpoints, the run's log, GRPO's loss and its groups."""
+"""Behind trainer.py and the loops: DeepSpeed engine, checkpoints, run log, evaluation, GRPO's loss and its groups."""
