@@ -1,4 +1,4 @@
-"""What both training loops share: the run's folder, model, log, checkpoints, resume. (Accuracy: training/evaluation.py.)
+"""What both training loops share: the run's folder, model, log, checkpoints, resume. (Accuracy: training/evaluation.)
 
     run = launch(cfg)                    processes, device, the folder claimed, the checkpoint to go on from
     model = build_model(cfg, run)        base, adapter, what is trained
