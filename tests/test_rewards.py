@@ -22,8 +22,10 @@ COT = Sample(QUESTION, "<think>It starts at the left, not (B).</think><answer>(A
 
 
 def test_no_torch():
-    code = "import sys, rewards; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(rewards.__file__).parent, check=True)
+    code = "import sys, rewards; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    where = Path(rewards.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", f"importing rewards brings {done.stdout.strip()}"
 
 
 @pytest.mark.parametrize(
