@@ -127,20 +127,21 @@ def test_rotary_tables_lie_row_by_row():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_gpu_equals_cpu(dtype, bound):
-    """Logits and gradients of a mixed batch through the GPU's own paths: Triton, flash attention, aligned widths."""
-    cpu, sequence = random_model("grouped"), Sequence(RULE, CASES["mixed"])
-    gpu = copy.deepcopy(cpu).to("cuda", dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_cpu(dtype):
+    """Logits and gradients of a mixed batch through the GPU's own paths: Triton, flash attention, aligned widths. In
+    bf16 they may be off by what the CPU's plain bf16 is off."""
+    exact, sequence = random_model("grouped"), Sequence(RULE, CASES["mixed"])
     packed = pack_sequences([sequence, Sequence(RULE, CASES["videos"], seed=1)])
     weight = torch.randn(len(packed.input_ids), 260, generator=torch.Generator().manual_seed(0))
     results = []
-    for model, batch in ((cpu, packed), (gpu, packed.to("cuda"))):
-        logits = model.logits(batch)
+    for model, device in ((exact, "cpu"), (copy.deepcopy(exact), "cuda"), (copy.deepcopy(exact), "cpu")):
+        model.to(device, torch.float32 if model is exact else dtype)
+        logits = model.logits(packed.to(device))
         (logits.float().cpu() * weight).sum().backward()
         results.append([logits.detach().float().cpu(), *(p.grad.float().cpu() for p in model.parameters())])
-    for right, found in zip(*results):
-        assert (found - right).norm() <= bound * right.norm() + 1e-6
+    for right, found, plain in zip(*results):
+        assert (found - right).norm() <= 1.5 * (plain - right).norm() + 1e-4 * right.norm() + 1e-6
 
 
 # ---------------------------------------------------------------- positions
