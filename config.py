@@ -179,6 +179,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
     gradient_checkpointing: bool = False  # recompute activations a block; the embedded model has no need of it
+    cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
     dataloader_num_workers: int = 2  # threads that decode ahead; one a core of a laptop
 
     # -- Batch and length
@@ -355,6 +356,7 @@ class Infer(VideoArgs):
     controls: str | None = "reversed,shuffled,blank"  # the same once more with the frames in this state; none = not
     max_samples: int | None = None  # evaluate only the first N; none = all
     batch_size: int = 32  # clips decoded together; sampling keeps their caches in memory
+    cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
     dataloader_num_workers: int = 2  # threads that read clips ahead
 
     # as in training on the embedded model

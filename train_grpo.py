@@ -84,14 +84,16 @@ class MicroBatch:
     packed: Packed
     rows: Tensor  # (N,) int64: packed positions that predict a completion's token
     completion: Tensor  # (N,) int64: whose token it is
+    group: Tensor  # (G,) int64: of which of the rank's groups
     advantages: Tensor  # (G,) float32
     keep: Tensor  # (G,) bool: whether it gives a gradient
     sampler: Tensor  # (N,) float32: log-probs as drawn
+    trained_tokens: int  # of those that are kept
     ref: Tensor | None = None  # (N,) under the frozen reference
     old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
 
     def to(self, device):
-        names = ("packed", "rows", "completion", "advantages", "keep", "sampler")
+        names = ("packed", "rows", "completion", "group", "advantages", "keep", "sampler")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -137,9 +139,10 @@ def main():
 
         # update the policy with the groups that differ within themselves
         lr = schedule(engine, cfg, step - 1, total)
-        drift = kl_of_sampled(run, model, frozen, prompts, groups)
         trained = [[rollout for rollout in group if rollout.trained] for group in groups]
-        metrics = drift | train_on(run, engine, frozen, micro_batches(prompts, trained, cfg), counts, step)
+        packs = [batch.to(run.device) for batch in micro_batches(prompts, trained, cfg)]
+        drift = reference_pass(run, model, frozen, prompts, groups, packs)
+        metrics = drift | train_on(run, engine, packs, counts, step)
 
         run.step = step
         now = time.perf_counter()
@@ -313,46 +316,50 @@ def micro_batch(prompts, rollouts, cfg):
     completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
     packed = pack_groups([prompts[number] for number in numbers], completions)
     lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
+    keep = [rollout.finished or not cfg.mask_truncated_completions for rollout in rollouts]
     return MicroBatch(
         packed=packed,
         rows=(packed.targets != IGNORE).nonzero()[:, 0],
         completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
+        group=torch.tensor([rollout.group for rollout in rollouts]),
         advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
-        keep=torch.tensor([rollout.finished or not cfg.mask_truncated_completions for rollout in rollouts]),
+        keep=torch.tensor(keep),
         sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+        trained_tokens=int(lengths[torch.tensor(keep)].sum()),
     )
 
 
-def kl_of_sampled(run, model, frozen, prompts, groups):
-    """KL to the reference over the first groups as they were sampled, a quarter as many as a step trains on.
+def reference_pass(run, model, frozen, prompts, groups, batches):
+    """Put the reference's log-probs into the batches that are trained on, and tell the KL to it.
 
-    The groups trained on are no fair sample: chosen for rare outcomes, they show a KL many times too large.
+    The KL is that over the first groups as they were sampled, a quarter as many as a step trains on: the groups trained
+    on are no fair sample; chosen for rare outcomes, they show a KL many times too large.
     """
     if not frozen:
         return {}
-    kl = tokens = 0.0
-    for batch in micro_batches(prompts, groups[: max(1, groups_per_step(run.cfg) // 4)], run.cfg):
-        batch = batch.to(run.device)
-        ref = reference_logprobs(model, frozen, batch, run.cfg)
-        kl, tokens = kl + float(k3(ref - batch.sampler).sum()), tokens + len(ref)
-    kl, tokens = run.sum(kl, tokens)
+    fair = max(1, groups_per_step(run.cfg) // 4)
+    untrained = [[rollout for rollout in group if not rollout.trained] for group in groups[:fair]]
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the KL, and of its tokens
+    for batch in (*batches, *(batch.to(run.device) for batch in micro_batches(prompts, untrained, run.cfg))):
+        with torch.no_grad(), frozen():
+            batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
+        counted = batch.group[batch.completion] < fair
+        sums += torch.stack([(k3(batch.ref - batch.sampler) * counted).sum(), counted.sum()])
+    kl, tokens = run.sum(*sums.tolist())
     return {"kl": kl / max(tokens, 1)}
 
 
-def train_on(run, engine, frozen, batches, counts, step):
+def train_on(run, engine, batches, counts, step):
     """num_iterations updates with the same rollouts. counts: (tokens, completions) that the loss is divided by.
 
     Returns metrics, means over tokens and updates.
     """
     cfg = run.cfg
-    (n_tokens,) = run.sum(sum(int(batch.keep[batch.completion].sum()) for batch in batches))
+    (n_tokens,) = run.sum(sum(batch.trained_tokens for batch in batches))
     metrics = {"grad_norm": None, "updated": False, "trained_tokens": n_tokens}
     if not n_tokens:  # no group differs within itself: told by the alarm, and no fault of the numbers
         return metrics
     normalizer = loss_normalizer(cfg.aggregation, *counts, cfg.max_completion_length)
-    batches = [batch.to(run.device) for batch in batches]
-    for batch in batches if frozen else ():
-        batch.ref = reference_logprobs(engine.module, frozen, batch, cfg)
     sums = Counter()
     for _ in range(cfg.num_iterations):
         before = sums["loss"]
@@ -372,12 +379,6 @@ def token_logprobs(forward, model, batch, cfg):
     return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
 
 
-def reference_logprobs(model, frozen, batch, cfg):
-    """(N,) under the reference, packed as the policy's are: before the first update the two are equal."""
-    with torch.no_grad(), frozen():
-        return token_logprobs(model, model, batch, cfg)[0]
-
-
 def micro_loss(engine, cfg, normalizer, sums, batch):
     """One micro-batch's share of the loss. Adds to sums what is logged."""
     logprobs, entropy = token_logprobs(engine, engine.module, batch, cfg)
@@ -390,7 +391,8 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
         aggregation=cfg.aggregation, importance_sampling_level=cfg.importance_sampling_level,
         sampler_is_cap=cfg.sampler_is_cap,
     )  # fmt: skip
-    sums["sampler_gap_max"] = max(float(metrics.pop("sampler_gap_max")), float(sums["sampler_gap_max"]))
+    gap = metrics.pop("sampler_gap_max")
+    sums["sampler_gap_max"] = torch.maximum(gap, sums.get("sampler_gap_max", gap))  # nothing here waits for the GPU
     for name, value in (metrics | {"loss": loss.detach()}).items():
         sums[name] += value
     return loss
@@ -407,7 +409,7 @@ def token_metrics(run, sums):
     if run.cfg.sampler_is_cap is None:
         del means["sampler_capped"]
     means |= {"loss": found["loss"] / run.cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
-    return means | {"sampler_gap_max": global_max([sums["sampler_gap_max"]], run.device)[0]}
+    return means | {"sampler_gap_max": global_max([float(sums["sampler_gap_max"])], run.device)[0]}
 
 
 # What one sees

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from config import as_dict, inert
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
+from model.captured import Captures
 from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
 from report import write_report
 from training import checkpoint
@@ -189,6 +190,8 @@ def build_model(cfg, run):
         inject(model, cfg)
     set_trainable(model, cfg)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.cuda_graphs and run.device.type == "cuda":
+        model.captures = Captures(run.say)
     return model
 
 

@@ -31,7 +31,7 @@ from config import GRPO
 from dataset.batch import Example, pack
 from model.decode import Sampling, generate
 from model.loss import IGNORE
-from train_grpo import compare_within_groups, freeze_reference, kl_of_sampled, micro_batches, train_on
+from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
 from trainer import Run
 from training.engine import build_engine, leave_processes, start_processes
 from training.groups import Rollout
@@ -94,9 +94,9 @@ class Step:
         groups = self.sample(prompts, tokens)
         sampled = time.perf_counter()
         _, counts = compare_within_groups(self.run, groups, len(prompts))
-        kl_of_sampled(self.run, self.bench.model, self.frozen, prompts, groups)
-        batches = micro_batches(prompts, groups, self.cfg)
-        train_on(self.run, self.engine, self.frozen, batches, counts, 1)
+        batches = [batch.to(self.bench.device) for batch in micro_batches(prompts, groups, self.cfg)]
+        reference_pass(self.run, self.bench.model, self.frozen, prompts, groups, batches)
+        train_on(self.run, self.engine, batches, counts, 1)
         self.bench.sync()
         end = time.perf_counter()
         return end - start, sampled - start, self.reference, end - sampled - self.reference

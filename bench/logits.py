@@ -29,7 +29,7 @@ def main() -> None:
         peer = peer_model(ours).eval()
         results = []
         for dtype in (torch.bfloat16, torch.float32):
-            if dtype == torch.float32:  # no longer our weights. (In bf16 they are; .to(bf16) would round its angles too.)
+            if dtype == torch.float32:  # not our weights any more (.to(bf16) would round angles too)
                 peer = peer.to(dtype)
             inputs = peer_inputs(config, packed, 1, dtype)
             results.append(peer(**inputs, position_ids=packed.position_ids[:, None]).logits[0].float())

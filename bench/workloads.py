@@ -23,6 +23,7 @@ import torch
 from dataset.video import Options, frame_size
 from lora import hf_name, homes, targets
 from model.attention import Segments
+from model.captured import Captures
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
@@ -215,6 +216,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     own.add_argument("--group", type=int, default=8, help="completions of a prompt (GRPO)")
     own.add_argument("--batch", type=int, help="samples, clips or prompts a step")
     parser.add_argument("--recompute", type=yes_no, default=cuda, metavar="True|False", help="activation recomputation")
+    parser.add_argument("--cuda_graphs", type=yes_no, default=cuda, metavar="True|False", help="captured passes")
     parser.add_argument("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
     parser.add_argument("--memory_limit_gib", type=float, help="hold this process to so much GPU memory")
     parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
@@ -290,6 +292,7 @@ class Bench:
         self.config = model_config(args.model)
         self.model = Qwen2_5_VL.random(self.config, self.device, self.dtype).requires_grad_(False)
         self.model.gradient_checkpointing = args.recompute
+        self.model.captures = Captures() if self.cuda and args.cuda_graphs else None
         self.machine = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
         print(f"{args.model} in {str(self.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}")
         print(f"{self.machine}, torch {torch.__version__}: product {self.matrix / 1e12:.3g} TFLOP/s, copy "

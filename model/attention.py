@@ -30,13 +30,17 @@ class Segments:
     cu_q: Tensor  # (S+1,) int32, cumulative query lengths
     cu_k: Tensor  # (S+1,) int32, cumulative key lengths
     kv_index: Tensor | None = None  # (sum(k_lengths),) int64: the packed token behind each key; None = keys are queries
+    max_q: int = 0  # the longest of each
+    max_k: int = 0
+    num_tokens: int = 0  # T
     _buckets: list | None = field(default=None, repr=False)  # cache of the dense path
 
     @classmethod
     def build(cls, q_lengths, k_lengths, is_causal: bool, kv_index: Tensor | None = None) -> "Segments":
         cu_q = torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32)
         cu_k = torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32)
-        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, kv_index)
+        sizes = {"max_q": max(q_lengths, default=0), "max_k": max(k_lengths, default=0), "num_tokens": sum(q_lengths)}
+        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, kv_index, **sizes)
 
     @classmethod
     def causal(cls, lengths: list[int]) -> "Segments":
@@ -70,10 +74,6 @@ class Segments:
         index = None if self.kv_index is None else self.kv_index.to(device, non_blocking=True)
         cu_q, cu_k = self.cu_q.to(device, non_blocking=True), self.cu_k.to(device, non_blocking=True)
         return replace(self, cu_q=cu_q, cu_k=cu_k, kv_index=index, _buckets=None)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.q_lengths)
 
     def buckets(self, device) -> list["Bucket"]:
         """The dense plan: segments of similar length side by side, padded. Made once, used by every layer."""
@@ -169,14 +169,7 @@ class FlashVarlen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, segments):
-        sizes = (
-            segments.cu_q,
-            segments.cu_k,
-            max(segments.q_lengths),
-            max(segments.k_lengths),
-            0.0,
-            segments.is_causal,
-        )
+        sizes = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, segments.is_causal)
         out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, False)
         ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
         ctx.sizes = sizes

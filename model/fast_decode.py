@@ -14,6 +14,8 @@ Nothing in the loop waits for the device, except a look every STOP_CHECK steps a
 
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ from model import decode_kernels as kernels
 from model.attention import attend
 from model.decode import STOP_CHECK, Completion, sample
 from model.kernels import swiglu, turn
+from model.language import draws
 from model.linear import adapter_of
 from model.rope import mrope_tables
 
@@ -80,8 +83,9 @@ def why_not(model, sampling) -> str | None:
         return "repetition penalty"
     layers = model.model.layers
     need = 2 * sum(p.numel() for layer in layers for n, p in layer.named_parameters() if n.endswith("proj.weight"))
-    free = torch.cuda.mem_get_info(weight.device)[0]
-    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    reserved, (free, total) = torch.cuda.memory_reserved(weight.device), torch.cuda.mem_get_info(weight.device)
+    free = min(free, torch.cuda.get_per_process_memory_fraction(weight.device) * total - reserved)
+    free += reserved - torch.cuda.memory_allocated(weight.device)
     if free < need + MARGIN:
         found = f"the sampling copy takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         warnings.warn(f"slow decoding: {found}", stacklevel=3)
@@ -120,6 +124,7 @@ class SamplingCopy:
     def __init__(self, model):
         self.eps = model.config.rms_norm_eps
         layers = model.model.layers
+        self.memory = partial(model.captures.scratch, layers) if model.captures else nullcontext
         attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
         first = [layer.input_layernorm.weight for layer in layers]
         second = [layer.post_attention_layernorm.weight for layer in layers]
@@ -134,7 +139,8 @@ class SamplingCopy:
         """parts: for each of the linears laid on top of each other, that linear of every layer."""
         sizes = [len(linears[0].weight) for linears in parts]
         for made in self.layers:
-            made[name] = parts[0][0].weight.new_empty(sum(sizes), parts[0][0].weight.shape[1])
+            with self.memory():
+                made[name] = parts[0][0].weight.new_empty(sum(sizes), parts[0][0].weight.shape[1])
         cut = [made[name].split(sizes) for made in self.layers]
         for i, linears in enumerate(parts):
             adapters = [adapter_of(linear) for linear in linears]
@@ -346,8 +352,9 @@ class Step:
 @torch.no_grad()
 def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=None) -> list[list[Completion]]:
     """decode.generate on the fast path; the same arguments and result."""
-    was_training = model.training
-    model.eval()
+    was_training = model.training and draws(model)  # changing it costs milliseconds, so only where it matters
+    if was_training:
+        model.eval()
     lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
     device, N = prompts.input_ids.device, len(lengths)
     truncated = 0 < sampling.top_k or sampling.top_p < 1
@@ -362,7 +369,8 @@ def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=Non
     if step.graph is None and limit > 1:
         step.capture()
     drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token)
-    model.train(was_training)
+    if was_training:
+        model.train()
     return collect(step.all_ids[:, :drawn], step.all_logp[:, :drawn], stops, N, G)
 
 

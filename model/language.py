@@ -8,7 +8,9 @@ writes and reads a cache (decode.py). Positions reach it as rotary tables. So al
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from model.attention import attend
 from model.kernels import swiglu
 from model.linear import project
 from model.rope import rotate
@@ -80,3 +82,21 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def through(self, x: Tensor, tables, segments, recompute: bool, attention=None) -> Tensor:
+        """(T, C) through the layers. segments: [Segments], one for all of them. attention replaces packed attention.
+        recompute: keep only each layer's input for the backward pass."""
+        attention = attention or (lambda _layer, q, k, v: attend(q, k, v, segments[0]))
+        for layer in self.layers:
+            x = recomputed(layer, x, tables, attention) if recompute else layer(x, tables, attention)
+        return x
+
+
+def recomputed(block, *args):
+    """block(*args) of which only the arguments are kept; what lies between is computed again in the backward pass."""
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=draws(block))
+
+
+def draws(block) -> bool:
+    """Whether the block draws random numbers, which must be the same again: saving their state costs the host time."""
+    return block.training and any(getattr(module, "dropout", 0.0) for module in block.modules())

@@ -13,10 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import UserError
-from model.attention import Segments, attend
+from model.attention import Segments
 from model.language import LanguageModel
 from model.rope import mrope_tables
 from model.vision import VisionTower
@@ -141,6 +140,7 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
+        self.captures = None  # a captured.Captures: batches of a size seen before run as CUDA graphs
 
     @property
     def head_weight(self) -> Tensor:
@@ -151,7 +151,7 @@ class Qwen2_5_VL(nn.Module):
         """(P, 1176) -> (M, C). Without gradient when nothing in the tower is trained."""
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
         with torch.set_grad_enabled(trained):
-            return self.visual(patches, grid_thw, recompute=trained and self.gradient_checkpointing)
+            return self.visual(patches, grid_thw, trained and self.gradient_checkpointing, self.captures)
 
     def embed(self, packed: Packed) -> Tensor:
         """Token embeddings with the vision tokens put at their pads: (T, C)."""
@@ -160,8 +160,9 @@ class Qwen2_5_VL(nn.Module):
             return x + self.no_picture(x) if self.training and torch.is_grad_enabled() else x
         is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
         vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
-        where = is_pad.nonzero()[:, 0]
-        assert len(where) == len(vision), f"{len(where)} image and video pads, but {len(vision)} vision tokens"
+        where = torch.nonzero_static(is_pad, size=len(vision))[:, 0]  # nonzero() would wait for the GPU
+        if not x.is_cuda:  # the same batch may be checked without waiting
+            assert is_pad.sum() == len(vision), f"{is_pad.sum()} image and video pads, but {len(vision)} vision tokens"
         return x.index_copy(0, where, vision.to(x.dtype))
 
     def no_picture(self, x: Tensor) -> Tensor | float:
@@ -177,13 +178,12 @@ class Qwen2_5_VL(nn.Module):
         """Hidden states after the final norm: (T, C). `attention` replaces packed attention (decode.py's cache)."""
         x = self.embed(packed)
         tables = mrope_tables(packed.position_ids, self.config, x.dtype)
-        attention = attention or (lambda _layer, q, k, v: attend(q, k, v, packed.segments))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            if recompute:
-                x = checkpoint(layer, x, tables, attention, use_reentrant=False)
-            else:
-                x = layer(x, tables, attention)
+        if attention or not self.captures:
+            x = self.model.through(x, tables, [packed.segments], recompute, attention)
+        else:
+            stack = self.model.layers, self.model.through
+            x = self.captures.run(*stack, x, tables, [packed.segments], recompute)
         return self.model.norm(x)
 
     def logits(self, packed: Packed) -> Tensor:

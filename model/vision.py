@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import Segments, attend
-from model.language import MLP, RMSNorm
+from model.language import MLP, RMSNorm, recomputed
 from model.linear import project
 from model.rope import rotate, vision_tables
 
@@ -133,9 +132,9 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = Merger(config)
 
-    def forward(self, patches: Tensor, grid_thw: list[tuple[int, int, int]], recompute: bool = False) -> Tensor:
+    def forward(self, patches: Tensor, grid_thw, recompute: bool = False, captures=None) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
-        the same order. recompute: keep only each block's input for the backward pass."""
+        the same order. grid_thw: [(t, h, w)]. recompute: keep only each block's input for the backward pass."""
         config, P = self.config, patches.shape[0]
         assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
         plan = VisionPlan.build(grid_thw, config, patches.device)
@@ -144,10 +143,16 @@ class VisionTower(nn.Module):
         cell = config.spatial_merge_size**2
         x = self.patch_embed(patches.view(P // cell, -1)[plan.order].view(P, -1))  # (P, width) in window order
         tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
-        for i, block in enumerate(self.blocks):
-            segments = plan.steps if i in config.fullatt_block_indexes else plan.windows
-            if recompute:  # non-reentrant: adapters in here get gradients though no input requires one
-                x = checkpoint(block, x, tables, segments, use_reentrant=False)
-            else:
-                x = block(x, tables, segments)
+        segments = [plan.windows, plan.steps]
+        if captures:
+            x = captures.run(self.blocks, self.through, x, tables, segments, recompute)
+        else:
+            x = self.through(x, tables, segments, recompute)
         return self.merger(x)[plan.back]
+
+    def through(self, x: Tensor, tables, segments, recompute: bool) -> Tensor:
+        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
+        for i, block in enumerate(self.blocks):
+            own = segments[i in self.config.fullatt_block_indexes]
+            x = recomputed(block, x, tables, own) if recompute else block(x, tables, own)
+        return x

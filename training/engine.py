@@ -74,6 +74,8 @@ def leave_processes():
 
 
 def _reduce(values, device, op):
+    if torch.distributed.get_world_size() == 1:
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, op)
     return total.tolist()
