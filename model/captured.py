@@ -182,7 +182,10 @@ class Captures:
 
     @contextmanager
     def scratch(self, blocks):
-        """Tensors allocated inside use a stack's memory: they must be gone before the stack runs again."""
+        """Tensors allocated inside use a stack's memory, once it has some: they must be gone before it runs again."""
+        if not self.kept.get(blocks):
+            yield
+            return
         with torch.cuda.use_mem_pool(self.pool(blocks)), torch.cuda.stream(self.stream):
             yield
 
@@ -226,9 +229,12 @@ class Captures:
         return self.found[blocks]
 
     def ripe(self, blocks, key, device) -> bool:
-        """Whether this size came before, and what its pass keeps fits."""
-        ours = SHARE * torch.cuda.get_per_process_memory_fraction(device)
-        return self.seen.get((blocks, key), float("inf")) < ours * torch.cuda.get_device_properties(device).total_memory
+        """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
+        alone. What they keep for the backward pass is known, what they need on the way is taken as a third of it."""
+        allowed = torch.cuda.get_per_process_memory_fraction(device)
+        total = allowed * torch.cuda.get_device_properties(device).total_memory
+        bytes = self.seen.get((blocks, key), float("inf"))
+        return bytes < SHARE * total and torch.cuda.max_memory_allocated(device) + 1.33 * bytes < 0.97 * total
 
     def first_sight(self, blocks, key, plainly, x, tables, segments):
         """Runs plainly, and notes how many bytes it keeps for the backward pass."""

@@ -151,12 +151,11 @@ class SamplingCopy:
                 mine = ([x[n] for n in which] for x in (linears, adapters, [c[i] for c in cut]))
                 merge(*mine, norms and [norms[n] for n in which])
 
-    def prefill(self, model, prompts, cache: "GroupCache") -> Tensor:
-        """The prompts through the copy, keys and values into the cache: logits of each one's last token, (N, V)."""
-        config = model.config
+    def prefill(self, model, prompts, x: Tensor, cache: "GroupCache") -> Tensor:
+        """The prompts through the copy, keys and values into the cache: logits of each one's last token, (N, V).
+        x: (T, C), their embeddings; it is written over."""
+        config, (T, C) = model.config, x.shape
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        x = model.embed(prompts)
-        T, C = x.shape
         cos, sin = mrope_tables(prompts.position_ids, config, x.dtype)
         for number, (w, bias) in enumerate(zip(self.layers, self.biases)):
             qkv = F.linear(F.rms_norm(x, (C,), None, self.eps), w["qkv"], bias).view(T, H + 2 * K, D)
@@ -359,13 +358,14 @@ def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=Non
     device, N = prompts.input_ids.device, len(lengths)
     truncated = 0 < sampling.top_k or sampling.top_p < 1
     mode = "greedy" if sampling.temperature == 0 else "logits" if truncated else "race"
+    x = model.embed(prompts)  # before the copy takes what memory there is
     copy = SamplingCopy(model)
     cache = GroupCache(model, lengths, G, round_up(max(1, limit - 1), OWN_BUCKET))
     banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     step = Step.fitting(model, N, G, cache, mode)
     step.begin(model, copy, cache, prompts, sampling, banned, generator)
-    logits = copy.prefill(model, prompts, cache)
+    logits = copy.prefill(model, prompts, x, cache)
     if step.graph is None and limit > 1:
         step.capture()
     drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token)

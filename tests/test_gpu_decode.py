@@ -88,7 +88,7 @@ def test_prefill_fills_the_cache_as_the_plain_path_does():
     plain, cache = PlainCache(model, lengths, 2, 4), fast.GroupCache(model, lengths, 2, 128)
     with torch.no_grad():
         hidden = model(prompts, plain.prefill(prompts.segments))  # which also lays some weights out in strides
-        logits = fast.SamplingCopy(model).prefill(model, prompts, cache)
+        logits = fast.SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
     expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
     assert relative(logits, expected) < 5e-2
     for n, length in enumerate(lengths):
@@ -108,7 +108,7 @@ def test_a_step_equals_its_twins(shape, N, G):
     step = fast.Step(model, N, G, cache.Lp, 128, "greedy")
     step.partial.fill_(float("nan"))
     step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)
-    made.prefill(model, prompts, cache)
+    made.prefill(model, prompts, model.embed(prompts), cache)
     for _ in range(2):
         step.ids.copy_(torch.randint(3, 200, (N * G,), generator=torch.Generator().manual_seed(1)))
         ids = step.ids.clone()
