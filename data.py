@@ -30,7 +30,7 @@ from torch import Tensor
 
 from config import Infer, cli, parse
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
-from dataset.reader import check_file
+from dataset.reader import check_file, inline
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError
@@ -174,7 +174,7 @@ class Processor:
             pieces.append(((self.im_start,), False))
             if turn.role == "assistant":
                 answer_ids = (*self.encode_text(self.plain(turn.text, name)), self.im_end)
-                pieces += [(self.encode_text(text), False), (answer_ids, True)]
+                pieces += [(self.encode_text(text), False), (answer_ids, turn.trained)]
             else:
                 for part in turn.parts:
                     if isinstance(part, str):
@@ -241,6 +241,8 @@ class Processor:
 
     def locate(self, path: str, name: str) -> str:
         """Where a record's file lies: as named if absolute, else in the first of the folders that has it."""
+        if path.startswith("data:"):
+            return inline.file(path, name)
         tried = [os.path.join(folder, path) for folder in self.folders]  # join keeps an absolute path as it is
         for candidate in tried:
             if os.path.exists(candidate):
@@ -292,6 +294,10 @@ def spoken_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
         raise UserError(f"{name}: no user's turn; expected a question")
     if any(turn.role == "assistant" and not turn.text.strip() for turn in turns):
         raise UserError(f"{name}: an empty answer; expected text in every turn of the assistant")
+    if answer and not any(turn.trained for turn in turns if turn.role == "assistant"):
+        raise UserError(f"{name}: every answer is marked as not learned (loss, weight); leave the record out")
+    if any(turn.role == "user" and not any(not isinstance(p, str) or p.strip() for p in turn.parts) for turn in turns):
+        raise UserError(f"{name}: an empty turn of the user; expected text, a video or an image")
     return turns if turns[0].role == "system" else [DEFAULT_SYSTEM, *turns]
 
 

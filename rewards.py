@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
+from dataset.forms import read_form
 from model import UserError
 
 
@@ -50,23 +51,26 @@ class Sample:
 
 
 def sample_from_record(record: dict) -> Sample:
-    """A dataset record, LLaVA `conversations` or OpenAI `messages` -> Sample of its last question and answer.
+    """A dataset record, in any of the forms of dataset/forms.py -> Sample of its last question and its answer: the
+    solution where that stands apart, else the last answer.
 
     Raises UserError when the record has no question or no answer.
     """
-    question = answer = None
-    for turn in record.get("conversations") or record.get("messages") or []:
-        role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
-        if not isinstance(content, str):  # typed parts: keep the text ones
-            content = "\n".join(part["text"] for part in content if "text" in part)
-        if role in ("human", "user"):
-            question = content
-        elif role in ("gpt", "assistant"):
-            answer = content
+    talk = read_form(record, "record")
+    said = {message.role: plain_text(message.content) for message in talk.messages}  # the last of each
+    question, answer = said.get("user"), talk.solution or said.get("assistant")
     if question is None or not answer:
-        missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn)"
+        missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
-    return Sample(question, answer)
+    return Sample(question, answer, parse_options("\n".join(talk.options)) or None)
+
+
+def plain_text(content: str | list) -> str:
+    """Of typed parts, those of text."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 # --- reading options and answers -----------------------------------------------------------------------------------

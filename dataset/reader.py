@@ -7,12 +7,18 @@ that phones write into a video is applied; an image's EXIF orientation is not (q
 C = 3 colours, H and W pixels.
 """
 
+import base64
 import os
+import re
 import stat
+import tempfile
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -59,6 +65,32 @@ def check_file(path: str) -> os.stat_result:
     if found.st_size == 0:
         raise UserError(f"{path}: empty file (0 bytes); download or write it again")
     return found
+
+
+class InlineFiles:
+    """Clips that stand inside their records as data:…;base64,… addresses, as files; gone when the process ends."""
+
+    def __init__(self):
+        self.folder, self.lock = None, threading.Lock()
+
+    def file(self, address: str, where: str) -> str:
+        """The file with the bytes of `address`, written once however often it is asked for."""
+        head, _, text = address.partition(",")
+        suffix = re.sub(r"\W", "", head.partition("/")[2].partition(";")[0])
+        name = f"{blake2b(address.encode(), digest_size=16).hexdigest()}.{suffix}"
+        with self.lock:  # threads share the folder
+            self.folder = self.folder or tempfile.TemporaryDirectory(prefix="inline_clips_")
+            path = Path(self.folder.name) / name
+            if not path.exists():
+                try:
+                    path.write_bytes(base64.b64decode(text, validate=True))
+                except ValueError as error:
+                    told = f"{where}: {address[:40]}… is not base64 ({error})"
+                    raise UserError(f"{told}; encode the file again") from None
+        return str(path)
+
+
+inline = InlineFiles()
 
 
 def open_media(path: str):

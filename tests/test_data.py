@@ -297,14 +297,15 @@ def test_overruled_options_are_told_once(processor, caplog):
 # -- Wrong records
 
 WRONG = {
-    "0 <video> tag": {"video": "0.mp4", "conversations": turns("Where?", "L")},
+    "1 <video> tag.* 2 video": {"video": ["0.mp4", "1.mp4"], "conversations": turns("<video>\nWhere?", "L")},
+    "0 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("Where?", "It is <video>")},
     "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
     "1 <image> tag.* 0 image": {"conversations": turns("<image>", "L")},
     "empty answer": {"conversations": turns("?", " \n")},
     "unknown role 'bot'": {"conversations": turns("?", "L", roles=("human", "bot"))},
     "expected the assistant's answer": {"conversations": turns("?")},
     "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
-    "no conversations or messages": {"text": "?"},
+    "its keys are: text, id; the nearest is": {"text": "?"},
     "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
     "no file nothing.mp4": {"video": "nothing.mp4", "conversations": turns("<video>", "L")},
     "web address": {"video": "https://a.b/c.mp4", "conversations": turns("<video>", "L")},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dataset.batch import Example
+from dataset.records import clip_name
 from model import UserError
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 
@@ -94,7 +95,7 @@ def row(step: int, prompt: Example, rollout: Rollout, spell: Callable[[int], str
         "step": step,
         "prompt": rollout.number,
         "id": record.get("id", prompt.name),
-        "video": record.get("video"),
+        "video": clip_name(record),
         "question": sample.question,
         "answer": sample.answer,
         "completion": rollout.text,
