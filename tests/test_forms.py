@@ -1,0 +1,303 @@
+"""Records as other projects have them load unchanged, for SFT and for the rewards; others are refused in one line."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import SYSTEM, as_transformers, clips, processor, text_of, trained_text, turns  # noqa: F401 fixtures
+
+from dataset.forms import read_form
+from dataset.records import Media, clip_name, read_records, read_turns, record_name
+from model import UserError
+from rewards import accuracy, reference_answer, sample_from_record
+
+QUESTION = "Where does it go?\n(A) left\n(B) right"
+USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}
+VIDEO, IMAGE = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
+
+
+def chat(question, answer):
+    return [{**USER, "content": question}, {**ASSISTANT, "content": answer}]
+
+
+def typed(*parts):
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+
+
+# Written here after the documents that dataset/forms.py names. All of them ask QUESTION about 0.mp4 and say (B) right.
+THINK = "<think>It goes right.</think>"
+SAME = {
+    "llava": {"id": "7", "video": "0.mp4", "conversations": turns(f"<video>\n{QUESTION}", "(B) right")},
+    "2U1 for GRPO": {"id": "7", "video": "0.mp4", "conversations": turns(QUESTION, "(B) right")},
+    "llama-factory sharegpt": {"conversations": turns(f"<video>{QUESTION}", "(B) right"), "videos": ["0.mp4"]},
+    "llama-factory nulls": {
+        "conversations": turns(f"<video>{QUESTION}", "(B) right"),
+        **{"videos": ["0.mp4"], "images": [], "system": "", "tools": "[]"},
+    },
+    "llama-factory messages": {"messages": chat(f"<video>{QUESTION}", "(B) right"), "videos": ["0.mp4"]},
+    "ms-swift": {"messages": chat(f"<video>{QUESTION}", "(B) right"), "videos": ["0.mp4"], "solution": "B"},
+    "ms-swift for GRPO": {"messages": chat(f"<video>{QUESTION}", "")[:1], "videos": ["0.mp4"], "solution": "(B) right"},
+    "ms-swift sharegpt": {
+        "conversation": [{"human": f"<video>{QUESTION}", "assistant": "(B) right"}],
+        "videos": ["0.mp4"],
+    },
+    "ms-swift query": {"query": f"<video>{QUESTION}", "response": "(B) right", "videos": ["0.mp4"]},
+    "alpaca": {"instruction": "<video>Where does it go?", "input": "(A) left\n(B) right", "output": "(B) right",
+               "videos": ["0.mp4"]},
+    "trl messages": {"messages": chat(typed({"type": "video"}, QUESTION), typed("(B) right")), "videos": ["0.mp4"]},
+    "trl prompt and completion": {
+        "prompt": [{**USER, "content": typed({"type": "video"}, QUESTION)}],
+        "completion": [{**ASSISTANT, "content": typed("(B) right")}],
+        "videos": ["0.mp4"],
+    },
+    "trl for GRPO": {"prompt": [{**USER, "content": QUESTION}], "solution": "(B) right", "videos": ["0.mp4"]},
+    "trl, as datasets writes it": {
+        "messages": [
+            {**USER, "content": [{"type": "video", "text": None}, {"type": "text", "text": QUESTION, "video": None}]},
+            {**ASSISTANT, "content": [{"type": "text", "text": "(B) right", "video": None}]},
+        ],
+        "videos": [{"bytes": None, "path": "0.mp4"}],
+        "images": None,
+    },
+    "openai": {"messages": chat(typed({"type": "video_url", "video_url": {"url": "0.mp4"}}, QUESTION), "(B) right")},
+    "qwen": {"messages": chat(typed({"type": "video", "video": "0.mp4"}, QUESTION), "(B) right")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_each_form_says_the_same(processor, form):  # noqa: F811
+    """One clip, question and answer in every form: the same ids, targets and reward, and what transformers' own chat
+    template makes of them."""
+    record = SAME[form]
+    example = processor.encode(record)
+    messages = [{**USER, "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
+    messages.append({**ASSISTANT, "content": "(B) right"})
+    pad = processor.config.video_token_id
+    ids = [t for t in as_transformers(processor.backend, messages, False) for _ in range(8 if t == pad else 1)]
+    assert example.ids.tolist() == ids and trained_text(processor, example) == "(B) right<|im_end|>"
+    prompt = processor.encode(record, answer=False)
+    assert prompt.ids.tolist() == ids[: len(prompt)] and torch.equal(prompt.patches, example.patches)
+    sample = sample_from_record(record)
+    assert sample.options == {"A": "left", "B": "right"} and reference_answer(sample) == "B"
+    said = [accuracy(f"{THINK}<answer>{answer}</answer>", sample) for answer in ("(B) right", "B", "(A) left", "")]
+    assert said == [1, 1, 0, 0]
+    assert clip_name(record) == "0.mp4" and record_name(record) in ("7", "0.mp4")
+
+
+VIDEO_R1 = {
+    "problem_id": 2,
+    "problem": "Where does it go?",
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": ["A. left", "B. right", "C. up"],
+    "process": THINK,
+    "solution": "<answer>B</answer>",
+    "path": "./0.mp4",
+    "data_source": "drawn",
+}
+
+
+def test_video_r1(processor):  # noqa: F811
+    example = processor.encode(VIDEO_R1)
+    asked = f"{SYSTEM}<|im_start|>user\n{VIDEO}Where does it go?\nOptions:\nA. left\nB. right\nC. up<|im_end|>\n"
+    assert text_of(processor, example.ids).startswith(asked)
+    assert trained_text(processor, example) == f"{THINK}\n<answer>B</answer><|im_end|>"
+    sample = sample_from_record(VIDEO_R1)
+    assert sample.answer == "<answer>B</answer>" and sample.options == {"A": "left", "B": "right", "C": "up"}
+    assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
+    rl = {**VIDEO_R1, "process": None}  # Video-R1-260k has no reasoning: the solution alone is learned
+    assert trained_text(processor, processor.encode(rl)) == "<answer>B</answer><|im_end|>"
+    assert record_name(rl) == "2" and clip_name(rl) == "./0.mp4"
+    bare = {**rl, "options": ["left", "right"], "problem": "A. Smith asks: where?"}
+    assert sample_from_record(bare).options == {"A": "left", "B": "right"}
+    assert accuracy("<answer>B</answer>", sample_from_record(bare)) == 1
+    number = {"problem": "How many?", "problem_type": "numerical", "options": [], "solution": 3, "path": "p.png"}
+    number |= {"data_type": "image"}
+    assert accuracy(f"{THINK}<answer>3</answer>", sample_from_record(number)) == 1
+    assert text_of(processor, processor.encode(number).ids).startswith(f"{SYSTEM}<|im_start|>user\n{IMAGE}How many?<")
+
+
+def kinds(record):
+    turns_ = read_turns(record, "r")
+    return [(p.kind, *p.paths) if isinstance(p, Media) else p for turn in turns_ for p in turn.parts]
+
+
+def test_several_clips_in_one_record(processor):  # noqa: F811
+    mixed = {"messages": chat("<image>What, <video>and what?", "So"), "images": ["p.png"], "videos": ["0.mp4"]}
+    assert kinds(mixed) == [("image", "p.png"), "What, ", ("video", "0.mp4"), "and what?", "So"]
+    assert processor.encode(mixed).grid_thw == [(1, 4, 6), (2, 4, 4)]
+    later = [*chat("<image>Who?", "A"), *chat("And here?<image>", "B")]
+    assert kinds({"messages": later, "images": ["p.png", "q.png"]})[3:5] == ["And here?", ("image", "q.png")]
+    frames = {"messages": chat("<video>?", "!"), "videos": [["a.png", "b.png"]]}  # ms-swift's form for frames
+    assert kinds(frames)[0] == ("video", "a.png", "b.png")
+    ahead = {"conversations": turns("?", "!"), "image": ["a.png", "b.png"], "video": "c.mp4"}
+    assert kinds(ahead) == [("image", "a.png"), ("image", "b.png"), ("video", "c.mp4"), "?", "!"]
+    parts = typed({"type": "image"}, "or", {"type": "image"}, "?")
+    assert kinds({"prompt": [{**USER, "content": parts}], "completion": "!", "images": ["a.png", "b.png"]}) == [
+        *(("image", "a.png"), "or", ("image", "b.png"), "?", "!")
+    ]
+    tags = {"messages": chat(typed("<video>\nWhere?"), "!"), "videos": ["c.mp4"]}
+    assert kinds(tags) == [("video", "c.mp4"), "Where?", "!"]
+
+
+def test_what_is_not_learned(processor):  # noqa: F811
+    """ms-swift's loss, OpenAI's weight, and the prompt of TRL's prompt and completion."""
+    for mark in ({"loss": False}, {"weight": 0}):
+        messages = [*chat("Hi", "Ho"), *chat("And?", "So")]
+        messages[1] |= mark
+        assert trained_text(processor, processor.encode({"messages": messages})) == "So<|im_end|>"
+        with pytest.raises(UserError, match="every answer is marked as not learned"):
+            processor.encode({"messages": messages[:2]})
+    assert trained_text(processor, processor.encode({"messages": [*chat("Hi", "Ho"), *chat("And?", "So")]})) == (
+        "Ho<|im_end|>So<|im_end|>"
+    )
+    trl = {"prompt": [*chat("Hi", "Ho"), {**USER, "content": "And?"}], "completion": chat("", "So")[1:]}
+    assert trained_text(processor, processor.encode(trl)) == "So<|im_end|>"
+    history = {"query": "And?", "response": "So", "history": [["Hi", "Ho"]], "system": "Be short."}
+    assert trained_text(processor, processor.encode(history)) == "Ho<|im_end|>So<|im_end|>"
+    assert text_of(processor, processor.encode(history).ids).startswith("<|im_start|>system\nBe short.<|im_end|>")
+
+
+def test_clips_inside_a_record(processor, clips):  # noqa: F811
+    """data: addresses, as OpenAI and ms-swift have them: the same ids and patches as from the file."""
+
+    def address(name, kind):
+        return f"data:{kind};base64," + base64.b64encode((clips / name).read_bytes()).decode()
+
+    plain = processor.encode({"messages": chat("<video><image>?", "!"), "videos": ["0.mp4"], "images": ["p.png"]})
+    movie, still = address("0.mp4", "video/mp4"), address("p.png", "image/png")
+    swift = {"messages": chat("<video><image>?", "!"), "videos": [movie], "images": [still]}
+    urls = {"type": "video_url", "video_url": {"url": movie}}, {"type": "image_url", "image_url": still}
+    for record in (swift, {"messages": chat(typed(*urls, "?"), "!")}):
+        example = processor.encode(record)
+        assert np.array_equal(example.ids, plain.ids) and torch.equal(example.patches, plain.patches)
+        assert clip_name(record) is None and len(record_name(record)) <= 80
+    held = [Path(path) for plan in processor.layout(swift, True, "r")[1] for path in plan.paths]
+    assert sorted(path.suffix for path in held) == [".mp4", ".png"] and all(path.is_file() for path in held)
+    file = {"type": "video_url", "video_url": {"url": f"file://{clips / '0.mp4'}"}}
+    assert processor.encode({"messages": chat(typed(file, "?"), "!")}).grid_thw == [(2, 4, 4)]
+
+
+def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
+    """Every form in one .jsonl, records of text alone among them: all can be batched together."""
+    from data import Loader
+
+    text_alone = [{"messages": chat("Capital of France?", "Paris")}, {"prompt": "1+1=", "answer": 2}]
+    records = [*SAME.values(), VIDEO_R1, *text_alone]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    args = processor.args
+    args.seed, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_skip_share = 0, 32, 1, 0.0
+    args.dataloader_num_workers, args.pack_tokens = 1, None
+    loader = Loader(read_records(path), processor, args)
+    ((batch,),) = loader.iterate(0, 1)
+    assert not loader.skipped and len(batch.grid_thw) == len(records) - len(text_alone)
+
+
+WRONG = {
+    "its keys are: conversatons, video; the nearest is LLaVA": {"conversatons": [], "video": "a"},
+    "nearest is Video-R1: problem, with options": {"problems": "?", "path": "a.mp4", "data_type": "video"},
+    "nearest is TRL prompt and completion": {"promt": "?", "completion": "!"},
+    "its keys are: none": {},
+    "conversations is empty": {"conversations": []},
+    "messages is a str": {"messages": "?"},
+    "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
+    "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
+    "video is '5'": {"conversations": turns("<video>", "!"), "video": 5},
+    "image is .*; expected a file name": {"conversations": turns("<image>", "!"), "image": [["a.png", "b.png"]]},
+    "videos? is '\\[\\]'": {"messages": chat("<video>", "!"), "videos": [[]]},
+    "3 <video> tag.* for 2 video": {"messages": chat("<video><video><video>", "!"), "videos": ["a.mp4", "b.mp4"]},
+    "1 <image> tag.* for 2 image": {"messages": chat(typed({"type": "image"}), "!"), "images": ["a.png", "b.png"]},
+    "https://a.b/c.mp4 is a web address": {"messages": chat("<video>", "!"), "videos": ["https://a.b/c.mp4"]},
+    "s3://c.png is a web": {"messages": chat(typed({"type": "image_url", "image_url": {"url": "s3://c.png"}}), "!")},
+    "image is 'data:video/mp4": {"messages": chat("<image>", "!"), "images": ["data:video/mp4;base64,AAAA"]},
+    "video is 'data:,hello'": {"messages": chat("<video>", "!"), "videos": ["data:,hello"]},
+    "is not base64": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,?"]},
+    "does not decode": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,AAAA"]},
+    "unknown role 'tool'": {"messages": [*chat("?", "!"), {"role": "tool", "content": "3"}]},
+    r"unknown role \"\['human'\]\"": {"conversations": [{"from": ["human"], "value": "?"}]},
+    "a tool call": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": None, "tool_calls": [{}]}]},
+    "holds tools": {"conversations": turns("?", "!"), "tools": '[{"name": "f"}]'},
+    "holds audios": {"messages": chat("<audio>?", "!"), "audios": ["a.wav"]},
+    "a preference": {"prompt": "?", "chosen": "!", "rejected": "."},
+    "label is false": {"prompt": "?", "completion": "!", "label": False},
+    "data_type is 'audio'": {**VIDEO_R1, "data_type": "audio"},
+    "options are left": {**VIDEO_R1, "options": "left"},
+    "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
+    "problem is a int": {**VIDEO_R1, "problem": 5},
+    "history holds": {"query": "?", "response": "!", "history": [["?"]]},
+    "holds None|holds 5": {"messages": [{**USER, "content": 5}]},
+    "an empty turn of the user": {"messages": chat(" \n", "!")},
+    "an empty answer": {"messages": chat("?", typed(""))},
+    "is half a character": {"messages": chat("\ud83d?", "!")},
+    "no file missing.mp4": {"messages": chat("<video>", "!"), "videos": ["missing.mp4"]},
+    "expected the assistant's answer": {"prompt": "?", "solution": " "},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", WRONG)
+def test_a_wrong_record_is_told_in_one_line(processor, told):  # noqa: F811
+    record = WRONG[told]
+    with pytest.raises(UserError, match=told) as caught:
+        processor.encode(record, name="sample 3")
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 500 and ("sample 3" in text or "inline_clips" in text)
+    try:  # the rewards refuse it too, or do not care; they never fall over
+        sample_from_record(record)
+    except UserError:
+        pass
+
+
+WORDS = st.sampled_from(["", "<video>", "a.mp4", "human", "user", "assistant", "text", "video", "image_url", "B"])
+INNER = st.sampled_from(["role", "from", "value", "content", "type", "video", "text", "image_url", "url", "path"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INNER, inner, max_size=3),
+    max_leaves=12,
+)
+KEYS = ["conversations", "messages", "conversation", "prompt", "completion", "problem", "options", "solution", "path"]
+KEYS += ["video", "videos", "image", "images", "data_type", "query", "history", "system", "answer", "id"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=6))
+def test_no_record_does_anything_but_load_or_be_refused(record):
+    for read in (lambda: read_turns(record, "sample 3"), lambda: sample_from_record(record)):
+        try:
+            read()
+        except UserError as error:
+            assert "\n" not in str(error)
+    record_name(record), clip_name(record)
+
+
+def test_the_reader_leaves_the_record_alone():
+    for record in [*SAME.values(), VIDEO_R1]:
+        before = json.dumps(record)
+        read_form(record, "r"), read_form(record, "r")
+        assert json.dumps(record) == before
+
+
+def test_copies_and_odd_files(tmp_path, caplog):
+    def told(name, data):
+        (tmp_path / name).write_bytes(data)
+        caplog.clear()
+        try:
+            return len(read_records(tmp_path / name)), [r.getMessage() for r in caplog.records]
+        except UserError as error:
+            return str(error)
+
+    record = json.dumps({"id": 1, "messages": chat("?", "!")}).encode()
+    again = record.replace(b'"id": 1', b'"id": 2')
+    other = record.replace(b"!", b".")
+    count, (line,) = told("a.jsonl", b"\n".join([record, other, again, record]))
+    assert count == 4 and "2 of 4 records are there twice; sample 2 is sample 0 again" in line
+    assert told("b.json", b"[" + record + b"," + other + b"]") == (2, [])
+    assert told("c.json", b"\xef\xbb\xbf[" + record + b"]") == (1, [])  # with a byte order mark
+    assert told("d.jsonl", b"\xef\xbb\xbf" + record) == (1, [])
+    assert "cannot be read as JSON" in told("e.json", b"[" * 100_000)
+    assert "line 1 is not JSON" in told("f.jsonl", b'{"a":' + b"[" * 100_000)
+    assert "cannot be read as JSON" in told("g.json", b'[{"a": ' + b"1" * 5000 + b"}]")
