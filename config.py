@@ -9,7 +9,9 @@ for torch.
 """
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from flags import as_dict, at_least, changed, cli, one_of, parse, positive, require, split_list, within
@@ -36,6 +38,12 @@ class Generate:
     task: str = "direction"  # direction, or base: the questions the embedded model was made with
     base_coordinates: bool = False  # base only: also ask for the ball's coordinates
 
+    # -- Your own clips instead of drawn ones
+    from_folder: str | None = None  # DIR/class/*.mp4, or DIR/train/class and DIR/val/class; clips stay where they are
+    question: str = "What does the video show?"  # asked of each clip, above the options
+    num_options: int = 4  # class names to choose from, the right one among them; 2 to 8
+    hard_negatives: bool = False  # wrong options out of the names nearest the right one, instead of all
+
     # -- Clips
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
@@ -50,6 +58,11 @@ class Generate:
     cot_workers: int = 4  # requests in flight
     cot_coordinates: int = 3  # positions named in a chain made from the trajectory
 
+    def settle(self, settings):
+        """A folder of clips makes a dataset of its own name."""
+        if self.from_folder is not None and "output_dir" not in self.given:
+            self.output_dir = f"data/{Path(self.from_folder).resolve().name}"
+
     def check(self):
         require(0 < self.split < 1, "split", self.split, "a share between 0 and 1, both excluded")
         at_least(self, 2, "num_samples", "video_length")
@@ -57,6 +70,8 @@ class Generate:
         at_least(self, 1, "cot_workers")
         at_least(self, 0, "seed", "workers", "cot_coordinates")
         within(self, 0, 1, "augment_prob")
+        within(self, 2, 8, "num_options")
+        require(bool(self.question.strip()), "question", self.question, "some text")
         one_of(self, "style", "varied", "plain")
         one_of(self, "task", "direction", "base")
         one_of(self, "cot_source", "auto", "trajectory", "openai")
@@ -422,6 +437,8 @@ def _effects(cfg):
             yield name, cfg.beta == 0, "beta is 0, there is no KL"
         for name in ("epsilon", "epsilon_high"):
             yield name, cfg.num_iterations == 1, "one update a set of rollouts (num_iterations 1): every ratio is 1"
+    if isinstance(cfg, Generate):
+        yield from _generate_effects(cfg)
     if isinstance(cfg, Infer):
         for name in ("top_p", "top_k"):
             yield name, cfg.temperature == 0, "temperature 0 takes the likeliest token"
@@ -429,6 +446,24 @@ def _effects(cfg):
             yield name, cfg.data_path is None, "it is for a dataset (--data_path), not for one clip"
         for name in ("question", "prompt"):
             yield name, cfg.data_path is not None, "a dataset brings its own questions"
+
+
+def _generate_effects(cfg):
+    drawn = cfg.from_folder is None
+    for name in ("num_samples", "task", "frame_size", "video_length", "style"):
+        yield name, not drawn, "clips are not drawn, all of --from_folder are taken"
+    for name in ("augment", "augment_prob"):
+        yield name, not drawn, "clips of --from_folder are not changed"
+    for name in ("question", "num_options", "hard_negatives"):
+        yield name, drawn, "it is for --from_folder; drawn clips have their own question"
+    yield "augment_prob", drawn and not cfg.augment, "no --augment is given"
+    yield "base_coordinates", not drawn or cfg.task != "base", "it is for --task base"
+    for name in ("cot_source", "cot_model", "cot_workers", "cot_coordinates"):
+        yield name, not cfg.cot, "answers have no chain of thought without --cot"
+    openai = cfg.cot_source == "openai" or (cfg.cot_source == "auto" and bool(os.environ.get("OPENAI_API_KEY")))
+    for name in ("cot_model", "cot_workers"):
+        yield name, cfg.cot and not openai, "chains are made from the trajectory, no server is asked"
+    yield "cot_coordinates", cfg.cot and openai, "chains come from a server, not from the trajectory"
 
 
 def _has(package):

@@ -9,6 +9,9 @@ still tells nothing; the unordered set of stills tells the axis but not the sens
 of the opposite class with another, equally probable, start. (A cropped training clip must keep its ball in sight, which
 hints at the axis, never at the sense.)
 
+With --from_folder DIR nothing is drawn: class-named folders of videos become a multiple-choice dataset, see
+drawing/folders.py.
+
 The way: plan (labels and parts) -> worker processes draw, augment, encode -> texts -> everything moved into place at
 the end, so a killed run leaves nothing half-done and is simply started again.
 """
@@ -27,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list
+from config import QUESTION, Generate, as_dict, changed, cli, inert, parse, split_list
 from drawing import cot, preview
 from drawing.clips import (
     CORNERS,
@@ -202,7 +205,7 @@ def answers(cfg: Generate, jobs: list[Job], made, cache: Path) -> tuple[list[str
     client = cot.OpenAI.from_env(cfg.cot_model)
     frames = sight_frames(cfg.video_length)
     asked = [
-        (clip.label, digest, lambda clip=clip: preview.strip(render(clip, frames), frames / FPS))
+        cot.Asked(cot.OPTIONS[clip.label], digest, lambda clip=clip: preview.strip(render(clip, frames), frames / FPS))
         for clip, digest in made
     ]
     texts = cot.ask_all(client, cache, asked, cfg.cot_workers)
@@ -279,7 +282,7 @@ def open_folder(cfg: Generate) -> tuple[Path, Path]:
                 "expected a new or empty folder; give another one, or --overwrite"
             )
         shutil.rmtree(work, ignore_errors=True)
-        (work / "videos").mkdir(parents=True)
+        work.mkdir()
     except OSError as error:
         raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}); give another folder") from None
     return out, work
@@ -291,7 +294,9 @@ def move_into_place(work: Path, out: Path) -> None:
     for name in OURS:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-        os.replace(work / name, out / name)
+        (out / name).unlink(missing_ok=True)
+        if (work / name).exists():  # clips of --from_folder stay where they are
+            os.replace(work / name, out / name)
     work.rmdir()
 
 
@@ -311,11 +316,43 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def generate_from_folder(cfg: Generate) -> dict:
+    """Makes a dataset of the clips in cfg.from_folder; as `generate`."""
+    from drawing import folders  # imports torch, to read videos; --help must not wait for that
+
+    cfg.check()
+    folders.check_options(cfg)
+    out, work = open_folder(cfg)
+    began = time.monotonic()
+    parts, facts, notes = folders.make(cfg, out, out / CACHE)
+    for part, records in parts.items():
+        if records:
+            write_json(work / f"{part}.json", records)
+    metadata = {"options": as_dict(cfg), **facts}
+    write_json(work / "metadata.json", metadata)
+    move_into_place(work, out)
+    broken = facts["unreadable"]
+    for line in notes:
+        print(f"note: {line}")
+    for why in [*broken.values()][:20]:
+        print(f"unreadable: {why}")
+    more = f", of which 20 are named here and all in {out / 'metadata.json'}" if len(broken) > 20 else ""
+    classes = len(set().union(*facts["counts"].values()))
+    print(
+        f"{out}: {len(parts['train'])} train, {len(parts['val'])} val of {classes} classes, "
+        f"{len(broken)} unreadable{more}; {time.monotonic() - began:.1f} s"
+    )
+    return metadata
+
+
 def generate(cfg: Generate) -> dict:
     """Makes the whole dataset; returns what metadata.json holds. Raises UserError before anything is overwritten."""
+    if cfg.from_folder is not None:
+        return generate_from_folder(cfg)
     check_options(cfg)
     jobs = plan(cfg)
     out, work = open_folder(cfg)
+    (work / "videos").mkdir()
     began = time.monotonic()
     made = make_all(cfg, jobs, work / "videos")
     seconds = time.monotonic() - began
@@ -360,6 +397,8 @@ def generate(cfg: Generate) -> dict:
 def main():
     cfg = parse(Generate)
     print("options:", ", ".join(f"{name}={value!r}" for name, value in changed(cfg).items()) or "defaults")
+    for line in inert(cfg):
+        print(f"note: {line}")
     generate(cfg)
 
 

@@ -1,6 +1,6 @@
-"""Chains of thought for generated clips.
+"""Chains of thought for clips.
 
-1. `explain` words the known trajectory: free, offline, the same for the same rng.
+1. `explain` words the known trajectory of a drawn clip: free, offline, the same for the same rng.
 2. `OpenAI` shows a chat-completions server a strip of frames and asks for the reasoning. The right answer is not told:
    an answer is kept only if its form and its option are right, otherwise it is asked again and finally dropped.
 
@@ -15,12 +15,14 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -86,20 +88,49 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
 # 2. From OpenAI's chat completions
 
 PROMPT = """The picture is one strip: {frames} frames of one video in time order, the earliest at the left, each \
-with its time in seconds below it. A ball that leaves a frame at one edge comes back at the opposite edge.
+with its time in seconds below it.{about}
 {question}
-Compare the ball's position from frame to frame before you decide. Reply in exactly this form:
-<think>two or three sentences on how the position changes</think><answer>(letter) text of the option</answer>
+Compare {what} from frame to frame before you decide. Reply in exactly this form:
+<think>two or three sentences on how {changes}</think><answer>(letter) text of the option</answer>
 Between the think tags, do not name any option or its letter."""
+BALL = {
+    "about": " A ball that leaves a frame at one edge comes back at the opposite edge.",
+    "what": "the ball's position",
+    "changes": "the position changes",
+}
+ANYTHING = {"about": "", "what": "what is seen", "changes": "what is seen changes"}
 
 _FORM = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
-# "(b)", a lone capital B-D, or "option A": a lone A may be the article.
-_LETTER = re.compile(r"\([A-Da-d]\)|\b[B-D]\b|\b(?i:option|answer|choice|letter)\W+(?i:is\W+)?A\b")
 MAX_THINK = 1500  # characters: some 250 words; we asked for two or three sentences
 
 
-def check(text, label: str) -> tuple[str | None, str]:
-    """(the answer in our form, "") if it may be used, else (None, why not)."""
+class Asked(NamedTuple):
+    """One clip to ask about."""
+
+    answer: str  # the right one, "(A) Left to Right"
+    frame_hash: str
+    strip: Callable[[], bytes]  # the PNG; called only when the server is asked
+    question: str = QUESTION
+    words: dict = BALL  # what the prompt says of the picture
+
+    @property
+    def prompt(self) -> str:
+        return PROMPT.format(frames=STRIP_FRAMES, question=self.question, **self.words)
+
+    @property
+    def last(self) -> str:
+        """The letter of the last option."""
+        return re.findall(r"^\(([A-Z])\)", self.question, re.MULTILINE)[-1]
+
+
+def names_letter(text: str, last: str) -> bool:
+    """Whether an option is named: "(b)", a lone capital from B on, or "option A"; a lone A may be the article."""
+    any_letter = rf"\([A-{last}a-{last.lower()}]\)|\b[B-{last}]\b"
+    return bool(re.search(any_letter + r"|\b(?i:option|answer|choice|letter)\W+(?i:is\W+)?A\b", text))
+
+
+def check(text, right: str, last: str = "D") -> tuple[str | None, str]:
+    """(the answer in our form, "") if it may be used, else (None, why not). last: the letter of the last option."""
     if not isinstance(text, str):
         return None, "no text"
     match = _FORM.fullmatch(text)
@@ -108,9 +139,9 @@ def check(text, label: str) -> tuple[str | None, str]:
     think, answer = match[1].strip(), match[2].strip()
     if not think or len(think) > MAX_THINK:
         return None, "empty or too long reasoning"
-    if answer != OPTIONS[label]:
+    if answer != right:
         return None, "wrong option"
-    if _LETTER.search(think):
+    if names_letter(think, last):
         return None, "option letter in the reasoning"
     return f"<think>{think}</think><answer>{answer}</answer>", ""
 
@@ -300,20 +331,20 @@ MAX_ASKS = 3  # answers of a wrong form or option before a clip is dropped
 MAX_GAVE_UP = 5  # clips in a row without any response: the server is down, going on would only burn time
 
 
-def ask_one(client: OpenAI, cache: Cache, label: str, frame_hash: str, strip) -> str | None:
-    """A checked answer for one clip, or None (dropped). `strip()` gives the PNG and is called only when asked."""
-    prompt = PROMPT.format(frames=STRIP_FRAMES, question=QUESTION)
-    key = sha256("\0".join((frame_hash, prompt, client.model)).encode()).hexdigest()
+def ask_one(client: OpenAI, cache: Cache, asked: Asked) -> str | None:
+    """A checked answer for one clip, or None (dropped)."""
+    prompt = asked.prompt
+    key = sha256("\0".join((asked.frame_hash, prompt, client.model)).encode()).hexdigest()
     for text in cache.texts.get(key, ()):
-        answer, _ = check(text, label)
+        answer, _ = check(text, asked.answer, asked.last)
         if answer:
             client.counts["from cache"] += 1
             return answer
     for _ in range(MAX_ASKS - len(cache.texts.get(key, ()))):
-        text = client.complete(prompt, strip())
+        text = client.complete(prompt, asked.strip())
         client.counts["answers received"] += 1
         cache.add(key, text)
-        answer, why = check(text, label)
+        answer, why = check(text, asked.answer, asked.last)
         if answer:
             return answer
         client.counts[f"rejected: {why}"] += 1
@@ -323,15 +354,15 @@ def ask_one(client: OpenAI, cache: Cache, label: str, frame_hash: str, strip) ->
 STRIP_FRAMES = 8
 
 
-def ask_all(client: OpenAI, cache_path: Path, clips: list[tuple], workers: int) -> list[str | None]:
-    """Answers for [(label, frame_hash, strip), ...] in that order, None where a clip is dropped; see `client.counts`.
+def ask_all(client: OpenAI, cache_path: Path, clips: list[Asked], workers: int) -> list[str | None]:
+    """Answers in the order of the clips, None where a clip is dropped; see `client.counts`.
 
     Several requests are under way at once. A hopeless error (UserError) stops all of them; what was answered is kept.
     """
     answers, in_a_row = [None] * len(clips), 0
     cache, pool = Cache(cache_path), ThreadPoolExecutor(workers)
     try:
-        futures = {pool.submit(ask_one, client, cache, *clip): k for k, clip in enumerate(clips)}
+        futures = {pool.submit(ask_one, client, cache, clip): k for k, clip in enumerate(clips)}
         for future in tqdm(as_completed(futures), "asking", len(futures), disable=None, unit="clip"):
             try:
                 answers[futures[future]] = future.result()

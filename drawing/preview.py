@@ -60,14 +60,14 @@ def sheet(rows: list[tuple[str, np.ndarray]], times) -> np.ndarray:
 
 
 def strip(frames: np.ndarray, times) -> bytes:
-    """One row of frames (F, S, S, 3) in time order with its times below, as PNG."""
+    """One row of frames (F, H, W, 3) in time order with its times below, as PNG."""
     frames = enlarge(frames, 112)
-    count, side = frames.shape[:2]
-    page = np.full((side + 2 * GAP + 22, count * (side + GAP) + GAP, 3), PAPER, np.uint8)
+    count, height, width = frames.shape[:3]
+    page = np.full((height + 2 * GAP + 22, count * (width + GAP) + GAP, 3), PAPER, np.uint8)
     for k, frame in enumerate(frames):
-        x = GAP + k * (side + GAP)
-        page[GAP : GAP + side, x : x + side] = frame
-        write_text(page, f"{times[k]:.2f} s", side + 2 * GAP, x + side // 2, "middle")
+        x = GAP + k * (width + GAP)
+        page[GAP : GAP + height, x : x + width] = frame
+        write_text(page, f"{times[k]:.2f} s", height + 2 * GAP, x + width // 2, "middle")
     return png(page)
 
 

@@ -38,7 +38,7 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
         clip = C.draw_clip(rng, label, 64, 30)
         clip = C.augmented(clip, ["crop"], rng) if seed % 3 == 0 else clip
         text = cot.explain(clip.track(), label, rng, coordinates)
-        assert cot.check(text, label) == (text, ""), text
+        assert cot.check(text, cot.OPTIONS[label]) == (text, ""), text
         assert 10 <= len(text.split()) <= 25 + 9 * coordinates, text
         places = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", text)]
         assert len(places) == coordinates or clip.crop[2] < 1 and places or not coordinates, text
@@ -86,7 +86,7 @@ def test_many_coordinates_mention_the_way_round():
     ],
 )
 def test_check(text, why):
-    answer, found = cot.check(text, "Left to Right")
+    answer, found = cot.check(text, "(A) Left to Right")
     if why:
         assert answer is None and why in found, (answer, found)
     else:
@@ -332,7 +332,8 @@ def test_no_repr_or_message_shows_the_key():
 
 def ask(url, path, count=6, label="Left to Right", workers=3, **changes):
     asked = client(url, **changes)
-    return asked, cot.ask_all(asked, path, [(label, f"hash{k}", lambda: b"png") for k in range(count)], workers)
+    clips = [cot.Asked(cot.OPTIONS[label], f"hash{k}", lambda: b"png") for k in range(count)]
+    return asked, cot.ask_all(asked, path, clips, workers)
 
 
 def test_several_requests_are_under_way_at_once(tmp_path):
@@ -418,8 +419,7 @@ def test_generate_with_a_server(tmp_path, monkeypatch, capfd):
 
     def ask_all(client_, cache_path, clips, workers):
         return [
-            None if k == lost else GOOD.replace("(A) Left to Right", cot.OPTIONS[label])
-            for k, (label, *_) in enumerate(clips)
+            None if k == lost else GOOD.replace("(A) Left to Right", clip.answer) for k, clip in enumerate(clips)
         ]
 
     monkeypatch.setattr(cot, "ask_all", ask_all)
