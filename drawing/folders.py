@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,8 +170,14 @@ def choose(label: str, pool: list[str], wrong: int, rng: np.random.Generator) ->
     return [options[i] for i in rng.permutation(len(options))]
 
 
-def ask(cfg: Generate, clips: list[Clip]) -> list[tuple[str, str]]:
-    """(question with its options, the right one) for each clip."""
+class Question(NamedTuple):
+    text: str  # with its options
+    options: list[str]  # as they stand in it, "(A) playing guitar"
+    right: str  # one of them
+
+
+def ask(cfg: Generate, clips: list[Clip]) -> list[Question]:
+    """What is asked of each clip."""
     labels, pools, asked = sorted({clip.label for clip in clips}), {}, []
     wrong = cfg.num_options - 1
     for label in labels:
@@ -179,7 +186,7 @@ def ask(cfg: Generate, clips: list[Clip]) -> list[tuple[str, str]]:
     for i, clip in enumerate(clips):
         options = choose(clip.label, pools[clip.label], wrong, np.random.default_rng([cfg.seed, 6, i]))
         lines = [f"({letter}) {words}" for letter, words in zip("ABCDEFGH", options)]
-        asked.append(("\n".join([cfg.question, "Options:", *lines]), lines[options.index(clip.label)]))
+        asked.append(Question("\n".join([cfg.question, "Options:", *lines]), lines, lines[options.index(clip.label)]))
     return asked
 
 
@@ -197,29 +204,31 @@ def read_strip(clip: Clip) -> bytes:
     return preview.strip(frames, [(packets.pts[i] - packets.pts[0]) * packets.time_base for i in picks])
 
 
-def answers(cfg: Generate, clips: list[Clip], asked: list[tuple[str, str]], cache: Path) -> tuple[list, dict]:
+def answers(cfg: Generate, clips: list[Clip], asked: list[Question], cache: Path) -> tuple[list, dict]:
     """The answers, None where a clip is dropped, and what there is to report about them."""
     if not cfg.cot:
-        return [f"Answer: {right}" for _, right in asked], {}
+        return [f"Answer: {question.right}" for question in asked], {}
     client = cot.OpenAI.from_env(cfg.cot_model)
     print(f"chains of thought: openai, {cfg.cot_model}")
     orders = []
-    for clip, (question, right) in zip(clips, asked, strict=True):
+    for clip, question in zip(clips, asked, strict=True):
         with open(clip.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        orders.append(cot.Asked(right, digest, partial(read_strip, clip), question, cot.ANYTHING))
+        orders.append(cot.Asked(question.right, digest, partial(read_strip, clip), question.text, cot.ANYTHING))
     texts = cot.ask_all(client, cache, orders, cfg.cot_workers)
     print("chains of thought: " + ", ".join(f"{name} {n}" for name, n in client.counts.items()))
     return texts, {"source": "openai", "model": cfg.cot_model, "counts": dict(client.counts)}
 
 
-def record(name: str, path: str, question: str, answer: str, label: str) -> dict:
-    """One entry of train.json or val.json in LLaVA's form. UserError if its own answer would not be judged right."""
-    talk = [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": answer}]
+def record(name: str, path: str, question: Question, answer: str, label: str) -> dict:
+    """One entry of train.json or val.json in LLaVA's form. UserError if the rewards would judge it otherwise."""
+    talk = [{"from": "human", "value": f"<video>\n{question.text}"}, {"from": "gpt", "value": answer}]
     made = {"id": name, "video": path, "conversations": talk, "meta": {"label": label}}
     read_turns(made, name)
-    if not is_correct(answer, sample_from_record(made)):
-        raise UserError(f"{name}: the answer {answer[-80:]!r} cannot be told from the other options; rename the class")
+    sample = sample_from_record(made)
+    if [is_correct(line, sample) for line in question.options] != [line == question.right for line in question.options]:
+        told = f"{name}: its options cannot be told apart: {', '.join(question.options)}"
+        raise UserError(f"{told}; rename the classes, or put --question otherwise")
     return made
 
 
@@ -256,7 +265,7 @@ def make(cfg: Generate, out: Path, cache: Path) -> tuple[dict[str, list[dict]], 
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
     base = os.path.relpath(os.path.realpath(root), os.path.realpath(out))
     parts, counts = {"train": [], "val": []}, {"train": Counter(), "val": Counter()}
-    for clip, (question, _), text in zip(clips, asked, texts, strict=True):
+    for clip, question, text in zip(clips, asked, texts, strict=True):
         if text is not None:
             name = clip.path.relative_to(root).as_posix()
             parts[clip.part].append(record(name, f"{base}/{name}", question, text, clip.label))
