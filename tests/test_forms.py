@@ -14,7 +14,8 @@ from test_data import SYSTEM, as_transformers, clips, processor, text_of, traine
 from dataset.forms import read_form
 from dataset.records import Media, clip_name, read_records, read_turns, record_name
 from model import UserError
-from rewards import accuracy, reference_answer, sample_from_record
+from rewards import accuracy, load_rewards, reference_answer, sample_from_record
+from training.groups import Rollout, row, score_group
 
 QUESTION = "Where does it go?\n(A) left\n(B) right"
 USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}
@@ -87,6 +88,19 @@ def test_each_form_says_the_same(processor, form):  # noqa: F811
     said = [accuracy(f"{THINK}<answer>{answer}</answer>", sample) for answer in ("(B) right", "B", "(A) left", "")]
     assert said == [1, 1, 0, 0]
     assert clip_name(record) == "0.mp4" and record_name(record) in ("7", "0.mp4")
+
+
+@pytest.mark.parametrize("form", [*SAME, "video-r1"])
+def test_grpo_judges_each_form(processor, form):  # noqa: F811
+    """What train_grpo.py does with a prompt and two completions of it."""
+    record = SAME.get(form, VIDEO_R1)
+    prompt = processor.encode(record, answer=False)
+    texts = (f"{THINK}<answer>B. right</answer>", f"{THINK}<answer>(A) left</answer>")
+    group = [Rollout(0, [1, 2], [0.0, 0.0], True, text) for text in texts]
+    score_group(load_rewards("accuracy,format"), prompt, group, None, 16)
+    assert [rollout.reward for rollout in group] == [2, 1] and [rollout.right for rollout in group] == [True, False]
+    line = row(1, prompt, group[0], str)
+    assert line["video"].endswith("0.mp4") and "Where does it go?" in line["question"]
 
 
 VIDEO_R1 = {
