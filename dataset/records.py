@@ -289,4 +289,4 @@ def read_media(kind: str, found, options: dict, where: str) -> Media:
 
 def plain_name(found):
     """{"url": name} as OpenAI and {"path": name} as Hugging Face's datasets write it -> name."""
-    return found.get("url", found.get("path")) if isinstance(found, dict) else found
+    return first_of(found, "url", "path") if isinstance(found, dict) else found

@@ -244,10 +244,13 @@ def check_options(cfg: Generate) -> None:
         )
 
 
-def make(cfg: Generate, out: Path, cache: Path) -> tuple[dict[str, list[dict]], dict, list[str]]:
-    """({part: records}, what metadata.json holds of it, lines to tell) of cfg.from_folder, for a dataset in `out`."""
+def gather(cfg: Generate) -> tuple[list[Clip], dict[str, str], list[str]]:
+    """(the clips that can be read, each with its part; {path: why not} of the others; lines to tell)"""
     root = Path(cfg.from_folder)
-    clips, notes = find_clips(root)
+    try:
+        clips, notes = find_clips(root)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
     check_labels(clips)
     clips, broken = readable(clips, cfg.workers)
     missing = {path.parent.name for path in map(Path, broken)} - {clip.path.parent.name for clip in clips}
@@ -255,11 +258,17 @@ def make(cfg: Generate, out: Path, cache: Path) -> tuple[dict[str, list[dict]], 
     if len({clip.label for clip in clips}) < 2:
         first = next(iter(broken.values()))
         raise UserError(f"--from_folder {root}: {len(broken)} clips unreadable, fewer than two classes left; {first}")
-    given = all(clip.part for clip in clips)
-    if not given:
+    if not clips[0].part:
         clips = split(clips, cfg.split, np.random.default_rng([cfg.seed, 7]))
     elif "split" in getattr(cfg, "given", ()):
         notes.append("--split has no effect: train/ and val/ are there")
+    return clips, broken, notes
+
+
+def make(cfg: Generate, out: Path, cache: Path) -> tuple[dict[str, list[dict]], dict, list[str]]:
+    """({part: records}, what metadata.json holds of it, lines to tell) of cfg.from_folder, for a dataset in `out`."""
+    root = Path(cfg.from_folder)
+    clips, broken, notes = gather(cfg)
     asked = ask(cfg, clips)
     texts, report = answers(cfg, clips, asked, cache)
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
