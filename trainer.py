@@ -109,6 +109,7 @@ def launch(cfg):
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
+    sys.setswitchinterval(5e-4)  # seconds; threads that decode clips hold up the one that launches kernels less
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock)
