@@ -1,5 +1,5 @@
-"""train_grpo.py for Qwen2.5-VL-3B on one 16 GB card: as configs/qwen_3b_grpo_24gb.py, with AdamW's state in CPU memory and
-passes of a quarter of the tokens.
+"""train_grpo.py for Qwen2.5-VL-3B on one 16 GB card: as configs/qwen_3b_grpo_24gb.py, with AdamW's state in CPU memory
+and passes of a quarter of the tokens.
 """
 
 model_id = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from queue import Full, Queue
 
@@ -177,7 +178,9 @@ class Loader:
                 bins, failed = self.plan(step, map)
                 yield self.finish([[self.encode(i) for i in bin] for bin in bins], failed)
             return
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
+        # beside a GPU, each thread on one core: torch's own threads in each of them would take the cores from the loop
+        alone = partial(torch.set_num_threads, 1) if torch.cuda.is_available() else None
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="data", initializer=alone)
         try:
             waiting: deque[tuple[list[list[Future]], list]] = deque()
             for step in steps:

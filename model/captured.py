@@ -25,6 +25,7 @@ ROWS = 8192  # tokens or patches from which on a batch keeps the GPU busy by its
 GRANULE = 256  # rows are padded to a multiple of it
 MAX_KEPT = 12  # sizes a stack
 SHARE = 0.3  # of the device's memory that the activations of one captured pass may take
+HEADROOM = 0.15  # of the device's memory that stays free: the first steps do not show all of the later ones' needs
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -231,10 +232,11 @@ class Captures:
     def ripe(self, blocks, key, device) -> bool:
         """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
         alone. What they keep for the backward pass is known, what they need on the way is taken as a third of it."""
-        allowed = torch.cuda.get_per_process_memory_fraction(device)
-        total = allowed * torch.cuda.get_device_properties(device).total_memory
-        bytes = self.seen.get((blocks, key), float("inf"))
-        return bytes < SHARE * total and torch.cuda.max_memory_allocated(device) + 1.33 * bytes < 0.97 * total
+        total = torch.cuda.get_device_properties(device).total_memory
+        total *= torch.cuda.get_per_process_memory_fraction(device)
+        needed = self.seen.get((blocks, key), float("inf"))
+        peak = torch.cuda.max_memory_allocated(device)
+        return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
 
     def first_sight(self, blocks, key, plainly, x, tables, segments):
         """Runs plainly, and notes how many bytes it keeps for the backward pass."""

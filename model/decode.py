@@ -151,7 +151,7 @@ def generate(
     if prompts.input_ids.is_cuda:
         from model.fast_decode import generate_fast, why_not  # here, because it imports from this file
 
-        if why_not(model, sampling) is None:
+        if why_not(model, prompts, sampling, num_generations) is None:
             return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
     return generate_plain(model, prompts, sampling, num_generations, generator, on_token)
 

@@ -36,7 +36,7 @@ PARTS = 128  # programs of one layer's attention to the prompts that are worth h
 PROMPT_BUCKET, OWN_BUCKET = 256, 128  # cache lengths are rounded up to these, so that graphs fit again
 ATTENTION = dict(num_warps=4, num_stages=2)
 MAX_GRAPHS = 8  # kept a model; a graph holds some MB of buffers, and capturing another takes well under a second
-MARGIN = 1 << 30  # bytes of GPU memory that a rollout leaves free, beside its copy, for caches and activations
+MARGIN = 1 << 29  # bytes of GPU memory that a rollout leaves free, beside copy and caches, for logits and activations
 CHOOSE_BLOCK = 1024  # a quarter of the logits that a program of `choose` reads
 
 _steps: WeakKeyDictionary = WeakKeyDictionary()  # model -> {bucket: Step}, the latest last
@@ -74,7 +74,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def why_not(model, sampling) -> str | None:
+def why_not(model, prompts, sampling, G: int) -> str | None:
     """What keeps a call from the fast path; None: nothing."""
     weight = model.head_weight
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or kernels.triton is None:
@@ -86,9 +86,13 @@ def why_not(model, sampling) -> str | None:
     reserved, (free, total) = torch.cuda.memory_reserved(weight.device), torch.cuda.mem_get_info(weight.device)
     free = min(free, torch.cuda.get_per_process_memory_fraction(weight.device) * total - reserved)
     free += reserved - torch.cuda.memory_allocated(weight.device)
+    config, lengths = model.config, prompts.segments.q_lengths
+    slots = len(lengths) * (round_up(max(lengths), PROMPT_BUCKET) + G * round_up(sampling.max_new_tokens, OWN_BUCKET))
+    need += 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots  # keys and values
     if free < need + MARGIN:
-        found = f"the sampling copy takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-        warnings.warn(f"slow decoding: {found}", stacklevel=3)
+        found = f"weights merged for sampling and caches take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        hint = "--offload_optimizer True frees the optimizer's, fewer prompts at a time the caches'"
+        warnings.warn(f"slow decoding: {found}; {hint}", stacklevel=3)
         return "memory"
     return None
 

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Segments, attend
-from model.language import MLP, RMSNorm, recomputed
+from model.language import MLP, RMSNorm, draws, recomputed
 from model.linear import project
 from model.rope import rotate, vision_tables
 
 # OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+LONG, PART = 65_536, 16_384  # patches; of so many, the blocks' inputs take 5.4 and 1.3 GB
 
 
 def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,8 +137,14 @@ class VisionTower(nn.Module):
     def forward(self, patches: Tensor, grid_thw, recompute: bool = False, captures=None) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
         the same order. grid_thw: [(t, h, w)]. recompute: keep only each block's input for the backward pass."""
-        config, P = self.config, patches.shape[0]
+        P = patches.shape[0]
         assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
+        if recompute and P > LONG:
+            return self.in_parts(patches, grid_thw)
+        return self.whole(patches, grid_thw, recompute, captures)
+
+    def whole(self, patches: Tensor, grid_thw, recompute: bool, captures=None) -> Tensor:
+        config, P = self.config, patches.shape[0]
         plan = VisionPlan.build(grid_thw, config, patches.device)
         weight = self.patch_embed.proj.weight
         patches = normalise_patches(patches, weight.dtype) if patches.dtype == torch.uint8 else patches.to(weight.dtype)
@@ -149,6 +157,16 @@ class VisionTower(nn.Module):
         else:
             x = self.through(x, tables, segments, recompute)
         return self.merger(x)[plan.back]
+
+    def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
+        """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
+        only the patches are kept; the backward pass makes it again."""
+        steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
+        parts = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
+        sizes = [t * h * w for t, h, w in parts]
+        again = {"use_reentrant": False, "preserve_rng_state": draws(self)}
+        pieces = zip(patches.split(sizes), parts, strict=True)
+        return torch.cat([checkpoint(self.whole, piece, [part], True, **again) for piece, part in pieces])
 
     def through(self, x: Tensor, tables, segments, recompute: bool) -> Tensor:
         """(P, width) through the blocks. segments: [windows, whole grid steps]."""

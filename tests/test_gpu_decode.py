@@ -234,5 +234,6 @@ def test_a_kept_graph_sees_new_adapters_and_frees_its_copy():
 
 def test_repetition_penalty_takes_the_plain_path():
     model = gpu_model("grouped")
-    assert fast.why_not(model, Sampling(repetition_penalty=1.1)) == "repetition penalty"
-    assert fast.why_not(model, Sampling()) is None
+    prompts = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
+    assert fast.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
+    assert fast.why_not(model, prompts, Sampling(), 2) is None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
 from safetensors.torch import load_file, save_file
 
-from model import UserError
+from model import UserError, vision
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from model.rope import mrope_position_ids, mrope_tables
 from model.vision import MEAN, STD, VisionPlan, normalise_patches
@@ -66,6 +67,32 @@ def test_gradients_equal_transformers(oracle, shape):
         new = name.replace("model.", "model.language_model.") if name.startswith("model.") else name
         other = reference["model." + name if name.startswith("visual") else new].grad
         assert p.grad is not None and (p.grad - other).norm() <= 1e-4 * other.norm() + 1e-5, name
+
+
+def test_a_long_video_in_parts_is_the_same(monkeypatch):
+    model, grids = random_model("grouped"), [(3, 8, 12), (5, 4, 4), (1, 8, 8)]
+    seed = torch.Generator().manual_seed(0)
+    patches = torch.randint(0, 256, (sum(t * h * w for t, h, w in grids), 1176), generator=seed, dtype=torch.uint8)
+
+    def run():
+        model.zero_grad()
+        out = model.visual(patches, grids, recompute=True)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.visual.parameters())]
+
+    whole = run()
+    monkeypatch.setattr(vision, "LONG", 64)
+    monkeypatch.setattr(vision, "PART", 200)  # two grid steps of the first, all of the second
+    cut = []
+    monkeypatch.setattr(vision.VisionPlan, "build", partial(record, vision.VisionPlan.build, cut))
+    for a, b in zip(run(), whole, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    assert [(2, 8, 12)] in cut and [(1, 8, 12)] in cut and [(5, 4, 4)] in cut and grids not in cut
+
+
+def record(function, seen, grids, *args):
+    seen.append(grids)
+    return function(grids, *args)
 
 
 def test_packed_equals_separate():
