@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from plot import Panel, draw
 
 from config import QUESTION
 from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
@@ -161,29 +162,17 @@ def betas(seed: int) -> dict:
     return found
 
 
-def draw(seeds: list[int], path: Path) -> None:
+def draw_seeds(seeds: list[int], path: Path) -> None:
     """Accuracy of the sampled completions and KL to the start, a line a seed."""
-    colours = ["#0969da", "#1a7f37", "#9a6700", "#cf222e", "#8250df"]
-    parts = []
-    panels = (
+    panels = []
+    for key, title, top in (
         ("reward/accuracy", "accuracy of what is sampled, training clips", 1.0),
         ("kl", "KL to the start, nats a token", 0.5),
-    )
-    for panel, (key, title, top) in enumerate(panels):
-        runs = [[min(row[key], top) for row in metrics(OUT / f"grpo{s}") if key in row] for s in seeds]
-        left, n = 60 + 470 * panel, max(map(len, runs))
-        at = lambda i, y, left=left, top=top, n=n: f"{left + 380 * i / (n - 1):.1f},{40 + 200 * (1 - y / top):.1f}"
-        parts.append(f'<text x="{left}" y="24" font-weight="600">{title}</text>')
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            y = 40 + 200 * (1 - share)
-            parts.append(f'<line x1="{left}" x2="{left + 380}" y1="{y}" y2="{y}" stroke="#d0d7de"/>')
-            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{share * top:.2f}</text>')
-        for run_, colour in zip(runs, colours):
-            line = " ".join(at(i, y) for i, y in enumerate(run_))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        parts.append(f'<text x="{left + 380}" y="260" text-anchor="end">step {n}</text>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 930 275" font-family="sans-serif" font-size="12">'
-    path.write_text(f'{head}<rect width="930" height="275" fill="#fff"/>{"".join(parts)}</svg>\n')
+    ):
+        runs = [[row[key] for row in metrics(OUT / f"grpo{seed}") if key in row] for seed in seeds]
+        steps = max(map(len, runs))
+        panels.append(Panel(title, [("", range(len(ys)), ys) for ys in runs], top, f"step {steps}"))
+    draw(path, panels)
 
 
 def main() -> None:
@@ -200,7 +189,7 @@ def main() -> None:
         shown = ["{:6.1%} ({:.1%} to {:.1%})".format(row[k][0], *row[k][1]) for k in ("sampled", "greedy")]
         kl = "{median:.3f} {p90:.3f} {largest:.3f}".format(**row["kl"])
         print(f"{seed:4d}  {row['start']:.1%}  {shown[0]}  {shown[1]}  {kl:>23}  {row['seconds']:7.0f}", flush=True)
-    draw(args.seeds, ROOT / "assets" / "grpo_seeds.svg")
+    draw_seeds(args.seeds, ROOT / "assets" / "grpo_seeds.svg")
     found = {"seeds": rows}
     if args.extras:
         found |= {"format_alone": format_alone(), "betas": betas(args.seeds[0]), "outside": outside(args.seeds)}

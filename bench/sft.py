@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from plot import Panel, draw
 from workloads import Bench, arguments, chosen, linear_flops, peer_inputs, peft_model, sft_batch
 
 import lora
@@ -126,9 +127,27 @@ def measure(bench, make_ours, make_peer):
             rows["ours"]["passes"] = count
 
 
+def plot(bench, path):
+    """Seconds and GiB of our rows over their tokens."""
+    rows = [row for row in bench.rows if row["who"] == "ours" and "seconds" in row]
+    rows.sort(key=lambda row: row["tokens_s"] * row["seconds"])
+    tokens = [row["tokens_s"] * row["seconds"] / 1e3 for row in rows]
+    foot = f"thousand tokens: {', '.join(f'{n:.1f}' for n in tokens)}"
+    panels = []
+    for title, series in (
+        ("seconds a step", {"measured": "seconds", "floor": "floor"}),
+        ("GiB at the peak", {"allocated": "peak_gib"} if bench.cuda else {}),
+    ):
+        lines = [(label, tokens, [row[key] for row in rows]) for label, key in series.items()]
+        if lines:
+            panels.append(Panel(title, lines, 1.1 * max(max(ys) for _, _, ys in lines), foot, ".1f", True))
+    draw(path, panels)
+
+
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--pack_tokens", type=int, help="tokens of a pass at most; 1 = a sample a pass; none = all")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw seconds and memory over tokens")
     parser.add_argument("--plain", action="store_true", help="torch's fused AdamW instead of DeepSpeed's engine")
     bench = Bench("sft", parser.parse_args())
     cfg = bench.lora(SFT)
@@ -137,6 +156,8 @@ def main():
         measure(bench, None, make_peer)
         make_peer = None
     measure(bench, ours(bench, cfg), make_peer)
+    if bench.args.plot:
+        plot(bench, bench.args.plot)
     bench.close()
     if not bench.args.plain:
         leave_processes()
