@@ -147,7 +147,7 @@ def plot(bench, path):
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--pack_tokens", type=int, help="tokens of a pass at most; 1 = a sample a pass; none = all")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw seconds and memory over tokens")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw seconds and memory over tokens")
     parser.add_argument("--plain", action="store_true", help="torch's fused AdamW instead of DeepSpeed's engine")
     bench = Bench("sft", parser.parse_args())
     cfg = bench.lora(SFT)
@@ -157,7 +157,7 @@ def main():
         make_peer = None
     measure(bench, ours(bench, cfg), make_peer)
     if bench.args.plot:
-        plot(bench, bench.args.plot)
+        plot(bench, Path(bench.args.plot))
     bench.close()
     if not bench.args.plain:
         leave_processes()
