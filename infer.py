@@ -8,11 +8,9 @@ The hub's generation_config is never read: decoding is greedy unless --temperatu
 """
 
 import json
-import math
 import re
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,12 +19,9 @@ from tqdm import tqdm
 from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
 from dataset.records import IMAGE_SUFFIXES, read_records
 from model import UserError
-from rewards import answer_span, extract_answer, is_correct, parse_options, reference_answer, sample_from_record
+from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
 from training.checkpoint import STATE, find_adapter, read_json
-
-Z = 1.959964  # standard normal quantile of a 95 % interval
-# What a clip shows when it is played backwards, besides "X to Y" and "Y to X"
-OPPOSITES = {"falling down": "ascending", "ascending": "falling down", "down": "up", "up": "down"}
+from training.measures import chance, confusion_of, in_words, measure
 
 
 def main(argv=None):
@@ -194,23 +189,6 @@ def answer(cfg, model, processor, example):
 # -- A dataset
 
 
-def wilson(right, count):
-    """The 95 % interval of a share (Wilson, 1927) of count > 0, as [low, high]."""
-    p, z2 = right / count, Z * Z / count
-    middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
-    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
-
-
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
-def opposite(words):
-    """What the same clip shows backwards: "Left to Right" -> "right to left"; None where that is not known."""
-    start, to, end = words.casefold().partition(" to ")
-    return f"{end} to {start}" if to else OPPOSITES.get(start)
-
-
 def ask(cfg, model, processor, records, control, bar):
     """Ask under a control -> {number: (true answer's words, the model's, count of options)}, {number: why not}."""
 
@@ -230,9 +208,7 @@ def ask(cfg, model, processor, records, control, bar):
             asked = [one for one in batch if one[0] not in failed]
             answers = complete(cfg, model, processor, [example for *_, example in asked]) if asked else []
             for (i, sample, _), (_, text) in zip(asked, answers, strict=True):
-                letters = reference_answer(sample), extract_answer(text, sample.options)
-                words = [sample.options.get(letter, letter) or "(no answer)" for letter in letters]
-                said[i] = *words, len(sample.options)
+                said[i] = in_words(sample, text)
             bar.update(len(batch))
     return said, failed
 
@@ -252,24 +228,11 @@ def evaluate(cfg, model, processor, records):
     for error in failed["none"].values():
         print(f"skipped: {error}", file=sys.stderr)
     facts = {control: measure(run, runs["none"]) for control, run in runs.items()}
-    chance, confusion = mean([1 / n for _, _, n in runs["none"].values() if n]), {}
-    for true, said, _ in sorted(runs["none"].values()):
-        confusion.setdefault(true, Counter())[said] += 1
-    show(facts, failed, chance, confusion)
-    told = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(failed["none"]), "chance": chance}
+    blind, confusion = chance(runs["none"]), confusion_of(runs["none"])
+    show(facts, failed, blind, confusion)
+    told = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(failed["none"]), "chance": blind}
     told |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
     return told | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
-
-
-def measure(run, plain):
-    """Accuracy of one run, and how its answers stand to those of the plain run: the share that `changed`, and the share
-    that `flipped` to the opposite, of those that have one."""
-    right = [true == said for true, said, _ in run.values()]
-    pairs = [(plain[i][1], said) for i, (_, said, _) in run.items() if i in plain]
-    flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
-    changed = [before != after for before, after in pairs]
-    found = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
-    return found | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
 
 
 def show(facts, failed, chance, confusion, most=8):

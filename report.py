@@ -35,6 +35,7 @@ from config import GRPO, SFT, as_dict, cli
 from model import UserError
 from reporting import charts
 from reporting.charts import columns, number, percent, short
+from reporting.frames import clip_folders
 from reporting.rollouts import Rollouts, read_rollouts, rollouts_html
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -331,13 +332,7 @@ def each(runs: list[Run], make) -> str:
 
 
 def said(run: Run) -> str:
-    return rollouts_html(run.rollouts, clip_folders(run)) if run.rollouts else ""
-
-
-def clip_folders(run: Run) -> list[Path]:
-    """Where a rollout's video may lie: image_folder, videos/ beside the data, beside the data."""
-    found = [Path(run.config["image_folder"])] if isinstance(run.config.get("image_folder"), str) else []
-    return found + ([run.data_path.parent / "videos", run.data_path.parent] if run.data_path else [])
+    return rollouts_html(run.rollouts, clip_folders(run.config)) if run.rollouts else ""
 
 
 def page(runs: list[Run]) -> str:

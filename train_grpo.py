@@ -33,6 +33,7 @@ from model import UserError
 from model.decode import Sampling, generate
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import Packed, resolve_folder
+from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
@@ -47,8 +48,8 @@ from trainer import (
     total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
-from training.engine import global_max, update
-from training.evaluation import answerable, evaluate, held_out_records, prompt_batches
+from training.engine import gather, global_max, update
+from training.evaluation import answerable, evaluate, evaluate_controls, held_out_records, prompt_batches
 from training.groups import (
     Alarm,
     Rollout,
@@ -134,7 +135,7 @@ def main():
         for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
             score_group(rewards, prompt, group, texts, cfg.max_completion_length)
         health, counts = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
-        write_rollouts(run, step, processor, prompts, groups)
+        rows = write_rollouts(run, step, processor, prompts, groups)
         sampled = time.perf_counter()
 
         # update the policy with the groups that differ within themselves
@@ -151,7 +152,10 @@ def main():
         prompt_tokens, skipped = run.sum(sum(map(len, prompts)), loader.left_out)
         metrics |= {"prompt_tokens": prompt_tokens, "skipped": skipped}
         log.step(step, metrics, now - began, waited, prompt_tokens + metrics["completion_tokens"])
-        seen = best_and_worst(groups) if cfg.log_completions and step % cfg.log_completions == 0 else []
+        seen = []
+        if cfg.log_completions and step % cfg.log_completions == 0:
+            seen = best_and_worst(groups)
+            log.rollouts(step, telling_rows(rows))
         for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
             run.say(f"step {step:>6}  {text}")
 
@@ -283,15 +287,6 @@ def compare_within_groups(run, groups, wanted):
     return reward_metrics(everyone, std.tolist()) | {"groups_trained": len(chosen)}, counts
 
 
-def gather(value):
-    """[value of each rank], on every rank."""
-    if torch.distributed.get_world_size() == 1:
-        return [value]
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
-
-
 # The update
 
 
@@ -416,11 +411,13 @@ def token_metrics(run, sums):
 
 
 def write_rollouts(run, step, processor, prompts, groups):
-    """Append every completion of the step, of all ranks, to rollouts.jsonl."""
+    """Append every completion of the step, of all ranks, to rollouts.jsonl. Returns what was written (rank 0)."""
     spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
     ranks = gather([row(step, prompts[r.group], r, spell) for group in groups for r in group])
+    rows = [row for rows in ranks for row in rows]
     if run.rank == 0:
-        write_rows(run.folder, (row for rows in ranks for row in rows))
+        write_rows(run.folder, rows)
+    return rows
 
 
 def evaluate_and_tell(run, model, processor, held_out, log):
@@ -429,15 +426,18 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     began = time.perf_counter()
     greedy = evaluate(run, model, processor, held_out)
     sampled = evaluate(run, model, processor, held_out, run.cfg.temperature, run.cfg.seed)
-    seconds, accuracy, count = time.perf_counter() - began, greedy["accuracy"], greedy["count"]
-    found = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled["accuracy"], "eval_count": count}
-    log.write(run.step, found | {"eval_seconds": seconds})
+    seconds, accuracy, count = time.perf_counter() - began, greedy.accuracy, greedy.count
+    told = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
+    told |= {"eval_seconds": seconds, "evaluation": greedy.summary()}
+    if run.step == log.total:
+        told["evaluation"]["controls"] = evaluate_controls(run, model, processor, held_out, greedy)
+    log.write(run.step, told)
     if accuracy is None:
         return False
     better = run.step > 0 and (run.best is None or accuracy >= run.best["accuracy"])
     if better:
         run.best = {"step": run.step, "accuracy": accuracy}
-    text = f"answers right: {accuracy:.1%} greedy, {sampled['accuracy']:.1%} sampled, of {count} held-out samples"
+    text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
     run.say(f"step {run.step:>6}  {text}{', the best so far' if better else ''}  ({seconds:.1f} s)")
     return better
 

@@ -36,7 +36,8 @@ from trainer import (
     total_steps,
 )
 from training.engine import update
-from training.evaluation import answerable, evaluate, held_out_records
+from training.evaluation import answerable, evaluate, evaluate_controls, held_out_records
+from training.groups import write_rows
 from training.runlog import Log
 
 
@@ -116,15 +117,21 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     """Log answer accuracy after this step; True if it is the best so far (of equals the latest)."""
     began = time.perf_counter()
     found = evaluate(run, model, processor, held_out)
-    seconds = time.perf_counter() - began
-    log.write(run.step, {"eval_accuracy": found["accuracy"], "eval_count": found["count"], "eval_seconds": seconds})
-    if found["accuracy"] is None:
+    told, accuracy = {"eval_accuracy": found.accuracy, "eval_count": found.count}, found.accuracy
+    told |= {"eval_seconds": time.perf_counter() - began, "evaluation": found.summary()}
+    if run.step == log.total:
+        told["evaluation"]["controls"] = evaluate_controls(run, model, processor, held_out, found)
+    log.write(run.step, told)
+    if run.rank == 0:
+        write_rows(run.folder, found.rows)
+    log.rollouts(run.step, found.rows)
+    if accuracy is None:
         return False
-    better = run.best is None or found["accuracy"] >= run.best["accuracy"]
+    better = run.best is None or accuracy >= run.best["accuracy"]
     if better:
-        run.best = {"step": run.step, "accuracy": found["accuracy"]}
+        run.best = {"step": run.step, "accuracy": accuracy}
     mark = ", the best so far" if better else ""
-    text = f"answers right: {found['accuracy']:.1%} of {found['count']} held-out samples{mark}  ({seconds:.1f} s)"
+    text = f"answers right: {accuracy:.1%} of {found.count} held-out samples{mark}  ({told['eval_seconds']:.1f} s)"
     run.say(f"step {run.step:>6}  {text}")
     return better
 

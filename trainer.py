@@ -46,6 +46,7 @@ from training.engine import (
     whole_state,
 )
 from training.runlog import METRICS, cut_after, describe, machine, say, versions
+from training.trackers import TRACKERS, check_installed
 
 LOCK, START = "run.lock", "start_adapter"
 OURS = (RUN, BEST, METRICS, "rollouts.jsonl", "report.html")  # what --overwrite removes, beside checkpoints and START
@@ -68,6 +69,7 @@ class Run:
     adapter: Path | None = None  # adapter that the run began with
     state: dict = field(default_factory=dict)  # its trainer_state.json
     step: int = 0  # steps done
+    logged: int = -1  # last step in metrics.jsonl when this process began; a killed run wrote more than it saved
     best: dict | None = None  # {"step", "accuracy"}
     bad: int = 0  # steps in a row without an update
     signal: int = 0  # SIGINT or SIGTERM, once it came
@@ -102,6 +104,7 @@ def launch(cfg):
     Nothing in the folder is changed yet (start() does). UserError if it holds something and neither --overwrite nor
     --resume is given, or if another process trains in it.
     """
+    check_installed(cfg)
     first = int(os.environ.get("RANK", "0")) == 0
     lock = claim(Path(cfg.output_dir), cfg) if first else None
     device = start_processes()
@@ -224,8 +227,10 @@ def prepare_folder(run):
     if run.source is None:
         for name in OURS:
             (run.folder / name).unlink(missing_ok=True)
-    for name in (METRICS, "rollouts.jsonl"):
-        cut_after(run.folder / name, run.step)
+        for name in TRACKERS:
+            shutil.rmtree(run.folder / name, ignore_errors=True)
+    run.logged = cut_after(run.folder / METRICS, run.step)
+    cut_after(run.folder / "rollouts.jsonl", run.step)
     if run.best:
         write_json(run.folder / BEST, run.best)
     facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}

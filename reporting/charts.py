@@ -39,7 +39,7 @@ GROUPS = [
 ]
 OTHER = ("Other", "", "")
 LOGARITHMIC = {"Loss", "KL to the reference", "Gradient norm", "Sampler against trainer"}
-NOT_CHARTED = {"step", "epoch", "timestamp", "seed", "count", "eval_count", "confusion"}
+NOT_CHARTED = {"step", "epoch", "timestamp", "seed", "count", "eval_count", "confusion", "evaluation"}
 POINTS = 400  # a curve is thinned to this many; each then stands for a stretch, drawn with its lowest and highest
 SMOOTH = 24  # a noisy curve is drawn pale, with its running mean over 1/SMOOTH of its length on top
 NOISY = 0.02  # mean distance from the running mean, as a share of the curve's range

@@ -1,31 +1,21 @@
 """rollouts.jsonl -> cards one can read: a clip as a strip of frames, the question, what each completion said.
 
 The file may be gigabytes: only its first and its last WINDOW bytes are read, which is what tells before from after.
-Frames are decoded with PyAV (no torch) and kept for the next page. A clip that cannot be read is told on its card.
 """
 
-import base64
-import functools
 import json
 import math
 import os
-import stat
-import time
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import av
 import numpy as np
 
 from reporting.charts import number, short
+from reporting.frames import Strips
 
 WINDOW = 6 * 2**20  # bytes read at either end of the file
-FRAMES = 8  # of a strip
-SIDE = 112  # pixels, longest side of a frame in the page
-MAX_PIXELS = 8192 * 8192  # of a source frame; larger ones are not decoded for a picture
-SEQUENTIAL = 120_000_000  # pixels of a whole clip up to which it is decoded from end to end; else keyframes only
-BUDGET = 1.0  # seconds a page may spend on decoding clips
 TOKENS = 600  # of one completion that are shown
 OPEN = 4  # completions of a group that are not folded away: the two best and the two worst
 TINTS = (0.9, 0.7, 0.5, 0.3, 0.1)  # probabilities at which a token's tint deepens
@@ -87,113 +77,23 @@ def read_rollouts(path: Path) -> Rollouts | None:
 
 def grouped(data: bytes) -> list[Group]:
     """Groups in the order of the file. Lines cut at the window's edges are no JSON and left out."""
-    groups = {}
+    rows = []
     for line in data.splitlines():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
             continue
-        if not isinstance(row, dict):
-            continue
+    return groups_of([row for row in rows if isinstance(row, dict)])
+
+
+def groups_of(rows: list[dict]) -> list[Group]:
+    groups = {}
+    for row in rows:
         step = row["step"] if number(row.get("step")) else 0
         sample = str(row.get("id", row.get("video", "")))
         key = step, row.get("prompt") if isinstance(row.get("prompt"), int | str) else None, sample
         groups.setdefault(key, Group(step, sample, [])).rows.append(row)
     return list(groups.values())
-
-
-# -- Frames
-
-
-def media_path(name: str, folders: list[Path]) -> Path | None:
-    """The regular file that a record's video means: in one of the folders, or as it is."""
-    for path in (*(folder / name for folder in folders), Path(name)):
-        try:
-            if stat.S_ISREG(path.stat().st_mode):
-                return path
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            continue
-    return None
-
-
-@functools.lru_cache(512)
-def strip(path: Path, _stamp: float) -> list[tuple[float, str]]:
-    """[(seconds, JPEG as data URL)] of FRAMES frames spread over the clip. Raises av.FFmpegError or OSError."""
-    # the absolute path and the whitelist keep names like "concat:..." and playlists from opening anything else
-    options = {"protocol_whitelist": "file", "pattern_type": "none"}
-    with av.open(os.path.abspath(path), timeout=5.0, options=options, metadata_errors="replace") as container:
-        if not container.streams.video:
-            return []
-        stream = container.streams.video[0]
-        pixels = stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0
-        if not 0 < pixels <= MAX_PIXELS:
-            return []
-        stream.codec_context.thread_count = 1
-        whole = 0 < stream.frames and stream.frames * pixels <= SEQUENTIAL
-        frames = every(container, stream) if whole else keyframes(container, stream)
-        return [(float(frame.time or 0), jpeg(frame)) for frame in frames]
-
-
-def every(container, stream):
-    """FRAMES frames, evenly spread, by decoding all of a short clip."""
-    count = stream.frames
-    wanted = {int(i) for i in np.linspace(0, count - 1, min(FRAMES, count)).round()}
-    return (frame for i, frame in enumerate(container.decode(stream)) if i in wanted)
-
-
-def keyframes(container, stream):
-    """Of a long clip: the keyframes at or before FRAMES evenly spread times; fewer if they share one."""
-    stream.codec_context.skip_frame = "NONKEY"
-    seconds, seen = (container.duration or 0) / av.time_base, set()
-    for at in np.linspace(0, seconds, FRAMES, endpoint=False):
-        container.seek(int(at * av.time_base))
-        frame = next(container.decode(stream), None)
-        if frame is not None and frame.pts not in seen:
-            seen.add(frame.pts)
-            yield frame
-
-
-def jpeg(frame) -> str:
-    """A decoded frame, at most SIDE pixels a side, as a data URL."""
-    scale = min(1.0, SIDE / max(frame.width, frame.height))
-    rgb = frame.reformat(max(2, int(frame.width * scale)), max(2, int(frame.height * scale)), "rgb24").to_ndarray()
-    picture = np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
-    codec = av.CodecContext.create("mjpeg", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.framerate = *picture.shape[:2], "yuvj444p", 1
-    codec.options = {"qmin": "2", "qmax": "3"}
-    image = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuvj444p")
-    data = b"".join(bytes(packet) for packet in [*codec.encode(image), *codec.encode(None)])
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-class Strips:
-    """Frames for cards, until the page's time for them is used up."""
-
-    def __init__(self, folders: list[Path]):
-        self.folders, self.spent = folders, 0.0
-
-    def html(self, video) -> str:
-        while isinstance(video, list) and len(video) == 1:  # one video of several, or the list of its frames
-            video = video[0]
-        names = [name for name in (video if isinstance(video, list) else [video]) if isinstance(name, str) and name]
-        if not names:
-            return ""
-        began, pictures = time.perf_counter(), []
-        told = f'<p class="soft">{escape(names[0])}: '
-        if self.spent > BUDGET:
-            return told + "frames left out, the page had used up its time for decoding</p>"
-        try:
-            for name in names[:: max(1, -(-len(names) // FRAMES))]:
-                path = media_path(name, self.folders)
-                if path is None:
-                    return told + "no such file</p>"
-                pictures += strip(path, path.stat().st_mtime)
-        except (av.FFmpegError, OSError) as error:
-            return told + f"cannot be decoded ({escape(str(error.strerror))})</p>"
-        finally:
-            self.spent += time.perf_counter() - began
-        items = (f'<li><img src="{url}" alt="frame at {at:.2f} s">{at:.2f} s</li>' for at, url in pictures)
-        return f'<ol class="strip">{"".join(items)}</ol>' if pictures else told + "no frames</p>"
 
 
 # -- Cards
@@ -278,6 +178,11 @@ def telling(groups: list[Group], last: bool) -> list[Group]:
     pool = [group for group in groups if group.step == steps[0]]
     picks = [max(pool, key=lambda g: g.mean), min(pool, key=lambda g: g.mean), max(pool, key=lambda g: g.spread)]
     return list({id(group): group for group in picks}.values())
+
+
+def telling_rows(rows: list[dict]) -> list[dict]:
+    """Of the completions of a step those of the telling groups."""
+    return [row for group in telling(groups_of(rows), True) for row in group.rows] if rows else []
 
 
 def before_and_after(rollouts: Rollouts) -> list[list[Group]]:

@@ -20,6 +20,7 @@ from model import UserError
 from model.decode import Completion
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from training.checkpoint import write_whole
+from training.measures import opposite, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
@@ -347,13 +348,13 @@ def test_wilson_interval():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
     table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for (right, count), interval in table.items():
-        assert infer.wilson(right, count) == pytest.approx(interval, abs=1e-4)
+        assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
 
 
 def test_opposites():
-    assert infer.opposite("Left to Right") == "right to left" and infer.opposite("Right to Left") == "left to right"
-    assert infer.opposite("Falling Down") == "ascending" and infer.opposite("Ascending") == "falling down"
-    assert infer.opposite("red") is None
+    assert opposite("Left to Right") == "right to left" and opposite("Right to Left") == "left to right"
+    assert opposite("Falling Down") == "ascending" and opposite("Ascending") == "falling down"
+    assert opposite("red") is None
 
 
 # -- Mistakes

@@ -18,7 +18,7 @@ import pytest
 import report
 from config import GRPO, SFT, as_dict
 from model import UserError
-from reporting import charts, rollouts
+from reporting import charts, frames, rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}"
@@ -117,7 +117,7 @@ def test_sections_and_their_contents(grpo_run):
                   "KL to the reference", "Odd number", "before and after", "advantage −1.00", "cut by the limit",
                   "Which way?"):  # fmt: skip
         assert words in text, words
-    assert text.count("data:image/jpeg;base64,") % rollouts.FRAMES == 0 and "data:image/jpeg;base64," in text
+    assert text.count("data:image/jpeg;base64,") % frames.FRAMES == 0 and "data:image/jpeg;base64," in text
     assert not Tags(text).open
 
 

@@ -24,6 +24,7 @@ from model.qwen2_5_vl import Qwen2_5_VL
 from training import checkpoint
 from training.checkpoint import find_adapter, newest_checkpoint, what_is_broken
 from training.engine import deepspeed_config, lr_factor
+from training.evaluation import Found
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -277,7 +278,7 @@ def test_two_runs_into_one_folder(tmp_path):
 
 def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
     scores = iter([0.2, 0.6, 0.4, 0.5, 0.1, 0.3])
-    monkeypatch.setattr(train_sft, "evaluate", lambda *args: {"accuracy": next(scores), "count": 4})
+    monkeypatch.setattr(train_sft, "evaluate", lambda *args, **more: Found(next(scores), 4, {}, []))
     val = base / "data/val.json"
     folder = sft("run", max_steps=6, eval_steps=1, save_steps=1, save_total_limit=2, eval_data_path=val)
     assert steps_kept(folder) == [2, 5, 6]

@@ -90,6 +90,15 @@ def global_max(values, device):
     return _reduce(values, device, torch.distributed.ReduceOp.MAX)
 
 
+def gather(value):
+    """[value of each rank], on every rank; anything that can be pickled."""
+    if torch.distributed.get_world_size() == 1:
+        return [value]
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 # The engine
 
 

@@ -1,17 +1,25 @@
-"""Answer accuracy by free generation, during training: which held-out samples can be judged, and how many are right."""
+"""Answer accuracy by free generation, during training: which held-out samples can be judged, how many are right, what
+is said instead, and how much of it is left when the frames are changed."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from data import pack
+from data import CONTROLS, pack
 from dataset.records import read_records, record_name
 from model import UserError
 from model.decode import Sampling, generate
 from rewards import is_correct, sample_from_record
+from training.engine import gather
+from training.groups import Rollout, row
+from training.measures import chance, confusion_of, in_words, measure, wilson
+from training.runlog import progress
 
 EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
+EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 
 
 def held_out_records(cfg):
@@ -58,12 +66,12 @@ def prompt_batches(examples, budget):
         yield batch
 
 
-def prompts(run, processor, records):
+def prompts(run, processor, records, control):
     """Records -> Examples that end where the answer begins, read ahead by threads; what cannot be read is told."""
 
     def encode(record):
         try:
-            return processor.encode(record, answer=False)
+            return processor.encode(record, answer=False, control=control)
         except UserError as error:
             return error
 
@@ -76,22 +84,73 @@ def prompts(run, processor, records):
                     yield found
 
 
-def evaluate(run, model, processor, records, temperature=0.0, seed=0):
-    """Answer accuracy on records by free generation: what the model says, read by rewards.py. Shared over the ranks.
+@dataclass
+class Found:
+    """What an evaluation found; on every rank that of all of them, but the rows."""
 
-    Returns {"accuracy": share of those that could be read (None if there was none), "count": how many these were}.
+    accuracy: float | None  # share that is right of those that could be read; None if there was none
+    count: int  # how many could be read
+    answers: dict[int, tuple]  # number of the record -> (true words, words said, count of options)
+    rows: list[dict]  # of rollouts.jsonl: some answers as they were given (rank 0)
+
+    def summary(self):
+        """For metrics.jsonl and the report."""
+        right = round((self.accuracy or 0) * self.count)
+        interval = wilson(right, self.count) if self.count else None
+        found = {"accuracy": self.accuracy, "interval": interval, "count": self.count, "chance": chance(self.answers)}
+        return found | {"confusion": confusion_of(self.answers)}
+
+
+def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="none"):
+    """Free generation on records, read by rewards.py, shared over the ranks -> Found.
+
+    control: the frames as they are ("none"), "reversed", "shuffled" or "blank".
     """
     stop = (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
     generator = torch.Generator(run.device).manual_seed(seed + run.rank)
+    mine = records[run.rank :: run.world]
+    numbers = {id(record): i * run.world + run.rank for i, record in enumerate(mine)}
+    spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
+    answers, rows, right = {}, [], 0
     model.eval()
-    right = count = 0
-    for batch in prompt_batches(prompts(run, processor, records[run.rank :: run.world]), EVAL_TOKENS):
-        answers = generate(model, pack(batch).to(run.device), sampling, generator=generator)
-        for example, (completion,) in zip(batch, answers, strict=True):
-            text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-            right += is_correct(text, sample_from_record(example.record))
-            count += 1
+    with progress(len(mine), rank=run.rank, unit="clip", desc="evaluation") as bar:
+        for batch in prompt_batches(prompts(run, processor, mine, control), EVAL_TOKENS):
+            said = generate(model, pack(batch).to(run.device), sampling, generator=generator)
+            for example, (completion,) in zip(batch, said, strict=True):
+                number, sample = numbers[id(example.record)], sample_from_record(example.record)
+                text = processor.backend.decode(completion.ids, skip_special_tokens=True)
+                answers[number] = in_words(sample, text)
+                right += (is_right := is_correct(text, sample))
+                if number < EVAL_SHOWN:
+                    rows.append(shown(run.step, number, example, completion, text, is_right, spell))
+            bar.update(len(batch))
     model.train()
-    right, count = run.sum(right, count)
-    return {"accuracy": right / count if count else None, "count": int(count)}
+    (right,) = run.sum(right)
+    everyone = gather((answers, rows))
+    answers = {number: answer for found, _ in everyone for number, answer in found.items()}
+    rows = sorted((row for _, found in everyone for row in found), key=lambda row: row["prompt"])
+    return Found(right / len(answers) if answers else None, len(answers), answers, rows)
+
+
+def shown(step, number, example, completion, text, is_right, spell):
+    """One answer in the words of rollouts.jsonl: a group of one."""
+    reward = float(is_right)
+    rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text, number=number)
+    rollout.parts, rollout.reward = {"accuracy": reward}, reward
+    line = row(step, example, rollout, spell)
+    return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
+
+
+def evaluate_controls(run, model, processor, records, plain):
+    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the first eval_controls
+    records. plain: the Found of the frames as they are. It costs as much as 3 x eval_controls samples of an evaluation;
+    the clips are in the cache if it holds them."""
+    records, found = records[: run.cfg.eval_controls], {}
+    for control in CONTROLS[1:] if records else ():
+        changed = evaluate(run, model, processor, records, control=control)
+        found[control] = measure(changed.answers, plain.answers)
+    told = (f"{name} {facts['accuracy']:.1%}" for name, facts in found.items() if facts["count"])
+    if found:
+        run.say(f"step {run.step:>6}  frames changed, answers right: {', '.join(told)} of {len(records)}")
+    return found

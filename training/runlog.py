@@ -1,7 +1,6 @@
 """What a run tells: the start-up lines, run.json, metrics.jsonl, one line a step."""
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -15,9 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import as_dict, changed
+from config import changed
 from lora import part_of, sizes
 from model import UserError
+from training.trackers import open_trackers
 
 METRICS = "metrics.jsonl"
 
@@ -97,24 +97,35 @@ def trained_shares(model):
 
 
 def cut_after(path, step):
-    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again."""
+    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again.
+
+    Returns the last step that was there, -1 if there was none.
+    """
+    kept, last = [], -1
     if not path.exists():
-        return
-    kept = []
+        return last
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n"):
             break
-        kept.append(line)
+        last = json.loads(line)["step"]
+        kept += [line] * (last <= step)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.rename(path)
+    return last
 
 
 # At every step
 
 
+def progress(total, rank=0, **more):
+    """A bar with the time left, on rank 0's terminal; nothing where output goes to a file."""
+    hidden = rank > 0 or not sys.stdout.isatty()
+    return tqdm(total=total, disable=hidden or None, leave=False, dynamic_ncols=True, **more)  # None: by stderr
+
+
 class Log:
-    """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, wandb if asked for.
+    """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, what --report_to names.
 
     Rank 0 writes; on the others every call does nothing.
     """
@@ -122,14 +133,11 @@ class Log:
     def __init__(self, run, total, columns=SFT_COLUMNS):
         self.run, self.total, self.columns = run, total, columns + COMMON_COLUMNS
         self.started, self.first = time.perf_counter(), run.step
-        self.file = self.bar = self.wandb = None
+        self.file, self.bar, self.trackers = None, None, []
         if run.rank == 0:
+            self.trackers = open_trackers(run)
             self.file = (run.folder / METRICS).open("a", encoding="utf-8")
-            self.bar = tqdm(total=total, initial=run.step, disable=None, leave=False, dynamic_ncols=True)
-            if run.cfg.report_to == "wandb" and importlib.util.find_spec("wandb"):
-                import wandb  # not one of our packages: used only where the user has it and asks for it
-
-                self.wandb = wandb.init(name=run.folder.name, dir=str(run.folder), config=as_dict(run.cfg))
+            self.bar = progress(total, initial=run.step, unit="step")
 
     def write(self, step, metrics):
         """One line of metrics.jsonl, there for any reader at once. Numbers that are not finite become null."""
@@ -142,8 +150,14 @@ class Log:
         except OSError as error:
             why = f"cannot be written ({error.strerror}); the last checkpoint is intact"
             raise UserError(f"{self.file.name}: {why}") from None
-        if self.wandb:
-            self.wandb.log({k: v for k, v in clean.items() if isinstance(v, (int, float))}, step=step)
+        numbers = {k: v for k, v in clean.items() if isinstance(v, (int, float))}
+        for tracker in self.trackers:
+            tracker.numbers(step, numbers)
+
+    def rollouts(self, step, rows):
+        """Rows of rollouts.jsonl as a table, with their clips, for whatever --report_to names."""
+        for tracker in self.trackers if rows else ():
+            tracker.rollouts(step, rows)
 
     def step(self, step, metrics, seconds, waited, tokens):
         """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""
@@ -165,11 +179,9 @@ class Log:
         return f"step {step:>6}/{self.total}  {'  '.join(shown)}  eta {int(left // 60):>3}:{int(left % 60):02d}"
 
     def close(self):
-        for thing in (self.bar, self.file):
+        for thing in (self.bar, self.file, *self.trackers):
             if thing is not None:
                 thing.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def memory_gib(device):
