@@ -45,11 +45,12 @@ from trainer import (
     save,
     schedule,
     start,
+    tell_data,
     total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
 from training.engine import gather, global_max, update
-from training.evaluation import answerable, evaluate, evaluate_controls, held_out_records, prompt_batches
+from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
 from training.groups import (
     Alarm,
     Rollout,
@@ -116,6 +117,7 @@ def main():
     total = total_steps(cfg, loader)
     run.notes += notes(run, loader, records, held_out)
     engine = start(run, model, total)
+    tell_data(run, processor, records, held_out)
     columns = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
     log = Log(run, total, COLUMNS_BEFORE + columns + COLUMNS_AFTER)
     alarm = Alarm(run.state.get("loop", {}).get("alarm"))
@@ -427,18 +429,15 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     greedy = evaluate(run, model, processor, held_out)
     sampled = evaluate(run, model, processor, held_out, run.cfg.temperature, run.cfg.seed)
     seconds, accuracy, count = time.perf_counter() - began, greedy.accuracy, greedy.count
-    told = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
-    told |= {"eval_seconds": seconds, "evaluation": greedy.summary()}
-    if run.step == log.total:
-        told["evaluation"]["controls"] = evaluate_controls(run, model, processor, held_out, greedy)
-    log.write(run.step, told)
-    if accuracy is None:
-        return False
-    better = run.step > 0 and (run.best is None or accuracy >= run.best["accuracy"])
+    better = count > 0 and run.step > 0 and (run.best is None or accuracy >= run.best["accuracy"])
     if better:
         run.best = {"step": run.step, "accuracy": accuracy}
-    text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
-    run.say(f"step {run.step:>6}  {text}{', the best so far' if better else ''}  ({seconds:.1f} s)")
+    if count and sampled.count:
+        text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
+        run.say(f"step {run.step:>6}  {text}{', the best so far' if better else ''}  ({seconds:.1f} s)")
+    told = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
+    told["evaluation"] = evaluation_facts(run, model, processor, held_out, greedy, log.total)
+    log.write(run.step, told | {"eval_seconds": seconds})
     return better
 
 

@@ -33,10 +33,11 @@ from trainer import (
     save,
     schedule,
     start,
+    tell_data,
     total_steps,
 )
 from training.engine import update
-from training.evaluation import answerable, evaluate, evaluate_controls, held_out_records
+from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records
 from training.groups import write_rows
 from training.runlog import Log
 
@@ -54,6 +55,7 @@ def main():
     total = total_steps(cfg, loader)
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine = start(run, model, total)
+    tell_data(run, processor, records, held_out)
     log = Log(run, total)
     batches = loader.iterate(run.step, total)
 
@@ -117,22 +119,19 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     """Log answer accuracy after this step; True if it is the best so far (of equals the latest)."""
     began = time.perf_counter()
     found = evaluate(run, model, processor, held_out)
-    told, accuracy = {"eval_accuracy": found.accuracy, "eval_count": found.count}, found.accuracy
-    told |= {"eval_seconds": time.perf_counter() - began, "evaluation": found.summary()}
-    if run.step == log.total:
-        told["evaluation"]["controls"] = evaluate_controls(run, model, processor, held_out, found)
-    log.write(run.step, told)
+    seconds, accuracy = time.perf_counter() - began, found.accuracy
+    better = accuracy is not None and (run.best is None or accuracy >= run.best["accuracy"])
+    if better:
+        run.best = {"step": run.step, "accuracy": accuracy}
+    if found.count:
+        mark = ", the best so far" if better else ""
+        text = f"answers right: {accuracy:.1%} of {found.count} held-out samples{mark}  ({seconds:.1f} s)"
+        run.say(f"step {run.step:>6}  {text}")
+    told = {"eval_accuracy": accuracy, "eval_count": found.count, "eval_seconds": seconds}
+    log.write(run.step, told | {"evaluation": evaluation_facts(run, model, processor, held_out, found, log.total)})
     if run.rank == 0:
         write_rows(run.folder, found.rows)
     log.rollouts(run.step, found.rows)
-    if accuracy is None:
-        return False
-    better = run.best is None or accuracy >= run.best["accuracy"]
-    if better:
-        run.best = {"step": run.step, "accuracy": accuracy}
-    mark = ", the best so far" if better else ""
-    text = f"answers right: {accuracy:.1%} of {found.count} held-out samples{mark}  ({told['eval_seconds']:.1f} s)"
-    run.say(f"step {run.step:>6}  {text}")
     return better
 
 

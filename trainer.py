@@ -24,13 +24,14 @@ import torch
 from safetensors import SafetensorError
 
 from config import as_dict, inert
+from dataset.sheet import sheet
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
 from model.captured import Captures
 from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
 from report import write_report
 from training import checkpoint
-from training.checkpoint import BEST, RUN, STATE, read_json, write_json
+from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
 from training.engine import (
     build_engine,
     global_max,
@@ -45,11 +46,12 @@ from training.engine import (
     updates_made,
     whole_state,
 )
-from training.runlog import METRICS, cut_after, describe, machine, say, versions
+from training.runlog import cut_after, describe, machine, say, versions
 from training.trackers import TRACKERS, check_installed
 
-LOCK, START = "run.lock", "start_adapter"
-OURS = (RUN, BEST, METRICS, "rollouts.jsonl", "report.html")  # what --overwrite removes, beside checkpoints and START
+LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
+# what --overwrite removes, beside checkpoints, START and TRACKERS
+OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
 BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
 SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
 
@@ -69,7 +71,6 @@ class Run:
     adapter: Path | None = None  # adapter that the run began with
     state: dict = field(default_factory=dict)  # its trainer_state.json
     step: int = 0  # steps done
-    logged: int = -1  # last step in metrics.jsonl when this process began; a killed run wrote more than it saved
     best: dict | None = None  # {"step", "accuracy"}
     bad: int = 0  # steps in a row without an update
     signal: int = 0  # SIGINT or SIGTERM, once it came
@@ -229,12 +230,18 @@ def prepare_folder(run):
             (run.folder / name).unlink(missing_ok=True)
         for name in TRACKERS:
             shutil.rmtree(run.folder / name, ignore_errors=True)
-    run.logged = cut_after(run.folder / METRICS, run.step)
-    cut_after(run.folder / "rollouts.jsonl", run.step)
+    for name in (METRICS, "rollouts.jsonl"):
+        cut_after(run.folder / name, run.step)
     if run.best:
         write_json(run.folder / BEST, run.best)
     facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}
     write_json(run.folder / RUN, {"script": run.script, "command": sys.argv, "config": as_dict(run.cfg), **facts})
+
+
+def tell_data(run, processor, records, held_out):
+    """Write data.json: what the run is trained and judged on, for the report. A fraction of a second."""
+    if run.rank == 0:
+        write_json(run.folder / DATA, sheet({"train": records, "held out": held_out}, processor))
 
 
 def keep_start_adapter(run):

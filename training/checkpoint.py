@@ -23,6 +23,7 @@ from pathlib import Path
 from model import UserError
 
 MANIFEST, STATE, BEST, RUN = "manifest.json", "trainer_state.json", "best.json", "run.json"
+METRICS = "metrics.jsonl"
 
 
 def sync(path):

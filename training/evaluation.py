@@ -1,6 +1,7 @@
 """Answer accuracy by free generation, during training: which held-out samples can be judged, how many are right, what
 is said instead, and how much of it is left when the frames are changed."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -93,13 +94,6 @@ class Found:
     answers: dict[int, tuple]  # number of the record -> (true words, words said, count of options)
     rows: list[dict]  # of rollouts.jsonl: some answers as they were given (rank 0)
 
-    def summary(self):
-        """For metrics.jsonl and the report."""
-        right = round((self.accuracy or 0) * self.count)
-        interval = wilson(right, self.count) if self.count else None
-        found = {"accuracy": self.accuracy, "interval": interval, "count": self.count, "chance": chance(self.answers)}
-        return found | {"confusion": confusion_of(self.answers)}
-
 
 def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="none"):
     """Free generation on records, read by rewards.py, shared over the ranks -> Found.
@@ -142,15 +136,24 @@ def shown(step, number, example, completion, text, is_right, spell):
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 
+def evaluation_facts(run, model, processor, records, found, total):
+    """What metrics.jsonl keeps of a Found, in the words that report.py reads; after step `total` with the controls."""
+    right = round((found.accuracy or 0) * found.count)
+    facts = {"accuracy": found.accuracy, "interval": wilson(right, found.count) if found.count else None}
+    facts |= {"count": found.count, "chance": chance(found.answers), "confusion": confusion_of(found.answers)}
+    if run.step == total and run.cfg.eval_controls:
+        facts["controls"] = evaluate_controls(run, model, processor, records, found)
+    return facts
+
+
 def evaluate_controls(run, model, processor, records, plain):
     """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the first eval_controls
     records. plain: the Found of the frames as they are. It costs as much as 3 x eval_controls samples of an evaluation;
     the clips are in the cache if it holds them."""
-    records, found = records[: run.cfg.eval_controls], {}
-    for control in CONTROLS[1:] if records else ():
-        changed = evaluate(run, model, processor, records, control=control)
-        found[control] = measure(changed.answers, plain.answers)
-    told = (f"{name} {facts['accuracy']:.1%}" for name, facts in found.items() if facts["count"])
-    if found:
-        run.say(f"step {run.step:>6}  frames changed, answers right: {', '.join(told)} of {len(records)}")
+    records, found, began = records[: run.cfg.eval_controls], {}, time.perf_counter()
+    for control in CONTROLS[1:]:
+        found[control] = measure(evaluate(run, model, processor, records, control=control).answers, plain.answers)
+    told = [f"{name} {facts['accuracy']:.1%}" for name, facts in found.items() if facts["count"]]
+    seconds = f"({time.perf_counter() - began:.1f} s)"
+    run.say(f"step {run.step:>6}  with changed frames: {', '.join(told)} of {len(records)} held-out samples  {seconds}")
     return found

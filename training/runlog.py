@@ -17,9 +17,8 @@ from tqdm import tqdm
 from config import changed
 from lora import part_of, sizes
 from model import UserError
-from training.trackers import open_trackers
-
-METRICS = "metrics.jsonl"
+from training.checkpoint import METRICS
+from training.trackers import numbers_of, open_trackers
 
 # name in metrics.jsonl, heading, format: the columns of a line
 SFT_COLUMNS = (
@@ -97,22 +96,17 @@ def trained_shares(model):
 
 
 def cut_after(path, step):
-    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again.
-
-    Returns the last step that was there, -1 if there was none.
-    """
-    kept, last = [], -1
+    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again."""
     if not path.exists():
-        return last
+        return
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
-        last = json.loads(line)["step"]
-        kept += [line] * (last <= step)
+        kept.append(line)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.rename(path)
-    return last
 
 
 # At every step
@@ -150,9 +144,8 @@ class Log:
         except OSError as error:
             why = f"cannot be written ({error.strerror}); the last checkpoint is intact"
             raise UserError(f"{self.file.name}: {why}") from None
-        numbers = {k: v for k, v in clean.items() if isinstance(v, (int, float))}
         for tracker in self.trackers:
-            tracker.numbers(step, numbers)
+            tracker.numbers(step, numbers_of(clean))
 
     def rollouts(self, step, rows):
         """Rows of rollouts.jsonl as a table, with their clips, for whatever --report_to names."""

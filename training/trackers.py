@@ -1,11 +1,12 @@
 """--report_to: metrics, rollouts and clips for TensorBoard and wandb, beside metrics.jsonl, which every run has.
 
 Both packages are the user's: they are imported only where a run asks for them. Names and steps are those of
-metrics.jsonl. A resumed run repeats the steps after its checkpoint; they are not shown twice: TensorBoard is told to
-drop what it had of them (purge_step), and what was sent to wandb before is not sent again.
+metrics.jsonl. A resumed run repeats the steps after its checkpoint; they are not shown twice: TensorBoard's
+files lose what they had of them, and wandb gets those points of metrics.jsonl that its run does not have yet.
 """
 
 import importlib.util
+import json
 import os
 import secrets
 import tempfile
@@ -15,7 +16,7 @@ from config import as_dict, split_list
 from model import UserError
 from reporting.frames import clip_folders, gif
 from reporting.rollouts import parts
-from training.checkpoint import RUN, read_json, write_json
+from training.checkpoint import METRICS, RUN, read_json, write_json
 
 TRACKERS = ("tensorboard", "wandb")  # also the folders in the run's folder
 WANDB_RUN = "run.json"  # in the folder wandb: the id, which a resumed run goes on under
@@ -34,6 +35,11 @@ def open_trackers(run):
     """The trackers that a run asks for; its folder holds run.json already."""
     makers = {"tensorboard": TensorBoard, "wandb": Wandb}
     return [makers[name](run) for name in TRACKERS if name in split_list(run.cfg.report_to)]
+
+
+def numbers_of(row):
+    """The numbers of a row of metrics.jsonl."""
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
 
 
 def rollout_table(rows):
@@ -78,10 +84,11 @@ class TensorBoard:
     def __init__(self, run):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, resumed = run, run.source is not None
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1 if resumed else None)
+        self.run, folder = run, run.folder / "tensorboard"
+        cut_events(folder, run.step)
+        self.writer = SummaryWriter(str(folder))
         facts = [("command", " ".join(read_json(run.folder / RUN)["command"])), *as_dict(run.cfg).items()]
-        self.writer.add_text("config", markdown(("option", "value"), facts), run.step + resumed)
+        self.writer.add_text("config", markdown(("option", "value"), facts), run.step)
 
     def numbers(self, step, numbers):
         for name, value in numbers.items():
@@ -105,6 +112,25 @@ class TensorBoard:
         self.writer.close()
 
 
+def cut_events(folder, step):
+    """Drop the events of later steps, and a config that is told again. (SummaryWriter's purge_step leaves it to the
+    reader, and TensorBoard's own, EventAccumulator, does not purge texts.)"""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def stays(event):
+        return event.step <= step and not any(value.tag.startswith("config") for value in event.summary.value)
+
+    for path in folder.glob("events.out.tfevents.*"):
+        kept = [raw for raw in RawEventFileLoader(str(path)).Load() if stays(Event.FromString(raw))]
+        with path.with_name(f".{path.name}.tmp").open("wb") as file:
+            writer = RecordWriter(file)
+            for raw in kept:
+                writer.write(raw)
+        Path(file.name).rename(path)
+
+
 def markdown(columns, lines):
     """A table as TensorBoard renders it; what the model or the data say is text and no markup."""
 
@@ -118,19 +144,23 @@ def markdown(columns, lines):
 
 
 class Wandb:
+    """A resumed run goes on under its id where wandb's server knows it; offline, where nobody does, it is a new run
+    with all points from the start."""
+
     def __init__(self, run):
         import wandb
 
         self.run, self.wandb = run, wandb
         known = run.folder / "wandb" / WANDB_RUN
-        resumed = run.source is not None and known.exists()
-        run_id = read_json(known)["id"] if resumed else secrets.token_hex(4)
-        self.sent = run.logged if resumed else -1
+        before = read_json(known)["id"] if run.source is not None and known.exists() else None
         facts = {name: value for name, value in read_json(run.folder / RUN).items() if name != "config"}
+        facts |= {"resumed_from": before} if before else {}
+        offline = wandb.setup().settings.mode == "offline"
+        run_id = before if before and not offline else secrets.token_hex(4)
         try:
             self.log = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "qwen2.5vl-r1"), name=run.folder.name, id=run_id,
-                resume="allow", dir=str(run.folder), config=as_dict(run.cfg) | {"run": facts},
+                resume=None if offline else "allow", dir=str(run.folder), config=as_dict(run.cfg) | {"run": facts},
             )  # fmt: skip
         except wandb.Error as error:
             told = str(error).strip().splitlines()[0]
@@ -140,6 +170,10 @@ class Wandb:
         self.log.define_metric("*", step_metric="step")
         known.parent.mkdir(exist_ok=True)
         write_json(known, {"id": run_id})
+        self.sent = self.log.summary.get("step", -1) if self.log.resumed else -1
+        for line in (run.folder / METRICS).read_text(encoding="utf-8").splitlines() if before else ():
+            row = json.loads(line)
+            self.numbers(row.pop("step"), numbers_of(row))
 
     def numbers(self, step, numbers):
         if step > self.sent:
@@ -149,13 +183,10 @@ class Wandb:
         if step <= self.sent:
             return
         columns, lines = rollout_table(rows)
-        table = self.wandb.Table(columns=["clip", *columns])
         with Clips(self.run) as clips:
             made = clips.of(rows)
-            for row, line in zip(rows, lines, strict=True):
-                path = made.get(str(row.get("id")))
-                table.add_data(path and self.wandb.Video(str(path), format="gif"), *line)
-            self.log.log({"step": step, "rollouts": table})
+            videos = [self.wandb.Video(str(path), caption=name, format="gif") for name, path in made.items()]
+            self.log.log({"step": step, "rollouts": self.wandb.Table(columns=columns, data=lines), "clips": videos})
 
     def close(self):
         self.log.finish()
