@@ -1,6 +1,7 @@
 """A run's folder -> one HTML page that needs nothing else: what ran, curves, evaluation, rollouts, data.
 
-    python report.py RUN [RUN ...] [--output FILE]     RUN/report.html; several runs are laid over each other
+    python report.py RUN                            RUN/report.html, as the trainers write it at every evaluation
+    python report.py RUN1 RUN2 … [--output FILE]    compare.html beside them: curves over each other, what differs
 
 Read from a run's folder, each only if it is there:
     run.json         {"script", "command", "config", "versions", "machine", ...}; further keys are shown as they are
@@ -13,7 +14,8 @@ Read from a run's folder, each only if it is there:
                      "question", "answer" (the right one), "completion", "reward", "rewards" {part: number},
                      "advantage", "finished", "tokens" (texts) with their "logprobs"
     best.json        {"step", "accuracy"} of the best checkpoint
-    metadata.json    of the dataset, beside the file that the config's data_path names; preview.png too
+    data.json        {split: counts, classes, question forms, and [least, median, most] of tokens, frames, seconds}
+    metadata.json    of the dataset, beside the file that the config's data_path names: how it was made
 
 Every text from a model, a file or a command line is escaped, and the page's policy lets nothing run or load but its own
 style and script, known by their hashes. No torch: a page must be quick to make, while training too.
@@ -23,6 +25,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 from html import escape
 from pathlib import Path
@@ -32,7 +35,7 @@ from model import UserError
 from reporting import charts
 from reporting.charts import columns, number
 from reporting.dataset import dataset
-from reporting.evaluation import evaluation
+from reporting.evaluation import class_accuracy, evaluation
 from reporting.frames import clip_folders
 from reporting.pieces import key_dot, section
 from reporting.reading import Run, read_run
@@ -58,7 +61,7 @@ def said(run: Run) -> str:
 
 def page(runs: list[Run]) -> str:
     """The whole document."""
-    named = [(run.name, columns(run.rows)) for run in runs]
+    named = [(run.name, columns(run.rows) | class_accuracy(run.rows)) for run in runs]
     best = runs[0].best.get("step") if len(runs) == 1 else None
     lead = "By optimizer step; pale is each step, bold the running mean. "
     lead += "Point at a curve, or tab to it and use the arrow keys, to read every chart at that step."
@@ -113,9 +116,17 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (--output_dir of a training)")
-    parser.add_argument("--output", type=Path, help="file to write; default: report.html in the first run's folder")
+    told = "file to write; default: report.html in the run's folder, compare.html beside several runs"
+    parser.add_argument("--output", type=Path, help=told)
     args = parser.parse_args(argv)
-    print(write_report(args.runs, args.output or args.runs[0] / "report.html"))
+    print(write_report(args.runs, args.output or default_output(args.runs)))
+
+
+def default_output(runs: list[Path]) -> Path:
+    """report.html in a run's folder; for several runs compare.html in the deepest folder that holds them all."""
+    if len(runs) == 1:
+        return runs[0] / "report.html"
+    return Path(os.path.commonpath([run.absolute().parent for run in runs])) / "compare.html"
 
 
 if __name__ == "__main__":

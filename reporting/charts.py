@@ -16,8 +16,9 @@ import numpy as np
 # Title, unit, pattern of the keys; the first group that fits takes a key, what fits none is charted under "other".
 # "%" groups are shares: drawn times 100, on an axis from 0 to 100 where they need it.
 GROUPS = [
-    ("Loss", "", r"loss$"),
-    ("Accuracy", "%", r"^(?!.*(reward|count|samples)).*(accuracy|correct|reversed|shuffled|blanked)"),
+    ("Loss", "", r"^(?!class/).*loss$"),
+    ("Accuracy", "%", r"^(?!class/|.*(reward|count|samples)).*(accuracy|correct|reversed|shuffled|blanked)"),
+    ("Accuracy of each class", "%", r"^class/"),
     ("Reward", "points", r"^(?!.*(std|spread|share|seconds|_s$)).*(reward|advantage)"),
     ("Reward spread", "standard deviation", r"^(?!.*(zero|share)).*(reward.*(std|spread)|std.*reward|group_std)"),
     ("Groups", "%", r"all_(right|wrong)|variance|zero_std|(^|/)groups?/"),
@@ -39,6 +40,7 @@ GROUPS = [
 ]
 OTHER = ("Other", "", "")
 LOGARITHMIC = {"Loss", "KL to the reference", "Gradient norm", "Sampler against trainer"}
+ALWAYS = {"Loss", "Accuracy", "Accuracy of each class", "Reward"}  # drawn even where nothing changes
 NOT_CHARTED = {"step", "epoch", "timestamp", "seed", "count", "eval_count", "confusion", "evaluation"}
 POINTS = 400  # a curve is thinned to this many; each then stands for a stretch, drawn with its lowest and highest
 SMOOTH = 24  # a noisy curve is drawn pale, with its running mean over 1/SMOOTH of its length on top
@@ -221,8 +223,8 @@ def curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: int) -> tuple[str, s
 
 
 def label(key: str) -> str:
-    """A key as a legend word: 'eval/accuracy' -> 'eval accuracy'."""
-    return key.replace("/", " ").replace("_", " ").strip()
+    """A key as a legend word: 'eval/accuracy' -> 'eval accuracy', 'class/Ascending' -> 'Ascending'."""
+    return key.removeprefix("class/").replace("/", " ").replace("_", " ").strip()
 
 
 def in_percent(unit: str, y: np.ndarray) -> np.ndarray:
@@ -264,9 +266,10 @@ def charts(runs: list[tuple[str, dict]], mark: float | None = None) -> str:
     figures, constant = [], []
     for group in [*GROUPS, OTHER]:
         mine = [key for key in keys if group_of(key) is group]
-        if group is OTHER:
-            constant = [key for key in mine if len({v for _, found in runs for v in found.get(key, ((), ()))[1]}) == 1]
-            mine = [key for key in mine if key not in constant]
+        same = [key for key in mine if len({v for _, found in runs for v in found.get(key, ((), ()))[1]}) == 1]
+        if group is OTHER or (mine == same and group[0] not in ALWAYS):
+            constant += same
+            mine = [key for key in mine if key not in same]
         if len(runs) > 1 or group is OTHER:
             figures += [one_key(runs, key, group, len(mine) > 1, span, mark) for key in mine]
             continue

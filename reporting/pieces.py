@@ -1,5 +1,5 @@
-"""Small pieces of HTML that several sections of the report are made of. What they are given as text they escape not:
-cells and bodies are ready HTML."""
+"""Small pieces of HTML that several sections of the report are made of. Cells and bodies are
+ready HTML: who makes them escapes what comes from a model, a file or a command line."""
 
 import json
 
@@ -37,3 +37,10 @@ def flat_text(value: dict, before: str = ""):
             yield from flat_text(inner, f"{before}{key}/")
         elif key != "config":
             yield before + key, inner
+
+
+def bar(share: float, whisker: list | None = None) -> str:
+    """A bar from 0 to 1, with the two ends of an interval over it."""
+    line = f'<path class="whisker" d="M{100 * whisker[0]:.1f} 4H{100 * whisker[1]:.1f}"/>' if whisker else ""
+    inner = f'<path class="track" d="M0 1h100v6H0z"/><path class="bar" d="M0 1h{100 * share:.1f}v6H0z"/>{line}'
+    return f'<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{inner}</svg>'

@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
     about, best, data = (read_object(folder / name, notes) for name in ("run.json", "best.json", "data.json"))
     rows = read_rows(folder / "metrics.jsonl", notes)
     found = rows + [read_object(path, notes) for path in sorted(folder.glob("eval*.json"))]
-    measured = [inner for row in found if (inner := evaluation_of(row))]
+    measured = [{"step": row.get("step"), **inner} for row in found if (inner := evaluation_of(row))]
     rollouts = read_rollouts(folder / "rollouts.jsonl")
     return Run(folder.resolve().name, folder, about, rows, best, data, rollouts, measured, notes)
 

@@ -154,7 +154,8 @@ def group_html(group: Group) -> str:
     rows = [said_html(row) for row in good_and_bad_first(group.rows)]
     rest = rows[OPEN:]
     folded = f"<details><summary>{len(rest)} more completions</summary>{''.join(rest)}</details>" if rest else ""
-    title = f"Step {short(group.step)} <small>mean reward {short(group.mean)} of {len(group.rows)} completions</small>"
+    told = f"mean reward {short(group.mean)} of {len(group.rows)} completions" if len(group.rows) > 1 else ""
+    title = f"Step {short(group.step)} <small>{told}</small>"
     return f"<div><h5>{title}</h5>{''.join(rows[:OPEN])}{folded}</div>"
 
 

@@ -27,7 +27,7 @@ def command(run: Run) -> str:
     """The command line, or one that does the same, from the script's name and what differs from the defaults."""
     told = run.about.get("command")
     if isinstance(told, list):
-        return shlex.join(map(str, told))
+        return shlex.join(["python", *map(str, told)])
     if isinstance(told, str):
         return told
     script = run.about.get("script")
