@@ -91,7 +91,8 @@ def head(run: Run) -> str:
 
 def setup(run: Run) -> str:
     """Versions, machine and whatever else run.json tells; then the whole config, changed options marked."""
-    facts = [(escape(key.replace("/", " ")), escape(plain(value))) for key, value in flat_text(run.about)]
+    told = {key: value for key, value in run.about.items() if key != "command"}  # at the top of the page
+    facts = [(escape(key.replace("/", " ")), escape(plain(value))) for key, value in flat_text(told)]
     usual, changed = defaults(run), {name for name, *_ in changes(run)}
     rows = []
     for name, value in run.config.items():

@@ -1,4 +1,4 @@
-"""The report in a real headless browser: no console errors, all of it visible, light and dark, phone, paper, hostility."""
+"""The report in a real headless browser: no console errors, all of it visible, light, dark, phone, paper, hostility."""
 
 import json
 import re

@@ -287,9 +287,39 @@ def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
 
 
 def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
-    folder = sft("run", max_steps=2, eval_data_path=base / "data/val.json", max_new_tokens=12, eval_steps=1)
+    options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
+    folder = sft("run", **options, eval_controls=3)
     assert [count for _, count in metrics(folder, "eval_accuracy", "eval_count")] == [4, 4]
     assert json.loads((folder / "best.json").read_text())["step"] in (1, 2)
+    (early,), (late,) = metrics(folder, "evaluation")
+    labels = sorted(record["meta"]["label"] for record in json.loads((base / "data/val.json").read_text()))
+    for found in (early, late):
+        assert sorted(label for label, said in found["confusion"].items() for _ in range(sum(said.values()))) == labels
+        assert found["chance"] == 0.25 and found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+    assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
+    assert {control["count"] for control in late["controls"].values()} == {3}
+    assert "controls" not in metrics(sft("without", **options, eval_controls=0), "evaluation")[1][0]
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
+    assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
+    assert "before and after" in (folder / "report.html").read_text()
+
+
+def test_the_sheet_of_the_data(sft, base):
+    folder = sft("run", max_steps=1, eval_data_path=base / "data/val.json", max_new_tokens=4)
+    found = json.loads((folder / "data.json").read_text())
+    train, held_out = found["train"], found["held out"]
+    assert (train["samples"], held_out["samples"]) == (20, 4) and not train["unreadable"]
+    labels = {"Ascending", "Falling Down", "Left to Right", "Right to Left"}
+    assert set(held_out["classes"]) == labels and sum(held_out["classes"].values()) == 4
+    assert train["classes"] | {label: 4 for label in labels} == train["classes"], "16 clips, and texts with other answers"
+    assert train["questions"][0] == ["In which direction is the ball moving? Options: [4 options]", 16]
+    assert ["Say #.", 4] in train["questions"]
+    assert held_out["frames"] == [4, 4, 4] and held_out["seconds"] == [0.4, 0.4, 0.4]  # 12 frames at 30 a second
+    assert held_out["sizes"] == {"56 x 56": 4} and held_out["source_sizes"] == {"64 x 64": 4}
+    assert held_out["vision_tokens"] == [8, 8, 8] and train["vision_tokens"][0] == 0  # 2 grid steps of 2 x 2
+    assert train["tokens"][0] < held_out["tokens"][0] and held_out["answer_tokens"][0] > 0
+    assert {example["class"] for example in held_out["examples"]} == labels
 
 
 def test_a_run_may_be_overwritten_that_holds_the_adapter_it_starts_from(sft):

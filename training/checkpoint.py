@@ -3,6 +3,8 @@
     output_dir/
         run.json            config, versions, machine        best.json     step and accuracy of the best checkpoint
         metrics.jsonl       one line a step                  run.lock      held while a process trains here
+        rollouts.jsonl      completions (SFT: some answers)  data.json     a sheet of the data, for report.html
+        tensorboard/, wandb/       what --report_to asks for
         start_adapter/      the adapter that the run began with, if it was given one
         checkpoint-N/       adapter_config.json + adapter_model.safetensors, or a whole model in Hugging Face form
             optimizer-*.safetensors    fp32 weights and AdamW moments, whole tensors under their names: any number of
