@@ -114,8 +114,16 @@ def several_heads(runs: list[Run]) -> str:
     for label in dict.fromkeys(label for found in tiles for label in found):
         pairs = (found.get(label, ("–", "")) for found in tiles)
         rows.append((escape(label), *(f"{escape(value)} <small>{escape(remark)}</small>" for value, remark in pairs)))
-    options = list(dict.fromkeys(name for run in runs for name in run.config))
-    values = ((name, [plain(run.config[name]) if name in run.config else "–" for run in runs]) for name in options)
-    differ = [(escape(name), *map(escape, found)) for name, found in values if len(set(found)) > 1]
     html = f"<header><h1>{len(runs)} runs</h1></header>{table(rows, ['', *names])}"
-    return html + (f"<h3>Options that differ</h3>{table(differ, ['', *names])}" if differ else "")
+    options = list(dict.fromkeys(name for run in runs for name in run.config))
+    shared = [name for name in options if all(name in run.config for run in runs)]
+    differ = [row for row in (option_row(name, runs) for name in shared) if len(set(row[1:])) > 1]
+    rest = [option_row(name, runs) for name in options if name not in shared]
+    html += f"<h3>Options that differ</h3>{table(differ, ['', *names])}" if differ else ""
+    told = f"{len(rest)} options that not all of them have"
+    return html + (f"<details><summary>{told}</summary>{table(rest, ['', *names])}</details>" if rest else "")
+
+
+def option_row(name: str, runs: list[Run]) -> tuple[str, ...]:
+    values = (plain(run.config[name]) if name in run.config else "–" for run in runs)
+    return escape(name), *map(escape, values)

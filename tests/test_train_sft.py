@@ -312,7 +312,7 @@ def test_the_sheet_of_the_data(sft, base):
     assert (train["samples"], held_out["samples"]) == (20, 4) and not train["unreadable"]
     labels = {"Ascending", "Falling Down", "Left to Right", "Right to Left"}
     assert set(held_out["classes"]) == labels and sum(held_out["classes"].values()) == 4
-    assert train["classes"] | {label: 4 for label in labels} == train["classes"], "16 clips, and texts with other answers"
+    assert train["classes"] | {label: 4 for label in labels} == train["classes"]  # the texts have others
     assert train["questions"][0] == ["In which direction is the ball moving? Options: [4 options]", 16]
     assert ["Say #.", 4] in train["questions"]
     assert held_out["frames"] == [4, 4, 4] and held_out["seconds"] == [0.4, 0.4, 0.4]  # 12 frames at 30 a second
