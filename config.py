@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from flags import as_dict, at_least, changed, cli, one_of, parse, positive, require, split_list, within
 
-__all__ = ["GRPO", "QUESTION", "SFT", "Generate", "Infer", "LoraArgs", "VideoArgs"]
+__all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "inert", "parse", "split_list"]
 
 # The dataset's question, as generate.py writes it and infer.py asks it.
@@ -402,6 +402,33 @@ class Infer(VideoArgs):
         require(self.video or self.data_path, "video", self.video, expected)
 
 
+@dataclass
+class Adapter:
+    """lora.py's commands."""
+
+    aliases: ClassVar = {"model_ckpt": "adapter"}
+
+    # -- What to do
+    command: str = field(default="", metadata={"positional": True})  # merge, check or convert
+    adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
+    model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
+    local_files_only: bool = False  # never ask the hub
+
+    # -- merge (a whole model, as transformers and vLLM load it) and convert (the adapter under the other key names)
+    output_dir: str | None = None  # folder to write; it must not hold anything yet
+    shard_gb: float = 5.0  # merge: GB a file at most, and about what is held in memory; 5 as on the hub
+    keys: str = ""  # convert: transformers5 (4.52 and later too) or transformers4; "" = those it does not have
+
+    def check(self):
+        one_of(self, "command", "merge", "check", "convert")
+        expected = f"an adapter's folder: python lora.py {self.command} output/video_lora"
+        require(self.adapter is not None, "adapter", self.adapter, expected)
+        writes = self.command != "check"
+        require(self.output_dir or not writes, "output_dir", self.output_dir, "a new folder to write")
+        positive(self, "shard_gb")
+        one_of(self, "keys", "", "transformers5", "transformers4")
+
+
 def _effects(cfg):
     """(flag, condition under which it has no effect, why) for everything this repo accepts."""
     is_set = lambda name: getattr(cfg, name, None) not in (None, 0, "", -1)
@@ -439,6 +466,10 @@ def _effects(cfg):
             yield name, cfg.num_iterations == 1, "one update a set of rollouts (num_iterations 1): every ratio is 1"
     if isinstance(cfg, Generate):
         yield from _generate_effects(cfg)
+    if isinstance(cfg, Adapter):
+        yield "output_dir", cfg.command == "check", "check writes nothing"
+        yield "shard_gb", cfg.command != "merge", "it is for merge"
+        yield "keys", cfg.command != "convert", "it is for convert"
     if isinstance(cfg, Infer):
         for name in ("top_p", "top_k"):
             yield name, cfg.temperature == 0, "temperature 0 takes the likeliest token"
@@ -471,7 +502,7 @@ def inert(cfg):
     model that another model is about to get."""
     told = [(name, why) for name, no_effect, why in _effects(cfg) if no_effect and name in cfg.given]
     lines = [f"--{name} has no effect: {why}" for name, why in told]
-    if hasattr(cfg, "model_id") and cfg.model_id != type(cfg)().model_id:
+    if isinstance(cfg, VideoArgs) and cfg.model_id != type(cfg)().model_id:
         if not {"nframes", "fps", "video_max_pixels", "video_resized_height"} & cfg.given:
             view = f"{cfg.nframes} frames of {cfg.video_max_pixels} pixels"
             lines.append(f"clips are read as for the embedded model, {view}: see --fps, --nframes, --video_max_pixels")

@@ -10,9 +10,21 @@
     save_adapter(model, folder, base)      adapter_config.json + adapter_model.safetensors, which PEFT loads
     load_adapter(model, folder)            our adapters or PEFT's, with the keys of transformers 4 or 5
 
+    python lora.py merge --model_id BASE --model_ckpt RUN --output_dir NEW      a whole model, for transformers or vLLM
+    python lora.py check ADAPTER                                                what it is, and who loads it
+    python lora.py convert ADAPTER --output_dir NEW                             to the keys of transformers 4, or back
+
 The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`.
 Adapters of DoRA, quantised bases and embeddings are not supported, and refused by name.
 """
+
+# ruff: noqa: E402
+from config import LoraArgs, cli
+
+if __name__ == "__main__":  # the commands import this file as a module, once the flags are right
+    from interop.commands import main
+
+    raise SystemExit(cli(main))
 
 import json
 import re
@@ -24,7 +36,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from config import LoraArgs
 from model import UserError
 from model.adapters import BlockAdapters, LoRALinear
 
@@ -34,7 +45,10 @@ FLAT = "adapters"  # the parameter of a block
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Options of PEFT's LoraConfig that change the formula above
 BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out")
-BEYOND_LORA += ("layer_replication",)
+BEYOND_LORA += ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+BEYOND_LORA += ("arrow_config", "kasa_config", "use_bdlora", "monteclora_config")
+# Starts that change the base's weights too: the adapter is meant for weights that lie nowhere
+NEW_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def lora_layers(model):
@@ -324,6 +338,10 @@ def read_adapter(folder):
         if config.get(name):
             found = f"{name} = {config[name]!r}"
             raise UserError(f"{folder / CONFIG}: found {found}, expected plain LoRA; merge it with PEFT first")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(NEW_BASE):
+        text = f"found init_lora_weights = {start!r}, which changes the base too, expected one for the base itself"
+        raise UserError(f"{folder / CONFIG}: {text}; have PEFT convert it (path_initial_model_for_weight_conversion)")
     return config, tensors
 
 
@@ -331,7 +349,7 @@ def read_adapter(folder):
 _LORA_KEY = re.compile(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight")
 
 
-def _split_keys(tensors, folder):
+def split_keys(tensors, folder):
     """PEFT's tensors -> ({layer: {lora_A: …, lora_B: …}}, {base parameter: tensor}) by our names."""
     layers, base = {}, {}
     for key, tensor in tensors.items():
@@ -377,6 +395,10 @@ def _check_fit(model, config, layers, base, folder):
             raise UserError(f"adapter {folder}: {text}; is --model_id its base model?")
     if not layers:
         raise UserError(f"adapter {folder}: found no lora_A and lora_B in {TENSORS}, expected one pair a layer")
+    apart = [word for word in config.get("modules_to_save") or [] if word in ("embed_tokens", "lm_head")]
+    if apart and model.config.tie_word_embeddings:
+        text = f"found modules_to_save {apart}, which parts embedding and head, expected them tied as in this model"
+        raise UserError(f"adapter {folder}: {text}; only PEFT can use it")
     shapes = [(name, base[name].shape, parameters[name].shape) for name in base]
     for name, pair in layers.items():
         linear, rank = linears[name], config["r"]
@@ -388,17 +410,14 @@ def _check_fit(model, config, layers, base, folder):
             raise UserError(f"adapter {folder}: {text}; is --model_id its base model?")
 
 
-@torch.no_grad()
-def load_adapter(model, folder, dtype=None):
-    """Put the adapter of folder into model and freeze the rest; returns its LoraArgs (its own rank and alpha).
+def fit_adapter(model, folder):
+    """The adapter of folder -> (its LoraArgs, {layer: {"lora_A", "lora_B"}} in module order, {base parameter: tensor}).
 
-    Reads our files and PEFT's, with keys of transformers 4 and 5. All is checked before anything changes; UserError
-    names tensors that are missing, surplus or misshapen. dtype of A and B: that of each weight unless given.
+    Reads our files and PEFT's, with keys of transformers 4 and 5. model is only looked at, and may lie on `meta`;
+    UserError names tensors that are missing, surplus or misshapen.
     """
-    if lora_layers(model):
-        raise UserError(f"adapter {folder}: the model carries an adapter already; load it into its base")
     config, tensors = read_adapter(folder)
-    layers, base = _split_keys(tensors, folder)
+    layers, base = split_keys(tensors, folder)
     _check_fit(model, config, layers, base, folder)
     names = [name for part in PARTS for name, _ in model.named_modules() if name in layers and part_of(name) == part]
     parts = {part_of(name) for name in names}
@@ -412,7 +431,19 @@ def load_adapter(model, folder, dtype=None):
         lora_bias=config.get("bias", "none"),
         use_rslora=config.get("use_rslora", False),
     )
-    _replace(model, names, args, dtype)
+    return args, {name: layers[name] for name in names}, base
+
+
+@torch.no_grad()
+def load_adapter(model, folder, dtype=None):
+    """Put the adapter of folder into model and freeze the rest; returns its LoraArgs (its own rank and alpha).
+
+    All is checked before anything changes. dtype of A and B: that of each weight unless given.
+    """
+    if lora_layers(model):
+        raise UserError(f"adapter {folder}: the model carries an adapter already; load it into its base")
+    args, layers, base = fit_adapter(model, folder)
+    _replace(model, list(layers), args, dtype)
     for name, pair in layers.items():
         layer = model.get_submodule(name)
         layer.lora_A.copy_(pair["lora_A"])

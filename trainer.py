@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from config import as_dict, inert
 from dataset.sheet import sheet
+from interop.merged import copy_small_files
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
 from model.captured import Captures
@@ -359,14 +360,6 @@ def fill(run, engine, step, loop, state, folder):
         "config": as_dict(cfg),
     }
     (folder / STATE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_small_files(base, folder):
-    """Tokenizer and preprocessing beside a whole model's weights, so that its folder can be loaded by itself."""
-    for path in base.iterdir():
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
 
 
 # The end

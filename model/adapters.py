@@ -19,6 +19,16 @@ from torch import nn
 from model.linear import aligned, project
 
 
+def scale_of(args):
+    """s of LoraArgs."""
+    return args.lora_alpha / (math.sqrt(args.lora_rank) if args.use_rslora else args.lora_rank)
+
+
+def shifted(weight, A, B, scale):
+    """weight + scale · B A, summed in fp32 -> (out, in) fp32."""
+    return weight.float() + (B.float() @ A.float()) * scale
+
+
 class Unpack(torch.autograd.Function):
     """The flat parameter -> every A and B of the block; their gradients -> its one gradient."""
 
@@ -101,7 +111,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.rank = args.lora_rank
-        self.scaling = args.lora_alpha / (math.sqrt(args.lora_rank) if args.use_rslora else args.lora_rank)
+        self.scaling = scale_of(args)
         self.dropout = args.lora_dropout
         self.enabled, self.merged = True, False
 
@@ -121,6 +131,5 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def shift_weight(self, sign):
-        """weight += sign · s · B A, summed in fp32."""
-        delta = (self.lora_B.float() @ self.lora_A.float()) * (sign * self.scaling)
-        self.weight.copy_(self.weight.float() + delta)
+        """weight += sign · s · B A."""
+        self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, sign * self.scaling))

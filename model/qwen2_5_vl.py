@@ -243,23 +243,7 @@ class Qwen2_5_VL(nn.Module):
         """Write config.json and safetensors shards under hub names; transformers and from_pretrained load them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shards, size = [{}], 0
-        for name, tensor in self.state_dict().items():
-            tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
-            if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-                shards.append({})
-                size = 0
-            shards[-1][name], size = tensor, size + tensor.nbytes
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        if len(shards) == 1:
-            save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        else:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            for name, shard in zip(names, shards):
-                save_file(shard, folder / name, metadata={"format": "pt"})
-            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_shards(((name, t.to("cpu", dtype or t.dtype)) for name, t in self.state_dict().items()), folder)
         (folder / "config.json").write_text(json.dumps(self.config.raw, indent=2) + "\n")
 
 
@@ -285,6 +269,36 @@ def shard_files(folder: Path) -> list[Path]:
     if not (folder / "model.safetensors").exists():
         raise UserError(f"{folder}: no model.safetensors and no index; expected a checkpoint in safetensors")
     return [folder / "model.safetensors"]
+
+
+def write_shards(tensors, folder: Path, limit: int | None = None) -> list[str]:
+    """(name, CPU tensor) one after the other -> model.safetensors, or several files and their index; their names.
+
+    limit: bytes a file at most, if a tensor alone is not larger; no more than one file's tensors are held in memory.
+    """
+    limit, shard, shards, size = limit or SHARD_BYTES, {}, [], 0
+
+    def flush():
+        save_file(shard, folder / f".model-{len(shards)}.tmp", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        shard[name], size = tensor.contiguous(), size + tensor.nbytes
+    flush()
+    count = len(shards)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = files if count > 1 else ["model.safetensors"]
+    for i, file in enumerate(files):
+        (folder / f".model-{i}.tmp").rename(folder / file)
+    if count > 1:
+        weight_map = {name: file for file, sizes in zip(files, shards) for name in sizes}
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in shards)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return files
 
 
 def check_tensors(folder, expected: dict, found: dict, surplus: list[str]) -> None:
