@@ -255,7 +255,7 @@ def checked(capsys, folder, *flags):
 
 def test_check_tells_what_an_adapter_is(adapter, capsys):
     out = checked(capsys, adapter)
-    facts = ["rank      4, alpha 8", "26 layers: llm 14, merger 2, vision 10", "q_proj x 2", "19,200 numbers", "float32"]
+    facts = ["rank      4, alpha 8", "llm 14, merger 2, vision 10", "q_proj x 2", "19,200 numbers", "float32"]
     count = sum(t.numel() for t in load_file(adapter / lora.TENSORS).values())
     assert count == 19_200
     for fact in [str(adapter), str(TINY), *facts, "keys      transformers5", "every tensor has its place"]:
