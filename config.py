@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from flags import as_dict, at_least, changed, cli, one_of, parse, positive, require, split_list, within
+from flags import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "inert", "parse", "split_list"]
@@ -74,8 +74,7 @@ class Generate:
         one_of(self, "style", "varied", "plain")
         one_of(self, "task", "direction", "base")
         one_of(self, "cot_source", "auto", "trajectory", "openai")
-        unknown = [name for name in split_list(self.augment) if name not in ("blur", "crop")]
-        require(not unknown, "augment", self.augment, "names out of blur, crop, separated by commas")
+        names_of(self, "augment", "blur", "crop")
 
 
 @dataclass
@@ -393,9 +392,7 @@ class Infer(VideoArgs):
         positive(self, "top_p", "repetition_penalty")
         within(self, 0, 1, "top_p")
         require(not (self.question and self.prompt), "prompt", self.prompt, "to stand alone: --question says the same")
-        controls = [] if self.controls is None else split_list(self.controls)
-        unknown = [name for name in controls if name not in ("none", "reversed", "shuffled", "blank")]
-        require(not unknown, "controls", self.controls, "none, or names out of reversed, shuffled, blank")
+        names_of(self, "controls", "none", "reversed", "shuffled", "blank")
         alone = not (self.video and self.data_path)
         require(alone, "data_path", self.data_path, "to stand alone: one clip or a dataset")
         expected = "a file: python infer.py video.mp4, or --data_path val.json"

@@ -9,11 +9,18 @@ SFT, rollouts, evaluation and inference all come through here. Frames and sizes 
 L tokens of a sample, T of a batch, F frames, P patches, N clips.
 """
 
+# ruff: noqa: E402
+import sys
+
+from config import Infer, cli, parse
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
+    cli(lambda: parse(Infer))
+
 import logging
 import math
 import os
 import re
-import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -28,12 +35,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import Infer, cli, parse
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
 from dataset.reader import check_file, inline
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
-from model import UserError
+from model import UserError, nearest_path
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, resolve_folder
 from model.rope import mrope_position_ids
@@ -278,6 +284,9 @@ class Processor:
 def media_folders(args) -> list[str]:
     """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder."""
     if args.image_folder:
+        if not Path(args.image_folder).is_dir():
+            hint = nearest_path(args.image_folder)
+            raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         return [args.image_folder, ""]
     paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
     parents = list(dict.fromkeys(Path(path).parent for path in paths if path))

@@ -4,7 +4,6 @@ config.py holds the options themselves. Standard library only: --help must not w
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import types
 import typing
 from pathlib import Path
 
-from model import UserError
+from model import UserError, nearest, nearest_path
 
 # -- Checks of values, for the dataclasses' check()
 
@@ -43,7 +42,15 @@ def positive(cfg, *names):
 
 
 def one_of(cfg, name, *choices):
-    require(getattr(cfg, name) in choices, name, getattr(cfg, name), "one of " + ", ".join(choices))
+    value = getattr(cfg, name)
+    require(value in choices, name, value, "one of " + ", ".join(filter(None, choices)) + nearest(value, choices))
+
+
+def names_of(cfg, name, *choices):
+    """A list of names, separated by commas; none or "" is the empty one."""
+    wrong = [word for word in split_list(getattr(cfg, name) or "") if word not in choices]
+    expected = "none, or names out of " + ", ".join(choices) + (nearest(wrong[0], choices) if wrong else "")
+    require(not wrong, name, getattr(cfg, name), expected)
 
 
 # -- Values
@@ -99,9 +106,8 @@ def _known(cls, name, origin):
     plain = getattr(cls, "aliases", {}).get(plain, plain)
     if plain in _kinds(cls):
         return plain
-    close = difflib.get_close_matches(plain, list(_kinds(cls)) + list(getattr(cls, "aliases", {})), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "--help lists them"
-    raise UserError(f"{origin}{name}: no such option of {cls.__name__}; {hint}")
+    hint = nearest(plain, [*_kinds(cls), *getattr(cls, "aliases", {})]) or "; --help lists them"
+    raise UserError(f"{origin}{name}: no such option of {cls.__name__}{hint}")
 
 
 def read_config_file(cls, path):
@@ -112,7 +118,8 @@ def read_config_file(cls, path):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--config: found no file {str(path)!r}, expected a .py file of assignments")
+        found = f"found no file {str(path)!r}, expected a .py file of assignments"
+        raise UserError(f"--config: {found}{nearest_path(path)}")
     if path.resolve() == _source(cls).resolve():
         return {}
     try:
@@ -255,7 +262,9 @@ def _documented(cls):
 def help_text(cls):
     """Grouped options with types, defaults, units and reasons."""
     default, kinds = cls(), _kinds(cls)
-    lines = [f"{cls.__name__}: --config FILE.py (again for more), then --name value or --name=value", ""]
+    free = "".join(f"[{f.name.upper()}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
+    usage = f"usage: python {Path(sys.argv[0]).name} {free}[--config FILE.py] [--name value or --name=value]"
+    lines = [usage, "       config files in their order, then flags; each line: type, default, what it is", ""]
     for heading, names in _documented(cls):
         lines.append(f"{heading}:")
         for name, comment in names:

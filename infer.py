@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
 from dataset.records import IMAGE_SUFFIXES, read_records
-from model import UserError
+from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
 from training.checkpoint import STATE, find_adapter, read_json
 from training.measures import chance, confusion_of, in_words, measure
@@ -138,7 +138,7 @@ def clip_record(cfg):
             print(f"note: {path} has {len(images)} frames, all are taken: nframes {cfg.nframes} was not asked for")
             cfg.nframes = None
     elif not path.exists() and not cfg.image_folder:
-        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames")
+        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames{nearest_path(path)}")
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() else "video"
     text = cfg.text if f"<{kind}>" in cfg.text else f"<{kind}>\n{cfg.text}"
     return {kind: found, "conversations": [{"from": "human", "value": text}]}

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import UserError
+from model import UserError, nearest
 from model.adapters import BlockAdapters, LoRALinear
 
 # Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
@@ -89,7 +89,8 @@ def targets(model, args):
     for word in args.lora_namespan_exclude:
         # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
-            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name; names are like {names[0]}")
+            hint = nearest(word, {piece for name in modules for piece in name.split(".")})
+            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {names[0]}{hint}")
     names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
     if not names:
         raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")

@@ -97,4 +97,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:  # --help, say: it takes nothing, and begins by removing output/quickstart
+        print(__doc__)
+    else:
+        main()

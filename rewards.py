@@ -23,7 +23,7 @@ from numbers import Real
 from pathlib import Path
 
 from dataset.forms import read_form
-from model import UserError
+from model import UserError, nearest_path
 
 
 @dataclass
@@ -355,7 +355,7 @@ def _find(name: str) -> tuple[str, Callable]:
         return name, _lookup(name, SHIPPED, "the shipped rewards or my_rewards.py:name")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"--rewards {name}: no file {file}")
+        raise UserError(f"--rewards {name}: no file {file}{nearest_path(file)}")
     functions = {key: value for key, value in vars(_import_file(file)).items() if callable(value)}
     return function, _lookup(function, functions, str(file))
 

@@ -1,11 +1,14 @@
-"""train_grpo.py for Qwen2.5-VL-3B on one 24 GB card: goes on with an SFT adapter of rank 64, groups of 8.
+"""train_grpo.py for Qwen2.5-VL-3B on one 24 GB card: goes on with an SFT adapter of rank 64, eight prompts x eight.
 
-    weights, adapters and their optimizer, as in configs/qwen_3b_sft_24gb.py                  9.8 GiB
-    the sampler's fused bf16 copy of the language model, while it samples                     5.2 GiB
-    its caches: 36 layers x 2 x 2 x 128 x 2 B a token, the prompt once a group                0.1 GiB
-    the update: one input a block kept, one block redone                                      2-4 GiB, not at that time
+    weights             3,754,622,976 x 2 B                             7.0 GiB
+    adapters            165,453,824 x 18 B                              2.8 GiB
+    sampler             its fused bf16 copy of the 36 layers            5.2 GiB
+    its caches          36,864 B a token: 8 prompts of 1,162, once a
+                        group, and 64 completions of 256                0.9 GiB
+    together                                                           15.9 GiB
 
-Measured with one prompt x 8 completions of 256 tokens after a 16-frame clip (252x420): 15.0 GiB peak, on an H100.
+The update keeps one input a block and redoes one, some 3 GiB, when the sampler's copy is gone. Measured with random
+weights and 16-frame clips of 252x420 on an H100: 16.8 GiB peak with eight prompts x 8 x 256, 15.0 with one prompt.
 """
 
 model_id = "Qwen/Qwen2.5-VL-3B-Instruct"

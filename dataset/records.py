@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dataset.forms import FORMS, Message, first_of, read_form
-from model import UserError
+from model import UserError, nearest_path
 
 log = logging.getLogger("data")
 
@@ -65,7 +65,7 @@ def read_records(path: str | Path) -> Sequence[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset")
+        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset{nearest_path(path)}")
     records = JsonLines(path) if path.suffix == ".jsonl" else read_json(path)
     if not len(records):
         raise UserError(f"{path}: holds no records; expected at least one")

@@ -20,3 +20,23 @@ This file imports nothing, so that `--help` and the error type cost no torch imp
 
 class UserError(ValueError):
     """A user's mistake, told in one line: what, found, expected, what to do. Scripts print it and exit with code 2."""
+
+
+def nearest(word, choices) -> str:
+    """"; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def nearest_path(path) -> str:
+    """The same for a file or folder that is not there: at the first part of the path that leads nowhere."""
+    from itertools import islice
+    from pathlib import Path
+
+    path = Path(path)
+    wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
+    there = islice(wrong.parent.iterdir(), 10_000) if wrong.parent.is_dir() else []
+    found = nearest(wrong.name, [p.name for p in there if not p.name.startswith(".")])
+    return found.replace("mean ", f"mean {wrong.parent}/", 1) if found and str(wrong.parent) != "." else found

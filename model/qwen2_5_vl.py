@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import UserError
+from model import UserError, nearest_path
 from model.attention import Segments
 from model.language import LanguageModel
 from model.rope import mrope_tables
@@ -322,7 +322,8 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path
     if embedded.is_dir():  # assets/tiny, from whichever folder the script was started in
         return embedded
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder, and not a hub id; expected a checkpoint's folder or 'owner/name'")
+        expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
+        raise UserError(f"{name}: no such folder, and not a hub id; {expected}")
     from huggingface_hub import snapshot_download  # slow to import, needed only here
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -331,4 +332,5 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{name}: not a local folder, and the hub gave nothing ({reason}); download it first") from None
+        told = f"not a local folder, and the hub gave nothing ({reason}); download it first{nearest_path(name)}"
+        raise UserError(f"{name}: {told}") from None

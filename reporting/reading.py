@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import UserError
+from model import UserError, nearest_path
 from reporting.rollouts import Rollouts, read_rollouts
 
 
@@ -70,7 +70,8 @@ def read_rows(path: Path, notes: list[str]) -> list[dict]:
 def read_run(folder: Path) -> Run:
     """UserError if there is no such folder; whatever is missing inside is missing on the page."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a run's folder, the --output_dir of a training")
+        expected = f"expected a run's folder, the --output_dir of a training{nearest_path(folder)}"
+        raise UserError(f"{folder}: no such folder; {expected}")
     notes = []
     about, best, data = (read_object(folder / name, notes) for name in ("run.json", "best.json", "data.json"))
     rows = read_rows(folder / "metrics.jsonl", notes)

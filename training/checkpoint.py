@@ -22,7 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from model import UserError
+from model import UserError, nearest_path
 
 MANIFEST, STATE, BEST, RUN = "manifest.json", "trainer_state.json", "best.json", "run.json"
 METRICS = "metrics.jsonl"
@@ -180,4 +180,5 @@ def find_adapter(path, output="output", besides=None, script=None):
     if path.exists():
         raise UserError(f"{path}: no adapter_config.json and no checkpoint-N in it, expected an adapter or a run")
     there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
-    raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run ({path.parent} holds {there})")
+    there = f"({path.parent} holds {there}){nearest_path(path)}"
+    raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run {there}")
