@@ -113,6 +113,9 @@ class Processor:
         special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)
+        if args.image_folder and not Path(args.image_folder).is_dir():
+            hint = nearest_path(args.image_folder)
+            raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         self.folders = media_folders(args)
         self.cache = ClipCache(args.cache_mb * 2**20)
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
@@ -284,9 +287,6 @@ class Processor:
 def media_folders(args) -> list[str]:
     """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder."""
     if args.image_folder:
-        if not Path(args.image_folder).is_dir():
-            hint = nearest_path(args.image_folder)
-            raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         return [args.image_folder, ""]
     paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
     parents = list(dict.fromkeys(Path(path).parent for path in paths if path))

@@ -8,7 +8,7 @@ import pytest
 
 import lora
 from config import GRPO, SFT, Adapter, Generate, Infer, LoraArgs, parse
-from data import media_folders
+from data import Processor, load_tokenizer
 from dataset.records import read_records
 from infer import clip_record
 from interop.merged import meta_model
@@ -19,7 +19,12 @@ from rewards import load_rewards
 from training.checkpoint import find_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "assets" / "tiny"
 SCRIPTS = "generate train_sft train_grpo infer data lora report quickstart"
+
+
+def processor(cfg):
+    return Processor(load_tokenizer(TINY), meta_model(TINY).config, cfg)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def here(tmp_path, monkeypatch):
         (lambda: read_records("data/trian.json"), "did you mean data/train.json?"),
         (lambda: clip_record(parse(Infer, ["data/videos/bal.mp4"])), "did you mean data/videos/ball.mp4?"),
         (lambda: read_run(Path("output/video_lor")), "did you mean output/video_lora?"),
-        (lambda: media_folders(parse(SFT, ["--image_folder", "data/video"])), "did you mean data/videos?"),
+        (lambda: processor(parse(SFT, ["--image_folder", "data/video"])), "did you mean data/videos?"),
     ],
 )
 def test_the_nearest_valid_thing_is_told(here, monkeypatch, attempt, hint):
@@ -66,7 +71,7 @@ def test_the_nearest_valid_thing_is_told(here, monkeypatch, attempt, hint):
 
 
 def test_a_part_of_the_model_that_is_misspelt():
-    model = meta_model(ROOT / "assets" / "tiny")
+    model = meta_model(TINY)
     with pytest.raises(UserError, match=r"'visaul'.*did you mean visual\?"):
         lora.targets(model, LoraArgs(lora_namespan_exclude=["visaul"]))
 
