@@ -99,8 +99,9 @@ def check(cfg, adapter):
     print(f"rank      {config['r']}, alpha {config['lora_alpha']:g}{rs}, dropout {config.get('lora_dropout', 0.0):g}")
     print(f"targets   {len(layers)} layers: " + ", ".join(f"{part} {n}" for part, n in sorted(parts.items())))
     print("          " + ", ".join(f"{leaf} x {n}" for leaf, n in sorted(leaves.items())))
-    print(f"sizes     {count:,} numbers in adapters, {sum(t.numel() for t in own.values()):,} in {len(own)} tensors of")
-    print(f"          the base that were trained too; {', '.join(kinds)}")
+    print(f"sizes     {count:,} numbers in adapters, {', '.join(kinds)}")
+    if own:
+        print(f"          {sum(t.numel() for t in own.values()):,} in {len(own)} tensors of the base, trained too")
     print(f"non-zero  {non_zero(layers)}")
     print(f"keys      {' and '.join(styles(tensors)) or 'of no known style'}")
     for reader, verdict in told.items():

@@ -64,10 +64,12 @@ def verdicts(config, tensors, folder):
 def renamed(config, tensors, style, folder):
     """The same adapter under the other key names -> (adapter_config, tensors).
 
-    target_modules becomes the full names of exactly its layers: a pattern for one tree may find nothing in the other.
+    target_modules becomes the names of exactly its layers: a pattern for one tree may find nothing in the other. For
+    NEW full names, which transformers 4.51 refuses aloud; for OLD from `layers` or `blocks` on, as they end in both
+    trees, since PEFT on 4.52 to 4.57 reads such keys too.
     """
     layers, _ = split_keys(tensors, folder)
-    names = [hf_name(name, style == OLD) for name in layers]
+    names = [hf_name(name) if style == NEW else re.sub(r"^(model|visual)\.", "", name) for name in layers]
     rest = {"target_modules": names, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return config | rest, {renamed_key(key, style): tensor for key, tensor in tensors.items()}
 

@@ -338,6 +338,7 @@ def test_convert_there_and_back(adapter, tmp_path, capsys):
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in old
     assert "base_model.model.visual.blocks.0.attn.qkv.lora_B.weight" in old
     out = checked(capsys, tmp_path / "old")
+    assert "on transformers 4.51: loads it\n" in out and "on transformers 4.52 to 4.57: loads it\n" in out
     assert "on transformers 5: loads it as untrained" in out and "python lora.py convert" in out
     main(["convert", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")])
     first, again = tensors_of(adapter), tensors_of(tmp_path / "new")
