@@ -22,11 +22,11 @@ class UserError(ValueError):
     """A user's mistake, told in one line: what, found, expected, what to do. Scripts print it and exit with code 2."""
 
 
-def nearest(word, choices) -> str:
+def nearest(word, choices, cutoff=0.5) -> str:
     """"; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
     from difflib import get_close_matches
 
-    close = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    close = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -36,7 +36,10 @@ def nearest_path(path) -> str:
     from pathlib import Path
 
     path = Path(path)
-    wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
-    there = islice(wrong.parent.iterdir(), 10_000) if wrong.parent.is_dir() else []
-    found = nearest(wrong.name, [p.name for p in there if not p.name.startswith(".")])
+    try:
+        wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
+        there = list(islice(wrong.parent.iterdir(), 10_000)) if wrong.parent.is_dir() else []
+    except (OSError, ValueError):  # not to be read, or no name at all: then there is no hint
+        return ""
+    found = nearest(wrong.name, [p.name for p in there if not p.name.startswith(".")], cutoff=0.75)
     return found.replace("mean ", f"mean {wrong.parent}/", 1) if found and str(wrong.parent) != "." else found

@@ -79,6 +79,9 @@ def test_a_part_of_the_model_that_is_misspelt():
 def test_nothing_is_guessed_where_nothing_is_near(here):
     assert nearest("zzz", ["merge", "check"]) == "" and nearest_path("zzz/zzz") == ""
     (here / ".hidden").mkdir()
+    (here / "dataset").mkdir()
+    assert nearest_path("x" * 5000) == "" == nearest_path("a\0b")
+    assert nearest_path("dat/x.json") == "; did you mean data?"
     assert nearest_path(".hiddem") == ""
 
 
