@@ -316,6 +316,21 @@ def generate(cfg: Generate) -> dict:
     check_options(cfg)
     jobs = plan(cfg)
     out, work = open_folder(cfg)
+    try:
+        metadata, told = fill_folder(cfg, jobs, out, work)
+    except OSError as error:  # PyAV's errors of that kind too
+        if error.errno is None:  # those of requests are no disk's
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        told = f"--output_dir {out}: cannot be written ({error.strerror}); nothing is left there but {CACHE}, if any"
+        raise UserError(f"{told}; make room or choose another folder, then run the same command again") from None
+    move_into_place(work, out)
+    print(f"{out}: {told}; see {out / 'preview.png'}")
+    return metadata
+
+
+def fill_folder(cfg: Generate, jobs: list[Job], out: Path, work: Path) -> tuple[dict, str]:
+    """Draws, words and writes everything in `work`; returns what metadata.json holds, and what there is to tell."""
     began = time.monotonic()
     made = make_all(cfg, jobs, work / "videos")
     seconds = time.monotonic() - began
@@ -349,12 +364,8 @@ def generate(cfg: Generate) -> dict:
     counts = {part: dict(sorted(found.items())) for part, found in counts.items()}
     metadata = {"options": as_dict(cfg), "fps": FPS, "counts": counts, "cot": report}
     write_json(work / "metadata.json", metadata)
-    move_into_place(work, out)
-    print(
-        f"{out}: {len(parts['train'])} train, {len(parts['val'])} val; "
-        f"drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute; see {out / 'preview.png'}"
-    )
-    return metadata
+    told = f"{len(parts['train'])} train, {len(parts['val'])} val"
+    return metadata, f"{told}; drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute"
 
 
 def main():

@@ -25,9 +25,11 @@ from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
     build_model,
+    check_left_out,
     check_numbers,
     finish,
     is_due,
+    keep_count,
     launch,
     report,
     save,
@@ -37,6 +39,7 @@ from trainer import (
 )
 from training.engine import update
 from training.evaluation import answerable, evaluate, held_out_records
+from training.memory import told_when_full
 from training.runlog import Log
 
 
@@ -50,6 +53,7 @@ def main():
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
     processor = Processor(tokenizer, model.config, cfg)
     loader = Loader(records, processor, cfg, rank=run.rank, world_size=run.world)
+    keep_count(run, loader)
     total = total_steps(cfg, loader)
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine = start(run, model, total)
@@ -64,13 +68,15 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         run.seed_step(step)
         lr = schedule(engine, cfg, step - 1, total)
-        answers, tokens, skipped = run.sum(*count(micro_batches), loader.left_out)
+        answers, tokens, skipped, broken = run.sum(*count(micro_batches), loader.left_out, loader.broken)
+        check_left_out(run, broken)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of -log p, and of tokens guessed right
         loss = accuracy = grad_norm = None
         updated = False
         if answers:
             loss_of = partial(micro_loss, engine, answers, sums)
-            grad_norm, updated = update(engine, micro_batches, loss_of)
+            with told_when_full(run, f"training step {step}", micro_batches):
+                grad_norm, updated = update(engine, micro_batches, loss_of)
             loss, accuracy = (x / answers for x in run.sum(*sums.tolist()))
         check_numbers(run, step, loss, grad_norm, updated)
 

@@ -1,15 +1,17 @@
 """Answer accuracy by free generation, during training: which held-out samples can be judged, and how many are right."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from data import pack
+from dataset.batch import Vanished
 from dataset.records import read_records, record_name
 from model import UserError
-from model.decode import Sampling, generate
+from model.decode import Sampling
 from rewards import is_correct, sample_from_record
+from training.memory import sample
 
 EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
 
@@ -64,6 +66,8 @@ def prompts(run, processor, records):
     def encode(record):
         try:
             return processor.encode(record, answer=False)
+        except Vanished:
+            raise
         except UserError as error:
             return error
 
@@ -85,13 +89,18 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0):
     sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
     generator = torch.Generator(run.device).manual_seed(seed + run.rank)
     model.eval()
-    right = count = 0
+    right = count = lost = 0
     for batch in prompt_batches(prompts(run, processor, records[run.rank :: run.world]), EVAL_TOKENS):
-        answers = generate(model, pack(batch).to(run.device), sampling, generator=generator)
+        answers = sample(run, model, batch, sampling, 1, "evaluating", generator)
         for example, (completion,) in zip(batch, answers, strict=True):
             text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-            right += is_correct(text, sample_from_record(example.record))
+            sound = all(map(math.isfinite, completion.logprobs))
+            right += sound and is_correct(text, sample_from_record(example.record))
+            lost += not sound
             count += 1
     model.train()
-    right, count = run.sum(right, count)
+    right, count, lost = run.sum(right, count, lost)
+    if lost:
+        told = f"evaluation: {int(lost)} of {int(count)} answers come from logits that are not finite"
+        run.say(f"{told}: counted as wrong")
     return {"accuracy": right / count if count else None, "count": int(count)}

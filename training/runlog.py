@@ -113,6 +113,23 @@ def cut_after(path, step):
 # At every step
 
 
+def append(path, rows):
+    """Add a line for each object to a .jsonl: all of them, or none and UserError."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, written = file.tell(), 0
+            try:
+                while written < len(text):
+                    written += file.write(text[written:])
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); the last checkpoint is intact: make room, then --resume"
+        raise UserError(f"{path}: {why}") from None
+
+
 class Log:
     """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, wandb if asked for.
 
@@ -124,7 +141,7 @@ class Log:
         self.started, self.first = time.perf_counter(), run.step
         self.file = self.bar = self.wandb = None
         if run.rank == 0:
-            self.file = (run.folder / METRICS).open("a", encoding="utf-8")
+            self.file = run.folder / METRICS
             self.bar = tqdm(total=total, initial=run.step, disable=None, leave=False, dynamic_ncols=True)
             if run.cfg.report_to == "wandb" and importlib.util.find_spec("wandb"):
                 import wandb  # not one of our packages: used only where the user has it and asks for it
@@ -136,12 +153,7 @@ class Log:
         if self.file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        try:
-            self.file.write(json.dumps({"step": step, **clean}, ensure_ascii=False) + "\n")
-            self.file.flush()
-        except OSError as error:
-            why = f"cannot be written ({error.strerror}); the last checkpoint is intact"
-            raise UserError(f"{self.file.name}: {why}") from None
+        append(self.file, [{"step": step, **clean}])
         if self.wandb:
             self.wandb.log({k: v for k, v in clean.items() if isinstance(v, (int, float))}, step=step)
 
@@ -165,9 +177,8 @@ class Log:
         return f"step {step:>6}/{self.total}  {'  '.join(shown)}  eta {int(left // 60):>3}:{int(left % 60):02d}"
 
     def close(self):
-        for thing in (self.bar, self.file):
-            if thing is not None:
-                thing.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
