@@ -382,6 +382,8 @@ def what_was_counted(run):
 def fill(run, engine, step, loop, counts, state, folder):
     """The files of a checkpoint."""
     cfg, model = run.cfg, engine.module
+    if names := not_finite(model):
+        raise NotFinite(f"{names[0]} holds NaN or Inf")
     save_state(state, folder)
     if lora_layers(model):
         save_adapter(model, folder, cfg.model_id)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -231,8 +230,9 @@ class OpenAI:
         return request
 
     def _once(self, body: dict):
-        """One request, within the deadline whatever the server does. In a thread of its own, since neither a name that is
-        looked up nor headers that drip in know a time limit; one that is given up does not hold the program's end."""
+        """One request, within the deadline whatever the server does. In a thread of its own, since neither a name that
+        is looked up nor headers that drip in know a time limit; one that is given up does not hold the program's end.
+        """
         found: Future = Future()
 
         def ask():
@@ -244,7 +244,7 @@ class OpenAI:
         threading.Thread(target=ask, name="request", daemon=True).start()
         try:
             return found.result(self.connect_timeout + self.deadline)
-        except FutureTimeout:
+        except TimeoutError:
             raise _Retry("response too slow") from None
 
     def _exchange(self, body: dict):
