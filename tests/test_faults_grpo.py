@@ -9,6 +9,7 @@ import pytest
 import test_train_grpo
 import torch
 from safetensors.torch import load_file
+from test_faults_disk import disk, fill  # noqa: F401 (a fixture)
 from test_faults_sft import let_go
 from test_train_grpo import column, lines
 
@@ -285,3 +286,41 @@ def test_out_of_memory_in_the_update_is_one_line_and_resume_goes_on(grpo, tmp_pa
     let_go()
     again = grpo("run", **options, resume=True)
     assert len(calls) == 1 and lines(again, "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
+
+
+# Disk, and a dataset that goes
+
+
+def failing_at(monkeypatch, step, act):
+    real = train_grpo.write_rollouts
+
+    def write(run, now, *rest):
+        if now == step:
+            act()
+        return real(run, now, *rest)
+
+    monkeypatch.setattr(train_grpo, "write_rollouts", write)
+
+
+def test_a_full_disk_ends_the_run_and_no_line_is_half(grpo, disk, monkeypatch):  # noqa: F811 (a fixture)
+    place = disk(8192)
+    failing_at(monkeypatch, 4, lambda: fill(place))
+    with pytest.raises(UserError, match="rollouts.jsonl: cannot be written .No space left.*checkpoint is intact"):
+        grpo("run", save_steps=2, max_steps=6)
+    folder = place / "run"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"] and finite(folder)
+    assert {row["step"] for row in lines(folder, "rollouts.jsonl")} == {1, 2, 3} and len(lines(folder)) == 3
+    assert (folder / "rollouts.jsonl").read_text().endswith("\n")
+    (place / "filler").unlink()
+    monkeypatch.undo()
+    let_go()
+    grpo("run", save_steps=2, max_steps=6, resume=True)
+    assert column(folder, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_clips_that_are_gone_end_the_run(grpo, base, tmp_path, monkeypatch):
+    shutil.copytree(base / "data", tmp_path / "data")
+    failing_at(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "data/videos"))
+    with pytest.raises(UserError, match="data/videos: this folder of clips was there at the start and is gone"):
+        grpo("run", data_path=tmp_path / "data/train.json", cache_mb=0, max_steps=40, save_steps=1)
+    assert finite(tmp_path / "run")

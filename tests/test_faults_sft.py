@@ -4,6 +4,8 @@ import gc
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
@@ -15,7 +17,8 @@ from test_train_sft import metrics, steps_kept, weights
 import infer
 import train_sft
 import trainer
-from config import cli
+from config import SFT, cli
+from dataset.batch import Loader
 from model import UserError
 from training import memory
 from training.checkpoint import newest_checkpoint, read_json
@@ -248,3 +251,66 @@ def test_infer_out_of_memory(base, monkeypatch):
     clip = str(next((base / "data/videos").iterdir()))
     with pytest.raises(UserError, match="memory while answering; 1 samples in 1 packs.*--max_new_tokens 128 or"):
         infer.main([clip, "--model_id", str(base / "tiny"), "--model_ckpt", "none"])
+
+
+# Samples that are left out
+
+
+@pytest.fixture
+def half_broken(base, tmp_path):
+    """Options of runs on 16 clips of which two are damaged: one cannot be opened, one is cut off in its frames."""
+    shutil.copytree(base / "data", tmp_path / "data")
+    records = json.loads((tmp_path / "data/train.json").read_text())
+    (tmp_path / "data/videos" / records[3]["video"]).write_bytes(b"no video")
+    whole = tmp_path / "data/videos" / records[9]["video"]
+    whole.write_bytes(whole.read_bytes()[:-600])
+    options = {"data_path": tmp_path / "data/train.json", "max_skip_share": 0.2, "per_device_train_batch_size": 4}
+    return options | {"max_steps": 12, "save_steps": 2, "save_total_limit": "none"}
+
+
+@pytest.mark.parametrize("pack_tokens", ["none", 400])
+def test_what_is_left_out_is_counted_on_after_a_resume(sft, half_broken, caplog, pack_tokens):
+    options = half_broken | {"pack_tokens": pack_tokens}
+    whole, broken = sft("whole", **options), sft("broken", **options)
+    counts = [count for (count,) in metrics(whole, "skipped")]
+    assert counts == sorted(counts) and counts[-1] == 2
+    for step in (8, 10, 12):
+        shutil.rmtree(broken / f"checkpoint-{step}")
+    caplog.clear()
+    sft("broken", **options, resume=True)
+    assert metrics(broken, "skipped", "loss") == metrics(whole, "skipped", "loss")
+    assert not caplog.records  # told before, not told again
+    strict = options | {"max_skip_share": 0.1}
+    let_go()
+    with pytest.raises(UserError, match="2 of 16 samples are broken, max_skip_share is 0.1"):
+        for step in (8, 10, 12):
+            shutil.rmtree(broken / f"checkpoint-{step}")
+        sft("broken", **strict, resume=True)
+
+
+def test_broken_samples_are_summed_over_the_ranks(base, half_broken, tmp_path):
+    """Each of two ranks comes across one broken clip of sixteen: no rank alone knows of more than the share."""
+    options = half_broken | {"pack_tokens": "none", "max_skip_share": 0.1, "per_device_train_batch_size": 2}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29647"]
+    flags = test_train_sft.flags_for(base, tmp_path / "two", **options)
+    command = [*launcher, "train_sft.py", *flags]
+    done = subprocess.run(command, cwd=test_train_sft.ROOT, capture_output=True, text=True, timeout=120)
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert done.returncode and len(errors) == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "error: 2 of 16 samples are broken, max_skip_share is 0.1" in errors[0]
+
+
+def test_counts_go_from_any_number_of_ranks_to_any_other(base):
+    """Two ranks knew of three samples, one of them both: three are known and counted on one rank, and on four."""
+    known = {"sample 1": "cut", "sample 5": "gone"}, {"sample 1": "cut", "sample 2": "long"}
+    states = [{"skipped": names, "left_out": 1.5, "broken": broken} for names, broken in zip(known, (1.5, 0.5))]
+    make = lambda rank, world: Loader([{}] * 40, None, SFT(), rank=rank, world_size=world)
+    for world in (1, 2, 4):
+        loaders = [make(rank, world) for rank in range(world)]
+        for loader in loaders:
+            loader.restore(json.loads(json.dumps(states)))
+            before = loader.left_out
+            loader.skip(1, UserError("cut"), everywhere=True)  # known already
+            assert loader.left_out == before
+        assert sum(loader.left_out for loader in loaders) == 3 and sum(loader.broken for loader in loaders) == 2
+        assert {name for loader in loaders for name in loader.skipped} == {"sample 1", "sample 2", "sample 5"}
