@@ -284,7 +284,7 @@ class OpenAI:
     def _content(text: str):
         try:
             return json.loads(text)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise _Retry("not a chat completion") from None
 
 
