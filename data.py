@@ -35,7 +35,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.batch import Example, Loader, TooLong, pack, pack_groups
+from dataset.batch import Example, Loader, TooLong, Vanished, pack, pack_groups
 from dataset.reader import check_file, inline
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
@@ -117,6 +117,7 @@ class Processor:
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         self.folders = media_folders(args)
+        self.there = [folder for folder in self.folders if folder and os.path.isdir(folder)]
         self.cache = ClipCache(args.cache_mb * 2**20)
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
         self.notes: Counter = Counter()  # options that were overruled, and how often
@@ -256,6 +257,10 @@ class Processor:
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
+        gone = [folder for folder in self.there if not os.path.isdir(folder)]
+        if gone:
+            told = f"{gone[0]}: this folder of clips was there at the start and is gone"
+            raise Vanished(f"{told}; bring it back (is a disk mounted?), then --resume from the last checkpoint")
         raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
 
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:

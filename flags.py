@@ -4,6 +4,7 @@ config.py holds the options themselves. Standard library only: --help must not w
 """
 
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -274,13 +275,37 @@ def help_text(cls):
     return "\n".join(lines)
 
 
+# What a disk or a standard output can do to any script at any time: no mistake of ours
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
 def cli(main):
     """Run a script's main(); a user's mistake becomes one line and exit code 2."""
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error))
     except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush(sys.stdout)
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        if error.filename is None:  # so it may be this one
+            hush(sys.stdout)
+        what = error.filename or "standard output, or a file"
+        fail(f"{what}: {error.strerror}; make room or choose another place, then run again")
+
+
+def fail(text):
+    """One line on stderr, exit code 2; the code also where stderr goes to a disk that is full."""
+    try:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        hush(sys.stderr)
+    raise SystemExit(2) from None
+
+
+def hush(stream):
+    """Python flushes its streams at its end, and would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -23,6 +23,7 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -316,6 +317,19 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def told_of_disks(out: Path, work: Path):
+    """A disk that cannot be written ends in one line, and leaves nothing."""
+    try:
+        yield
+    except OSError as error:  # PyAV's errors of that kind too
+        if error.errno is None:  # those of requests are no disk's
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        told = f"--output_dir {out}: cannot be written ({error.strerror}); nothing is left there but {CACHE}, if any"
+        raise UserError(f"{told}; make room or choose another folder, then run the same command again") from None
+
+
 def generate_from_folder(cfg: Generate) -> dict:
     """Makes a dataset of the clips in cfg.from_folder; as `generate`."""
     from drawing import folders  # imports torch, to read videos; --help must not wait for that
@@ -324,12 +338,13 @@ def generate_from_folder(cfg: Generate) -> dict:
     folders.check_options(cfg)
     out, work = open_folder(cfg)
     began = time.monotonic()
-    parts, facts, notes = folders.make(cfg, out, out / CACHE)
-    for part, records in parts.items():
-        if records:
-            write_json(work / f"{part}.json", records)
-    metadata = {"options": as_dict(cfg), **facts}
-    write_json(work / "metadata.json", metadata)
+    with told_of_disks(out, work):
+        parts, facts, notes = folders.make(cfg, out, out / CACHE)
+        for part, records in parts.items():
+            if records:
+                write_json(work / f"{part}.json", records)
+        metadata = {"options": as_dict(cfg), **facts}
+        write_json(work / "metadata.json", metadata)
     move_into_place(work, out)
     broken = facts["unreadable"]
     for line in notes:
@@ -352,6 +367,15 @@ def generate(cfg: Generate) -> dict:
     check_options(cfg)
     jobs = plan(cfg)
     out, work = open_folder(cfg)
+    with told_of_disks(out, work):
+        metadata, told = fill_folder(cfg, jobs, out, work)
+    move_into_place(work, out)
+    print(f"{out}: {told}; see {out / 'preview.png'}")
+    return metadata
+
+
+def fill_folder(cfg: Generate, jobs: list[Job], out: Path, work: Path) -> tuple[dict, str]:
+    """Draws, words and writes everything in `work`; returns what metadata.json holds, and what there is to tell."""
     (work / "videos").mkdir()
     began = time.monotonic()
     made = make_all(cfg, jobs, work / "videos")
@@ -386,12 +410,8 @@ def generate(cfg: Generate) -> dict:
     counts = {part: dict(sorted(found.items())) for part, found in counts.items()}
     metadata = {"options": as_dict(cfg), "fps": FPS, "counts": counts, "cot": report}
     write_json(work / "metadata.json", metadata)
-    move_into_place(work, out)
-    print(
-        f"{out}: {len(parts['train'])} train, {len(parts['val'])} val; "
-        f"drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute; see {out / 'preview.png'}"
-    )
-    return metadata
+    told = f"{len(parts['train'])} train, {len(parts['val'])} val"
+    return metadata, f"{told}; drawn in {seconds:.1f} s, {60 * len(jobs) / seconds:.0f} clips a minute"
 
 
 def main():

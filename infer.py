@@ -8,6 +8,7 @@ The hub's generation_config is never read: decoding is greedy unless --temperatu
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -85,7 +86,7 @@ def load_model(cfg, adapter):
     import torch
 
     from lora import load_adapter, merge
-    from model.qwen2_5_vl import Qwen2_5_VL
+    from model.qwen2_5_vl import Qwen2_5_VL, not_finite
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -94,6 +95,9 @@ def load_model(cfg, adapter):
     count, told = sum(p.numel() for p in model.parameters()), "no adapter"
     if adapter is not None:
         load_adapter(model, adapter)
+    if names := not_finite(model):
+        raise UserError(f"{adapter or cfg.model_id}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
+    if adapter is not None:
         told = "adapter beside the weights" + (", merged into the sampler's bf16 copy" if device.type == "cuda" else "")
         if dtype == torch.float32:
             merge(model)
@@ -108,11 +112,21 @@ def complete(cfg, model, processor, examples, on_token=None):
 
     from data import pack
     from model.decode import Sampling, generate
+    from training.full import out_of_memory, smaller_view
 
     device, stops = model.head_weight.device, (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, stops)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    groups = generate(model, pack(examples).to(device), sampling, generator=generator, on_token=on_token)
+    packed = pack(examples)
+    try:
+        groups = generate(model, packed.to(device), sampling, generator=generator, on_token=on_token)
+    except torch.OutOfMemoryError:
+        least = ["--batch_size " + str(len(examples) // 2)] if len(examples) > 1 else []
+        settings = [*least, f"--max_new_tokens {max(1, cfg.max_new_tokens // 2)}", *smaller_view(cfg)]
+        raise out_of_memory(device, "answering", [packed], settings, "nothing was lost") from None
+    if not all(math.isfinite(logprob) for (completion,) in groups for logprob in completion.logprobs):
+        told = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
+        raise UserError(f"{told}; take another checkpoint, or --bf16 False")
     return [(completion, decode(processor, completion.ids)) for (completion,) in groups]
 
 

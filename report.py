@@ -109,6 +109,8 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
         beside.write_text(text, encoding="utf-8")
         beside.replace(output)
     except OSError as error:
+        if beside.exists():
+            beside.unlink()
         raise UserError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     return output
 

@@ -280,6 +280,8 @@ def group_context(sample: Sample, texts: list[str], shuffled_texts: list[str] | 
 
 # --- choosing and calling ------------------------------------------------------------------------------------------
 
+LARGEST = 1e30  # of a reward: itself is finite in float32, squares of it and their sums in float64
+
 SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, repetition, temporal)}
 
 
@@ -303,8 +305,8 @@ class Reward:
         except Exception as error:  # a user's function may raise anything; whatever it is, the run stops with its name
             what = f"raised {type(error).__name__}: {error}"
             raise UserError(f"reward {self.name} {what}; completion: {_short(text)}") from error
-        if not isinstance(value, Real) or not math.isfinite(value):
-            what = f"returned {value!r}, expected a finite number"
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:
+            what = f"returned {value!r}, expected a finite number of at most {LARGEST:g}"
             raise UserError(f"reward {self.name} {what}; completion: {_short(text)}")
         return float(value)
 
@@ -334,8 +336,12 @@ def score(rewards: list[Reward], text: str, sample: Sample) -> dict[str, float]:
 
 
 def total(rewards: list[Reward], parts: dict[str, float]) -> float:
-    """The weighted sum that the advantages are made of."""
-    return sum(reward.weight * parts[reward.name] for reward in rewards)
+    """The weighted sum that the advantages are made of. UserError if it is larger than they can be made of."""
+    found = sum(reward.weight * parts[reward.name] for reward in rewards)
+    if not abs(found) <= LARGEST:
+        told = ", ".join(f"{reward.weight:g} x {reward.name} {parts[reward.name]:g}" for reward in rewards)
+        raise UserError(f"the rewards add up to {found:g} ({told}), expected at most {LARGEST:g}; see --reward_weights")
+    return found
 
 
 def _weight(weight: float | str) -> float:

@@ -27,19 +27,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Loader, Processor, load_tokenizer, pack, pack_groups, read_records
+from data import Loader, Processor, load_tokenizer, pack_groups, read_records
 from lora import disabled, lora_layers, reference, reference_snapshot
 from model import UserError
-from model.decode import Sampling, generate
+from model.decode import Sampling
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import Packed, resolve_folder
 from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
+    check_left_out,
     check_numbers,
     finish,
     is_due,
+    keep_count,
     launch,
     report,
     save,
@@ -51,7 +53,9 @@ from trainer import (
 from training.checkpoint import STATE, find_adapter, read_json
 from training.engine import gather, global_max, update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
+from training.full import sample, told_when_full
 from training.groups import (
+    ROLLOUTS,
     Alarm,
     Rollout,
     best_and_worst,
@@ -60,10 +64,9 @@ from training.groups import (
     reward_metrics,
     row,
     score_group,
-    write_rows,
 )
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
-from training.runlog import Log
+from training.runlog import Log, append
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
@@ -114,6 +117,7 @@ def main():
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
     processor = Processor(tokenizer, model.config, cfg)
     loader = prompt_loader(run, records, processor)
+    keep_count(run, loader)
     total = total_steps(cfg, loader)
     run.notes += notes(run, loader, records, held_out)
     engine = start(run, model, total)
@@ -142,18 +146,14 @@ def main():
 
         # update the policy with the groups that differ within themselves
         lr = schedule(engine, cfg, step - 1, total)
-        trained = [[rollout for rollout in group if rollout.trained] for group in groups]
-        packs = [batch.to(run.device) for batch in micro_batches(prompts, trained, cfg)]
-        drift = reference_pass(run, model, frozen, prompts, groups, packs)
-        metrics = drift | train_on(run, engine, packs, counts, step)
+        metrics = learn(run, engine, frozen, prompts, groups, counts, step, lost=health.get("not_finite"))
 
         run.step = step
         now = time.perf_counter()
         metrics |= health | {"lr": lr, "epoch": step / loader.steps_per_epoch}
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": now - sampled}
-        prompt_tokens, skipped = run.sum(sum(map(len, prompts)), loader.left_out)
-        metrics |= {"prompt_tokens": prompt_tokens, "skipped": skipped}
-        log.step(step, metrics, now - began, waited, prompt_tokens + metrics["completion_tokens"])
+        metrics |= counted(run, prompts)
+        log.step(step, metrics, now - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
         seen = []
         if cfg.log_completions and step % cfg.log_completions == 0:
             seen = best_and_worst(groups)
@@ -243,7 +243,7 @@ def sample_groups(run, model, processor, prompts, count=None):
     budget = SAMPLED_TOKENS * longest // (longest + count * cfg.max_completion_length)
     groups = []
     for batch in prompt_batches(prompts, budget):
-        for completions in generate(model, pack(batch).to(run.device), sampling, count):
+        for completions in sample(run, model, batch, sampling, count, "sampling"):
             texts = [processor.backend.decode(c.ids, skip_special_tokens=True) for c in completions]
             told = zip(completions, texts, strict=True)
             groups.append([Rollout(len(groups), c.ids, c.logprobs, c.finished, text) for c, text in told])
@@ -277,7 +277,12 @@ def compare_within_groups(run, groups, wanted):
     index = torch.arange(len(everyone)).repeat_interleave(run.cfg.num_generations)
     advantages, std = group_advantages(rewards, index, run.cfg.scale_rewards)
     wanted = std.argsort(descending=True, stable=True)[:wanted].tolist()
-    chosen = {number for number in wanted if std[number] > 0}
+    sound = [all(fact.sound for fact in group) for group in everyone]
+    chosen = {number for number in wanted if std[number] > 0 and sound[number]}
+    lost = sum(not fact.sound for group in everyone for fact in group)
+    if lost:
+        told = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
+        run.say(f"{told}: their groups are not trained on")
     first = sum(map(len, ranks[: run.rank]))
     for number, group in enumerate(groups, first):
         for k, rollout in enumerate(group):
@@ -290,6 +295,20 @@ def compare_within_groups(run, groups, wanted):
 
 
 # The update
+
+
+def learn(run, engine, frozen, prompts, groups, counts, step, lost):
+    """KL of what was sampled, and the updates with the groups that were chosen. counts: see train_on. lost: completions
+    of all ranks whose log-probs are not finite."""
+    trained = [[rollout for rollout in group if rollout.trained] for group in groups]
+    batches = micro_batches(prompts, trained, run.cfg)
+    with told_when_full(run, f"training step {step}", [batch.packed for batch in batches]):
+        batches = [batch.to(run.device) for batch in batches]
+        drift = reference_pass(run, engine.module, frozen, prompts, groups, batches)
+        metrics = drift | train_on(run, engine, batches, counts, step)
+    if lost and not metrics["trained_tokens"]:  # for want of finite log-probs: the model itself may be beyond repair
+        check_numbers(run, step, math.nan, math.nan, updated=False)
+    return metrics
 
 
 def micro_batches(prompts, groups, cfg):
@@ -336,6 +355,7 @@ def reference_pass(run, model, frozen, prompts, groups, batches):
         return {}
     fair = max(1, groups_per_step(run.cfg) // 4)
     untrained = [[rollout for rollout in group if not rollout.trained] for group in groups[:fair]]
+    untrained = [group for group in untrained if all(rollout.sound for rollout in group)]
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the KL, and of its tokens
     for batch in (*batches, *(batch.to(run.device) for batch in micro_batches(prompts, untrained, run.cfg))):
         with torch.no_grad(), frozen():
@@ -412,13 +432,21 @@ def token_metrics(run, sums):
 # What one sees
 
 
+def counted(run, prompts):
+    """Metrics summed over the ranks at the end of a step; ends the run where too much of the data is broken."""
+    names = "prompt_tokens", "skipped", "rollout_halved"
+    *found, broken = run.sum(sum(map(len, prompts)), run.loader.left_out, run.halved, run.loader.broken)
+    check_left_out(run, broken)
+    return dict(zip(names, found, strict=True))
+
+
 def write_rollouts(run, step, processor, prompts, groups):
     """Append every completion of the step, of all ranks, to rollouts.jsonl. Returns what was written (rank 0)."""
     spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
     ranks = gather([row(step, prompts[r.group], r, spell) for group in groups for r in group])
     rows = [row for rows in ranks for row in rows]
     if run.rank == 0:
-        write_rows(run.folder, rows)
+        append(run.folder / ROLLOUTS, rows)
     return rows
 
 

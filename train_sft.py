@@ -25,9 +25,11 @@ from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
     build_model,
+    check_left_out,
     check_numbers,
     finish,
     is_due,
+    keep_count,
     launch,
     report,
     save,
@@ -38,8 +40,9 @@ from trainer import (
 )
 from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records
-from training.groups import write_rows
-from training.runlog import Log
+from training.full import told_when_full
+from training.groups import ROLLOUTS
+from training.runlog import Log, append
 
 
 def main():
@@ -52,6 +55,7 @@ def main():
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
     processor = Processor(tokenizer, model.config, cfg)
     loader = Loader(records, processor, cfg, rank=run.rank, world_size=run.world)
+    keep_count(run, loader)
     total = total_steps(cfg, loader)
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine = start(run, model, total)
@@ -67,13 +71,15 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         run.seed_step(step)
         lr = schedule(engine, cfg, step - 1, total)
-        answers, tokens, skipped = run.sum(*count(micro_batches), loader.left_out)
+        answers, tokens, skipped, broken = run.sum(*count(micro_batches), loader.left_out, loader.broken)
+        check_left_out(run, broken)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of -log p, and of tokens guessed right
         loss = accuracy = grad_norm = None
         updated = False
         if answers:
             loss_of = partial(micro_loss, engine, answers, sums)
-            grad_norm, updated = update(engine, micro_batches, loss_of)
+            with told_when_full(run, f"training step {step}", micro_batches):
+                grad_norm, updated = update(engine, micro_batches, loss_of)
             loss, accuracy = (x / answers for x in run.sum(*sums.tolist()))
         check_numbers(run, step, loss, grad_norm, updated)
 
@@ -130,7 +136,7 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     told = {"eval_accuracy": accuracy, "eval_count": found.count, "eval_seconds": seconds}
     log.write(run.step, told | {"evaluation": evaluation_facts(run, model, processor, held_out, found, log.total)})
     if run.rank == 0:
-        write_rows(run.folder, found.rows)
+        append(run.folder / ROLLOUTS, found.rows)
     log.rollouts(run.step, found.rows)
     return better
 

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,14 @@ from interop.merged import copy_small_files
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError
 from model.captured import Captures
-from model.qwen2_5_vl import Qwen2_5_VL, resolve_folder
+from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from report import write_report
 from training import checkpoint
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
 from training.engine import (
+    NotFinite,
     build_engine,
+    gather,
     global_max,
     global_sum,
     leave_processes,
@@ -55,6 +58,7 @@ LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
 BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
 SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
+SPIKE, SPIKE_STEPS = 10, 16  # a gradient norm so many times the median of so many updates before it is told
 
 
 @dataclass
@@ -74,6 +78,10 @@ class Run:
     step: int = 0  # steps done
     best: dict | None = None  # {"step", "accuracy"}
     bad: int = 0  # steps in a row without an update
+    norms: list = field(default_factory=list)  # gradient norms of the last updates, which a spike is judged by
+    loader: object = None  # of the training data: counts what it leaves out
+    halved: int = 0  # times that this rank sampled in halves for lack of memory
+    sample_limit: float = math.inf  # tokens that are no longer tried at once since
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to tell at the start
@@ -152,6 +160,10 @@ def find_source(run):
     run.source = run.folder / f"checkpoint-{int(step)}"
     run.state = read_json(run.source / STATE)
     run.step, run.best = run.state["step"], run.state["best"]
+    run.norms = run.state.get("norms", [])
+    memory = run.state.get("memory") or {"halved": 0, "limit": None}
+    run.halved = memory["halved"] if run.rank == 0 else 0
+    run.sample_limit = math.inf if memory["limit"] is None else memory["limit"]
     keep_batch(run)
     run.notes.append(f"--resume: going on from {run.source}")
     ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "deepspeed"}
@@ -195,6 +207,10 @@ def build_model(cfg, run):
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
+    if names := not_finite(model):
+        where = run.adapter if names[0].endswith("adapters") else cfg.model_id
+        told = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
+        raise UserError(f"{told}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.cuda_graphs and run.device.type == "cuda":
         model.captures = Captures(run.say)
@@ -210,7 +226,11 @@ def start(run, model, total):
         if run.state["loss_scale"]:
             engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.rank == 0:
-        prepare_folder(run)
+        try:
+            prepare_folder(run)
+        except OSError as error:
+            told = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
+            raise UserError(f"{told}; make room, or choose another --output_dir") from None
         for line in describe(run, model, total, warmup_steps(run.cfg, total)):
             run.say(line)
     watch_signals(run)
@@ -297,10 +317,38 @@ def is_due(every, step, total):
     return step == total or (every > 0 and step % every == 0)
 
 
+def keep_count(run, loader):
+    """What the loader leaves out is counted on from the run that is resumed."""
+    run.loader = loader
+    if run.source and "left_out" in run.state and run.state["config"].get("data_path") == run.cfg.data_path:
+        loader.restore(run.state["left_out"])
+
+
+def check_left_out(run, broken):
+    """End the run where too much of the data is broken. broken: the ranks' loader.broken, summed; all find the same."""
+    try:
+        run.loader.check_share(broken)
+    except UserError:
+        if run.rank:
+            raise SystemExit(2) from None  # one line is enough
+        raise
+
+
+def tell_spike(run, step, grad_norm):
+    """A gradient many times as large as the last ones' is told; clipping makes its update no larger than others."""
+    usual = statistics.median(run.norms) if len(run.norms) == SPIKE_STEPS else math.inf
+    if grad_norm > SPIKE * usual:
+        most = run.cfg.max_grad_norm
+        done = f"clipped to {most:g}" if most else "not clipped, --max_grad_norm is 0"
+        run.say(f"step {step}: SPIKE gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual: {done}")
+    run.norms = [*run.norms, grad_norm][-SPIKE_STEPS:]
+
+
 def check_numbers(run, step, loss, grad_norm, updated):
     """Tell a step whose update was skipped; UserError when several in a row were. loss None: nothing to train on."""
     if updated and loss is not None and math.isfinite(loss):
         run.bad = 0
+        tell_spike(run, step, grad_norm)
         return
     run.bad += 1
     why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
@@ -322,26 +370,37 @@ def save(run, engine, step, loop=None):
     one line; the earlier checkpoints are intact.
     """
     folder, error = run.folder / f"checkpoint-{step}", None
-    state = whole_state(engine)
+    counts, state = what_was_counted(run), whole_state(engine)
     if run.rank == 0:
         try:
-            checkpoint.write_whole(folder, lambda beside: fill(run, engine, step, loop, state, beside))
+            checkpoint.write_whole(folder, lambda beside: fill(run, engine, step, loop, counts, state, beside))
             if run.best:
                 write_json(run.folder / BEST, run.best)
             checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as found:
-            error = found
+            error = f"cannot be written ({found}); earlier ones are intact: make room, then --resume"
+        except NotFinite as found:
+            error = f"is not written: {found}; earlier ones are intact: --resume, with a lower --learning_rate"
     for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it
         pass
     if global_max([error is not None], run.device)[0]:
         if run.rank:
             raise SystemExit(2)
-        raise UserError(f"{folder}: cannot be written ({error}); earlier ones are intact: make room, then --resume")
+        raise UserError(f"{folder}: {error}")
 
 
-def fill(run, engine, step, loop, state, folder):
+def what_was_counted(run):
+    """What a resumed run goes on with: samples left out, gradient norms, what was too large for the memory."""
+    limit = -global_max([-run.sample_limit], run.device)[0]
+    memory = {"halved": int(run.sum(run.halved)[0]), "limit": None if limit == math.inf else limit}
+    return {"left_out": gather(run.loader.state()), "norms": run.norms, "memory": memory}
+
+
+def fill(run, engine, step, loop, counts, state, folder):
     """The files of a checkpoint."""
     cfg, model = run.cfg, engine.module
+    if names := not_finite(model):
+        raise NotFinite(f"{names[0]} holds NaN or Inf")
     save_state(state, folder)
     if lora_layers(model):
         save_adapter(model, folder, cfg.model_id)
@@ -357,6 +416,7 @@ def fill(run, engine, step, loop, state, folder):
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "loop": loop or {},
+        **counts,
         "config": as_dict(cfg),
     }
     (folder / STATE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -128,6 +128,10 @@ class TooLong(UserError):
     """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
 
 
+class Vanished(UserError):
+    """A whole folder of clips that was there at the start is gone: no fault of a sample, it ends the run."""
+
+
 class Loader:
     """The batches of one rank.
 
@@ -150,7 +154,8 @@ class Loader:
         self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
         self.skipped: dict[str, str] = {}
         self.left_out = 0.0  # its sum over the ranks counts every sample of `skipped` once
-        self.num_broken = 0  # of all ranks: what this one alone came across stands for what the others did
+        self.broken = 0.0  # likewise of those that are broken, not only too long
+        self.last = ""  # the last broken one, and why
         self.lengths = array("q", [-1]) * len(records)  # tokens, for pack_tokens; -1 = not known yet, 0 = skipped
 
     def num_steps(self, epochs: float) -> int:
@@ -229,6 +234,8 @@ class Loader:
         if self.lengths[i] < 0:
             try:
                 self.lengths[i] = self.processor.length(self.records[i], self.answer)
+            except Vanished:
+                raise
             except UserError as error:
                 self.lengths[i] = 0
                 return error
@@ -240,6 +247,8 @@ class Loader:
         """Sample i, or the reason why there is none."""
         try:
             return self.processor.encode(self.records[i], self.answer)
+        except Vanished:
+            raise
         except UserError as error:
             return i, error
 
@@ -250,19 +259,38 @@ class Loader:
 
     def skip(self, i: int, error: UserError, everywhere: bool) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
-        name = f"sample {i}"
+        name, share = f"sample {i}", 1 / self.world_size if everywhere else 1
         if name in self.skipped:
             return
         self.skipped[name] = str(error)
         log.warning("%s skipped: %s", name, error)
-        self.left_out += 1 / self.world_size if everywhere else 1
-        self.num_broken += (1 if everywhere else self.world_size) * (not isinstance(error, TooLong))
-        total = len(self.records)
-        if self.num_broken > self.args.max_skip_share * total:
-            told = f"{self.num_broken} of {total} samples are broken, max_skip_share is {self.args.max_skip_share}"
-            raise UserError(f"{told}; the last: {name}: {error}")
-        if len(self.skipped) == total:
-            raise UserError(f"all {total} samples are left out; the last: {name}: {error}")
+        self.left_out += share
+        if not isinstance(error, TooLong):
+            self.broken += share
+            self.last = f"; the last: {name}: {error}"
+        self.check_share(self.broken)  # the other ranks' come on top: the training loops sum them at every step
+        if len(self.skipped) == len(self.records):
+            raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
+
+    def check_share(self, broken: float) -> None:
+        """broken: `self.broken` summed over the ranks. UserError if it is more than max_skip_share of the samples."""
+        total, most = len(self.records), self.args.max_skip_share
+        if round(broken, 6) > most * total:  # shares of 1 / world_size add up to a count only nearly
+            raise UserError(f"{round(broken)} of {total} samples are broken, max_skip_share is {most}{self.last}")
+
+    def state(self) -> dict:
+        """What a resumed run needs to go on counting: JSON, of this rank."""
+        return {"skipped": self.skipped, "left_out": self.left_out, "broken": self.broken}
+
+    def restore(self, ranks: list[dict]) -> None:
+        """Go on counting from the states of all ranks of the run that is resumed, which may have been more or fewer."""
+        if len(ranks) == self.world_size:
+            mine = ranks[self.rank]
+            self.skipped, self.left_out, self.broken = dict(mine["skipped"]), mine["left_out"], mine["broken"]
+            return
+        self.skipped = {name: why for rank in ranks for name, why in rank["skipped"].items()}
+        for name in ("left_out", "broken"):  # everyone knows all names, so each has its share of the counts
+            setattr(self, name, sum(rank[name] for rank in ranks) / self.world_size)
 
 
 def ahead(iterator: Iterator, depth: int) -> Iterator:

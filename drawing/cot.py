@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -239,6 +239,9 @@ class OpenAI:
                 requests.exceptions.ContentDecodingError,
             ) as error:
                 why, asked = type(error).__name__, None
+            except requests.RequestException as error:  # an address or proxy that cannot be used at all
+                told = f"{self.where}: cannot be asked ({type(error).__name__})"
+                raise UserError(f"{told}; check OPENAI_BASE_URL and the proxy settings") from None
             except _Retry as retry:
                 why, asked = str(retry), retry.wait
             if asked is not None and asked > self.max_wait:
@@ -258,6 +261,24 @@ class OpenAI:
         return request
 
     def _once(self, body: dict):
+        """One request, within the deadline whatever the server does. In a thread of its own, since neither a name that
+        is looked up nor headers that drip in know a time limit; one that is given up does not hold the program's end.
+        """
+        found: Future = Future()
+
+        def ask():
+            try:
+                found.set_result(self._exchange(body))
+            except BaseException as error:  # noqa: BLE001 (whatever it is, it is raised in the thread that waits for us)
+                found.set_exception(error)
+
+        threading.Thread(target=ask, name="request", daemon=True).start()
+        try:
+            return found.result(self.connect_timeout + self.deadline)
+        except TimeoutError:
+            raise _Retry("response too slow") from None
+
+    def _exchange(self, body: dict):
         url, limits = self.base_url.rstrip("/") + "/chat/completions", (self.connect_timeout, self.read_timeout)
         with requests.post(
             url, json=body, auth=self._authorise, stream=True, timeout=limits, allow_redirects=False
@@ -286,7 +307,7 @@ class OpenAI:
             body += piece
             if len(body) > self.max_body:
                 raise _Retry("body too large")
-            if time.monotonic() - start > self.deadline or self.stop.is_set():
+            if time.monotonic() - start > self.deadline:  # also after `stop`: what comes in is paid for, and is kept
                 raise _Retry("response too slow")
         return body.decode("utf-8", "replace").replace(self.key, "[key]")
 
@@ -294,7 +315,7 @@ class OpenAI:
     def _content(text: str):
         try:
             return json.loads(text)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise _Retry("not a chat completion") from None
 
 
@@ -302,6 +323,7 @@ class Cache:
     """Every answer as it came, one JSON line each: {"key", "text"}. A line cut by a kill is dropped on opening."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.texts: dict[str, list] = {}
         self.lock = threading.Lock()
         data = path.read_bytes() if path.exists() else b""
@@ -312,21 +334,34 @@ class Cache:
                 self.texts.setdefault(entry["key"], []).append(entry["text"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: line {number} is not an answer; mend or remove the file") from None
-        self.file = open(path, "ab")
+        self.file = open(path, "ab", buffering=0)
         self.file.truncate(len(whole))
+
+    def check_room(self, size: int) -> None:
+        """UserError unless the disk has `size` bytes left: an answer that cannot be kept must not be paid for."""
+        disk = os.statvfs(self.path)
+        if disk.f_bavail * disk.f_frsize < size:
+            raise UserError(f"{self.path}: the disk is full; make room and run again, answers so far are kept")
 
     def add(self, key: str, text) -> None:
         line = json.dumps({"key": key, "text": text}, ensure_ascii=True).encode() + b"\n"
         with self.lock:
+            size, written = self.file.tell(), 0
+            try:
+                while written < len(line):
+                    written += self.file.write(line[written:])
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                self.file.truncate(size)  # or the next answer would stand behind half of this one
+                told = f"{self.path}: cannot be written ({error.strerror})"
+                raise UserError(f"{told}; make room and run again, answers so far are kept") from None
             self.texts.setdefault(key, []).append(text)
-            self.file.write(line)
-            self.file.flush()
-            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
 
 
+ROOM = 1 << 20  # bytes free on the cache's disk before a question is asked; an answer is some 2 kB
 MAX_ASKS = 3  # answers of a wrong form or option before a clip is dropped
 MAX_GAVE_UP = 5  # clips in a row without any response: the server is down, going on would only burn time
 
@@ -341,6 +376,7 @@ def ask_one(client: OpenAI, cache: Cache, asked: Asked) -> str | None:
             client.counts["from cache"] += 1
             return answer
     for _ in range(MAX_ASKS - len(cache.texts.get(key, ()))):
+        cache.check_room(ROOM)
         text = client.complete(prompt, asked.strip())
         client.counts["answers received"] += 1
         cache.add(key, text)

@@ -247,6 +247,14 @@ class Qwen2_5_VL(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config.raw, indent=2) + "\n")
 
 
+@torch.no_grad()
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the tensors that hold a NaN or an Inf. One wait for the device."""
+    names, tensors = zip(*model.named_parameters())
+    largest = torch._foreach_norm([p.detach() for p in tensors], torch.inf)  # of a NaN: NaN
+    return [name for name, fine in zip(names, torch.stack(largest).isfinite().tolist()) if not fine]
+
+
 def module_name(key: str) -> str:
     """A checkpoint's tensor name as ours: transformers >= 4.52 prefixes -> the hub's."""
     if key.startswith("model.visual."):

@@ -149,7 +149,7 @@ def test_a_broken_sample_is_skipped_counted_and_named(processor, workers, pack_t
     seen = [name for step in loader.iterate(0, 6) for packed in step for name in packed.names]
     assert sorted(seen) == sorted([f"{i}.mp4" for i in range(10) if i != 4] * 2)
     assert list(loader.skipped) == ["sample 4"] and "broken.mp4: no readable video" in loader.skipped["sample 4"]
-    assert loader.num_broken == 1
+    assert loader.broken == 1
     with pytest.raises(UserError, match="1 of 10 samples are broken, max_skip_share is 0.05; the last: sample 4"):
         list(make_loader(processor, records, **changes | dict(max_skip_share=0.05)).iterate(0, 3))
 
@@ -159,7 +159,7 @@ def test_too_long_samples_do_not_count_as_broken(processor):
     processor.args.max_seq_length = 500
     loader = make_loader(processor, records)
     seen = [name for step in loader.iterate(0, 3) for packed in step for name in packed.names]
-    assert len(seen) == 5 == len(loader.skipped) and loader.num_broken == 0
+    assert len(seen) == 5 == len(loader.skipped) and loader.broken == 0
     processor.args.max_seq_length = 10
     with pytest.raises(UserError, match="all 10 samples are left out"):
         list(make_loader(processor).iterate(0, 3))

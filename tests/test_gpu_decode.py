@@ -237,3 +237,30 @@ def test_repetition_penalty_takes_the_plain_path():
     prompts = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
     assert fast.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
     assert fast.why_not(model, prompts, Sampling(), 2) is None
+
+
+@pytest.mark.parametrize("truncated", [0, 30])
+def test_a_piece_of_a_batch_draws_what_the_whole_batch_draws(truncated):
+    """First tokens: the later ones may differ where a product over fewer rows rounds otherwise."""
+    model = gpu_model("tied", adapters=False)
+    sequences = [Sequence(model.config, [6 + k], seed=k) for k in range(4)]
+    sampling, seed = Sampling(1, 1.3, top_k=truncated), lambda: torch.Generator(DEVICE).manual_seed(5)
+    whole = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 40, seed())
+    half = generate(model, pack_sequences(sequences[2:]).to(DEVICE), sampling, 40, seed(), part=(80, 160))
+    drawn, expected = ([c.ids[0] for group in groups for c in group] for groups in (half, whole[2:]))
+    same = sum(a == b for a, b in zip(drawn, expected, strict=True))
+    unrelated = generate(model, pack_sequences(sequences[2:]).to(DEVICE), sampling, 40, seed())
+    assert same >= 76 and sum(c.ids[0] == b for c, b in zip(sum(unrelated, []), expected, strict=True)) < 40
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_stay_within_the_vocabulary(value, temperature):
+    """And their log-probs tell: nothing is read from outside, no other row is touched."""
+    model = gpu_model("3B", adapters=False)
+    model.model.norm.weight.fill_(value)
+    prompt = pack_sequences([Sequence(model.config, [6]), Sequence(model.config, [9])]).to(DEVICE)
+    for group in generate(model, prompt, Sampling(20, temperature), 3, torch.Generator(DEVICE).manual_seed(0)):
+        for row in group:
+            assert all(0 <= i < model.config.vocab_size for i in row.ids)
+            assert not any(torch.tensor(row.logprobs).isfinite())

@@ -2,6 +2,7 @@
 input. The loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import generate
 import train_grpo
 import trainer
+import training.full
 from assets.make_tiny import init
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
@@ -97,6 +99,7 @@ class OneRank:
     """As much of trainer.Run as sampling and comparing need."""
 
     rank, world, device = 0, 1, torch.device("cpu")
+    halved, sample_limit = 0, math.inf
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -382,7 +385,7 @@ def test_how_the_batch_is_cut_changes_nothing(grpo):
         assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5, name
 
 
-def by_prompt(model, packed, sampling, count):
+def by_prompt(model, packed, sampling, count, generator=None, part=None):
     """generate() with random numbers that depend on the prompt alone: the same on any number of ranks."""
     torch.manual_seed(int(packed.patches.long().sum()))
     return decode.generate(model, packed, sampling, count)
@@ -392,7 +395,8 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 import train_grpo, test_train_grpo
-train_grpo.generate, train_grpo.SAMPLED_TOKENS = test_train_grpo.by_prompt, 1
+train_grpo.SAMPLED_TOKENS = 1
+test_train_grpo.training.full.generate = test_train_grpo.by_prompt
 train_grpo.cli(train_grpo.main)
 """
 
@@ -406,7 +410,7 @@ def test_two_ranks_equal_one(grpo, base, tmp_path, monkeypatch):
     flags = flags_for(base, tmp_path / "two", **options, per_device_train_batch_size=8)
     done = subprocess.run([*launcher, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    monkeypatch.setattr(train_grpo, "generate", by_prompt)
+    monkeypatch.setattr(training.full, "generate", by_prompt)
     monkeypatch.setattr(train_grpo, "SAMPLED_TOKENS", 1)  # one prompt at a time
     folders = grpo("one", **options), tmp_path / "two"
     names = "step", "prompt", "id", "ids", "trained"

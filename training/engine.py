@@ -208,6 +208,9 @@ def build_engine(model, cfg, device, dtype):
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     engine.optimizer.check_overflow = lambda partition_gradients: None  # step() asks the norm next
+    engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.train()
     return engine, notes
 
@@ -243,14 +246,23 @@ def update(engine, micro_batches, loss_of):
     world = torch.distributed.get_world_size()
     micro_batches = list(micro_batches)
     (count,) = global_max([len(micro_batches)], engine.device)
-    for i in range(int(count)):
-        engine.set_gradient_accumulation_boundary(i == count - 1)
-        if i < len(micro_batches):
-            loss = loss_of(micro_batches[i])
-        else:
-            loss = 0.0 * engine(pack([]).to(engine.device)).sum()
-        engine.backward(loss * world, scale_wrt_gas=False)
-    engine.step()
+    doing = None
+    try:
+        for i in range(int(count)):
+            doing = f"forward of pack {i + 1} of {int(count)}"
+            engine.set_gradient_accumulation_boundary(i == count - 1)
+            if i < len(micro_batches):
+                loss = loss_of(micro_batches[i])
+            else:
+                loss = 0.0 * engine(pack([]).to(engine.device)).sum()
+            doing = f"backward of pack {i + 1} of {int(count)}"
+            loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
+            engine.backward(loss * world, scale_wrt_gas=False)
+        doing = "AdamW's step"
+        engine.step()
+    except torch.OutOfMemoryError as error:
+        error.add_note(doing)
+        raise
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
 
 
@@ -290,10 +302,16 @@ def whole_state(engine):
             yield f"{key}/{name}", full.view(param.shape).cpu()
 
 
+class NotFinite(ArithmeticError):
+    """A weight or moment that is NaN or Inf: such a state is not worth keeping."""
+
+
 def save_state(state, folder):
     """Write what whole_state yields into folder, as optimizer-00000.safetensors and so on."""
     shard, size, number = {}, 0, 0
     for name, tensor in state:
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{name} holds NaN or Inf")
         shard[name], size = tensor, size + tensor.nbytes
         if size >= SHARD_BYTES:
             save_file(shard, folder / f"optimizer-{number:05d}.safetensors")

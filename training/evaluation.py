@@ -1,6 +1,7 @@
 """Answer accuracy by free generation, during training: which held-out samples can be judged, how many are right, what
 is said instead, and how much of it is left when the frames are changed."""
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from data import CONTROLS, pack
+from data import CONTROLS
+from dataset.batch import Vanished
 from dataset.records import read_records, record_name
 from model import UserError
-from model.decode import Sampling, generate
+from model.decode import Sampling
 from rewards import is_correct, sample_from_record
 from training.engine import gather
+from training.full import sample
 from training.groups import Rollout, row
 from training.measures import chance, confusion_of, in_words, measure, wilson
 from training.runlog import progress
@@ -73,6 +76,8 @@ def prompts(run, processor, records, control):
     def encode(record):
         try:
             return processor.encode(record, answer=False, control=control)
+        except Vanished:
+            raise
         except UserError as error:
             return error
 
@@ -106,23 +111,28 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="n
     mine = records[run.rank :: run.world]
     numbers = {id(record): i * run.world + run.rank for i, record in enumerate(mine)}
     spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
-    answers, rows, right = {}, [], 0
+    answers, rows, right, lost = {}, [], 0, 0
     model.eval()
     with progress(len(mine), rank=run.rank, unit="clip", desc="evaluation") as bar:
         for batch in prompt_batches(prompts(run, processor, mine, control), EVAL_TOKENS):
-            said = generate(model, pack(batch).to(run.device), sampling, generator=generator)
+            said = sample(run, model, batch, sampling, 1, "evaluating", generator)
             for example, (completion,) in zip(batch, said, strict=True):
-                number, sample = numbers[id(example.record)], sample_from_record(example.record)
+                number, asked = numbers[id(example.record)], sample_from_record(example.record)
                 text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-                answers[number] = in_words(sample, text)
-                right += (is_right := is_correct(text, sample))
+                sound = all(map(math.isfinite, completion.logprobs))
+                answers[number] = in_words(asked, text)
+                right += (is_right := sound and is_correct(text, asked))
+                lost += not sound
                 if number < EVAL_SHOWN:
                     rows.append(shown(run.step, number, example, completion, text, is_right, spell))
             bar.update(len(batch))
     model.train()
-    (right,) = run.sum(right)
+    right, lost = run.sum(right, lost)
     everyone = gather((answers, rows))
     answers = {number: answer for found, _ in everyone for number, answer in found.items()}
+    if lost:
+        told = f"evaluation: {int(lost)} of {len(answers)} answers come from logits that are not finite"
+        run.say(f"{told}: counted as wrong")
     rows = sorted((row for _, found in everyone for row in found), key=lambda row: row["prompt"])
     return Found(right / len(answers) if answers else None, len(answers), answers, rows)
 

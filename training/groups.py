@@ -1,6 +1,6 @@
 """A group: the completions of one prompt; scored, told on the console and in rollouts.jsonl, watched over the steps."""
 
-import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from dataset.batch import Example
 from dataset.records import clip_name
-from model import UserError
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 
 ROLLOUTS = "rollouts.jsonl"
@@ -30,6 +29,11 @@ class Rollout:
     number: int = 0  # of its group among those of all ranks
     advantage: float = 0.0
     trained: bool = False  # its group was chosen for the update
+
+    @property
+    def sound(self) -> bool:
+        """The logits that it was drawn from were finite, and it could be drawn."""
+        return all(map(math.isfinite, self.logprobs))
 
 
 def needs_shuffled(rewards: list[Reward]) -> bool:
@@ -58,10 +62,11 @@ class Facts(NamedTuple):
     tokens: int
     finished: bool
     parts: dict[str, float]
+    sound: bool = True
 
 
 def facts(group: list[Rollout]) -> list[Facts]:
-    return [Facts(r.reward, r.right, len(r.ids), r.finished, r.parts) for r in group]
+    return [Facts(r.reward, r.right, len(r.ids), r.finished, r.parts, r.sound) for r in group]
 
 
 def reward_metrics(groups: list[list[Facts]], spread: list[float]) -> dict[str, float]:
@@ -82,6 +87,7 @@ def reward_metrics(groups: list[list[Facts]], spread: list[float]) -> dict[str, 
         "length": statistics.fmean(fact.tokens for fact in rows),
         "completion_tokens": sum(fact.tokens for fact in rows),
         "truncated": statistics.fmean(not fact.finished for fact in rows),
+        "not_finite": sum(not fact.sound for fact in rows),
     }
 
 
@@ -107,18 +113,8 @@ def row(step: int, prompt: Example, rollout: Rollout, spell: Callable[[int], str
         "n_tokens": len(rollout.ids),
         "ids": rollout.ids,
         "tokens": [spell(token) for token in rollout.ids],
-        "logprobs": [round(logprob, 4) for logprob in rollout.logprobs],
+        "logprobs": [round(logprob, 4) if math.isfinite(logprob) else None for logprob in rollout.logprobs],
     }
-
-
-def write_rows(folder, rows):
-    """Append to rollouts.jsonl of a run's folder."""
-    path = folder / ROLLOUTS
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is intact") from None
 
 
 def best_and_worst(groups: list[list[Rollout]]) -> list[str]:

@@ -116,6 +116,21 @@ def progress(total, rank=0, **more):
     """A bar with the time left, on rank 0's terminal; nothing where output goes to a file."""
     hidden = rank > 0 or not sys.stdout.isatty()
     return tqdm(total=total, disable=hidden or None, leave=False, dynamic_ncols=True, **more)  # None: by stderr
+def append(path, rows):
+    """Add a line for each object to a .jsonl: all of them, or none and UserError."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, written = file.tell(), 0
+            try:
+                while written < len(text):
+                    written += file.write(text[written:])
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); the last checkpoint is intact: make room, then --resume"
+        raise UserError(f"{path}: {why}") from None
 
 
 class Log:
@@ -130,7 +145,7 @@ class Log:
         self.file, self.bar, self.trackers = None, None, []
         if run.rank == 0:
             self.trackers = open_trackers(run)
-            self.file = (run.folder / METRICS).open("a", encoding="utf-8")
+            self.file = run.folder / METRICS
             self.bar = progress(total, initial=run.step, unit="step")
 
     def write(self, step, metrics):
@@ -138,12 +153,7 @@ class Log:
         if self.file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        try:
-            self.file.write(json.dumps({"step": step, **clean}, ensure_ascii=False) + "\n")
-            self.file.flush()
-        except OSError as error:
-            why = f"cannot be written ({error.strerror}); the last checkpoint is intact"
-            raise UserError(f"{self.file.name}: {why}") from None
+        append(self.file, [{"step": step, **clean}])
         for tracker in self.trackers:
             tracker.numbers(step, numbers_of(clean))
 
@@ -172,7 +182,7 @@ class Log:
         return f"step {step:>6}/{self.total}  {'  '.join(shown)}  eta {int(left // 60):>3}:{int(left % 60):02d}"
 
     def close(self):
-        for thing in (self.bar, self.file, *self.trackers):
+        for thing in (self.bar, *self.trackers):
             if thing is not None:
                 thing.close()
 
