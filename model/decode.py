@@ -127,8 +127,10 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
 
 def draw(scores: Tensor, generator) -> Tensor:
     """One index a row from softmax(scores), by the exponential race: argmin of -log(u) / p is index i with chance p_i.
-    It needs no host sync, as torch.multinomial does."""
-    race = torch.empty_like(scores).exponential_(generator=generator)
+    It needs no host sync, as torch.multinomial does. generator: see generate."""
+    race, own = torch.empty_like(scores), generator if isinstance(generator, list) else [generator]
+    for rows, source in zip(race.chunk(len(own)), own):
+        rows.exponential_(generator=source)
     return (scores.softmax(-1) / race).argmax(-1)
 
 
@@ -138,12 +140,13 @@ def generate(
     prompts: Packed,
     sampling: Sampling,
     num_generations: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_generations` completions of each prompt.
 
-    prompts: packed prompts on the model's device, one causal segment each. generator: on that device.
+    prompts: packed prompts on the model's device, one causal segment each. generator: on that device; or a list of one
+    a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
     on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
     bf16 on a GPU goes through fast_decode.py where nothing forbids it.
     """

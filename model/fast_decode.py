@@ -227,7 +227,7 @@ class Step:
         self.table = torch.zeros(6 + 4 * self.L, **whole)
         self.cos, self.sin = (torch.zeros(self.N, self.S, half, **like) for _ in range(2))
         self.lengths, self.used = (torch.zeros(n, device=device, dtype=torch.int32) for n in (self.N, 1))
-        self.ids, self.seed = torch.zeros(R, **whole), torch.zeros(1, **whole)
+        self.ids, self.seed = torch.zeros(R, **whole), torch.zeros(R, **whole)
         self.all_ids, self.all_logp = torch.zeros(R, self.S + 1, **whole), torch.zeros(R, self.S + 1, **real)
         self.inverse, self.hidden = torch.ones(1, **real), torch.zeros(self.V, device=device, dtype=torch.uint8)
 
@@ -266,7 +266,9 @@ class Step:
         self.used.fill_(-1)
         self.inverse.fill_(1 / (sampling.temperature or 1))
         self.hidden.zero_()[banned] = 1
-        self.seed.random_(generator=generator)
+        own = generator if isinstance(generator, list) else [generator]
+        for rows, source in zip(self.seed.chunk(len(own)), own):
+            rows.random_(generator=source)
 
     def linear(self, name: str, cell: int, x: Tensor, out: Tensor, K: int, N: int, ssq=None, bias=None, residual=None):
         t = self.tiles[name]

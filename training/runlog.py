@@ -18,6 +18,7 @@ from tqdm import tqdm
 from config import as_dict, changed
 from lora import part_of, sizes
 from model import UserError
+from training.checkpoint import sync
 
 METRICS = "metrics.jsonl"
 
@@ -107,6 +108,7 @@ def cut_after(path, step):
         kept.append(line)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text("".join(kept), encoding="utf-8")
+    sync(beside)
     beside.rename(path)
 
 
