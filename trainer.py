@@ -35,6 +35,7 @@ from training.engine import (
     build_engine,
     global_max,
     global_sum,
+    launchers,
     leave_processes,
     load_state,
     lr_factor,
@@ -70,6 +71,7 @@ class Run:
     step: int = 0  # steps done
     best: dict | None = None  # {"step", "accuracy"}
     bad: int = 0  # steps in a row without an update
+    launchers: tuple = ()  # processes that it ends with
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to tell at the start
@@ -94,7 +96,9 @@ class Run:
         return [torch.Generator(self.device).manual_seed(seed + 7_919 * prompt.number) for prompt in prompts]
 
     def stop_requested(self):
-        """The number of the signal that any rank was sent, else 0. Every rank must ask."""
+        """The signal that any rank was sent, SIGTERM where a launcher is gone, else 0. Every rank must ask."""
+        if launchers() != self.launchers:
+            self.signal = self.signal or signal.SIGTERM
         return int(global_max([self.signal], self.device)[0])
 
 
@@ -117,7 +121,7 @@ def launch(cfg):
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
-    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock)
+    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
     if cfg.resume:
         find_source(run)
     return run

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from endurance import left_behind
 from promises import row, verdict
 from warm import NAMES, ROOT, Life, Watch, start  # it sets the environment, and the paths
 
@@ -84,7 +85,8 @@ class Place:
             assert code == 0, folder.with_suffix(".log").read_text()[-3000:]
             mean = self.watch.seconds / self.watch.count.clip(1)
             times = {name: float(mean[i]) for i, name in enumerate(NAMES) if self.watch.count[i]}
-            self.whole[script] = folder, times, time.monotonic() - began
+            counts = {name: int(self.watch.count[i]) for i, name in enumerate(NAMES)}
+            self.whole[script] = folder, times, counts, time.monotonic() - began
         return self.whole[script][0]
 
 
@@ -129,30 +131,29 @@ def differences(one: Path, two: Path) -> list[str]:
 # Kill anywhere
 
 
-def strike(place: Place, script: str, life: Life) -> str | None:
-    """Kill it, half of the time anywhere, else in a phase chosen in turn. The phase it was in; None if it had ended."""
-    _, times, whole = place.whole[script]
+def strike(place: Place, script: str, folder: Path, resume: bool) -> str | None:
+    """One life, killed half of the time anywhere, else in a phase chosen in turn. The phase it was in; None if it ended
+    before."""
+    _, times, counts, whole = place.whole[script]
     rng, watch = place.rng, place.watch
     if rng.random() < 0.5:
-        wanted, entries, delay = None, 0, rng.uniform(0, 0.6 * whole)
+        watch.aim = "start", 0, rng.uniform(0, 0.6 * whole)
     else:
         wanted = list(times)[place.turn % len(times)]
         place.turn += 1
-        entries, delay = rng.randint(1, 3), rng.uniform(0, times[wanted])
-    end = time.perf_counter() + delay if wanted is None else float("inf")
-    while life.poll() is None and time.perf_counter() < end:
-        if end == float("inf") and (not NAMES.index(wanted) or watch.count[NAMES.index(wanted)] >= entries):
-            end = time.perf_counter() + delay
-        time.sleep(1e-4)
-    life.kill()
-    return watch.phase if life.wait() == -signal.SIGKILL else None
+        entry = 1 if resume else rng.randint(1, min(3, counts[wanted]))
+        watch.aim = wanted, entry, times[wanted] * 10 ** rng.uniform(-3, 0.1)  # its beginning may be all there is to it
+    code = place.start(script, folder, watch=watch, resume=resume).wait()
+    watch.aim = None
+    assert code in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()[-3000:]
+    return watch.phase if code else None
 
 
 def killed_run(place: Place, script: str, most: int) -> tuple[Counter, int, list[str]]:
     """A run killed up to `most` times, then left to end: (phases hit, checkpoints left half written, faults)."""
     folder, hit, half, faults = place.new(script), Counter(), 0, []
     for resume in range(most):
-        phase = strike(place, script, place.start(script, folder, watch=place.watch, resume=bool(resume)))
+        phase = strike(place, script, folder, bool(resume))
         if phase is None:
             break
         hit[phase] += 1
@@ -176,7 +177,8 @@ def kills(place: Place, wanted: int) -> list[dict]:
             found, left, wrong = killed_run(place, script, min(12, max(2, wanted)))
             hit, half, runs, good = hit + found, half + left, runs + 1, good + (not wrong) * found.total()
             faults += wrong
-            print(f"  {script}: run {runs}, {hit.total()} kills; {wrong or 'equal'}", flush=True)
+            to_come = f"; not hit yet: {', '.join(sorted(least - set(hit)))}" if least - set(hit) else ""
+            print(f"  {script}: run {runs}, {hit.total()} kills; {wrong or 'equal'}{to_come}", flush=True)
         told = ", ".join(f"{name} {hit[name]}" for name in NAMES if hit[name])
         told = f"{runs} runs, {half} checkpoints caught half written; killed in: {told}"
         promise = f"{script}.py killed with SIGKILL at any moment and resumed equals the undisturbed run bit for bit"
@@ -378,12 +380,46 @@ def rank_killed(place: Place, times: int) -> list[dict]:
     return [row(promise, tried, good, f"{COMMAND} --only ranks", "; ".join([*faults[:3], told]))]
 
 
+def launcher_killed(place: Place, times: int) -> list[dict]:
+    """The deepspeed command with two ranks: a rank is killed, or the command itself. Nothing is left after a minute."""
+    tried, good, faults, slowest = 0, 0, [], 0.0
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
+    for k in range(max(1, times)):
+        for script in FLAGS if times else ["train_sft"]:
+            for victim in ("the command", "a rank") if times else ["the command"]:
+                folder = place.new(script)
+                flags = place.flags(script, folder, max_steps=100_000, eval_data_path="none", save_total_limit=1)
+                command = [*launcher, str(29680 + k), f"{script}.py"]
+                command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+                with folder.with_suffix(".log").open("w") as log:
+                    run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+                while len(lines(folder / "metrics.jsonl")) < 3 and run.poll() is None:
+                    time.sleep(0.1)
+                pids = {p: Path(f"/proc/{p}/cmdline").read_bytes() for p in left_behind(run.pid)}
+                ranks = [p for p, words in pids.items() if b"deepspeed" not in words and b".py" in words]
+                began = time.monotonic()
+                os.kill(place.rng.choice(ranks) if victim == "a rank" else run.pid, signal.SIGKILL)
+                code = run.wait(60)
+                while (left := left_behind(run.pid)) and time.monotonic() - began < 60:
+                    time.sleep(0.1)
+                slowest = max(slowest, time.monotonic() - began)
+                for each in left:
+                    os.kill(each, signal.SIGKILL)
+                wrong = [f"{victim}: {len(left)} processes left"] * bool(left) + ["exit code 0"] * (code == 0)
+                wrong += ["no whole checkpoint"] * (newest_checkpoint(folder) is None)
+                tried, good, faults = tried + 1, good + (not wrong), faults + wrong
+    print(f"  {good} of {tried}, at most {slowest:.1f} s; {faults or 'nothing left'}", flush=True)
+    told = f"a rank or the deepspeed command killed; all gone after {slowest:.1f} s at most"
+    promise = "deepspeed with 2 ranks: after SIGKILL of a rank or of the command no process is left after a minute"
+    return [row(promise, tried, good, f"{COMMAND} --only launcher", "; ".join([*faults[:3], told]))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases of each")
     parser.add_argument("--save", action="store_true", help="write dev/chaos.json and dev/CHAOS.md")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=None, help="of: kills saves signals folders twice elastic ranks")
+    parser.add_argument("--only", nargs="+", default=None, metavar="PART", help="kills saves signals folders …")
     parser.add_argument("--folder", type=Path, default=None, help="scratch; default: a temporary one, deleted")
     args = parser.parse_args()
     few = args.quick
@@ -395,6 +431,7 @@ def main() -> int:
         "twice": lambda place: twice(place, 1 if few else 5),
         "elastic": lambda place: elastic(place, [1, 4] if few else [1, 2, 4]),
         "ranks": lambda place: rank_killed(place, 1 if few else 6),
+        "launcher": lambda place: launcher_killed(place, 0 if few else 3),
     }
     rows, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as scratch:

@@ -58,15 +58,15 @@ def look(pid: int) -> dict[str, float]:
     return total
 
 
-def left_behind(group: int) -> list[int]:
-    """Living processes of a process group."""
+def left_behind(session: int) -> list[int]:
+    """Living processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[2]) == group and fields[0] != "Z":
+        if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
 

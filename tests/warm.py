@@ -7,6 +7,7 @@
 The forking process has run no backward pass and has no group of ranks: a child begins as a fresh interpreter does.
 """
 
+import ctypes
 import mmap
 import os
 import signal
@@ -55,8 +56,31 @@ PHASES = {
 NAMES = [*PHASES]
 
 
+class Event(ctypes.Structure):
+    """sigevent of timer_create(2): 64 bytes"""
+
+    _fields_ = [("value", ctypes.c_void_p), ("signo", ctypes.c_int), ("notify", ctypes.c_int)]
+    _fields_ += [("rest", ctypes.c_char * 48)]
+
+
+def kill_in(seconds: float) -> None:
+    """SIGKILL for this process, sent by the kernel's own timer: in the middle of a system call as well as between two
+    lines of Python, and on time on a busy machine too."""
+    libc, timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
+    when = (ctypes.c_long * 4)(0, 0, int(seconds), max(1, int(seconds % 1 * 1e9)))  # itimerspec: no period, the first
+    event = Event(signo=signal.SIGKILL, notify=0)  # SIGEV_SIGNAL
+    failed = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+    failed = failed or libc.timer_settime(timer, 0, ctypes.byref(when), None)
+    assert not failed, f"no timer: {os.strerror(ctypes.get_errno())}"
+
+
 class Watch:
-    """now: number of the phase; count: times each was entered; seconds: spent in each. Of the latest life."""
+    """phase: what the latest life does, or did last; count: how often each was entered; seconds: spent in each.
+
+    aim: (phase, its n-th entry, seconds after that) that the next life is killed at; None: not.
+    """
+
+    aim: tuple[str, int, float] | None = None
 
     def __init__(self):
         n = len(NAMES)
@@ -75,6 +99,8 @@ class Watch:
         before, began = self.cells[0], time.perf_counter()
         self.cells[0] = number
         self.count[number] += 1
+        if self.aim and self.aim[:2] == (NAMES[number], self.count[number]):
+            kill_in(self.aim[2])
         try:
             yield
         finally:
@@ -83,6 +109,8 @@ class Watch:
 
     def wrap(self) -> None:
         """In the child: each function of PHASES tells when it runs. It is not changed otherwise."""
+        if self.aim and self.aim[0] == "start":
+            kill_in(self.aim[2])
         for number, places in enumerate(PHASES.values()):
             for owner, name in places:
                 setattr(owner, name, self.told(getattr(owner, name), number))
