@@ -122,6 +122,8 @@ def launch(cfg):
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
+    if cfg.deterministic and device.type == "cpu":
+        run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
     if cfg.resume:
         find_source(run)
     return run

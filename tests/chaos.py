@@ -141,7 +141,7 @@ def strike(place: Place, script: str, folder: Path, resume: bool) -> str | None:
     else:
         wanted = list(times)[place.turn % len(times)]
         place.turn += 1
-        entry = 1 if resume else rng.randint(1, min(3, counts[wanted]))
+        entry = rng.randint(1, max(1, counts[wanted] // (3 if resume else 1)))
         watch.aim = wanted, entry, times[wanted] * 10 ** rng.uniform(-3, 0.1)  # its beginning may be all there is to it
     code = place.start(script, folder, watch=watch, resume=resume).wait()
     watch.aim = None
@@ -369,7 +369,7 @@ def rank_killed(place: Place, times: int) -> list[dict]:
             began = time.monotonic()
             code = lives[1 - victim].wait(60)
             seconds.append(time.monotonic() - began)
-            wrong = ["the other rank took no notice"] * (code == 0 and lives[victim].wait() != 0)
+            wrong = ["the other rank took no notice"] * (lives[victim].wait() != 0 and code == 0)
             again = [life.wait() for life in place.ranks(script, folder, 2, 29670 + k, resume=True, **more)]
             wrong += [f"resume ended with {again}"] * any(again)
             wrong += [f"{len(losses(folder, 'loss'))} steps"] * (len(losses(folder, "loss")) != more["max_steps"])
@@ -431,7 +431,7 @@ def main() -> int:
         "twice": lambda place: twice(place, 1 if few else 5),
         "elastic": lambda place: elastic(place, [1, 4] if few else [1, 2, 4]),
         "ranks": lambda place: rank_killed(place, 1 if few else 6),
-        "launcher": lambda place: launcher_killed(place, 0 if few else 3),
+        "launcher": lambda place: launcher_killed(place, 0 if few else 2),
     }
     rows, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as scratch:
