@@ -8,7 +8,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
-from endurance import picture, trend
+from endurance import picture, trend, watch
 
 from training.checkpoint import MANIFEST, find_adapter, newest_checkpoint, step_of, what_is_broken, write_whole
 
@@ -104,6 +104,19 @@ def test_a_checkpoint_holds_what_its_manifest_says(tmp_path):
     assert {name: entry["bytes"] for name, entry in listed.items()} == {name: len(t) for name, t in FILES.items()}
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2")
     assert step_of(newest_checkpoint(tmp_path)) == 2  # a copy is as good: nothing in it knows its folder
+
+
+def test_an_error_in_the_middle_leaves_no_process(tmp_path):
+    """Every clip but the first batch's is gone: the run ends with one line while its threads read ahead."""
+    made = ["--num_samples", "40", "--split", "0.9", "--video_length", "12", "--output_dir", str(tmp_path / "data")]
+    subprocess.run([sys.executable, "generate.py", *made], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for clip in sorted((tmp_path / "data/videos").iterdir())[4:]:
+        clip.write_bytes(b"")
+    flags = ["--data_path", str(tmp_path / "data/train.json"), "--eval_data_path", "none", "--nframes", "4"]
+    seen, code, left = watch("train_sft.py", tmp_path / "run", [*flags, "--max_steps", "50"])
+    assert code == 2 and left == [], (code, left)
+    told = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "max_skip_share" in told[0]
 
 
 def test_growth_is_seen():
