@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from endurance import left_behind
-from promises import row, verdict
+from promises import keep, row, verdict
 from warm import NAMES, ROOT, Life, Watch, start  # it sets the environment, and the paths
 
 from training.checkpoint import checkpoints, newest_checkpoint, read_json, step_of, what_is_broken
@@ -440,9 +440,12 @@ def main() -> int:
         place = Place(folder, args.seed)
         for name in args.only or parts:
             print(f"{name} ({time.monotonic() - began:.0f} s)", flush=True)
-            rows += parts[name](place)
+            found = parts[name](place)
+            if args.save:
+                keep(found)
+            rows += found
     print(f"{time.monotonic() - began:.0f} s")
-    return verdict(rows, args.save)
+    return verdict(rows)
 
 
 if __name__ == "__main__":

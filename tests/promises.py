@@ -40,9 +40,7 @@ def keep(rows: list[dict]) -> None:
     TABLE.write_text(HEAD + table([*known.values()]))
 
 
-def verdict(rows: list[dict], save: bool) -> int:
-    """Print the rows, keep them if asked to; the exit code: 1 if a case did not survive."""
+def verdict(rows: list[dict]) -> int:
+    """Print the rows; the exit code: 1 if a case did not survive."""
     print(table(rows), end="")
-    if save:
-        keep(rows)
     return int(any(r["survived"] < r["tried"] for r in rows))
