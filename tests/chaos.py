@@ -173,7 +173,7 @@ def kills(place: Place, wanted: int) -> list[dict]:
         place.undisturbed(script)
         place.turn, hit, half, runs, good, faults = 0, Counter(), 0, 0, 0, []
         least = set(place.whole[script][1]) if wanted >= 50 else set()
-        while hit.total() < wanted or least - set(hit):
+        while hit.total() < wanted or (least - set(hit) and hit.total() < 3 * wanted):
             found, left, wrong = killed_run(place, script, min(12, max(2, wanted)))
             hit, half, runs, good = hit + found, half + left, runs + 1, good + (not wrong) * found.total()
             faults += wrong
