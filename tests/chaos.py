@@ -139,10 +139,12 @@ def strike(place: Place, script: str, folder: Path, resume: bool) -> str | None:
     if rng.random() < 0.5:
         watch.aim = "start", 0, rng.uniform(0, 0.6 * whole)
     else:
-        wanted = list(times)[place.turn % len(times)]
+        turns = [*times, *["resume: state put back"] * resume]  # the undisturbed run did not come to that
+        wanted = turns[place.turn % len(turns)]
         place.turn += 1
         entry = rng.randint(1, max(1, counts[wanted] // (3 if resume else 1)))
-        watch.aim = wanted, entry, times[wanted] * 10 ** rng.uniform(-3, 0.1)  # its beginning may be all there is to it
+        # on a logarithmic scale: of a phase with others inside, the beginning may be all that is its own
+        watch.aim = wanted, entry, times.get(wanted, 0.01) * 10 ** rng.uniform(-3, 0.1)
     code = place.start(script, folder, watch=watch, resume=resume).wait()
     watch.aim = None
     assert code in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()[-3000:]

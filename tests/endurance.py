@@ -165,6 +165,7 @@ def main() -> int:
         given = ["--data_path", str(data / "train.json"), "--max_steps", str(steps), *more]
         began = time.monotonic()
         seen, code, left = watch(script, args.folder / name.lower(), given)
+        seen = [r for r in seen if r["step"] < steps]  # what it is like on its way out is not asked
         faults = judge(name, seen, steps) if code == 0 else [f"exit code {code}, see {args.folder / name.lower()}.log"]
         faults += [f"{len(left)} processes left"] * bool(left)
         found = flat(seen, steps) if code == 0 else {}
