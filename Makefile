@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: quickstart test bench tiny clean
+.PHONY: quickstart test bench chaos tiny clean
 
 quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
 	@$(RUN) quickstart.py
@@ -14,6 +14,10 @@ test: $(VENV)/dev            ## lint, then every test
 
 bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
 	@for b in bench/logits.py bench/sft.py bench/rollout.py bench/grpo.py bench/vision.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+
+chaos: $(VENV)/dev           ## kills, elastic and long runs, some 15 minutes; the figures go into dev/CHAOS.md
+	$(RUN) tests/chaos.py --save
+	$(RUN) tests/endurance.py --save
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init

@@ -191,6 +191,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
+    deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; on a CPU it does anyway
     gradient_checkpointing: bool = False  # recompute activations a block; the embedded model has no need of it
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
     dataloader_num_workers: int = 2  # threads that decode ahead; one a core of a laptop

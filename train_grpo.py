@@ -136,8 +136,8 @@ def main():
 
         # sample a group of completions for each prompt, and score them
         run.seed_step(step)
-        groups = sample_groups(run, model, processor, prompts)
-        shuffled = sample_shuffled(run, model, processor, prompts, rewards)
+        groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
+        shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
         for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
             score_group(rewards, prompt, group, texts, cfg.max_completion_length)
         health, counts = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
@@ -202,12 +202,13 @@ def groups_per_step(cfg):
 
 
 def prompt_loader(run, records, processor):
-    """Prompts of each step: `oversample` times as many as are trained on. Read ahead, in one batch a rank."""
+    """Prompts of each step: `oversample` times as many as are trained on, on any number of ranks. Read ahead, in one
+    batch a rank."""
     plain = copy.copy(run.cfg)
     plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
-    size = math.ceil(groups_per_step(run.cfg) * run.cfg.oversample)
+    size = math.ceil(groups_per_step(run.cfg) * run.world * run.cfg.oversample)
     at = {"rank": run.rank, "world_size": run.world}
-    return Loader(records, processor, plain, **at, answer=False, collate=list, batch_size=size)
+    return Loader(records, processor, plain, **at, answer=False, collate=list, global_batch=size)
 
 
 def notes(run, loader, records, held_out):
@@ -233,8 +234,9 @@ def freeze_reference(model, cfg):
 # Sampling
 
 
-def sample_groups(run, model, processor, prompts, count=None):
-    """Completions of each prompt under the policy as it is: a list of groups of Rollouts. count: num_generations."""
+def sample_groups(run, model, processor, prompts, seeds, count=None):
+    """Completions of each prompt under the policy as it is: a list of groups of Rollouts. seeds: one a prompt, so
+    that it does not matter which prompts a rank has, or samples together. count: num_generations."""
     cfg, count = run.cfg, count or run.cfg.num_generations
     stop = (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=stop)
@@ -243,19 +245,21 @@ def sample_groups(run, model, processor, prompts, count=None):
     budget = SAMPLED_TOKENS * longest // (longest + count * cfg.max_completion_length)
     groups = []
     for batch in prompt_batches(prompts, budget):
-        for completions in sample(run, model, batch, sampling, count, "sampling"):
+        mine = seeds[len(groups) : len(groups) + len(batch)]
+        for completions in sample(run, model, batch, sampling, count, "sampling", mine):
             texts = [processor.backend.decode(c.ids, skip_special_tokens=True) for c in completions]
             told = zip(completions, texts, strict=True)
             groups.append([Rollout(len(groups), c.ids, c.logprobs, c.finished, text) for c, text in told])
     return groups
 
 
-def sample_shuffled(run, model, processor, prompts, rewards):
+def sample_shuffled(run, model, processor, prompts, rewards, step):
     """Texts of half as many completions of each prompt with its frames in random order; None where no reward asks."""
     if not needs_shuffled(rewards):
         return [None] * len(prompts)
     examples = [processor.encode(prompt.record, answer=False, control="shuffled") for prompt in prompts]
-    groups = sample_groups(run, model, processor, examples, max(1, run.cfg.num_generations // 2))
+    seeds = run.seeds(step, prompts, stream=1)
+    groups = sample_groups(run, model, processor, examples, seeds, max(1, run.cfg.num_generations // 2))
     return [[rollout.text for rollout in group] for group in groups]
 
 

@@ -6,8 +6,9 @@
     save(run, engine, …)                 a checkpoint, whole or absent
     finish(run)
 
-Every step seeds the random numbers from (seed, step, rank): dropout and sampling do not depend on how often the run was
-evaluated or interrupted, and there is no generator state to carry over.
+Every step seeds the random numbers, dropout's by (seed, step, rank), a prompt's completions by (seed, step, prompt):
+they do not depend on how often the run was evaluated or interrupted, completions not on the number of ranks either, and
+there is no generator state to carry over.
 """
 
 import fcntl
@@ -40,6 +41,7 @@ from training.engine import (
     gather,
     global_max,
     global_sum,
+    launchers,
     leave_processes,
     load_state,
     lr_factor,
@@ -82,6 +84,7 @@ class Run:
     loader: object = None  # of the training data: counts what it leaves out
     halved: int = 0  # times that this rank sampled in halves for lack of memory
     sample_limit: float = math.inf  # tokens that are no longer tried at once since
+    launchers: tuple = ()  # processes that it ends with
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to tell at the start
@@ -100,8 +103,15 @@ class Run:
         """Random numbers of this step and rank: torch's, CPU and GPU."""
         torch.manual_seed(self.cfg.seed + 1_000_003 * (step + 1) + 7_919 * self.rank)
 
+    def seeds(self, step, prompts, stream=0):
+        """What each prompt of this step draws from: the same on any number of ranks. stream: 0, 1, … at one step."""
+        seed = self.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
+        return [seed + 7_919 * prompt.number for prompt in prompts]
+
     def stop_requested(self):
-        """The number of the signal that any rank was sent, else 0. Every rank must ask."""
+        """The signal that any rank was sent, SIGTERM where a launcher is gone, else 0. Every rank must ask."""
+        if launchers() != self.launchers:
+            self.signal = self.signal or signal.SIGTERM
         return int(global_max([self.signal], self.device)[0])
 
 
@@ -121,14 +131,26 @@ def launch(cfg):
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+        repeatable(cfg.deterministic)
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
-    sys.setswitchinterval(5e-4)  # seconds; threads that decode clips hold up the one that launches kernels less
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
-    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock)
+    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
+    if cfg.deterministic and device.type == "cpu":
+        run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
     if cfg.resume:
         find_source(run)
     return run
+
+
+def repeatable(on):
+    """Choose deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation
+    that has none raises a RuntimeError with its name. The workspace is cuBLAS' rule: docs.nvidia.com/cuda/cublas,
+    "Results reproducibility"; it must be set before the first product."""
+    if on:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
 
 
 def claim(folder, cfg):
@@ -178,13 +200,18 @@ def samples_per_step(cfg, world):
 
 
 def keep_batch(run):
-    """On another number of ranks a resumed run keeps its samples per step, by another accumulation."""
+    """On another number of ranks a resumed run keeps its samples per step: by another accumulation, or, where that does
+    not come out even, by the next smaller micro-batch that does."""
     cfg, wanted = run.cfg, run.state["samples_per_step"]
-    at_once = cfg.per_device_train_batch_size * run.world
-    if wanted % at_once:
-        text = f"found {at_once // run.world} on {run.world} ranks, expected a product that divides {wanted}"
-        raise UserError(f"--per_device_train_batch_size: {text}, the samples a step of the run that is resumed")
-    cfg.gradient_accumulation_steps = wanted // at_once
+    if wanted % run.world:
+        text = f"expected a number that divides {wanted}, the samples a step of the run that is resumed"
+        raise UserError(f"ranks: found {run.world}, {text}")
+    share, given = wanted // run.world, cfg.per_device_train_batch_size
+    cfg.per_device_train_batch_size = next(size for size in range(min(given, share), 0, -1) if share % size == 0)
+    cfg.gradient_accumulation_steps = share // cfg.per_device_train_batch_size
+    if cfg.per_device_train_batch_size != given:
+        how = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        run.notes.append(f"--per_device_train_batch_size: {given} makes no {wanted} samples a step here, {how} does")
 
 
 def build_model(cfg, run):
@@ -255,6 +282,9 @@ def prepare_folder(run):
         cut_after(run.folder / name, run.step)
     if run.best:
         write_json(run.folder / BEST, run.best)
+    else:
+        (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
+    checkpoint.rotate(run.folder, run.cfg.save_total_limit)  # a run killed after its last checkpoint had not come to it
     facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}
     write_json(run.folder / RUN, {"script": run.script, "command": sys.argv, "config": as_dict(run.cfg), **facts})
 
@@ -373,6 +403,9 @@ def save(run, engine, step, loop=None):
     counts, state = what_was_counted(run), whole_state(engine)
     if run.rank == 0:
         try:
+            for path in (run.folder / METRICS, run.folder / "rollouts.jsonl"):  # a resumed run has them up to this step
+                if path.exists():
+                    checkpoint.sync(path)
             checkpoint.write_whole(folder, lambda beside: fill(run, engine, step, loop, counts, state, beside))
             if run.best:
                 write_json(run.folder / BEST, run.best)

@@ -56,6 +56,7 @@ class Example:
     frame_times: list[list[float]]  # N lists of F seconds
     num_vision_tokens: int
     record: dict = field(repr=False)
+    number: int = -1  # of its record, where a Loader made it
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -137,20 +138,20 @@ class Loader:
 
     args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
     dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (data.pack, or list).
-    answer: as in Processor.encode. batch_size: samples a micro-batch, if not per_device_train_batch_size.
+    answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
 
     After or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
     """
 
     def __init__(
         self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
-        shuffle: bool = True, collate: Callable = pack, batch_size: int | None = None,
+        shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None,
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
         self.rank, self.world_size, self.answer, self.shuffle = rank, world_size, answer, shuffle
         self.micro_batches = args.gradient_accumulation_steps * world_size
-        self.global_batch = (batch_size or args.per_device_train_batch_size) * self.micro_batches
+        self.global_batch = global_batch or args.per_device_train_batch_size * self.micro_batches
         self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
         self.skipped: dict[str, str] = {}
         self.left_out = 0.0  # its sum over the ranks counts every sample of `skipped` once
@@ -246,7 +247,9 @@ class Loader:
     def encode(self, i: int) -> Example | tuple[int, UserError]:
         """Sample i, or the reason why there is none."""
         try:
-            return self.processor.encode(self.records[i], self.answer)
+            example = self.processor.encode(self.records[i], self.answer)
+            example.number = i
+            return example
         except Vanished:
             raise
         except UserError as error:

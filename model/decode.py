@@ -93,9 +93,9 @@ class GroupCache:
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator, part=None
+    logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None. part: see generate.
+    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None.
 
     Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion). Logits that
     are not finite give some id of the vocabulary and a log-prob that is not finite either.
@@ -112,7 +112,7 @@ def sample(
     if greedy:
         ids = scores.argmax(-1)
     else:
-        ids = draw(truncate(scores, sampling), generator, part)
+        ids = draw(truncate(scores, sampling), generator)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -128,11 +128,12 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-def draw(scores: Tensor, generator, part=None) -> Tensor:
+def draw(scores: Tensor, generator) -> Tensor:
     """One index a row from softmax(scores), by the exponential race: argmin of -log(u) / p is index i with chance p_i.
-    It needs no host sync, as torch.multinomial does. part: see generate."""
-    first, total = part or (0, len(scores))
-    race = scores.new_empty(total, scores.shape[1]).exponential_(generator=generator)[first : first + len(scores)]
+    It needs no host sync, as torch.multinomial does. generator: see generate."""
+    race, own = torch.empty_like(scores), generator if isinstance(generator, list) else [generator]
+    for rows, source in zip(race.chunk(len(own)), own):
+        rows.exponential_(generator=source)
     return (scores.softmax(-1) / race).argmax(-1)
 
 
@@ -142,16 +143,14 @@ def generate(
     prompts: Packed,
     sampling: Sampling,
     num_generations: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     on_token: Callable[[int, int], None] | None = None,
-    part: tuple[int, int] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_generations` completions of each prompt.
 
-    prompts: packed prompts on the model's device, one causal segment each. generator: on that device.
+    prompts: packed prompts on the model's device, one causal segment each. generator: on that device; or a list of one
+    a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
     on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
-    part: (first row, rows in all) where the prompts are a piece of a larger batch: from the generator's state before
-    that batch, each row gets the random numbers that it would have got there.
     bf16 on a GPU goes through fast_decode.py where nothing forbids it.
     """
     assert prompts.segments.kv_index is None, "prompts are plain causal segments"
@@ -159,12 +158,12 @@ def generate(
         from model.fast_decode import generate_fast, why_not  # here, because it imports from this file
 
         if why_not(model, prompts, sampling, num_generations) is None:
-            return generate_fast(model, prompts, sampling, num_generations, generator, on_token, part)
-    return generate_plain(model, prompts, sampling, num_generations, generator, on_token, part)
+            return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
+    return generate_plain(model, prompts, sampling, num_generations, generator, on_token)
 
 
 @torch.no_grad()
-def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None, part=None):
+def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
     """`generate` through the decoder layers of training, in plain PyTorch: any device, dtype and option, and the slow
     twin of fast_decode.py."""
     lengths, G = prompts.segments.q_lengths, num_generations
@@ -183,7 +182,7 @@ def generate_plain(model, prompts, sampling, num_generations=1, generator=None, 
     done = torch.zeros(R, dtype=torch.bool, device=device)
     steps = []  # (ids, logprobs, done before this token), all (R,)
     for t in range(sampling.max_new_tokens):
-        ids, logp = sample(logits, sampling, banned, seen, generator, part)
+        ids, logp = sample(logits, sampling, banned, seen, generator)
         steps.append((ids, logp, done))
         if on_token:
             for row in (~done).nonzero()[:, 0].tolist():

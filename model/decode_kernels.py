@@ -350,8 +350,7 @@ if triton:
                             BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
         """Of 4 BLOCK tokens of one row: the winner of the exponential race (its score, number and log-weight), and the
         chunk's largest log-weight and sum, which score and sum are relative to. hidden: (V,) uint8, 1 = never drawn.
-        inverse: 1 / temperature. seed: (2,), the second is row 0's number in a larger batch that these rows are a piece
-        of. Noise is Philox of (seed, step, row, token), 7 rounds as in Salmon et al., 2011
+        inverse: 1 / temperature. Noise is Philox of (the row's seed, step, token), 7 rounds as in Salmon et al., 2011
         (doi 10.1145/2063384.2063405), who find no fault with it; drawing it is most of this kernel's work."""
         r = tl.program_id(0)
         chunk = tl.program_id(1)
@@ -363,9 +362,8 @@ if triton:
         step = (tl.load(used) + 1).to(tl.uint32)
         number = (chunk * BLOCK + i).to(tl.uint32)
         zero = number * 0
-        key = tl.load(seed).to(tl.uint64)
-        row = r + tl.load(seed + 1).to(tl.int32)
-        draws = tl.philox(key, number, zero + step, zero + row.to(tl.uint32), zero, 7)
+        key = tl.load(seed + r).to(tl.uint64)
+        draws = tl.philox(key, number, zero + step, zero, zero, 7)
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         for j in tl.static_range(4):
             top = tl.maximum(top, log_weights(logits, hidden, r, chunk * (4 * BLOCK) + j * BLOCK + i, V, scale))

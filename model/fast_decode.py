@@ -236,8 +236,7 @@ class Step:
         self.table = torch.zeros(6 + 4 * self.L, **whole)
         self.cos, self.sin = (torch.zeros(self.N, self.S, half, **like) for _ in range(2))
         self.lengths, self.used = (torch.zeros(n, device=device, dtype=torch.int32) for n in (self.N, 1))
-        self.ids = torch.zeros(R, **whole)
-        self.seed = torch.zeros(2, **whole)  # and the number of the first row
+        self.ids, self.seed = torch.zeros(R, **whole), torch.zeros(R, **whole)
         self.all_ids, self.all_logp = torch.zeros(R, self.S + 1, **whole), torch.zeros(R, self.S + 1, **real)
         self.inverse, self.hidden = torch.ones(1, **real), torch.zeros(self.V, device=device, dtype=torch.uint8)
 
@@ -255,7 +254,7 @@ class Step:
         return kept[key]
 
     def begin(
-        self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator, part=None
+        self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator
     ) -> None:
         """Everything that differs between calls goes into the buffers that the graph reads."""
         tensors = [model.head_weight, model.model.embed_tokens.weight]
@@ -278,8 +277,9 @@ class Step:
         self.used.fill_(-1)
         self.inverse.fill_(1 / (sampling.temperature or 1))
         self.hidden.zero_()[banned] = 1
-        self.seed[:1].random_(generator=generator)
-        self.seed[1].fill_(part[0] if part else 0)
+        own = generator if isinstance(generator, list) else [generator]
+        for rows, source in zip(self.seed.chunk(len(own)), own):
+            rows.random_(generator=source)
 
     def linear(self, name: str, cell: int, x: Tensor, out: Tensor, K: int, N: int, ssq=None, bias=None, residual=None):
         t = self.tiles[name]
@@ -357,7 +357,7 @@ class Step:
 
 
 @torch.no_grad()
-def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=None, part=None) -> list[list[Completion]]:
+def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=None) -> list[list[Completion]]:
     """decode.generate on the fast path; the same arguments and result."""
     was_training = model.training and draws(model)  # changing it costs milliseconds, so only where it matters
     if was_training:
@@ -372,17 +372,17 @@ def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=Non
     banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     step = Step.fitting(model, N, G, cache, mode)
-    step.begin(model, copy, cache, prompts, sampling, banned, generator, part)
+    step.begin(model, copy, cache, prompts, sampling, banned, generator)
     logits = copy.prefill(model, prompts, x, cache)
     if step.graph is None and limit > 1:
         step.capture()
-    drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token, part)
+    drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token)
     if was_training:
         model.train()
     return collect(step.all_ids[:, :drawn], step.all_logp[:, :drawn], stops, N, G)
 
 
-def run(step: Step, logits: Tensor, sampling, banned: Tensor, stops: Tensor, generator, on_token, part=None) -> int:
+def run(step: Step, logits: Tensor, sampling, banned: Tensor, stops: Tensor, generator, on_token) -> int:
     """Token after token until the limit, or until a look finds every row ended. Returns how many were drawn."""
     limit = sampling.max_new_tokens
     for t in range(limit):
@@ -390,7 +390,7 @@ def run(step: Step, logits: Tensor, sampling, banned: Tensor, stops: Tensor, gen
             step.graph.replay()
             logits = step.logits
         if step.mode == "logits":
-            ids, step.all_logp[:, t] = sample(logits, sampling, banned, None, generator, part)
+            ids, step.all_logp[:, t] = sample(logits, sampling, banned, None, generator)
             step.ids.copy_(ids)
             step.all_ids[:, t] = ids
         elif t == 0:

@@ -18,13 +18,12 @@ from safetensors.torch import load_file
 import generate
 import train_grpo
 import trainer
-import training.full
 from assets.make_tiny import init
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from dataset.batch import Example
 from lora import inject, lora_layers, trainable_parameters
-from model import UserError, decode
+from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import Qwen2_5_VL
 from training.groups import ALARM_STEPS, Alarm, Facts, Rollout, reward_metrics
@@ -131,7 +130,8 @@ def sampled(bench, prompts=None, seed=0, length=8):
     model, processor, own, cfg = bench
     torch.manual_seed(seed)
     run = OneRank(replace(cfg, max_completion_length=length))
-    groups = train_grpo.sample_groups(run, model, processor, own if prompts is None else prompts)
+    prompts = own if prompts is None else prompts
+    groups = train_grpo.sample_groups(run, model, processor, prompts, range(seed, seed + len(prompts)))
     for k, rollout in enumerate(r for group in groups for r in group):
         rollout.advantage, rollout.trained = (-1) ** k * (1 + 0.1 * k), True
     return groups
@@ -301,7 +301,7 @@ def test_it_learns_and_tells(grpo, base, capfd):
     folder = grpo("run", **options, num_generations=8, per_device_train_batch_size=32, eval_steps=8, max_new_tokens=8,
                   eval_data_path=base / "data/val.json")  # fmt: skip
     reward = column(folder, "reward")
-    assert np.mean(reward[-4:]) > np.mean(reward[:4]) + 0.04, reward  # std of a step's mean is 0.015
+    assert np.mean(reward[-4:]) > np.mean(reward[:4]) + 0.025, reward  # a step's std is 0.015, the gain's 0.011
     rows = lines(folder)[1]
     for name in ("reward", "reward_std", "reward/vowels", "reward/vowels_std", "all_right", "all_wrong", "no_variance",
                  "length", "truncated", "kl", "clipped", "entropy", "grad_norm", "sampler_gap", "sampler_gap_max",
@@ -385,33 +385,13 @@ def test_how_the_batch_is_cut_changes_nothing(grpo):
         assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5, name
 
 
-def by_prompt(model, packed, sampling, count, generator=None, part=None):
-    """generate() with random numbers that depend on the prompt alone: the same on any number of ranks."""
-    torch.manual_seed(int(packed.patches.long().sum()))
-    return decode.generate(model, packed, sampling, count)
-
-
-SCRIPT = """
-import sys
-sys.path[:0] = {paths!r}
-import train_grpo, test_train_grpo
-train_grpo.SAMPLED_TOKENS = 1
-test_train_grpo.training.full.generate = test_train_grpo.by_prompt
-train_grpo.cli(train_grpo.main)
-"""
-
-
-def test_two_ranks_equal_one(grpo, base, tmp_path, monkeypatch):
-    """The same prompts, one group dropped or chosen as all ranks see it, counts over all ranks."""
-    options = {"max_steps": 2, "oversample": 2, "save_steps": 2}
-    script = tmp_path / "two_ranks.py"
-    script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests")]))
+def test_two_ranks_equal_one(grpo, base, tmp_path):
+    """The same prompts and completions, one group dropped or chosen as all ranks see it, counts over all ranks."""
+    options = {"max_steps": 2, "oversample": 1.75, "save_steps": 2}  # 7 prompts: the ranks' shares differ
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29643"]
     flags = flags_for(base, tmp_path / "two", **options, per_device_train_batch_size=8)
-    done = subprocess.run([*launcher, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, "train_grpo.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    monkeypatch.setattr(training.full, "generate", by_prompt)
-    monkeypatch.setattr(train_grpo, "SAMPLED_TOKENS", 1)  # one prompt at a time
     folders = grpo("one", **options), tmp_path / "two"
     names = "step", "prompt", "id", "ids", "trained"
     one, two = ([[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in folders)
@@ -426,9 +406,9 @@ def test_the_temporal_reward_samples_shuffled_frames_too(grpo, monkeypatch):
     asked = []
     sample = train_grpo.sample_groups
 
-    def watched(run, model, processor, prompts, count=None):
+    def watched(run, model, processor, prompts, seeds, count=None):
         asked.append((count, [prompt.frame_indices[0] for prompt in prompts]))
-        return sample(run, model, processor, prompts, count)
+        return sample(run, model, processor, prompts, seeds, count)
 
     monkeypatch.setattr(train_grpo, "sample_groups", watched)
     folder = grpo("run", rewards="temporal,accuracy", max_steps=1)

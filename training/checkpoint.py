@@ -99,6 +99,9 @@ def what_is_broken(folder):
         listed = json.loads((folder / MANIFEST).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return f"{MANIFEST} is missing or not JSON"
+    entries = listed.values() if isinstance(listed, dict) else [None]
+    if not entries or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in entries):
+        return f"{MANIFEST} does not list files with their bytes and sha256"
     for name, expected in listed.items():
         path = folder / name
         if not path.is_file():

@@ -73,6 +73,20 @@ def leave_processes():
             del os.environ[name]
 
 
+def launchers():
+    """Ids of the processes that this rank shall not outlive: its launcher and, above that, the deepspeed command, which
+    dies of a signal without a word to what it started. () for a process that was started by itself."""
+    parent = os.getppid()
+    if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
+        return ()
+    try:
+        command, stat = (Path(f"/proc/{parent}/{name}").read_bytes() for name in ("cmdline", "stat"))
+    except OSError:
+        return (parent,)
+    above = int(stat.rpartition(b")")[2].split()[1])  # proc(5): the second field behind the name is the parent's id
+    return (parent, above) if b"deepspeed.launcher" in command else (parent,)
+
+
 def _reduce(values, device, op):
     if torch.distributed.get_world_size() == 1:
         return [float(value) for value in values]

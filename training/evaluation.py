@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from data import CONTROLS
 from dataset.batch import Vanished
 from dataset.records import read_records, record_name
@@ -71,19 +69,23 @@ def prompt_batches(examples, budget):
 
 
 def prompts(run, processor, records, control):
-    """Records -> Examples that end where the answer begins, read ahead by threads; what cannot be read is told."""
+    """This rank's records -> Examples that end where the answer begins, with their numbers, read ahead by threads; what
+    cannot be read is told."""
+    mine = range(run.rank, len(records), run.world)
 
-    def encode(record):
+    def encode(number):
         try:
-            return processor.encode(record, answer=False, control=control)
+            example = processor.encode(records[number], answer=False, control=control)
+            example.number = number
+            return example
         except Vanished:
             raise
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(max(1, run.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
-        for i in range(0, len(records), EVAL_CLIPS):
-            for found in pool.map(encode, records[i : i + EVAL_CLIPS]):
+        for i in range(0, len(mine), EVAL_CLIPS):
+            for found in pool.map(encode, mine[i : i + EVAL_CLIPS]):
                 if isinstance(found, UserError):
                     run.say(f"evaluation: skipped: {found}")
                 else:
@@ -107,17 +109,15 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="n
     """
     stop = (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
-    generator = torch.Generator(run.device).manual_seed(seed + run.rank)
-    mine = records[run.rank :: run.world]
-    numbers = {id(record): i * run.world + run.rank for i, record in enumerate(mine)}
     spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
     answers, rows, right, lost = {}, [], 0, 0
     model.eval()
-    with progress(len(mine), rank=run.rank, unit="clip", desc="evaluation") as bar:
-        for batch in prompt_batches(prompts(run, processor, mine, control), EVAL_TOKENS):
-            said = sample(run, model, batch, sampling, 1, "evaluating", generator)
+    with progress(len(records) // run.world, rank=run.rank, unit="clip", desc="evaluation") as bar:
+        for batch in prompt_batches(prompts(run, processor, records, control), EVAL_TOKENS):
+            seeds = [seed + 7_919 * example.number for example in batch]
+            said = sample(run, model, batch, sampling, 1, "evaluating", seeds)
             for example, (completion,) in zip(batch, said, strict=True):
-                number, asked = numbers[id(example.record)], sample_from_record(example.record)
+                number, asked = example.number, sample_from_record(example.record)
                 text = processor.backend.decode(completion.ids, skip_special_tokens=True)
                 sound = all(map(math.isfinite, completion.logprobs))
                 answers[number] = in_words(asked, text)

@@ -85,25 +85,19 @@ def told_when_full(run, doing, packs):
         raise out_of_memory(run.device, doing + where, packs, settings, then) from None
 
 
-def sample(run, model, batch, sampling, count, doing, generator=None):
+def sample(run, model, batch, sampling, count, doing, seeds):
     """generate() for a list of Examples: a list of `count` Completions for each. Where memory runs out it is done in
     two halves, each prompt sampled once, and so is whatever is as large from then on.
 
-    The halves' random numbers are those of the whole batch: in exact arithmetic the completions are the same. (Products
-    over fewer rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
+    seeds: what each prompt draws from, so in exact arithmetic halves give the same completions. (Products over fewer
+    rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
     UserError where a single prompt is too much.
     """
-    generator = generator or own_generator(run.device)
-    return piece(run, model, batch, sampling, count, doing, generator, (0, len(batch) * count))
-
-
-def piece(run, model, batch, sampling, count, doing, generator, part):
-    """The prompts whose rows begin at part[0] of part[1]; the generator stands where the whole batch began."""
-    before, training, packed = generator.get_state(), model.training, pack(batch)
-    tokens = sampled_tokens(batch, count, sampling.max_new_tokens)
+    packed, tokens = pack(batch), sampled_tokens(batch, count, sampling.max_new_tokens)
     if tokens < run.sample_limit or len(batch) == 1:
+        training, own = model.training, [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
         try:
-            return generate(model, packed.to(run.device), sampling, count, generator, part=part)
+            return generate(model, packed.to(run.device), sampling, count, own)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 settings, then = settings_for_sampling(run.cfg, count), "the last checkpoint is intact, see --resume"
@@ -116,24 +110,11 @@ def piece(run, model, batch, sampling, count, doing, generator, part):
             torch.cuda.empty_cache()  # the halves need other sizes
         told = f"out of GPU memory while {doing} {count} x {len(batch)} prompts (at most {tokens:,} tokens)"
         say(f"{told}: done in halves from now on")
-    middle, found, ends = (len(batch) + 1) // 2, [], []
-    for start, half in ((0, batch[:middle]), (middle, batch[middle:])):
-        generator.set_state(before)
-        mine = (part[0] + start * count, part[1])
-        groups = piece(run, model, half, sampling, count, doing, generator, mine)
-        ends.append((max(len(completion.ids) for group in groups for completion in group), generator.get_state()))
-        found += groups
-    generator.set_state(max(ends, key=lambda end: end[0])[1])  # the whole batch would have drawn for its longest row
-    return found
+    half = (len(batch) + 1) // 2
+    cut = slice(None, half), slice(half, None)
+    return [group for s in cut for group in sample(run, model, batch[s], sampling, count, doing, seeds[s])]
 
 
 def sampled_tokens(batch, count, limit):
     """Tokens whose keys and values are held: all prompts count as long as the longest, all completions as they may."""
     return len(batch) * (max(map(len, batch)) + count * limit)
-
-
-def own_generator(device):
-    """The generator that torch's own random functions draw from on this device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator

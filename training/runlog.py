@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import changed
 from lora import part_of, sizes
 from model import UserError
-from training.checkpoint import METRICS
+from training.checkpoint import METRICS, sync
 from training.trackers import numbers_of, open_trackers
 
 # name in metrics.jsonl, heading, format: the columns of a line
@@ -106,6 +106,7 @@ def cut_after(path, step):
         kept.append(line)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text("".join(kept), encoding="utf-8")
+    sync(beside)
     beside.rename(path)
 
 
