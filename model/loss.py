@@ -10,6 +10,8 @@ chunk again and turns it into the gradient in place:
 import torch
 from torch import Tensor
 
+from model.cpu import product
+
 IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
@@ -29,7 +31,7 @@ def target_logprobs(
 
 
 def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
-    logits = (hidden @ head_weight.T).float()  # (n, V)
+    logits = product(hidden, head_weight).float()  # (n, V)
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
@@ -71,7 +73,7 @@ class TargetLogprobs(torch.autograd.Function):
             d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
             d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
             if need_hidden:
-                d_hidden[s] = d @ head_weight
+                d_hidden[s] = product(d, head_weight.T)
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
         return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), None, None, None

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import cpu
 from model.attention import Segments, attend
 from model.language import MLP, RMSNorm, recomputed
-from model.linear import project
+from model.linear import project, stack
 from model.rope import rotate, vision_tables
 
 # OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+CPU_PATCHES = 128  # as float32 0.6 MB, which stays in a core's cache
 
 
 def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,8 +79,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """(P, 1176) uint8 pixels or normalised floats -> (P, width)"""
+        weight = self.proj.weight.flatten(1)
+        patches = normalise_patches(patches, weight.dtype) if patches.dtype == torch.uint8 else patches.to(weight.dtype)
         # a convolution whose stride is its kernel is a matrix product; as Conv3d it is far slower on some GPUs
-        return F.linear(patches, self.proj.weight.flatten(1))
+        if cpu.handles(patches):
+            return cpu.Merged.apply(patches, [0.0], weight, None, None, None)[0]
+        return F.linear(patches, weight)
 
 
 class VisionAttention(nn.Module):
@@ -138,10 +145,10 @@ class VisionTower(nn.Module):
         config, P = self.config, patches.shape[0]
         assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
         plan = VisionPlan.build(grid_thw, config, patches.device)
-        weight = self.patch_embed.proj.weight
-        patches = normalise_patches(patches, weight.dtype) if patches.dtype == torch.uint8 else patches.to(weight.dtype)
         cell = config.spatial_merge_size**2
-        x = self.patch_embed(patches.view(P // cell, -1)[plan.order].view(P, -1))  # (P, width) in window order
+        # on a CPU few at a time: as floats the patches of a batch would go through memory, not the cache
+        parts = patches.split(CPU_PATCHES) if patches.device.type == "cpu" else [patches]
+        x = stack([self.patch_embed(part) for part in parts]).view(P // cell, -1)[plan.order].view(P, -1)  # window order
         tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
         segments = [plan.windows, plan.steps]
         if captures:
