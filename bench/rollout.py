@@ -1,8 +1,8 @@
-"""How fast completions are sampled: first token of a group, one decoding step, a whole rollout; beside their floors.
+"""How fast completions are sampled: first token of a group, decoding step, a whole rollout; beside their floors.
 
     python bench/rollout.py                          # 3B shape on a GPU, the embedded model's on a CPU
     python bench/rollout.py --prompts 8 --group 8 --work own --completion 512 --frames 32 --size 448x448
-    python bench/rollout.py --peer                   # transformers' generate (+ PEFT) on the same work in the same run
+    python bench/rollout.py --peer                   # transformers' generate on the same work in the same run
 
 The model carries adapters, as it does in GRPO; whatever sampling does about them is inside the times. No row ends early.
 The floor of a step is the bytes at the measured copy rate (every weight once, each prompt's cache once, each row's own
@@ -24,7 +24,7 @@ from workloads import (
     chosen,
     forward_flops,
     peer_inputs,
-    peft_model,
+    peer_model,
     prompt_batch,
     step_bytes,
     sync,
@@ -35,7 +35,7 @@ import lora
 from config import GRPO
 from model.decode import Sampling, generate
 
-PEER = "transformers + PEFT"
+PEER = "transformers"
 
 
 def ours(bench, work, N):
@@ -116,7 +116,7 @@ def main():
     cfg = bench.lora(GRPO)
     makers = {}
     if args.peer:
-        peer = peft_model(bench.model, cfg, False).eval()  # it needs the model without our adapters
+        peer = peer_model(bench.model).eval()  # as if its adapters had been merged before
         makers[PEER] = partial(theirs, bench, peer)
     lora.inject(bench.model, cfg)
     bench.model.eval()

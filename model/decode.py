@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model import cpu_decode
 from model.attention import Segments, attend
 from model.qwen2_5_vl import Packed, Qwen2_5_VL
 
@@ -59,7 +60,8 @@ class GroupCache:
         self.own_v = torch.zeros_like(self.own_k)
         slot = torch.arange(max(lengths), device=weight.device)
         length = torch.tensor(lengths, device=weight.device)
-        self.hidden_slots = (slot >= length[:, None])[:, None, None]  # (N, 1, 1, longest), padding of shorter prompts
+        hidden = torch.zeros(self.N, max(lengths), **like).masked_fill(slot >= length[:, None], float("-inf"))
+        self.hidden = hidden.repeat_interleave(self.K, 0)[:, None]  # (N*K, 1, longest): padding of shorter prompts
 
     def prefill(self, segments: Segments):
         """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
@@ -78,18 +80,30 @@ class GroupCache:
         R, H, h = N * G, q.shape[1], q.shape[1] // K
         self.own_k[layer, :, :, self.used] = k
         self.own_v[layer, :, :, self.used] = v
-        own_k, own_v = self.own_k[layer, :, :, :now], self.own_v[layer, :, :, :now]  # (R, K, now, D)
-        q = q.view(N, G, K, h, D) * D**-0.5
-        by_prompt = q.transpose(1, 2).reshape(N, K, G * h, D)  # all rows of a group against one stored prompt
-        shared = by_prompt @ self.prompt_k[layer].transpose(-1, -2)  # (N, K, G*h, longest)
-        shared = shared.masked_fill(self.hidden_slots, float("-inf"))
-        shared = shared.view(N, K, G, h, -1).transpose(1, 2).reshape(R, K, h, -1)
-        own = q.reshape(R, K, h, D) @ own_k.transpose(-1, -2)  # (R, K, h, now)
+        own_k, own_v = (x[layer].flatten(0, 1)[:, :now] for x in (self.own_k, self.own_v))  # (R*K, now, D)
+        prompt_k, prompt_v = self.prompt_k[layer].flatten(0, 1), self.prompt_v[layer].flatten(0, 1)  # (N*K, longest, D)
+        P = prompt_k.shape[1]
+        q = (q * D**-0.5).view(N, G, K, h, D)
+        by_prompt = q.transpose(1, 2).reshape(N * K, G * h, D)  # all rows of a group against one stored prompt
+        shared = torch.baddbmm(self.hidden, by_prompt, prompt_k.transpose(1, 2))  # (N*K, G*h, longest)
+        shared = shared.view(N, K, G, h, P).transpose(1, 2).reshape(R * K, h, P)
+        own = torch.bmm(q.reshape(R * K, h, D), own_k.transpose(1, 2))  # (R*K, h, now)
         weights = torch.cat([shared, own], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        shared, own = weights.split([shared.shape[-1], now], dim=-1)
-        shared = shared.view(N, G, K, h, -1).transpose(1, 2).reshape(N, K, G * h, -1)
-        out = (shared @ self.prompt_v[layer]).view(N, K, G, h, D).transpose(1, 2).reshape(R, K, h, D)
-        return (out + own @ own_v).reshape(R, H, D)
+        shared = weights[..., :P].view(N, G, K, h, P).transpose(1, 2).reshape(N * K, G * h, P)
+        out = torch.bmm(shared, prompt_v).view(N, K, G, h, D).transpose(1, 2).reshape(R * K, h, D)
+        return torch.baddbmm(out, weights[..., P:], own_v).view(R, H, D)
+
+
+class Step:
+    """ids (R,), their number t in the rollout -> logits (R, V), by the decoder layers of training: the slow twin of
+    cpu_decode.FusedStep."""
+
+    def __init__(self, model: Qwen2_5_VL, cache: GroupCache, position: Tensor, _steps: int):
+        self.model, self.cache, self.position = model, cache, position
+
+    def __call__(self, ids: Tensor, t: int) -> Tensor:
+        packed = Packed(ids, (self.position + t).expand(3, -1), segments=None)
+        return self.model(packed, self.cache.step) @ self.model.head_weight.T
 
 
 def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
@@ -153,13 +167,13 @@ def generate(
 
         if why_not(model, sampling) is None:
             return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
-    return generate_plain(model, prompts, sampling, num_generations, generator, on_token)
+    step = cpu_decode.FusedStep if cpu_decode.pays(model) else Step
+    return generate_plain(model, prompts, sampling, num_generations, generator, on_token, step)
 
 
 @torch.no_grad()
-def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
-    """`generate` through the decoder layers of training, in plain PyTorch: any device, dtype and option, and the slow
-    twin of fast_decode.py."""
+def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None, step=Step):
+    """`generate` in plain PyTorch: any device, dtype and option, and the slow twin of fast_decode.py."""
     lengths, G = prompts.segments.q_lengths, num_generations
     was_training = model.training
     model.eval()
@@ -170,6 +184,7 @@ def generate_plain(model, prompts, sampling, num_generations=1, generator=None, 
     logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its own first token
     ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
     position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+    following = step(model, cache, position, sampling.max_new_tokens)
     banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     seen = seen_tokens(prompts, G, logits.shape[1]) if sampling.repetition_penalty != 1 else None
@@ -187,8 +202,7 @@ def generate_plain(model, prompts, sampling, num_generations=1, generator=None, 
             break
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        step = Packed(ids, (position + t).expand(3, -1), segments=None)
-        logits = model(step, cache.step) @ model.head_weight.T
+        logits = following(ids, t)
         cache.used += 1
     model.train(was_training)
     return collect(steps, done, len(lengths), G)
