@@ -65,12 +65,17 @@ class Merged(torch.autograd.Function):
         return d_x, None, *d_tensors
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row, (T, 1)"""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class RMSNorm(torch.autograd.Function):
     """F.rms_norm, which torch differentiates as eight steps."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 

@@ -51,7 +51,7 @@ class FusedStep:
     def __call__(self, ids: Tensor, t: int) -> Tensor:
         H, K, D, R = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim, len(ids)
         x = F.embedding(ids, self.embedding)  # (R, C)
-        tables = self.cos[self.position + t], self.sin[self.position + t]
+        tables = [table.index_select(0, self.position + t) for table in (self.cos, self.sin)]
         for number, (qkv, bias, o, gate_up, down) in enumerate(self.layers):
             heads = cpu.product(self.norm(x), qkv, bias).view(R, H + 2 * K, D)
             qk = cpu.turn(heads[:, : H + K], *tables, 1.0)
@@ -62,4 +62,4 @@ class FusedStep:
         return cpu.product(self.norm(x), self.head)
 
     def norm(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[1:], None, self.eps)
+        return x * cpu.inverse_rms(x, self.eps)

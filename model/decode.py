@@ -112,7 +112,7 @@ def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | No
     Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion).
     """
     logits = logits.float()
-    logits[:, banned] = float("-inf")
+    logits.index_fill_(1, banned, float("-inf"))
     greedy = sampling.temperature == 0
     logp = (logits if greedy else logits / sampling.temperature).log_softmax(-1)
     scores = logp
@@ -140,8 +140,13 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(scores: Tensor, generator) -> Tensor:
-    """One index a row from softmax(scores), by the exponential race: argmin of -log(u) / p is index i with chance p_i.
-    It needs no host sync, as torch.multinomial does."""
+    """One index a row from softmax(scores). On a GPU by the exponential race: argmin of -log(u) / p is index i with
+    chance p_i, and needs no host sync, as torch.multinomial does. On a CPU by one random number a row, for V of them
+    cost more than a decoding step: the first token whose cumulative chance reaches it."""
+    if scores.device.type == "cpu":
+        chances = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.empty(len(scores), 1, dtype=torch.float64).uniform_(generator=generator)  # [0, 1)
+        return torch.searchsorted(chances, (1 - u) * chances[:, -1:])[:, 0]  # never reached by a chance of 0
     race = torch.empty_like(scores).exponential_(generator=generator)
     return (scores.softmax(-1) / race).argmax(-1)
 
