@@ -6,8 +6,8 @@
 
 Ours goes from file to token ids, positions and patch rows; the peer from file to resized frames, which the processor
 would still have to cut into patches. Both choose the same frames and sizes. There is no floor: what matters is that the
-GPU's appetite (SFT of R: 8 clips of 16 frames a second and H100) is met. "ours x": our rate over this one's; "cpu x": its
-processor time over ours. The last line is one JSON object.
+GPU's appetite (SFT of R: 8 clips of 16 frames a second and H100) is met. "ours x": our rate over this one's; "cpu x":
+its processor time over ours. The last line is one JSON object.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python bench/rollout.py --prompts 8 --group 8 --work own --completion 512 --frames 32 --size 448x448
     python bench/rollout.py --peer                   # transformers' generate on the same work in the same run
 
-The model carries adapters, as it does in GRPO; whatever sampling does about them is inside the times. No row ends early.
+The model carries adapters, as it does in GRPO; what sampling does about them is inside the times. No row ends early.
 The floor of a step is the bytes at the measured copy rate (every weight once, each prompt's cache once, each row's own
 once), that of the first token the arithmetic at the matrix rate. A step's time is what the second half of a rollout
 takes, by the token. The last line is one JSON object.

@@ -307,8 +307,8 @@ class Bench:
     def measure(self, work: str, contestants: dict, tokens: int, flops: float = 0.0, **more) -> dict:
         """Time the functions of {who: function}, in turns, and print their rows: {who: row}.
 
-        tokens and flops: of one call, the floor's arithmetic; more: see add. On a CPU also the processor's time, which other
-        programs on the machine hardly change.
+        tokens and flops: of one call, the floor's arithmetic; more: see add. On a CPU also the processor's time, which
+        other programs on the machine hardly change.
         """
         gc.collect()
         if self.cuda:

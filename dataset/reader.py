@@ -81,14 +81,16 @@ class Kept(threading.local):
 
     key = container = None
 
-    def keep(self, path: str, container) -> None:
-        self.take("")
-        self.key, self.container = identity(path), container
+    def keep(self, key: tuple, container) -> None:
+        """key: identity(path) before it was opened."""
+        if self.container is not None:
+            self.container.close()
+        self.key, self.container = key, container
 
     def take(self, path: str):
         """The container kept, if it is of this very file; else it is closed, and None comes back."""
         found, self.container = self.container, None
-        if found is not None and (self.key is None or self.key != identity(path)):
+        if found is not None and self.key != identity(path):
             found = found.close()
         return found
 
@@ -96,12 +98,9 @@ class Kept(threading.local):
 kept = Kept()
 
 
-def identity(path: str) -> tuple | None:
-    """What tells one state of a file from another; None: there is no such file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
+def identity(path: str) -> tuple:
+    """What tells one state of a file from another."""
+    found = check_file(path)
     return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -121,7 +120,7 @@ def video_stream(container, path: str):
 
 def read_packets(path: str) -> Packets:
     """Times and keyframes of all frames, without decoding. UserError for a broken, cut off or frameless file."""
-    container = open_media(path)
+    key, container = identity(path), open_media(path)
     try:
         stream = video_stream(container, path)
         seconds = (container.duration or 0) / av.time_base
@@ -150,7 +149,7 @@ def read_packets(path: str) -> Packets:
         if first is None:
             raise UserError(f"{path}: none of its {len(pts)} frames decodes; write it again")
     finally:
-        kept.keep(path, container)
+        kept.keep(key, container)
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
     return Packets(shown_size(first), fps, pts, keyframes, time_base)
 

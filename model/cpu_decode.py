@@ -1,7 +1,7 @@
-"""A decoding step of a small model on a CPU, where calls cost more than arithmetic: the fast twin of decode.py's `Step`.
+"""A decoding step of a small model on a CPU, where calls cost more than arithmetic: the fast twin of decode.Step.
 
-For one rollout the decoder layers are copied with their adapters merged, what shares an input fused into one product (q,
-k and v; gate and up), and the norms' weights folded into the products behind them.
+For one rollout the decoder layers are copied with their adapters merged, what shares an input fused into one product
+(q, k and v; gate and up), and the norms' weights folded into the products behind them.
 """
 
 import torch

@@ -55,7 +55,7 @@ def packed(linears, adapters) -> list:
 
 
 def pays_to_merge(x: Tensor, linear, adapter) -> bool:
-    """W + s B A is made once a pass and spares a token the slim products beside W: not where W is large for the pass."""
+    """W + s B A is made once a pass and spares tokens the slim products beside W: not where W is large for the pass."""
     fits = x.shape[1] == linear.weight.shape[1]
     return fits and (adapter is None or linear.weight.shape[0] <= x.shape[0])
 

@@ -148,7 +148,8 @@ class VisionTower(nn.Module):
         cell = config.spatial_merge_size**2
         # on a CPU few at a time: as floats the patches of a batch would go through memory, not the cache
         parts = patches.split(CPU_PATCHES) if patches.device.type == "cpu" else [patches]
-        x = stack([self.patch_embed(part) for part in parts]).view(P // cell, -1)[plan.order].view(P, -1)  # window order
+        x = stack([self.patch_embed(part) for part in parts])  # (P, width)
+        x = x.view(P // cell, -1)[plan.order].view(P, -1)  # in window order
         tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
         segments = [plan.windows, plan.steps]
         if captures:
