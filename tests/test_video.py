@@ -51,7 +51,7 @@ def assert_ramp(plan):
 
 
 def test_a_container_kept_from_planning_is_of_this_very_file(tmp_path):
-    """Between plan and read a file is written anew, and another one is planned: what is read is what lies there then."""
+    """Between plan and read a file is written anew: what is read is what lies there then."""
     dark, light = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 200)]
     path, other = write_clip(tmp_path / "a.mp4", [dark] * 8), write_clip(tmp_path / "b.mp4", [light] * 8)
     plan = plan_clip("video", (path,), Options())
