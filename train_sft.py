@@ -102,7 +102,7 @@ def micro_loss(engine, answers, sums, packed):
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
     packed, rows = packed.to(engine.device), rows.to(engine.device)
     hidden = engine(packed, rows=rows)  # (N, C)
-    logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows])
+    logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
     return -logprobs.sum() / answers
 
