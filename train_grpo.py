@@ -395,7 +395,7 @@ def token_logprobs(forward, model, batch, cfg):
     """Log-probs (N,) of the completions' tokens, with gradient, and entropies (N,): as they are sampled, without the
     vision tokens. forward: the model itself, or the engine around it."""
     banned = torch.tensor(model.config.vision_token_ids, device=batch.rows.device)
-    hidden = forward(batch.packed)[batch.rows]  # (N, C)
+    hidden = forward(batch.packed, rows=batch.rows)  # (N, C)
     targets = batch.packed.targets[batch.rows]
     return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
 

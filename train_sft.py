@@ -110,8 +110,8 @@ def micro_loss(engine, answers, sums, packed):
     model = engine.module
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
     packed, rows = packed.to(engine.device), rows.to(engine.device)
-    hidden = engine(packed)  # (T, C)
-    logprobs, _, right = target_logprobs(hidden[rows], model.head_weight, packed.targets[rows])
+    hidden = engine(packed, rows=rows)  # (N, C)
+    logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
     return -logprobs.sum() / answers
 

@@ -6,7 +6,8 @@
 
 Ours goes from file to token ids, positions and patch rows; the peer from file to resized frames, which the processor
 would still have to cut into patches. Both choose the same frames and sizes. There is no floor: what matters is that the
-GPU's appetite (SFT of R: 8 clips of 16 frames a second and H100) is met. The last line is one JSON object.
+GPU's appetite (SFT of R: 8 clips of 16 frames a second and H100) is met. "ours x": our rate over this one's; "cpu x":
+its processor time over ours. The last line is one JSON object.
 """
 
 import argparse
@@ -95,39 +96,39 @@ def read_with(vision_process, decoder, options, path):
     return len(video)
 
 
-def rate(read, paths: list[str], threads: int, seconds: float, repeats: int) -> dict:
-    """Clips and frames a second over the files again and again: median, least and most of `repeats` rounds."""
-    start = time.perf_counter()
-    frames = sum(map(read, paths))  # the files come into the page cache
-    again = max(1, round(seconds * threads / (time.perf_counter() - start)))
-    rounds = []
+def round_of(read, paths: list[str], threads: int) -> tuple[float, float]:
+    """(wall, processor) seconds to read all paths once."""
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            list(pool.map(read, paths * again))
-            rounds.append(len(paths) * again / (time.perf_counter() - start))
-    clips = statistics.median(rounds)
-    spread = {"least": min(rounds), "most": max(rounds)}
-    each = frames / len(paths)
-    return {"threads": threads, "clips_s": clips, "frames_s": clips * each, "frames": each} | spread
+        start, busy = time.perf_counter(), time.process_time()
+        list(pool.map(read, paths))
+        return time.perf_counter() - start, time.process_time() - busy
 
 
 def compare(name: str, paths: list[str], options: dict, args) -> list[dict]:
-    readers, rows = {"ours": ours(options)}, []
-    if args.peer:
-        readers |= peers(options)
-    for who, read in readers.items():
-        if isinstance(read, str):
-            print(f"{name:<22}  {who:<26}  {read}", flush=True)
-            rows.append({"files": name, "who": who, "note": read})
-            continue
-        for threads in dict.fromkeys((1, args.threads)):
-            row = {"files": name, "who": who} | rate(read, paths, threads, args.seconds, args.repeats)
-            mine = next((r for r in rows if r["who"] == "ours" and r["threads"] == threads), row)
-            row["ours_over_this"] = mine["clips_s"] / row["clips_s"]
+    """Rows of one set of files. The readers take turns, so that a busy machine slows them alike."""
+    readers, rows = {"ours": ours(options)} | (peers(options) if args.peer else {}), []
+    for who, why in readers.items():
+        if isinstance(why, str):
+            print(f"{name:<22}  {who:<26}  {why}", flush=True)
+            rows.append({"files": name, "who": who, "note": why})
+    readers = {who: read for who, read in readers.items() if not isinstance(read, str)}
+    frames = {who: sum(map(read, paths)) / len(paths) for who, read in readers.items()}  # and files into the page cache
+    for threads in dict.fromkeys((1, args.threads)):
+        again = paths * max(1, round(args.seconds * threads / round_of(readers["ours"], paths, 1)[0]))
+        found = {who: [] for who in readers}
+        for _ in range(args.repeats):
+            for who, read in readers.items():
+                found[who].append(round_of(read, again, threads))
+        mine = [statistics.median(column) for column in zip(*found["ours"])]
+        for who, times in found.items():
+            (wall, busy), rates = map(statistics.median, zip(*times)), [len(again) / wall for wall, _ in times]
+            row = {"files": name, "who": who, "threads": threads, "clips_s": len(again) / wall, "frames": frames[who]}
+            row |= {"least": min(rates), "most": max(rates), "frames_s": len(again) / wall * frames[who]}
+            row |= {"ours_over_this": wall / mine[0], "processor_over_ours": busy / mine[1]}
             spread = f"{row['clips_s']:>8.1f}  {row['least']:>8.1f}  {row['most']:>8.1f}"
-            frames = f"{row['frames_s']:>8.0f}  {row['frames']:>6.0f}  {row['ours_over_this']:>6.2f}"
-            print(f"{name:<22}  {who:<26}  {threads:>7}  {spread}  {frames}", flush=True)
+            ratios = f"{row['ours_over_this']:>6.2f}  {row['processor_over_ours']:>6.2f}"
+            told = f"{row['frames_s']:>8.0f}  {frames[who]:>6.0f}  {ratios}"
+            print(f"{name:<22}  {who:<26}  {threads:>7}  {spread}  {told}", flush=True)
             rows.append(row)
     return rows
 
@@ -142,7 +143,7 @@ def main():
     parser.add_argument("--peer", action="store_true", help="qwen-vl-utils on the same files")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in the trainer's threads: many clips side by side, not many threads to a frame
-    print(f"{'files':<22}  {'who':<26}  threads   clips/s       min       max  frames/s  frames  ours x")
+    print(f"{'files':<22}  {'who':<26}  threads   clips/s       min       max  frames/s  frames  ours x   cpu x")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         results += compare("64x64, 1 s", draw_small(Path(folder), 16), SMALL, args)

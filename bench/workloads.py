@@ -304,11 +304,11 @@ class Bench:
         rank, recompute = self.args.lora_rank, self.args.recompute
         return kind(lora_rank=rank, lora_alpha=rank, gradient_checkpointing=recompute, learning_rate=1e-4)
 
-    def measure(self, work: str, contestants: dict, tokens: int, flops: float) -> dict:
+    def measure(self, work: str, contestants: dict, tokens: int, flops: float = 0.0, **more) -> dict:
         """Time the functions of {who: function}, in turns, and print their rows: {who: row}.
 
-        tokens and flops: of one call, the floor's arithmetic. On a CPU also the processor's time, which other
-        programs on the machine hardly change.
+        tokens and flops: of one call, the floor's arithmetic; more: see add. On a CPU also the processor's time, which
+        other programs on the machine hardly change.
         """
         gc.collect()
         if self.cuda:
@@ -326,7 +326,7 @@ class Bench:
         for who, times in found.items():
             wall, busy = zip(*times)
             spread = statistics.median(wall), min(wall), max(wall)
-            rows[who] = self.add(work, who, spread, tokens, flops, cpu_seconds=statistics.median(busy))
+            rows[who] = self.add(work, who, spread, tokens, flops, cpu_seconds=statistics.median(busy), **more)
         return rows
 
     def sync(self) -> None:

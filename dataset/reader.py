@@ -16,6 +16,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,7 @@ OPEN_TIMEOUT = 30.0  # seconds a file may block while it is opened or read, e.g.
 # Above this size a frame takes long enough that threads inside the decoder pay; below, starting them costs more than
 # decoding a short clip does (and several clips are decoded side by side anyway)
 THREADED_PIXELS = 1280 * 720
+RESIZED_BYTES = 1 << 20  # of frames at full size held back, to resize them in one call
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,35 @@ def open_media(path: str):
         raise UserError(f"{told}; it may be cut off or of another type") from None
 
 
+class Kept(threading.local):
+    """The container that a thread opened last, until it opens another: a clip is planned and then read, and opening a
+    small one takes as long as decoding it."""
+
+    key = container = None
+
+    def keep(self, key: tuple, container) -> None:
+        """key: identity(path) before it was opened."""
+        if self.container is not None:
+            self.container.close()
+        self.key, self.container = key, container
+
+    def take(self, path: str):
+        """The container kept, if it is of this very file; else it is closed, and None comes back."""
+        found, self.container = self.container, None
+        if found is not None and self.key != identity(path):
+            found = found.close()
+        return found
+
+
+kept = Kept()
+
+
+def identity(path: str) -> tuple:
+    """What tells one state of a file from another."""
+    found = check_file(path)
+    return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def video_stream(container, path: str):
     streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not streams:
@@ -120,7 +151,8 @@ def video_stream(container, path: str):
 
 def read_packets(path: str) -> Packets:
     """Times and keyframes of all frames, without decoding. UserError for a broken, cut off or frameless file."""
-    with open_media(path) as container:
+    key, container = identity(path), open_media(path)
+    try:
         stream = video_stream(container, path)
         seconds = (container.duration or 0) / av.time_base
         if seconds > MAX_SOURCE_SECONDS:
@@ -147,6 +179,8 @@ def read_packets(path: str) -> Packets:
         first = next(decoded(container, stream, path), None)  # only a frame tells whether it is to be rotated
         if first is None:
             raise UserError(f"{path}: none of its {len(pts)} frames decodes; write it again")
+    finally:
+        kept.keep(key, container)
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
     return Packets(shown_size(first), fps, pts, keyframes, time_base)
 
@@ -162,13 +196,17 @@ class Header(NamedTuple):
 
 def demux_headers(container, stream) -> tuple[list[Header], float]:
     """The headers of a stream's packets, and the time in seconds that the last packet of any stream begins."""
-    headers, end = [], 0.0
+    headers, ends = [], [0] * len(container.streams)  # in each stream's own units: a Fraction a packet is slow
     for p in container.demux():
-        if p.size and p.stream_index == stream.index:
-            headers.append(Header(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt))
-        if p.size and p.pts is not None:
-            end = max(end, float(p.pts * p.time_base))
-    return headers, end
+        if not p.size:
+            continue
+        pts, number = p.pts, p.stream_index
+        if number == stream.index:
+            headers.append(Header(pts, p.is_keyframe, p.is_discard, p.is_corrupt))
+        if pts is not None and number < len(ends) and pts > ends[number]:
+            ends[number] = pts
+    bases = [stream.time_base for stream in container.streams]
+    return headers, max((float(end * base) for end, base in zip(ends, bases) if base), default=0.0)
 
 
 def count_frames(path: str) -> Packets:
@@ -192,13 +230,23 @@ def decoded(container, stream, path: str, wanted: set[int] | None = None):
     threaded = context.width * context.height >= THREADED_PIXELS
     if not context.is_open:
         context.thread_type, context.thread_count = ("AUTO", 0) if threaded else ("NONE", 1)
+    skip = None
     try:
         for packet in container.demux(stream):
             if wanted is not None:  # B-frames that no other frame needs cost a quarter of an h264 clip's decoding
-                context.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
+                before, skip = skip, "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
+                if skip != before:
+                    context.skip_frame = skip
             yield from packet.decode()
     except av.FFmpegError as error:
         raise UserError(f"{path}: does not decode ({error.strerror}); it may be damaged, write it again") from None
+
+
+@cache
+def transparent(name: str) -> bool:
+    """Whether a pixel format may have an alpha channel."""
+    found = av.VideoFormat(name)
+    return found.has_palette or any(c.is_alpha for c in found.components)
 
 
 def pixels(frame, rotate: bool, scaler: VideoReformatter) -> np.ndarray:
@@ -206,7 +254,7 @@ def pixels(frame, rotate: bool, scaler: VideoReformatter) -> np.ndarray:
 
     scaler: one for all frames of a clip, and on one thread: setting it up takes fifty times longer than a 64x64 frame.
     """
-    if frame.format.has_palette or any(c.is_alpha for c in frame.format.components):
+    if transparent(frame.format.name):
         rgba = scaler.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
         alpha = rgba[..., 3:]
         rgb = ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
@@ -216,11 +264,35 @@ def pixels(frame, rotate: bool, scaler: VideoReformatter) -> np.ndarray:
 
 
 def resize(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """(H, W, 3) uint8 -> (3, *size) uint8, bicubic with antialias in integers, as torchvision does on uint8."""
-    frame = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
-    if tuple(frame.shape[2:]) != size:
-        frame = F.interpolate(frame, size, mode="bicubic", antialias=True)
-    return frame[0]
+    """(n, H, W, 3) uint8 -> (n, 3, *size) uint8, bicubic with antialias in integers, as torchvision does on uint8."""
+    frames = torch.from_numpy(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2)
+    if tuple(frames.shape[2:]) != size:
+        frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
+    return frames
+
+
+class Resized:
+    """Frames resized as they come: large ones each at once, so that memory holds one, small ones many in one call."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size, self.waiting, self.done = size, [], []
+
+    def add(self, rgb: np.ndarray) -> None:
+        """rgb: (H, W, 3) uint8"""
+        if self.waiting and rgb.shape != self.waiting[0].shape:  # the picture's size changes within the file
+            self.flush()
+        self.waiting.append(rgb)
+        if rgb.nbytes * len(self.waiting) >= RESIZED_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.done += resize(np.stack(self.waiting), self.size).unbind()
+            self.waiting = []
+
+    def all(self) -> list[Tensor]:
+        self.flush()
+        return self.done
 
 
 def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, int]], size) -> list[Tensor]:
@@ -230,7 +302,7 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, in
     is decoded. size: H, W after resizing.
     """
     found: dict[int, Tensor] = {}
-    with open_media(path) as container:
+    with kept.take(path) or open_media(path) as container:
         stream = video_stream(container, path)
         for keyframe, run in groupby(dict.fromkeys(seeks), key=lambda seek: seek[0]):
             found |= read_run(container, stream, path, keyframe, {pts for _, pts in run}, size)
@@ -246,14 +318,15 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, in
 
 def read_run(container, stream, path: str, keyframe: int, wanted: set[int], size) -> dict[int, Tensor]:
     """{pts: frame} of the wanted ones that follow one keyframe."""
-    found, last, scaler = {}, max(wanted), VideoReformatter()
+    times, frames, last, scaler = [], Resized(size), max(wanted), VideoReformatter()
     container.seek(keyframe, stream=stream)
     for frame in decoded(container, stream, path, wanted):
-        if frame.pts in wanted:
-            found[frame.pts] = resize(pixels(frame, True, scaler), size)
-        if len(found) == len(wanted) or (frame.pts is not None and frame.pts > last):
+        if frame.pts in wanted and frame.pts not in times:
+            times.append(frame.pts)
+            frames.add(pixels(frame, True, scaler))
+        if len(times) == len(wanted) or (frame.pts is not None and frame.pts > last):
             break
-    return found
+    return dict(zip(times, frames.all(), strict=True))
 
 
 def read_all(path: str, wanted: set[int], size) -> dict[int, Tensor]:
@@ -261,7 +334,7 @@ def read_all(path: str, wanted: set[int], size) -> dict[int, Tensor]:
     with open_media(path) as container:
         stream = video_stream(container, path)
         frames, scaler = enumerate(decoded(container, stream, path)), VideoReformatter()
-        return {i: resize(pixels(frame, True, scaler), size) for i, frame in frames if i in wanted}
+        return {i: resize(pixels(frame, True, scaler)[None], size)[0] for i, frame in frames if i in wanted}
 
 
 def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
@@ -273,7 +346,7 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")
         rgb = pixels(frame, False, VideoReformatter())
-    return resize(rgb, size or rgb.shape[:2])
+    return resize(rgb[None], size or rgb.shape[:2])[0]
 
 
 def image_size(path: str) -> tuple[int, int]:

@@ -75,6 +75,18 @@ class Segments:
         cu_q, cu_k = self.cu_q.to(device, non_blocking=True), self.cu_k.to(device, non_blocking=True)
         return replace(self, cu_q=cu_q, cu_k=cu_k, kv_index=index, _buckets=None)
 
+    def tails(self, rows: Tensor) -> tuple["Segments", Tensor, Tensor]:
+        """Queries only from the first of `rows` (sorted packed tokens) in each segment on, the keys all the same: what
+        a last layer has to compute. Returns the segments, the packed tokens that are left as queries, (n,), and where
+        among these the rows stand."""
+        assert self.is_causal, "the last queries of a segment see all its keys only in causal attention"
+        start, end = self.cu_q[:-1].long(), self.cu_q[1:].long()
+        owner = torch.arange(len(end), device=rows.device).repeat_interleave(end - start)  # segment of each token
+        lengths = torch.zeros_like(end).scatter_reduce(0, owner[rows], end[owner[rows]] - rows, "amax")
+        left = (end - lengths)[owner] <= torch.arange(len(owner), device=rows.device)
+        tails = Segments.build(lengths.tolist(), self.k_lengths, True, self.kv_index)
+        return tails, left.nonzero()[:, 0], (left.cumsum(0) - 1)[rows]
+
     def buckets(self, device) -> list["Bucket"]:
         """The dense plan: segments of similar length side by side, padded. Made once, used by every layer."""
         if self._buckets is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model import cpu_decode
 from model.attention import Segments, attend
 from model.qwen2_5_vl import Packed, Qwen2_5_VL
 
@@ -59,7 +60,8 @@ class GroupCache:
         self.own_v = torch.zeros_like(self.own_k)
         slot = torch.arange(max(lengths), device=weight.device)
         length = torch.tensor(lengths, device=weight.device)
-        self.hidden_slots = (slot >= length[:, None])[:, None, None]  # (N, 1, 1, longest), padding of shorter prompts
+        hidden = torch.zeros(self.N, max(lengths), **like).masked_fill(slot >= length[:, None], float("-inf"))
+        self.hidden = hidden.repeat_interleave(self.K, 0)[:, None]  # (N*K, 1, longest): padding of shorter prompts
 
     def prefill(self, segments: Segments):
         """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
@@ -78,30 +80,40 @@ class GroupCache:
         R, H, h = N * G, q.shape[1], q.shape[1] // K
         self.own_k[layer, :, :, self.used] = k
         self.own_v[layer, :, :, self.used] = v
-        own_k, own_v = self.own_k[layer, :, :, :now], self.own_v[layer, :, :, :now]  # (R, K, now, D)
-        q = q.view(N, G, K, h, D) * D**-0.5
-        by_prompt = q.transpose(1, 2).reshape(N, K, G * h, D)  # all rows of a group against one stored prompt
-        shared = by_prompt @ self.prompt_k[layer].transpose(-1, -2)  # (N, K, G*h, longest)
-        shared = shared.masked_fill(self.hidden_slots, float("-inf"))
-        shared = shared.view(N, K, G, h, -1).transpose(1, 2).reshape(R, K, h, -1)
-        own = q.reshape(R, K, h, D) @ own_k.transpose(-1, -2)  # (R, K, h, now)
+        own_k, own_v = (x[layer].flatten(0, 1)[:, :now] for x in (self.own_k, self.own_v))  # (R*K, now, D)
+        prompt_k, prompt_v = self.prompt_k[layer].flatten(0, 1), self.prompt_v[layer].flatten(0, 1)  # (N*K, longest, D)
+        P = prompt_k.shape[1]
+        q = (q * D**-0.5).view(N, G, K, h, D)
+        by_prompt = q.transpose(1, 2).reshape(N * K, G * h, D)  # all rows of a group against one stored prompt
+        shared = torch.baddbmm(self.hidden, by_prompt, prompt_k.transpose(1, 2))  # (N*K, G*h, longest)
+        shared = shared.view(N, K, G, h, P).transpose(1, 2).reshape(R * K, h, P)
+        own = torch.bmm(q.reshape(R * K, h, D), own_k.transpose(1, 2))  # (R*K, h, now)
         weights = torch.cat([shared, own], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        shared, own = weights.split([shared.shape[-1], now], dim=-1)
-        shared = shared.view(N, G, K, h, -1).transpose(1, 2).reshape(N, K, G * h, -1)
-        out = (shared @ self.prompt_v[layer]).view(N, K, G, h, D).transpose(1, 2).reshape(R, K, h, D)
-        return (out + own @ own_v).reshape(R, H, D)
+        shared = weights[..., :P].view(N, G, K, h, P).transpose(1, 2).reshape(N * K, G * h, P)
+        out = torch.bmm(shared, prompt_v).view(N, K, G, h, D).transpose(1, 2).reshape(R * K, h, D)
+        return torch.baddbmm(out, weights[..., P:], own_v).view(R, H, D)
 
 
-def sample(
-    logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator
-) -> tuple[Tensor, Tensor]:
+class Step:
+    """ids (R,), their number t in the rollout -> logits (R, V), by the decoder layers of training: the slow twin of
+    cpu_decode.FusedStep."""
+
+    def __init__(self, model: Qwen2_5_VL, cache: GroupCache, position: Tensor, _steps: int):
+        self.model, self.cache, self.position = model, cache, position
+
+    def __call__(self, ids: Tensor, t: int) -> Tensor:
+        packed = Packed(ids, (self.position + t).expand(3, -1), segments=None)
+        return self.model(packed, self.cache.step) @ self.model.head_weight.T
+
+
+def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
     """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None.
 
     Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion). Logits that
     are not finite give some id of the vocabulary and a log-prob that is not finite either.
     """
     logits = logits.float()
-    logits[:, banned] = float("-inf")
+    logits.index_fill_(1, banned, float("-inf"))
     greedy = sampling.temperature == 0
     logp = (logits if greedy else logits / sampling.temperature).log_softmax(-1)
     scores = logp
@@ -128,9 +140,34 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
+class Uniforms:
+    """On a CPU, the random numbers of a whole rollout: one a row and step, in [0, 1), from one generator or a list of
+    one a prompt. Drawn at once, for calls cost more than numbers."""
+
+    def __init__(self, generator, rows: int, steps: int):
+        own = generator if isinstance(generator, list) else [generator]
+        self.numbers, self.t = torch.empty(rows, steps, 1, dtype=torch.float64), -1
+        for part, source in zip(self.numbers.chunk(len(own)), own):
+            part.uniform_(generator=source)
+
+    def column(self) -> Tensor:
+        """The next step's, (rows, 1)."""
+        self.t += 1
+        return self.numbers[:, self.t]
+
+
 def draw(scores: Tensor, generator) -> Tensor:
-    """One index a row from softmax(scores), by the exponential race: argmin of -log(u) / p is index i with chance p_i.
-    It needs no host sync, as torch.multinomial does. generator: see generate."""
+    """One index a row from softmax(scores). generator: see generate.
+
+    On a GPU by the exponential race: argmin of -log(u) / p is index i with chance p_i, and needs no host sync, as
+    torch.multinomial does. On a CPU by one random number a row, for V of them cost more than a decoding step: the first
+    token whose cumulative chance reaches it."""
+    if scores.device.type == "cpu":
+        chances = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        noise = generator if isinstance(generator, Uniforms) else Uniforms(generator, len(scores), 1)
+        # (0, 1] of the sum: never reached by a chance of 0
+        ids = torch.searchsorted(chances, (1 - noise.column()) * chances[:, -1:])[:, 0]
+        return ids.clamp(max=scores.shape[1] - 1)  # where the chances are no numbers
     race, own = torch.empty_like(scores), generator if isinstance(generator, list) else [generator]
     for rows, source in zip(race.chunk(len(own)), own):
         rows.exponential_(generator=source)
@@ -159,13 +196,13 @@ def generate(
 
         if why_not(model, prompts, sampling, num_generations) is None:
             return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
-    return generate_plain(model, prompts, sampling, num_generations, generator, on_token)
+    step = cpu_decode.FusedStep if cpu_decode.pays(model) else Step
+    return generate_plain(model, prompts, sampling, num_generations, generator, on_token, step)
 
 
 @torch.no_grad()
-def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
-    """`generate` through the decoder layers of training, in plain PyTorch: any device, dtype and option, and the slow
-    twin of fast_decode.py."""
+def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None, step=Step):
+    """`generate` in plain PyTorch: any device, dtype and option, and the slow twin of fast_decode.py."""
     lengths, G = prompts.segments.q_lengths, num_generations
     was_training = model.training
     model.eval()
@@ -176,10 +213,13 @@ def generate_plain(model, prompts, sampling, num_generations=1, generator=None, 
     logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its own first token
     ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
     position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+    following = step(model, cache, position, sampling.max_new_tokens)
     banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     seen = seen_tokens(prompts, G, logits.shape[1]) if sampling.repetition_penalty != 1 else None
     done = torch.zeros(R, dtype=torch.bool, device=device)
+    if device.type == "cpu" and sampling.temperature:
+        generator = Uniforms(generator, R, sampling.max_new_tokens)
     steps = []  # (ids, logprobs, done before this token), all (R,)
     for t in range(sampling.max_new_tokens):
         ids, logp = sample(logits, sampling, banned, seen, generator)
@@ -193,8 +233,7 @@ def generate_plain(model, prompts, sampling, num_generations=1, generator=None, 
             break
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        step = Packed(ids, (position + t).expand(3, -1), segments=None)
-        logits = model(step, cache.step) @ model.head_weight.T
+        logits = following(ids, t)
         cache.used += 1
     model.train(was_training)
     return collect(steps, done, len(lengths), G)

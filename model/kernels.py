@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import cpu
+
 try:
     import triton
     import triton.language as tl
@@ -20,7 +22,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; the two of one shape. One kernel each way on a GPU, instead of three and four."""
     if triton and gate.is_cuda and gate.is_contiguous() and up.is_contiguous():
         return SwiGLU.apply(gate, up)
-    return F.silu(gate) * up
+    return cpu.SwiGLU.apply(gate, up) if cpu.handles(gate) else F.silu(gate) * up
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -31,6 +33,8 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """x turned by sign times its angles, as a new tensor. x: (T, H, D), rows may be strided, heads side by side."""
+    if cpu.handles(x):
+        return cpu.turn(x, cos, sin, sign)
     if not (triton and x.is_cuda):
         return rotate_pairs(x, cos, sin if sign > 0 else -sin)
     T, H, D = x.shape

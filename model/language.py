@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import cpu
 from model.attention import attend
 from model.kernels import swiglu
 from model.linear import project
@@ -25,6 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if cpu.handles(x):
+            return cpu.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -52,13 +55,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, self.K * D, bias=True)
         self.o_proj = nn.Linear(self.H * D, C, bias=False)
 
-    def forward(self, x: Tensor, tables, attention) -> Tensor:
-        T = x.shape[0]
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(q.view(T, self.H, self.D), tables)
-        k = rotate(k.view(T, self.K, self.D), tables)
-        out = attention(self.number, q, k, v.view(T, self.K, self.D))
-        return project(out.reshape(T, self.H * self.D), self.o_proj)[0]
+    def forward(self, x: Tensor, tables, attention, rows: Tensor | None = None) -> Tensor:
+        """rows: the tokens that ask, (n,); None = all. (T, C) -> (n, C)"""
+        if rows is None:
+            q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            k, v = project(x, self.k_proj, self.v_proj)
+            (q,) = project(cpu.Take.apply(x, rows), self.q_proj)
+        k = rotate(k.view(-1, self.K, self.D), tables)
+        q = rotate(q.view(-1, self.H, self.D), tables if rows is None else [table[rows] for table in tables])
+        out = attention(self.number, q, k, v.view(-1, self.K, self.D))
+        return project(out.reshape(-1, self.H * self.D), self.o_proj)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -69,8 +76,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, tables, attention) -> Tensor:  # x: (T, C)
-        x = x + self.self_attn(self.input_layernorm(x), tables, attention)
+    def forward(self, x: Tensor, tables, attention, rows: Tensor | None = None) -> Tensor:
+        """(T, C), or with rows (n,), the tokens whose result is wanted: (n, C)"""
+        inner = self.self_attn(self.input_layernorm(x), tables, attention, rows)
+        x = (x if rows is None else cpu.Take.apply(x, rows)) + inner
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -83,12 +92,15 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def through(self, x: Tensor, tables, segments, recompute: bool, attention=None) -> Tensor:
-        """(T, C) through the layers. segments: [Segments], one for all of them. attention replaces packed attention.
-        recompute: keep only each layer's input for the backward pass."""
-        attention = attention or (lambda _layer, q, k, v: attend(q, k, v, segments[0]))
-        for layer in self.layers:
-            x = recomputed(layer, x, tables, attention) if recompute else layer(x, tables, attention)
+    def through(self, x: Tensor, tables, segments, recompute: bool, attention=None, asking=None) -> Tensor:
+        """(T, C) through the layers. segments: [Segments], one for all of them, or with asking, the tokens (n,) that
+        the last layer computes, that one's behind it (Segments.tails); then (n, C) comes out. attention replaces packed
+        attention. recompute: keep only each layer's input for the backward pass."""
+        last = len(self.layers) - 1
+        attention = attention or (lambda layer, q, k, v: attend(q, k, v, segments[-1 if layer == last else 0]))
+        for number, layer in enumerate(self.layers):
+            args = x, tables, attention, asking if number == last else None
+            x = recomputed(layer, *args) if recompute else layer(*args)
         return x
 
 

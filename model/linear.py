@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import cpu
+
 ALIGN = 8  # bf16 numbers in 16 bytes: products whose sizes are no multiple of it fall to kernels several times slower
 
 
@@ -35,14 +37,27 @@ def project(x: Tensor, *linears, pad: bool = False) -> tuple[Tensor, ...]:
     adapters = [adapter_of(linear) for linear in linears]
     frozen = not any(p.requires_grad for m in linears for p in (m.weight, m.bias) if p is not None)
     dropped = any(a is not None and a[3] > 0 for a in adapters)
+    if cpu.handles(x) and not dropped and all(pays_to_merge(x, m, a) for m, a in zip(linears, adapters)):
+        return cpu.Merged.apply(x, *packed(linears, adapters))
     if not frozen or dropped or not any(adapters):
         return tuple(plain(x, m, a, pad) for m, a in zip(linears, adapters))
+    return Project.apply(x, pad, *packed(linears, adapters))
+
+
+def packed(linears, adapters) -> list:
+    """[scales, weight, bias, A, B, weight, …]: how an autograd function takes them."""
     tensors, scales = [], []
     for linear, adapter in zip(linears, adapters):
         A, B, scale, _ = adapter or (None, None, 0.0, 0.0)
         tensors += [linear.weight, linear.bias, A, B]
         scales.append(scale)
-    return Project.apply(x, pad, scales, *tensors)
+    return [scales, *tensors]
+
+
+def pays_to_merge(x: Tensor, linear, adapter) -> bool:
+    """W + s B A is made once a pass and spares tokens the slim products beside W: not where W is large for the pass."""
+    fits = x.shape[1] == linear.weight.shape[1]
+    return fits and (adapter is None or linear.weight.shape[0] <= x.shape[0])
 
 
 def plain(x: Tensor, linear, adapter, pad: bool = False) -> Tensor:

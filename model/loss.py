@@ -10,26 +10,29 @@ chunk again and turns it into the gradient in place:
 import torch
 from torch import Tensor
 
+from model.cpu import product
+
 IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
 
 def target_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of each target under softmax(hidden head_weight^T / temperature).
 
     hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
     banned: token ids that the policy can never draw; they are left out of the softmax, as in sampling.
-    Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without, and (N,) bool: is the target
-    the most likely token.
+    Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None: not asked for; they
+    cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape[0]} rows, {targets.shape[0]} targets"
-    return TargetLogprobs.apply(hidden, head_weight, targets, temperature, banned)
+    return TargetLogprobs.apply(hidden, head_weight, targets, temperature, banned, with_entropy)
 
 
 def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
-    logits = (hidden @ head_weight.T).float()  # (n, V)
+    logits = product(hidden, head_weight).float()  # (n, V)
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
@@ -39,7 +42,7 @@ def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned
 
 class TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, banned):
+    def forward(ctx, hidden, head_weight, targets, temperature, banned, with_entropy):
         N, V = hidden.shape[0], head_weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * V))
         logprobs, entropy, lse = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
@@ -51,12 +54,13 @@ class TargetLogprobs(torch.autograd.Function):
             chosen = logits.gather(1, targets[s, None])[:, 0]
             logprobs[s] = chosen - lse[s]
             correct[s] = chosen >= logits.amax(-1)
-            logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
-            entropy[s] = -(logp.exp() * logp).sum(-1)
+            if with_entropy:
+                logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
+                entropy[s] = -(logp.exp() * logp).sum(-1)
         ctx.save_for_backward(hidden, head_weight, targets, lse)
         ctx.options = temperature, banned, rows
         ctx.mark_non_differentiable(entropy, correct)
-        return logprobs, entropy, correct
+        return logprobs, entropy if with_entropy else None, correct
 
     @staticmethod
     def backward(ctx, grad, _entropy, _correct):
@@ -71,10 +75,10 @@ class TargetLogprobs(torch.autograd.Function):
             d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
             d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
             if need_hidden:
-                d_hidden[s] = d @ head_weight
+                d_hidden[s] = product(d, head_weight.T)
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
-        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), None, None, None
+        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), None, None, None, None
 
 
 def target_logprobs_reference(hidden, head_weight, targets, temperature=1.0, banned=None):

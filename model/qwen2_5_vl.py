@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import UserError, nearest_path
+from model import UserError, cpu, nearest_path
 from model.attention import Segments
 from model.language import LanguageModel
 from model.rope import mrope_tables
@@ -174,17 +174,26 @@ class Qwen2_5_VL(nn.Module):
         blank = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
         return 0.0 * self.encode_vision(blank, [(1, m, m)]).sum()
 
-    def forward(self, packed: Packed, attention=None) -> Tensor:
-        """Hidden states after the final norm: (T, C). `attention` replaces packed attention (decode.py's cache)."""
+    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,).
+
+        `attention` replaces packed attention (decode.py's cache)."""
         x = self.embed(packed)
         tables = mrope_tables(packed.position_ids, self.config, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        segments, asking = [packed.segments], None
+        if rows is not None and attention is None and cpu.handles(x):
+            tails, asking, rows = packed.segments.tails(rows)
+            segments.append(tails)
         if attention or not self.captures:
-            x = self.model.through(x, tables, [packed.segments], recompute, attention)
+            x = self.model.through(x, tables, segments, recompute, attention, asking)
         else:
             stack = self.model.layers, self.model.through
-            x = self.captures.run(*stack, x, tables, [packed.segments], recompute)
-        return self.model.norm(x)
+            x = self.captures.run(*stack, x, tables, segments, recompute)
+        x = self.model.norm(x)
+        if asking is not None and len(asking) == len(rows):
+            return x
+        return x if rows is None else x[rows]
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through loss.py, which never holds them all."""

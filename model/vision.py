@@ -13,23 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import cpu
 from model.attention import Segments, attend
 from model.language import MLP, RMSNorm, draws, recomputed
-from model.linear import project
+from model.linear import project, stack
 from model.rope import rotate, vision_tables
 
 # OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 LONG, PART = 65_536, 16_384  # patches; of so many, the blocks' inputs take 5.4 and 1.3 GB
+CPU_PATCHES = 128  # as float32 0.6 MB, which stays in a core's cache
 
 
 def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 patch rows -> (x / 255 - mean) / std. patches: (P, 3 * 2 * 14 * 14), channel-major. Same shape, dtype."""
     scale = torch.tensor([1 / (255 * s) for s in STD], device=patches.device)
     shift = torch.tensor([-m / s for m, s in zip(MEAN, STD)], device=patches.device)
-    x = patches.view(patches.shape[0], 3, -1).float()
-    return torch.addcmul(shift[:, None], x, scale[:, None]).to(dtype).view(patches.shape)
+    scale, shift = (x.repeat_interleave(patches.shape[1] // 3) for x in (scale, shift))  # whole rows: no short loops
+    return torch.addcmul(shift, patches.float(), scale).to(dtype)
 
 
 @dataclass(eq=False)
@@ -79,8 +81,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """(P, 1176) uint8 pixels or normalised floats -> (P, width)"""
+        weight = self.proj.weight.flatten(1)
+        patches = normalise_patches(patches, weight.dtype) if patches.dtype == torch.uint8 else patches.to(weight.dtype)
         # a convolution whose stride is its kernel is a matrix product; as Conv3d it is far slower on some GPUs
-        return F.linear(patches, self.proj.weight.flatten(1))
+        if cpu.handles(patches):
+            return cpu.Merged.apply(patches, [0.0], weight, None, None, None)[0]
+        return F.linear(patches, weight)
 
 
 class VisionAttention(nn.Module):
@@ -146,10 +153,11 @@ class VisionTower(nn.Module):
     def whole(self, patches: Tensor, grid_thw, recompute: bool, captures=None) -> Tensor:
         config, P = self.config, patches.shape[0]
         plan = VisionPlan.build(grid_thw, config, patches.device)
-        weight = self.patch_embed.proj.weight
-        patches = normalise_patches(patches, weight.dtype) if patches.dtype == torch.uint8 else patches.to(weight.dtype)
         cell = config.spatial_merge_size**2
-        x = self.patch_embed(patches.view(P // cell, -1)[plan.order].view(P, -1))  # (P, width) in window order
+        # on a CPU few at a time: as floats the patches of a batch would go through memory, not the cache
+        parts = patches.split(CPU_PATCHES) if patches.device.type == "cpu" else [patches]
+        x = stack([self.patch_embed(part) for part in parts])  # (P, width)
+        x = x.view(P // cell, -1)[plan.order].view(P, -1)  # in window order
         tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
         segments = [plan.windows, plan.steps]
         if captures:

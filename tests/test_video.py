@@ -50,6 +50,22 @@ def assert_ramp(plan):
     assert np.abs(brightness(plan) - expected).max() < 4.2, (brightness(plan), expected)  # frames are 4.3 apart or more
 
 
+def test_a_container_kept_from_planning_is_of_this_very_file(tmp_path):
+    """Between plan and read a file is written anew: what is read is what lies there then."""
+    dark, light = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 200)]
+    path, other = write_clip(tmp_path / "a.mp4", [dark] * 8), write_clip(tmp_path / "b.mp4", [light] * 8)
+    plan = plan_clip("video", (path,), Options())
+    assert reader.kept.container is not None and abs(brightness(plan) - 20).max() < 3
+    assert reader.kept.container is None and abs(brightness(plan) - 20).max() < 3  # opened again
+    plan_clip("video", (path,), Options())
+    os.replace(other, path)
+    assert abs(brightness(plan) - 200).max() < 3
+    plan_clip("video", (path,), Options())
+    os.remove(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_clip(plan)
+
+
 # -- Against the reference
 
 
