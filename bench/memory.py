@@ -87,7 +87,7 @@ def estimate(case, cfg, model, number, cuda):
     moments = {}
     for load in loads:
         moments |= {f"{name} ({load.tokens})": found for name, found in
-                    memory.update(load, len(loads), inputs - memory.inputs(load)).items()}  # fmt: skip
+                    memory.update(load, len(loads), inputs).items()}  # fmt: skip
     tokens, total_patches = case.batch * work.prompt_tokens, case.batch * patches
     sampled = memory.sampling(tokens, work.prompt_tokens, total_patches, case.batch, case.group, work.completion)
     return moments | sampled

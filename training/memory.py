@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dataset.video import ROW  # numbers of a patch, 1176
 from lora import part_of
-from model.fast_decode import MARGIN, OWN_BUCKET, PARTS, PROMPT_BUCKET, round_up
+from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET, round_up
 from model.linear import adapter_of, aligned
 from model.loss import CHUNK_BYTES
 from training.engine import BUCKET
@@ -197,7 +197,7 @@ class Memory:
     # What is there all the time
 
     def static(self):
-        """Weights; what is trained, as DeepSpeed's ZeRO-2 holds it: in the weights' dtype, fp32 weights, two moments."""
+        """Weights; what is trained, as ZeRO-2 holds it: in the weights' dtype, in fp32, and AdamW's two moments."""
         offloaded = self.cfg.offload_optimizer and self.cuda
         state = 0 if offloaded else 12 * self.count // self.world
         found = {"weights": self.weights, "trained parameters": self.number * self.count, "optimizer states": state}
@@ -217,23 +217,25 @@ class Memory:
         """Gradients on their way to be reduced; two with several GPUs, where reducing overlaps with computing."""
         return self.bucket * self.number * (2 if self.cuda and self.world > 1 else 1)
 
-    def reducing(self):
-        """One full bucket being reduced: side by side in the weights' dtype, and in fp32."""
-        return self.bucket * (self.number + 4) if self.number < 4 else 0
+    def reducing(self, count):
+        """So many gradients of a bucket being reduced: side by side in the weights' dtype, and in fp32."""
+        return count * (self.number + 4) if self.number < 4 else 0
 
     # A training step
 
     def inputs(self, load):
-        """The packed batch: ids, targets, three positions, pixels; rotary tables of both parts."""
+        """The packed batch: ids, targets and three positions in int64, pixels in bytes; and its rotary tables."""
+        return load.tokens * 40 + load.patches * ROW + self.tables(load)
+
+    def tables(self, load):
         v, c = self.config.vision, self.config
-        tables = load.tokens * c.head_dim + load.patches * (v.hidden_size // v.num_heads)
-        return load.tokens * 40 + load.patches * ROW + tables * self.number
+        return (load.tokens * c.head_dim + load.patches * (v.hidden_size // v.num_heads)) * self.number
 
     def update(self, load, micro_batches=1, held=0):
-        """{moment: {component: bytes}} of an optimizer step. held: bytes of other micro-batches' inputs on the device."""
+        """{moment: {component: bytes}} of an optimizer step. held: bytes of inputs that stay on the device throughout."""
         c, b, costs = self.config, self.number, self.costs
         T, N, P = load.tokens, load.answers, load.patches
-        base = self.static() | {"inputs": self.inputs(load) + held}
+        base = self.static() | {"inputs": held}
         base["gradients"] = self.gradients() if micro_batches > 1 else 0
         vision = self.kept_vision(P)
         keys = 2 * c.num_key_value_heads * c.head_dim * b * ((load.keys or T) - T)  # gathered for each completion
@@ -244,9 +246,12 @@ class Memory:
         rows = max(1, CHUNK_BYTES // (4 * c.vocab_size))
         chunk = min(N, rows) * c.vocab_size
         hidden = T * width * (2 if costs.language[-1].needs_grad else 1) + N * width  # last block's, normed, answers'
-        moments = {"vision, forward": base | {"vision activations": self.vision_forward(P)}}
+        passing = {"inputs": held + self.inputs(load)}
+        moments = {"vision, forward": base | passing | {"vision activations": self.vision_forward(P)}}
         # forward: logits in fp32, and two more of that size for the entropy; or in both dtypes
-        moments["loss, forward"] = everything | {"logits and loss": hidden + 12 * chunk}
+        moments["loss, forward"] = everything | passing | {"logits and loss": hidden + 12 * chunk}
+        # recomputation holds on to the batch, all else only to the tables
+        everything["inputs"] += self.inputs(load) if self.recompute else self.tables(load)
         everything["buckets"] = self.buckets()
         head = self.head_gradient()
         backward = T * width + 2 * N * width + (4 + b) * chunk + head
@@ -256,18 +261,22 @@ class Memory:
         block = costs.language[-1]
         redo = T * (block.redo - (block.entry if self.recompute else block.kept)) + (keys if self.recompute else 0)
         moments["language model, backward"] = everything | {"one block redone": redo + self.matrix}
-        reduced = self.language_count if self.language_count > self.bucket else 0
-        seen = base | {"vision activations": vision, "buckets": self.buckets()}
-        if micro_batches == 1:
-            seen["gradients"] = self.gradients(reduced)
+        # the first full bucket is reduced while the language model's gradients come in, the last one at the end
+        full, sums = self.language_count > self.bucket, base["gradients"]
+        if full:
+            sums = max(sums, self.gradients(self.language_count))
+        seen = base | {"vision activations": vision, "buckets": self.buckets(), "gradients": sums}
+        if full:
+            moments["a full bucket reduced"] = seen | {"reduction": self.reducing(self.bucket)}
         if costs.thawed_vision and P:
             last = costs.vision[-1]
             redo = P * (last.redo - (last.entry if self.recompute else last.kept)) if last.needs_grad else 0
             redo = max(redo, P * (costs.merger.redo - costs.merger.kept)) + P // 4 * width
             moments["vision tower, backward"] = seen | {"one block redone": redo + self.matrix}
+        embedding = b * c.vocab_size * c.hidden_size if self.head_trained else 0
         moments["gradients reduced"] = self.static() | {
-            "gradients": self.gradients(), "buckets": self.buckets() + self.reducing(),
-            "logits and loss": head and b * c.vocab_size * c.hidden_size,
+            "gradients": self.gradients(), "buckets": self.buckets(), "head's gradient": embedding,
+            "reduction": self.reducing(self.count % self.bucket or self.bucket),
         }  # fmt: skip
         # the norm of one tensor's gradient in fp64; fp32 weights have their gradients flattened by a copy
         norm = 8 * self.largest if self.cuda else 0
@@ -284,7 +293,8 @@ class Memory:
         if not self.costs.thawed_vision:
             return 0
         blocks = [cost for cost in self.costs.vision if cost.needs_grad]
-        return sum(self.kept(cost, P) for cost in blocks) + P * self.costs.merger.kept
+        out = P // 4 * self.config.hidden_size * self.number  # the tower's output, which index_copy keeps
+        return sum(self.kept(cost, P) for cost in blocks) + P * self.costs.merger.kept + out * self.costs.merger.needs_grad
 
     def head_gradient(self):
         """A trained head's: summed in fp32, then in the weights' dtype."""
