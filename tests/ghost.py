@@ -44,7 +44,7 @@ class Kernel:
 
 
 def haunt(monkeypatch):
-    """From here on tensors on `meta` take the GPU's path. The width of the vision tower's MLP must be a multiple of 8."""
+    """From here on tensors on `meta` take the GPU's path. The vision tower's MLP must be a multiple of 8 wide."""
     kernels = model.kernels
     monkeypatch.setattr(kernels, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
     for name in ("swiglu_kernel", "swiglu_backward_kernel"):

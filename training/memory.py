@@ -106,38 +106,39 @@ class Model:
                                             layer.post_attention_layernorm))  # fmt: skip
             x_grad = self.language[-1].needs_grad
 
-    def norm(self, width, needs):
-        """Bytes that RMSNorm keeps: its input and 1 / rms in fp32; its CPU twin keeps x and x / rms in fp32."""
-        if not needs:
+    def norm(self, norm, x_grad):
+        """Bytes that RMSNorm keeps: its input and 1 / rms in fp32. Its CPU twin keeps the input in fp32, and where the
+        weight is trained x / rms too."""
+        width, trained = norm.weight.numel(), norm.weight.requires_grad
+        if not x_grad and not trained:
             return 0
-        return width * self.number + 4 if self.cuda else 8 * width + 8
+        return width * self.number + 4 if self.cuda else 4 * width * (1 + trained) + 4
 
     def block(self, block, inputs, output, H, K, D, x_grad, norm1, norm2):
         """Cost of a decoder layer or vision block, through its backward pass: first the MLP, then attention."""
         b, width = self.number, output.out_features
         fused = len(inputs) == 1  # the vision tower's qkv
-        qkv = product(x_grad, *inputs)
+        qkv = product(x_grad or norm1.weight.requires_grad, *inputs)
         # q and k are turned into new tensors; v of a fused product keeps the whole product
-        queries, values = H * D, 3 * width if fused else K * D
-        turned = queries + K * D
-        attention = self.norm(width, x_grad or norm1.weight.requires_grad) + qkv.columns * b
+        heads = K if self.cuda or fused or K == 1 else H  # the CPU's attention repeats k and v to all heads
+        queries, values = H * D, 3 * width if fused else heads * D
+        turned = queries + heads * D
+        attention = self.norm(norm1, x_grad) + qkv.columns * b
         attention += width * b if qkv.input else 0
         out = product(qkv.needs_grad, output)
         if qkv.needs_grad:  # q, k, v, out, and the log-sum-exp of every query and head in fp32
             attention += (turned + values + queries) * b + 4 * H
-            if not self.cuda:  # k and v repeated to all heads, out laid side by side
-                attention += ((0 if fused else 2 * (H - K) * D) + queries) * b
         elif out.input:
             attention += queries * b
         attention += out.columns * b
         x2_grad = x_grad or out.needs_grad
 
         mlp = block.mlp
-        first = product(x2_grad, mlp.gate_proj, mlp.up_proj, pad=True)
+        first = product(x2_grad or norm2.weight.requires_grad, mlp.gate_proj, mlp.up_proj, pad=True)
         inner = mlp.gate_proj.out_features
         inner = aligned(inner) if self.cuda else inner
         second = product(first.needs_grad, mlp.down_proj)
-        kept = self.norm(width, x2_grad or norm2.weight.requires_grad)
+        kept = self.norm(norm2, x2_grad)
         kept += (width * b if first.input else 0) + first.columns * b
         gated = (2 if self.cuda else 3) * inner * b if first.needs_grad else 0  # gate, up (and silu(gate))
         last = (inner * b if second.input else 0) + second.columns * b
@@ -162,7 +163,7 @@ class Model:
         norm_grad = x_grad or merger.ln_q.weight.requires_grad
         first = product(norm_grad, merger.mlp[0])
         second = product(first.needs_grad, merger.mlp[2])
-        kept = self.norm(width, norm_grad)
+        kept = self.norm(merger.ln_q, x_grad)
         kept += (width * b if first.input else 0) + first.columns * b / cell
         kept += width * b * (first.needs_grad + second.input) + second.columns * b / cell  # into and out of GELU
         redo = kept + 2 * width * b  # gradients into and out of GELU
@@ -232,13 +233,13 @@ class Memory:
         return (load.tokens * c.head_dim + load.patches * (v.hidden_size // v.num_heads)) * self.number
 
     def update(self, load, micro_batches=1, held=0):
-        """{moment: {component: bytes}} of an optimizer step. held: bytes of inputs that stay on the device throughout."""
+        """{moment: {component: bytes}} of an optimizer step. held: bytes of inputs that are there throughout."""
         c, b, costs = self.config, self.number, self.costs
         T, N, P = load.tokens, load.answers, load.patches
         base = self.static() | {"inputs": held}
         base["gradients"] = self.gradients() if micro_batches > 1 else 0
         vision = self.kept_vision(P)
-        keys = 2 * c.num_key_value_heads * c.head_dim * b * ((load.keys or T) - T)  # gathered for each completion
+        keys = self.gathered(load)
         extra = keys * sum(cost.kept > cost.entry for cost in costs.language)
         language = sum(self.kept(cost, T) for cost in costs.language) + (0 if self.recompute else extra)
         width = c.hidden_size * b
@@ -284,6 +285,17 @@ class Memory:
         moments["optimizer"] = self.static() | {"gradients": self.gradients() + max(norm, copied)}
         return moments
 
+    def gathered(self, load):
+        """A layer's keys and values once for each completion that shares them, beyond those that are there anyway. The
+        CPU's attention gathers them for all heads, and puts the outputs back in order by a copy."""
+        if load.keys is None:
+            return 0
+        c, T = self.config, load.tokens
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        if self.cuda:
+            return 2 * K * D * (load.keys - T) * self.number
+        return (2 * H * load.keys - 2 * (K if K == 1 else H) * T + H * T) * D * self.number
+
     def kept(self, cost, rows):
         if self.recompute and cost.kept > 0:
             return rows * cost.entry
@@ -294,7 +306,8 @@ class Memory:
             return 0
         blocks = [cost for cost in self.costs.vision if cost.needs_grad]
         out = P // 4 * self.config.hidden_size * self.number  # the tower's output, which index_copy keeps
-        return sum(self.kept(cost, P) for cost in blocks) + P * self.costs.merger.kept + out * self.costs.merger.needs_grad
+        merger = self.costs.merger
+        return sum(self.kept(cost, P) for cost in blocks) + P * merger.kept + out * merger.needs_grad
 
     def head_gradient(self):
         """A trained head's: summed in fp32, then in the weights' dtype."""
