@@ -31,7 +31,7 @@ from config import GRPO, SFT
 from model.qwen2_5_vl import Qwen2_5_VL
 from training.engine import build_engine, leave_processes, start_processes, update
 from training.memory import GIB, Load, Memory, peak, total
-from training.plan import group_loads
+from training.survey import group_loads
 
 PICTURE = Workload((1, 46, 62), 60, 64)  # a photograph of 868x644: 713 vision tokens
 FROZEN = dict(vision_lora=False, merger_lora=False)

@@ -30,7 +30,7 @@ CONTEXT = int(0.6 * GIB)
 WORKSPACE = 2 * (32 << 20)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Load:
     """What one micro-batch brings."""
 
