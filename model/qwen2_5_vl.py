@@ -300,7 +300,7 @@ def check_tensors(folder, expected: dict, found: dict, surplus: list[str]) -> No
 
 
 def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights: bool = True) -> Path:
-    """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need; weights=False: without them."""
+    """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need (weights or not)."""
     if Path(model_id).is_dir():
         return Path(model_id)
     name = str(model_id)

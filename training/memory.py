@@ -61,27 +61,6 @@ class Kept(NamedTuple):
     needs_grad: bool
 
 
-def product(x_grad, *linears, pad=False):
-    """`project` of linears that share an input. x_grad: whether that input has a gradient."""
-    weights = [p for m in linears for p in (m.weight, m.bias) if p is not None]
-    adapters = [adapter_of(m) for m in linears]
-    ranks = sum(len(a[0]) for a in adapters if a)
-    thawed = any(p.requires_grad for p in weights)
-    learns = any(m.home.block.adapters.requires_grad for m, a in zip(linears, adapters) if a)
-    dropped = sum(a[3] > 0 for a in adapters if a)
-    needs = x_grad or thawed or learns
-    if not needs:
-        return Kept(False, 0, 0, False)
-    if not thawed and not dropped and ranks:  # Project: x and every x A^T
-        return Kept(True, ranks, 0, True)
-    width, fixed = linears[0].in_features, 0
-    if thawed and pad:  # a trained weight is widened by a copy, which its product keeps
-        fixed = sum(aligned(m.out_features) * m.in_features for m in linears if m.out_features % 8)
-    kept_input = thawed or (learns and dropped < len([a for a in adapters if a]))
-    # dropout keeps its output and a mask of one byte a number
-    return Kept(kept_input, ranks + dropped * 1.5 * width, fixed, True)
-
-
 class Model:
     """Costs of a model's blocks. number: bytes of a weight or activation; cuda: the GPU's functions or their twins."""
 
@@ -90,7 +69,7 @@ class Model:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.thawed_vision = any(name.startswith("visual.") for name, _ in trained)
         v = self.config.vision
-        x_grad = model.visual.patch_embed.proj.weight.requires_grad
+        x_grad = self.embeds = model.visual.patch_embed.proj.weight.requires_grad
         self.vision, self.language = [], []
         for block in model.visual.blocks:
             self.vision.append(self.block(block, [block.attn.qkv], block.attn.proj, v.num_heads, v.num_heads,
@@ -106,6 +85,27 @@ class Model:
                                             layer.post_attention_layernorm))  # fmt: skip
             x_grad = self.language[-1].needs_grad
 
+    def product(self, x_grad, *linears, pad=False):
+        """`project` of linears that share an input. x_grad: whether that input has a gradient."""
+        weights = [p for m in linears for p in (m.weight, m.bias) if p is not None]
+        adapters = [adapter_of(m) for m in linears]
+        ranks = sum(len(a[0]) for a in adapters if a)
+        thawed = any(p.requires_grad for p in weights)
+        learns = any(m.home.block.adapters.requires_grad for m, a in zip(linears, adapters) if a)
+        dropped = sum(a[3] > 0 for a in adapters if a)
+        needs = x_grad or thawed or learns
+        if not needs:
+            return Kept(False, 0, 0, False)
+        if not thawed and not dropped and ranks:  # Project: x and every x A^T
+            return Kept(True, ranks, 0, True)
+        width, fixed = linears[0].in_features, 0
+        if thawed and pad:  # a trained weight is widened by a copy, which its product keeps
+            fixed = sum(aligned(m.out_features) * m.in_features for m in linears if m.out_features % 8)
+        kept_input = thawed or (learns and dropped < len([a for a in adapters if a]))
+        # dropout keeps its output and a mask, of one byte a number; on a CPU the mask is as wide as the input
+        mask = 1 / self.number if self.cuda else 1
+        return Kept(kept_input, ranks + dropped * (1 + mask) * width, fixed, True)
+
     def norm(self, norm, x_grad):
         """Bytes that RMSNorm keeps: its input and 1 / rms in fp32. Its CPU twin keeps the input in fp32, and where the
         weight is trained x / rms too."""
@@ -118,14 +118,14 @@ class Model:
         """Cost of a decoder layer or vision block, through its backward pass: first the MLP, then attention."""
         b, width = self.number, output.out_features
         fused = len(inputs) == 1  # the vision tower's qkv
-        qkv = product(x_grad or norm1.weight.requires_grad, *inputs)
+        qkv = self.product(x_grad or norm1.weight.requires_grad, *inputs)
         # q and k are turned into new tensors; v of a fused product keeps the whole product
         heads = K if self.cuda or fused or K == 1 else H  # the CPU's attention repeats k and v to all heads
         queries, values = H * D, 3 * width if fused else heads * D
         turned = queries + heads * D
         attention = self.norm(norm1, x_grad) + qkv.columns * b
         attention += width * b if qkv.input else 0
-        out = product(qkv.needs_grad, output)
+        out = self.product(qkv.needs_grad, output)
         if qkv.needs_grad:  # q, k, v, out, and the log-sum-exp of every query and head in fp32
             attention += (turned + values + queries) * b + 4 * H
         elif out.input:
@@ -134,10 +134,10 @@ class Model:
         x2_grad = x_grad or out.needs_grad
 
         mlp = block.mlp
-        first = product(x2_grad or norm2.weight.requires_grad, mlp.gate_proj, mlp.up_proj, pad=True)
+        first = self.product(x2_grad or norm2.weight.requires_grad, mlp.gate_proj, mlp.up_proj, pad=True)
         inner = mlp.gate_proj.out_features
         inner = aligned(inner) if self.cuda else inner
-        second = product(first.needs_grad, mlp.down_proj)
+        second = self.product(first.needs_grad, mlp.down_proj)
         kept = self.norm(norm2, x2_grad)
         kept += (width * b if first.input else 0) + first.columns * b
         gated = (2 if self.cuda else 3) * inner * b if first.needs_grad else 0  # gate, up (and silu(gate))
@@ -161,8 +161,8 @@ class Model:
         b, merger, cell = self.number, self.model.visual.merger, self.config.vision.spatial_merge_size**2
         width = merger.ln_q.weight.numel()
         norm_grad = x_grad or merger.ln_q.weight.requires_grad
-        first = product(norm_grad, merger.mlp[0])
-        second = product(first.needs_grad, merger.mlp[2])
+        first = self.product(norm_grad, merger.mlp[0])
+        second = self.product(first.needs_grad, merger.mlp[2])
         kept = self.norm(merger.ln_q, x_grad)
         kept += (width * b if first.input else 0) + first.columns * b / cell
         kept += width * b * (first.needs_grad + second.input) + second.columns * b / cell  # into and out of GELU
@@ -174,11 +174,14 @@ class Memory:
     """Bytes of every moment of a step on one device.
 
     model: with its adapters, frozen and freed as it will be trained. cfg: config.SFT or GRPO. number: bytes of a
-    weight. world: ranks. cuda: False counts the CPU's functions.
+    weight. world: ranks. cuda: False counts the CPU's functions. zero: `zero_optimization` of the engine's settings.
     """
 
-    def __init__(self, model, cfg, number=2, world=1, cuda=True):
-        self.cfg, self.number, self.world, self.cuda = cfg, number, world, cuda
+    def __init__(self, model, cfg, number=2, world=1, cuda=True, zero=None):
+        self.cfg, self.number, self.world, self.cuda, zero = cfg, number, world, cuda, zero or {}
+        offload = zero.get("offload_optimizer") or {"device": "cpu" if cfg.offload_optimizer else "none"}
+        self.offloaded = cuda and offload.get("device") == "cpu"
+        self.shares = world if zero.get("stage", 2) == 2 else 1  # ZeRO-1 keeps all gradients on every rank
         self.costs = Model(model, number, cuda)
         self.config, self.recompute = model.config, cfg.gradient_checkpointing
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -191,7 +194,7 @@ class Memory:
         )
         self.head_trained = model.head_weight.requires_grad
         self.tied = model.lm_head is None
-        self.bucket = min(self.count + 1024, BUCKET)
+        self.bucket = int(zero.get("reduce_bucket_size") or min(self.count + 1024, BUCKET))
         # gradient of one thawed matrix, which lives until it is copied into the bucket
         self.matrix = number * max((p.numel() for name, p in trained if p.dim() > 1 and "embed" not in name), default=0)
 
@@ -199,8 +202,7 @@ class Memory:
 
     def static(self):
         """Weights; what is trained, as ZeRO-2 holds it: in the weights' dtype, in fp32, and AdamW's two moments."""
-        offloaded = self.cfg.offload_optimizer and self.cuda
-        state = 0 if offloaded else 12 * self.count // self.world
+        state = 0 if self.offloaded else 12 * self.count // self.world
         found = {"weights": self.weights, "trained parameters": self.number * self.count, "optimizer states": state}
         if self.cuda:
             found["workspace"] = WORKSPACE
@@ -210,9 +212,7 @@ class Memory:
 
     def gradients(self, count=None):
         """fp32 sums of `count` gradients (all), of this rank's share; with offloading they are on the CPU."""
-        if self.cfg.offload_optimizer and self.cuda:
-            return 0
-        return 4 * (self.count if count is None else count) // self.world
+        return 0 if self.offloaded else 4 * (self.count if count is None else count) // self.shares
 
     def buckets(self):
         """Gradients on their way to be reduced; two with several GPUs, where reducing overlaps with computing."""
@@ -248,32 +248,32 @@ class Memory:
         chunk = min(N, rows) * c.vocab_size
         hidden = T * width * (2 if costs.language[-1].needs_grad else 1) + N * width  # last block's, normed, answers'
         passing = {"inputs": held + self.inputs(load)}
-        moments = {"vision, forward": base | passing | {"vision activations": self.vision_forward(P)}}
+        moments = {"vision tower": base | passing | {"vision activations": self.vision_forward(P)}}
         # forward: logits in fp32, and two more of that size for the entropy; or in both dtypes
-        moments["loss, forward"] = everything | passing | {"logits and loss": hidden + 12 * chunk}
+        moments["loss"] = everything | passing | {"logits and loss": hidden + 12 * chunk}
         # recomputation holds on to the batch, all else only to the tables
         everything["inputs"] += self.inputs(load) if self.recompute else self.tables(load)
         everything["buckets"] = self.buckets()
         head = self.head_gradient()
         backward = T * width + 2 * N * width + (4 + b) * chunk + head
-        moments["loss, backward"] = everything | {"logits and loss": backward}
+        moments["loss backwards"] = everything | {"logits and loss": backward}
         if self.head_trained:
             everything["head's gradient"] = b * c.vocab_size * c.hidden_size
         block = costs.language[-1]
         redo = T * (block.redo - (block.entry if self.recompute else block.kept)) + (keys if self.recompute else 0)
-        moments["language model, backward"] = everything | {"one block redone": redo + self.matrix}
+        moments["language model backwards"] = everything | {"one block redone": redo + self.matrix}
         # the first full bucket is reduced while the language model's gradients come in, the last one at the end
         full, sums = self.language_count > self.bucket, base["gradients"]
         if full:
             sums = max(sums, self.gradients(self.language_count))
         seen = base | {"vision activations": vision, "buckets": self.buckets(), "gradients": sums}
         if full:
-            moments["a full bucket reduced"] = seen | {"reduction": self.reducing(self.bucket)}
+            moments["full bucket reduced"] = seen | {"reduction": self.reducing(self.bucket)}
         if costs.thawed_vision and P:
             last = costs.vision[-1]
             redo = P * (last.redo - (last.entry if self.recompute else last.kept)) if last.needs_grad else 0
             redo = max(redo, P * (costs.merger.redo - costs.merger.kept)) + P // 4 * width
-            moments["vision tower, backward"] = seen | {"one block redone": redo + self.matrix}
+            moments["vision tower backwards"] = seen | {"one block redone": redo + self.matrix}
         embedding = b * c.vocab_size * c.hidden_size if self.head_trained else 0
         moments["gradients reduced"] = self.static() | {
             "gradients": self.gradients(), "buckets": self.buckets(), "head's gradient": embedding,
@@ -306,8 +306,9 @@ class Memory:
             return 0
         blocks = [cost for cost in self.costs.vision if cost.needs_grad]
         out = P // 4 * self.config.hidden_size * self.number  # the tower's output, which index_copy keeps
+        pixels = P * ROW * self.number * self.costs.embeds  # as numbers, for the gradient of their embedding
         merger = self.costs.merger
-        return sum(self.kept(cost, P) for cost in blocks) + P * merger.kept + out * merger.needs_grad
+        return sum(self.kept(cost, P) for cost in blocks) + P * merger.kept + out * merger.needs_grad + pixels
 
     def head_gradient(self):
         """A trained head's: summed in fp32, then in the weights' dtype."""
@@ -342,7 +343,7 @@ class Memory:
         layer = b * prompt_tokens * (2 * c.hidden_size + (2 * H + 3 * K) * D + 3 * inner)
         logits = (b * (prompts + R) + (16 * R if truncated else 0)) * V
         return {
-            "prompts' vision": base | {"vision activations": self.vision_forward(patches)},
+            "prompts' clips": base | {"vision activations": self.vision_forward(patches)},
             "prefill": base | {"language activations": layer},
             "drawing": base | {"logits and loss": logits},
         }

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import statistics
+import textwrap
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +22,19 @@ import torch
 
 from config import as_dict, inert
 from data import Processor, load_tokenizer
+from dataset.video import ROW
 from lora import FLAT, inject, load_adapter, lora_layers, part_of, set_trainable, sizes
+from model.fast_decode import MARGIN
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
 from training.checkpoint import RUN, find_adapter, read_json
-from training.engine import precision
+from training.engine import deepspeed_config, precision
 from training.evaluation import EVAL_TOKENS, prompt_batches
 from training.memory import CONTEXT, GIB, Memory, peak, total
 from training.survey import group_loads, sft_loads, survey
 
+ACTIVATIONS = "vision activations", "language activations", "logits and loss"
 LOOK, GLANCE = 1000, 64  # samples looked at by a dry run, and at the start of a real one
-ROW = 3 * 2 * 14 * 14  # bytes of a patch in the clips that are kept decoded
+TIGHT = 0.92  # share of the device above which the allocator's rounding and fragments may not fit any more
 
 
 # The device
@@ -78,6 +82,10 @@ class Plan:
         workers = max(1, cfg.dataloader_num_workers)
         self.data = survey(records, processor, sampled is None, look, workers)
         self.held = survey(held_out, processor, False, min(look, 100), workers) if held_out else None
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        settings = torch.device("cuda" if device.cuda else "cpu"), model.head_weight.dtype, self.world, count
+        config, self.notes = deepspeed_config(cfg, *settings)
+        self.zero = config["zero_optimization"]
         self.steps = cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
         # steps whose batches are put together: of one epoch, and not of a whole long one
         self.looked_steps = min(self.steps, loader.steps_per_epoch, 2 * look)
@@ -97,13 +105,13 @@ class Plan:
 
     def memory(self, cfg, loads, most):
         """{moment: {component: bytes}}: the worst micro-batch, sampling, evaluation."""
-        memory = Memory(self.model, cfg, self.device.number, self.world, self.device.cuda)
+        memory = Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero)
         if self.sampled is None:
             worst = {max(loads, key=attrgetter(name)) for name in ("tokens", "patches", "answers")}
             moments = [memory.update(load, most) for load in worst]
         else:
             moments = self.grpo_moments(cfg, memory)
-        if self.held:
+        if self.held and cfg.eval_data_path is not None:
             moments.append(self.evaluation(cfg, memory))
         found = {}
         for name, components in (item for each in moments for item in each.items()):
@@ -145,10 +153,15 @@ class Plan:
         return {f"{word}{name}": components for name, components in found.items()}
 
     def fitted(self, moments):
-        """The moments; where the sampling copy does not fit, without it (model/fast_decode.py decides likewise)."""
-        fits = lambda found: total(found) <= self.room
-        slow = {name: found for name, found in moments.items() if "sampling copy" in found and not fits(found)}
-        return moments | {name: found | {"sampling copy": 0} for name, found in slow.items()}, bool(slow)
+        """(the moments, whether decoding is slow): where memory is short, fast_decode.py makes no sampling copy."""
+        while_sampling = ("sampling copy", "KV cache", "buffers of a step", "inputs", *ACTIVATIONS)
+
+        def short(found):
+            there = sum(size for name, size in found.items() if name not in while_sampling)
+            return there + found["sampling copy"] + MARGIN > self.room
+
+        slow = [name for name, found in moments.items() if "sampling copy" in found and short(found)]
+        return moments | {name: moments[name] | {"sampling copy": 0} for name in slow}, bool(slow)
 
     @property
     def room(self):
@@ -161,30 +174,31 @@ class Plan:
         return {name: size for name, size in next(iter(self.moments.values())).items() if name in names}
 
     def remedies(self):
-        """[(flags, bytes needed with them)] of what makes a run smaller."""
-        cfg, found = self.cfg, []
-
-        def offer(text, **changes):
-            other = copy.copy(cfg)
-            for name, value in changes.items():
-                setattr(other, name, value)
-            moments, _ = self.fitted(self.memory(other, *self.plan_loads(other)))
-            found.append((text, total(peak(moments)[1])))
-
-        if not cfg.gradient_checkpointing:
-            offer("--gradient_checkpointing True", gradient_checkpointing=True)
+        """[(flags, bytes needed with them)] of what makes a run smaller: first what fits, and of that the least."""
+        cfg = self.cfg
+        recompute, offload = ({name: True} for name in ("gradient_checkpointing", "offload_optimizer"))
+        offers = [] if cfg.gradient_checkpointing else [recompute]
         largest = max(size.tokens for size in self.data.there)
-        tokens = max((load.tokens for load in self.loads), default=cfg.pack_tokens or 0)
-        if self.sampled is None and tokens > largest:
-            smaller = max(largest, 2 ** (tokens - 1).bit_length() // 2)
-            offer(f"--pack_tokens {smaller}", pack_tokens=smaller)
-            offer(f"--pack_tokens {smaller} --gradient_checkpointing True", pack_tokens=smaller,
-                  gradient_checkpointing=True)  # fmt: skip
+        tokens = max((load.tokens for load in self.loads), default=0)
+        for smaller in (2**n for n in range(7, 20)):
+            if largest <= smaller < tokens:
+                offers += [{"pack_tokens": smaller}] + [{"pack_tokens": smaller} | recompute] * bool(offers)
         if self.device.cuda and not cfg.offload_optimizer:
-            offer("--offload_optimizer True", offload_optimizer=True)
-        if cfg.lora_enable and cfg.lora_rank > 16:
-            found.append((f"a lower --lora_rank than {cfg.lora_rank}", None))
-        return sorted(found, key=lambda pair: pair[1] or 1 << 62)
+            offers.append(offload)
+        if cfg.eval_data_path is not None and self.held:
+            offers.append({"eval_data_path": None})
+        found = []
+        for changes in offers:
+            other = copy.copy(cfg)
+            vars(other).update(changes)
+            moments, _ = self.fitted(self.memory(other, *self.plan_loads(other)))
+            flags = " ".join(f"--{name} {'none' if value is None else value}" for name, value in changes.items())
+            found.append((flags, total(peak(moments)[1]), len(changes)))
+        now = total(peak(self.fitted(self.moments)[0])[1])
+        found = [each for each in found if each[1] < 0.99 * now]
+        fits = lambda each: each[1] <= TIGHT * self.room
+        found.sort(key=lambda each: (0, each[2], each[1]) if fits(each) else (1, each[1]))
+        return [(flags, size) for flags, size, _ in found[:4]]
 
     # what is told
 
@@ -288,8 +302,8 @@ class Plan:
         for part, size in sorted(components.items(), key=lambda item: -item[1]):
             if size >= 0.005 * GIB:
                 yield f"               {part:<24}{size / GIB:8.2f} GiB"
-        told = "; ".join(f"{moment} {total(found) / GIB:.2f}" for moment, found in moments.items())
-        yield f"             moments: {told}"
+        told = "all moments: " + ", ".join(f"{total(found) / GIB:.2f} {moment}" for moment, found in moments.items())
+        yield from textwrap.wrap(told, 120, initial_indent=" " * 13, subsequent_indent=" " * 13)
         if slow:
             yield "             the sampling copy does not fit: decoding will take the slow path"
         if self.verdict():
@@ -298,13 +312,13 @@ class Plan:
     def verdict(self):
         """What to do where it does not fit; "" where it does."""
         need, room = total(peak(self.fitted(self.moments)[0])[1]), self.room
-        if not room or need <= 0.92 * room:  # the allocator's rounding and fragments take some percent
+        if not room or need <= TIGHT * room:
             return ""
         what = f"needs about {need / GIB:.1f} GiB, the device has {room / GIB:.1f}"
         if need <= room:
             return f"TIGHT: {what}; fragments may take the rest"
-        tries = [f"{flags}" + (f" ({size / GIB:.1f})" if size else "") for flags, size in self.remedies()]
-        return f"DOES NOT FIT: {what}: try {', '.join(tries)}"
+        tries = [f"{flags} ({size / GIB:.1f})" for flags, size in self.remedies()]
+        return f"DOES NOT FIT: {what}{': try ' if tries else ''}{', '.join(tries)}"
 
     def time(self):
         """By the steps of a former run in the same folder."""
@@ -321,7 +335,7 @@ class Plan:
         return f"{clock(seconds * self.steps)} for {self.steps:,} steps, without evaluation ({told})"
 
     def flag_lines(self):
-        found = [*inert(self.cfg), *self.more_inert()]
+        found = [*inert(self.cfg), *self.notes, *self.more_inert()]
         yield f"  flags      {len(found)} without effect or noteworthy" if found else "  flags      all have an effect"
         for line in found:
             yield f"             {line}"
@@ -331,7 +345,7 @@ class Plan:
         cfg, given = self.cfg, self.cfg.given
         for kind in ("video", "image"):
             for name in sorted(given):
-                if name.startswith(f"{kind}_") and kind not in self.data.kinds:
+                if name.startswith((f"{kind}_m", f"{kind}_resized")) and kind not in self.data.kinds:
                     yield f"--{name} has no effect: there is no {kind} in the data"
         for name in ("fps", "nframes", "min_frames", "max_frames"):
             if name in given and "video" not in self.data.kinds:
@@ -340,8 +354,6 @@ class Plan:
             yield "--eval_steps has no effect: there is no held-out data"
         if "tf32" in given and not (self.device.cuda and self.device.number == 4):
             yield "--tf32 has no effect: it is for fp32 on a GPU"
-        if "offload_optimizer" in given and cfg.offload_optimizer and not self.device.cuda:
-            yield "--offload_optimizer has no effect: there is no GPU to free"
         if "pack_tokens" in given and cfg.pack_tokens and self.data.there:
             longest = max(size.tokens for size in self.data.there)
             if longest > cfg.pack_tokens:
@@ -373,19 +385,24 @@ def clock(seconds):
 
 
 def shape_of(cfg, number):
-    """The model as build_model would make it, without storage, and a note on its adapter."""
+    """The model as trainer.build_model would make it, without storage; its folder; notes on its adapter."""
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder)).to(torch.bfloat16 if number == 2 else torch.float32)
     adapter = None
     if cfg.model_ckpt is not None and cfg.lora_enable:
         adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+    notes = []
     if adapter:
-        load_adapter(model, adapter)
+        found = load_adapter(model, adapter)
+        notes.append(f"goes on from the adapter of {adapter}: rank {found.lora_rank}, alpha {found.lora_alpha:g}")
+        own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
+        changed = [name for name in own if name in cfg.given and getattr(cfg, name) != getattr(found, name)]
+        notes += [f"--{name} has no effect: the adapter has its own" for name in changed]
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
-    return model, folder, adapter
+    return model, folder, notes
 
 
 def dry_run(cfg, script, make_loader, records, held_out, sampled=None):
@@ -393,7 +410,7 @@ def dry_run(cfg, script, make_loader, records, held_out, sampled=None):
     if int(os.environ.get("RANK", "0")):
         return
     device = Device.here(cfg)
-    model, folder, adapter = shape_of(cfg, device.number)
+    model, folder, notes = shape_of(cfg, device.number)
     if sampled is not None:
         for _, layer in lora_layers(model):
             layer.dropout = 0.0  # as train_grpo
@@ -401,10 +418,8 @@ def dry_run(cfg, script, make_loader, records, held_out, sampled=None):
     run = SimpleNamespace(cfg=cfg, rank=0, world=int(os.environ.get("WORLD_SIZE", "1")))
     loader = make_loader(run, records, processor)
     plan = Plan(cfg, model, processor, records, loader, held_out, device, LOOK, sampled)
-    for line in plan.lines(script):
-        print(line)
-    if adapter:
-        print(f"  note       goes on from the adapter of {adapter}")
+    plan.notes += notes
+    print("\n".join(plan.lines(script)))
 
 
 def brief(run, model, processor, records, loader, held_out, sampled=None):
