@@ -25,8 +25,8 @@ from training.engine import BUCKET
 GIB = 2**30
 # Outside torch's allocator: the CUDA context, loaded kernels, NCCL. Measured (bench/memory.py, column "context").
 CONTEXT = int(0.6 * GIB)
-# Inside it: cuBLAS's workspace, 32 MiB a thread that multiplies on Hopper (torch, CUDABlas.cpp getChosenWorkspaceSize);
-# the forward pass runs in one thread, the backward pass in another.
+# Inside it: cuBLAS's workspace, 32 MiB on Hopper (torch, CublasHandlePool.cpp, parseChosenWorkspaceSize), for each
+# thread that multiplies: the forward pass runs in one, the backward pass in another.
 WORKSPACE = 2 * (32 << 20)
 
 

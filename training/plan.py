@@ -230,7 +230,8 @@ class Plan:
         told = f"{tokens:,} {what} an epoch: {vision:,} vision, {tokens - vision:,} text"
         if self.sampled is None:
             told += f" (of which {sum(size.answers for size in there):,} trained)"
-        yield f"  data       {count:,} samples, {looked}; {'' if every else 'about '}{told}"
+        yield f"  data       {count:,} samples, {looked}"
+        yield f"             {'' if every else 'about '}{told}"
         lengths = sorted(size.tokens for size in there)
         median = statistics.median(lengths)
         yield f"             a sample: {lengths[0]:,} to {lengths[-1]:,} tokens, median {median:,.0f}"
@@ -323,7 +324,8 @@ class Plan:
     def time(self):
         """By the steps of a former run in the same folder."""
         path, run = self.folder / "metrics.jsonl", self.folder / RUN
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run's last line may be cut short
         timed = [row["ms"] for row in rows if row.get("ms")][1:]  # the first one warms up
         if not timed or not run.exists():
             return f"not known: no step was timed in {self.folder} yet; a run of --max_steps 5 there would tell"
