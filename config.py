@@ -185,6 +185,10 @@ class CommonTrain(VideoArgs, LoraArgs):
     resume: bool = False  # go on exactly where the run in output_dir stopped
     local_files_only: bool = False  # never ask the hub
 
+    # -- Plan
+    dry_run: bool = False  # tell data, steps, parameters, memory, time and idle flags, then stop; nothing is written
+    dry_run_gib: float | None = None  # GiB; plan for a GPU of this size; none = this machine's device
+
     # -- Precision, memory, DeepSpeed
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
@@ -245,7 +249,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     def check(self):
         VideoArgs.check(self)
         LoraArgs.check(self)
-        positive(self, "num_train_epochs", "learning_rate", "vision_lr", "merger_lr", "adam_epsilon")
+        positive(self, "num_train_epochs", "learning_rate", "vision_lr", "merger_lr", "adam_epsilon", "dry_run_gib")
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "pack_tokens", "logging_steps")
         at_least(self, 1, "save_steps", "save_total_limit", "eval_samples", "max_new_tokens")
         at_least(self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "eval_controls")
@@ -456,6 +460,12 @@ def _effects(cfg):
     yield "num_train_epochs", is_set("max_steps"), "max_steps is given and decides"
     yield "warmup_ratio", is_set("warmup_steps"), "warmup_steps is given and decides"
     yield "save_steps", getattr(cfg, "save_strategy", "steps") != "steps", "save_strategy is not steps"
+    if isinstance(cfg, CommonTrain):
+        yield "dry_run_gib", not cfg.dry_run, "it is for a plan (--dry_run)"
+        yield "model_ckpt", lora_off and cfg.model_ckpt, "lora_enable is False: no adapter is loaded"
+        yield "min_lr_ratio", cfg.lr_scheduler_type == "constant", "the constant schedule does not fall"
+        for name in ("eval_steps", "eval_samples", "max_new_tokens"):
+            yield name, cfg.eval_data_path is None, "eval_data_path is none: nothing is evaluated"
     if isinstance(cfg, GRPO):
         yield "lora_dropout", True, "it is off in GRPO: the policy that is updated must be the one that was sampled"
         for name in ("reference", "use_bias_correction_kl"):

@@ -66,6 +66,7 @@ from training.groups import (
     score_group,
 )
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from training.plan import brief, dry_run
 from training.runlog import Log, append
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
@@ -108,6 +109,8 @@ def main():
     told = follow_adapter(cfg)
     records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
+    if cfg.dry_run:
+        return dry_run(cfg, "train_grpo.py", prompt_loader, records, held_out, SAMPLED_TOKENS)
     run = launch(cfg)
     run.notes += told + left_out + held_left_out
     model = build_model(cfg, run)
@@ -119,6 +122,7 @@ def main():
     loader = prompt_loader(run, records, processor)
     keep_count(run, loader)
     total = total_steps(cfg, loader)
+    run.plan = brief(run, model, processor, records, loader, held_out, SAMPLED_TOKENS)
     run.notes += notes(run, loader, records, held_out)
     engine = start(run, model, total)
     tell_data(run, processor, records, held_out)

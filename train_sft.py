@@ -42,21 +42,25 @@ from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records
 from training.full import told_when_full
 from training.groups import ROLLOUTS
+from training.plan import brief, dry_run
 from training.runlog import Log, append
 
 
 def main():
     cfg = parse(SFT)
     records = read_records(cfg.data_path)
-    run = launch(cfg)
     held_out, left_out = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
+    if cfg.dry_run:
+        return dry_run(cfg, "train_sft.py", make_loader, records, held_out)
+    run = launch(cfg)
     run.notes += left_out
     model = build_model(cfg, run)
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
     processor = Processor(tokenizer, model.config, cfg)
-    loader = Loader(records, processor, cfg, rank=run.rank, world_size=run.world)
+    loader = make_loader(run, records, processor)
     keep_count(run, loader)
     total = total_steps(cfg, loader)
+    run.plan = brief(run, model, processor, records, loader, held_out)
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine = start(run, model, total)
     tell_data(run, processor, records, held_out)
@@ -103,6 +107,10 @@ def main():
     log.close()
     report(run)
     finish(run, total)
+
+
+def make_loader(run, records, processor):
+    return Loader(records, processor, run.cfg, rank=run.rank, world_size=run.world)
 
 
 def micro_loss(engine, answers, sums, packed):

@@ -88,6 +88,7 @@ class Run:
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to tell at the start
+    plan: list = field(default_factory=list)  # lines of training/plan.py, likewise
 
     rank = property(lambda self: torch.distributed.get_rank())
     world = property(lambda self: torch.distributed.get_world_size())

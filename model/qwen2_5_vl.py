@@ -330,8 +330,8 @@ def check_tensors(folder, expected: dict, found: dict, surplus: list[str]) -> No
         raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(wrong[:8])}{more}")
 
 
-def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path:
-    """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need."""
+def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights: bool = True) -> Path:
+    """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need (weights or not)."""
     if Path(model_id).is_dir():
         return Path(model_id)
     name = str(model_id)
@@ -344,7 +344,7 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False) -> Path
     from huggingface_hub import snapshot_download  # slow to import, needed only here
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -81,6 +81,7 @@ def describe(run, model, total, warmup):
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
+    yield from run.plan
     for text in run.notes:
         yield f"  note       {text}"
 

@@ -1,0 +1,193 @@
+"""The memory estimate: against arithmetic by hand, against what real code keeps on a CPU, and against the live bytes of
+the GPU's path at the 3B shape (tensors without storage)."""
+
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401 (sets the environment before torch is imported)
+import ghost
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from grpo import prompts_of
+from live import Live
+from workloads import R, S, Workload, config_dict, sft_batch
+
+import lora
+from config import GRPO, SFT
+from data import pack_groups
+from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from train_sft import micro_loss
+from training.memory import WORKSPACE, Load, Memory, peak, total
+from training.survey import group_loads
+
+EVERYWHERE = dict(lora_rank=64, lora_alpha=64)
+FROZEN = dict(vision_lora=False, merger_lora=False)
+
+
+def shape(cfg, config, dtype=torch.bfloat16, device="meta"):
+    with torch.device(device):
+        model = Qwen2_5_VL(config).to(dtype)
+    lora.inject(model.requires_grad_(True), cfg)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    return model.train()
+
+
+def load_of(work, batch):
+    t, h, w = work.grid
+    answers = batch * work.completion
+    return Load(batch * work.prompt_tokens + answers, answers, batch * t * h * w, batch, batch)
+
+
+# By hand, at the 3B shape
+
+
+@pytest.fixture(scope="module")
+def config():
+    return ModelConfig.from_dict(config_dict("3B"))
+
+
+@pytest.fixture(scope="module")
+def adapted(config):
+    return shape(SFT(**EVERYWHERE), config)
+
+
+def test_static_memory_of_the_3b_by_hand(adapted):
+    memory = Memory(adapted, SFT(**EVERYWHERE))
+    adapters = 165_453_824  # configs/qwen_3b_sft_24gb.py
+    static = memory.static()
+    assert static.pop("workspace") == WORKSPACE
+    expected = {"weights": 2 * 3_754_622_976, "trained parameters": 2 * adapters, "optimizer states": 12 * adapters}
+    assert static == expected
+    two = Memory(adapted, SFT(**EVERYWHERE), world=2)
+    assert two.static()["optimizer states"] == 6 * adapters and two.gradients() == 2 * adapters
+    assert two.buckets() == 2 * memory.buckets() == 4 * 100_000_000
+    off = Memory(adapted, SFT(**EVERYWHERE, offload_optimizer=True))
+    assert off.static()["optimizer states"] == off.gradients() == 0
+
+
+def test_kept_columns_of_the_3b_by_hand(adapted):
+    memory = Memory(adapted, SFT(**EVERYWHERE))
+    # a decoder layer: x, norm, q, k, v, out, x2, norm2, gate, up, their product; x A^T of 7 adapters; in fp32 1 / rms
+    # twice and 16 log-sum-exps
+    kept = 2 * (2048 * 6 + 2 * 256 + 3 * 11008 + 7 * 64) + 4 * 2 + 4 * 16
+    assert {cost.kept for cost in memory.costs.language[1:]} == {kept}
+    assert {cost.entry for cost in memory.costs.language} == {2 * 2048}
+    # a vision block: x, norm, qkv, turned q and k, out, x2, norm2, three of 3,424 (3,420 rounded up to 8), 5 adapters
+    kept = 2 * (1280 * (1 + 1 + 3 + 2 + 1 + 1 + 1) + 3 * 3424 + 5 * 64) + 4 * 2 + 4 * 16
+    assert {cost.kept for cost in memory.costs.vision[1:]} == {kept}
+    # the first vision block: nothing before it is trained, so its norm keeps nothing
+    assert memory.costs.vision[0].kept == kept - 2 * 1280 - 4
+    # the merger, a patch: x, norm, into and out of GELU, two adapters a token of four patches
+    assert memory.costs.merger.kept == 2 * (4 * 1280 + 2 * 64 / 4) + 4
+
+
+def test_sampling_of_the_3b_by_hand(adapted):
+    memory = Memory(adapted, GRPO(**EVERYWHERE))
+    moments = memory.sampling(8 * 1162, 1162, 8 * 4320, 8, 8, 256)
+    for found in moments.values():
+        assert found["sampling copy"] == 2 * 36 * (2048 * (2 * 2048 + 2 * 256) + 3 * 2048 * 11008)
+        assert found["KV cache"] == 36 * 2 * 2 * 128 * 2 * (8 * 1280 + 64 * 256)
+        assert found["reference"] == 2 * 165_453_824
+    assert "reference" not in Memory(adapted, GRPO(**EVERYWHERE, beta=0.0)).static()
+
+
+# Against what autograd keeps on a CPU
+
+
+def small(dtype):
+    """The 3B's structure, narrow: 3 vision blocks, 4 layers, 2 kv heads for 4, an odd MLP width in the tower."""
+    raw = config_dict("3B") | dict(hidden_size=128, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+                                   num_key_value_heads=2, vocab_size=151_936 // 64, image_token_id=2003,
+                                   video_token_id=2004, vision_start_token_id=2000, vision_end_token_id=2001,
+                                   rope_scaling=dict(type="mrope", mrope_section=[4, 6, 6]))  # fmt: skip
+    raw["vision_config"] |= dict(hidden_size=80, num_heads=4, intermediate_size=214, depth=3, out_hidden_size=128,
+                                 fullatt_block_indexes=[1])  # fmt: skip
+    return ModelConfig.from_dict(raw)
+
+
+def kept_for_backward(model, batch):
+    """Bytes of the storages that a forward pass saves, parameters apart."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(batch)
+    del hidden
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("flags", [
+    {}, FROZEN, dict(lora_rank=64), dict(tune_merger=True), dict(llm_lora=False), dict(lora_dropout=0.1),
+    dict(lora_enable=False, freeze_llm=False, freeze_vision_tower=False, tune_merger=True),
+], ids=["all", "frozen", "rank64", "merger", "vision", "dropout", "whole"])  # fmt: skip
+def test_kept_bytes_on_a_cpu(dtype, flags):
+    cfg, config = SFT(**flags), small(dtype)
+    model = shape(cfg, config, dtype, "cpu")
+    work = Workload((2, 8, 8), 40, 60)
+    memory = Memory(model, cfg, dtype.itemsize, cuda=False)
+    load = load_of(work, 3)
+    estimate = memory.kept_vision(load.patches) + sum(memory.kept(cost, load.tokens) for cost in memory.costs.language)
+    estimate += load.tokens * memory.costs.norm(model.model.norm, True) + memory.tables(load)
+    found = kept_for_backward(model, sft_batch(config, work, 3))
+    assert estimate == pytest.approx(found, rel=0.04)
+
+
+# Against the GPU's path without storage
+
+
+@pytest.mark.parametrize("name, work, batch, passes, flags", [
+    ("full bucket reduced", S, 1, 1, EVERYWHERE),
+    ("loss", S, 8, 1, dict(EVERYWHERE, gradient_checkpointing=False)),
+    ("language model backwards", R, 8, 1, EVERYWHERE),
+    ("language model backwards", R, 8, 1, EVERYWHERE | dict(tune_merger=True)),
+    ("loss", R, 4, 2, dict(lora_rank=16) | FROZEN),
+    ("language model backwards", Workload((1, 46, 62), 20, 4), 2, 1, dict(lora_rank=16, gradient_checkpointing=False)),
+], ids=str)  # fmt: skip
+def test_a_step_of_the_3b_without_storage(name, work, batch, passes, flags, monkeypatch):
+    ghost.haunt(monkeypatch)
+    raw = config_dict("3B")
+    raw["vision_config"]["intermediate_size"] = 3424  # what 3,420 is rounded up to on a GPU
+    config = ModelConfig.from_dict(raw)
+    cfg = SFT(**{"gradient_checkpointing": True} | flags)
+    model = shape(cfg, config)
+    memory = Memory(model, cfg)
+    moment, components = peak(memory.update(load_of(work, batch), passes))
+    assert moment == name
+    made = sft_batch(config, work, batch)
+    with Live(*model.parameters()) as live:
+        engine = ghost.Engine(model, memory.bucket)
+        for _ in range(passes):
+            loss = micro_loss(engine, 100, torch.zeros(2, dtype=torch.float64, device="meta"), made)
+            engine.backward(loss)
+            del loss
+        engine.step()
+    assert total(components) - WORKSPACE == pytest.approx(live.peak, rel=0.01)
+
+
+def test_a_group_of_the_3b_without_storage(monkeypatch):
+    """GRPO's update: a prompt once, keys and values gathered for each completion."""
+    ghost.haunt(monkeypatch)
+    raw = config_dict("3B")
+    raw["vision_config"]["intermediate_size"] = 3424
+    config = ModelConfig.from_dict(raw)
+    cfg = GRPO(**EVERYWHERE, gradient_checkpointing=False, num_generations=4, beta=0.0)
+    model = shape(cfg, config)
+    memory = Memory(model, cfg)
+    (load,) = group_loads([(R.prompt_tokens, 4320)], [[64] * 4], cfg)
+    packed = pack_groups(prompts_of(config, R, 1), [[list(range(64))] * 4])
+    assert (load.tokens, load.keys) == (packed.segments.num_tokens, sum(packed.segments.k_lengths))
+    with Live(*model.parameters()) as live:
+        engine = ghost.Engine(model, memory.bucket)
+        engine.backward(micro_loss(engine, 100, torch.zeros(2, dtype=torch.float64, device="meta"), packed))
+        engine.step()
+    assert total(peak(memory.update(load))[1]) - WORKSPACE == pytest.approx(live.peak, rel=0.01)

@@ -1,0 +1,121 @@
+"""How large a dataset's samples are, and how the trainers' batches hold them: no clip is decoded.
+
+    survey(records, processor, …)       a Size for each sample
+    sft_loads(loader, survey, steps)    a Load (training/memory.py) for each micro-batch of train_sft.py
+    group_loads(prompts, …)             … of train_grpo.py's update
+
+Clips' sizes come from file headers. Of a large dataset some samples are looked at, spread evenly, and each of the
+others counts as the one looked at before it.
+"""
+
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from data import text_length
+from dataset.records import Media
+from model import UserError
+from training.memory import Load
+
+
+class Size(NamedTuple):
+    """One sample."""
+
+    tokens: int
+    answers: int  # tokens that are trained
+    vision: int  # tokens
+    patches: int
+    clips: int
+
+    def __len__(self):  # as an Example's, for prompt_batches
+        return self.tokens
+
+
+@dataclass
+class Survey:
+    """The sizes of a dataset's samples."""
+
+    sizes: list  # Size of each sample, None where it will be left out
+    looked: int
+    left_out: dict = field(default_factory=dict)  # {name: reason} of those looked at
+    kinds: set = field(default_factory=set)  # video, image
+
+    @property
+    def there(self):
+        return [size for size in self.sizes if size is not None]
+
+
+def survey(records, processor, answer, look, workers=1):
+    """Sizes of the samples of records; answer: as in Processor.encode."""
+    count = len(records)
+    chosen = sorted({i * count // min(look, count) for i in range(min(look, count))})
+
+    def measure(i):
+        try:
+            pieces, plans = processor.layout(records[i], answer, f"sample {i}")
+        except UserError as error:
+            return str(error)
+        vision = sum(plan.num_tokens for plan in plans)
+        answers = sum(len(piece) for piece, trained in pieces if trained and not isinstance(piece, Media))
+        patches = sum(plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2] for plan in plans)
+        return Size(text_length(pieces) + vision, answers, vision, patches, len(plans)), {plan.kind for plan in plans}
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(measure, chosen))
+    result = Survey([], len(chosen))
+    for i, each in zip(chosen, found, strict=True):
+        if isinstance(each, str):
+            result.left_out[f"sample {i}"] = each
+        else:
+            result.kinds |= each[1]
+    known = [None if isinstance(each, str) else each[0] for each in found]
+    result.sizes = [known[bisect_right(chosen, i) - 1] for i in range(count)]
+    if count and not result.there:
+        raise UserError(f"all samples are left out; the first: {next(iter(result.left_out.values()))}")
+    return result
+
+
+def sft_loads(loader, found, steps):
+    """(a Load for each micro-batch of the first `steps` steps and all ranks, the most micro-batches of a step)."""
+    loads, most = [], 0
+    loader.lengths[:] = type(loader.lengths)("q", [size.tokens if size else 0 for size in found.sizes])
+    for step in range(steps):
+        for rank in range(loader.world_size):
+            loader.rank = rank
+            bins, _ = loader.plan(step, map)
+            most = max(most, len(bins))
+            for members in bins:
+                sizes = [found.sizes[i] for i in members if found.sizes[i]]
+                tokens, answers, _, patches, clips = map(sum, zip(*sizes)) if sizes else (1, 0, 0, 0, 0)
+                loads.append(Load(tokens, answers, patches, clips, len(sizes)))
+    return loads, most
+
+
+def group_loads(prompts, completions, cfg):
+    """The update's micro-batches of a rank, as train_grpo.micro_batches cuts them: a Load each.
+
+    prompts: (tokens, patches) of each; completions: their completions' lengths, a list a prompt.
+    """
+    bins, tokens = [], 0  # of (prompt number, length)
+    for number, lengths in enumerate(completions):
+        for length in lengths:
+            prompt = prompts[number][0]
+            cost = length + (0 if bins and bins[-1][-1][0] == number else prompt)
+            full = bins and len(bins[-1]) == cfg.per_device_train_batch_size
+            if not bins or full or (cfg.pack_tokens and tokens + cost > cfg.pack_tokens):
+                bins.append([])
+                tokens, cost = 0, length + prompt
+            bins[-1].append((number, length))
+            tokens += cost
+    return [_load(prompts, members) for members in bins]
+
+
+def _load(prompts, members):
+    """A prompt stands once, but for its last token, which begins every completion (dataset.batch.pack_groups)."""
+    own = dict.fromkeys(number for number, _ in members)
+    shared = sum(prompts[number][0] - 1 for number in own)
+    answers = sum(length for _, length in members)
+    keys = shared + sum(prompts[number][0] - 1 + length for number, length in members)
+    patches = sum(prompts[number][1] for number in own)
+    return Load(shared + answers, answers, patches, len(own), len(own) + len(members), keys)
