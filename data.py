@@ -1,6 +1,6 @@
 """Conversations and clips -> ids, already shifted targets, positions, patches -> packed batches.
 
-    read_records(path)                 a dataset, json or jsonl (dataset/records.py)
+    read_records(path)                 a dataset, json or jsonl (dataset/index.py)
     Processor.encode(record)           one record -> an Example; decoded clips are kept (cache_mb)
     pack, pack_groups, Loader          Examples -> packed batches, and in which order (dataset/batch.py)
     python data.py FILE... [--fps 4]   what the model will see of each video, image or dataset
@@ -30,8 +30,9 @@ from torch import Tensor
 
 from config import Infer, cli, parse
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
+from dataset.index import read_records
 from dataset.reader import check_file
-from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError
 from model.loss import IGNORE
@@ -342,9 +343,10 @@ def describe_dataset(file: str, processor: Processor) -> list[str]:
     args.data_path = file
     processor = Processor(processor.tokenizer, processor.config, args)
     lengths, broken = [], []
-    for i, record in enumerate(read_records(file)):
+    records = read_records(file)
+    for i in range(len(records)):
         try:
-            lengths.append(processor.length(record, name=f"sample {i}"))
+            lengths.append(processor.length(records[i], name=f"sample {i}"))
         except UserError as error:
             broken.append(f"  skipped   sample {i}: {error}")
     low, median, high = np.percentile(lengths or [0], (0, 50, 100))

@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
-from dataset.records import IMAGE_SUFFIXES, read_records
+from dataset.index import read_records
+from dataset.records import IMAGE_SUFFIXES
 from model import UserError
 from rewards import answer_span, extract_answer, is_correct, parse_options, reference_answer, sample_from_record
 from training.checkpoint import STATE, find_adapter, read_json
@@ -34,7 +35,7 @@ def main(argv=None):
     adapter, told = choose_adapter(cfg)
     for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
         print(f"note: {line}")
-    task = list(read_records(cfg.data_path))[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
+    task = read_records(cfg.data_path)[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
     if cfg.data_path:
         found = evaluate(cfg, load_model(cfg, adapter), processor, task)

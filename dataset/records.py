@@ -1,6 +1,6 @@
-"""A dataset's file -> records -> turns of text and clips. No torch: nothing is decoded or tokenised here.
+"""A dataset's records -> turns of text and clips. No torch: nothing is decoded or tokenised here.
 
-Two forms, in a .json array or in .jsonl (one record a line):
+Two forms (dataset/index.py reads them from a .json array or from .jsonl, one record a line):
 
     {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhere to?"},
                                          {"from": "gpt", "value": "Left"}]}
@@ -13,21 +13,14 @@ fine-tuning.
 """
 
 import json
-import os
 import re
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from model import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TAG = re.compile(r"<(video|image)>\n?")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-
-# A jsonl file up to this size is checked whole when it is opened (0.3 s); a larger one line by line, as lines are used
-CHECKED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,81 +40,6 @@ class Turn:
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
-
-
-# -- Files
-
-
-def read_records(path: str | Path) -> Sequence[dict]:
-    """The records of a .json or .jsonl file. UserError naming file and line for what does not parse.
-
-    A jsonl file stays on disk: only the place of each line is kept in memory (8 bytes a record).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset")
-    records = JsonLines(path) if path.suffix == ".jsonl" else read_json(path)
-    if not len(records):
-        raise UserError(f"{path}: holds no records; expected at least one")
-    return records
-
-
-def read_json(path: Path) -> list[dict]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        hint = "one record a line is .jsonl, rename it" if error.msg == "Extra data" else "correct it"
-        raise UserError(f"{path}: line {error.lineno} column {error.colno} is not JSON ({error.msg}); {hint}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path}: found a JSON {type(records).__name__}, expected an array of records")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: record {i} is a {type(record).__name__}, expected an object")
-    return records
-
-
-class JsonLines(Sequence):
-    """The records of a jsonl file, parsed when they are asked for. Threads may share it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.starts = array("Q")  # bytes; blank lines are left out
-        with open(path, "rb") as file:
-            place = 0
-            for line in file:
-                if not line.isspace():
-                    self.starts.append(place)
-                place += len(line)
-        self.starts.append(place)
-        self.file = os.open(path, os.O_RDONLY)
-        for i in range(len(self) if place <= CHECKED_BYTES else min(len(self), 1)):
-            self[i]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(len(self))[i]]
-        i = range(len(self))[i]
-        line = os.pread(self.file, self.starts[i + 1] - self.starts[i], self.starts[i])
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            told = f"{self.path}: line {self.line_number(i)} is not JSON ({error})"
-            raise UserError(f"{told}; correct or remove it") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{self.path}: line {self.line_number(i)} is a {type(record).__name__}, expected an object")
-        return record
-
-    def line_number(self, i: int) -> int:
-        return os.pread(self.file, self.starts[i], 0).count(b"\n") + 1
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            os.close(self.file)
 
 
 def record_name(record: dict) -> str:
