@@ -31,6 +31,7 @@ from torch import Tensor
 from config import Infer, cli, parse
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
 from dataset.index import read_records
+from dataset.places import Places
 from dataset.reader import check_file
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
@@ -108,7 +109,7 @@ class Processor:
         special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)
-        self.folders = media_folders(args)
+        self.places = Places(args)
         self.cache = ClipCache(args.cache_mb * 2**20)
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
         self.notes: Counter = Counter()  # options that were overruled, and how often
@@ -213,7 +214,7 @@ class Processor:
 
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
-        paths = tuple(self.locate(path, name) for path in media.paths)
+        paths = tuple(self.places.locate(path, name) for path in media.paths)
         options = Options.of(media.kind, self.args, media.options, name)
         stamp = tuple((found.st_mtime_ns, found.st_size) for found in map(check_file, paths))
         key = (media.kind, paths, stamp, options, most_frames, size)
@@ -240,14 +241,6 @@ class Processor:
             orders.append(order[: len(plan.indices)])
         return clips, orders
 
-    def locate(self, path: str, name: str) -> str:
-        """Where a record's file lies: as named if absolute, else in the first of the folders that has it."""
-        tried = [os.path.join(folder, path) for folder in self.folders]  # join keeps an absolute path as it is
-        for candidate in tried:
-            if os.path.exists(candidate):
-                return candidate
-        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
-
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
         """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""
         limit, frames = self.args.max_seq_length, [len(plan.indices) for plan in plans]
@@ -272,15 +265,6 @@ class Processor:
         self.notes[kind] += 1
         if self.notes[kind] == 1:
             log.warning("%s: %s (told once)", name, note)
-
-
-def media_folders(args) -> list[str]:
-    """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder."""
-    if args.image_folder:
-        return [args.image_folder, ""]
-    paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
-    parents = list(dict.fromkeys(Path(path).parent for path in paths if path))
-    return [str(folder) for parent in parents for folder in (parent / "videos", parent)] + [""]
 
 
 def spoken_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
@@ -370,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         if file.endswith((".json", ".jsonl")):
             print("\n".join(describe_dataset(file, processor)))
             continue
+        processor.places.allow(file)
         is_image = file.lower().endswith(IMAGE_SUFFIXES)
         part = {"type": "image" if is_image else "video", "path": os.path.abspath(file)}
         record = {"messages": [{"role": "user", "content": [part, args.text]}]}

@@ -68,7 +68,9 @@ def read_as_trained(cfg, adapter):
     or sizes cost accuracy. Changes cfg; returns lines to tell. Checkpoints from elsewhere say nothing of this."""
     path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
     trained = read_json(path).get("config", {}) if path.exists() else {}
-    names = as_dict(VideoArgs()).keys() - {"image_folder", "max_seq_length", "overlong", "cache_mb"}
+    own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
+    own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
+    names = as_dict(VideoArgs()).keys() - own
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, trained[name])
     cfg.settle(cfg.given)

@@ -136,7 +136,4 @@ def read_media(kind: str, found, options: dict, where: str) -> Media:
     if not names or not all(isinstance(name, str) and name for name in names) or (kind == "image" and len(names) > 1):
         expected = "a file name, or a list of frames" if kind == "video" else "a file name"
         raise UserError(f"{where}: {kind} is {str(found)[:80]!r}; expected {expected}")
-    for name in names:
-        if name.startswith(("http://", "https://")):
-            raise UserError(f"{where}: {name} is a web address; download it first")
     return Media(kind, tuple(name.removeprefix("file://") for name in names), options)

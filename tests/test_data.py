@@ -12,7 +12,7 @@ from test_video import ramp, write_clip
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import data
-from config import SFT, VideoArgs
+from config import VideoArgs
 from data import Processor, TooLong, read_records
 from dataset.index import Records
 from dataset.records import read_turns, record_name
@@ -363,14 +363,6 @@ def test_jsonl_is_read_where_it_lies(tmp_path):
         records[500]
     (tmp_path / "a.json").write_text(json.dumps([{"i": 1}]))
     assert list(read_records(tmp_path / "a.json")) == [{"i": 1}]
-
-
-def test_where_clips_are_looked_up(tmp_path, clips):
-    args = SFT()
-    args.data_path, args.eval_data_path = "d/train.json", ""
-    assert data.media_folders(args) == ["d/videos", "d", ""]
-    args.image_folder = "x"
-    assert data.media_folders(args) == ["x", ""]
 
 
 def test_tokenizer_and_config_must_belong_together(processor):

@@ -367,10 +367,32 @@ def test_a_picture_that_breaks_off(tmp_path, codec, pix_fmt, name):
 
 def test_absurd_sizes_are_refused_unread(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", ramp(4))
-    monkeypatch.setattr(reader, "MAX_SOURCE_PIXELS", 64 * 63)
-    with pytest.raises(UserError, match="64 x 64 pixels, above the limit"):
-        plan_clip("video", (path,), Options())
-    monkeypatch.setattr(reader, "MAX_SOURCE_PIXELS", 64 * 64)
+    clip = ("video", (path,), Options())
+    monkeypatch.setattr(reader, "MAX_VIDEO_PIXELS", 64 * 63)
+    with pytest.raises(UserError, match="64 x 64 pixels, above the limit of 4032"):
+        plan_clip(*clip)
+    with pytest.raises(UserError, match="64 x 64 pixels, above the limit of 4032"):
+        reader.read_frames(path, [0], [], (28, 28))
+    monkeypatch.undo()
     monkeypatch.setattr(reader, "MAX_SOURCE_SECONDS", 0.3)
     with pytest.raises(UserError, match="seconds long, above the limit"):
+        plan_clip(*clip)
+    monkeypatch.undo()
+    monkeypatch.setattr(reader, "MAX_SOURCE_FRAMES", 3)
+    with pytest.raises(UserError, match="4 frames long, above the limit of 3"):
+        plan_clip(*clip)
+    monkeypatch.undo()
+    monkeypatch.setattr(reader, "FILE_SECONDS", -1.0)
+    with pytest.raises(UserError, match="takes longer than"):
+        plan_clip(*clip)
+
+
+def test_more_frames_than_announced(tmp_path, monkeypatch):
+    """Matroska does not say how many it has: they are counted on the way."""
+    path = write_clip(tmp_path / "a.mkv", ramp(6))
+    assert plan_clip("video", (path,), Options()).total_frames == 6
+    monkeypatch.setattr(reader, "MAX_SOURCE_FRAMES", 5)
+    with pytest.raises(UserError, match="more than 5 frames"):
         plan_clip("video", (path,), Options())
+    with pytest.raises(UserError, match="more than 5 frames"):
+        reader.count_frames(path)
