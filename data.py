@@ -50,16 +50,19 @@ log = logging.getLogger("data")
 
 
 def load_tokenizer(folder: str | Path):
-    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what transformers
-    makes of its other files."""
-    if (Path(folder) / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    from transformers import AutoTokenizer  # takes seconds to import
-
+    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what Qwen2's own
+    class makes of vocab.json and merges.txt. No class that the folder names is imported, no template of it rendered."""
+    path = Path(folder) / "tokenizer.json"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected a checkpoint's tokenizer.json")
+    if not path.exists():
+        from transformers import Qwen2Tokenizer  # takes seconds to import
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if path.exists():
+            return Tokenizer.from_file(str(path))
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise UserError(f"{folder}: no tokenizer could be loaded from it ({reason}); expected tokenizer.json") from None
 
 

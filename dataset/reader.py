@@ -81,6 +81,12 @@ class MediaFile:
     path: str
     end: float  # of time.monotonic(): the file is given up then
 
+    def seek(self, pts: int) -> None:
+        try:
+            self.container.seek(pts, stream=self.stream)
+        except av.FFmpegError as error:
+            raise UserError(f"{self.path}: cannot be read from {pts} on ({error.strerror}); write it again") from None
+
     def packets(self, stream=None) -> Iterator[av.Packet]:
         """Of one stream, or all. UserError when the file takes too long."""
         for packet in self.container.demux() if stream is None else self.container.demux(stream):
@@ -161,7 +167,7 @@ def read_packets(path: str) -> Packets:
         keyframes = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
         if len(set(pts)) < len(shown) or not keyframes:
             return count_frames(path)
-        container.seek(keyframes[0], stream=stream)
+        media.seek(keyframes[0])
         first = next(decoded(media), None)  # only a frame tells whether it is to be rotated
         if first is None:
             raise UserError(f"{path}: none of its {len(pts)} frames decodes; write it again")
@@ -277,7 +283,7 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, in
 def read_run(media: MediaFile, keyframe: int, wanted: set[int], size) -> dict[int, Tensor]:
     """{pts: frame} of the wanted ones that follow one keyframe."""
     found, last, scaler = {}, max(wanted), VideoReformatter()
-    media.container.seek(keyframe, stream=media.stream)
+    media.seek(keyframe)
     for frame in decoded(media, wanted):
         if frame.pts in wanted:
             found[frame.pts] = resize(pixels(frame, True, scaler), size)

@@ -82,7 +82,7 @@ def read_message(message, where: str) -> tuple[str, str | list]:
     if not isinstance(message, dict):
         raise UserError(f"{where}: a turn is a {type(message).__name__}, expected an object")
     role = message.get("from", message.get("role"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}; expected human/user, gpt/assistant or system")
     content = message.get("value", message.get("content"))
     if not isinstance(content, (str, list)):

@@ -96,8 +96,12 @@ def what_is_broken(folder):
         listed = json.loads((folder / MANIFEST).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return f"{MANIFEST} is missing or not JSON"
+    if not isinstance(listed, dict):
+        return f"{MANIFEST} holds no object"
     for name, expected in listed.items():
         path = folder / name
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{MANIFEST} names {name!r}, which is not in this folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:

@@ -7,7 +7,7 @@ import torch
 
 from data import pack
 from dataset.index import Selection, read_records
-from dataset.records import record_name
+from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling, generate
 from rewards import is_correct, sample_from_record
@@ -53,6 +53,7 @@ def answerable(cfg, what, records, most=None):
 def check_answer(number, record):
     """UserError, naming the sample, if its right answer cannot be read."""
     try:
+        read_turns(record, "record")  # raises for what is no conversation at all
         is_correct("", sample_from_record(record))
     except UserError as error:
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
