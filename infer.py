@@ -69,10 +69,9 @@ def read_as_trained(cfg, adapter):
     or sizes cost accuracy. Changes cfg; returns lines to tell. Checkpoints from elsewhere say nothing of this."""
     path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
     state = read_json(path) if path.exists() else {}
-    trained = state.get("config") if isinstance(state, dict) else None
-    if path.exists() and not isinstance(trained, dict):
-        raise UserError(f"{path}: holds no config; take another checkpoint")
-    trained = trained or {}
+    trained = state.get("config", {}) if isinstance(state, dict) else None
+    if not isinstance(trained, dict):
+        raise UserError(f"{path}: its config is no object; take another checkpoint")
     own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
     own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
     names = as_dict(VideoArgs()).keys() - own

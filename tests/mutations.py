@@ -2,10 +2,10 @@
 
     python tests/mutations.py --cases 2000 --seed 0        2,000 mp4, gif and png files; 2,000 json and jsonl datasets
 
-Case i of a seed is always the same file. The cases run in a process that is watched from outside: none may end it, take
-longer than --seconds, or more than --mib of memory. What cannot be used must be refused in one line that names the file,
-or skipped, counted and named; everything else must come out as a batch. Exit code 1 if any case did otherwise; --keep
-FOLDER keeps those files. The last line is one JSON object.
+Case i of a seed is always the same file. The cases run in a process that is watched from outside: none may end it,
+take longer than --seconds, or more than --mib of memory. What cannot be used must be refused in one line that names the
+file, or skipped, counted and named; everything else must come out as a batch. Exit code 1 if any case did otherwise;
+--keep FOLDER keeps those files. The last line is one JSON object.
 """
 
 import argparse
@@ -185,15 +185,14 @@ def nested(depth):
     return found
 
 
-WEIRD = [None, True, False, 0, -1, 1e300, 1e-300, -0.0, float("nan"), float("inf"), 10**30, 2**63, "", " "]
-WEIRD += ["\0", "\ud83d", "é" * 300, "<video>", "<image>", "<video><video>", "<|im_end|>", "<|video_pad|>", "../../etc/passwd"]
-WEIRD += ["/etc/passwd", "/dev/zero", "http://localhost/a.mp4", "file:///etc/passwd", "concat:a|b", "videos", ".", "x" * 5000, [], {}, [[]]]
-WEIRD += [[None], [1, "a"], {"type": "video"}, {"": {}}, nested(50), "system", "video", "text", ["a.png", 1], GOOD, [GOOD, GOOD]]
-WEIRD += ["a.png", "none.mp4"]
-KEYS = ["video", "videos", "image", "images", "conversations", "messages", "from", "value"]
-KEYS += ["role", "content", "type", "text"]
-KEYS += ["fps", "sample_fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"]
-KEYS += ["total_pixels", "path", "id", "resized_height", "resized_width", "unknown", "problem", "solution", "options", "problem_type"]
+WEIRD = [None, True, False, 0, -1, 1e300, 1e-300, -0.0, float("nan"), float("inf"), 10**30, 2**63, "", " ", "\0"]
+WEIRD += ["\ud83d", "é" * 300, "<video>", "<image>", "<video><video>", "<|im_end|>", "<|video_pad|>", "/etc/passwd"]
+WEIRD += ["../../etc/passwd", "/dev/zero", "http://localhost/a.mp4", "file:///etc/passwd", "concat:a|b", "videos", "."]
+WEIRD += ["x" * 5000, [], {}, [[]], [None], [1, "a"], {"type": "video"}, {"": {}}, nested(50)]
+WEIRD += ["system", "video", "text", ["a.png", 1], GOOD, [GOOD, GOOD], "a.png", "none.mp4"]
+KEYS = "video videos image images conversations messages from value role content type text path id unknown fps".split()
+KEYS += "sample_fps nframes min_frames max_frames min_pixels max_pixels total_pixels resized_height".split()
+KEYS += "resized_width problem solution options problem_type".split()
 
 
 def nodes(value):
