@@ -396,3 +396,25 @@ def test_more_frames_than_announced(tmp_path, monkeypatch):
         plan_clip("video", (path,), Options())
     with pytest.raises(UserError, match="more than 5 frames"):
         reader.count_frames(path)
+
+
+def test_claims_of_60000_pixels_and_a_billion_frames(tmp_path, monkeypatch):
+    """Files of some hundred bytes; nothing of theirs reaches a decoder."""
+    header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + bytes(100))
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + bytes(100))
+    data = bytearray(open(write_clip(tmp_path / "a.mp4", ramp(8)), "rb").read())
+    at = data.index(b"stsz")  # one size for all, and how many there are: ISO 14496-12
+    data[at + 8 : at + 16] = struct.pack(">II", 1, 10**9)
+    at = data.index(b"stts")
+    data[at + 12 : at + 16] = struct.pack(">I", 10**9)
+    (tmp_path / "a.mp4").write_bytes(data)
+    monkeypatch.setattr(reader, "decoded", None)
+    for name, kind, told in (
+        ("a.png", "image", "60000 x 60000 pixels, above the limit"),
+        ("a.gif", "image", "60000 x 60000 pixels, above the limit"),
+        ("a.gif", "video", "60000 x 60000 pixels, above the limit"),
+        ("a.mp4", "video", "1000000000 frames long, above the limit"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {told}"):
+            plan_clip(kind, (str(tmp_path / name),), Options())
