@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+# Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
+PIP    := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test bench chaos tiny clean
+.PHONY: quickstart test bench chaos tiny audit lock clean
 
 quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
 	@$(RUN) quickstart.py
@@ -25,15 +27,25 @@ tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) train_sft.py --config configs/tiny_base.py
 	$(RUN) assets/make_tiny.py export output/tiny_base assets/tiny
 
-$(VENV)/run: requirements.txt
+$(VENV)/run: requirements.lock requirements-torch.lock
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python {sys.version.split()[0]} found, 3.11 or newer needed (make PYTHON=...)'"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	awk '/^[^ #]/ {on = /^setuptools==/} on' requirements.lock >$(VENV)/setuptools.txt  # DeepSpeed comes as source
+	$(PIP) --no-deps --require-hashes -r $(VENV)/setuptools.txt
+	$(PIP) --no-deps --require-hashes --no-build-isolation -r requirements.lock
+	$(PIP) -c requirements-torch.lock torch
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt $(VENV)/run
-	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/dev: requirements-dev.lock $(VENV)/run
+	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
 	@touch $@
+
+audit: $(VENV)/run           ## known advisories against every locked version; says so where it has no network
+	@$(RUN) .ci/audit.py
+
+lock: $(VENV)/run            ## write the lock files anew after a change of requirements.txt or requirements-dev.txt
+	$(PIP) uv==0.13.9
+	$(RUN) .ci/lock.py
 
 clean:
 	rm -rf $(VENV) output data/quickstart

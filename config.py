@@ -81,6 +81,11 @@ class Generate:
 class VideoArgs:
     # -- Video and images
     image_folder: str | None = None  # folder of the clips; none = videos/ beside data_path, else its own folder
+    allow_outside_files: bool = False  # also files outside that folder: absolute names, "..", links that lead out
+    allow_remote_files: bool = False  # also http and https addresses of public hosts, fetched once into remote_folder
+    remote_folder: str = "data/remote"  # where they are kept
+    remote_max_mb: int = 512  # MiB a remote file may have
+    remote_seconds: float = 120.0  # seconds its download may take, from the first byte sent to the last received
     fps: float = 2.0  # frames taken a second; 2 as qwen-vl-utils; giving it turns a default nframes off
     nframes: int | None = None  # frames a clip, even; none = by fps
     min_frames: int = 4  # frames, lower bound with fps; qwen-vl-utils FPS_MIN_FRAMES
@@ -102,6 +107,8 @@ class VideoArgs:
         at_least(self, 2, "nframes", "min_frames", "max_frames")
         at_least(self, 1, "max_seq_length")
         at_least(self, 0, "cache_mb")
+        at_least(self, 1, "remote_max_mb")
+        positive(self, "remote_seconds")
         one_of(self, "overlong", "rebudget", "drop")
         low, high = self.min_frames, self.max_frames
         require(low <= high, "min_frames", low, f"at most max_frames {high}")

@@ -1,6 +1,6 @@
 """Conversations and clips -> ids, already shifted targets, positions, patches -> packed batches.
 
-    read_records(path)                 a dataset, json or jsonl (dataset/records.py)
+    read_records(path)                 a dataset, json or jsonl (dataset/index.py)
     Processor.encode(record)           one record -> an Example; decoded clips are kept (cache_mb)
     pack, pack_groups, Loader          Examples -> packed batches, and in which order (dataset/batch.py)
     python data.py FILE... [--fps 4]   what the model will see of each video, image or dataset
@@ -35,9 +35,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.batch import Example, Loader, TooLong, Vanished, pack, pack_groups
-from dataset.reader import check_file, inline
-from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from dataset.batch import Example, Loader, TooLong, pack, pack_groups
+from dataset.index import read_records
+from dataset.places import Places
+from dataset.reader import check_file
+from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError, nearest_path
 from model.loss import IGNORE
@@ -54,16 +56,19 @@ log = logging.getLogger("data")
 
 
 def load_tokenizer(folder: str | Path):
-    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what transformers
-    makes of its other files."""
-    if (Path(folder) / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    from transformers import AutoTokenizer  # takes seconds to import
-
+    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what Qwen2's own
+    class makes of vocab.json and merges.txt. No class that the folder names is imported, no template of it rendered."""
+    path = Path(folder) / "tokenizer.json"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected a checkpoint's tokenizer.json")
+    if not path.exists():
+        from transformers import Qwen2Tokenizer  # takes seconds to import
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if path.exists():
+            return Tokenizer.from_file(str(path))
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise UserError(f"{folder}: no tokenizer could be loaded from it ({reason}); expected tokenizer.json") from None
 
 
@@ -116,8 +121,7 @@ class Processor:
         if args.image_folder and not Path(args.image_folder).is_dir():
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
-        self.folders = media_folders(args)
-        self.there = [folder for folder in self.folders if folder and os.path.isdir(folder)]
+        self.places = Places(args)
         self.cache = ClipCache(args.cache_mb * 2**20)
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
         self.notes: Counter = Counter()  # options that were overruled, and how often
@@ -222,7 +226,7 @@ class Processor:
 
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
-        paths = tuple(self.locate(path, name) for path in media.paths)
+        paths = tuple(self.places.locate(path, name) for path in media.paths)
         options = Options.of(media.kind, self.args, media.options, name)
         stamp = tuple((found.st_mtime_ns, found.st_size) for found in map(check_file, paths))
         key = (media.kind, paths, stamp, options, most_frames, size)
@@ -249,20 +253,6 @@ class Processor:
             orders.append(order[: len(plan.indices)])
         return clips, orders
 
-    def locate(self, path: str, name: str) -> str:
-        """Where a record's file lies: as named if absolute, else in the first of the folders that has it."""
-        if path.startswith("data:"):
-            return inline.file(path, name)
-        tried = [os.path.join(folder, path) for folder in self.folders]  # join keeps an absolute path as it is
-        for candidate in tried:
-            if os.path.exists(candidate):
-                return candidate
-        gone = [folder for folder in self.there if not os.path.isdir(folder)]
-        if gone:
-            told = f"{gone[0]}: this folder of clips was there at the start and is gone"
-            raise Vanished(f"{told}; bring it back (is a disk mounted?), then --resume from the last checkpoint")
-        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
-
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
         """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""
         limit, frames = self.args.max_seq_length, [len(plan.indices) for plan in plans]
@@ -287,15 +277,6 @@ class Processor:
         self.notes[kind] += 1
         if self.notes[kind] == 1:
             log.warning("%s: %s (told once)", name, note)
-
-
-def media_folders(args) -> list[str]:
-    """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder."""
-    if args.image_folder:
-        return [args.image_folder, ""]
-    paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
-    parents = list(dict.fromkeys(Path(path).parent for path in paths if path))
-    return [str(folder) for parent in parents for folder in (parent / "videos", parent)] + [""]
 
 
 def spoken_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
@@ -362,9 +343,10 @@ def describe_dataset(file: str, processor: Processor) -> list[str]:
     args.data_path = file
     processor = Processor(processor.tokenizer, processor.config, args)
     lengths, broken = [], []
-    for i, record in enumerate(read_records(file)):
+    records = read_records(file)
+    for i in range(len(records)):
         try:
-            lengths.append(processor.length(record, name=f"sample {i}"))
+            lengths.append(processor.length(records[i], name=f"sample {i}"))
         except UserError as error:
             broken.append(f"  skipped   sample {i}: {error}")
     low, median, high = np.percentile(lengths or [0], (0, 50, 100))
@@ -388,6 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         if file.endswith((".json", ".jsonl")):
             print("\n".join(describe_dataset(file, processor)))
             continue
+        processor.places.allow(file)
         is_image = file.lower().endswith(IMAGE_SUFFIXES)
         part = {"type": "image" if is_image else "video", "path": os.path.abspath(file)}
         record = {"messages": [{"role": "user", "content": [part, args.text]}]}

@@ -133,10 +133,10 @@ def read_config_file(cls, path):
     else:
         skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
         found = {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
-    return {_known(cls, name, f"{path}: "): _from_file(cls, name, value, path) for name, value in found.items()}
+    return {_known(cls, name, f"{path}: "): from_file(cls, name, value, path) for name, value in found.items()}
 
 
-def _from_file(cls, name, value, path):
+def from_file(cls, name, value, path):
     kind = _kinds(cls)[_known(cls, name, f"{path}: ")]
     if not _fits(value, kind):
         raise UserError(f"{path}: {name}: found {value!r}, expected {type_name(kind)}")

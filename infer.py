@@ -18,7 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
-from dataset.records import IMAGE_SUFFIXES, read_records
+from dataset.index import read_records
+from dataset.records import IMAGE_SUFFIXES
+from flags import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
 from training.checkpoint import STATE, find_adapter, read_json
@@ -30,7 +32,7 @@ def main(argv=None):
     adapter, told = choose_adapter(cfg)
     for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
         print(f"note: {line}")
-    task = list(read_records(cfg.data_path))[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
+    task = read_records(cfg.data_path)[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
     if cfg.data_path:
         found = evaluate(cfg, load_model(cfg, adapter), processor, task)
@@ -62,11 +64,20 @@ def read_as_trained(cfg, adapter):
     """Take the video options of the adapter's run, or of the model's, where the command line says nothing: other frames
     or sizes cost accuracy. Changes cfg; returns lines to tell. Checkpoints from elsewhere say nothing of this."""
     path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
-    trained = read_json(path).get("config", {}) if path.exists() else {}
-    names = as_dict(VideoArgs()).keys() - {"image_folder", "max_seq_length", "overlong", "cache_mb"}
+    state = read_json(path) if path.exists() else {}
+    trained = state.get("config", {}) if isinstance(state, dict) else None
+    if not isinstance(trained, dict):
+        raise UserError(f"{path}: its config is no object; take another checkpoint")
+    own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
+    own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
+    names = as_dict(VideoArgs()).keys() - own
     for name in names & trained.keys() - cfg.given:
-        setattr(cfg, name, trained[name])
+        setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))
     cfg.settle(cfg.given)
+    try:
+        cfg.check()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     taken = [name for name in sorted(names) if getattr(cfg, name) != before[name]]
     return [f"--{name} {getattr(cfg, name)}, as in training" for name in taken]
 

@@ -332,9 +332,15 @@ def read_adapter(folder):
         raise UserError(f"{folder / CONFIG}: line {error.lineno}: {error.msg}; expected JSON") from error
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: {error}; expected an intact safetensors file") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: holds a JSON {type(config).__name__}, expected an object")
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         found = f"peft_type {config.get('peft_type')!r}"
         raise UserError(f"{folder / CONFIG}: found {found}, expected LORA with r and lora_alpha")
+    for name, kinds in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
+        value = config.get(name, 0)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < 2**20:
+            raise UserError(f"adapter {folder}: {name} is {str(value)[:80]} in {CONFIG}, expected a number")
     for name in BEYOND_LORA:
         if config.get(name):
             found = f"{name} = {config[name]!r}"
@@ -368,12 +374,10 @@ def split_keys(tensors, folder):
 def _named_by_config(config, linears):
     """The layers that target_modules means among linears, by PEFT's rule; None where its rule needs more than names."""
     wanted = config.get("target_modules")
-    if wanted is None or wanted == "all-linear" or config.get("exclude_modules") or config.get("layers_to_transform"):
-        return None
+    if not isinstance(wanted, list) or config.get("exclude_modules") or config.get("layers_to_transform"):
+        return None  # also a pattern: one may be written that takes for ever to match
 
     def hit(name):
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, name)
         return name in wanted or any(name.endswith(f".{word}") for word in wanted)
 
     # an adapter may have been made on either module tree; its own is the one in which it finds layers

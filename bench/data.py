@@ -64,7 +64,8 @@ def draw_large(path: Path, seconds: int = 10, fps: int = 30) -> str:
 
 def ours(options: dict):
     """-> function: file -> number of frames, by our Processor."""
-    processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
+    args = VideoArgs(cache_mb=0, allow_outside_files=True)
+    processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), args)
 
     def read(path):
         part = {"type": "video", "video": path} | options

@@ -11,11 +11,13 @@ import base64
 import os
 import re
 import stat
+import struct
 import tempfile
 import threading
+import time
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from itertools import groupby
@@ -31,10 +33,16 @@ from torch import Tensor
 
 from model import UserError
 
-# Refused before anything is decoded: the largest are a scan of a poster and a day of surveillance
-MAX_SOURCE_PIXELS = 16384 * 16384
+# Refused before anything is decoded, by what the file's header claims: the largest are a scan of a poster, 8K video
+# (the decoder keeps up to 17 frames) and a day of surveillance. So a file never takes more than some 2 GiB.
+MAX_IMAGE_PIXELS = 2**27
+MAX_VIDEO_PIXELS = 2**25
 MAX_SOURCE_SECONDS = 24 * 3600
+MAX_SOURCE_FRAMES = MAX_SOURCE_SECONDS * 30
 OPEN_TIMEOUT = 30.0  # seconds a file may block while it is opened or read, e.g. on a dead network disk
+FILE_SECONDS = 300.0  # seconds that looking at or reading one file may take, looked at between two packets
+
+STRIP = 256  # rows blended at once
 
 # Above this size a frame takes long enough that threads inside the decoder pay; below, starting them costs more than
 # decoding a short clip does (and several clips are decoded side by side anyway)
@@ -58,10 +66,12 @@ class Packets:
 
 
 def check_file(path: str) -> os.stat_result:
+    """UserError for what is no regular file, a link's target included: a fifo would block for good."""
     try:
         found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and image_folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the name
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason}); check the name and image_folder") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: not a regular file; expected a video, image or list of images")
     if found.st_size == 0:
@@ -95,35 +105,73 @@ class InlineFiles:
 inline = InlineFiles()
 
 
-def open_media(path: str):
-    """An av container of a local file. UserError when it is none."""
+@dataclass(frozen=True)
+class MediaFile:
+    """An open file and its video stream."""
+
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    path: str
+    end: float  # of time.monotonic(): the file is given up then
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.container.close()
+
+    def seek(self, pts: int) -> None:
+        try:
+            self.container.seek(pts, stream=self.stream)
+        except av.FFmpegError as error:
+            raise UserError(f"{self.path}: cannot be read from {pts} on ({error.strerror}); write it again") from None
+
+    def packets(self, stream=None) -> Iterator[av.Packet]:
+        """Of one stream, or all. UserError when the file takes too long."""
+        for packet in self.container.demux() if stream is None else self.container.demux(stream):
+            yield packet
+            if time.monotonic() > self.end:
+                raise UserError(f"{self.path}: takes longer than {FILE_SECONDS:g} seconds; cut or convert it")
+
+
+def open_media(path: str, most_pixels: int) -> MediaFile:
+    """A local file. UserError when it is none, or claims more than most_pixels, frames or seconds."""
     check_file(path)
+    check_size(path, claimed_size(path), most_pixels)
+    end = time.monotonic() + FILE_SECONDS
     try:  # the absolute path and the whitelist keep names like "concat:..." and playlists from opening anything else
-        options = {"protocol_whitelist": "file", "pattern_type": "none"}
-        return av.open(os.path.abspath(path), timeout=OPEN_TIMEOUT, options=options, metadata_errors="replace")
+        options = {"protocol_whitelist": "file", "pattern_type": "none", "max_pixels": str(most_pixels)}
+        container = av.open(os.path.abspath(path), timeout=OPEN_TIMEOUT, options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         told = f"{path}: no readable video or image ({error.strerror})"
         raise UserError(f"{told}; it may be cut off or of another type") from None
+    try:
+        return MediaFile(container, video_stream(container, path, most_pixels), path, end)
+    except UserError:
+        container.close()
+        raise
 
 
 class Kept(threading.local):
-    """The container that a thread opened last, until it opens another: a clip is planned and then read, and opening a
-    small one takes as long as decoding it."""
+    """The file that a thread opened last, until it opens another: a clip is planned and then read, and opening a small
+    one takes as long as decoding it."""
 
-    key = container = None
+    key = media = None
 
-    def keep(self, key: tuple, container) -> None:
+    def keep(self, key: tuple, media: MediaFile) -> None:
         """key: identity(path) before it was opened."""
-        if self.container is not None:
-            self.container.close()
-        self.key, self.container = key, container
+        if self.media is not None:
+            self.media.container.close()
+        self.key, self.media = key, media
 
-    def take(self, path: str):
-        """The container kept, if it is of this very file; else it is closed, and None comes back."""
-        found, self.container = self.container, None
-        if found is not None and self.key != identity(path):
-            found = found.close()
-        return found
+    def take(self, path: str) -> MediaFile | None:
+        """The open file, with all its time again, if it is this very one; else it is closed, and None comes back."""
+        found, self.media = self.media, None
+        if found is None:
+            return None
+        if self.key != identity(path):
+            return found.container.close()
+        return replace(found, end=time.monotonic() + FILE_SECONDS)
 
 
 kept = Kept()
@@ -135,30 +183,47 @@ def identity(path: str) -> tuple:
     return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def video_stream(container, path: str):
+def claimed_size(path: str) -> tuple[int, int] | None:
+    """H, W in the header of a PNG or GIF, which FFmpeg does not tell before it has decoded a frame."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 24:
+        return struct.unpack(">II", head[16:])[::-1]
+    return struct.unpack("<HH", head[6:10])[::-1] if head[:4] == b"GIF8" and len(head) >= 10 else None
+
+
+def check_size(path: str, size: tuple[int, int] | None, most_pixels: int) -> None:
+    if size is not None and size[0] * size[1] > most_pixels:
+        raise UserError(f"{path}: {size[1]} x {size[0]} pixels, above the limit of {most_pixels}; scale it down")
+
+
+def video_stream(container, path: str, most_pixels: int):
     streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not streams:
         found = ", ".join(s.type for s in container.streams) or "nothing"
         raise UserError(f"{path}: no video in this file, found {found}; expected a video stream")
-    stream = streams[0]
-    if stream.codec_context is None:
+    stream, context = streams[0], streams[0].codec_context
+    if context is None:
         raise UserError(f"{path}: no decoder for this video's codec; convert it to h264")
-    height, width = stream.codec_context.height, stream.codec_context.width
-    if height * width > MAX_SOURCE_PIXELS:
-        raise UserError(f"{path}: {width} x {height} pixels, above the limit of {MAX_SOURCE_PIXELS}; scale it down")
+    check_size(path, (context.height, context.width), most_pixels)
+    context.options = {"max_pixels": str(most_pixels)}  # also where the stream itself tells another size
+    for found, most, what in (
+        ((container.duration or 0) / av.time_base, MAX_SOURCE_SECONDS, "seconds"),
+        (stream.frames, MAX_SOURCE_FRAMES, "frames"),
+    ):
+        if found > most:
+            raise UserError(f"{path}: {found:.0f} {what} long, above the limit of {most}; cut it")
     return stream
 
 
 def read_packets(path: str) -> Packets:
     """Times and keyframes of all frames, without decoding. UserError for a broken, cut off or frameless file."""
-    key, container = identity(path), open_media(path)
+    key, media = identity(path), open_media(path, MAX_VIDEO_PIXELS)
+    container, stream = media.container, media.stream
     try:
-        stream = video_stream(container, path)
         seconds = (container.duration or 0) / av.time_base
-        if seconds > MAX_SOURCE_SECONDS:
-            raise UserError(f"{path}: {seconds:.0f} seconds long, above the limit of {MAX_SOURCE_SECONDS}; cut it")
         try:
-            packets, end = demux_headers(container, stream)
+            packets, end = demux_headers(media)
         except av.FFmpegError as error:
             raise UserError(f"{path}: breaks off while it is read ({error.strerror}); it may be cut off") from None
         if not packets:
@@ -175,12 +240,12 @@ def read_packets(path: str) -> Packets:
         keyframes = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
         if len(set(pts)) < len(shown) or not keyframes:
             return count_frames(path)
-        container.seek(keyframes[0], stream=stream)
-        first = next(decoded(container, stream, path), None)  # only a frame tells whether it is to be rotated
+        media.seek(keyframes[0])
+        first = next(decoded(media), None)  # only a frame tells whether it is to be rotated
         if first is None:
             raise UserError(f"{path}: none of its {len(pts)} frames decodes; write it again")
     finally:
-        kept.keep(key, container)
+        kept.keep(key, media)
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
     return Packets(shown_size(first), fps, pts, keyframes, time_base)
 
@@ -194,52 +259,63 @@ class Header(NamedTuple):
     is_corrupt: bool
 
 
-def demux_headers(container, stream) -> tuple[list[Header], float]:
-    """The headers of a stream's packets, and the time in seconds that the last packet of any stream begins."""
-    headers, ends = [], [0] * len(container.streams)  # in each stream's own units: a Fraction a packet is slow
-    for p in container.demux():
+def demux_headers(media: MediaFile) -> tuple[list[Header], float]:
+    """The headers of the video's packets, and the time in seconds that the last packet of any stream begins."""
+    streams = media.container.streams
+    headers, ends = [], [0] * len(streams)  # in each stream's own units: a Fraction a packet is slow
+    for p in media.packets():
         if not p.size:
             continue
         pts, number = p.pts, p.stream_index
-        if number == stream.index:
+        if number == media.stream.index:
+            if len(headers) == MAX_SOURCE_FRAMES:
+                raise UserError(f"{media.path}: more than {MAX_SOURCE_FRAMES} frames, the limit; cut it")
             headers.append(Header(pts, p.is_keyframe, p.is_discard, p.is_corrupt))
         if pts is not None and number < len(ends) and pts > ends[number]:
             ends[number] = pts
-    bases = [stream.time_base for stream in container.streams]
+    bases = [stream.time_base for stream in streams]
     return headers, max((float(end * base) for end, base in zip(ends, bases) if base), default=0.0)
 
 
 def count_frames(path: str) -> Packets:
     """The slow twin of read_packets, for containers that do not time their packets: decodes and counts everything."""
-    with open_media(path) as container:
-        stream = video_stream(container, path)
+    with open_media(path, MAX_VIDEO_PIXELS) as media:
+        stream = media.stream
         rate = float(stream.average_rate or stream.guessed_rate or 25)  # 25: FFmpeg's own guess for raw streams
-        sizes = [shown_size(frame) for frame in decoded(container, stream, path)]
+        sizes = [shown_size(frame) for frame in limited(decoded(media), path)]
     if not sizes:
         raise UserError(f"{path}: a video stream with 0 frames; write it again")
     return Packets(sizes[0], rate, list(range(len(sizes))), [], 1 / rate)
+
+
+def limited(frames: Iterable, path: str) -> Iterator:
+    for i, frame in enumerate(frames):
+        if i == MAX_SOURCE_FRAMES:
+            raise UserError(f"{path}: more than {MAX_SOURCE_FRAMES} frames, the limit; cut it")
+        yield frame
 
 
 def shown_size(frame) -> tuple[int, int]:
     return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
 
 
-def decoded(container, stream, path: str, wanted: set[int] | None = None):
+def decoded(media: MediaFile, wanted: set[int] | None = None):
     """Frames from where the container stands. `wanted` (pts): others may be left out if nothing depends on them."""
-    context = stream.codec_context
+    context = media.stream.codec_context
     threaded = context.width * context.height >= THREADED_PIXELS
     if not context.is_open:
         context.thread_type, context.thread_count = ("AUTO", 0) if threaded else ("NONE", 1)
     skip = None
     try:
-        for packet in container.demux(stream):
+        for packet in media.packets(media.stream):
             if wanted is not None:  # B-frames that no other frame needs cost a quarter of an h264 clip's decoding
                 before, skip = skip, "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
                 if skip != before:
                     context.skip_frame = skip
             yield from packet.decode()
     except av.FFmpegError as error:
-        raise UserError(f"{path}: does not decode ({error.strerror}); it may be damaged, write it again") from None
+        told = f"{media.path}: does not decode ({error.strerror})"
+        raise UserError(f"{told}; it may be damaged, write it again") from None
 
 
 @cache
@@ -255,9 +331,12 @@ def pixels(frame, rotate: bool, scaler: VideoReformatter) -> np.ndarray:
     scaler: one for all frames of a clip, and on one thread: setting it up takes fifty times longer than a 64x64 frame.
     """
     if transparent(frame.format.name):
-        rgba = scaler.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
-        alpha = rgba[..., 3:]
-        rgb = ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        rgba = scaler.reformat(frame, format="rgba", threads=1).to_ndarray()
+        rgb = np.empty((*rgba.shape[:2], 3), np.uint8)
+        for top in range(0, len(rgba), STRIP):  # 16 bits a value, but not of a whole poster
+            strip = rgba[top : top + STRIP].astype(np.uint16)
+            alpha = strip[..., 3:]
+            rgb[top : top + STRIP] = (strip[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
     else:
         rgb = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.rot90(rgb, frame.rotation // 90) if rotate and frame.rotation else rgb
@@ -302,10 +381,9 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, in
     is decoded. size: H, W after resizing.
     """
     found: dict[int, Tensor] = {}
-    with kept.take(path) or open_media(path) as container:
-        stream = video_stream(container, path)
+    with kept.take(path) or open_media(path, MAX_VIDEO_PIXELS) as media:
         for keyframe, run in groupby(dict.fromkeys(seeks), key=lambda seek: seek[0]):
-            found |= read_run(container, stream, path, keyframe, {pts for _, pts in run}, size)
+            found |= read_run(media, keyframe, {pts for _, pts in run}, size)
     if seeks and all(pts in found for _, pts in seeks):
         return [found[pts] for _, pts in seeks]
     found = read_all(path, set(indices), size)  # no times, or packets and frames do not match one to one: count frames
@@ -316,11 +394,11 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, in
     return [found[i] for i in indices]
 
 
-def read_run(container, stream, path: str, keyframe: int, wanted: set[int], size) -> dict[int, Tensor]:
+def read_run(media: MediaFile, keyframe: int, wanted: set[int], size) -> dict[int, Tensor]:
     """{pts: frame} of the wanted ones that follow one keyframe."""
     times, frames, last, scaler = [], Resized(size), max(wanted), VideoReformatter()
-    container.seek(keyframe, stream=stream)
-    for frame in decoded(container, stream, path, wanted):
+    media.seek(keyframe)
+    for frame in decoded(media, wanted):
         if frame.pts in wanted and frame.pts not in times:
             times.append(frame.pts)
             frames.add(pixels(frame, True, scaler))
@@ -331,18 +409,17 @@ def read_run(container, stream, path: str, keyframe: int, wanted: set[int], size
 
 def read_all(path: str, wanted: set[int], size) -> dict[int, Tensor]:
     """{number: frame}, the slow twin of seeking: decodes from the start."""
-    with open_media(path) as container:
-        stream = video_stream(container, path)
-        frames, scaler = enumerate(decoded(container, stream, path)), VideoReformatter()
+    with open_media(path, MAX_VIDEO_PIXELS) as media:
+        frames, scaler = enumerate(decoded(media)), VideoReformatter()
         return {i: resize(pixels(frame, True, scaler)[None], size)[0] for i, frame in frames if i in wanted}
 
 
 def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
     """The first frame of an image file, (3, H, W) uint8, resized if a size is given."""
-    with open_media(path) as container:
-        stream = video_stream(container, path)
-        stream.codec_context.options = {"err_detect": "explode"}  # a JPEG that breaks off would end in grey
-        frame = next(decoded(container, stream, path), None)
+    with open_media(path, MAX_IMAGE_PIXELS) as media:
+        context = media.stream.codec_context
+        context.options |= {"err_detect": "explode"}  # a JPEG that breaks off would end in grey
+        frame = next(decoded(media), None)
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")
         rgb = pixels(frame, False, VideoReformatter())
@@ -350,7 +427,6 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    with open_media(path) as container:
-        context = video_stream(container, path).codec_context
-        size = context.height, context.width
+    with open_media(path, MAX_IMAGE_PIXELS) as media:
+        size = media.stream.codec_context.height, media.stream.codec_context.width
     return size if all(size) else tuple(read_image(path).shape[1:])

@@ -1,7 +1,7 @@
-"""A dataset's file -> records -> turns of text and clips. No torch: nothing is decoded or tokenised here.
+"""A dataset's records -> turns of text and clips. No torch: nothing is decoded or tokenised here.
 
-A file is a .json array or .jsonl (one record a line). What a record may look like, and whose form that is, is told in
-forms.py; this one is our own too:
+What a record may look like, and whose form that is, is told in forms.py (dataset/index.py reads them from a .json array
+or from .jsonl, one record a line); this one is our own too:
 
     {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhere to?"},
                                          {"from": "gpt", "value": "Left"}]}
@@ -12,27 +12,16 @@ fine-tuning; where a record names clips and has no tag at all, they stand before
 """
 
 import json
-import logging
-import os
 import re
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
-from pathlib import Path
 
 from dataset.forms import FORMS, Message, first_of, read_form
-from model import UserError, nearest_path
-
-log = logging.getLogger("data")
+from model import UserError
 
 TAG = re.compile(r"<(video|image)>\n?")
 # RFC 2397, as far as OpenAI and ms-swift use it: a file inside its record
 INLINE = re.compile(r"data:(video|image)/([\w.+-]+)(?:;[\w.+=-]+)*;base64,")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-
-# A jsonl file up to this size is checked whole when it is opened (0.3 s); a larger one line by line, as lines are used
-CHECKED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,97 +42,6 @@ class Turn:
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
-
-
-# -- Files
-
-
-def read_records(path: str | Path) -> Sequence[dict]:
-    """The records of a .json or .jsonl file. UserError naming file and line for what does not parse.
-
-    A jsonl file stays on disk: only the place of each line is kept in memory (8 bytes a record).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset{nearest_path(path)}")
-    records = JsonLines(path) if path.suffix == ".jsonl" else read_json(path)
-    if not len(records):
-        raise UserError(f"{path}: holds no records; expected at least one")
-    if path.stat().st_size <= CHECKED_BYTES:
-        tell_copies(path, records)
-    return records
-
-
-def read_json(path: Path) -> list[dict]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark before the text
-    except json.JSONDecodeError as error:
-        hint = "one record a line is .jsonl, rename it" if error.msg == "Extra data" else "correct it"
-        raise UserError(f"{path}: line {error.lineno} column {error.colno} is not JSON ({error.msg}); {hint}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
-        raise UserError(f"{path}: cannot be read as JSON ({str(error)[:80]}); correct it") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path}: found a JSON {type(records).__name__}, expected an array of records")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: record {i} is a {type(record).__name__}, expected an object")
-    return records
-
-
-class JsonLines(Sequence):
-    """The records of a jsonl file, parsed when they are asked for. Threads may share it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.starts = array("Q")  # bytes; blank lines are left out
-        with open(path, "rb") as file:
-            place = 0
-            for line in file:
-                if not line.isspace():
-                    self.starts.append(place)
-                place += len(line)
-        self.starts.append(place)
-        self.file = os.open(path, os.O_RDONLY)
-        for i in range(len(self) if place <= CHECKED_BYTES else min(len(self), 1)):
-            self[i]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(len(self))[i]]
-        i = range(len(self))[i]
-        line = os.pread(self.file, self.starts[i + 1] - self.starts[i], self.starts[i])
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            told = f"{self.path}: line {self.line_number(i)} is not JSON ({str(error)[:120]})"
-            raise UserError(f"{told}; correct or remove it") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{self.path}: line {self.line_number(i)} is a {type(record).__name__}, expected an object")
-        return record
-
-    def line_number(self, i: int) -> int:
-        return os.pread(self.file, self.starts[i], 0).count(b"\n") + 1
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            os.close(self.file)
-
-
-def tell_copies(path: Path, records: Sequence[dict]) -> None:
-    """Warn of records that are there twice: they count twice in training, and weigh falsely in an evaluation."""
-    first, copies = {}, []
-    for i, record in enumerate(records):
-        text = json.dumps({key: value for key, value in record.items() if key != "id"}, sort_keys=True)
-        there = first.setdefault(blake2b(text.encode(), digest_size=16).digest(), i)
-        if there != i:
-            copies.append(f"sample {i} is sample {there} again")
-    if copies:
-        log.warning("%s: %d of %d records are there twice; %s", path, len(copies), len(records), copies[0])
 
 
 def record_name(record: dict) -> str:
@@ -280,8 +178,6 @@ def read_media(kind: str, found, options: dict, where: str) -> Media:
         expected = "a file name or a list of frames" if kind == "video" else "a file name"
         raise UserError(f"{where}: {kind} is {str(found)[:80]!r}; expected {expected}")
     for name in names:
-        if re.match(r"(?!file:)[a-zA-Z][\w+.-]+://", name):
-            raise UserError(f"{where}: {name[:200]} is a web address; download it first")
         if name.startswith("data:") and (not (match := INLINE.match(name)) or (kind, match[1]) == ("image", "video")):
             raise UserError(f"{where}: {kind} is {name[:40]!r}…; expected data:{kind}/…;base64,… or a file name")
     return Media(kind, tuple(name.removeprefix("file://") for name in names), options)

@@ -81,19 +81,19 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         path = Path(folder) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{folder}: no config.json in this folder; expected a Qwen2.5-VL checkpoint") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not JSON ({error}); download or save the checkpoint again") from None
+        if not path.exists():
+            raise UserError(f"{folder}: no config.json in this folder; expected a Qwen2.5-VL checkpoint")
+        raw = read_object(path)
         return cls.from_dict(raw, str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
         if raw.get("model_type") != "qwen2_5_vl":
             raise UserError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
-        text = {**raw, **raw.get("text_config", {})}
+        for name in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
+            if not isinstance(raw.get(name) or {}, dict):
+                raise UserError(f"{source}: {name} is {str(raw[name])[:80]}, expected an object")
+        text = {**raw, **(raw.get("text_config") or {})}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         text |= {
             "mrope_section": rope.get("mrope_section"),
@@ -107,7 +107,9 @@ class ModelConfig:
         missing = [n for n in names - {"initializer_range"} if text.get(n) is None]
         if missing:
             raise UserError(f"{source}: missing {', '.join(sorted(missing))}; expected a Qwen2.5-VL config.json")
-        return cls(**{k: v for k, v in text.items() if k in names}, raw=raw)
+        config = cls(**{k: v for k, v in text.items() if k in names}, raw=raw)
+        check_sizes(config, source)
+        return config
 
 
 @dataclass(eq=False)
@@ -273,19 +275,48 @@ def module_name(key: str) -> str:
     return key
 
 
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object. UserError for anything else; nothing that is no file is opened."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected JSON")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); download or save the checkpoint again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def check_sizes(config: "ModelConfig", source: str) -> None:
+    """UserError for sizes that no such model has, before anything of these sizes is made."""
+    for part in (config, config.vision):
+        for f in fields(part):
+            value, most = getattr(part, f.name), 1000 if f.name in ("num_hidden_layers", "depth") else 2**20
+            if f.type is int and not (type(value) is int and 0 < value <= most):
+                raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a whole number from 1 to {most}")
+            if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1e12):
+                raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a number")
+
+
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index where there is one."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if bad := [n for n in names if Path(n).name != n]:
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: weight_map is no object of file names; download the checkpoint again")
+        names = sorted(set(weight_map.values()))
+        if bad := [n for n in names if Path(n).name != n or n in ("", "..")]:
             raise UserError(f"{index}: shard {bad[0]!r} is not a plain file name; do not trust this checkpoint")
         if missing := [n for n in names if not (folder / n).exists()]:
             raise UserError(f"{folder}: shard {missing[0]} of the index is missing; download the checkpoint again")
-        return [folder / n for n in names]
-    if not (folder / "model.safetensors").exists():
+    elif not (folder / names[0]).exists():
         raise UserError(f"{folder}: no model.safetensors and no index; expected a checkpoint in safetensors")
-    return [folder / "model.safetensors"]
+    if odd := [n for n in names if not (folder / n).is_file()]:
+        raise UserError(f"{folder}: {odd[0]} is not a regular file; do not trust this checkpoint")
+    return [folder / n for n in names]
 
 
 def write_shards(tensors, folder: Path, limit: int | None = None) -> list[str]:

@@ -327,12 +327,13 @@ def elastic(place: Place, worlds: list[int]) -> list[dict]:
     """Four steps on two ranks, then on from there on 1, 2 and 4: against one rank from beginning to end."""
     rows = []
     more = {"max_steps": 8, "save_steps": 4, "eval_steps": 0, "save_total_limit": "none", "lora_dropout": 0}
+    more["eval_data_path"] = "none"
     sizes = {"train_sft": 8, "train_grpo": 16}
     names = ("step", "loss", "grad_norm", "lr", "answer_tokens", "prompt_tokens", "trained_tokens")
     for script, size in sizes.items():
         one, two = place.new(script), place.new(script)
         codes = [place.start(script, one, per_device_train_batch_size=size, **more).wait()]
-        halves = more | {"per_device_train_batch_size": size // 2, "eval_data_path": "none"}
+        halves = more | {"per_device_train_batch_size": size // 2}
         codes += [life.wait() for life in place.ranks(script, two, 2, 29651, **halves)]
         assert not any(codes), two.with_suffix(".log").read_text()[-3000:]
         shutil.rmtree(two / "checkpoint-8")

@@ -16,8 +16,9 @@ from test_video import ramp, write_clip
 
 import generate as G
 from config import Generate, VideoArgs, inert, parse
-from data import Processor, media_folders
-from dataset.records import read_records
+from data import Processor
+from dataset.index import read_records
+from dataset.places import media_folders
 from drawing import cot, folders
 from model import UserError
 from rewards import is_correct, reference_answer, sample_from_record

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from test_data import SYSTEM, as_transformers, clips, processor, text_of, trained_text, turns  # noqa: F401 fixtures
 
 from dataset.forms import read_form
-from dataset.records import Media, clip_name, read_records, read_turns, record_name
+from dataset.index import read_records
+from dataset.records import Media, clip_name, read_turns, record_name
 from model import UserError
 from rewards import accuracy, load_rewards, reference_answer, sample_from_record
 from training.groups import Rollout, row, score_group
@@ -312,6 +313,6 @@ def test_copies_and_odd_files(tmp_path, caplog):
     assert told("b.json", b"[" + record + b"," + other + b"]") == (2, [])
     assert told("c.json", b"\xef\xbb\xbf[" + record + b"]") == (1, [])  # with a byte order mark
     assert told("d.jsonl", b"\xef\xbb\xbf" + record) == (1, [])
-    assert "cannot be read as JSON" in told("e.json", b"[" * 100_000)
-    assert "line 1 is not JSON" in told("f.jsonl", b'{"a":' + b"[" * 100_000)
-    assert "cannot be read as JSON" in told("g.json", b'[{"a": ' + b"1" * 5000 + b"}]")
+    assert "is not JSON (nested too deeply)" in told("e.json", b"[" * 100_000)
+    assert "line 1 is nested too deeply" in told("f.jsonl", b'{"a":' + b"[" * 100_000)
+    assert "is not JSON" in told("g.json", b'[{"a": ' + b"1" * 5000 + b"}]")

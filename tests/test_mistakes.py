@@ -9,7 +9,7 @@ import pytest
 import lora
 from config import GRPO, SFT, Adapter, Generate, Infer, LoraArgs, parse
 from data import Processor, load_tokenizer
-from dataset.records import read_records
+from dataset.index import read_records
 from infer import clip_record
 from interop.merged import meta_model
 from model import UserError, nearest, nearest_path

@@ -21,7 +21,7 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 @pytest.fixture(scope="module")
 def tiny():
     model = Qwen2_5_VL.from_pretrained(TINY).eval()
-    return model, Processor(load_tokenizer(TINY), model.config, Infer())
+    return model, Processor(load_tokenizer(TINY), model.config, Infer(allow_outside_files=True))
 
 
 def records(folder: Path, count: int) -> list[dict]:

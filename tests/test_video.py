@@ -55,8 +55,8 @@ def test_a_container_kept_from_planning_is_of_this_very_file(tmp_path):
     dark, light = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 200)]
     path, other = write_clip(tmp_path / "a.mp4", [dark] * 8), write_clip(tmp_path / "b.mp4", [light] * 8)
     plan = plan_clip("video", (path,), Options())
-    assert reader.kept.container is not None and abs(brightness(plan) - 20).max() < 3
-    assert reader.kept.container is None and abs(brightness(plan) - 20).max() < 3  # opened again
+    assert reader.kept.media is not None and abs(brightness(plan) - 20).max() < 3
+    assert reader.kept.media is None and abs(brightness(plan) - 20).max() < 3  # opened again
     plan_clip("video", (path,), Options())
     os.replace(other, path)
     assert abs(brightness(plan) - 200).max() < 3
@@ -383,10 +383,54 @@ def test_a_picture_that_breaks_off(tmp_path, codec, pix_fmt, name):
 
 def test_absurd_sizes_are_refused_unread(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", ramp(4))
-    monkeypatch.setattr(reader, "MAX_SOURCE_PIXELS", 64 * 63)
-    with pytest.raises(UserError, match="64 x 64 pixels, above the limit"):
-        plan_clip("video", (path,), Options())
-    monkeypatch.setattr(reader, "MAX_SOURCE_PIXELS", 64 * 64)
+    clip = ("video", (path,), Options())
+    monkeypatch.setattr(reader, "MAX_VIDEO_PIXELS", 64 * 63)
+    with pytest.raises(UserError, match="64 x 64 pixels, above the limit of 4032"):
+        plan_clip(*clip)
+    with pytest.raises(UserError, match="64 x 64 pixels, above the limit of 4032"):
+        reader.read_frames(path, [0], [], (28, 28))
+    monkeypatch.undo()
     monkeypatch.setattr(reader, "MAX_SOURCE_SECONDS", 0.3)
     with pytest.raises(UserError, match="seconds long, above the limit"):
+        plan_clip(*clip)
+    monkeypatch.undo()
+    monkeypatch.setattr(reader, "MAX_SOURCE_FRAMES", 3)
+    with pytest.raises(UserError, match="4 frames long, above the limit of 3"):
+        plan_clip(*clip)
+    monkeypatch.undo()
+    monkeypatch.setattr(reader, "FILE_SECONDS", -1.0)
+    with pytest.raises(UserError, match="takes longer than"):
+        plan_clip(*clip)
+
+
+def test_more_frames_than_announced(tmp_path, monkeypatch):
+    """Matroska does not say how many it has: they are counted on the way."""
+    path = write_clip(tmp_path / "a.mkv", ramp(6))
+    assert plan_clip("video", (path,), Options()).total_frames == 6
+    monkeypatch.setattr(reader, "MAX_SOURCE_FRAMES", 5)
+    with pytest.raises(UserError, match="more than 5 frames"):
         plan_clip("video", (path,), Options())
+    with pytest.raises(UserError, match="more than 5 frames"):
+        reader.count_frames(path)
+
+
+def test_claims_of_60000_pixels_and_a_billion_frames(tmp_path, monkeypatch):
+    """Files of some hundred bytes; nothing of theirs reaches a decoder."""
+    header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + bytes(100))
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + bytes(100))
+    data = bytearray(open(write_clip(tmp_path / "a.mp4", ramp(8)), "rb").read())
+    at = data.index(b"stsz")  # one size for all, and how many there are: ISO 14496-12
+    data[at + 8 : at + 16] = struct.pack(">II", 1, 10**9)
+    at = data.index(b"stts")
+    data[at + 12 : at + 16] = struct.pack(">I", 10**9)
+    (tmp_path / "a.mp4").write_bytes(data)
+    monkeypatch.setattr(reader, "decoded", None)
+    for name, kind, told in (
+        ("a.png", "image", "60000 x 60000 pixels, above the limit"),
+        ("a.gif", "image", "60000 x 60000 pixels, above the limit"),
+        ("a.gif", "video", "60000 x 60000 pixels, above the limit"),
+        ("a.mp4", "video", "1000000000 frames long, above the limit"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {told}"):
+            plan_clip(kind, (str(tmp_path / name),), Options())

@@ -44,7 +44,7 @@ PHASES = {
     "resume: state put back": [(trainer, "load_state")],
     "step": [(train_sft, "update"), (train_grpo, "update")],
     "rollout": [(train_grpo, "sample_groups")],
-    "rollouts written": [(train_grpo, "write_rows")],
+    "rollouts written": [(train_grpo, "write_rollouts")],
     "metrics written": [(Log, "write")],
     "evaluation": [(train_sft, "evaluate"), (train_grpo, "evaluate")],
     "checkpoint": [(train_sft, "save"), (train_grpo, "save")],  # the rest of it: gathering, manifest, renaming

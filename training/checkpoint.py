@@ -104,6 +104,8 @@ def what_is_broken(folder):
         return f"{MANIFEST} does not list files with their bytes and sha256"
     for name, expected in listed.items():
         path = folder / name
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{MANIFEST} names {name!r}, which is not in this folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:

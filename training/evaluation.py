@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data import CONTROLS
 from dataset.batch import Vanished
-from dataset.records import read_records, record_name
+from dataset.index import Selection, read_records
+from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
 from rewards import is_correct, sample_from_record
@@ -22,6 +23,8 @@ from training.runlog import progress
 
 EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
+# Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
+CHECKED_RECORDS = 10_000
 
 
 def held_out_records(cfg):
@@ -36,23 +39,34 @@ def held_out_records(cfg):
 def answerable(cfg, what, records, most=None):
     """The records whose right answer can be read, and a note that counts and names the others.
 
-    UserError if they are more than `most` of all, max_skip_share unless given.
+    Looks at the first CHECKED_RECORDS only; a later one raises its UserError when it is taken, and is counted then.
+    UserError if more than `most` of those looked at are faulty, max_skip_share unless given.
     """
-    good, faults = [], {}
-    for number, record in enumerate(records):
+    looked_at, faults = min(len(records), CHECKED_RECORDS), {}
+    for number in range(looked_at):
         try:
-            is_correct("", sample_from_record(record))
-            good.append(record)
+            check_answer(number, records[number])
         except UserError as error:
-            faults[f"sample {number} ({record_name(record)})"] = str(error)
+            faults[number] = str(error)
+    good = (number for number in range(len(records)) if number not in faults)
+    good = Selection(records, good, check_answer if looked_at < len(records) else None)
     if faults:
-        found = f"the answers of {len(faults)} of {len(records)} {what} samples cannot be read"
-        first = next(f"{name}: {error}" for name, error in faults.items())
-        if len(faults) > (cfg.max_skip_share if most is None else most) * len(records):
+        found = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
+        first = next(iter(faults.values()))
+        if len(faults) > (cfg.max_skip_share if most is None else most) * looked_at:
             raise UserError(f"{found}, max_skip_share is {cfg.max_skip_share}; the first: {first}")
-        names = ", ".join([*faults][:8]) + (", …" if len(faults) > 8 else "")
+        names = ", ".join(f"sample {number}" for number in [*faults][:8]) + (", …" if len(faults) > 8 else "")
         return good, [f"{found}, so they are left out: {names}; {first}"]
     return good, []
+
+
+def check_answer(number, record):
+    """UserError, naming the sample, if its right answer cannot be read."""
+    try:
+        read_turns(record, "record")  # raises for what is no conversation at all
+        is_correct("", sample_from_record(record))
+    except UserError as error:
+        raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
 def prompt_batches(examples, budget):
