@@ -20,6 +20,7 @@ bench: $(VENV)/dev           ## what this machine can measure: the embedded mode
 chaos: $(VENV)/dev           ## kills, elastic and long runs, some 15 minutes; the figures go into dev/CHAOS.md
 	$(RUN) tests/chaos.py --save
 	$(RUN) tests/endurance.py --save
+	$(RUN) tests/mutations.py --cases 2000 --seed 0
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init

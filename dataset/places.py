@@ -53,7 +53,7 @@ class Places:
             return fetch(path, name, self.args)
         tried = [os.path.join(folder, path) for folder in self.folders]  # join keeps an absolute path as it is
         for candidate in tried:
-            if candidate in self.inside or os.path.exists(candidate):
+            if os.path.exists(candidate):
                 self.check(candidate, name)
                 return candidate
         gone = [folder for folder in self.there if not os.path.isdir(folder)]
