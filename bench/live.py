@@ -3,7 +3,8 @@
     with Live() as live: …          counts what operators of torch make, on any device
     live.peak, live.now             bytes
 
-What a kernel takes for itself while it works (cuBLAS's workspace, FlashAttention's sums) is not seen.
+What a kernel takes for itself while it works (cuBLAS's workspace, FlashAttention's sums) is not seen, but for the one
+that is as large as its input.
 """
 
 import weakref
@@ -39,6 +40,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.logsumexp.default:  # exp(x - max): logsumexp_out_impl, ATen's ReduceOps.cpp
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         out = function(*args, **(kwargs or {}))
         for leaf in tree_iter(out):
             if isinstance(leaf, torch.Tensor):

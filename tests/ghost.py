@@ -7,7 +7,6 @@ import torch
 
 import model.kernels
 import model.language
-import model.qwen2_5_vl
 import model.rope
 import model.vision
 from lora import part_of
@@ -53,7 +52,7 @@ def haunt(monkeypatch):
     monkeypatch.setattr(model.rope, "turn", lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device))
     monkeypatch.setattr(RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(Qwen2_5_VL, "embed", embed)
-    for module in (model.qwen2_5_vl, model.vision):
+    for module in (model.language, model.vision):
         monkeypatch.setattr(module, "attend", attend_flash)
 
 
@@ -69,8 +68,8 @@ class Engine:
         for part, p in self.params:
             p.register_post_accumulate_grad_hook(lambda p, part=part: self.take(part, p))
 
-    def __call__(self, packed):
-        return self.module(packed)
+    def __call__(self, packed, rows=None):
+        return self.module(packed, rows=rows)
 
     def take(self, part, p):
         if self.filled + p.numel() > self.size:

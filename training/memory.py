@@ -8,18 +8,24 @@ A block (decoder layer, vision block) keeps tensors for its backward pass. What 
 written at its line, in columns: a column of T rows is T numbers. With recomputation only a block's input stays, and one
 block at a time is redone. The estimate is the largest moment; its components are what is printed.
 
+On a CPU float32 has functions of its own (model/cpu.py), any other dtype takes the plain twins.
+
 Legend: T packed tokens, N of them through the head, P patches, M = P / 4 vision tokens, C width, I width of the MLP,
 H query heads, K kv heads, D head dim, V vocabulary, R rows that are sampled, G of them a prompt.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dataset.video import ROW  # numbers of a patch, 1176
 from lora import part_of
+from model.captured import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE
+from model.cpu_decode import MOST_WEIGHTS
 from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET, round_up
 from model.linear import adapter_of, aligned
 from model.loss import CHUNK_BYTES
+from model.vision import LONG, PART
 from training.engine import BUCKET
 
 GIB = 2**30
@@ -40,6 +46,13 @@ class Load:
     clips: int = 0
     segments: int = 1  # sequences, or prompts and completions
     keys: int | None = None  # keys that attention reads, where completions share a prompt; None = T
+    step: int = 0  # patches of the largest grid step: no part of a long video is smaller
+
+    @property
+    def asking(self):
+        """Tokens that the last layer computes on a CPU in float32: from the first answer's on, one more a sequence
+        than is answered; in a completion all are. (Of several answers in a sequence what lies between is left out.)"""
+        return min(self.tokens, self.answers + (self.segments if self.keys is None else 0))
 
 
 class Cost(NamedTuple):
@@ -62,31 +75,38 @@ class Kept(NamedTuple):
 
 
 class Model:
-    """Costs of a model's blocks. number: bytes of a weight or activation; cuda: the GPU's functions or their twins."""
+    """Costs of a model's blocks. number: bytes of a weight or activation; cuda: the GPU's functions or the CPU's.
 
-    def __init__(self, model, number, cuda=True):
+    load: what passes through: on a CPU in float32 small passes do not merge adapters, and the last layer computes only
+    the tokens that are asked for. None: all of a long pass.
+    """
+
+    def __init__(self, model, number, cuda=True, load=None):
         self.model, self.config, self.number, self.cuda = model, model.config, number, cuda
+        self.own = not cuda and number == 4  # model/cpu.py
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.thawed_vision = any(name.startswith("visual.") for name, _ in trained)
+        T, P, n = (load.tokens, load.patches, load.asking) if load else (math.inf, math.inf, 0)
         v = self.config.vision
         x_grad = self.embeds = model.visual.patch_embed.proj.weight.requires_grad
         self.vision, self.language = [], []
         for block in model.visual.blocks:
             self.vision.append(self.block(block, [block.attn.qkv], block.attn.proj, v.num_heads, v.num_heads,
-                                          v.hidden_size // v.num_heads, x_grad, block.norm1, block.norm2))  # fmt: skip
+                                          v.hidden_size // v.num_heads, x_grad, block.norm1, block.norm2, P))  # fmt: skip
             x_grad = self.vision[-1].needs_grad
-        self.merger = self.merger_cost(x_grad)
+        self.merger = self.merger_cost(x_grad, P // 4)
         c = self.config
         x_grad = self.merger.needs_grad or model.model.embed_tokens.weight.requires_grad
-        for layer in model.model.layers:
+        for number, layer in enumerate(model.model.layers, 1):
             a = layer.self_attn
+            share = n / T if self.own and load and number == c.num_hidden_layers else 1.0
             self.language.append(self.block(layer, [a.q_proj, a.k_proj, a.v_proj], a.o_proj, c.num_attention_heads,
                                             c.num_key_value_heads, c.head_dim, x_grad, layer.input_layernorm,
-                                            layer.post_attention_layernorm))  # fmt: skip
+                                            layer.post_attention_layernorm, T, share))  # fmt: skip
             x_grad = self.language[-1].needs_grad
 
-    def product(self, x_grad, *linears, pad=False):
-        """`project` of linears that share an input. x_grad: whether that input has a gradient."""
+    def product(self, x_grad, rows, *linears, pad=False):
+        """`project` of linears that share an input, of so many rows. x_grad: whether that input has a gradient."""
         weights = [p for m in linears for p in (m.weight, m.bias) if p is not None]
         adapters = [adapter_of(m) for m in linears]
         ranks = sum(len(a[0]) for a in adapters if a)
@@ -96,78 +116,90 @@ class Model:
         needs = x_grad or thawed or learns
         if not needs:
             return Kept(False, 0, 0, False)
+        width, adapted = linears[0].in_features, [m for m, a in zip(linears, adapters) if a]
+        if self.own and not dropped and all(m.out_features <= rows for m in adapted):  # Merged: x and every W + s B A
+            return Kept(True, 0, width * sum(m.out_features for m in adapted), True)
         if not thawed and not dropped and ranks:  # Project: x and every x A^T
             return Kept(True, ranks, 0, True)
-        width, fixed = linears[0].in_features, 0
-        if thawed and pad:  # a trained weight is widened by a copy, which its product keeps
+        fixed = 0
+        if thawed and pad and self.cuda:  # a trained weight is widened by a copy, which its product keeps
             fixed = sum(aligned(m.out_features) * m.in_features for m in linears if m.out_features % 8)
-        kept_input = thawed or (learns and dropped < len([a for a in adapters if a]))
+        kept_input = thawed or (learns and dropped < len(adapted))
         # dropout keeps its output and a mask, of one byte a number; on a CPU the mask is as wide as the input
         mask = 1 / self.number if self.cuda else 1
         return Kept(kept_input, ranks + dropped * (1 + mask) * width, fixed, True)
 
     def norm(self, norm, x_grad):
-        """Bytes that RMSNorm keeps: its input and 1 / rms in fp32. Its CPU twin keeps the input in fp32, and where the
-        weight is trained x / rms too."""
+        """Bytes that RMSNorm keeps: its input and 1 / rms in fp32. Its plain twin keeps the input in fp32, and where
+        the weight is trained x / rms too."""
         width, trained = norm.weight.numel(), norm.weight.requires_grad
         if not x_grad and not trained:
             return 0
-        return width * self.number + 4 if self.cuda else 4 * width * (1 + trained) + 4
+        return width * self.number + 4 if self.cuda or self.own else 4 * width * (1 + trained) + 4
 
-    def block(self, block, inputs, output, H, K, D, x_grad, norm1, norm2):
-        """Cost of a decoder layer or vision block, through its backward pass: first the MLP, then attention."""
+    def block(self, block, inputs, output, H, K, D, x_grad, norm1, norm2, rows, share=1.0):
+        """Cost of a decoder layer or vision block, through its backward pass: first the MLP, then attention.
+
+        rows: how many pass. share: of them that ask; only keys and values are made of the others.
+        """
         b, width = self.number, output.out_features
         fused = len(inputs) == 1  # the vision tower's qkv
-        qkv = self.product(x_grad or norm1.weight.requires_grad, *inputs)
+        normed_grad = x_grad or norm1.weight.requires_grad
+        if share < 1:
+            qkv, q = self.product(normed_grad, rows, *inputs[1:]), self.product(normed_grad, share * rows, inputs[0])
+        else:
+            qkv, q = self.product(normed_grad, rows, *inputs), Kept(False, 0, 0, False)
         # q and k are turned into new tensors; v of a fused product keeps the whole product
         heads = K if self.cuda or fused or K == 1 else H  # the CPU's attention repeats k and v to all heads
         queries, values = H * D, 3 * width if fused else heads * D
-        turned = queries + heads * D
         attention = self.norm(norm1, x_grad) + qkv.columns * b
         attention += width * b if qkv.input else 0
-        out = self.product(qkv.needs_grad, output)
-        if qkv.needs_grad:  # q, k, v, out, and the log-sum-exp of every query and head in fp32
-            attention += (turned + values + queries) * b + 4 * H
+        attention += share * (width * q.input + q.columns) * b
+        qkv_grad = qkv.needs_grad or q.needs_grad
+        out = self.product(qkv_grad, share * rows, output)
+        if qkv_grad:  # q, k, v, out, and the log-sum-exp of every query and head in fp32
+            attention += (heads * D + values + share * 2 * queries) * b + share * 4 * H
         elif out.input:
-            attention += queries * b
-        attention += out.columns * b
+            attention += share * queries * b
+        attention += share * out.columns * b + (D * b + 8 if share < 1 else 0) * share  # their tables and numbers
         x2_grad = x_grad or out.needs_grad
 
-        mlp = block.mlp
-        first = self.product(x2_grad or norm2.weight.requires_grad, mlp.gate_proj, mlp.up_proj, pad=True)
+        mlp, asked = block.mlp, share * rows
+        first = self.product(x2_grad or norm2.weight.requires_grad, asked, mlp.gate_proj, mlp.up_proj, pad=True)
         inner = mlp.gate_proj.out_features
         inner = aligned(inner) if self.cuda else inner
-        second = self.product(first.needs_grad, mlp.down_proj)
+        second = self.product(first.needs_grad, asked, mlp.down_proj)
         kept = self.norm(norm2, x2_grad)
         kept += (width * b if first.input else 0) + first.columns * b
-        gated = (2 if self.cuda else 3) * inner * b if first.needs_grad else 0  # gate, up (and silu(gate))
+        gated = (2 if self.cuda or self.own else 3) * inner * b if first.needs_grad else 0  # gate, up (and silu(gate))
         last = (inner * b if second.input else 0) + second.columns * b
         kept += gated + last
-        fixed = (qkv.fixed + out.fixed + first.fixed + second.fixed) * b
+        fixed = (qkv.fixed + q.fixed + out.fixed + first.fixed + second.fixed) * b
         if self.cuda and second.needs_grad and mlp.down_proj.weight.requires_grad and mlp.down_proj.in_features % 8:
             fixed += width * inner * b  # widened, as above
 
         # backward of the activation: the block's gradient, that of its input, of gate and of up; `last` is gone
-        at_mlp = attention + kept - last + (width + 3 * inner) * b
+        at_mlp = attention + share * (kept - last + (width + (4 if self.own else 3) * inner) * b)
         # backward of attention: the MLP is gone; gradients of x, out, q, k, v (k and v for every query head first), the
         # sum of dq in fp32 over heads rounded to 32 (FlashAttention 2, mha_varlen_bwd)
-        flash = (width + 2 * queries + 2 * K * D + (0 if H == K else 2 * queries)) * b + 4 * H * round_up(D, 32)
-        at_attention = attention + flash if qkv.needs_grad else 0
+        flash = (share * (width + 2 * queries) + 2 * K * D + (0 if H == K else 2 * queries)) * b
+        flash += share * 4 * H * round_up(D, 32)
+        at_attention = attention + flash if qkv_grad else 0
         redo = max(at_mlp, at_attention) if second.needs_grad else 0
-        return Cost(width * b, attention + kept, redo, fixed, second.needs_grad or x2_grad)
+        return Cost(width * b, attention + share * kept, redo, fixed, second.needs_grad or x2_grad)
 
-    def merger_cost(self, x_grad):
-        """Of the merger, a patch; it is never recomputed."""
+    def merger_cost(self, x_grad, rows):
+        """Of the merger, a patch; it is never recomputed by itself. rows: vision tokens."""
         b, merger, cell = self.number, self.model.visual.merger, self.config.vision.spatial_merge_size**2
         width = merger.ln_q.weight.numel()
         norm_grad = x_grad or merger.ln_q.weight.requires_grad
-        first = self.product(norm_grad, merger.mlp[0])
-        second = self.product(first.needs_grad, merger.mlp[2])
+        first = self.product(norm_grad, rows, merger.mlp[0])
+        second = self.product(first.needs_grad, rows, merger.mlp[2])
         kept = self.norm(merger.ln_q, x_grad)
         kept += (width * b if first.input else 0) + first.columns * b / cell
         kept += width * b * (first.needs_grad + second.input) + second.columns * b / cell  # into and out of GELU
         redo = kept + 2 * width * b  # gradients into and out of GELU
-        return Cost(width * b, kept, redo, 0, second.needs_grad)
+        return Cost(width * b, kept, redo, (first.fixed + second.fixed) * b, second.needs_grad)
 
 
 class Memory:
@@ -182,8 +214,9 @@ class Memory:
         offload = zero.get("offload_optimizer") or {"device": "cpu" if cfg.offload_optimizer else "none"}
         self.offloaded = cuda and offload.get("device") == "cpu"
         self.shares = world if zero.get("stage", 2) == 2 else 1  # ZeRO-1 keeps all gradients on every rank
-        self.costs = Model(model, number, cuda)
+        self.model, self.costs = model, Model(model, number, cuda)
         self.config, self.recompute = model.config, cfg.gradient_checkpointing
+        self.entropies = hasattr(cfg, "num_generations")  # GRPO's loss asks for them
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.count = sum(p.numel() for _, p in trained)
         self.language_count = sum(p.numel() for name, p in trained if part_of(name) == "llm")
@@ -232,35 +265,36 @@ class Memory:
         v, c = self.config.vision, self.config
         return (load.tokens * c.head_dim + load.patches * (v.hidden_size // v.num_heads)) * self.number
 
+    def costs_of(self, load):
+        return Model(self.model, self.number, self.cuda, load) if self.costs.own else self.costs
+
     def update(self, load, micro_batches=1, held=0):
         """{moment: {component: bytes}} of an optimizer step. held: bytes of inputs that are there throughout."""
-        c, b, costs = self.config, self.number, self.costs
+        c, b, costs = self.config, self.number, self.costs_of(load)
         T, N, P = load.tokens, load.answers, load.patches
         base = self.static() | {"inputs": held}
         base["gradients"] = self.gradients() if micro_batches > 1 else 0
-        vision = self.kept_vision(P)
-        keys = self.gathered(load)
-        extra = keys * sum(cost.kept > cost.entry for cost in costs.language)
-        language = sum(self.kept(cost, T) for cost in costs.language) + (0 if self.recompute else extra)
+        vision = self.kept_vision(load, costs)
         width = c.hidden_size * b
-        everything = base | {"vision activations": vision, "language activations": language}
+        everything = base | {"vision activations": vision, "language activations": self.kept_language(load, costs)}
         rows = max(1, CHUNK_BYTES // (4 * c.vocab_size))
         chunk = min(N, rows) * c.vocab_size
-        hidden = T * width * (2 if costs.language[-1].needs_grad else 1) + N * width  # last block's, normed, answers'
+        asking = load.asking if costs.own else T
+        # last block's, normed, answers'
+        hidden = asking * width * (2 if costs.language[-1].needs_grad else 1) + (N < asking) * N * width
         passing = {"inputs": held + self.inputs(load)}
-        moments = {"vision tower": base | passing | {"vision activations": self.vision_forward(P)}}
-        # forward: logits in fp32, and two more of that size for the entropy; or in both dtypes
-        moments["loss"] = everything | passing | {"logits and loss": hidden + 12 * chunk}
+        moments = {"vision tower": base | passing | {"vision activations": self.vision_forward(load)}}
+        # forward: logits in fp32 and one more of that size for their log-sum-exp; two more for the entropy
+        moments["loss"] = everything | passing | {"logits and loss": hidden + (12 if self.entropies else 8) * chunk}
         # recomputation holds on to the batch, all else only to the tables
         everything["inputs"] += self.inputs(load) if self.recompute else self.tables(load)
         everything["buckets"] = self.buckets()
         head = self.head_gradient()
-        backward = T * width + 2 * N * width + (4 + b) * chunk + head
+        backward = asking * width + (1 + (N < asking)) * N * width + (4 + b * (b < 4)) * chunk + head
         moments["loss backwards"] = everything | {"logits and loss": backward}
         if self.head_trained:
             everything["head's gradient"] = b * c.vocab_size * c.hidden_size
-        block = costs.language[-1]
-        redo = T * (block.redo - (block.entry if self.recompute else block.kept)) + (keys if self.recompute else 0)
+        redo = self.redone(load, costs)
         moments["language model backwards"] = everything | {"one block redone": redo + self.matrix}
         # the first full bucket is reduced while the language model's gradients come in, the last one at the end
         full, sums = self.language_count > self.bucket, base["gradients"]
@@ -270,9 +304,7 @@ class Memory:
         if full:
             moments["full bucket reduced"] = seen | {"reduction": self.reducing(self.bucket)}
         if costs.thawed_vision and P:
-            last = costs.vision[-1]
-            redo = P * (last.redo - (last.entry if self.recompute else last.kept)) if last.needs_grad else 0
-            redo = max(redo, P * (costs.merger.redo - costs.merger.kept)) + P // 4 * width
+            redo = self.vision_redone(load, costs) + P // 4 * width
             moments["vision tower backwards"] = seen | {"one block redone": redo + self.matrix}
         embedding = b * c.vocab_size * c.hidden_size if self.head_trained else 0
         moments["gradients reduced"] = self.static() | {
@@ -285,41 +317,114 @@ class Memory:
         moments["optimizer"] = self.static() | {"gradients": self.gradients() + max(norm, copied)}
         return moments
 
+    def kept_language(self, load, costs):
+        kept = sum(self.kept(cost, load.tokens) for cost in costs.language)
+        if self.recompute:
+            return kept
+        layers = sum(cost.kept > cost.entry for cost in costs.language)
+        return kept + self.gathered(load) * layers + self.mask(load, costs)
+
+    def redone(self, load, costs):
+        """The most that a decoder layer's backward pass takes beyond what is kept. On a CPU in float32 the last layer
+        is small and the one before it, without it, may take more."""
+        last, *before = [self.beyond(cost, load.tokens) for cost in costs.language[:-3:-1]]
+        gone = self.kept(costs.language[-1], load.tokens)
+        if self.recompute:
+            last += self.mask(load, costs)
+        else:
+            gone += self.mask(load, costs)
+        return max(last, *(x - gone for x in before)) + (self.gathered(load) if self.recompute else 0)
+
+    def mask(self, load, costs):
+        """The last layer's, where it computes only the last tokens of each sequence."""
+        return self.number * load.asking * load.tokens // load.segments if costs.own and load.keys is None else 0
+
+    def beyond(self, cost, rows):
+        """What a block's backward pass takes beyond what is kept of it."""
+        return rows * (cost.redo - cost.entry) + cost.fixed if self.recompute else rows * (cost.redo - cost.kept)
+
     def gathered(self, load):
         """A layer's keys and values once for each completion that shares them, beyond those that are there anyway. The
-        CPU's attention gathers them for all heads, and puts the outputs back in order by a copy."""
+        CPU's attention gathers them for all heads, puts the outputs back in order by a copy, and keeps a mask."""
         if load.keys is None:
             return 0
         c, T = self.config, load.tokens
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if self.cuda:
             return 2 * K * D * (load.keys - T) * self.number
-        return (2 * H * load.keys - 2 * (K if K == 1 else H) * T + H * T) * D * self.number
+        N = load.answers
+        mask = N * (load.keys - T + N) // max(1, load.segments - load.clips)  # a prompt has one clip and no mask
+        return ((2 * H * load.keys - 2 * (K if K == 1 else H) * T + H * T) * D + mask) * self.number
 
     def kept(self, cost, rows):
         if self.recompute and cost.kept > 0:
             return rows * cost.entry
         return rows * cost.kept + cost.fixed
 
-    def kept_vision(self, P):
-        if not self.costs.thawed_vision:
+    def part(self, load, learning=True):
+        """Patches that go through the tower at a time: with recomputation a long video is cut (vision.in_parts)."""
+        cut = learning and self.recompute and self.costs.thawed_vision and load.patches > LONG
+        return min(load.patches, max(PART, load.step)) if cut else load.patches
+
+    def kept_vision(self, load, costs):
+        """A long video's parts are made again from its patches, and only the tower's output stays."""
+        if not costs.thawed_vision:
             return 0
-        blocks = [cost for cost in self.costs.vision if cost.needs_grad]
-        out = P // 4 * self.config.hidden_size * self.number  # the tower's output, which index_copy keeps
-        pixels = P * ROW * self.number * self.costs.embeds  # as numbers, for the gradient of their embedding
-        merger = self.costs.merger
-        return sum(self.kept(cost, P) for cost in blocks) + P * merger.kept + out * merger.needs_grad + pixels
+        out = load.patches // 4 * self.config.hidden_size * self.number  # the tower's, which index_copy keeps
+        part = self.part(load)
+        return out * costs.merger.needs_grad + (self.kept_blocks(part, costs) if part == load.patches else 0)
+
+    def kept_blocks(self, P, costs):
+        blocks = [cost for cost in costs.vision if cost.needs_grad]
+        pixels = P * ROW * self.number * costs.embeds  # as numbers, for the gradient of their embedding
+        return sum(self.kept(cost, P) for cost in blocks) + P * costs.merger.kept + costs.merger.fixed + pixels
+
+    def vision_redone(self, load, costs):
+        """The most that a backward pass through the tower takes beyond what is kept."""
+        P, last = self.part(load), costs.vision[-1]
+        redo = self.beyond(last, P) if last.needs_grad else 0
+        redo = max(redo, P * (costs.merger.redo - costs.merger.kept))
+        return redo + (self.kept_blocks(P, costs) if P < load.patches else 0)
 
     def head_gradient(self):
         """A trained head's: summed in fp32, then in the weights' dtype."""
         return (4 + self.number) * self.config.vocab_size * self.config.hidden_size if self.head_trained else 0
 
-    def vision_forward(self, P):
+    def vision_forward(self, load, learning=True):
         """Without gradients, the most that the tower holds: two inputs, the norm's output, gate, up, their product, the
-        block's output; and the pixels as numbers."""
-        v = self.config.vision
+        block's output; and the pixels as numbers, on a CPU of few patches at a time. Of parts the outputs, twice."""
+        v, P = self.config.vision, self.part(load, learning)
         inner = aligned(v.intermediate_size) if self.cuda else v.intermediate_size
-        return P * self.number * (4 * v.hidden_size + 3 * inner + ROW)
+        outputs = 2 * load.patches // 4 * self.config.hidden_size if P < load.patches else 0
+        return self.number * (P * (4 * v.hidden_size + 3 * inner + ROW * self.cuda) + outputs)
+
+    # CUDA graphs
+
+    def graphs(self, loads, most, whole, sizes=None):
+        """{stack: bytes} of the passes that become CUDA graphs (model/captured.py), by its rule. Their memory is theirs
+        alone, beside the peak: the pool of the largest one, gradients, and for each size what goes in and out.
+
+        most: the peak, in bytes; whole: the device's. sizes: how many there will be; those of the loads unless given.
+        """
+        if not self.cuda or (self.recompute and getattr(self.cfg, "lora_dropout", 0)):
+            return {}
+        tower, layers = self.model.visual.blocks, self.model.model.layers
+        stacks = ("vision tower", "patches", tower, self.costs.vision), ("language model", "tokens", layers, self.costs.language)
+        found = {}
+        for name, field, blocks, costs in stacks:
+            passes = {}  # rows: (kept, in all)
+            for load in loads:
+                rows = round_up(getattr(load, field), GRANULE)
+                kept = sum(self.kept(cost, rows) for cost in costs if cost.needs_grad)
+                most_kept = max(0, *(self.beyond(cost, rows) for cost in costs))
+                if 0 < rows <= ROWS and kept < SHARE * whole and most + 1.33 * kept < (1 - HEADROOM) * whole:
+                    idle = self.vision_forward(Load(0, 0, rows)) if blocks is tower else 0
+                    passes[rows] = max(kept + most_kept, idle)
+            if passes:
+                width, trained = costs[0].entry, sum(p.numel() for p in blocks.parameters() if p.requires_grad)
+                count = min(MAX_KEPT, sizes or len(passes))
+                found[name] = int(max(passes.values()) + 4 * count * max(passes) * width + trained * self.number)
+        return found
 
     # Sampling
 
@@ -332,6 +437,8 @@ class Memory:
         if cuda:  # the captured path: cache lengths are rounded up
             base["sampling copy"] = self.layer_weights
             slots, place = round_up(slots, OWN_BUCKET), round_up(longest, PROMPT_BUCKET)
+        elif self.costs.own and self.layer_weights <= 4 * MOST_WEIGHTS:  # cpu_decode.py: the head too
+            base["sampling copy"] = self.layer_weights + b * c.vocab_size * c.hidden_size
         base["KV cache"] = 2 * L * K * D * b * (prompts * place + R * slots)
         H, inner, V = c.num_attention_heads, c.intermediate_size, c.vocab_size
         splits = max(1, min(PARTS // max(1, prompts * K), place // 64)) + -(-slots // 64)
@@ -343,7 +450,7 @@ class Memory:
         layer = b * prompt_tokens * (2 * c.hidden_size + (2 * H + 3 * K) * D + 3 * inner)
         logits = (b * (prompts + R) + (16 * R if truncated else 0)) * V
         return {
-            "prompts' clips": base | {"vision activations": self.vision_forward(patches)},
+            "prompts' clips": base | {"vision activations": self.vision_forward(load, False)},
             "prefill": base | {"language activations": layer},
             "drawing": base | {"logits and loss": logits},
         }
