@@ -81,7 +81,7 @@ def estimate(case, cfg, model, number, cuda):
         n = case.batch
         load = Load(n * (work.prompt_tokens + work.completion), n * work.completion, n * patches, n, n)
         return memory.update(load, case.passes)
-    prompts = [(work.prompt_tokens, patches)] * case.batch
+    prompts = [(work.prompt_tokens, patches, patches // work.grid[0])] * case.batch
     loads = group_loads(prompts, [[work.completion] * case.group] * case.batch, cfg)
     inputs = sum(map(memory.inputs, loads))
     moments = {}

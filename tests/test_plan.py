@@ -102,7 +102,7 @@ def test_groups_are_cut_as_the_update_cuts_them(base, pack_tokens, batch):  # no
     lengths = [[draw.randint(1, 40) for _ in range(5)] for _ in prompts]
     rollouts = [[train_grpo.Rollout(n, [7] * k, [0.0] * k, True, "") for k in row] for n, row in enumerate(lengths)]
     real = train_grpo.micro_batches(prompts, rollouts, cfg)
-    loads = group_loads([(len(p), len(p.patches)) for p in prompts], lengths, cfg)
+    loads = group_loads([(len(p), len(p.patches), 16) for p in prompts], lengths, cfg)
     assert [(x.tokens, x.answers, x.patches) for x in loads] == [
         (len(m.packed.input_ids), len(m.rows), len(m.packed.patches)) for m in real
     ]

@@ -91,10 +91,11 @@ class Model:
         x_grad = self.embeds = model.visual.patch_embed.proj.weight.requires_grad
         self.vision, self.language = [], []
         for block in model.visual.blocks:
-            self.vision.append(self.block(block, [block.attn.qkv], block.attn.proj, v.num_heads, v.num_heads,
-                                          v.hidden_size // v.num_heads, x_grad, block.norm1, block.norm2, P))  # fmt: skip
+            H, D = v.num_heads, v.hidden_size // v.num_heads
+            norms = block.norm1, block.norm2
+            self.vision.append(self.block(block, [block.attn.qkv], block.attn.proj, H, H, D, x_grad, *norms, P))
             x_grad = self.vision[-1].needs_grad
-        self.merger = self.merger_cost(x_grad, P // 4)
+        self.merger = self.merger_cost(x_grad, P / 4)
         c = self.config
         x_grad = self.merger.needs_grad or model.model.embed_tokens.weight.requires_grad
         for number, layer in enumerate(model.model.layers, 1):
@@ -408,10 +409,11 @@ class Memory:
         """
         if not self.cuda or (self.recompute and getattr(self.cfg, "lora_dropout", 0)):
             return {}
-        tower, layers = self.model.visual.blocks, self.model.model.layers
-        stacks = ("vision tower", "patches", tower, self.costs.vision), ("language model", "tokens", layers, self.costs.language)
-        found = {}
-        for name, field, blocks, costs in stacks:
+        tower, found = self.model.visual.blocks, {}
+        for name, field, blocks, costs in (
+            ("vision tower", "patches", tower, self.costs.vision),
+            ("language model", "tokens", self.model.model.layers, self.costs.language),
+        ):
             passes = {}  # rows: (kept, in all)
             for load in loads:
                 rows = round_up(getattr(load, field), GRANULE)

@@ -24,6 +24,7 @@ from config import as_dict, inert
 from data import Processor, load_tokenizer
 from dataset.video import ROW
 from lora import FLAT, inject, load_adapter, lora_layers, part_of, set_trainable, sizes
+from model.captured import MAX_KEPT
 from model.fast_decode import MARGIN
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
 from training.checkpoint import RUN, find_adapter, read_json
@@ -103,9 +104,12 @@ class Plan:
 
     # memory
 
+    def counted(self, cfg):
+        return Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero)
+
     def memory(self, cfg, loads, most):
         """{moment: {component: bytes}}: the worst micro-batch, sampling, evaluation."""
-        memory = Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero)
+        memory = self.counted(cfg)
         if self.sampled is None:
             worst = {max(loads, key=attrgetter(name)) for name in ("tokens", "patches", "answers")}
             moments = [memory.update(load, most) for load in worst]
@@ -129,17 +133,24 @@ class Plan:
     def grpo_moments(self, cfg, memory):
         """A step's rollouts and updates, with the largest prompts of the data and completions of full length."""
         G, longest = cfg.num_generations, cfg.max_completion_length
-        groups = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // G
         count = min(len(self.data.there), self.loader.global_batch // self.world)
-        largest = sorted(self.data.there, key=lambda size: size.tokens + size.patches, reverse=True)[:count]
+        largest = self.largest(count)
         top = max(size.tokens for size in largest)
         moments = []
         for batch in prompt_batches(largest, self.sampled * top // (top + G * longest)):
             moments.append(self.sampled_batch(memory, batch, G, longest))
-        prompts = [(size.tokens, size.patches) for size in largest[:groups]]
-        loads = group_loads(prompts, [[longest] * G] * len(prompts), cfg)
+        loads = self.group_loads(cfg)
         inputs = sum(map(memory.inputs, loads))
         return moments + [memory.update(load, len(loads), inputs) for load in set(loads)]
+
+    def largest(self, count):
+        return sorted(self.data.there, key=lambda size: size.tokens + size.patches, reverse=True)[:count]
+
+    def group_loads(self, cfg):
+        """The micro-batches of a GRPO step's update."""
+        groups = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
+        prompts = [(size.tokens, size.patches, size.step) for size in self.largest(groups)]
+        return group_loads(prompts, [[cfg.max_completion_length] * cfg.num_generations] * len(prompts), cfg)
 
     def evaluation(self, cfg, memory):
         found = [self.sampled_batch(memory, batch, 1, cfg.max_new_tokens, "evaluation: ")
@@ -153,14 +164,16 @@ class Plan:
         return {f"{word}{name}": components for name, components in found.items()}
 
     def fitted(self, moments):
-        """(the moments, whether decoding is slow): where memory is short, fast_decode.py makes no sampling copy."""
+        """(the moments, whether decoding is slow): where memory is short, fast_decode.py makes no sampling copy. (A
+        CPU's is small and always made.)"""
         while_sampling = ("sampling copy", "KV cache", "buffers of a step", "inputs", *ACTIVATIONS)
 
         def short(found):
             there = sum(size for name, size in found.items() if name not in while_sampling)
             return there + found["sampling copy"] + MARGIN > self.room
 
-        slow = [name for name, found in moments.items() if "sampling copy" in found and short(found)]
+        copies = [name for name, found in moments.items() if "sampling copy" in found and self.device.cuda]
+        slow = [name for name in copies if short(moments[name])]
         return moments | {name: moments[name] | {"sampling copy": 0} for name in slow}, bool(slow)
 
     @property
@@ -303,12 +316,27 @@ class Plan:
         for part, size in sorted(components.items(), key=lambda item: -item[1]):
             if size >= 0.005 * GIB:
                 yield f"               {part:<24}{size / GIB:8.2f} GiB"
+        if told := self.graphs(total(components)):
+            yield f"             {told}"
         told = "all moments: " + ", ".join(f"{total(found) / GIB:.2f} {moment}" for moment, found in moments.items())
         yield from textwrap.wrap(told, 120, initial_indent=" " * 13, subsequent_indent=" " * 13)
         if slow:
             yield "             the sampling copy does not fit: decoding will take the slow path"
         if self.verdict():
             yield f"             {self.verdict()}"
+
+    def graphs(self, most):
+        """Of the CUDA graphs; "" where there will be none. Passes of GRPO differ in size as completions do."""
+        if not (self.device.cuda and self.cfg.cuda_graphs):
+            return ""
+        memory = self.counted(self.cfg)
+        loads, sizes = (self.loads, None) if self.sampled is None else (self.group_loads(self.cfg), MAX_KEPT)
+        found = memory.graphs(loads, most - CONTEXT, self.device.whole, sizes)
+        what = ", ".join(f"{size / GIB:.2f} of the {stack}" for stack, size in found.items())
+        if not found:
+            return "CUDA graphs: none, no pass is small enough"
+        size = sum(found.values()) / GIB
+        return f"CUDA graphs keep about {size:.2f} GiB beside that ({what}); --cuda_graphs False spares it"
 
     def verdict(self):
         """What to do where it does not fit; "" where it does."""
