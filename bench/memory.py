@@ -1,10 +1,12 @@
 """How near the planner's memory estimate is: each case's estimate beside what two real steps took.
 
-    python bench/memory.py                     # the 3B shape on a GPU, the embedded model's on a CPU
+    python bench/memory.py                     # the 3B shape on a GPU, the embedded model's on a CPU: 8 cases
+    python bench/memory.py --all               # 17 on a GPU
     python bench/memory.py --cases "SFT R x 8" "GRPO R 1 x 8 x 256"
     python bench/memory.py --list
 
-Each case is a process of its own: random weights, adapters, the trainers' engine, two of their steps on made-up clips.
+Each case is a process of its own: random weights, adapters, the trainers' engine, two of their steps on made-up clips,
+without CUDA graphs, whose memory the plan tells apart.
 Measured is torch.cuda.max_memory_allocated of all that; on a CPU the bytes of all tensors alive (live.py). "context" is
 what the device lost beside torch's allocator; "reserved" what the allocator took from it. The last line is one JSON
 object.
@@ -14,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +33,15 @@ import lora
 from config import GRPO, SFT
 from model.qwen2_5_vl import Qwen2_5_VL
 from training.engine import build_engine, leave_processes, start_processes, update
-from training.memory import GIB, Load, Memory, peak, total
+from training.memory import GIB, Load, Memory, part_of_clip, peak, total
 from training.survey import group_loads
 
 PICTURE = Workload((1, 46, 62), 60, 64)  # a photograph of 868x644: 713 vision tokens
 FROZEN = dict(vision_lora=False, merger_lora=False)
+# of a GPU's cases those that run unless others are asked for: all kinds of moments, and quick
+USUAL = ("SFT S x 8, kept", "SFT R x 1, kept", "SFT R x 8", "SFT R x 8, frozen tower", "SFT R x 8, thawed merger",
+         "SFT R 2 x 4", "SFT picture x 2, kept", "GRPO R 1 x 8 x 256")  # fmt: skip
+LIMIT = 120  # seconds; a case takes some ten on an H100
 
 
 @dataclass
@@ -79,9 +86,10 @@ def estimate(case, cfg, model, number, cuda):
     patches = work.grid[0] * work.grid[1] * work.grid[2]
     if not case.group:
         n = case.batch
-        load = Load(n * (work.prompt_tokens + work.completion), n * work.completion, n * patches, n, n)
+        tokens, part = n * (work.prompt_tokens + work.completion), part_of_clip(*work.grid)
+        load = Load(tokens, n * work.completion, n * patches, n, n, part=part)
         return memory.update(load, case.passes)
-    prompts = [(work.prompt_tokens, patches, patches // work.grid[0])] * case.batch
+    prompts = [(work.prompt_tokens, patches, part_of_clip(*work.grid))] * case.batch
     loads = group_loads(prompts, [[work.completion] * case.group] * case.batch, cfg)
     inputs = sum(map(memory.inputs, loads))
     moments = {}
@@ -125,7 +133,9 @@ def run(case, size):
     lora.inject(shape, cfg)
     moments = estimate(case, cfg, shape, dtype.itemsize, cuda)
     moment, components = peak(moments)
-    row = {"case": case.name, "moment": moment, "estimate": total(components), "components": components}
+    machine = torch.cuda.get_device_name() if cuda else "CPU"
+    row = {"case": case.name, "machine": machine, "moment": moment, "estimate": total(components)}
+    row["components"] = components
     if cuda:
         free = torch.cuda.mem_get_info()[0]
     model = Qwen2_5_VL.random(config, device, dtype).requires_grad_(False)
@@ -152,6 +162,7 @@ def show(row):
         return
     off = row["estimate"] / row["measured"] - 1
     rest = "".join(f"{row[name] / GIB:10.2f}" for name in ("reserved", "context") if name in row)
+    rest += f"{row['seconds']:9.1f}"
     told = f"{row['case']:<36}{row['estimate'] / GIB:10.3f}{row['measured'] / GIB:10.3f}{off:+9.1%}{rest}"
     print(f"{told}  {row['moment']}", flush=True)
 
@@ -160,7 +171,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", default="3B" if cuda else "tiny", help="shape of bench/workloads.py, random weights")
-    parser.add_argument("--cases", nargs="+", help="names; all unless given")
+    parser.add_argument("--cases", nargs="+", help="names; 8 unless given")
+    parser.add_argument("--all", action="store_true", help="all cases")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this process runs one case and prints its row
     args = parser.parse_args()
@@ -171,23 +183,32 @@ def main():
     if args.one:
         print(json.dumps(run(known[args.one], args.model)))
         return
-    machine = torch.cuda.get_device_name() if cuda else "CPU"
-    print(f"{args.model}, {'bf16' if cuda else 'fp32'}, random weights; {machine}, torch {torch.__version__}; GiB")
-    print(f"{'case':<36}{'estimate':>10}{'measured':>10}{'off':>9}" + f"{'reserved':>10}{'context':>10}" * cuda)
+    print(f"{args.model}, {'bf16' if cuda else 'fp32'}, random weights; torch {torch.__version__}; GiB")
+    heads = ("estimate", "measured", "off", "reserved", "context", "seconds")
+    shown = heads if cuda else heads[:3] + heads[-1:]
+    print(f"{'case':<36}" + "".join(f"{head:>{9 if head in ('off', 'seconds') else 10}}" for head in shown), flush=True)
     rows = []
-    for name in args.cases or known:
-        command = [sys.executable, __file__, "--model", args.model, "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["?"])[-1]
-            rows.append({"case": name, "error": last})
-        else:
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    for name in args.cases or (known if args.all or not cuda else USUAL):
+        rows.append(apart(args.model, name))
         show(rows[-1])
-    offs = [abs(row["estimate"] / row["measured"] - 1) for row in rows if "measured" in row]
-    if offs:
-        print(f"{len(offs)} cases, off by {max(offs):.1%} at most")
-    print(json.dumps({"bench": "memory", "model": args.model, "machine": machine, "results": rows}))
+    found = [row for row in rows if "measured" in row]
+    if found:
+        off = max(abs(row["estimate"] / row["measured"] - 1) for row in found)
+        print(f"{found[0]['machine']}: {len(found)} cases, off by {off:.1%} at most")
+    print(json.dumps({"bench": "memory", "model": args.model, "results": rows}))
+
+
+def apart(size, name):
+    """The row of a case run in a process of its own. This one leaves the GPU alone: what it took would count there."""
+    began = time.perf_counter()
+    command = [sys.executable, __file__, "--model", size, "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"case": name, "error": f"not done after {LIMIT} s"}
+    if done.returncode:
+        return {"case": name, "error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"seconds": time.perf_counter() - began}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The memory estimate: against arithmetic by hand, against what real code keeps on a CPU, and against the live bytes of
 the GPU's path at the 3B shape (tensors without storage)."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from data import pack_groups
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from train_sft import micro_loss
-from training.memory import GIB, WORKSPACE, Load, Memory, peak, total
+from training.memory import GIB, WORKSPACE, Load, Memory, part_of_clip, peak, total
 from training.survey import group_loads
 
 EVERYWHERE = dict(lora_rank=64, lora_alpha=64)
@@ -39,9 +40,9 @@ def shape(cfg, config, dtype=torch.bfloat16, device="meta"):
 
 
 def load_of(work, batch):
-    t, h, w = work.grid
-    answers = batch * work.completion
-    return Load(batch * work.prompt_tokens + answers, answers, batch * t * h * w, batch, batch, step=h * w)
+    patches, answers = batch * math.prod(work.grid), batch * work.completion
+    part = part_of_clip(*work.grid)
+    return Load(batch * work.prompt_tokens + answers, answers, patches, batch, batch, part=part)
 
 
 # By hand, at the 3B shape
@@ -189,7 +190,7 @@ def test_a_step_of_the_3b_without_storage(name, work, batch, passes, flags, monk
 
 
 def test_a_long_video_of_the_3b_without_storage(monkeypatch):
-    """It goes through the tower in parts, here of a grid step or two; whole, its blocks' inputs alone take 1.7 GB."""
+    """It goes through the tower in parts, here of two grid steps; whole, its blocks' inputs alone take 1.7 GB."""
     work, flags = Workload((8, 46, 62), 20, 4), dict(lora_rank=16)
     for module in (model.vision, training.memory):
         monkeypatch.setattr(module, "PART", 6000)
@@ -233,7 +234,7 @@ def test_a_group_of_the_3b_without_storage(monkeypatch):
     cfg = GRPO(**EVERYWHERE, gradient_checkpointing=False, num_generations=4, beta=0.0)
     model = shape(cfg, config)
     memory = Memory(model, cfg)
-    (load,) = group_loads([(R.prompt_tokens, 4320, 540)], [[64] * 4], cfg)
+    (load,) = group_loads([(R.prompt_tokens, 4320, 4320)], [[64] * 4], cfg)
     packed = pack_groups(prompts_of(config, R, 1), [[list(range(64))] * 4])
     assert (load.tokens, load.keys) == (packed.segments.num_tokens, sum(packed.segments.k_lengths))
     with Live(*model.parameters()) as live:

@@ -102,7 +102,7 @@ def test_groups_are_cut_as_the_update_cuts_them(base, pack_tokens, batch):  # no
     lengths = [[draw.randint(1, 40) for _ in range(5)] for _ in prompts]
     rollouts = [[train_grpo.Rollout(n, [7] * k, [0.0] * k, True, "") for k in row] for n, row in enumerate(lengths)]
     real = train_grpo.micro_batches(prompts, rollouts, cfg)
-    loads = group_loads([(len(p), len(p.patches), 16) for p in prompts], lengths, cfg)
+    loads = group_loads([(len(p), len(p.patches), len(p.patches)) for p in prompts], lengths, cfg)
     assert [(x.tokens, x.answers, x.patches) for x in loads] == [
         (len(m.packed.input_ids), len(m.rows), len(m.packed.patches)) for m in real
     ]
@@ -215,6 +215,21 @@ def test_flags_without_effect(base, tmp_path, capsys, monkeypatch):  # noqa: F81
     (tmp_path / "three.json").write_text('{"zero_optimization": {"stage": 3}}')
     with pytest.raises(UserError, match="stage is not 1 or 2"):
         told(capsys, monkeypatch, flags_for(base, tmp_path / "run", deepspeed=tmp_path / "three.json"))
+
+
+def test_cuda_graphs_are_told_where_there_will_be_some(base, tmp_path, capsys, monkeypatch):  # noqa: F811
+    graphs = lambda text: [line.strip() for line in text.splitlines() if "CUDA graphs" in line]
+    flags = flags_for(base, tmp_path / "run", dry_run_gib=24)
+    (line,) = graphs(told(capsys, monkeypatch, flags))
+    start = "CUDA graphs keep about 0."
+    assert line.startswith(start) and "of the vision tower" in line and "of the language model" in line, line
+    group = [*flags, "--data_path", str(base / "data/train.json"), "--model_ckpt", "none"]
+    (line,) = graphs(told(capsys, monkeypatch, group, train_grpo))
+    assert line.startswith(start), line
+    (line,) = graphs(told(capsys, monkeypatch, flags_for(base, tmp_path / "run", dry_run_gib=0.05)))
+    assert line == "CUDA graphs: none, no pass is small enough for what is left of the device"
+    assert not graphs(told(capsys, monkeypatch, [*flags, "--cuda_graphs", "False"]))
+    assert not graphs(told(capsys, monkeypatch, flags_for(base, tmp_path / "run")))  # a CPU has none
 
 
 def test_where_memory_is_short_decoding_is_slow(base, tmp_path, monkeypatch):  # noqa: F811

@@ -46,13 +46,18 @@ class Load:
     clips: int = 0
     segments: int = 1  # sequences, or prompts and completions
     keys: int | None = None  # keys that attention reads, where completions share a prompt; None = T
-    step: int = 0  # patches of the largest grid step: no part of a long video is smaller
+    part: int = 0  # the largest part of a clip, should the batch have to be cut: see part_of_clip
 
     @property
     def asking(self):
         """Tokens that the last layer computes on a CPU in float32: from the first answer's on, one more a sequence
         than is answered; in a completion all are. (Of several answers in a sequence what lies between is left out.)"""
         return min(self.tokens, self.answers + (self.segments if self.keys is None else 0))
+
+
+def part_of_clip(t, h, w):
+    """Patches of a clip that go through the tower at a time where a batch is long (vision.VisionTower.in_parts)."""
+    return min(t, max(1, PART // (h * w))) * h * w
 
 
 class Cost(NamedTuple):
@@ -363,9 +368,9 @@ class Memory:
         return rows * cost.kept + cost.fixed
 
     def part(self, load, learning=True):
-        """Patches that go through the tower at a time: with recomputation a long video is cut (vision.in_parts)."""
+        """Patches that go through the tower at a time: with recomputation many are cut."""
         cut = learning and self.recompute and self.costs.thawed_vision and load.patches > LONG
-        return min(load.patches, max(PART, load.step)) if cut else load.patches
+        return load.part if cut else load.patches
 
     def kept_vision(self, load, costs):
         """A long video's parts are made again from its patches, and only the tower's output stays."""

@@ -149,7 +149,7 @@ class Plan:
     def group_loads(self, cfg):
         """The micro-batches of a GRPO step's update."""
         groups = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
-        prompts = [(size.tokens, size.patches, size.step) for size in self.largest(groups)]
+        prompts = [(size.tokens, size.patches, size.part) for size in self.largest(groups)]
         return group_loads(prompts, [[cfg.max_completion_length] * cfg.num_generations] * len(prompts), cfg)
 
     def evaluation(self, cfg, memory):
@@ -334,7 +334,7 @@ class Plan:
         found = memory.graphs(loads, most - CONTEXT, self.device.whole, sizes)
         what = ", ".join(f"{size / GIB:.2f} of the {stack}" for stack, size in found.items())
         if not found:
-            return "CUDA graphs: none, no pass is small enough"
+            return "CUDA graphs: none, no pass is small enough for what is left of the device"
         size = sum(found.values()) / GIB
         return f"CUDA graphs keep about {size:.2f} GiB beside that ({what}); --cuda_graphs False spares it"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from data import text_length
 from dataset.records import Media
 from model import UserError
-from training.memory import Load
+from training.memory import Load, part_of_clip
 
 
 class Size(NamedTuple):
@@ -27,7 +27,7 @@ class Size(NamedTuple):
     vision: int  # tokens
     patches: int
     clips: int
-    step: int = 0  # patches of the largest grid step
+    part: int = 0  # patches of the largest part of a clip (memory.part_of_clip)
 
     def __len__(self):  # as an Example's, for prompt_batches
         return self.tokens
@@ -60,8 +60,8 @@ def survey(records, processor, answer, look, workers=1):
         vision = sum(plan.num_tokens for plan in plans)
         answers = sum(len(piece) for piece, trained in pieces if trained and not isinstance(piece, Media))
         patches = sum(plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2] for plan in plans)
-        step = max((plan.grid_thw[1] * plan.grid_thw[2] for plan in plans), default=0)
-        size = Size(text_length(pieces) + vision, answers, vision, patches, len(plans), step)
+        part = max((part_of_clip(*plan.grid_thw) for plan in plans), default=0)
+        size = Size(text_length(pieces) + vision, answers, vision, patches, len(plans), part)
         return size, {plan.kind for plan in plans}
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -91,16 +91,16 @@ def sft_loads(loader, found, steps):
             for members in bins:
                 sizes = [found.sizes[i] for i in members if found.sizes[i]]
                 tokens, answers, _, patches, clips, _ = map(sum, zip(*sizes)) if sizes else (1, 0, 0, 0, 0, 0)
-                step_size = max((size.step for size in sizes), default=0)
-                loads.append(Load(tokens, answers, patches, clips, max(1, len(sizes)), step=step_size))
+                part = max((size.part for size in sizes), default=0)
+                loads.append(Load(tokens, answers, patches, clips, max(1, len(sizes)), part=part))
     return loads, most
 
 
 def group_loads(prompts, completions, cfg):
     """The update's micro-batches of a rank, as train_grpo.micro_batches cuts them: a Load each.
 
-    prompts: (tokens, patches, patches of its largest grid step) of each; completions: their completions' lengths, a
-    list a prompt.
+    prompts: (tokens, patches, those of its largest part) of each; completions: their completions' lengths, a list a
+    prompt.
     """
     bins, tokens = [], 0  # of (prompt number, length)
     for number, lengths in enumerate(completions):
@@ -123,5 +123,5 @@ def _load(prompts, members):
     answers = sum(length for _, length in members)
     keys = shared + sum(prompts[number][0] - 1 + length for number, length in members)
     patches = sum(prompts[number][1] for number in own)
-    step = max(prompts[number][2] for number in own)
-    return Load(shared + answers, answers, patches, len(own), len(own) + len(members), keys, step)
+    part = max(prompts[number][2] for number in own)
+    return Load(shared + answers, answers, patches, len(own), len(own) + len(members), keys, part)
