@@ -172,6 +172,7 @@ def test_an_adapter_brings_its_own_rank(base, sft, tmp_path, capsys, monkeypatch
 
 
 def test_what_does_not_fit_says_what_would(base, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plan, "CONTEXT", int(0.6 * plan.GIB))  # or what the model takes is nothing beside it
     flags = flags_for(base, tmp_path / "run", dry_run_gib=0.61, per_device_train_batch_size=20, pack_tokens=4096)
     text = told(capsys, monkeypatch, flags)
     (verdict,) = [line.strip() for line in text.splitlines() if "DOES NOT FIT" in line]
@@ -181,6 +182,7 @@ def test_what_does_not_fit_says_what_would(base, tmp_path, capsys, monkeypatch):
 
 
 def test_remedies_do_what_they_say(base, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plan, "CONTEXT", int(0.6 * plan.GIB))
     cfg = parse(SFT, flags_for(base, tmp_path / "run", dry_run=True, dry_run_gib=0.61, per_device_train_batch_size=20))
     records, device = read_records(cfg.data_path), plan.Device.here(cfg)
 
