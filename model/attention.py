@@ -202,12 +202,17 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     if H != K:  # grouped queries: repeat here, because SDPA's own flag keeps the CPU from its fused kernel
         k, v = (x[:, :, None].expand(-1, -1, H // K, -1).reshape(-1, H, D) for x in (k, v))
     buckets = segments.buckets(q.device)
+
+    def take(x: Tensor, rows: Tensor | None) -> Tensor:
+        # not x[rows]: on a CPU its gradient adds up a row's many uses in any order, and takes ten times as long
+        return x if rows is None else x.index_select(0, rows.flatten())
+
     pieces, places = [], []
     for bucket in buckets:
         b, n, m = bucket.shape
-        qb = (q if bucket.q_index is None else q[bucket.q_index.flatten()]).view(b, n, H, D).transpose(1, 2)
-        kb = (k if bucket.k_index is None else k[bucket.k_index.flatten()]).view(b, m, H, D).transpose(1, 2)
-        vb = (v if bucket.k_index is None else v[bucket.k_index.flatten()]).view(b, m, H, D).transpose(1, 2)
+        qb = take(q, bucket.q_index).view(b, n, H, D).transpose(1, 2)
+        kb = take(k, bucket.k_index).view(b, m, H, D).transpose(1, 2)
+        vb = take(v, bucket.k_index).view(b, m, H, D).transpose(1, 2)
         out = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bucket.mask, is_causal=bucket.is_causal)
         out = out.transpose(1, 2).reshape(b * n, H, D)
         if bucket.q_index is None:

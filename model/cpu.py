@@ -91,23 +91,6 @@ class RMSNorm(torch.autograd.Function):
         return g.addcmul_(unit, along).mul_(r), d_weight, None
 
 
-class Take(torch.autograd.Function):
-    """x[rows] of rows that are all different: indexing adds up its gradient one row after the other."""
-
-    @staticmethod
-    def forward(ctx, x, rows):
-        ctx.save_for_backward(rows)
-        ctx.shape = x.shape
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx, g):
-        (rows,) = ctx.saved_tensors
-        d_x = g.new_zeros(ctx.shape)
-        d_x[rows] = g
-        return d_x, None
-
-
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up; only gate and up are kept."""
 

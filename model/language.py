@@ -61,7 +61,7 @@ class Attention(nn.Module):
             q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         else:
             k, v = project(x, self.k_proj, self.v_proj)
-            (q,) = project(cpu.Take.apply(x, rows), self.q_proj)
+            (q,) = project(x.index_select(0, rows), self.q_proj)
         k = rotate(k.view(-1, self.K, self.D), tables)
         q = rotate(q.view(-1, self.H, self.D), tables if rows is None else [table[rows] for table in tables])
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))
@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, tables, attention, rows: Tensor | None = None) -> Tensor:
         """(T, C), or with rows (n,), the tokens whose result is wanted: (n, C)"""
         inner = self.self_attn(self.input_layernorm(x), tables, attention, rows)
-        x = (x if rows is None else cpu.Take.apply(x, rows)) + inner
+        x = (x if rows is None else x.index_select(0, rows)) + inner
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

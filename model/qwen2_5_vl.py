@@ -193,9 +193,7 @@ class Qwen2_5_VL(nn.Module):
             stack = self.model.layers, self.model.through
             x = self.captures.run(*stack, x, tables, segments, recompute)
         x = self.model.norm(x)
-        if asking is not None and len(asking) == len(rows):
-            return x
-        return x if rows is None else x[rows]
+        return x if rows is None else x.index_select(0, rows)
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through loss.py, which never holds them all."""

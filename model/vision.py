@@ -157,14 +157,14 @@ class VisionTower(nn.Module):
         # on a CPU few at a time: as floats the patches of a batch would go through memory, not the cache
         parts = patches.split(CPU_PATCHES) if patches.device.type == "cpu" else [patches]
         x = stack([self.patch_embed(part) for part in parts])  # (P, width)
-        x = x.view(P // cell, -1)[plan.order].view(P, -1)  # in window order
+        x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
         tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
         segments = [plan.windows, plan.steps]
         if captures:
             x = captures.run(self.blocks, self.through, x, tables, segments, recompute)
         else:
             x = self.through(x, tables, segments, recompute)
-        return self.merger(x)[plan.back]
+        return self.merger(x).index_select(0, plan.back)
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
         """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part

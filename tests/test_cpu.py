@@ -11,7 +11,7 @@ from torch import nn
 import lora
 from config import SFT
 from model import cpu, linear
-from model.attention import Segments
+from model.attention import Segments, attend_dense
 from model.cpu_decode import FusedStep
 from model.decode import Sampling, Step, draw, generate_plain
 from model.kernels import rotate_pairs
@@ -120,3 +120,14 @@ def test_a_token_without_chance_is_never_drawn():
     ids = draw(scores, torch.Generator().manual_seed(0))
     counts = ids.bincount(minlength=6).tolist()
     assert counts[1] + counts[4] == 20_000 and abs(counts[4] / 20_000 - 0.8) < 0.015, counts  # 5 standard deviations
+
+
+def test_a_gradient_is_the_same_bit_for_bit_every_time():
+    """Prompt keys that many completions share, and padding that takes one token again and again: sums of many rows."""
+    generator = torch.Generator().manual_seed(0)
+    segments = Segments.shared_prompt([300], [[30, 57, 49, 25, 40, 33, 60, 44]])
+    q, k, v = (torch.randn(segments.num_tokens, heads, 64, generator=generator) for heads in (4, 2, 2))
+    first = gradients(lambda *x: attend_dense(*x, segments), q, k, v)
+    for _ in range(20):
+        again = gradients(lambda *x: attend_dense(*x, segments), q, k, v)
+        assert all(mine.equal(before) for mine, before in zip(again, first, strict=True))
