@@ -357,6 +357,8 @@ def generate_from_folder(cfg: Generate) -> dict:
         f"{out}: {len(parts['train'])} train, {len(parts['val'])} val of {classes} classes, "
         f"{len(broken)} unreadable{more}; {time.monotonic() - began:.1f} s"
     )
+    if not Path(cfg.from_folder).resolve().is_relative_to(Path.cwd()):
+        print("note: the clips lie outside the current folder: to read them, trainers need --allow_outside_files True")
     return metadata
 
 
