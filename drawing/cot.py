@@ -336,9 +336,12 @@ class Cache:
                 raise UserError(f"{path}: line {number} is not an answer; mend or remove the file") from None
         self.file = open(path, "ab", buffering=0)
         self.file.truncate(len(whole))
+        self.size, self.fault = len(whole), None  # bytes of whole lines; why nothing more can be kept
 
     def check_room(self, size: int) -> None:
         """UserError unless the disk has `size` bytes left: an answer that cannot be kept must not be paid for."""
+        if self.fault:
+            raise UserError(self.fault)
         disk = os.statvfs(self.path)
         if disk.f_bavail * disk.f_frsize < size:
             raise UserError(f"{self.path}: the disk is full; make room and run again, answers so far are kept")
@@ -346,15 +349,17 @@ class Cache:
     def add(self, key: str, text) -> None:
         line = json.dumps({"key": key, "text": text}, ensure_ascii=True).encode() + b"\n"
         with self.lock:
-            size, written = self.file.tell(), 0
+            written = 0
             try:
                 while written < len(line):
                     written += self.file.write(line[written:])
                 os.fsync(self.file.fileno())
             except OSError as error:
-                self.file.truncate(size)  # or the next answer would stand behind half of this one
+                self.file.truncate(self.size)  # or the next answer would stand behind half of this one
                 told = f"{self.path}: cannot be written ({error.strerror})"
-                raise UserError(f"{told}; make room and run again, answers so far are kept") from None
+                self.fault = f"{told}; make room and run again, answers so far are kept"
+                raise UserError(self.fault) from None
+            self.size += len(line)
             self.texts.setdefault(key, []).append(text)
 
     def close(self) -> None:

@@ -293,6 +293,8 @@ def command(tmp_path, url, **popen):
     flags = ["--output_dir", str(tmp_path / "set"), "--num_samples", "40", "--cot", "--cot_source", "openai"]
     environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
     environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    # a shell's background jobs, and what they start, would ignore Ctrl-C
+    popen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | popen
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment, "text": True}
     return subprocess.Popen([sys.executable, "generate.py", *flags, "--workers", "1"], **pipes | popen)
 
