@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from flags import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
+from model import nearest
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "inert", "parse", "split_list"]
@@ -270,7 +271,8 @@ class CommonTrain(VideoArgs, LoraArgs):
         one_of(self, "save_strategy", "steps", "epoch", "no")
         wanted = [name for name in split_list(self.report_to) if name not in ("tensorboard", "wandb")]
         expected = "none, or names out of tensorboard, wandb, separated by commas"
-        require(not wanted or self.report_to == "none", "report_to", self.report_to, expected)
+        hint = nearest(wanted[0], ("none", "tensorboard", "wandb")) if wanted else ""
+        require(not wanted or self.report_to == "none", "report_to", self.report_to, expected + hint)
         require(not (self.bf16 and self.fp16), "fp16", True, "False while --bf16 is True: choose one")
         require(not (self.resume and self.overwrite), "resume", True, "False while --overwrite is True: choose one")
 

@@ -337,6 +337,9 @@ def describe_time(plan: ClipPlan, config: ModelConfig) -> list[str]:
     return lines
 
 
+SHOWN = 8  # samples that cannot be used, named one by one
+
+
 def describe_dataset(file: str, processor: Processor) -> list[str]:
     """The lines that tell the lengths of a dataset's samples, and which of them are broken."""
     args = copy(processor.args)
@@ -348,12 +351,17 @@ def describe_dataset(file: str, processor: Processor) -> list[str]:
         try:
             lengths.append(processor.length(records[i], name=f"sample {i}"))
         except UserError as error:
-            broken.append(f"  skipped   sample {i}: {error}")
+            which = "" if str(error).startswith(f"sample {i}") else f"sample {i}: "
+            broken.append(f"  skipped   {which}{error}")
+    if not lengths:
+        first = broken[0].removeprefix("  skipped   ")
+        raise UserError(f"{file}: none of its {len(records)} samples can be used; the first: {first}")
     low, median, high = np.percentile(lengths or [0], (0, 50, 100))
     spread = f"{low:.0f} to {high:.0f} a sample, median {median:.0f}"
     lines = [file, f"  samples   {len(lengths)}, {sum(lengths)} tokens: {spread}"]
     lines += [f"  rebudget  {name}: {told}" for name, told in processor.rebudgeted.items()]
-    return lines + broken
+    more = [f"  skipped   {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
+    return [*lines, *broken[:SHOWN], *more]
 
 
 def main(argv: list[str] | None = None) -> None:

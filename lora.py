@@ -33,11 +33,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from model import UserError, nearest
 from model.adapters import BlockAdapters, LoRALinear
+from model.qwen2_5_vl import save_tensors
 
 # Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
 PARTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
@@ -314,7 +315,7 @@ def save_adapter(model, folder, base_model, old_keys=False):
     tensors = {f"base_model.model.{k}": t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / TENSORS)
     config = _adapter_config(model.lora_args, list(layers), base_model, old_keys)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -167,6 +167,8 @@ def claim(folder, cfg):
     except OSError as error:
         raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
+    if set(others) <= {RUN, DATA, START}:  # of a run that ended before its first step
+        others = []
     if others and not (cfg.resume or cfg.overwrite):
         what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
         raise UserError(f"--output_dir: {folder} already holds {what}, expected nothing; --resume or --overwrite")

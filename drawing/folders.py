@@ -31,7 +31,7 @@ from dataset.reader import read_frames, read_packets
 from dataset.records import read_turns
 from dataset.video import Options, plan_clip
 from drawing import cot, preview
-from model import UserError
+from model import UserError, nearest_path
 from rewards import is_correct, sample_from_record
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
@@ -58,7 +58,8 @@ def words_of(name: str) -> str:
 def find_clips(root: Path) -> tuple[list[Clip], list[str]]:
     """The clips of all classes, in order, and lines on what was passed over. UserError where there are no classes."""
     if not root.is_dir():
-        raise UserError(f"--from_folder {root}: no such folder; expected one with a folder for each class")
+        hint = nearest_path(root)
+        raise UserError(f"--from_folder {root}: no such folder; expected one with a folder for each class{hint}")
     parts = {path: PARTS[path.name.lower()] for path in entries(root) if is_part(path)}
     clips, notes = [], []
     if parts and set(parts.values()) != {"train", "val"} and "train" not in parts.values():

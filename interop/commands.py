@@ -68,13 +68,14 @@ def merge(cfg, adapter):
 def convert(cfg, adapter):
     """The adapter under the key names of the other transformers."""
     from interop.keys import NEW, OLD, renamed, styles
-    from lora import CONFIG, TENSORS, read_adapter, save_file
+    from lora import CONFIG, TENSORS, read_adapter
+    from model.qwen2_5_vl import save_tensors
 
     config, tensors = read_adapter(adapter)
     style = cfg.keys or (OLD if styles(tensors) == [NEW] else NEW)
     config, tensors = renamed(config, tensors, style, adapter)
     with new_folder(cfg.output_dir) as folder:
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / TENSORS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (adapter / STATE).is_file():
             shutil.copyfile(adapter / STATE, folder / STATE)

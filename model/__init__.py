@@ -37,7 +37,9 @@ def nearest_path(path) -> str:
 
     path = Path(path)
     try:
-        wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
+        wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
+        if wrong is None:  # it is there, and something else
+            return ""
         there = list(islice(wrong.parent.iterdir(), 10_000)) if wrong.parent.is_dir() else []
     except (OSError, ValueError):  # not to be read, or no name at all: then there is no hint
         return ""

@@ -6,6 +6,7 @@ config.json, never from defaults: 3B, 7B, 32B and 72B are the same code.
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -317,6 +318,14 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
+def save_tensors(tensors: dict, path: Path) -> None:
+    """A safetensors file that may be read by whom other new files may be: safetensors makes it for its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_shards(tensors, folder: Path, limit: int | None = None) -> list[str]:
     """(name, CPU tensor) one after the other -> model.safetensors, or several files and their index; their names.
 
@@ -325,7 +334,7 @@ def write_shards(tensors, folder: Path, limit: int | None = None) -> list[str]:
     limit, shard, shards, size = limit or SHARD_BYTES, {}, [], 0
 
     def flush():
-        save_file(shard, folder / f".model-{len(shards)}.tmp", metadata={"format": "pt"})
+        save_tensors(shard, folder / f".model-{len(shards)}.tmp")
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
         shard.clear()
 

@@ -67,11 +67,18 @@ def read_rows(path: Path, notes: list[str]) -> list[dict]:
     return rows
 
 
+OF_A_RUN = ("run.json", "metrics.jsonl", "rollouts.jsonl")
+
+
 def read_run(folder: Path) -> Run:
     """UserError if there is no such folder; whatever is missing inside is missing on the page."""
     if not folder.is_dir():
         expected = f"expected a run's folder, the --output_dir of a training{nearest_path(folder)}"
         raise UserError(f"{folder}: no such folder; {expected}")
+    if not any((folder / name).is_file() for name in OF_A_RUN):
+        runs = sorted(str(path.parent) for path in folder.glob("*/run.json"))[:3]
+        below = f"; did you mean {' or '.join(runs)}?" if runs else ""
+        raise UserError(f"{folder}: none of {', '.join(OF_A_RUN)} is there; expected the --output_dir of a run{below}")
     notes = []
     about, best, data = (read_object(folder / name, notes) for name in ("run.json", "best.json", "data.json"))
     rows = read_rows(folder / "metrics.jsonl", notes)

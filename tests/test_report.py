@@ -210,8 +210,12 @@ def test_a_missing_file_is_a_missing_section(grpo_run, missing):
     assert ('id="evaluation"' in text) == (missing != "eval.json")
 
 
-def test_an_empty_folder_makes_a_page(tmp_path):
-    text = page_of(tmp_path)
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text("{}")
+    with pytest.raises(UserError, match="none of run.json, .* is there; .* did you mean .*runs/a"):
+        page_of(tmp_path / "runs")
+    text = page_of(tmp_path / "runs/a")
     assert "Nothing has been written" in text and "<section" not in text
 
 
@@ -262,6 +266,7 @@ def test_no_folder_and_no_room_are_the_users_errors(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         report.write_report([tmp_path / "none"], tmp_path / "x.html")
     with pytest.raises(UserError, match="cannot be written"):
+        (tmp_path / "metrics.jsonl").touch()
         report.write_report([tmp_path], tmp_path / "none" / "x.html")
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from config import changed
-from lora import part_of, sizes
+from lora import FLAT, part_of, sizes
 from model import UserError
 from training.checkpoint import METRICS, sync
 from training.trackers import numbers_of, open_trackers
@@ -91,7 +91,7 @@ def trained_shares(model):
     counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
-        counts[part_of(name)][1] += numbers[name]
+        counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own, as the plan says
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{part} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for part, (some, whole) in counts.items()]
 
