@@ -226,11 +226,12 @@ class Plan:
 
     def brief(self):
         """For the start of a run: data, memory, time."""
-        data, there, packing = self.data, self.data.there, self.packing()
+        data, there = self.data, self.data.there
+        packing = self.packing() if self.sampled is None else self.group_packing()
         tokens, vision = sum(size.tokens for size in there), sum(size.vision for size in there)
         told = f"{len(data.sizes):,} samples ({data.looked:,} looked at), {tokens:,} tokens an epoch, {vision:,} vision"
         (memory, *_), verdict = list(self.memory_lines()), self.verdict()
-        yield f"  data       {told}{'; ' if packing else ''}{packing}"
+        yield f"  data       {told}; {packing}"
         yield memory + (f"; {verdict}" if verdict else "")
         yield f"  time       {self.time()}"
 
@@ -257,10 +258,8 @@ class Plan:
                 yield f"             a run would stop: max_skip_share is {self.cfg.max_skip_share}"
 
     def packing(self):
-        """Micro-batches, how full they are, and what padding would have cost. "" for GRPO."""
+        """Micro-batches, how full they are, and what padding would have cost."""
         cfg = self.cfg
-        if self.sampled is not None:
-            return ""
         tokens, count = sum(load.tokens for load in self.loads), len(self.loads)
         lengths = [size.tokens for size in self.data.there]
         padding = 1 - statistics.fmean(lengths) / max(lengths)
@@ -269,6 +268,17 @@ class Plan:
         if cfg.pack_tokens:
             told += f", {tokens / count / cfg.pack_tokens:.0%} of pack_tokens {cfg.pack_tokens:,}"
         return f"{told}; no padding (in padded batches up to {padding:.0%})"
+
+    def group_packing(self):
+        """The same of GRPO's updates, for the largest prompts and completions of full length."""
+        cfg, G, loads = self.cfg, self.cfg.num_generations, self.group_loads(self.cfg)
+        tokens, count = sum(load.tokens for load in loads), len(loads)
+        groups = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // G
+        prompts = sum(size.tokens for size in self.largest(groups))
+        repeated = G * (prompts + len(self.largest(groups)) * cfg.max_completion_length)
+        full = f", {tokens / count / cfg.pack_tokens:.0%} of pack_tokens {cfg.pack_tokens:,}" if cfg.pack_tokens else ""
+        told = f"{count} micro-batches a step and rank, {tokens / count:,.0f} tokens each{full}"
+        return f"{told}; no padding, {tokens / repeated:.0%} of what {G} times the prompt would take"
 
     def step_lines(self):
         cfg, loader = self.cfg, self.loader
@@ -281,9 +291,8 @@ class Plan:
             G = cfg.num_generations
             told = f"{batch} completions x {micro} x {ranks} = {batch * micro // G * self.world} groups of {G}"
             yield f"  a step     samples {loader.global_batch} prompts x {G}, trains on {told}"
-            most = f"{cfg.pack_tokens:,} tokens" if cfg.pack_tokens else f"{batch} completions"
-            told = f"completions of at most {cfg.max_completion_length} tokens, micro-batches of at most {most}"
-            yield f"             {told}"
+            yield f"             with the largest prompts and {cfg.max_completion_length} tokens a completion:"
+            yield f"             {self.group_packing()}"
         tokens = sum(size.tokens for size in self.data.there) * self.steps / loader.steps_per_epoch
         epochs = self.steps / loader.steps_per_epoch
         what = "tokens" if self.sampled is None else "prompt tokens"
