@@ -14,6 +14,7 @@ from pathlib import Path
 
 from config import as_dict, split_list
 from model import UserError
+from reporting.charts import NOT_CHARTED, flat
 from reporting.frames import clip_folders, gif
 from reporting.rollouts import parts
 from training.checkpoint import METRICS, RUN, read_json, write_json
@@ -38,8 +39,10 @@ def open_trackers(run):
 
 
 def numbers_of(row):
-    """The numbers of a row of metrics.jsonl."""
-    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    """The numbers of a row of metrics.jsonl; of its evaluation too, as "evaluation/controls/reversed/accuracy"."""
+    deep = {name: value for name, value in flat(row.get("evaluation") or {}, "evaluation/") if value is not None}
+    deep = {name: value for name, value in deep.items() if not NOT_CHARTED & {*name.split("/")}}
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))} | deep
 
 
 def rollout_table(rows):
