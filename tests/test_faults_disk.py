@@ -285,6 +285,7 @@ def test_a_standard_output_that_is_full(base, tmp_path, script):
     """As with `> log` on a full disk; with `2>&1` only the exit code can tell."""
     clip = next((base / "data/videos").iterdir())
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
     flags = {"generate.py": ["--output_dir", tmp_path / "set", "--num_samples", 8], "report.py": [tmp_path / "run"]}
     flags = flags.get(script, [clip, "--model_id", base / "tiny"])
     with open("/dev/full", "w") as device:
