@@ -238,7 +238,9 @@ def test_a_folder_that_may_not_be_written(base, tmp_path, script):
 def test_a_dataset_that_may_not_be_read(base, tmp_path):
     shutil.copyfile(base / "data/train.json", tmp_path / "train.json")
     (tmp_path / "train.json").chmod(0)
-    one_line(run_script("data.py", tmp_path / "train.json", plain=True), "train.json", "Permission denied")
+    done = run_script("data.py", tmp_path / "train.json", plain=True)
+    one_line(done, "train.json", "Permission denied")
+    assert done.stdout == ""  # nothing of it is told as if it had been read
 
 
 # The other scripts
