@@ -24,6 +24,7 @@ from dataset.video import Options, frame_size
 from lora import hf_name, homes, targets
 from model.attention import Segments
 from model.captured import Captures
+from model.cost import head_flops, language_flops, vision_flops
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
@@ -155,28 +156,10 @@ def ceilings(device) -> tuple[float, float]:
     return matrix, 2 * x.numel() / timed(lambda: y.copy_(x), device)[0]
 
 
-def vision_flops(config: ModelConfig, grid) -> float:
-    """Arithmetic of the tower for one clip, one pass: its products with weights, and attention within windows and, in
-    a few blocks, within whole grid steps."""
-    v, (t, h, w) = config.vision, grid
-    P, cell = t * h * w, v.spatial_merge_size**2 * v.hidden_size
-    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
-    embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
-    merger = (cell * cell + cell * v.out_hidden_size) / v.spatial_merge_size**2
-    whole = len(v.fullatt_block_indexes)
-    keys = whole * h * w + (v.depth - whole) * min(h * w, (v.window_size // v.patch_size) ** 2)
-    return 2 * P * (block * v.depth + embed + merger) + 4 * P * keys * v.hidden_size
-
-
 def forward_flops(config: ModelConfig, work: Workload, group: int = 1, head_tokens: int = 0) -> float:
     """Arithmetic of one pass over a clip, its prompt once, `group` completions of it, and the head for some tokens."""
-    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    kv = config.num_key_value_heads * config.head_dim
-    layer = 2 * C * C + 2 * C * kv + 3 * C * inner
-    prompt, own = work.prompt_tokens, work.completion
-    pairs = prompt * prompt / 2 + group * own * (prompt + own / 2)  # queries x keys, causal
-    language = L * (2 * (prompt + group * own) * layer + 4 * pairs * C)
-    return vision_flops(config, work.grid) + language + 2 * head_tokens * C * config.vocab_size
+    language = language_flops(config, work.prompt_tokens, [work.completion] * group)
+    return vision_flops(config, work.grid) + language + head_flops(config, head_tokens)
 
 
 def step_bytes(model, work: Workload, N: int, G: int, mean_own: float) -> float:
