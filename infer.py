@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
+from config import Infer, VideoArgs, as_dict, cli, parse, split_list
 from dataset.index import read_records
 from dataset.records import IMAGE_SUFFIXES
+from effects import inert
 from flags import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import as_dict, inert
+from config import as_dict
 from dataset.sheet import sheet
+from effects import inert
 from interop.merged import copy_small_files
 from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
 from model import UserError

@@ -7,7 +7,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import Adapter, inert, parse
+from config import Adapter, parse
+from effects import inert
 from model import UserError
 from training.checkpoint import STATE, find_adapter, sync
 

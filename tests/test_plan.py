@@ -15,8 +15,9 @@ from test_train_sft import base, flags_for, metrics, sft  # noqa: F401 (fixtures
 import train_grpo
 import train_sft
 from bench.workloads import config_dict
-from config import GRPO, SFT, inert, parse
+from config import GRPO, SFT, parse
 from data import Loader, Processor, load_tokenizer, read_records
+from effects import inert
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL

@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from config import as_dict, inert
+from config import as_dict
 from data import Processor, load_tokenizer
 from dataset.video import ROW
+from effects import inert
 from lora import FLAT, inject, load_adapter, lora_layers, part_of, set_trainable, sizes
 from model.captured import MAX_KEPT
 from model.fast_decode import MARGIN
