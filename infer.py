@@ -97,7 +97,8 @@ def load_model(cfg, adapter):
     once (model/fast_decode.py)."""
     import torch
 
-    from lora import load_adapter, merge
+    from interop.saved import load_adapter
+    from lora import merge
     from model.qwen2_5_vl import Qwen2_5_VL, not_finite
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from dataset.video import ROW
-from lora import inject, load_adapter, set_trainable
+from interop.saved import load_adapter
+from lora import inject, set_trainable
 from model.fast_decode import MARGIN
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
 from training.checkpoint import find_adapter
