@@ -118,9 +118,13 @@ def progress(total, rank=0, **more):
     """A bar with the time left, on rank 0's terminal; nothing where output goes to a file."""
     hidden = rank > 0 or not sys.stdout.isatty()
     return tqdm(total=total, disable=hidden or None, leave=False, dynamic_ncols=True, **more)  # None: by stderr
+def line(row):
+    return json.dumps(row, ensure_ascii=False)
+
+
 def append(path, rows):
-    """Add a line for each object to a .jsonl: all of them, or none and UserError."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    """Add a line for each object to a .jsonl: all of them, or none and UserError. rows: objects, or their lines."""
+    text = "".join(f"{row if isinstance(row, str) else line(row)}\n" for row in rows).encode()
     try:
         with open(path, "ab", buffering=0) as file:
             size, written = file.tell(), 0
