@@ -37,11 +37,8 @@ from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
-    check_left_out,
-    check_numbers,
     finish,
     is_due,
-    keep_count,
     launch,
     report,
     save,
@@ -51,6 +48,7 @@ from trainer import (
     total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
+from training.counting import check_left_out, check_numbers, keep_count
 from training.engine import gather, global_max, update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
 from training.full import sample, told_when_full
