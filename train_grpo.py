@@ -9,9 +9,9 @@ A clip goes through the same preprocessing and positions when its group is sampl
 sampling and in the update alike the prompt stands once for its G completions. training/grpo.py has the mathematics,
 training/groups.py what is told of the completions, training/dealing.py how several ranks share a step.
 
-With several ranks a step has two gathers of plain objects and one look at the device in each of its phases: all
-completions after sampling; sums, counts and told lines after the update. (A further sum and look for each update beyond
-the first of --num_iterations; what DeepSpeed reduces; the question whether a signal came.)
+Beside DeepSpeed's gradients, the ranks meet twice a step: they gather all completions with their rewards once these
+are sampled, and add up the update's sums, sent before AdamW's step and read when the host has waited for the gradient
+norm. (Each further update of --num_iterations adds one such sum; an evaluation and a checkpoint have their own.)
 """
 
 # ruff: noqa: E402
@@ -21,12 +21,9 @@ if __name__ == "__main__":
     cli(lambda: parse(GRPO))  # before torch is imported, so that --help and a mistyped flag answer at once
 
 import copy
-import json
 import math
 import time
-from collections import Counter
-from functools import cache, partial, reduce
-from operator import add
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -41,11 +38,8 @@ from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
-    check_left_out,
-    check_numbers,
     finish,
     is_due,
-    keep_count,
     launch,
     report,
     save,
@@ -55,13 +49,13 @@ from trainer import (
     total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
-from training.dealing import SAMPLED_TOKENS, PromptLoader, exchange, share_of_update, to_sample
-from training.engine import gather, update
+from training.counting import check_left_out, check_numbers, keep_count
+from training.dealing import SAMPLED_TOKENS, Clock, PromptLoader, Sums, exchange, share_of_update, to_sample
+from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
 from training.full import sample, told_when_full
 from training.groups import (
     ROLLOUTS,
-    SUMS,
     Alarm,
     Rollout,
     best_and_worst,
@@ -75,7 +69,7 @@ from training.groups import (
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
-from training.runlog import Log, append, line
+from training.runlog import Log, append
 
 
 def main():
@@ -96,40 +90,39 @@ def main():
     run.notes += notes(run, loader, records, held_out)
     engine = start(run, model, total)
     tell_data(run, processor, records, held_out)
-    log = Log(run, total, columns(rewards, run.world))
+    log, clock = Log(run, total, columns(rewards)), Clock(run, engine)
     alarm = Alarm(run.state.get("loop", {}).get("alarm"))
     batches = loader.iterate(run.step, total)
     if held_out and run.step == 0:
         evaluate_and_tell(run, model, processor, held_out, log)
 
     for step in range(run.step + 1, total + 1):
-        began = time.perf_counter()
+        began = clock.begin()
         units = next(batches)
         waited = time.perf_counter() - began
 
         # sample a group of completions for each prompt and score them; then all ranks know them all
         run.seed_step(step)
-        found = roll_out(run, model, processor, loader, rewards, step, units, began)
+        found = roll_out(run, model, processor, loader, rewards, step, units, clock)
         health, counts = compare_within_groups(run, found.groups, groups_per_step(cfg) * run.world)
         sampled = time.perf_counter()
 
         # update the policy with the groups that differ within themselves
         lr = schedule(engine, cfg, step - 1, total)
-        metrics, lines = learn(run, engine, frozen, loader, found, counts, step)
+        metrics, rows, told = learn(run, engine, frozen, loader, found, counts, step)
 
-        run.step = step
-        now = time.perf_counter()
-        metrics |= health | {"lr": lr, "epoch": step / loader.steps_per_epoch} | found.idle_share(now - began)
-        metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": now - sampled}
-        log.step(step, metrics, now - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        show(run, log, alarm, step, metrics, found.groups, lines)
+        run.step, seconds = step, clock.end()
+        metrics |= health | found.told | {"lr": lr, "epoch": step / loader.steps_per_epoch}
+        metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
+        log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
+        show(run, log, alarm, step, metrics, found.groups, rows)
 
         # answer accuracy, checkpoint, end
         better = False
         if held_out and is_due(cfg.eval_steps, step, total):
-            better = evaluate_and_tell(run, model, processor, held_out, log)
+            better, told = evaluate_and_tell(run, model, processor, held_out, log), None
             report(run)
-        stop = run.stop_requested()
+        stop = run.stop_requested(told)
         if better or stop or is_due(saved_every(cfg, loader), step, total):
             save(run, engine, step, {"alarm": alarm.state})
         if stop:
@@ -210,9 +203,8 @@ def freeze_reference(model, cfg):
 # Sampling
 
 
-def roll_out(run, model, processor, loader, rewards, step, units, began):
-    """A group of completions for each prompt of the step, scored -> dealing.Found. units: this rank's prompts; began:
-    when it waited for them."""
+def roll_out(run, model, processor, loader, rewards, step, units, clock):
+    """A group of completions for each prompt of the step, scored -> dealing.Found. units: this rank's prompts."""
     done, failed = [], []
     for prompts in to_sample(run, loader, step, units, failed):
         groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
@@ -220,7 +212,7 @@ def roll_out(run, model, processor, loader, rewards, step, units, began):
         for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
             score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
         done += zip(prompts, groups, strict=True)
-    return exchange(run, loader, step, done, failed, began)
+    return exchange(run, loader, step, done, failed, clock)
 
 
 def sample_groups(run, model, processor, prompts, seeds, count=None):
@@ -287,67 +279,62 @@ def compare_within_groups(run, groups, wanted):
 
 
 def learn(run, engine, frozen, loader, found, counts, step):
-    """KL of what was sampled, and the updates with the groups that were chosen -> (metrics, lines of rollouts.jsonl).
-
-    counts: (tokens, completions) that the loss is divided by.
-    """
+    """KL of what was sampled, and the updates with the groups that were chosen -> (metrics, rows of rollouts.jsonl,
+    signal that a rank was sent). counts: (tokens, completions) that the loss is divided by."""
     cfg, model, fair = run.cfg, engine.module, max(1, groups_per_step(run.cfg) * run.world // 4)
-    fair_groups = range(min(fair, len(found.groups)))
-    passes, untrained, most = share_of_update(run, model.config, loader, found, fair_groups)
-    batches = [micro_batch(found.prompts, rollouts, cfg) for rollouts in passes]
+    share, untrained, passes = share_of_update(run, model.config, loader, found, range(min(fair, len(found.groups))))
+    batches = [micro_batch(found.prompts, rollouts, cfg) for rollouts in share]
     everyone = [rollout for group in found.groups for rollout in group]
     tokens = float(sum(len(rollout.ids) for rollout in everyone if rollout.trained and rollout.kept(cfg)))
-    grad_norm, updated, sums = None, False, Counter()
+    metrics, rows, sums = {"grad_norm": None, "updated": False, "trained_tokens": tokens}, [], Sums(run)
+
+    def send():  # while a GPU is busy with the passes the host has time to write
+        sums.send()
+        rows.extend(write_rollouts(run, step, loader, found))
+
     with told_when_full(run, f"training step {step}", [batch.packed for batch in batches]):
         batches = [batch.to(run.device) for batch in batches]
-        kl = reference_pass(run, model, frozen, found.prompts, untrained, batches, fair)
-        if tokens:  # else no group differs within itself: told by the alarm, and no fault of the numbers
-            grad_norm, updated, sums = train_on(run, engine, batches, counts, step, most)
-    metrics, last_loss, lines = gathered(run, loader, kl, sums, lines_of(step, loader.processor, found))
-    write_rollouts(run, step, lines)
-    if tokens:
-        check_numbers(run, step, last_loss, grad_norm, updated)
-    elif not all(rollout.sound for rollout in everyone):  # the model itself may be beyond repair
+        reference_pass(run, model, frozen, found.prompts, untrained, batches, fair, sums)
+        if tokens:
+            metrics |= train_on(run, engine, batches, counts, step, passes, sums, send)
+        else:  # no group differs within itself: told by the alarm, and no fault of the numbers
+            send()
+    total = sums.read()
+    check_left_out(run, found.broken)
+    if not tokens and not all(rollout.sound for rollout in everyone):  # the model itself may be beyond repair
         check_numbers(run, step, math.nan, math.nan, updated=False)
-    metrics |= {"trained_tokens": tokens, "prompt_tokens": float(sum(x.tokens for x in found.sampled))}
-    return metrics | {"grad_norm": grad_norm, "updated": updated}, lines
+    return metrics | token_metrics(cfg, total), rows, total["signal"]
 
 
-def reference_pass(run, model, frozen, prompts, untrained, batches, fair):
-    """Put the reference's log-probs into the batches that are trained on; what tells the KL to it.
+def reference_pass(run, model, frozen, prompts, untrained, batches, fair, sums):
+    """Put the reference's log-probs into the batches that are trained on, and add up what tells the KL to it.
 
     The KL is that over the first `fair` groups as they were sampled, a quarter as many as a step trains on: the groups
     trained on are no fair sample; chosen for rare outcomes, they show a KL many times too large. untrained: those of
-    them that are not in the batches. Returns (sum of the KL, of its tokens) of this rank: (2,) float64 on the device.
+    them that are not in the batches.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     if not frozen:
-        return sums
+        return
     for batch in (*batches, *(batch.to(run.device) for batch in micro_batches(prompts, untrained, run.cfg))):
         with torch.no_grad(), frozen():
             batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
         counted = batch.group[batch.completion] < fair
-        sums += torch.stack([(k3(batch.ref - batch.sampler) * counted).sum(), counted.sum()])
-    return sums
+        sums["fair_kl"] += (k3(batch.ref - batch.sampler) * counted).sum().double()
+        sums["fair_tokens"] += counted.sum()
 
 
-def train_on(run, engine, batches, counts, step, passes):
+def train_on(run, engine, batches, counts, step, passes, sums, send):
     """num_iterations updates with the same rollouts. counts: (tokens, completions) that the loss is divided by; passes:
-    of the rank that has most.
-
-    Returns gradient norm and success of the last update, and this rank's sums of SUMS over all of them, of the last
-    update's loss ("last") and the largest gap to the sampler ("sampler_gap_max"), on the device.
-    """
-    cfg, sums = run.cfg, Counter()
+    of the rank that has most; send(): called in the last update instead of sums.send. Returns metrics."""
+    cfg, before = run.cfg, 0.0
     normalizer = loss_normalizer(cfg.aggregation, *counts, cfg.max_completion_length)
+    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
     for left in reversed(range(cfg.num_iterations)):
-        before = sums["loss"]
-        loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
-        grad_norm, updated = update(engine, batches, loss_of)  # PASSES
-        sums["last"] = sums["loss"] - before
-        if left:
-            check_numbers(run, step, *run.sum(float(sums["last"])), grad_norm, updated)
-    return grad_norm, updated, sums
+        grad_norm, updated = update(engine, batches, loss_of, passes, sums.send if left else send)
+        loss = sums.read()["loss"]
+        check_numbers(run, step, loss - before, grad_norm, updated)
+        before = loss
+    return {"grad_norm": grad_norm, "updated": updated}
 
 
 def token_logprobs(forward, model, batch, cfg):
@@ -378,49 +365,26 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
     return loss
 
 
-def gathered(run, loader, kl, sums, lines):
-    """The one look at the device after an update, and the ranks' sums and lines put together -> (metrics, loss of the
-    last update, lines of all ranks in the prompts' order). Ends the run where too much of the data is broken.
-
-    kl: of reference_pass; sums: of train_on; lines: [(group, line)] of this rank.
-    """
-    names = *SUMS, "last", "sampler_gap_max"
-    values = [torch.as_tensor(value, dtype=torch.float64, device=run.device) for value in map(sums.__getitem__, names)]
-    mine = torch.cat([kl, torch.stack(values)]).tolist()
-    ranks, counts, told = zip(*gather((mine, (loader.left_out, run.halved, loader.broken), lines)))
-    kl, kl_tokens, *total = (reduce(add, column) for column in zip(*ranks))
-    total = dict(zip(names, total)) | {"sampler_gap_max": max(rank[-1] for rank in ranks)}
-    left_out, halved, broken = (float(sum(column)) for column in zip(*counts))
-    check_left_out(run, broken)
-    metrics = {"skipped": left_out, "rollout_halved": halved}
-    if run.cfg.beta:
-        metrics["kl"] = kl / max(kl_tokens, 1)
-    told = sorted((pair for rank in told for pair in rank), key=lambda pair: pair[0])
-    return metrics | token_metrics(run.cfg, total), total["last"], [text for _, text in told]
-
-
 # What one sees
 
 
-def lines_of(step, processor, found):
-    """[(group, line of rollouts.jsonl)] of every completion that this rank sampled."""
-    spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
-    return [(k, line(row(step, found.prompts[k], r, spell))) for k in sorted(found.mine) for r in found.groups[k]]
+def write_rollouts(run, step, loader, found):
+    """Append every completion of the step, of all ranks, to rollouts.jsonl. Returns what was written (rank 0)."""
+    if run.rank:
+        return []
+    spell = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
+    records = [loader.records[x.number] for x in found.sampled]
+    rows = [row(step, records[k], rollout, spell) for k, group in enumerate(found.groups) for rollout in group]
+    append(run.folder / ROLLOUTS, rows)
+    return rows
 
 
-def write_rollouts(run, step, lines):
-    """Append every completion of the step, of all ranks, to rollouts.jsonl."""
-    if run.rank == 0:
-        append(run.folder / ROLLOUTS, lines)
-
-
-def show(run, log, alarm, step, metrics, groups, lines):
+def show(run, log, alarm, step, metrics, groups, rows):
     """Alarms, and every log_completions steps some completions."""
     seen = []
     if run.cfg.log_completions and step % run.cfg.log_completions == 0:
         seen = best_and_worst(groups)
-        if run.rank == 0:
-            log.rollouts(step, telling_rows(list(map(json.loads, lines))))
+        log.rollouts(step, telling_rows(rows))
     for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
         run.say(f"step {step:>6}  {text}")
 

@@ -11,6 +11,7 @@ a unit, which its completions do not depend on. On one rank a step is one unit, 
 
 import time
 from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +25,11 @@ from dataset.batch import Example, Loader, Vanished
 from dataset.records import record_name
 from model import UserError
 from model.cost import head_flops, language_flops, vision_flops
+from training.counting import Reduction, on_device, signal_told, signals_of
 from training.engine import gather
 from training.groups import Rollout
 from training.passes import cut
+from training.waiting import Waiting, lost
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
@@ -167,45 +170,77 @@ class Found:
     groups: list[list[Rollout]]
     sampled: list[Sampled]
     owners: list[int]  # rank whose unit it was in
-    mine: list[int]  # groups that this rank sampled
     prompts: dict[int, Example]  # by group: those that this rank has read
-    seconds: list[float]  # of each rank, until it had sampled and scored its last unit
-
-    def idle_share(self, whole: float) -> dict[str, float]:
-        """Share of a step of `whole` seconds in which a rank, on average, waits for the one that samples longest."""
-        if len(self.seconds) == 1:
-            return {}
-        return {"rollout_idle": (max(self.seconds) - sum(self.seconds) / len(self.seconds)) / whole}
+    broken: float  # samples that are broken, so far
+    told: dict[str, float]  # metrics
 
 
-def exchange(run, loader: PromptLoader, step: int, done: list[tuple[Example, list[Rollout]]], failed: list, began):
-    """Everything that the rest of the step needs of what was sampled, in one gather -> Found.
+def exchange(run, loader: PromptLoader, step: int, done: list[tuple[Example, list[Rollout]]], failed: list, clock):
+    """Everything that the ranks need to know of each other before the update, in one gather -> Found.
 
-    done: this rank's prompts and groups, scored; failed: see to_sample; began: time.perf_counter() when the step began.
-    A prompt that cannot be read is told and counted by the rank that has it in its units.
+    done: this rank's prompts and groups, scored; failed: see to_sample. A prompt that cannot be read is told and
+    counted by the rank that has it in its units.
     """
     mine = [Sampled(prompt.number, len(prompt), prompt.grid_thw, group) for prompt, group in done]
-    ranks = gather((mine, failed, time.perf_counter() - began))
+    counts = loader.left_out, run.halved, loader.broken
+    ranks, failures, counts, before = zip(*gather((mine, failed, counts, clock.take())))
     batch, units = loader.planned.pop(step - 1)
     owner = {i: rank for rank, share in enumerate(units) for unit in share for i in unit}
-    for i, error in (found for _, failed, _ in ranks for found in failed):
+    for i, error in (found for rank in failures for found in rank):
         if owner[i] == run.rank:
             loader.skip(i, error, False)
-    if loader.dealt and len(units[run.rank]) > 1:
+    if len(units[run.rank]) > 1:
         _get_default_store().delete_key(counter(step, run.rank))
     place = {number: k for k, number in enumerate(batch)}
-    sampled = sorted((x for found, _, _ in ranks for x in found), key=lambda x: place[x.number])
+    sampled = sorted((x for rank in ranks for x in rank), key=lambda x: place[x.number])
     for k, rollout in ((k, rollout) for k, x in enumerate(sampled) for rollout in x.group):
         rollout.group = k
     at = {x.number: k for k, x in enumerate(sampled)}
+    left_out, halved, broken = (float(sum(column)) for column in zip(*counts))
+    told = {"prompt_tokens": float(sum(x.tokens for x in sampled)), "skipped": left_out, "rollout_halved": halved}
     return Found(
         groups=[x.group for x in sampled],
         sampled=sampled,
         owners=[owner[x.number] for x in sampled],
-        mine=[at[prompt.number] for prompt, _ in done],
         prompts={at[prompt.number]: prompt for prompt, _ in done},
-        seconds=[spent for _, _, spent in ranks],
+        broken=broken,
+        told=told | clock.lost(before),
     )
+
+
+class Clock:
+    """How long a step takes, and how much of it, with several ranks, goes by in waiting for the slowest of them.
+
+    clock.begin() … clock.end()     a step
+    clock.take()                    this rank has scored its last unit: what it tells the others of the step before
+    clock.lost(rows)                metrics of the step before, from what all ranks told
+    """
+
+    def __init__(self, run, engine):
+        self.waiting = engine.waiting = Waiting(run.device) if run.world > 1 else None
+        self.seconds = self.rolled = 0.0
+
+    def begin(self) -> float:
+        self.began = time.perf_counter()
+        return self.began
+
+    def end(self) -> float:
+        self.seconds = time.perf_counter() - self.began
+        return self.seconds
+
+    def take(self) -> tuple[float, list[float]]:
+        before, self.rolled = self.rolled, time.perf_counter() - self.began
+        return before, self.waiting.take() if self.waiting else []
+
+    def lost(self, rows) -> dict[str, float]:
+        """Shares of the step before that a rank, on average, waited for the slowest one: until that had sampled, and in
+        the update; `idle` is both. traffic: see waiting.lost."""
+        if not (self.waiting and self.seconds):
+            return {}
+        rolled, stood = zip(*rows)
+        rollout = (max(rolled) - sum(rolled) / len(rolled)) / self.seconds
+        update, traffic = (seconds / self.seconds for seconds in lost(stood))
+        return {"idle": rollout + update, "rollout_idle": rollout, "update_idle": update, "traffic": traffic}
 
 
 # The update
@@ -289,3 +324,32 @@ def share_of_update(run, config, loader: PromptLoader, found: Found, fair: list[
         raise broken[0][1]
     found.prompts |= dict(zip(missing, examples))
     return passes[run.rank], [found.groups[k] for k in seen if place[k] == run.rank], max(map(len, passes))
+
+
+class Sums(Counter):
+    """Sums over this rank's passes, by name, for the updates to add to; then over all ranks.
+
+    Tensors on the device: nothing here waits for it before read().
+    """
+
+    NAMES = ("fair_kl", "fair_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl",
+             "sampler_gap", "sampler_capped")  # fmt: skip
+    LARGEST = "sampler_gap_max"  # not their sum
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def send(self) -> None:
+        """On their way to all ranks, as they are by now."""
+        run = self.run
+        values = [torch.as_tensor(self[name], dtype=torch.float64, device=run.device) for name in self.NAMES]
+        largest = torch.zeros(run.world, dtype=torch.float64, device=run.device)  # a place for each rank
+        largest[run.rank] = self[self.LARGEST]
+        self.told = Reduction(run, torch.cat([torch.stack(values), largest, on_device(run, signals_of(run))]))
+
+    def read(self) -> dict[str, float]:
+        """{name: over all ranks}, and "signal": what a rank was sent, else 0. Call it after update()."""
+        numbers, count = self.told.read(), len(self.NAMES)
+        largest, signals = numbers[count : count + self.run.world], numbers[count + self.run.world :]
+        return dict(zip(self.NAMES, numbers)) | {self.LARGEST: max(largest), "signal": signal_told(signals)}

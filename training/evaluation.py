@@ -156,7 +156,7 @@ def shown(step, number, example, completion, text, is_right, spell):
     reward = float(is_right)
     rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text)
     rollout.parts, rollout.reward = {"accuracy": reward}, reward
-    line = row(step, example, rollout, spell)
+    line = row(step, example.record, rollout, spell)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 

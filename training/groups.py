@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from dataset.batch import Example
-from dataset.records import clip_name
+from dataset.records import clip_name, record_name
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 
 ROLLOUTS = "rollouts.jsonl"
 ALARM_STEPS = 10  # steps that reward and group health are watched over
-SUMS = ("loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl", "sampler_gap", "sampler_capped")
 
 COLUMNS_BEFORE = (("reward", "reward", "6.3f"), ("reward_std", "+-", "5.3f"))
 COLUMNS_AFTER = (
@@ -20,7 +19,6 @@ COLUMNS_AFTER = (
     ("entropy", "ent", "5.3f"), ("grad_norm", "gnorm", "7.3f"), ("lr", "lr", "7.1e"),
     ("sampler_gap_max", "gap", "6.0e"), ("rollout_seconds", "sample s", "6.2f"), ("update_seconds", "update s", "6.2f"),
 )  # fmt: skip
-RANKS_COLUMNS = (("rollout_idle", "idle", "4.0%"),)  # share of a step that a rank waits for the slowest one's rollouts
 
 
 @dataclass(eq=False)
@@ -90,34 +88,36 @@ def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str
 # What one sees of them
 
 
-def columns(rewards: list[Reward], world: int):
+def columns(rewards: list[Reward]):
     """Of a step's line on the console: see runlog.Log."""
     parts = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
-    return COLUMNS_BEFORE + parts + COLUMNS_AFTER + RANKS_COLUMNS * (world > 1)
+    return COLUMNS_BEFORE + parts + COLUMNS_AFTER
 
 
 def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
-    """Sums over the tokens that were trained on -> means over tokens and updates; {} where there were none."""
+    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates; without tokens
+    the KL of what was sampled alone."""
+    means = {} if cfg.beta == 0 else {"kl": total["fair_kl"] / max(total["fair_tokens"], 1)}
     tokens = total["tokens"]
     if not tokens:
-        return {}
-    means = {name: total[name] / tokens for name in SUMS if name not in ("loss", "tokens")}
-    means["kl_trained"] = means.pop("kl")
-    if cfg.beta == 0:
-        del means["kl_trained"]
-    if cfg.sampler_is_cap is None:
-        del means["sampler_capped"]
+        return means
+    for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
+        means[name] = total[name] / tokens
+    if cfg.beta:
+        means["kl_trained"] = total["kl"] / tokens
+    if cfg.sampler_is_cap is not None:
+        means["sampler_capped"] = total["sampler_capped"] / tokens
     means |= {"loss": total["loss"] / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
     return means | {"sampler_gap_max": total["sampler_gap_max"]}
 
 
-def row(step: int, prompt: Example, rollout: Rollout, spell: Callable[[int], str]) -> dict:
+def row(step: int, record: dict, rollout: Rollout, spell: Callable[[int], str]) -> dict:
     """One line of rollouts.jsonl, in the words that report.py reads. spell: token id -> its text."""
-    sample, record = sample_from_record(prompt.record), prompt.record
+    sample = sample_from_record(record)
     return {
         "step": step,
         "prompt": rollout.group,
-        "id": record.get("id", prompt.name),
+        "id": record.get("id", record_name(record)),
         "video": clip_name(record),
         "question": sample.question,
         "answer": sample.answer,

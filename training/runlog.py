@@ -33,6 +33,8 @@ COMMON_COLUMNS = (  # wait: share of the step's time without data
     ("ms", "ms", "6.0f"),
     ("wait", "wait", "4.0%"),
 )
+# of several ranks: the share of the step before that they waited for the slowest of them
+IDLE_COLUMN = (("idle", "idle", "5.1%"),)
 
 
 def say(text):
@@ -118,13 +120,9 @@ def progress(total, rank=0, **more):
     """A bar with the time left, on rank 0's terminal; nothing where output goes to a file."""
     hidden = rank > 0 or not sys.stdout.isatty()
     return tqdm(total=total, disable=hidden or None, leave=False, dynamic_ncols=True, **more)  # None: by stderr
-def line(row):
-    return json.dumps(row, ensure_ascii=False)
-
-
 def append(path, rows):
-    """Add a line for each object to a .jsonl: all of them, or none and UserError. rows: objects, or their lines."""
-    text = "".join(f"{row if isinstance(row, str) else line(row)}\n" for row in rows).encode()
+    """Add a line for each object to a .jsonl: all of them, or none and UserError."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     try:
         with open(path, "ab", buffering=0) as file:
             size, written = file.tell(), 0
@@ -146,7 +144,8 @@ class Log:
     """
 
     def __init__(self, run, total, columns=SFT_COLUMNS):
-        self.run, self.total, self.columns = run, total, columns + COMMON_COLUMNS
+        self.run, self.total = run, total
+        self.columns = columns + COMMON_COLUMNS + (IDLE_COLUMN if run.world > 1 else ())
         self.started, self.first = time.perf_counter(), run.step
         self.file, self.bar, self.trackers = None, None, []
         if run.rank == 0:
