@@ -52,6 +52,7 @@ class PromptLoader(Loader):
         self.costs = array("d", [0.0]) * len(records)  # FLOPs of sampling a group, of what was measured
         self.dealt = self.world_size > 1
         self.planned: dict[int, tuple[list[int], list]] = {}  # by step: its prompts in order, each rank's units
+        self.told = 0  # samples of `skipped` that the other ranks know of
 
     def plan(self, step, map_):
         batch = self.batch(step)
@@ -62,6 +63,16 @@ class PromptLoader(Loader):
         units = self.units([i for i in batch if self.lengths[i] > 0])
         self.planned[step] = batch, units
         return units[self.rank], failed
+
+    def news(self) -> dict[str, str]:
+        """What of `skipped` the other ranks have not been told yet."""
+        return dict(list(self.skipped.items())[self.told :])
+
+    def hear(self, news: list[dict[str, str]]) -> None:
+        """All ranks' news: in another epoch a sample may be another rank's, which shall not count it again."""
+        for name, why in (item for names in news for item in names.items()):
+            self.skipped.setdefault(name, why)
+        self.told = len(self.skipped)
 
     def measure(self, i: int) -> UserError | None:
         """Learn a prompt's tokens and cost, once, without decoding its clips. All ranks find the same."""
@@ -183,9 +194,10 @@ def exchange(run, loader: PromptLoader, step: int, done: list[tuple[Example, lis
     """
     mine = [Sampled(prompt.number, len(prompt), prompt.grid_thw, group) for prompt, group in done]
     counts = loader.left_out, run.halved, loader.broken
-    ranks, failures, counts, before = zip(*gather((mine, failed, counts, clock.take())))
+    ranks, failures, news, counts, before = zip(*gather((mine, failed, loader.news(), counts, clock.take())))
     batch, units = loader.planned.pop(step - 1)
     owner = {i: rank for rank, share in enumerate(units) for unit in share for i in unit}
+    loader.hear(news)
     for i, error in (found for rank in failures for found in rank):
         if owner[i] == run.rank:
             loader.skip(i, error, False)
@@ -264,15 +276,15 @@ def deal(costs: dict[int, float], owners: list[int], world: int) -> dict[int, in
         load[heavy], load[light] = load[heavy] - costs[n], load[light] + costs[n]
 
 
-def even_passes(config, cfg, shares: list[list[Sampled]]) -> list[list[list[Rollout]]]:
-    """Each rank's groups -> each rank's passes: the same number, within the limits of `cut`, the costliest first, so
-    that ranks that wait for each other after every pass do so for a short time."""
+def even_passes(config, cfg, shares: list[list[Sampled]]) -> tuple[list[list[list[Rollout]]], int]:
+    """Each rank's groups -> (each rank's passes, the most of a rank), within the limits of `cut`, the costliest first:
+    the ranks wait for each other after every pass."""
     pieces = [[(cost_of(config, x, piece), piece, x.tokens) for x in share for piece in pieces_of(x, cfg)]
               for share in shares]  # fmt: skip
     count = 1
     while None in (filled := [fill(rank, count, cfg) for rank in pieces]):
         count += 1
-    return filled
+    return filled, max(map(len, filled))
 
 
 def pieces_of(x: Sampled, cfg) -> list[list[Rollout]]:
@@ -317,13 +329,13 @@ def share_of_update(run, config, loader: PromptLoader, found: Found, fair: list[
     # a group that is trained goes through the reference, the policy and, at twice the cost, back
     place = deal({k: cost * (1 if k in seen else 4) for k, cost in costs.items()}, found.owners, run.world)
     shares = [[found.sampled[k] for k in trained if place[k] == rank] for rank in range(run.world)]
-    passes = even_passes(config, run.cfg, shares)
+    passes, most = even_passes(config, run.cfg, shares)
     missing = [k for k in place if place[k] == run.rank and k not in found.prompts]
     examples, broken = loader.read([found.sampled[k].number for k in missing])
     if broken:  # it was read on another rank in this very step
         raise broken[0][1]
     found.prompts |= dict(zip(missing, examples))
-    return passes[run.rank], [found.groups[k] for k in seen if place[k] == run.rank], max(map(len, passes))
+    return passes[run.rank], [found.groups[k] for k in seen if place[k] == run.rank], most
 
 
 class Sums(Counter):
