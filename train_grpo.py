@@ -7,7 +7,11 @@
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
 sampling and in the update alike the prompt stands once for its G completions. training/grpo.py has the mathematics,
-training/groups.py what is told of the completions.
+training/groups.py what is told of the completions, training/dealing.py how several ranks share a step.
+
+Beside DeepSpeed's gradients, the ranks meet twice a step: they gather all completions with their rewards once these
+are sampled, and add up the update's sums, sent before AdamW's step and read when the host has waited for the gradient
+norm. (Each further update of --num_iterations adds one such sum; an evaluation and a checkpoint have their own.)
 """
 
 # ruff: noqa: E402
@@ -19,29 +23,23 @@ if __name__ == "__main__":
 import copy
 import math
 import time
-from collections import Counter
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from data import Loader, Processor, load_tokenizer, pack_groups, read_records
+from data import Processor, load_tokenizer, read_records
 from lora import disabled, lora_layers, reference, reference_snapshot
 from model import UserError
 from model.decode import Sampling
-from model.loss import IGNORE, target_logprobs
-from model.qwen2_5_vl import Packed, resolve_folder
+from model.loss import target_logprobs
+from model.qwen2_5_vl import resolve_folder
 from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
-    check_left_out,
-    check_numbers,
     finish,
     is_due,
-    keep_count,
     launch,
     report,
     save,
@@ -51,7 +49,9 @@ from trainer import (
     total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
-from training.engine import gather, global_max, update
+from training.counting import check_left_out, check_numbers, keep_count
+from training.dealing import SAMPLED_TOKENS, Clock, PromptLoader, Sums, exchange, share_of_update, to_sample
+from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
 from training.full import sample, told_when_full
 from training.groups import (
@@ -59,66 +59,30 @@ from training.groups import (
     Alarm,
     Rollout,
     best_and_worst,
-    facts,
+    columns,
     needs_shuffled,
     reward_metrics,
     row,
     score_group,
+    token_metrics,
 )
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
 from training.runlog import Log, append
-
-# Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
-# (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
-SAMPLED_TOKENS = 131_072
-SUMS = ("loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl", "sampler_gap", "sampler_capped")
-
-COLUMNS_BEFORE = (("reward", "reward", "6.3f"), ("reward_std", "+-", "5.3f"))
-COLUMNS_AFTER = (
-    ("all_right", "right", "4.0%"), ("all_wrong", "wrong", "4.0%"), ("no_variance", "flat", "4.0%"),
-    ("length", "len", "5.1f"), ("truncated", "cut", "4.0%"), ("kl", "kl", "8.1e"), ("clipped", "clip", "5.1%"),
-    ("entropy", "ent", "5.3f"), ("grad_norm", "gnorm", "7.3f"), ("lr", "lr", "7.1e"),
-    ("sampler_gap_max", "gap", "6.0e"), ("rollout_seconds", "sample s", "6.2f"), ("update_seconds", "update s", "6.2f"),
-)  # fmt: skip
-
-
-@dataclass(eq=False)
-class MicroBatch:
-    """Completions of one forward pass. N completion tokens, G completions."""
-
-    packed: Packed
-    rows: Tensor  # (N,) int64: packed positions that predict a completion's token
-    completion: Tensor  # (N,) int64: whose token it is
-    group: Tensor  # (G,) int64: of which of the rank's groups
-    advantages: Tensor  # (G,) float32
-    keep: Tensor  # (G,) bool: whether it gives a gradient
-    sampler: Tensor  # (N,) float32: log-probs as drawn
-    trained_tokens: int  # of those that are kept
-    ref: Tensor | None = None  # (N,) under the frozen reference
-    old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
-
-    def to(self, device):
-        names = ("packed", "rows", "completion", "group", "advantages", "keep", "sampler")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    told = follow_adapter(cfg)
-    records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
-    held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
+    records, held_out, told = data_of(cfg)
     if cfg.dry_run:
         return dry_run(cfg, "train_grpo.py", prompt_loader, records, held_out, SAMPLED_TOKENS)
     run = launch(cfg)
-    run.notes += told + left_out + held_left_out
+    run.notes += told
     model = build_model(cfg, run)
-    for _, layer in lora_layers(model):
-        layer.dropout = 0.0  # the policy that is updated is the one that was sampled
     frozen = freeze_reference(model, cfg)
-    tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))
-    processor = Processor(tokenizer, model.config, cfg)
+    processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     loader = prompt_loader(run, records, processor)
     keep_count(run, loader)
     total = total_steps(cfg, loader)
@@ -126,53 +90,40 @@ def main():
     run.notes += notes(run, loader, records, held_out)
     engine = start(run, model, total)
     tell_data(run, processor, records, held_out)
-    columns = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
-    log = Log(run, total, COLUMNS_BEFORE + columns + COLUMNS_AFTER)
+    log, clock = Log(run, total, columns(rewards)), Clock(run, engine)
     alarm = Alarm(run.state.get("loop", {}).get("alarm"))
     batches = loader.iterate(run.step, total)
     if held_out and run.step == 0:
         evaluate_and_tell(run, model, processor, held_out, log)
 
     for step in range(run.step + 1, total + 1):
-        began = time.perf_counter()
-        (prompts,) = next(batches)
+        began = clock.begin()
+        units = next(batches)
         waited = time.perf_counter() - began
 
-        # sample a group of completions for each prompt, and score them
+        # sample a group of completions for each prompt and score them; then all ranks know them all
         run.seed_step(step)
-        groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
-        shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
-        for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
-            score_group(rewards, prompt, group, texts, cfg.max_completion_length)
-        health, counts = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
-        rows = write_rollouts(run, step, processor, prompts, groups)
+        found = roll_out(run, model, processor, loader, rewards, step, units, clock)
+        health, counts = compare_within_groups(run, found.groups, groups_per_step(cfg) * run.world)
         sampled = time.perf_counter()
 
         # update the policy with the groups that differ within themselves
         lr = schedule(engine, cfg, step - 1, total)
-        metrics = learn(run, engine, frozen, prompts, groups, counts, step, lost=health.get("not_finite"))
+        metrics, rows, told = learn(run, engine, frozen, loader, found, counts, step)
 
-        run.step = step
-        now = time.perf_counter()
-        metrics |= health | {"lr": lr, "epoch": step / loader.steps_per_epoch}
-        metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": now - sampled}
-        metrics |= counted(run, prompts)
-        log.step(step, metrics, now - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        seen = []
-        if cfg.log_completions and step % cfg.log_completions == 0:
-            seen = best_and_worst(groups)
-            log.rollouts(step, telling_rows(rows))
-        for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
-            run.say(f"step {step:>6}  {text}")
+        run.step, seconds = step, clock.end()
+        metrics |= health | found.told | {"lr": lr, "epoch": step / loader.steps_per_epoch}
+        metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
+        log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
+        show(run, log, alarm, step, metrics, found.groups, rows)
 
         # answer accuracy, checkpoint, end
         better = False
         if held_out and is_due(cfg.eval_steps, step, total):
-            better = evaluate_and_tell(run, model, processor, held_out, log)
+            better, told = evaluate_and_tell(run, model, processor, held_out, log), None
             report(run)
-        stop = run.stop_requested()
-        every = {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-        if better or stop or is_due(every, step, total):
+        stop = run.stop_requested(told)
+        if better or stop or is_due(saved_every(cfg, loader), step, total):
             save(run, engine, step, {"alarm": alarm.state})
         if stop:
             break
@@ -183,6 +134,14 @@ def main():
 
 
 # Start
+
+
+def data_of(cfg):
+    """(records to train on, held-out ones, lines to tell)"""
+    told = follow_adapter(cfg)
+    records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
+    held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
+    return records, held_out, told + left_out + held_left_out
 
 
 def follow_adapter(cfg):
@@ -206,13 +165,11 @@ def groups_per_step(cfg):
 
 
 def prompt_loader(run, records, processor):
-    """Prompts of each step: `oversample` times as many as are trained on, on any number of ranks. Read ahead, in one
-    batch a rank."""
+    """Prompts of each step: `oversample` times as many as are trained on, on any number of ranks."""
     plain = copy.copy(run.cfg)
     plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
     size = math.ceil(groups_per_step(run.cfg) * run.world * run.cfg.oversample)
-    at = {"rank": run.rank, "world_size": run.world}
-    return Loader(records, processor, plain, **at, answer=False, collate=list, global_batch=size)
+    return PromptLoader(records, processor, plain, rank=run.rank, world_size=run.world, global_batch=size)
 
 
 def notes(run, loader, records, held_out):
@@ -223,11 +180,19 @@ def notes(run, loader, records, held_out):
     yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations} and trains on {trained} groups of them"
 
 
+def saved_every(cfg, loader):
+    """Steps between checkpoints; 0 = only at the end."""
+    return {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+
+
 def freeze_reference(model, cfg):
     """-> frozen: inside `with frozen():` the model is the reference. None if beta is 0.
 
     It is called before a checkpoint's state is put back, so it is the policy as the run began, also in a resumed run.
+    Dropout is off from now on: the policy that is updated is the one that was sampled.
     """
+    for _, layer in lora_layers(model):
+        layer.dropout = 0.0
     if cfg.beta == 0:
         return None
     if cfg.reference == "base":
@@ -236,6 +201,18 @@ def freeze_reference(model, cfg):
 
 
 # Sampling
+
+
+def roll_out(run, model, processor, loader, rewards, step, units, clock):
+    """A group of completions for each prompt of the step, scored -> dealing.Found. units: this rank's prompts."""
+    done, failed = [], []
+    for prompts in to_sample(run, loader, step, units, failed):
+        groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
+        shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
+        for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
+            score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
+        done += zip(prompts, groups, strict=True)
+    return exchange(run, loader, step, done, failed, clock)
 
 
 def sample_groups(run, model, processor, prompts, seeds, count=None):
@@ -271,128 +248,93 @@ def sample_shuffled(run, model, processor, prompts, rewards, step):
 
 
 def compare_within_groups(run, groups, wanted):
-    """Advantages of all Rollouts; the `wanted` groups of all ranks whose rewards differ most are marked as trained.
+    """Advantages of the Rollouts of all ranks' groups; the `wanted` groups whose rewards differ most are marked as
+    trained.
 
     A group whose rewards are all equal teaches nothing and is not trained, but it counts where the loss is divided: or
     the last few groups that differ would get the whole step. Returns the metrics of everything that was sampled, and
     (tokens, completions) of the `wanted` groups.
     """
-    ranks = gather([facts(group) for group in groups])
-    everyone = [group for rank in ranks for group in rank]
-    if not everyone:
+    if not groups:
         return {"completion_tokens": 0, "groups_trained": 0}, (0, 0)
-    rewards = torch.tensor([fact.reward for group in everyone for fact in group], dtype=torch.float64)
-    index = torch.arange(len(everyone)).repeat_interleave(run.cfg.num_generations)
+    everyone = [rollout for group in groups for rollout in group]
+    rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64)
+    index = torch.arange(len(groups)).repeat_interleave(run.cfg.num_generations)
     advantages, std = group_advantages(rewards, index, run.cfg.scale_rewards)
     wanted = std.argsort(descending=True, stable=True)[:wanted].tolist()
-    sound = [all(fact.sound for fact in group) for group in everyone]
+    sound = [all(rollout.sound for rollout in group) for group in groups]
     chosen = {number for number in wanted if std[number] > 0 and sound[number]}
-    lost = sum(not fact.sound for group in everyone for fact in group)
+    lost = sum(not rollout.sound for rollout in everyone)
     if lost:
         told = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
         run.say(f"{told}: their groups are not trained on")
-    first = sum(map(len, ranks[: run.rank]))
-    for number, group in enumerate(groups, first):
-        for k, rollout in enumerate(group):
-            rollout.advantage = advantages[number * run.cfg.num_generations + k].item()
-            rollout.number, rollout.trained = number, number in chosen
-    counted = [fact for number in wanted for fact in everyone[number]]
-    masked = run.cfg.mask_truncated_completions
-    counts = sum(fact.tokens for fact in counted if fact.finished or not masked), len(counted)
-    return reward_metrics(everyone, std.tolist()) | {"groups_trained": len(chosen)}, counts
+    for rollout, number, advantage in zip(everyone, index.tolist(), advantages.tolist(), strict=True):
+        rollout.advantage, rollout.trained = advantage, number in chosen
+    counted = [rollout for number in wanted for rollout in groups[number]]
+    counts = sum(len(rollout.ids) for rollout in counted if rollout.kept(run.cfg)), len(counted)
+    return reward_metrics(groups, std.tolist()) | {"groups_trained": len(chosen)}, counts
 
 
 # The update
 
 
-def learn(run, engine, frozen, prompts, groups, counts, step, lost):
-    """KL of what was sampled, and the updates with the groups that were chosen. counts: see train_on. lost: completions
-    of all ranks whose log-probs are not finite."""
-    trained = [[rollout for rollout in group if rollout.trained] for group in groups]
-    batches = micro_batches(prompts, trained, run.cfg)
+def learn(run, engine, frozen, loader, found, counts, step):
+    """KL of what was sampled, and the updates with the groups that were chosen -> (metrics, rows of rollouts.jsonl,
+    signal that a rank was sent). counts: (tokens, completions) that the loss is divided by."""
+    cfg, model, fair = run.cfg, engine.module, max(1, groups_per_step(run.cfg) * run.world // 4)
+    share, untrained, passes = share_of_update(run, model.config, loader, found, range(min(fair, len(found.groups))))
+    batches = [micro_batch(found.prompts, rollouts, cfg) for rollouts in share]
+    everyone = [rollout for group in found.groups for rollout in group]
+    tokens = float(sum(len(rollout.ids) for rollout in everyone if rollout.trained and rollout.kept(cfg)))
+    metrics, rows, sums = {"grad_norm": None, "updated": False, "trained_tokens": tokens}, [], Sums(run)
+
+    def send():  # while a GPU is busy with the passes the host has time to write
+        sums.send()
+        rows.extend(write_rollouts(run, step, loader, found))
+
     with told_when_full(run, f"training step {step}", [batch.packed for batch in batches]):
         batches = [batch.to(run.device) for batch in batches]
-        drift = reference_pass(run, engine.module, frozen, prompts, groups, batches)
-        metrics = drift | train_on(run, engine, batches, counts, step)
-    if lost and not metrics["trained_tokens"]:  # for want of finite log-probs: the model itself may be beyond repair
+        reference_pass(run, model, frozen, found.prompts, untrained, batches, fair, sums)
+        if tokens:
+            metrics |= train_on(run, engine, batches, counts, step, passes, sums, send)
+        else:  # no group differs within itself: told by the alarm, and no fault of the numbers
+            send()
+    total = sums.read()
+    check_left_out(run, found.broken)
+    if not tokens and not all(rollout.sound for rollout in everyone):  # the model itself may be beyond repair
         check_numbers(run, step, math.nan, math.nan, updated=False)
-    return metrics
+    return metrics | token_metrics(cfg, total), rows, total["signal"]
 
 
-def micro_batches(prompts, groups, cfg):
-    """Groups of Rollouts as MicroBatches of at most per_device_train_batch_size completions and pack_tokens tokens."""
-    bins, tokens = [], 0
-    for rollout in (rollout for group in groups for rollout in group):
-        prompt = len(prompts[rollout.group])
-        cost = len(rollout.ids) + (0 if bins and bins[-1][-1].group == rollout.group else prompt)
-        full = bins and len(bins[-1]) == cfg.per_device_train_batch_size
-        if not bins or full or (cfg.pack_tokens and tokens + cost > cfg.pack_tokens):
-            bins.append([])
-            tokens, cost = 0, len(rollout.ids) + prompt
-        bins[-1].append(rollout)
-        tokens += cost
-    return [micro_batch(prompts, rollouts, cfg) for rollouts in bins]
+def reference_pass(run, model, frozen, prompts, untrained, batches, fair, sums):
+    """Put the reference's log-probs into the batches that are trained on, and add up what tells the KL to it.
 
-
-def micro_batch(prompts, rollouts, cfg):
-    """Rollouts, those of a group beside each other -> MicroBatch in which each group's prompt stands once."""
-    numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
-    completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
-    packed = pack_groups([prompts[number] for number in numbers], completions)
-    lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
-    keep = [rollout.finished or not cfg.mask_truncated_completions for rollout in rollouts]
-    return MicroBatch(
-        packed=packed,
-        rows=(packed.targets != IGNORE).nonzero()[:, 0],
-        completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
-        group=torch.tensor([rollout.group for rollout in rollouts]),
-        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
-        keep=torch.tensor(keep),
-        sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
-        trained_tokens=int(lengths[torch.tensor(keep)].sum()),
-    )
-
-
-def reference_pass(run, model, frozen, prompts, groups, batches):
-    """Put the reference's log-probs into the batches that are trained on, and tell the KL to it.
-
-    The KL is that over the first groups as they were sampled, a quarter as many as a step trains on: the groups trained
-    on are no fair sample; chosen for rare outcomes, they show a KL many times too large.
+    The KL is that over the first `fair` groups as they were sampled, a quarter as many as a step trains on: the groups
+    trained on are no fair sample; chosen for rare outcomes, they show a KL many times too large. untrained: those of
+    them that are not in the batches.
     """
     if not frozen:
-        return {}
-    fair = max(1, groups_per_step(run.cfg) // 4)
-    untrained = [[rollout for rollout in group if not rollout.trained] for group in groups[:fair]]
-    untrained = [group for group in untrained if all(rollout.sound for rollout in group)]
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the KL, and of its tokens
+        return
     for batch in (*batches, *(batch.to(run.device) for batch in micro_batches(prompts, untrained, run.cfg))):
         with torch.no_grad(), frozen():
             batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
         counted = batch.group[batch.completion] < fair
-        sums += torch.stack([(k3(batch.ref - batch.sampler) * counted).sum(), counted.sum()])
-    kl, tokens = run.sum(*sums.tolist())
-    return {"kl": kl / max(tokens, 1)}
+        sums["fair_kl"] += (k3(batch.ref - batch.sampler) * counted).sum().double()
+        sums["fair_tokens"] += counted.sum()
 
 
-def train_on(run, engine, batches, counts, step):
-    """num_iterations updates with the same rollouts. counts: (tokens, completions) that the loss is divided by.
-
-    Returns metrics, means over tokens and updates.
-    """
-    cfg = run.cfg
-    (n_tokens,) = run.sum(sum(batch.trained_tokens for batch in batches))
-    metrics = {"grad_norm": None, "updated": False, "trained_tokens": n_tokens}
-    if not n_tokens:  # no group differs within itself: told by the alarm, and no fault of the numbers
-        return metrics
+def train_on(run, engine, batches, counts, step, passes, sums, send):
+    """num_iterations updates with the same rollouts. counts: (tokens, completions) that the loss is divided by; passes:
+    of the rank that has most; send(): called in the last update instead of sums.send. Returns metrics."""
+    cfg, before = run.cfg, 0.0
     normalizer = loss_normalizer(cfg.aggregation, *counts, cfg.max_completion_length)
-    sums = Counter()
-    for _ in range(cfg.num_iterations):
-        before = sums["loss"]
-        grad_norm, updated = update(engine, batches, partial(micro_loss, engine, cfg, normalizer, sums))
-        (loss,) = run.sum(float(sums["loss"] - before))
-        check_numbers(run, step, loss, grad_norm, updated)
-    metrics |= {"grad_norm": grad_norm, "updated": updated}
-    return metrics | token_metrics(run, sums)
+    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
+    for left in reversed(range(cfg.num_iterations)):
+        grad_norm, updated = update(engine, batches, loss_of, passes, sums.send if left else send)
+        loss = sums.read()["loss"]
+        check_numbers(run, step, loss - before, grad_norm, updated)
+        before = loss
+    return {"grad_norm": grad_norm, "updated": updated}
 
 
 def token_logprobs(forward, model, batch, cfg):
@@ -423,39 +365,28 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
     return loss
 
 
-def token_metrics(run, sums):
-    """Sums of this rank's tokens -> means over those of all ranks."""
-    found = dict(zip(SUMS, run.sum(*(float(sums[name]) for name in SUMS)), strict=True))
-    tokens = found.pop("tokens")
-    means = {name: value / tokens for name, value in found.items() if name != "loss"}
-    means["kl_trained"] = means.pop("kl")
-    if run.cfg.beta == 0:
-        del means["kl_trained"]
-    if run.cfg.sampler_is_cap is None:
-        del means["sampler_capped"]
-    means |= {"loss": found["loss"] / run.cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
-    return means | {"sampler_gap_max": global_max([float(sums["sampler_gap_max"])], run.device)[0]}
-
-
 # What one sees
 
 
-def counted(run, prompts):
-    """Metrics summed over the ranks at the end of a step; ends the run where too much of the data is broken."""
-    names = "prompt_tokens", "skipped", "rollout_halved"
-    *found, broken = run.sum(sum(map(len, prompts)), run.loader.left_out, run.halved, run.loader.broken)
-    check_left_out(run, broken)
-    return dict(zip(names, found, strict=True))
-
-
-def write_rollouts(run, step, processor, prompts, groups):
+def write_rollouts(run, step, loader, found):
     """Append every completion of the step, of all ranks, to rollouts.jsonl. Returns what was written (rank 0)."""
-    spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
-    ranks = gather([row(step, prompts[r.group], r, spell) for group in groups for r in group])
-    rows = [row for rows in ranks for row in rows]
-    if run.rank == 0:
-        append(run.folder / ROLLOUTS, rows)
+    if run.rank:
+        return []
+    spell = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
+    records = [loader.records[x.number] for x in found.sampled]
+    rows = [row(step, records[k], rollout, spell) for k, group in enumerate(found.groups) for rollout in group]
+    append(run.folder / ROLLOUTS, rows)
     return rows
+
+
+def show(run, log, alarm, step, metrics, groups, rows):
+    """Alarms, and every log_completions steps some completions."""
+    seen = []
+    if run.cfg.log_completions and step % run.cfg.log_completions == 0:
+        seen = best_and_worst(groups)
+        log.rollouts(step, telling_rows(rows))
+    for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
+        run.say(f"step {step:>6}  {text}")
 
 
 def evaluate_and_tell(run, model, processor, held_out, log):

@@ -25,11 +25,8 @@ from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
     build_model,
-    check_left_out,
-    check_numbers,
     finish,
     is_due,
-    keep_count,
     launch,
     report,
     save,
@@ -38,6 +35,7 @@ from trainer import (
     tell_data,
     total_steps,
 )
+from training.counting import Tally, check_left_out, check_numbers, keep_count
 from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records
 from training.full import told_when_full
@@ -64,7 +62,7 @@ def main():
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine = start(run, model, total)
     tell_data(run, processor, records, held_out)
-    log = Log(run, total)
+    log, tally, seconds = Log(run, total), Tally(run, engine), 0.0
     batches = loader.iterate(run.step, total)
 
     for step in range(run.step + 1, total + 1):
@@ -75,29 +73,31 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         run.seed_step(step)
         lr = schedule(engine, cfg, step - 1, total)
-        answers, tokens, skipped, broken = run.sum(*count(micro_batches), loader.left_out, loader.broken)
-        check_left_out(run, broken)
-        sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of -log p, and of tokens guessed right
-        loss = accuracy = grad_norm = None
-        updated = False
-        if answers:
-            loss_of = partial(micro_loss, engine, answers, sums)
-            with told_when_full(run, f"training step {step}", micro_batches):
-                grad_norm, updated = update(engine, micro_batches, loss_of)
-            loss, accuracy = (x / answers for x in run.sum(*sums.tolist()))
+        tally.start(*count(micro_batches), seconds)
+        loss_of = partial(micro_loss, engine, tally.answers, tally.sums)
+        with told_when_full(run, f"training step {step}", micro_batches):
+            grad_norm, updated = update(engine, micro_batches, loss_of, len(micro_batches), tally.send)
+        found = tally.read()
+        loss = accuracy = None
+        if found.answers:
+            loss, accuracy = found.loss / found.answers, found.right / found.answers
+        check_left_out(run, found.broken)
         check_numbers(run, step, loss, grad_norm, updated)
 
-        run.step = step
+        run.step, seconds = step, time.perf_counter() - began
         metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": accuracy}
-        metrics |= {"grad_norm": grad_norm, "lr": lr, "updated": updated, "answer_tokens": answers, "skipped": skipped}
-        log.step(step, metrics, time.perf_counter() - began, waited, tokens)
+        metrics |= {"grad_norm": grad_norm if found.answers else None, "lr": lr, "updated": updated}
+        metrics |= {"answer_tokens": found.answers, "skipped": found.left_out}
+        if run.world > 1:
+            metrics |= {"idle": found.idle, "traffic": found.traffic}
+        log.step(step, metrics, seconds, waited, found.tokens)
 
         # answer accuracy, checkpoint, end
-        better = False
+        better, told = False, found.signal
         if held_out and is_due(cfg.eval_steps, step, total):
-            better = evaluate_and_tell(run, model, processor, held_out, log)
+            better, told = evaluate_and_tell(run, model, processor, held_out, log), None
             report(run)
-        stop = run.stop_requested()
+        stop = run.stop_requested(told)
         every = {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
         if better or stop or is_due(every, step, total):
             save(run, engine, step)
@@ -114,14 +114,20 @@ def make_loader(run, records, processor):
 
 
 def micro_loss(engine, answers, sums, packed):
-    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged."""
-    model = engine.module
+    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged.
+
+    Without any in the global batch it is NaN, and so are the gradients: the update is skipped, on all ranks alike.
+    """
+    model, weight = engine.module, 1.0
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
+    if not len(rows):
+        rows, weight = torch.zeros(1, dtype=torch.int64), 0.0
     packed, rows = packed.to(engine.device), rows.to(engine.device)
     hidden = engine(packed, rows=rows)  # (N, C)
-    logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
-    sums += torch.stack([-logprobs.detach().sum(), right.sum()])
-    return -logprobs.sum() / answers
+    targets = packed.targets[rows].clamp(min=0)
+    logprobs, _, right = target_logprobs(hidden, model.head_weight, targets, with_entropy=False)
+    sums += weight * torch.stack([-logprobs.detach().sum(), right.sum()])
+    return -weight * logprobs.sum() / answers
 
 
 def count(micro_batches):

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +36,10 @@ from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from report import write_report
 from training import checkpoint
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
+from training.counting import what_was_counted
 from training.engine import (
     NotFinite,
     build_engine,
-    gather,
     global_max,
     global_sum,
     launchers,
@@ -60,9 +59,6 @@ from training.trackers import TRACKERS, check_installed
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 # what --overwrite removes, beside checkpoints, START and TRACKERS
 OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
-BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
-SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
-SPIKE, SPIKE_STEPS = 10, 16  # a gradient norm so many times the median of so many updates before it is told
 
 
 @dataclass
@@ -111,11 +107,18 @@ class Run:
         seed = self.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
         return [seed + 7_919 * prompt.number for prompt in prompts]
 
-    def stop_requested(self):
-        """The signal that any rank was sent, SIGTERM where a launcher is gone, else 0. Every rank must ask."""
+    def own_signal(self):
+        """The signal that this rank was sent, SIGTERM where a launcher is gone, else 0."""
         if launchers() != self.launchers:
             self.signal = self.signal or signal.SIGTERM
-        return int(global_max([self.signal], self.device)[0])
+        return self.signal
+
+    def stop_requested(self, told=None):
+        """The signal that any rank was sent, else 0. Every rank must ask. told: what the ranks have told each other in
+        this step, which spares asking again; alone, a rank looks once more."""
+        if told is None or self.world == 1:
+            return int(global_max([self.own_signal()], self.device)[0])
+        return told
 
 
 # Start
@@ -352,49 +355,6 @@ def is_due(every, step, total):
     return step == total or (every > 0 and step % every == 0)
 
 
-def keep_count(run, loader):
-    """What the loader leaves out is counted on from the run that is resumed."""
-    run.loader = loader
-    if run.source and "left_out" in run.state and run.state["config"].get("data_path") == run.cfg.data_path:
-        loader.restore(run.state["left_out"])
-
-
-def check_left_out(run, broken):
-    """End the run where too much of the data is broken. broken: the ranks' loader.broken, summed; all find the same."""
-    try:
-        run.loader.check_share(broken)
-    except UserError:
-        if run.rank:
-            raise SystemExit(2) from None  # one line is enough
-        raise
-
-
-def tell_spike(run, step, grad_norm):
-    """A gradient many times as large as the last ones' is told; clipping makes its update no larger than others."""
-    usual = statistics.median(run.norms) if len(run.norms) == SPIKE_STEPS else math.inf
-    if grad_norm > SPIKE * usual:
-        most = run.cfg.max_grad_norm
-        done = f"clipped to {most:g}" if most else "not clipped, --max_grad_norm is 0"
-        run.say(f"step {step}: SPIKE gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual: {done}")
-    run.norms = [*run.norms, grad_norm][-SPIKE_STEPS:]
-
-
-def check_numbers(run, step, loss, grad_norm, updated):
-    """Tell a step whose update was skipped; UserError when several in a row were. loss None: nothing to train on."""
-    if updated and loss is not None and math.isfinite(loss):
-        run.bad = 0
-        tell_spike(run, step, grad_norm)
-        return
-    run.bad += 1
-    why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
-    run.say(f"step {step}: {why}: no update ({run.bad} in a row)")
-    limit = SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW
-    if run.bad >= limit:
-        last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
-        text = f"{run.bad} steps in a row without an update ({why})"
-        raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
-
-
 # Checkpoints
 
 
@@ -425,13 +385,6 @@ def save(run, engine, step, loop=None):
         if run.rank:
             raise SystemExit(2)
         raise UserError(f"{folder}: {error}")
-
-
-def what_was_counted(run):
-    """What a resumed run goes on with: samples left out, gradient norms, what was too large for the memory."""
-    limit = -global_max([-run.sample_limit], run.device)[0]
-    memory = {"halved": int(run.sum(run.halved)[0]), "limit": None if limit == math.inf else limit}
-    return {"left_out": gather(run.loader.state()), "norms": run.norms, "memory": memory}
 
 
 def fill(run, engine, step, loop, counts, state, folder):

@@ -34,6 +34,7 @@ from model.decode import Sampling, generate
 from model.loss import IGNORE
 from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
 from trainer import Run
+from training.dealing import Sums
 from training.engine import build_engine, leave_processes, start_processes
 from training.groups import Rollout
 
@@ -96,8 +97,9 @@ class Step:
         sampled = time.perf_counter()
         _, counts = compare_within_groups(self.run, groups, len(prompts))
         batches = [batch.to(self.bench.device) for batch in micro_batches(prompts, groups, self.cfg)]
-        reference_pass(self.run, self.bench.model, self.frozen, prompts, groups, batches)
-        train_on(self.run, self.engine, batches, counts, 1)
+        sums = Sums(self.run)
+        reference_pass(self.run, self.bench.model, self.frozen, prompts, [], batches, max(1, len(prompts) // 4), sums)
+        train_on(self.run, self.engine, batches, counts, 1, len(batches), sums, sums.send)
         self.bench.sync()
         end = time.perf_counter()
         return end - start, sampled - start, self.reference, end - sampled - self.reference

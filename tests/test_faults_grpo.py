@@ -179,12 +179,11 @@ def test_a_log_prob_of_minus_infinity_in_the_update_skips_the_step(grpo, monkeyp
 def test_a_reference_that_is_not_finite_skips_the_step(grpo, monkeypatch):
     real, steps = train_grpo.reference_pass, []
 
-    def spoilt(run, model, frozen, prompts, groups, batches):
-        found = real(run, model, frozen, prompts, groups, batches)
+    def spoilt(run, model, frozen, prompts, untrained, batches, *rest):
+        real(run, model, frozen, prompts, untrained, batches, *rest)
         steps.append(run.step)
         for batch in batches if len(steps) == 2 else ():
             batch.ref *= math.nan
-        return found
 
     monkeypatch.setattr(train_grpo, "reference_pass", spoilt)
     folder = grpo("run", save_steps=1, max_steps=3, beta=0.1)

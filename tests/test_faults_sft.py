@@ -16,7 +16,7 @@ from test_train_sft import metrics, steps_kept, weights
 
 import infer
 import train_sft
-import trainer
+from training import counting
 import training.full
 from config import SFT, cli
 from dataset.batch import Loader
@@ -133,17 +133,17 @@ def test_a_spike_is_told_clipped_and_survived(sft, monkeypatch, capfd):
 
     def micro_loss(*args):
         calls.append(args)
-        return real(*args) * (1e6 if len(calls) == trainer.SPIKE_STEPS + 2 else 1.0)
+        return real(*args) * (1e6 if len(calls) == counting.SPIKE_STEPS + 2 else 1.0)
 
     monkeypatch.setattr(train_sft, "micro_loss", micro_loss)
-    folder = sft("run", max_steps=trainer.SPIKE_STEPS + 3, save_steps=trainer.SPIKE_STEPS + 1, save_total_limit="none")
+    folder = sft("run", max_steps=counting.SPIKE_STEPS + 3, save_steps=counting.SPIKE_STEPS + 1, save_total_limit="none")
     shown = [line for line in capfd.readouterr().out.splitlines() if "SPIKE" in line]
-    assert len(shown) == 1 and shown[0].startswith(f"step {trainer.SPIKE_STEPS + 2}: SPIKE gradient norm")
+    assert len(shown) == 1 and shown[0].startswith(f"step {counting.SPIKE_STEPS + 2}: SPIKE gradient norm")
     assert "times the usual: clipped to 1" in shown[0]
     norms = [norm for (norm,) in metrics(folder, "grad_norm")]
-    kept = read_json(folder / f"checkpoint-{trainer.SPIKE_STEPS + 1}" / "trainer_state.json")["norms"]
-    assert kept == norms[1 : trainer.SPIKE_STEPS + 1]  # what a resumed run judges by
-    before, after = (weights(folder / f"checkpoint-{trainer.SPIKE_STEPS + i}") for i in (1, 3))
+    kept = read_json(folder / f"checkpoint-{counting.SPIKE_STEPS + 1}" / "trainer_state.json")["norms"]
+    assert kept == norms[1 : counting.SPIKE_STEPS + 1]  # what a resumed run judges by
+    before, after = (weights(folder / f"checkpoint-{counting.SPIKE_STEPS + i}") for i in (1, 3))
     assert max((before[name] - after[name]).abs().max() for name in before) < 20 * 1e-3  # AdamW's steps, no leap
 
 

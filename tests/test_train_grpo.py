@@ -26,7 +26,7 @@ from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import Qwen2_5_VL
-from training.groups import ALARM_STEPS, Alarm, Facts, Rollout, reward_metrics
+from training.groups import ALARM_STEPS, Alarm, Rollout, reward_metrics
 from training.grpo import grpo_loss, loss_normalizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,12 +247,7 @@ def rollouts_of(rewards):
     return [[make(g, r) for r in group] for g, group in enumerate(rewards)]
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-
-
-def test_groups_are_told_apart_by_index_not_by_text(alone):
+def test_groups_are_told_apart_by_index_not_by_text():
     groups = rollouts_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
     metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=2)
     found = [[r.advantage for r in group] for group in groups]
@@ -263,7 +258,7 @@ def test_groups_are_told_apart_by_index_not_by_text(alone):
     assert metrics["reward"] == pytest.approx(3.625)
 
 
-def test_groups_without_variance_are_never_trained(alone):
+def test_groups_without_variance_are_never_trained():
     groups = rollouts_of([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]])
     metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=3)
     assert counts == (6, 6)  # but they count in the means
@@ -273,7 +268,8 @@ def test_groups_without_variance_are_never_trained(alone):
 
 def test_metrics_tell_each_part_apart():
     good, bad = {"accuracy": 1.0, "format": 0.2}, {"accuracy": 0.0, "format": 0.0}
-    metrics = reward_metrics([[Facts(1.2, True, 4, True, good), Facts(0.0, False, 8, False, bad)]], [0.85])
+    rollouts = [Rollout(0, [5] * 4, [], True, "", good, 1.2, True), Rollout(0, [5] * 8, [], False, "", bad)]
+    metrics = reward_metrics([rollouts], [0.85])
     assert metrics["reward/accuracy"] == 0.5 and metrics["reward/format"] == 0.1
     assert metrics["reward_std"] == pytest.approx(0.8485, abs=1e-4)
     assert metrics["length"] == 6 and metrics["truncated"] == 0.5 and metrics["completion_tokens"] == 12

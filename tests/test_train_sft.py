@@ -21,7 +21,7 @@ from assets.make_tiny import init
 from config import SFT
 from model import UserError
 from model.qwen2_5_vl import Qwen2_5_VL
-from training import checkpoint
+from training import checkpoint, counting
 from training.checkpoint import find_adapter, newest_checkpoint, what_is_broken
 from training.engine import deepspeed_config, lr_factor
 from training.evaluation import Found
@@ -234,7 +234,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(sft, monkeypatch):
 
 def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monkeypatch):
     whole = sft("whole")
-    check = trainer.check_numbers
+    check = counting.check_numbers
 
     def stop_at_three(run, step, *rest):
         check(run, step, *rest)

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def deepspeed_config(cfg, device, dtype, world, count):
         "gradient_accumulation_steps": 1,
         "gradient_clipping": cfg.max_grad_norm,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would halt the host before every forward pass
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; its fused form runs on CPU memory too, so that
         "zero_force_ds_cpu_optimizer": False,  # offloading has no C++ to compile
         "zero_optimization": zero,
@@ -223,10 +225,40 @@ def build_engine(model, cfg, device, dtype):
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     engine.optimizer.check_overflow = lambda partition_gradients: None  # step() asks the norm next
     engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    quiet(engine)
     if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.train()
     return engine, notes
+
+
+def quiet(engine):
+    """Let the host wait for the device once a step, and let engine.waiting, if it is set, see what the ranks wait for.
+
+    DeepSpeed reads the gradient norm to decide on the update: that is the one wait, scaled_global_norm() below; what it
+    makes of the norm is arithmetic on the host then. Where traffic overlaps it also halts the host at the end of every
+    backward pass, so that no buffer is freed too early; ordering the two streams is enough for that.
+    """
+    zero, engine.waiting = engine.optimizer, None
+    norm, reduce, finish = zero.scaled_global_norm, zero.average_tensor, zero.independent_gradient_partition_epilogue
+    stop = lambda: engine.waiting.here() if engine.waiting else nullcontext()
+
+    def average_tensor(*args):
+        with stop():
+            return reduce(*args)
+
+    def epilogue():
+        zero.reduce_ipg_grads()
+        with stop():
+            torch.cuda.current_stream().wait_stream(zero.reduction_stream)
+        zero.overlap_comm = False  # nothing is left to overlap, and so nothing to halt for
+        finish()
+        zero.overlap_comm = True
+
+    zero.scaled_global_norm = lambda: norm().cpu()
+    zero.average_tensor = average_tensor
+    if engine.device.type == "cuda" and zero.overlap_comm and zero.contiguous_gradients and not zero.cpu_offload:
+        zero.independent_gradient_partition_epilogue = epilogue
 
 
 def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
@@ -251,28 +283,36 @@ def set_lr(engine, factor):
     return engine.optimizer.param_groups[-1]["lr"]
 
 
-def update(engine, micro_batches, loss_of):
+def update(engine, micro_batches, loss_of, passes=None, send=None):
     """One optimizer step over this rank's micro-batches. Every rank must call it.
 
     loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
+    passes: as many as every rank makes, this one with blank ones where it has fewer micro-batches; None: the ranks ask
+    each other. send(): called when all passes are under way, before the host waits for the gradient norm.
     Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
     """
     world = torch.distributed.get_world_size()
     micro_batches = list(micro_batches)
-    (count,) = global_max([len(micro_batches)], engine.device)
+    if passes is None:
+        passes = int(global_max([len(micro_batches)], engine.device)[0])
+    assert len(micro_batches) <= passes, f"{len(micro_batches)} micro-batches in {passes} passes"
     doing = None
     try:
-        for i in range(int(count)):
-            doing = f"forward of pack {i + 1} of {int(count)}"
-            engine.set_gradient_accumulation_boundary(i == count - 1)
+        for i in range(passes):
+            doing = f"forward of pack {i + 1} of {passes}"
+            if engine.waiting:
+                engine.waiting.next_pass()
+            engine.set_gradient_accumulation_boundary(i == passes - 1)
             if i < len(micro_batches):
                 loss = loss_of(micro_batches[i])
             else:
                 loss = 0.0 * engine(pack([]).to(engine.device)).sum()
-            doing = f"backward of pack {i + 1} of {int(count)}"
+            doing = f"backward of pack {i + 1} of {passes}"
             loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
             engine.backward(loss * world, scale_wrt_gas=False)
         doing = "AdamW's step"
+        if send:
+            send()
         engine.step()
     except torch.OutOfMemoryError as error:
         error.add_note(doing)

@@ -154,9 +154,9 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="n
 def shown(step, number, example, completion, text, is_right, spell):
     """One answer in the words of rollouts.jsonl: a group of one."""
     reward = float(is_right)
-    rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text, number=number)
+    rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text)
     rollout.parts, rollout.reward = {"accuracy": reward}, reward
-    line = row(step, example, rollout, spell)
+    line = row(step, example.record, rollout, spell)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 

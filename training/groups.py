@@ -4,21 +4,28 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from dataset.batch import Example
-from dataset.records import clip_name
+from dataset.records import clip_name, record_name
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 
 ROLLOUTS = "rollouts.jsonl"
 ALARM_STEPS = 10  # steps that reward and group health are watched over
+
+COLUMNS_BEFORE = (("reward", "reward", "6.3f"), ("reward_std", "+-", "5.3f"))
+COLUMNS_AFTER = (
+    ("all_right", "right", "4.0%"), ("all_wrong", "wrong", "4.0%"), ("no_variance", "flat", "4.0%"),
+    ("length", "len", "5.1f"), ("truncated", "cut", "4.0%"), ("kl", "kl", "8.1e"), ("clipped", "clip", "5.1%"),
+    ("entropy", "ent", "5.3f"), ("grad_norm", "gnorm", "7.3f"), ("lr", "lr", "7.1e"),
+    ("sampler_gap_max", "gap", "6.0e"), ("rollout_seconds", "sample s", "6.2f"), ("update_seconds", "update s", "6.2f"),
+)  # fmt: skip
 
 
 @dataclass(eq=False)
 class Rollout:
     """One completion, and what becomes of it. Its group is a number: several prompts may have the same text."""
 
-    group: int  # number of its prompt among those of this rank and step
+    group: int  # number of its prompt among those of the step
     ids: list[int]  # with the end token, if it came to one
     logprobs: list[float]  # of ids as they were drawn
     finished: bool  # by an end token, not by the length limit
@@ -26,14 +33,16 @@ class Rollout:
     parts: dict[str, float] = field(default_factory=dict)  # unweighted value of each reward
     reward: float = 0.0  # their weighted sum
     right: bool = False  # the answer is the dataset's
-    number: int = 0  # of its group among those of all ranks
     advantage: float = 0.0
     trained: bool = False  # its group was chosen for the update
+    sound: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
 
-    @property
-    def sound(self) -> bool:
-        """The logits that it was drawn from were finite, and it could be drawn."""
-        return all(map(math.isfinite, self.logprobs))
+    def __post_init__(self):
+        self.sound = all(map(math.isfinite, self.logprobs))
+
+    def kept(self, cfg) -> bool:
+        """Whether it gives a gradient where its group is trained on."""
+        return self.finished or not cfg.mask_truncated_completions
 
 
 def needs_shuffled(rewards: list[Reward]) -> bool:
@@ -54,53 +63,61 @@ def score_group(rewards: list[Reward], prompt: Example, group: list[Rollout], sh
         rollout.right = is_correct(rollout.text, sample)
 
 
-class Facts(NamedTuple):
-    """What other ranks need to know of a completion."""
-
-    reward: float
-    right: bool
-    tokens: int
-    finished: bool
-    parts: dict[str, float]
-    sound: bool = True
-
-
-def facts(group: list[Rollout]) -> list[Facts]:
-    return [Facts(r.reward, r.right, len(r.ids), r.finished, r.parts, r.sound) for r in group]
-
-
-def reward_metrics(groups: list[list[Facts]], spread: list[float]) -> dict[str, float]:
-    """Facts of all groups of a step, and the std of rewards in each -> metrics over everything that was sampled."""
-    rows = [fact for group in groups for fact in group]
-    values = {"reward": [fact.reward for fact in rows]}
-    values |= {f"reward/{name}": [fact.parts[name] for fact in rows] for name in rows[0].parts}
+def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str, float]:
+    """All groups of a step, and the std of rewards in each -> metrics over everything that was sampled."""
+    rows = [rollout for group in groups for rollout in group]
+    values = {"reward": [rollout.reward for rollout in rows]}
+    values |= {f"reward/{name}": [rollout.parts[name] for rollout in rows] for name in rows[0].parts}
     metrics = {}
     for name, column in values.items():
         metrics |= {name: statistics.fmean(column), f"{name}_std": statistics.stdev(column)}
-    right = [statistics.fmean(fact.right for fact in group) for group in groups]
+    right = [statistics.fmean(rollout.right for rollout in group) for group in groups]
     return metrics | {
         "accuracy": statistics.fmean(right),
         "all_right": right.count(1) / len(groups),
         "all_wrong": right.count(0) / len(groups),
         "no_variance": spread.count(0) / len(groups),
         "group_std": statistics.fmean(spread),
-        "length": statistics.fmean(fact.tokens for fact in rows),
-        "completion_tokens": sum(fact.tokens for fact in rows),
-        "truncated": statistics.fmean(not fact.finished for fact in rows),
-        "not_finite": sum(not fact.sound for fact in rows),
+        "length": statistics.fmean(len(rollout.ids) for rollout in rows),
+        "completion_tokens": sum(len(rollout.ids) for rollout in rows),
+        "truncated": statistics.fmean(not rollout.finished for rollout in rows),
+        "not_finite": sum(not rollout.sound for rollout in rows),
     }
 
 
 # What one sees of them
 
 
-def row(step: int, prompt: Example, rollout: Rollout, spell: Callable[[int], str]) -> dict:
+def columns(rewards: list[Reward]):
+    """Of a step's line on the console: see runlog.Log."""
+    parts = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
+    return COLUMNS_BEFORE + parts + COLUMNS_AFTER
+
+
+def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
+    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates; without tokens
+    the KL of what was sampled alone."""
+    means = {} if cfg.beta == 0 else {"kl": total["fair_kl"] / max(total["fair_tokens"], 1)}
+    tokens = total["tokens"]
+    if not tokens:
+        return means
+    for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
+        means[name] = total[name] / tokens
+    if cfg.beta:
+        means["kl_trained"] = total["kl"] / tokens
+    if cfg.sampler_is_cap is not None:
+        means["sampler_capped"] = total["sampler_capped"] / tokens
+    means |= {"loss": total["loss"] / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
+    return means | {"sampler_gap_max": total["sampler_gap_max"]}
+
+
+def row(step: int, record: dict, rollout: Rollout, spell: Callable[[int], str]) -> dict:
     """One line of rollouts.jsonl, in the words that report.py reads. spell: token id -> its text."""
-    sample, record = sample_from_record(prompt.record), prompt.record
+    sample = sample_from_record(record)
     return {
         "step": step,
-        "prompt": rollout.number,
-        "id": record.get("id", prompt.name),
+        "prompt": rollout.group,
+        "id": record.get("id", record_name(record)),
         "video": clip_name(record),
         "question": sample.question,
         "answer": sample.answer,

@@ -33,6 +33,8 @@ COMMON_COLUMNS = (  # wait: share of the step's time without data
     ("ms", "ms", "6.0f"),
     ("wait", "wait", "4.0%"),
 )
+# of several ranks: the share of the step before that they waited for the slowest of them
+IDLE_COLUMN = (("idle", "idle", "5.1%"),)
 
 
 def say(text):
@@ -142,7 +144,8 @@ class Log:
     """
 
     def __init__(self, run, total, columns=SFT_COLUMNS):
-        self.run, self.total, self.columns = run, total, columns + COMMON_COLUMNS
+        self.run, self.total = run, total
+        self.columns = columns + COMMON_COLUMNS + (IDLE_COLUMN if run.world > 1 else ())
         self.started, self.first = time.perf_counter(), run.step
         self.file, self.bar, self.trackers = None, None, []
         if run.rank == 0:
