@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from data import Loader, Processor, load_tokenizer, read_records
+from model.cost import training_flops
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
@@ -110,7 +111,10 @@ def main():
 
 
 def make_loader(run, records, processor):
-    return Loader(records, processor, run.cfg, rank=run.rank, world_size=run.world)
+    cfg = run.cfg
+    tower = (cfg.lora_enable and cfg.vision_lora) or not cfg.freeze_vision_tower
+    cost = partial(training_flops, processor.config, tower=tower)
+    return Loader(records, processor, cfg, rank=run.rank, world_size=run.world, cost=cost)
 
 
 def micro_loss(engine, answers, sums, packed):

@@ -132,11 +132,14 @@ def test_packing_to_a_token_budget(processor):
 
 
 def test_bins():
-    assert fill_bins([0, 1, 2, 3], [5, 4, 3, 2], 7, 1) == [[0, 3], [1, 2]]
-    assert fill_bins([0, 1, 2], [9, 1, 1], 4, 1) == [[0], [1, 2]]  # one above the budget stands alone
-    assert fill_bins([0], [3], 4, 2) == [[0], []]  # every rank gets as many
-    assert len(fill_bins([0, 1, 2, 3, 4], [4] * 5, 4, 2)) == 6
-    assert fill_bins([], [], 4, 2) == [[], []]
+    fill = lambda sizes, *rest: fill_bins([*range(len(sizes))], sizes, sizes, *rest)  # what costs its tokens
+    assert fill([5, 4, 3, 2], 7, 1) == [[0, 3], [1, 2]]
+    assert fill([9, 1, 1], 4, 1) == [[0], [1, 2]]  # one above the budget stands alone
+    assert fill([3], 4, 2) == [[0], []]  # every rank gets as many
+    assert len(fill([4] * 5, 4, 2)) == 6
+    assert fill([], 4, 2) == [[], []]
+    # the cheapest bin has no room for a sample of 5 tokens that costs little: it goes into the other
+    assert fill_bins([0, 1, 2], [9, 8, 1], [1, 4, 5], 7, 1) == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 300])
