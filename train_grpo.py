@@ -38,14 +38,11 @@ from rewards import load_rewards
 from trainer import (
     build_model,
     finish,
-    is_due,
     launch,
     report,
     save,
-    schedule,
     start,
     tell_data,
-    total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
 from training.counting import check_left_out, check_numbers, keep_count
@@ -66,6 +63,7 @@ from training.groups import (
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from training.plan import brief, dry_run
 from training.runlog import Log, append
+from training.schedule import is_due, schedule, total_steps
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
