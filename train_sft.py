@@ -27,14 +27,11 @@ from model.qwen2_5_vl import resolve_folder
 from trainer import (
     build_model,
     finish,
-    is_due,
     launch,
     report,
     save,
-    schedule,
     start,
     tell_data,
-    total_steps,
 )
 from training.counting import Tally, check_left_out, check_numbers, keep_count
 from training.engine import update
@@ -43,6 +40,7 @@ from training.full import told_when_full
 from training.groups import ROLLOUTS
 from training.plan import brief, dry_run
 from training.runlog import Log, append
+from training.schedule import is_due, schedule, total_steps
 
 
 def main():

@@ -20,7 +20,7 @@ from model.linear import aligned
 from model.loss import CHUNK_BYTES
 from model.vision import LONG
 from training.blocks import Load, Model
-from training.engine import BUCKET
+from training.engine import bucket_size
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context, loaded kernels, NCCL. Measured: 1.2 to 1.3 GiB on an H100, torch 2.11.
@@ -55,7 +55,7 @@ class Memory:
         )
         self.head_trained = model.head_weight.requires_grad
         self.tied = model.lm_head is None
-        self.bucket = int(zero.get("reduce_bucket_size") or min(self.count + 1024, BUCKET))
+        self.bucket = int(zero.get("reduce_bucket_size") or bucket_size(self.count, world))
         # gradient of one thawed matrix, which lives until it is copied into the bucket
         self.matrix = number * max((p.numel() for name, p in trained if p.dim() > 1 and "embed" not in name), default=0)
 
