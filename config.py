@@ -15,7 +15,7 @@ from typing import ClassVar
 from flags import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
 from model import nearest
 
-__all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "VideoArgs"]
+__all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "parse", "split_list"]
 
 # The dataset's question, as generate.py writes it and infer.py asks it.
@@ -357,8 +357,46 @@ class GRPO(CommonTrain):
         require(fits, "reward_weights", weights, f"{len(names)} numbers, one a reward")
 
 
+def typed(question):
+    """The dataset's question for an empty one. Shells hand over \\n in quotes as two characters: it is a line break."""
+    return (question or QUESTION).replace("\\n", "\n")
+
+
 @dataclass
-class Infer(VideoArgs):
+class Asked(VideoArgs):
+    """What data.py shows is what infer.py asks about."""
+
+    # -- Model
+    model_id: str = "assets/tiny"  # base checkpoint: folder or hub id (or --base_model)
+    local_files_only: bool = False  # never ask the hub
+
+    # as in training on the embedded model
+    nframes: int | None = 8  # frames a clip; none = by fps
+    video_min_pixels: int | None = 3136  # pixels a frame, 4·28²: a 64x64 clip becomes 56x56
+    video_max_pixels: int | None = 3136  # pixels a frame; an explicit max beats a default min
+
+
+@dataclass
+class Look(Asked):
+    """data.py's."""
+
+    aliases: ClassVar = {"base_model": "model_id"}
+
+    # -- What to look at
+    files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
+    question: str = ""  # asked of each video or image, for its count of tokens; "" = the dataset's question
+
+    @property
+    def text(self):
+        return typed(self.question)
+
+    def check(self):
+        Asked.check(self)
+        require(bool(self.files), "files", self.files, "one at least: python data.py clip.mp4 my/train.json")
+
+
+@dataclass
+class Infer(Asked):
     aliases: ClassVar = {"base_model": "model_id", "video_path": "video"}
 
     # -- One clip
@@ -368,10 +406,8 @@ class Infer(VideoArgs):
     json: bool = False  # last line: one JSON object
 
     # -- Model
-    model_id: str = "assets/tiny"  # base checkpoint: folder or hub id (or --base_model)
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
-    local_files_only: bool = False  # never ask the hub
 
     # -- Sampling
     max_new_tokens: int = 256  # tokens; chains of thought fit
@@ -389,18 +425,12 @@ class Infer(VideoArgs):
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
     dataloader_num_workers: int = 2  # threads that read clips ahead
 
-    # as in training on the embedded model
-    nframes: int | None = 8  # frames a clip; none = by fps
-    video_min_pixels: int | None = 3136  # pixels a frame, 4·28²: a 64x64 clip becomes 56x56
-    video_max_pixels: int | None = 3136  # pixels a frame; an explicit max beats a default min
-
     @property
     def text(self):
-        """The question to ask. Shells hand over \\n in quotes as two characters: both are read as a line break."""
-        return (self.question or self.prompt or QUESTION).replace("\\n", "\n")
+        return typed(self.question or self.prompt)
 
     def check(self):
-        VideoArgs.check(self)
+        Asked.check(self)
         at_least(self, 1, "max_new_tokens", "max_samples", "batch_size")
         at_least(self, 0, "temperature", "top_k", "seed", "dataloader_num_workers")
         positive(self, "top_p", "repetition_penalty")
@@ -438,3 +468,15 @@ class Adapter:
         require(self.output_dir or not writes, "output_dir", self.output_dir, "a new folder to write")
         positive(self, "shard_gb")
         one_of(self, "keys", "", "transformers5", "transformers4")
+
+
+@dataclass
+class Report:
+    """report.py's."""
+
+    # -- What to show
+    runs: list[str] = field(default_factory=list, metadata={"positional": True})  # folders; several lie over each other
+    output: str | None = None  # file to write; none = report.html in the run's folder, compare.html beside several
+
+    def check(self):
+        require(bool(self.runs), "runs", self.runs, "a run's folder: python report.py output/video_lora")

@@ -12,10 +12,11 @@ L tokens of a sample, T of a batch, F frames, P patches, N clips.
 # ruff: noqa: E402
 import sys
 
-from config import Infer, cli, parse
+from config import Look, cli, parse
+from effects import inert
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
-    cli(lambda: parse(Infer))
+    cli(lambda: parse(Look))
 
 import logging
 import math
@@ -370,16 +371,12 @@ def describe_dataset(file: str, processor: Processor) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    files = []
-    while argv and not argv[0].startswith("-"):
-        files, argv = [*files, argv[0]], argv[1:]
-    if not files and not {"-h", "--help"} & set(argv):
-        raise UserError("found no file; expected python data.py FILE... [--fps 4 and the other options of infer.py]")
-    args = parse(Infer, [*files[:1], *argv])
+    args = parse(Look, argv)
+    for line in inert(args):
+        print(f"note: {line}")
     folder = resolve_folder(args.model_id, args.local_files_only)
     processor = Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), args)
-    for file in files:
+    for file in args.files:
         if file.endswith((".json", ".jsonl")):
             print("\n".join(describe_dataset(file, processor)))
             continue

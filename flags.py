@@ -107,8 +107,18 @@ def _known(cls, name, origin):
     plain = getattr(cls, "aliases", {}).get(plain, plain)
     if plain in _kinds(cls):
         return plain
-    hint = nearest(plain, [*_kinds(cls), *getattr(cls, "aliases", {})]) or "; --help lists them"
+    names = [*_kinds(cls), *getattr(cls, "aliases", {})]
+    hint = _abbreviated(plain, names) or nearest(plain, names) or "; --help lists them"
     raise UserError(f"{origin}{name}: no such option of {cls.__name__}{hint}")
+
+
+def _abbreviated(word, names):
+    """"; did you mean X or Y?" with the names whose initials are `word`, or that go on behind it; "" of too many."""
+    initials = lambda name: "".join(part[0] for part in name.split("_"))
+    found = sorted(name for name in names if initials(name) == word or name.startswith(f"{word}_"))
+    if not 0 < len(found) < 4:
+        return ""
+    return f"; did you mean {', '.join(found[:-1])}{' or ' * (len(found) > 1)}{found[-1]}?"
 
 
 def read_config_file(cls, path):
@@ -151,7 +161,11 @@ def read_flags(cls, argv):
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):
-            settings[_next_positional(cls, arg, free)] = arg
+            name = _next_positional(cls, arg, free)
+            if typing.get_origin(kinds[name]) is list:  # the last one takes all that follow
+                free.insert(0, name)
+                arg = [*settings.get(name, []), arg]
+            settings[name] = arg
             continue
         name, equals, value = arg[2:].partition("=")
         special = name.replace("-", "_") in ("config", "local_rank")
@@ -260,10 +274,14 @@ def _documented(cls):
     return [(heading, [(name, comments[name]) for name in names]) for heading, names in groups.items()]
 
 
+def _shown(f):
+    return f.name.upper() + (" ..." if typing.get_origin(f.type) is list else "")
+
+
 def help_text(cls):
     """Grouped options with types, defaults, units and reasons."""
     default, kinds = cls(), _kinds(cls)
-    free = "".join(f"[{f.name.upper()}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
+    free = "".join(f"[{_shown(f)}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
     usage = f"usage: python {Path(sys.argv[0]).name} {free}[--config FILE.py] [--name value or --name=value]"
     lines = [usage, "       config files in their order, then flags; each line: type, default, what it is", ""]
     for heading, names in _documented(cls):

@@ -21,7 +21,6 @@ Every text from a model, a file or a command line is escaped, and the page's pol
 style and script, known by their hashes. No torch: a page must be quick to make, while training too.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -30,7 +29,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from config import cli
+from config import Report, cli, parse
 from model import UserError
 from reporting import charts
 from reporting.charts import columns, number
@@ -116,12 +115,9 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (--output_dir of a training)")
-    told = "file to write; default: report.html in the run's folder, compare.html beside several runs"
-    parser.add_argument("--output", type=Path, help=told)
-    args = parser.parse_args(argv)
-    print(write_report(args.runs, args.output or default_output(args.runs)))
+    cfg = parse(Report, argv)
+    runs = [Path(run) for run in cfg.runs]
+    print(write_report(runs, cfg.output or default_output(runs)))
 
 
 def default_output(runs: list[Path]) -> Path:

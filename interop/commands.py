@@ -110,7 +110,7 @@ def check(cfg, adapter):
     for reader, verdict in told.items():
         print(f"PEFT      on {reader}: {verdict}")
     if set(told.values()) != {LOADS}:
-        print(f"          where it does not: python lora.py convert {adapter} --output_dir NEW")
+        print(f"          to load it there: python lora.py convert {adapter} --output_dir NEW_FOLDER")
     print(f"here      {fits(cfg, config, adapter)}")
 
 

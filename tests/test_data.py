@@ -387,7 +387,7 @@ def test_the_plan_is_printed(processor, clips):
     plan = ClipPlan("video", ("a",), (0,) * 8, (0.0,) * 8, (56, 56), (64, 64), 30, 30.0, 8.0)
     lines = data.describe_time(plan, processor.config)
     assert "time ids  0 0 1 1" in lines[0] and "2 grid step(s) share the time id" in lines[1]
-    with pytest.raises(UserError, match="found no file"):
+    with pytest.raises(UserError, match="--files: found \\[\\], expected one at least"):
         data.main([])
 
 

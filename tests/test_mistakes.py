@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import lora
-from config import GRPO, SFT, Adapter, Generate, Infer, LoraArgs, parse
+from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
 from dataset.index import read_records
+from flags import help_text
 from infer import clip_record
 from interop.merged import meta_model
 from model import UserError, nearest, nearest_path
@@ -42,6 +43,12 @@ def here(tmp_path, monkeypatch):
     ("attempt", "hint"),
     [
         (lambda: parse(SFT, ["--lora_rnk", "4"]), "did you mean lora_rank?"),
+        (lambda: parse(SFT, ["--lr", "1e-4"]), "did you mean learning_rate, lora_rank or lr_scheduler_type?"),
+        (lambda: parse(SFT, ["--wd=0.1"]), "did you mean weight_decay?"),
+        (lambda: parse(GRPO, ["--max_completion", "64"]), "did you mean max_completion_length?"),
+        (lambda: parse(Infer, ["a.mp4", "--model", "x"]), "did you mean model_ckpt or model_id?"),
+        (lambda: parse(SFT, ["--max", "8"]), "did you mean max_steps?"),  # of many that go on so, the nearest
+        (lambda: parse(Report, ["output/run", "--outptu", "x.html"]), "did you mean output?"),
         (lambda: parse(Infer, ["a.mp4", "--base_modl", "x"]), "did you mean base_model?"),
         (lambda: parse(SFT, ["--lr_scheduler_type", "cosin"]), "did you mean cosine?"),
         (lambda: parse(GRPO, ["--aggregation", "sequences"]), "did you mean sequence?"),
@@ -83,6 +90,18 @@ def test_nothing_is_guessed_where_nothing_is_near(here):
     assert nearest_path("x" * 5000) == "" == nearest_path("a\0b")
     assert nearest_path("dat/x.json") == "; did you mean data?"
     assert nearest_path(".hiddem") == ""
+
+
+def test_files_stand_without_a_flag():
+    """As many as there are, before and behind the flags; none is a mistake, told in one line."""
+    look = parse(Look, ["a.mp4", "--fps", "4", "b.mp4", "c,d.json"])
+    assert (look.files, look.nframes, look.fps) == (["a.mp4", "b.mp4", "c,d.json"], None, 4.0)
+    report = parse(Report, ["one", "two", "--output", "x.html"])
+    assert (report.runs, report.output) == (["one", "two"], "x.html")
+    for cls, flag in ((Look, "--files"), (Report, "--runs")):
+        with pytest.raises(UserError, match=rf"{flag}: found \[\], expected .*python"):
+            parse(cls, [])
+    assert "controls" not in (text := help_text(Look)) and text.startswith("usage: ") and "[FILES ...]" in text
 
 
 def test_help_of_every_script_is_grouped_and_needs_no_torch():

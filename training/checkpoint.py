@@ -181,7 +181,7 @@ def find_adapter(path, output="output", besides=None, script=None):
             raise UserError(f"{path}: no whole checkpoint in this run, expected one with an adapter")
         return find_adapter(folder)
     if (path / "config.json").is_file():
-        raise UserError(f"{path}: holds a whole model, no adapter; give it as --model_id and leave --model_ckpt out")
+        raise UserError(f"{path}: holds a whole model, expected an adapter; a whole model is given as --model_id")
     if path.exists():
         raise UserError(f"{path}: no adapter_config.json and no checkpoint-N in it, expected an adapter or a run")
     there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
