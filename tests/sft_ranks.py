@@ -1,7 +1,7 @@
-"""train_sft.py on 1, 2 and 4 CPU ranks, and with a rank that is slow: run by test_sft_ranks.py, in a process that imports
+"""train_sft.py on 1, 2 and 4 CPU ranks, with a slow rank: run by test_sft_ranks.py in a process that imports
 everything once.
 
-    python tests/sft_ranks.py BASE OUT      BASE: tiny/ and data/mixed.json; OUT/NAME/ are the runs, OUT/NAME.RANK what each
+    python tests/sft_ranks.py BASE OUT  BASE: tiny/ and data/mixed.json; OUT/NAME/ are the runs, OUT/NAME.RANK what each
                                         rank trained on: a line a step, a list a pass of (sample, has a clip)
 """
 
