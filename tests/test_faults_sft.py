@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
+import deepspeed
 import pytest
 import test_train_sft
 import torch
@@ -16,6 +17,7 @@ from test_train_sft import metrics, steps_kept, weights
 
 import infer
 import train_sft
+import trainer
 import training.full
 from config import SFT, cli
 from dataset.batch import Loader
@@ -152,6 +154,25 @@ def test_no_answer_token_at_all_ends_the_run_after_five_steps(sft, base, tmp_pat
     monkeypatch.setattr(train_sft, "count", lambda micro_batches: (0, 10))
     with pytest.raises(UserError, match="5 steps in a row without an update .no answer tokens in the batch.*none"):
         sft("run", max_steps=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_batch_without_answers_changes_nothing(sft, tmp_path, monkeypatch, capfd, dtype):
+    """No weight, no moment, no loss scale. (fp16 is made to run on a CPU for it.)"""
+    monkeypatch.setattr(trainer, "precision", lambda cfg, device: (dtype, "a test"))
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 8}}')
+    count, scalers = train_sft.count, []
+    at_step(monkeypatch, 1, lambda engine: scalers.append(dict(vars(engine.optimizer.loss_scaler))))
+    monkeypatch.setattr(train_sft, "count", lambda packs: (0, 9) if len(scalers) == 2 else count(packs))
+    folder = sft("run", max_steps=4, save_steps=1, save_total_limit="none", deepspeed=tmp_path / "scale.json")
+    two, three, four = (load_file(folder / f"checkpoint-{i}/optimizer-00000.safetensors") for i in (2, 3, 4))
+    assert all(torch.equal(two[name], three[name]) for name in two)
+    assert all(tensor.isfinite().all() for tensor in four.values()) and scalers[2] == scalers[3]
+    assert any(not torch.equal(three[name], four[name]) for name in three)
+    told = metrics(folder, "answer_tokens", "loss", "grad_norm", "updated")
+    assert told[2] == (0, None, None, False) and [updated for *_, updated in told] == [True, True, False, True]
+    assert "step 3: no answer tokens in the batch: no update (1 in a row)" in capfd.readouterr().out
 
 
 def test_an_empty_answer_is_a_broken_sample(sft, tmp_path):
