@@ -168,8 +168,13 @@ class Processor:
 
     def length(self, record: dict, answer: bool = True, name: str | None = None) -> int:
         """Tokens that encode would give, without decoding more than a clip's first frame. Raises as encode does."""
+        return self.shape(record, answer, name)[1]
+
+    def shape(self, record: dict, answer: bool = True, name: str | None = None) -> tuple[list, int, int]:
+        """(grids, tokens, those of them that are trained) that encode would give, as `length` finds them."""
         pieces, plans = self.layout(record, answer, name or record_name(record))
-        return text_length(pieces) + sum(plan.num_tokens for plan in plans)
+        trained = sum(len(piece) for piece, said in pieces if said and not isinstance(piece, Media))
+        return [plan.grid_thw for plan in plans], text_length(pieces) + sum(plan.num_tokens for plan in plans), trained
 
     def layout(self, record: dict, answer: bool, name: str) -> tuple[list, list[ClipPlan]]:
         """Pieces of the chat (token ids, or a Media) with whether they are trained, and the plan of each clip."""

@@ -39,14 +39,11 @@ from rewards import load_rewards
 from trainer import (
     build_model,
     finish,
-    is_due,
     launch,
     report,
     save,
-    schedule,
     start,
     tell_data,
-    total_steps,
 )
 from training.checkpoint import STATE, find_adapter, read_json
 from training.counting import check_left_out, check_numbers, keep_count
@@ -70,6 +67,7 @@ from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
 from training.runlog import Log, append
+from training.schedule import is_due, schedule, total_steps
 
 
 def main():

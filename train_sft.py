@@ -21,19 +21,17 @@ from functools import partial
 import torch
 
 from data import Loader, Processor, load_tokenizer, read_records
+from model.cost import training_flops
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
 from trainer import (
     build_model,
     finish,
-    is_due,
     launch,
     report,
     save,
-    schedule,
     start,
     tell_data,
-    total_steps,
 )
 from training.counting import Tally, check_left_out, check_numbers, keep_count
 from training.engine import update
@@ -42,6 +40,7 @@ from training.full import told_when_full
 from training.groups import ROLLOUTS
 from training.plan import brief, dry_run
 from training.runlog import Log, append
+from training.schedule import is_due, schedule, total_steps
 
 
 def main():
@@ -110,7 +109,10 @@ def main():
 
 
 def make_loader(run, records, processor):
-    return Loader(records, processor, run.cfg, rank=run.rank, world_size=run.world)
+    cfg = run.cfg
+    tower = (cfg.lora_enable and cfg.vision_lora) or not cfg.freeze_vision_tower
+    cost = partial(training_flops, processor.config, tower=tower)
+    return Loader(records, processor, cfg, rank=run.rank, world_size=run.world, cost=cost)
 
 
 def micro_loss(engine, answers, sums, packed):

@@ -43,15 +43,14 @@ from training.engine import (
     launchers,
     leave_processes,
     load_state,
-    lr_factor,
     precision,
     save_state,
-    set_lr,
     start_processes,
     updates_made,
     whole_state,
 )
 from training.runlog import cut_after, describe, machine, say, versions
+from training.schedule import warmup_steps
 from training.trackers import TRACKERS, check_installed
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
@@ -328,29 +327,6 @@ def watch_signals(run):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         run.handlers[number] = signal.signal(number, note)
-
-
-# Schedule
-
-
-def total_steps(cfg, loader):
-    """Optimizer steps of the whole run."""
-    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
-
-
-def warmup_steps(cfg, total):
-    return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
-
-
-def schedule(engine, cfg, step, total):
-    """Set the learning rates of step 0 … total-1. Returns the language model's."""
-    factor = lr_factor(step, total, cfg.lr_scheduler_type, warmup_steps(cfg, total), cfg.min_lr_ratio)
-    return set_lr(engine, factor)
-
-
-def is_due(every, step, total):
-    """Whether something that happens every so many steps (0 = only at the end) happens after step 1 … total."""
-    return step == total or (every > 0 and step % every == 0)
 
 
 # Checkpoints

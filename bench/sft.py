@@ -76,7 +76,8 @@ def our_step(engine, step, micro_batches):
 def passes(bench, work, samples):
     """Packed batches of so many samples, cut as the trainer cuts them."""
     tokens = work.prompt_tokens + work.completion
-    bins = fill_bins(list(range(samples)), [tokens] * samples, bench.args.pack_tokens or math.inf, 1)
+    sizes = [tokens] * samples
+    bins = fill_bins(list(range(samples)), sizes, sizes, bench.args.pack_tokens or math.inf, 1)
     return [sft_batch(bench.config, work, len(bin), seed) for seed, bin in enumerate(bins)]
 
 

@@ -5,8 +5,10 @@
     Loader(records, processor, args)   which samples, in an order that depends on the seed and the epoch alone
 
     step k of an epoch   one global batch: batch_size x accumulation x world_size samples, for any number of ranks
-    a rank's share       `accumulation` micro-batches of at most batch_size samples; or, with pack_tokens, as few as
-                         hold its share within that many tokens each. The update is the same.
+    micro-batches        of at most batch_size samples; or, with pack_tokens, as few as hold the batch within that many
+                         tokens each
+    a rank's share       as many micro-batches as every rank's. The update is the same, however they are dealt; with a
+                         cost they are dealt so that all ranks are busy: see deal()
 
 So a run can go on at any step without having seen the ones before. Threads decode ahead. A sample that is broken is
 skipped, counted and named, and nothing takes its place.
@@ -139,25 +141,30 @@ class Loader:
     args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
     dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (data.pack, or list).
     answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
+    cost: (grids of its clips, its tokens, those trained) of a sample -> what its update costs, in any unit; then
+    several ranks get shares of equal cost, and a sample whose size cannot be told is left out by all of them.
 
     After or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
     """
 
     def __init__(
         self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
-        shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None,
+        shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None, cost: Callable | None = None,
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
         self.rank, self.world_size, self.answer, self.shuffle = rank, world_size, answer, shuffle
         self.micro_batches = args.gradient_accumulation_steps * world_size
         self.global_batch = global_batch or args.per_device_train_batch_size * self.micro_batches
+        self.limit = math.ceil(self.global_batch / self.micro_batches)  # samples of a micro-batch
         self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
         self.skipped: dict[str, str] = {}
         self.left_out = 0.0  # its sum over the ranks counts every sample of `skipped` once
         self.broken = 0.0  # likewise of those that are broken, not only too long
         self.last = ""  # the last broken one, and why
         self.lengths = array("q", [-1]) * len(records)  # tokens, for pack_tokens; -1 = not known yet, 0 = skipped
+        self.cost = cost if world_size > 1 else None
+        self.costs = array("d", [0.0]) * len(records) if self.cost else None  # known where the tokens are
 
     def num_steps(self, epochs: float) -> int:
         """Optimizer steps of this many passes over the data."""
@@ -219,22 +226,34 @@ class Loader:
         return self._order
 
     def plan(self, step: int, map_: Callable) -> tuple[list[list[int]], list[tuple]]:
-        """Sample numbers of each of this rank's micro-batches, and the samples whose length cannot be told."""
-        batch, failed = self.batch(step), []
-        if self.args.pack_tokens is None or len(batch) == 1:
+        """Sample numbers of each of this rank's micro-batches, and the samples whose length cannot be told.
+
+        All ranks find as many micro-batches: each plans for all of them, from what all know.
+        """
+        batch, failed, budget = self.batch(step), [], self.args.pack_tokens
+        if not self.cost and (budget is None or len(batch) == 1):
             bins = [part.tolist() for part in np.array_split(batch, self.micro_batches)]
         else:
             failed = [(i, error, True) for i, error in zip(batch, map_(self.measure, batch)) if error is not None]
             batch = [i for i in batch if self.lengths[i]]
-            bins = fill_bins(batch, [self.lengths[i] for i in batch], self.args.pack_tokens, self.world_size)
-        share = len(bins) // self.world_size
+            costs = {i: self.costs[i] if self.cost else self.lengths[i] for i in batch}
+            bins = by_count(costs, self.limit, self.world_size) if budget is None else self.by_tokens(costs, budget)
+            bins = deal(bins, [sum(costs[i] for i in bin) for bin in bins], self.world_size)
+        share, rest = divmod(len(bins), self.world_size)
+        assert not rest, f"{len(bins)} micro-batches for {self.world_size} ranks"
         return [[int(i) for i in bin] for bin in bins[self.rank * share : (self.rank + 1) * share]], failed
 
+    def by_tokens(self, costs: dict, budget: int) -> list[list[int]]:
+        return fill_bins([*costs], [*costs.values()], [self.lengths[i] for i in costs], budget, self.world_size)
+
     def measure(self, i: int) -> UserError | None:
-        """Learn a sample's length, once, without decoding it. All ranks find the same."""
+        """Learn a sample's length, and its cost, once, without decoding it. All ranks find the same."""
         if self.lengths[i] < 0:
             try:
-                self.lengths[i] = self.processor.length(self.records[i], self.answer)
+                grids, tokens, trained = self.processor.shape(self.records[i], self.answer)
+                if self.cost:
+                    self.costs[i] = self.cost(grids, tokens, trained)
+                self.lengths[i] = tokens
             except Vanished:
                 raise
             except UserError as error:
@@ -335,19 +354,57 @@ def ahead(iterator: Iterator, depth: int) -> Iterator:
         thread.join()
 
 
-def fill_bins(items: list[int], lengths: list[int], budget: int, multiple: int) -> list[list[int]]:
-    """Items into the fewest bins, a multiple of `multiple`, of at most `budget` each: the longest first, each into the
-    emptiest bin. An item above the budget stands alone."""
-    bins = multiple
-    while True:
-        heap = [(0, b) for b in range(bins)]
-        filled: list[list[int]] = [[] for _ in heap]
-        for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: -pair[0]):
-            load, b = heap[0]
-            if load and load + length > budget:
-                break
-            heapq.heapreplace(heap, (load + length, b))
-            filled[b].append(item)
-        else:
-            return filled
+def fill_bins(items: list[int], costs: list, sizes: list[int], room: int, multiple: int) -> list[list[int]]:
+    """Items into the fewest bins, a multiple of `multiple`, of at most `room` each by their sizes: the most costly
+    first, each into the bin of least cost that has room. An item larger than the room stands alone."""
+    order = sorted(zip(costs, sizes, items, strict=True), key=lambda each: -each[0])
+    least = math.ceil(sum(min(size, room) for size in sizes) / room)
+    bins = multiple * max(1, math.ceil(least / multiple))
+    while (filled := into_bins(order, room, bins)) is None:
         bins += multiple
+    return filled
+
+
+def into_bins(order: list[tuple], room: int, bins: int) -> list[list[int]] | None:
+    """(cost, size, item) one after the other into so many bins; None where one finds no room."""
+    heap = [(0, b) for b in range(bins)]  # (cost, number)
+    filled, used = [[] for _ in heap], [0] * bins
+    for cost, size, item in order:
+        full = []
+        while heap and used[heap[0][1]] and used[heap[0][1]] + size > room:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, b = heap[0]
+        heapq.heapreplace(heap, (load + cost, b))
+        filled[b].append(item)
+        used[b] += size
+        for each in full:
+            heapq.heappush(heap, each)
+    return filled
+
+
+def by_count(costs: dict, most: int, ranks: int) -> list[list[int]]:
+    """Items, {item: cost}, into micro-batches of at most `most`: those of the k-th passes hold items of like cost, for
+    where every micro-batch is full, they cannot all be made alike."""
+    order, size = sorted(costs, key=lambda i: -costs[i]), most * ranks
+    passes = [order[first : first + size] for first in range(0, len(order), size)] or [[]]
+    return [bin for part in passes for bin in fill_bins(part, [costs[i] for i in part], [1] * len(part), most, ranks)]
+
+
+def deal(bins: list[list[int]], costs: list, ranks: int) -> list[list[int]]:
+    """Bins in the order of ranks: all of the first one's, all of the second one's, …
+
+    Gradients are reduced in every pass, so the k-th passes of all ranks begin and end together: they get bins of
+    neighbouring cost, the most costly first, and of them the rank with the least so far gets the most costly one. What
+    is waited for in all passes together is then less than the difference of the most and the least costly bin.
+    """
+    if ranks == 1:
+        return bins
+    order, shares, sums = sorted(range(len(bins)), key=lambda b: -costs[b]), [[] for _ in range(ranks)], [0.0] * ranks
+    for first in range(0, len(order), ranks):
+        emptiest = sorted(range(ranks), key=lambda rank: sums[rank])
+        for rank, b in zip(emptiest, order[first : first + ranks], strict=True):
+            shares[rank].append(bins[b])
+            sums[rank] += costs[b]
+    return [bin for share in shares for bin in share]

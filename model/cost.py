@@ -31,3 +31,11 @@ def language_flops(config, prompt: int, completions=()) -> float:
 def head_flops(config, tokens: int) -> float:
     """The head for so many tokens."""
     return 2 * tokens * config.hidden_size * config.vocab_size
+
+
+def training_flops(config, grids, tokens: int, answers: int, tower: bool = True) -> float:
+    """A sample's forward and backward pass, adapters on frozen weights: the gradient goes back through every product
+    once, through the tower's only if something of it is trained. grids: of its clips; answers: tokens through the
+    head."""
+    vision = sum(vision_flops(config, grid) for grid in grids)
+    return (2 if tower else 1) * vision + 2 * (language_flops(config, tokens) + head_flops(config, answers))

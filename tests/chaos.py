@@ -29,8 +29,8 @@ from warm import NAMES, ROOT, Life, Watch, start  # it sets the environment, and
 
 from training.checkpoint import checkpoints, newest_checkpoint, read_json, step_of, what_is_broken
 
-CLOCK = ("ms", "tokens_per_second", "gib", "wait", "eval_seconds", "rollout_seconds", "update_seconds")
-CLOCK += ("idle", "rollout_idle", "update_idle", "traffic")
+CLOCK = ("ms", "tokens_per_second", "gib", "wait", "eval_seconds", "rollout_seconds", "update_seconds", "idle",
+         "rollout_idle", "update_idle", "traffic")  # fmt: skip
 COMMAND = "python tests/chaos.py"
 # What differs from run to run by what the user typed, not by what became of it
 TYPED = ("resume", "output_dir")

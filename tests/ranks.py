@@ -1,134 +1,89 @@
-"""GRPO on several CPU ranks, forked from one warm process: what tests/test_dealing.py looks at; how long ranks wait.
+"""train_sft.py on 1, 2 and 4 CPU ranks, and with a rank that is slow: run by test_ranks.py, in a process that imports
+everything once.
 
-    python tests/ranks.py JOBS.json      run after run: [{"folder", "world", "flags", and what is done to its ranks}]
-    python tests/ranks.py --idle         how much of a step the ranks wait, each with its own prompts and with a queue
-
-A job's `slow` is {rank: seconds before each unit that it samples}; `unreadable` a clip whose frames cannot be decoded;
-`uneven` the seconds that the longest unit takes; with `static` nobody takes another's prompts. who.jsonl, in the run's
-folder, tells which rank sampled which prompts.
+    python tests/ranks.py BASE OUT      BASE: tiny/ and data/mixed.json; OUT/NAME/ are the runs, OUT/NAME.RANK what each
+                                        rank trained on: a line a step, a list a pass of (sample, has a clip)
 """
 
 import json
-import statistics
-import subprocess
+import os
+import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from warm import ROOT, start
+from warm import start  # it sets the environment, and the paths
 
-import data
-import train_grpo
-from dataset.batch import log
-from model import UserError
-from training import dealing
+import train_sft
 
-PORT = 29710
-REWARD = """
-def vowels(text, sample):
-    return sum(text.count(letter) for letter in "aeiou") / max(1, len(text))
-"""
+COMMON = {"eval_data_path": "none", "max_steps": 4, "save_steps": 1, "save_total_limit": "none", "logging_steps": 1}
+COMMON |= {"nframes": 4, "dataloader_num_workers": 0, "learning_rate": 1e-3, "lora_rank": 4}
+COMMON["seed"] = 3  # 1, 3 and 0 samples without a clip in the first three steps
+SLOW = 0.15  # seconds that one rank sleeps in each pass
+# samples a micro-batch and micro-batches of each number of ranks: 8 samples a step
+SPLIT = {1: (8, 1), 2: (1, 4), 4: (1, 2)}
 
 
-def told(folder: Path, rank: int, slow: dict):
-    """sample_groups that writes down what this rank samples, after a while where the rank is slow."""
-    real = train_grpo.sample_groups
+def note_samples(path):
+    """Write down what this rank trains on."""
+    update = train_sft.update
 
-    def sample_groups(run, model, processor, prompts, seeds, count=None):
-        time.sleep(slow.get(str(rank), 0))
-        with (folder / "who.jsonl").open("a") as file:
-            line = {"step": run.step + 1, "rank": rank, "prompts": [prompt.number for prompt in prompts]}
-            file.write(json.dumps(line) + "\n")
-        return real(run, model, processor, prompts, seeds, count)
+    def noting(engine, micro_batches, *rest):
+        with path.open("a") as file:
+            file.write(json.dumps([[(n, not n.startswith("text")) for n in m.names] for m in micro_batches]) + "\n")
+        return update(engine, micro_batches, *rest)
 
-    train_grpo.sample_groups = sample_groups
+    train_sft.update = noting
 
 
-def unreadable(name: str):
-    real = data.read_clip
+def be_slow():
+    loss = train_sft.micro_loss
 
-    def read_clip(plan):
-        if name in plan.paths[0]:
-            raise UserError(f"{plan.paths[0]}: cannot be decoded")
-        return real(plan)
+    def slow(*args):
+        time.sleep(SLOW)
+        return loss(*args)
 
-    data.read_clip = read_clip
-
-
-def uneven(seconds: float):
-    """Sampling takes as long as the longest completion of the unit would: their lengths are drawn from the seeds."""
-    real = train_grpo.sample_groups
-
-    def sample_groups(run, model, processor, prompts, seeds, count=None):
-        longest = max((seed * 2_654_435_761 % 2**32 / 2**32) ** 4 for seed in seeds)  # few are long
-        time.sleep(seconds * (0.05 + longest))
-        return real(run, model, processor, prompts, seeds, count)
-
-    train_grpo.sample_groups = sample_groups
+    train_sft.micro_loss = slow
 
 
-def ready(job: dict, rank: int):
-    """For the child, before main()."""
+def lose_answers():
+    """In the second step no rank finds an answer token."""
+    count, steps = train_sft.count, []
 
-    def first():
-        log.setLevel("ERROR")
-        if "unreadable" in job:
-            unreadable(job["unreadable"])
-        if "uneven" in job:
-            uneven(job["uneven"])
-        if job.get("static"):
-            dealing.to_sample = train_grpo.to_sample = lambda run, loader, step, own, failed: iter(own)
-        told(Path(job["folder"]), rank, job.get("slow", {}))
+    def counting(micro_batches):
+        steps.append(1)
+        answers, tokens = count(micro_batches)
+        return (0 if len(steps) == 2 else answers), tokens
 
-    return first
+    train_sft.count = counting
 
 
-def run(job: dict, port: int) -> None:
-    """One job, to its end. SystemExit with the log's end where it fails."""
-    folder, world = Path(job["folder"]), job["world"]
-    flags = job["flags"] | {"output_dir": folder}
+def launch(base, out, name, world, act=lambda rank: None, **more):
+    """One run, its ranks side by side; prints the log where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    envs = [{name: str(value) for name, value in (shared | rank).items()} for rank in own]
-    files = [folder.with_suffix(f".{rank}.log") for rank in range(world)]
-    lives = [start("train_grpo", flags, files[rank], None, envs[rank], ready(job, rank)) for rank in range(world)]
-    codes = []
-    for life in lives:
-        codes.append(life.wait(120))
-        if codes[-1]:
-            for other in lives:
-                other.kill()
-    if any(codes):
-        raise SystemExit(f"{folder.name}: {codes}\n" + "\n".join(file.read_text()[-2000:] for file in files))
+    size, accumulation = SPLIT[world]
+    flags = COMMON | {"model_id": base / "tiny", "data_path": base / "data/mixed.json", "output_dir": out / name}
+    flags |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation} | more
+    log, lives = out / f"{name}.log", []
+    for rank in range(world):
+        env = {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        first = lambda rank=rank: (note_samples(out / f"{name}.{rank}"), act(rank))
+        lives.append(start("train_sft", flags, log, env=env, first=first))
+    codes = [life.wait(200) for life in lives]
+    assert not any(codes), f"{name}: {codes}\n{log.read_text()[-3000:]}"
 
 
-def idle() -> None:
-    """A table: two and four ranks with four units each, of which few take long; dealt for good, and with a queue."""
-    with tempfile.TemporaryDirectory(prefix="idle") as scratch:
-        place = Path(scratch)
-        made = ["--num_samples", "60", "--split", "0.9", "--video_length", "12", "--output_dir", place / "data"]
-        subprocess.run([sys.executable, "generate.py", *made], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        (place / "rewards.py").write_text(REWARD)
-        flags = {"data_path": place / "data/train.json", "eval_data_path": "none", "model_ckpt": "none", "nframes": 4}
-        flags |= {"rewards": f"{place}/rewards.py:vowels", "num_generations": 4, "max_completion_length": 8}
-        flags |= {"max_steps": 9, "rollout_rows": 4, "oversample": 1, "per_device_train_batch_size": 16}
-        print("ranks  prompts  who takes them  rollout idle  seconds a step")
-        for world in (2, 4):
-            for static in (True, False):
-                folder = place / f"{world}{static}"
-                job = {"folder": folder, "world": world, "flags": flags, "uneven": 2.0, "static": static}
-                run(job, PORT + world + static)
-                rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                share = statistics.fmean(row["rollout_idle"] for row in rows if "rollout_idle" in row)
-                seconds = statistics.fmean(row["ms"] / 1000 for row in rows[1:] if "ms" in row)
-                who = "their own ranks" if static else "whoever is free"
-                print(f"{world:>5}  {4 * world:>7}  {who:<14}  {share:>12.1%}  {seconds:>14.2f}", flush=True)
+def main(base, out):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for packing, tokens in (("plain", "none"), ("packed", 120)):
+        for world in SPLIT:
+            launch(base, out, f"{packing}{world}", world, pack_tokens=tokens)
+    launch(base, out, "slow", 2, lambda rank: rank and be_slow(), pack_tokens="none", max_steps=3)
+    launch(base, out, "lost", 2, lambda rank: lose_answers(), pack_tokens="none", max_steps=3)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--idle"]:
-        idle()
-    else:
-        for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-            run(job, PORT + number)
+    main(*map(Path, sys.argv[1:]))

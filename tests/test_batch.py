@@ -1,6 +1,9 @@
 """Examples -> packed batches; which samples go into which, on which rank, after which start."""
 
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +11,17 @@ import pytest
 import test_data
 import torch
 from conftest import random_model
+from hypothesis import given
+from hypothesis import strategies as st
 from test_data import record, turns
 
-from dataset.batch import Loader, fill_bins, pack, pack_groups
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+from workloads import model_config
+
+from dataset.batch import Loader, by_count, deal, fill_bins, pack, pack_groups
 from model import UserError
+from model.cost import training_flops
 from model.loss import IGNORE
 
 clips, processor = test_data.clips, test_data.processor  # fixtures
@@ -132,11 +142,78 @@ def test_packing_to_a_token_budget(processor):
 
 
 def test_bins():
-    assert fill_bins([0, 1, 2, 3], [5, 4, 3, 2], 7, 1) == [[0, 3], [1, 2]]
-    assert fill_bins([0, 1, 2], [9, 1, 1], 4, 1) == [[0], [1, 2]]  # one above the budget stands alone
-    assert fill_bins([0], [3], 4, 2) == [[0], []]  # every rank gets as many
-    assert len(fill_bins([0, 1, 2, 3, 4], [4] * 5, 4, 2)) == 6
-    assert fill_bins([], [], 4, 2) == [[], []]
+    fill = lambda sizes, *rest: fill_bins([*range(len(sizes))], sizes, sizes, *rest)  # what costs its tokens
+    assert fill([5, 4, 3, 2], 7, 1) == [[0, 3], [1, 2]]
+    assert fill([9, 1, 1], 4, 1) == [[0], [1, 2]]  # one above the budget stands alone
+    assert fill([3], 4, 2) == [[0], []]  # every rank gets as many
+    assert len(fill([4] * 5, 4, 2)) == 6
+    assert fill([], 4, 2) == [[], []]
+    # the cheapest bin has no room for a sample of 5 tokens that costs little: it goes into the other
+    assert fill_bins([0, 1, 2], [9, 8, 1], [1, 4, 5], 7, 1) == [[0, 2], [1]]
+
+
+# -- Several ranks, by cost
+
+
+def drawn(rng, count):
+    """(grids, tokens, trained tokens) of samples: a few long clips, many short ones, some text."""
+    frames = np.clip(np.exp(rng.normal(2.5, 0.8, count)), 2, 64).astype(int) // 2
+    return [([(int(t), 18, 30)] if i % 8 else [], int(t) * 135 * (i % 8 > 0) + 90, 30) for i, t in enumerate(frames)]
+
+
+def plans(shapes, step, world, cost, **changes):
+    """[rank][pass][sample] as every rank's own loader plans it."""
+    sizes = SimpleNamespace(shape=lambda record, answer: shapes[record])
+    args = loader_args(gradient_accumulation_steps=16 // world, **changes)
+    ranks = range(world)
+    loaders = [Loader(range(len(shapes)), sizes, args, rank=rank, world_size=world, cost=cost) for rank in ranks]
+    return [loader.plan(step, map)[0] for loader in loaders]
+
+
+def waited(plan, costs):
+    """Share of the time, where all ranks' k-th passes end together."""
+    times = np.array([[sum(costs[i] for i in members) for members in rank] for rank in plan])
+    return 1 - times.sum() / len(plan) / times.max(0).sum()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("pack_tokens", [None, 8192])
+def test_ranks_are_dealt_even_work(pack_tokens, world):
+    shapes, cost = drawn(np.random.default_rng(0), 320), partial(training_flops, model_config("3B"))
+    costs = [cost(*shape) for shape in shapes]
+    seen, before, after = [], [], []
+    for step in range(10):
+        came = plans(shapes, step, world, None, pack_tokens=pack_tokens)
+        dealt = plans(shapes, step, world, cost, pack_tokens=pack_tokens)
+        batch = sorted(i for rank in dealt for members in rank for i in members)
+        assert batch == sorted(i for rank in came for members in rank for i in members) and len({*batch}) == 32
+        assert len({len(rank) for rank in dealt}) == 1 and len(dealt[0]) <= len(came[0])
+        most = max(len(members) for rank in dealt for members in rank)
+        tokens = max(sum(shapes[i][1] for i in members) for rank in dealt for members in rank)
+        assert most <= 2 if pack_tokens is None else tokens <= pack_tokens
+        before, after, seen = [*before, waited(came, costs)], [*after, waited(dealt, costs)], seen + batch
+    assert sorted(seen) == [*range(320)]
+    assert np.mean(after) < 0.5 * np.mean(before)
+
+
+def test_one_rank_learns_no_cost():
+    shapes = drawn(np.random.default_rng(0), 32)
+    asked = lambda *shape: pytest.fail("one rank asked for a cost")
+    for pack_tokens in (None, 8192):
+        assert plans(shapes, 0, 1, asked, pack_tokens=pack_tokens) == plans(shapes, 0, 1, None, pack_tokens=pack_tokens)
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 4), st.integers(1, 3))
+def test_what_is_dealt(costs, ranks, most):
+    """Everything once; no micro-batch too full; all ranks as many; in no pass one is dearer than one of a pass before;
+    less is waited than the difference of the dearest and the cheapest micro-batch."""
+    bins = by_count(dict(enumerate(costs)), most, ranks)
+    sums = [sum(costs[i] for i in bin) for bin in bins]
+    dealt = deal(bins, sums, ranks)
+    assert sorted(i for bin in dealt for i in bin) == [*range(len(costs))] and max(map(len, dealt)) <= most
+    times = np.array([sum(costs[i] for i in bin) for bin in dealt]).reshape(ranks, -1)
+    assert (times[:, :-1].min(0) >= times[:, 1:].max(0)).all()
+    assert (times.max(0) - times.min(0)).sum() <= times.max() - times.min()
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 300])

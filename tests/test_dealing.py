@@ -73,7 +73,7 @@ def runs(base, tmp_path_factory):
             job["unreadable"] = json.loads((data / "train.json").read_text())[4]["video"]
         jobs.append(job)
     (place / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "tests/ranks.py", str(place / "jobs.json")]
+    command = [sys.executable, "tests/grpo_ranks.py", str(place / "jobs.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return {name: place / name for name in RUNS}

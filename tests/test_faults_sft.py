@@ -16,11 +16,11 @@ from test_train_sft import metrics, steps_kept, weights
 
 import infer
 import train_sft
-from training import counting
 import training.full
 from config import SFT, cli
 from dataset.batch import Loader
 from model import UserError
+from training import counting
 from training.checkpoint import newest_checkpoint, read_json
 
 base, sft = test_train_sft.base, test_train_sft.sft  # fixtures
@@ -136,7 +136,8 @@ def test_a_spike_is_told_clipped_and_survived(sft, monkeypatch, capfd):
         return real(*args) * (1e6 if len(calls) == counting.SPIKE_STEPS + 2 else 1.0)
 
     monkeypatch.setattr(train_sft, "micro_loss", micro_loss)
-    folder = sft("run", max_steps=counting.SPIKE_STEPS + 3, save_steps=counting.SPIKE_STEPS + 1, save_total_limit="none")
+    n = counting.SPIKE_STEPS
+    folder = sft("run", max_steps=n + 3, save_steps=n + 1, save_total_limit="none")
     shown = [line for line in capfd.readouterr().out.splitlines() if "SPIKE" in line]
     assert len(shown) == 1 and shown[0].startswith(f"step {counting.SPIKE_STEPS + 2}: SPIKE gradient norm")
     assert "times the usual: clipped to 1" in shown[0]

@@ -23,8 +23,9 @@ from model import UserError
 from model.qwen2_5_vl import Qwen2_5_VL
 from training import checkpoint, counting
 from training.checkpoint import find_adapter, newest_checkpoint, what_is_broken
-from training.engine import deepspeed_config, lr_factor
+from training.engine import deepspeed_config
 from training.evaluation import Found
+from training.schedule import lr_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -26,7 +26,7 @@ from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET, round_up
 from model.linear import adapter_of, aligned
 from model.loss import CHUNK_BYTES
 from model.vision import LONG, PART
-from training.engine import BUCKET
+from training.engine import bucket_size
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context, loaded kernels, NCCL. Measured: 1.2 to 1.3 GiB on an H100, torch 2.11.
@@ -233,7 +233,7 @@ class Memory:
         )
         self.head_trained = model.head_weight.requires_grad
         self.tied = model.lm_head is None
-        self.bucket = int(zero.get("reduce_bucket_size") or min(self.count + 1024, BUCKET))
+        self.bucket = int(zero.get("reduce_bucket_size") or bucket_size(self.count, world))
         # gradient of one thawed matrix, which lives until it is copied into the bucket
         self.matrix = number * max((p.numel() for name, p in trained if p.dim() > 1 and "embed" not in name), default=0)
 

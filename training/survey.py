@@ -8,6 +8,8 @@ Clips' sizes come from file headers. Of a large dataset some samples are looked 
 others counts as the one looked at before it.
 """
 
+import math
+from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ class Size(NamedTuple):
     patches: int
     clips: int
     part: int = 0  # patches of the largest part of a clip (memory.part_of_clip)
+    grids: tuple = ()  # of its clips
 
     def __len__(self):  # as an Example's, for prompt_batches
         return self.tokens
@@ -59,9 +62,9 @@ def survey(records, processor, answer, look, workers=1):
             return str(error)
         vision = sum(plan.num_tokens for plan in plans)
         answers = sum(len(piece) for piece, trained in pieces if trained and not isinstance(piece, Media))
-        patches = sum(plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2] for plan in plans)
-        part = max((part_of_clip(*plan.grid_thw) for plan in plans), default=0)
-        size = Size(text_length(pieces) + vision, answers, vision, patches, len(plans), part)
+        grids = tuple(plan.grid_thw for plan in plans)
+        patches, part = sum(map(math.prod, grids)), max((part_of_clip(*grid) for grid in grids), default=0)
+        size = Size(text_length(pieces) + vision, answers, vision, patches, len(plans), part, grids)
         return size, {plan.kind for plan in plans}
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -82,7 +85,10 @@ def survey(records, processor, answer, look, workers=1):
 def sft_loads(loader, found, steps):
     """(a Load for each micro-batch of the first `steps` steps and all ranks, the most micro-batches of a step)."""
     loads, most = [], 0
-    loader.lengths[:] = type(loader.lengths)("q", [size.tokens if size else 0 for size in found.sizes])
+    loader.lengths = array("q", [size.tokens if size else 0 for size in found.sizes])
+    if loader.cost:
+        cost = {size: loader.cost(size.grids, size.tokens, size.answers) for size in {*found.there}}
+        loader.costs = array("d", [cost.get(size, 0.0) for size in found.sizes])
     for step in range(steps):
         for rank in range(loader.world_size):
             loader.rank = rank
@@ -90,9 +96,9 @@ def sft_loads(loader, found, steps):
             most = max(most, len(bins))
             for members in bins:
                 sizes = [found.sizes[i] for i in members if found.sizes[i]]
-                tokens, answers, _, patches, clips, _ = map(sum, zip(*sizes)) if sizes else (1, 0, 0, 0, 0, 0)
+                tokens, answers, _, patches, clips = map(sum, zip(*(size[:5] for size in sizes), (0,) * 5))
                 part = max((size.part for size in sizes), default=0)
-                loads.append(Load(tokens, answers, patches, clips, max(1, len(sizes)), part=part))
+                loads.append(Load(max(1, tokens), answers, patches, clips, max(1, len(sizes)), part=part))
     return loads, most
 
 
