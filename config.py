@@ -4,11 +4,10 @@
     cfg = parse(SFT)      # defaults, then --config FILE.py (plain assignments), then --name value or --name=value
 
 The defaults of training and inference are for the embedded model (assets/tiny) on a laptop; configs/ holds the diffs
-for larger ones. The comment beside a default is also its line in --help. Standard library only: --help must not wait
-for torch.
+for larger ones. The comment beside a default is also its line in --help. Which options have no effect beside others is
+in effects.py. Standard library only: --help must not wait for torch.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +16,7 @@ from flags import as_dict, at_least, changed, cli, names_of, one_of, parse, posi
 from model import nearest
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "VideoArgs"]
-__all__ += ["as_dict", "changed", "cli", "inert", "parse", "split_list"]
+__all__ += ["as_dict", "changed", "cli", "parse", "split_list"]
 
 # The dataset's question, as generate.py writes it and infer.py asks it.
 QUESTION = (
@@ -114,8 +113,8 @@ class VideoArgs:
         low, high = self.min_frames, self.max_frames
         require(low <= high, "min_frames", low, f"at most max_frames {high}")
         for kind in ("video", "image"):
-            low, high, height, width = (getattr(self, name) for name in _size_flags(kind))
-            at_least(self, 1, *_size_flags(kind))
+            low, high, height, width = (getattr(self, name) for name in size_flags(kind))
+            at_least(self, 1, *size_flags(kind))
             ordered = low is None or high is None or low <= high
             require(ordered, f"{kind}_min_pixels", low, f"at most {kind}_max_pixels {high}")
             require(
@@ -130,7 +129,7 @@ class VideoArgs:
         if "fps" in settings and "nframes" not in settings:
             self.nframes = None
         for kind in ("video", "image"):
-            low, high = _size_flags(kind)[:2]
+            low, high = size_flags(kind)[:2]
             lower, upper = getattr(self, low), getattr(self, high)
             if lower is not None and upper is not None and lower > upper:
                 if low not in settings:
@@ -139,7 +138,7 @@ class VideoArgs:
                     setattr(self, high, lower)
 
 
-def _size_flags(kind):
+def size_flags(kind):
     return f"{kind}_min_pixels", f"{kind}_max_pixels", f"{kind}_resized_height", f"{kind}_resized_width"
 
 
@@ -439,92 +438,3 @@ class Adapter:
         require(self.output_dir or not writes, "output_dir", self.output_dir, "a new folder to write")
         positive(self, "shard_gb")
         one_of(self, "keys", "", "transformers5", "transformers4")
-
-
-def _effects(cfg):
-    """(flag, condition under which it has no effect, why) for everything this repo accepts."""
-    is_set = lambda name: getattr(cfg, name, None) not in (None, 0, "", -1)
-    lora_off = not getattr(cfg, "lora_enable", True)
-    vision = lora_off or not getattr(cfg, "vision_lora", True)
-    merger = lora_off or not getattr(cfg, "merger_lora", True)
-    adapters = ("llm_lora", "vision_lora", "merger_lora", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora")
-    adapters += ("lora_bias", "num_lora_modules", "lora_namespan_exclude")
-    exclude = getattr(cfg, "lora_namespan_exclude", [])
-    yield "use_liger", True, "the loss never holds (T, V) logits here, there is nothing for Liger's kernels to replace"
-    yield "disable_flash_attn2", True, "attention is PyTorch's own, the flash-attn package is never used"
-    yield "lazy_preprocess", True, "clips are always read when they are needed, and kept (cache_mb)"
-    yield "remove_unused_columns", True, "samples are no table, no column is dropped"
-    yield "fps", is_set("nframes"), "nframes is given too and decides"
-    for name in ("min_frames", "max_frames"):
-        yield name, is_set("nframes"), f"nframes {getattr(cfg, 'nframes', None)} decides; --nframes none turns it off"
-    for kind in ("video", "image"):
-        for name in _size_flags(kind)[:2]:
-            yield name, is_set(f"{kind}_resized_height"), f"{kind}_resized_height and _width are given and decide"
-    for name in adapters:
-        yield name, lora_off, "lora_enable is False"
-    yield "merger_lora", is_set("tune_merger"), "tune_merger trains the merger whole"
-    full = not {"lm_head", "embed_tokens"} <= set(exclude)
-    yield "lora_namespan_exclude", full, "as to lm_head and embed_tokens: they never carry adapters here, named or not"
-    yield "vision_lr", vision and getattr(cfg, "freeze_vision_tower", True), "nothing in the vision tower is trained"
-    yield "merger_lr", merger and not getattr(cfg, "tune_merger", False), "nothing in the merger is trained"
-    yield "num_train_epochs", is_set("max_steps"), "max_steps is given and decides"
-    yield "warmup_ratio", is_set("warmup_steps"), "warmup_steps is given and decides"
-    yield "rollout_rows", os.environ.get("WORLD_SIZE", "1") == "1", "one rank samples as many as its memory holds"
-    yield "save_steps", getattr(cfg, "save_strategy", "steps") != "steps", "save_strategy is not steps"
-    if isinstance(cfg, CommonTrain):
-        yield "dry_run_gib", not cfg.dry_run, "it is for a plan (--dry_run)"
-        yield "model_ckpt", lora_off and cfg.model_ckpt, "lora_enable is False: no adapter is loaded"
-        yield "min_lr_ratio", cfg.lr_scheduler_type == "constant", "the constant schedule does not fall"
-        for name in ("eval_steps", "eval_samples", "max_new_tokens"):
-            yield name, cfg.eval_data_path is None, "eval_data_path is none: nothing is evaluated"
-    if isinstance(cfg, GRPO):
-        yield "lora_dropout", True, "it is off in GRPO: the policy that is updated must be the one that was sampled"
-        for name in ("reference", "use_bias_correction_kl"):
-            yield name, cfg.beta == 0, "beta is 0, there is no KL"
-        for name in ("epsilon", "epsilon_high"):
-            yield name, cfg.num_iterations == 1, "one update a set of rollouts (num_iterations 1): every ratio is 1"
-    if isinstance(cfg, Generate):
-        yield from _generate_effects(cfg)
-    if isinstance(cfg, Adapter):
-        yield "output_dir", cfg.command == "check", "check writes nothing"
-        yield "shard_gb", cfg.command != "merge", "it is for merge"
-        yield "keys", cfg.command != "convert", "it is for convert"
-    if isinstance(cfg, Infer):
-        for name in ("top_p", "top_k"):
-            yield name, cfg.temperature == 0, "temperature 0 takes the likeliest token"
-        for name in ("controls", "max_samples", "batch_size"):
-            yield name, cfg.data_path is None, "it is for a dataset (--data_path), not for one clip"
-        for name in ("question", "prompt"):
-            yield name, cfg.data_path is not None, "a dataset brings its own questions"
-
-
-def _generate_effects(cfg):
-    drawn = cfg.from_folder is None
-    for name in ("num_samples", "task", "frame_size", "video_length", "style"):
-        yield name, not drawn, "clips are not drawn, all of --from_folder are taken"
-    for name in ("augment", "augment_prob"):
-        yield name, not drawn, "clips of --from_folder are not changed"
-    for name in ("question", "num_options", "hard_negatives"):
-        yield name, drawn, "it is for --from_folder; drawn clips have their own question"
-    yield "augment_prob", drawn and not cfg.augment, "no --augment is given"
-    yield "base_coordinates", not drawn or cfg.task != "base", "it is for --task base"
-    for name in ("cot_source", "cot_model", "cot_workers", "cot_coordinates"):
-        yield name, not cfg.cot, "answers have no chain of thought without --cot"
-    openai = cfg.cot_source == "openai" or (cfg.cot_source == "auto" and bool(os.environ.get("OPENAI_API_KEY")))
-    for name in ("cot_model", "cot_workers"):
-        yield name, cfg.cot and not openai, "chains are made from the trajectory, no server is asked"
-    yield "cot_coordinates", cfg.cot and openai, "chains come from a server, not from the trajectory"
-
-
-def inert(cfg):
-    """One line for each option that was given but has no effect here, and why; and for each default of the embedded
-    model that another model is about to get."""
-    told = [(name, why) for name, no_effect, why in _effects(cfg) if no_effect and name in cfg.given]
-    lines = [f"--{name} has no effect: {why}" for name, why in told]
-    if isinstance(cfg, VideoArgs) and cfg.model_id != type(cfg)().model_id:
-        if not {"nframes", "fps", "video_max_pixels", "video_resized_height"} & cfg.given:
-            view = f"{cfg.nframes} frames of {cfg.video_max_pixels} pixels"
-            lines.append(f"clips are read as for the embedded model, {view}: see --fps, --nframes, --video_max_pixels")
-        if hasattr(cfg, "learning_rate") and "learning_rate" not in cfg.given:
-            lines.append(f"--learning_rate {cfg.learning_rate:g} suits the embedded model; the 3B takes 2e-4")
-    return lines

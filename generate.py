@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import QUESTION, Generate, as_dict, changed, cli, inert, parse, split_list
+from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list
 from drawing import cot, preview
 from drawing.clips import (
     CORNERS,
@@ -50,6 +50,7 @@ from drawing.clips import (
     sight_frames,
     write_mp4,
 )
+from effects import inert
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------

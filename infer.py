@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Infer, VideoArgs, as_dict, cli, inert, parse, split_list
+from config import Infer, VideoArgs, as_dict, cli, parse, split_list
 from dataset.index import read_records
 from dataset.records import IMAGE_SUFFIXES
+from effects import inert
 from flags import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
@@ -96,7 +97,8 @@ def load_model(cfg, adapter):
     once (model/fast_decode.py)."""
     import torch
 
-    from lora import load_adapter, merge
+    from interop.saved import load_adapter
+    from lora import merge
     from model.qwen2_5_vl import Qwen2_5_VL, not_finite
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import as_dict, inert
+from config import as_dict
 from dataset.sheet import sheet
+from effects import inert
 from interop.merged import copy_small_files
-from lora import CONFIG, TENSORS, inject, load_adapter, lora_layers, save_adapter, set_trainable
+from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
+from lora import inject, lora_layers, set_trainable
 from model import UserError
 from model.captured import Captures
 from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder

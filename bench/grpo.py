@@ -29,6 +29,7 @@ from workloads import Bench, arguments, chosen, forward_flops, linear_flops, pee
 import lora
 from config import GRPO
 from dataset.batch import Example, pack
+from interop.saved import hf_name
 from model.decode import Sampling, generate
 from model.loss import IGNORE
 from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
@@ -141,7 +142,7 @@ def measure_trl(bench, name, work, P):
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TINY), **special)
     word = tokenizer.decode([tokenizer.encode("a", add_special_tokens=False)[0]])
-    names = [lora.hf_name(n) for n in lora.targets(bench.model, cfg) if n.startswith("model.")]
+    names = [hf_name(n) for n in lora.targets(bench.model, cfg) if n.startswith("model.")]
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_args, **_kwargs):

@@ -32,8 +32,9 @@ from workloads import E, R, S, Workload, model_config, sft_batch, sync
 import lora
 from config import GRPO, SFT
 from model.qwen2_5_vl import Qwen2_5_VL
+from training.blocks import Load, part_of_clip
 from training.engine import build_engine, leave_processes, start_processes, update
-from training.memory import GIB, Load, Memory, part_of_clip, peak, total
+from training.memory import GIB, Memory, peak, total
 from training.survey import group_loads
 
 PICTURE = Workload((1, 46, 62), 60, 64)  # a photograph of 868x644: 713 vision tokens

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.video import Options, frame_size
-from lora import hf_name, homes, targets
+from interop.saved import hf_name
+from lora import homes, targets
 from model.attention import Segments
 from model.captured import Captures
 from model.cost import head_flops, language_flops, vision_flops

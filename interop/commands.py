@@ -7,7 +7,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import Adapter, inert, parse
+from config import Adapter, parse
+from effects import inert
 from model import UserError
 from training.checkpoint import STATE, find_adapter, sync
 
@@ -55,7 +56,7 @@ def base_folder(cfg, config):
 def merge(cfg, adapter):
     """base + adapter -> a Hugging Face folder."""
     from interop.merged import GENERATION, write_merged
-    from lora import read_adapter
+    from interop.saved import read_adapter
 
     base = base_folder(cfg, read_adapter(adapter)[0])
     with new_folder(cfg.output_dir) as folder:
@@ -68,7 +69,7 @@ def merge(cfg, adapter):
 def convert(cfg, adapter):
     """The adapter under the key names of the other transformers."""
     from interop.keys import NEW, OLD, renamed, styles
-    from lora import CONFIG, TENSORS, read_adapter
+    from interop.saved import CONFIG, TENSORS, read_adapter
     from model.qwen2_5_vl import save_tensors
 
     config, tensors = read_adapter(adapter)
@@ -85,7 +86,8 @@ def convert(cfg, adapter):
 def check(cfg, adapter):
     """Print what an adapter is, and who loads it."""
     from interop.keys import LOADS, styles, verdicts
-    from lora import part_of, read_adapter, split_keys
+    from interop.saved import read_adapter, split_keys
+    from lora import part_of
 
     config, tensors = read_adapter(adapter)
     layers, own = split_keys(tensors, adapter)
@@ -130,7 +132,7 @@ def non_zero(layers):
 def fits(cfg, config, adapter):
     """Whether every tensor has its place in the base, in words; a base that is not here is told, not fetched."""
     from interop.merged import meta_model
-    from lora import fit_adapter
+    from interop.saved import fit_adapter
 
     cfg.local_files_only = True
     try:

@@ -10,7 +10,7 @@ What each pair of versions does was run with transformers 4.51.3 + PEFT 0.14.0, 
 
 import re
 
-from lora import hf_name, our_name, split_keys
+from interop.saved import hf_name, our_name, split_keys
 
 PREFIX = "base_model.model."
 OLD, NEW = "transformers4", "transformers5"  # 4.51 and earlier; 4.52 and later

@@ -18,6 +18,10 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Mean length from which on. No smaller than captured.ROWS: these lengths are the host's, which a graph would freeze.
+LONG, LONG_STEP = 8192, 512
 
 
 @dataclass(eq=False)
@@ -170,9 +174,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`attend` by FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask."""
+    if is_long(q, segments):
+        return attend_long(q, k, v, segments)
     if segments.kv_index is not None:
         k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
     return FlashVarlen.apply(q, k, v, segments)
+
+
+def is_long(q: Tensor, segments: Segments) -> bool:
+    """Whether cuDNN's kernels are worth a call for each segment: on Hopper cards alone they outrun FlashAttention 2."""
+    square = segments.is_causal and segments.kv_index is None and segments.q_lengths == segments.k_lengths
+    if not square or segments.num_tokens <= LONG * len(segments.q_lengths):
+        return False
+    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
+    return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
+
+
+def attend_long(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """`attend` of few long causal segments by cuDNN, one after the other. Each is padded at its end, which nothing
+    before it sees: cuDNN plans its kernels anew for every length."""
+    outs = []
+    for n, *parts in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
+        padded = (F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)) if n % LONG_STEP else x for x in parts)
+        heads = [x.transpose(0, 1)[None] for x in padded]  # (1, H or K, n, D)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out[0].transpose(0, 1)[:n])
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 class FlashVarlen(torch.autograd.Function):

@@ -396,7 +396,7 @@ if triton:
         tl.store(to + 4, total)
 
     @triton.jit(do_not_specialize=["chunks", "T"])
-    def choose_kernel(best, ids, all_ids, all_logp, used, chunks, T, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    def choose_kernel(best, ids, all_ids, all_logp, used, chunks, V, T, BLOCK: tl.constexpr, PDL: tl.constexpr):
         """The chunks of a row -> its token, kept as input of the next step and in column used + 1 of (R, T)."""
         r = tl.program_id(0)
         j = tl.arange(0, BLOCK)
@@ -407,8 +407,10 @@ if triton:
         top = tl.max(tops, 0)
         fade = tl.exp(tops - top)
         at = tl.argmax(tl.load(place, mask=j < chunks, other=0.0) * fade, 0)
-        at = tl.minimum(at, chunks - 1)  # logits that are not finite may choose anything, but nothing from outside
+        # logits that are not finite may choose anything, but nothing from outside
+        at = tl.maximum(tl.minimum(at, chunks - 1), 0)
         token = tl.load(best + (r * chunks + at) * 5 + 1).to(tl.int64)
+        token = tl.maximum(tl.minimum(token, V - 1), 0)
         z = tl.load(best + (r * chunks + at) * 5 + 2)
         total = tl.sum(tl.load(place + 4, mask=j < chunks, other=0.0) * fade, 0)
         column = tl.load(used) + 1

@@ -342,7 +342,7 @@ class Step:
             GREEDY=self.mode == "greedy", BLOCK=CHOOSE_BLOCK, PDL=self.pdl, num_warps=4, **self.early,
         )  # fmt: skip
         kernels.choose_kernel[(self.R,)](
-            self.best, self.ids, self.all_ids, self.all_logp, self.used, self.chunks, self.S + 1,
+            self.best, self.ids, self.all_ids, self.all_logp, self.used, self.chunks, self.V, self.S + 1,
             BLOCK=pow2(self.chunks), PDL=self.pdl, num_warps=1, **self.early,
         )  # fmt: skip
 

@@ -1,11 +1,15 @@
 """Fast paths against their slow twins: packed attention and log-probs of targets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 
-from model.attention import Segments, attend, attend_reference
+from model import attention
+from model.attention import FlashVarlen, Segments, attend, attend_long, attend_reference, is_long
 from model.loss import target_logprobs, target_logprobs_reference
 
 
@@ -47,6 +51,34 @@ def test_shared_prompt_equals_repeated_prompts():
         alone = attend(q[rows], k[rows], v[rows], Segments.causal([P + n]))
         assert torch.allclose(out[rows], alone, atol=1e-6)
         start += n
+
+
+def test_long_segments_are_padded_without_a_trace(monkeypatch):
+    """What cuDNN is given, through another kernel of torch: the same numbers as the loop's, and the same gradients."""
+    monkeypatch.setattr(attention, "LONG_STEP", 16)
+    monkeypatch.setattr(attention, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
+    monkeypatch.setitem(globals(), "attend", attend_long)
+    check_attention(Segments.causal([37, 16, 20]), 4, 2)
+    check_attention(Segments.causal([48]), 2, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_long_segments_on_a_gpu():
+    """bf16: as far from float32 as FlashAttention is."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a Hopper card")
+    segments = Segments.causal([9000, 8704]).to("cuda")
+    make = lambda n: torch.randn(segments.num_tokens, n, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs, weight = [make(n) for n in (4, 2, 2)], make(4).detach()
+    assert is_long(inputs[0], segments)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    true = attend_reference(*exact, segments)
+    true = [true, *torch.autograd.grad(true, exact, weight.float())]
+    for path in (attend, lambda *args: FlashVarlen.apply(*args)):
+        out = path(*inputs, segments)
+        for mine, other in zip([out, *torch.autograd.grad(out, inputs, weight)], true):
+            assert float((mine.float() - other).norm() / other.norm()) < 0.006
+    assert not is_long(inputs[0], Segments.causal([8192] * 2))
 
 
 def test_segments_do_not_leak():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import config
-from config import GRPO, SFT, Generate, Infer, changed, cli, inert, parse
+from config import GRPO, SFT, Generate, Infer, changed, cli, parse
+from effects import inert
 from flags import help_text
 from model import UserError
 
@@ -262,7 +263,8 @@ def test_defaults_pass_their_own_checks():
 
 
 def test_help_is_quick_and_needs_no_torch():
-    code = "import sys, config\ntry: config.parse(config.SFT, ['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys, config, effects\ntry: config.parse(config.SFT, ['--help'])\n"
+    code += "finally: assert 'torch' not in sys.modules"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

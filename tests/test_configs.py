@@ -13,7 +13,8 @@ sys.path.append(str(ROOT / "bench"))
 from workloads import model_config
 
 import lora
-from config import GRPO, SFT, inert, parse
+from config import GRPO, SFT, parse
+from effects import inert
 from flags import read_config_file
 from model.qwen2_5_vl import Qwen2_5_VL
 

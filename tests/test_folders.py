@@ -15,11 +15,12 @@ from test_data import make_config, make_tokenizer
 from test_video import ramp, write_clip
 
 import generate as G
-from config import Generate, VideoArgs, inert, parse
+from config import Generate, VideoArgs, parse
 from data import Processor
 from dataset.index import read_records
 from dataset.places import media_folders
 from drawing import cot, folders
+from effects import inert
 from model import UserError
 from rewards import is_correct, reference_answer, sample_from_record
 

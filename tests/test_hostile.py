@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from config import Infer, LoraArgs
 from data import load_tokenizer
 from infer import read_as_trained
-from lora import inject, load_adapter, save_adapter
+from interop.saved import load_adapter, save_adapter
+from lora import inject
 from model import UserError
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
 from training import checkpoint

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
 from config import QUESTION, Infer, LoraArgs, parse
-from lora import inject, lora_layers, save_adapter
+from interop.saved import load_adapter, save_adapter
+from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
@@ -197,7 +198,6 @@ def test_clips_are_read_as_in_training(capsys, here, base, clip):
 def test_merged_adapter_gives_the_logits_of_the_adapter_beside(here, base, clip):
     save_trained_adapter(base, here / "adapter")
     from data import pack
-    from lora import load_adapter
 
     cfg = parse(Infer, [str(clip), "--model_id", str(base)])
     packed = pack([infer.load_processor(cfg).encode(infer.clip_record(cfg), answer=False)])

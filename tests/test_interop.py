@@ -22,6 +22,7 @@ import lora
 from config import QUESTION, Adapter, Infer, LoraArgs, parse
 from data import Processor, load_tokenizer, pack
 from drawing.clips import draw_clip, render, write_mp4
+from interop import saved
 from interop.commands import main
 from interop.keys import LOADS, NEW, OLD, PART, REFUSES, UNTRAINED, verdicts
 from interop.merged import base_tensors, generation_config, meta_model, write_merged
@@ -70,7 +71,7 @@ def adapter(clip, tmp_path_factory):
         loss.backward()
         optimizer.step()
     folder = tmp_path_factory.mktemp("adapter")
-    lora.save_adapter(model, folder, TINY)
+    saved.save_adapter(model, folder, TINY)
     return folder
 
 
@@ -87,7 +88,7 @@ def greedy(base, example, adapter=None):
     """Our own greedy answer: token ids."""
     model = Qwen2_5_VL.from_pretrained(base).eval()
     if adapter:
-        lora.load_adapter(model, adapter)
+        saved.load_adapter(model, adapter)
     tokenizer = load_tokenizer(TINY)
     stops = tuple(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     ((completion,),) = generate(model, pack([example]), Sampling(64, 0.0, stop_ids=stops))
@@ -141,7 +142,7 @@ def test_transformers_generates_our_own_greedy_answer(merged, adapter, clip, fla
 
 def test_merging_is_one_rounding_of_the_sum(merged, adapter):
     model = Qwen2_5_VL.from_pretrained(TINY)
-    lora.load_adapter(model, adapter)
+    saved.load_adapter(model, adapter)
     lora.merge(model)
     lora.remove(model)
     again = Qwen2_5_VL.from_pretrained(merged).state_dict()
@@ -176,7 +177,7 @@ def test_biases_and_a_whole_merger_are_merged_too(tmp_path):
     with torch.no_grad():
         for _, parameter in lora.trainable_parameters(model):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    lora.save_adapter(model, tmp_path / "adapter", TINY)
+    saved.save_adapter(model, tmp_path / "adapter", TINY)
     write_merged(TINY, tmp_path / "adapter", tmp_path, 10**9)
     assert (tmp_path / "model.safetensors").is_file()
     lora.merge(model)
@@ -256,7 +257,7 @@ def checked(capsys, folder, *flags):
 def test_check_tells_what_an_adapter_is(adapter, capsys):
     out = checked(capsys, adapter)
     facts = ["rank      4, alpha 8", "llm 14, merger 2, vision 10", "q_proj x 2", "19,200 numbers", "float32"]
-    count = sum(t.numel() for t in load_file(adapter / lora.TENSORS).values())
+    count = sum(t.numel() for t in load_file(adapter / saved.TENSORS).values())
     assert count == 19_200
     for fact in [str(adapter), str(TINY), *facts, "keys      transformers5", "every tensor has its place"]:
         assert fact in out, fact
@@ -267,7 +268,7 @@ def test_check_tells_what_an_adapter_is(adapter, capsys):
 def test_check_knows_an_adapter_without_training(tmp_path, capsys):
     model = Qwen2_5_VL.from_pretrained(TINY)
     lora.inject(model, LoraArgs(lora_rank=2))
-    lora.save_adapter(model, tmp_path, TINY)
+    saved.save_adapter(model, tmp_path, TINY)
     assert "B 0.0%; UNTRAINED: every B is zero, the adapter changes nothing" in checked(capsys, tmp_path)
 
 
@@ -285,7 +286,7 @@ def peft_outcome(base, folder):
         except ValueError as error:
             assert "not found" in str(error)
             return REFUSES
-    wanted = {lora.our_name(key) for key in lora.split_keys(lora.read_adapter(folder)[1], folder)[0]}
+    wanted = {saved.our_name(key) for key in saved.split_keys(saved.read_adapter(folder)[1], folder)[0]}
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     trained = [layer for layer in layers if layer.lora_B["default"].weight.any()]
     return UNTRAINED if not trained else LOADS if len(trained) == len(wanted) else PART
@@ -293,10 +294,10 @@ def peft_outcome(base, folder):
 
 def variant(adapter, folder, change_key=lambda key: key, **config):
     """A copy of an adapter with other keys or settings."""
-    found, tensors = lora.read_adapter(adapter)
+    found, tensors = saved.read_adapter(adapter)
     folder.mkdir(exist_ok=True)
-    save_file({change_key(key): tensor for key, tensor in tensors.items()}, folder / lora.TENSORS)
-    (folder / lora.CONFIG).write_text(json.dumps(found | config))
+    save_file({change_key(key): tensor for key, tensor in tensors.items()}, folder / saved.TENSORS)
+    (folder / saved.CONFIG).write_text(json.dumps(found | config))
     return folder
 
 
@@ -322,14 +323,14 @@ def test_check_says_what_peft_does(adapter, tmp_path, style, change, config, ver
     main(["convert", str(adapter), "--output_dir", str(tmp_path / "made"), "--keys", style])
     folder = variant(tmp_path / "made", tmp_path / "changed", change, **config)
     assert peft_outcome(TINY, folder) == verdict
-    assert verdicts(*lora.read_adapter(folder), folder)["transformers 5"] == verdict
+    assert verdicts(*saved.read_adapter(folder), folder)["transformers 5"] == verdict
 
 
 # -- convert, and adapters from elsewhere
 
 
 def tensors_of(folder):
-    return load_file(folder / lora.TENSORS)
+    return load_file(folder / saved.TENSORS)
 
 
 def test_convert_there_and_back(adapter, tmp_path, capsys):
@@ -348,7 +349,7 @@ def test_convert_there_and_back(adapter, tmp_path, capsys):
 
 def logits_here(base, folder):
     model = Qwen2_5_VL.from_pretrained(base).eval()
-    lora.load_adapter(model, folder)
+    saved.load_adapter(model, folder)
     positions = torch.arange(len(IDS)).expand(3, -1).contiguous()
     with torch.no_grad():
         return model.logits(Packed(torch.tensor(IDS), positions, Segments.causal([len(IDS)]), patches(), [GRID]))
@@ -365,7 +366,7 @@ def test_an_adapter_of_transformers_4_and_peft_loads_here_and_is_converted(tmp_p
             torch.tensor(IDS), torch.arange(len(IDS)).expand(3, -1).contiguous(), Segments.causal([len(IDS)]),
             patches(), [GRID],
         ))[-2:] - expected).abs().max() > 0.05  # fmt: skip
-    told = verdicts(*lora.read_adapter(PEFT4), PEFT4)
+    told = verdicts(*saved.read_adapter(PEFT4), PEFT4)
     assert told["transformers 4.51"] == LOADS and told["transformers 5"] == UNTRAINED == peft_outcome(base, PEFT4)
     main(["convert", str(PEFT4), "--output_dir", str(tmp_path / "new")])
     assert peft_outcome(base, tmp_path / "new") == LOADS
@@ -413,7 +414,7 @@ def test_what_peft_makes_with_other_options_loads_alike(tmp_path, clip, options)
     model = Qwen2_5_VL.from_pretrained(TINY).eval()
     with torch.no_grad():
         plain = model.logits(pack([example]))
-        lora.load_adapter(model, tmp_path)
+        saved.load_adapter(model, tmp_path)
         ours = model.logits(pack([example]))
     assert (ours - plain).abs().max() > 1e-3
     torch.testing.assert_close(ours, hf_logits(theirs, example), rtol=1e-3, atol=1e-4)
@@ -438,7 +439,7 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
     make_peft(tmp_path, **options)
     model = Qwen2_5_VL.from_pretrained(TINY)
     with pytest.raises(UserError) as error:
-        lora.load_adapter(model, tmp_path)
+        saved.load_adapter(model, tmp_path)
     for word in [str(tmp_path), *words]:
         assert word in str(error.value)
     assert "\n" not in str(error.value) and not lora.lora_layers(model)

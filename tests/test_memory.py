@@ -18,13 +18,15 @@ from workloads import R, S, Workload, config_dict, sft_batch
 
 import lora
 import model.vision
+import training.blocks
 import training.memory
 from config import GRPO, SFT
 from data import pack_groups
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from train_sft import micro_loss
-from training.memory import GIB, WORKSPACE, Load, Memory, part_of_clip, peak, total
+from training.blocks import Load, part_of_clip
+from training.memory import GIB, WORKSPACE, Memory, peak, total
 from training.survey import group_loads
 
 EVERYWHERE = dict(lora_rank=64, lora_alpha=64)
@@ -192,9 +194,9 @@ def test_a_step_of_the_3b_without_storage(name, work, batch, passes, flags, monk
 def test_a_long_video_of_the_3b_without_storage(monkeypatch):
     """It goes through the tower in parts, here of two grid steps; whole, its blocks' inputs alone take 1.7 GB."""
     work, flags = Workload((8, 46, 62), 20, 4), dict(lora_rank=16)
-    for module in (model.vision, training.memory):
-        monkeypatch.setattr(module, "PART", 6000)
-        monkeypatch.setattr(module, "LONG", 20_000)
+    for part, long in ((model.vision, model.vision), (training.blocks, training.memory)):
+        monkeypatch.setattr(part, "PART", 6000)
+        monkeypatch.setattr(long, "LONG", 20_000)
     estimate, measured = estimated_and_live("language model backwards", work, 1, 1, flags, monkeypatch)
     assert estimate == pytest.approx(measured, rel=0.01)
     monkeypatch.setattr(training.memory, "LONG", 100_000)

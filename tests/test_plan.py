@@ -15,13 +15,14 @@ from test_train_sft import base, flags_for, metrics, sft  # noqa: F401 (fixtures
 import train_grpo
 import train_sft
 from bench.workloads import config_dict
-from config import GRPO, SFT, inert, parse
+from config import GRPO, SFT, parse
 from data import Loader, Processor, load_tokenizer, read_records
+from effects import inert
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from training import plan
-from training.memory import GIB
+from training import forecast, plan
+from training.memory import GIB, peak, total
 from training.survey import group_loads, sft_loads, survey
 
 
@@ -145,7 +146,7 @@ def test_parameters_are_the_models_own(tmp_path):
         theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**raw))
     (tmp_path / "config.json").write_text(json.dumps(raw))
     cfg = parse(SFT, ["--model_id", str(tmp_path), "--lora_rank", "64", "--tune_merger"])
-    model, folder, notes = plan.shape_of(cfg, 2)
+    model, folder, notes = forecast.shape_of(cfg, 2)
     counts = plan.parameters(model)
     assert counts["all"][0] == sum(p.numel() for p in theirs.parameters()) == 3_754_622_976
     merger = sum(p.numel() for name, p in theirs.named_parameters() if "merger" in name)
@@ -172,7 +173,7 @@ def test_an_adapter_brings_its_own_rank(base, sft, tmp_path, capsys, monkeypatch
 
 
 def test_what_does_not_fit_says_what_would(base, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(plan, "CONTEXT", int(0.6 * plan.GIB))  # or what the model takes is nothing beside it
+    monkeypatch.setattr(forecast, "CONTEXT", int(0.6 * GIB))  # or what the model takes is nothing beside it
     flags = flags_for(base, tmp_path / "run", dry_run_gib=0.61, per_device_train_batch_size=20, pack_tokens=4096)
     text = told(capsys, monkeypatch, flags)
     (verdict,) = [line.strip() for line in text.splitlines() if "DOES NOT FIT" in line]
@@ -182,21 +183,21 @@ def test_what_does_not_fit_says_what_would(base, tmp_path, capsys, monkeypatch):
 
 
 def test_remedies_do_what_they_say(base, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(plan, "CONTEXT", int(0.6 * plan.GIB))
+    monkeypatch.setattr(forecast, "CONTEXT", int(0.6 * GIB))
     cfg = parse(SFT, flags_for(base, tmp_path / "run", dry_run=True, dry_run_gib=0.61, per_device_train_batch_size=20))
-    records, device = read_records(cfg.data_path), plan.Device.here(cfg)
+    records, device = read_records(cfg.data_path), forecast.Device.here(cfg)
 
     def planned(cfg):
-        model, folder, _ = plan.shape_of(cfg, device.number)
+        model, folder, _ = forecast.shape_of(cfg, device.number)
         processor = Processor(load_tokenizer(folder), model.config, cfg)
-        return plan.Plan(cfg, model, processor, records, Loader(records, processor, cfg), [], device, 100)
+        return forecast.Forecast(cfg, model, processor, records, Loader(records, processor, cfg), [], device, 100)
 
     for flags, size in planned(cfg).remedies():
         options = dict(zip(flags.split()[::2], flags.split()[1::2]))
         more = {name.removeprefix("--"): value for name, value in options.items()}
         given = dict(dry_run=True, dry_run_gib=0.61, per_device_train_batch_size=20) | more
         found = planned(parse(SFT, flags_for(base, tmp_path / "run", **given)))
-        assert plan.total(plan.peak(found.moments)[1]) == size < plan.total(plan.peak(planned(cfg).moments)[1])
+        assert total(peak(found.moments)[1]) == size < total(peak(planned(cfg).moments)[1])
 
 
 def test_flags_without_effect(base, tmp_path, capsys, monkeypatch):  # noqa: F811
@@ -237,11 +238,11 @@ def test_cuda_graphs_are_told_where_there_will_be_some(base, tmp_path, capsys, m
 def test_where_memory_is_short_decoding_is_slow(base, tmp_path, monkeypatch):  # noqa: F811
     given = dict(dry_run=True, dry_run_gib=24, eval_data_path=base / "data/val.json")
     cfg = parse(SFT, flags_for(base, tmp_path / "run", **given))
-    records, device = read_records(cfg.data_path), plan.Device.here(cfg)
-    model, folder, _ = plan.shape_of(cfg, device.number)
+    records, device = read_records(cfg.data_path), forecast.Device.here(cfg)
+    model, folder, _ = forecast.shape_of(cfg, device.number)
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     held = read_records(cfg.eval_data_path)
-    made = plan.Plan(cfg, model, processor, records, Loader(records, processor, cfg), held, device, 100)
+    made = forecast.Forecast(cfg, model, processor, records, Loader(records, processor, cfg), held, device, 100)
     assert made.fitted(made.moments)[1] is False
     made.device = device._replace(free=GIB // 4)  # less than fast_decode's margin
     moments, slow = made.fitted(made.moments)

@@ -1,7 +1,7 @@
 """How large a dataset's samples are, and how the trainers' batches hold them: no clip is decoded.
 
     survey(records, processor, …)       a Size for each sample
-    sft_loads(loader, survey, steps)    a Load (training/memory.py) for each micro-batch of train_sft.py
+    sft_loads(loader, survey, steps)    a Load (training/blocks.py) for each micro-batch of train_sft.py
     group_loads(prompts, …)             … of train_grpo.py's update
 
 Clips' sizes come from file headers. Of a large dataset some samples are looked at, spread evenly, and each of the
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from data import text_length
 from dataset.records import Media
 from model import UserError
-from training.memory import Load, part_of_clip
+from training.blocks import Load, part_of_clip
 
 
 class Size(NamedTuple):
