@@ -76,6 +76,7 @@ def _train(cfg):
 
 
 def _grpo(cfg):
+    yield "rollout_rows", os.environ.get("WORLD_SIZE", "1") == "1", "one rank samples as many as its memory holds"
     yield "lora_dropout", True, "it is off in GRPO: the policy that is updated must be the one that was sampled"
     for name in ("reference", "use_bias_correction_kl"):
         yield name, cfg.beta == 0, "beta is 0, there is no KL"

@@ -1,7 +1,7 @@
 """GRPO on several CPU ranks, forked from one warm process: what tests/test_dealing.py looks at; how long ranks wait.
 
     python tests/grpo_ranks.py JOBS.json    run after run: [{"folder", "world", "flags", and what is done to its ranks}]
-    python tests/grpo_ranks.py --idle       how much of a step ranks wait, each with its own prompts and with a queue
+    python tests/grpo_ranks.py --idle       how much of a step ranks wait, each with its own prompts, or with a queue
 
 A job's `slow` is {rank: seconds before each unit that it samples}; `unreadable` a clip whose frames cannot be decoded;
 `uneven` the seconds that the longest unit takes; with `static` nobody takes another's prompts. who.jsonl, in the run's

@@ -1,4 +1,4 @@
-"""train_sft.py on 1, 2 and 4 CPU ranks, with a slow rank: run by test_sft_ranks.py in a process that imports
+"""train_sft.py on 1, 2 and 4 CPU ranks, with a slow rank: run by test_sft_ranks.py, in a process that imports
 everything once.
 
     python tests/sft_ranks.py BASE OUT  BASE: tiny/ and data/mixed.json; OUT/NAME/ are the runs, OUT/NAME.RANK what each

@@ -10,7 +10,6 @@ a unit, which its completions do not depend on. On one rank a step is one unit, 
 """
 
 import time
-from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch.distributed.distributed_c10d import _get_default_store  # the one that the processes met by
 
-from data import Processor, text_length
-from dataset.batch import Example, Loader, Vanished
-from dataset.records import record_name
+from data import Processor
+from dataset.batch import Example, Loader
 from model import UserError
 from model.cost import head_flops, language_flops, vision_flops
 from training.counting import Reduction, on_device, signal_told, signals_of
@@ -48,8 +46,9 @@ class PromptLoader(Loader):
     """
 
     def __init__(self, records, processor: Processor, args, **options):
-        super().__init__(records, processor, args, answer=False, collate=list, **options)
-        self.costs = array("d", [0.0]) * len(records)  # FLOPs of sampling a group, of what was measured
+        full = [args.max_completion_length] * args.num_generations
+        cost = lambda grids, tokens, _trained: group_flops(processor.config, tokens, grids, full)
+        super().__init__(records, processor, args, answer=False, collate=list, cost=cost, **options)
         self.dealt = self.world_size > 1
         self.planned: dict[int, tuple[list[int], list]] = {}  # by step: its prompts in order, each rank's units
         self.told = 0  # samples of `skipped` that the other ranks know of
@@ -73,24 +72,6 @@ class PromptLoader(Loader):
         for name, why in (item for names in news for item in names.items()):
             self.skipped.setdefault(name, why)
         self.told = len(self.skipped)
-
-    def measure(self, i: int) -> UserError | None:
-        """Learn a prompt's tokens and cost, once, without decoding its clips. All ranks find the same."""
-        if self.lengths[i] >= 0:
-            return None
-        record = self.records[i]
-        try:
-            pieces, plans = self.processor.layout(record, self.answer, record_name(record))
-        except Vanished:
-            raise
-        except UserError as error:
-            self.lengths[i] = 0
-            return error
-        tokens = text_length(pieces) + sum(plan.num_tokens for plan in plans)
-        new = [self.args.max_completion_length] * self.args.num_generations
-        self.costs[i] = group_flops(self.processor.config, tokens, [plan.grid_thw for plan in plans], new)
-        self.lengths[i] = tokens
-        return None
 
     def units(self, batch: list[int]) -> list[list[list[int]]]:
         """Sample numbers of each unit of each rank, the costliest unit first."""
