@@ -66,7 +66,6 @@ def _train(cfg):
     yield "merger_lr", not merger, "nothing in the merger is trained"
     yield "num_train_epochs", _is_set(cfg.max_steps), "max_steps is given and decides"
     yield "warmup_ratio", _is_set(cfg.warmup_steps), "warmup_steps is given and decides"
-    yield "rollout_rows", os.environ.get("WORLD_SIZE", "1") == "1", "one rank samples as many as its memory holds"
     yield "save_steps", cfg.save_strategy != "steps", "save_strategy is not steps"
     yield "dry_run_gib", not cfg.dry_run, "it is for a plan (--dry_run)"
     yield "model_ckpt", not cfg.lora_enable and cfg.model_ckpt, "lora_enable is False: no adapter is loaded"
