@@ -6,7 +6,7 @@ it into the buffers that the graphs read, and replays. A first sight of a size, 
 hold too much memory run plainly, which is also the slow twin.
 
 Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
-The sampling copy of the weights (fast_decode.py) lives in the same memory, between updates.
+The sampling copy of the weights (fast_decode.py) uses what is free in these pools, between updates.
 """
 
 import time
@@ -144,14 +144,15 @@ class Capture:
         return self.out[: len(x)].clone()
 
     def backward(self, grad: Tensor) -> list[Tensor]:
-        """Gradients of x, where it has one, and of params: copies, for the next replay writes over them."""
+        """Gradients of x, where it has one, and of params. The next replay writes over those of params: autograd copies
+        a gradient that someone else holds too, one parameter at a time, before it becomes `.grad`."""
         self.grad[: len(grad)].copy_(grad)
         self.grad[len(grad) :].zero_()
         self.backward_graph.replay()
         mine = list(self.grads)
         if self.x.requires_grad:
-            mine[0] = mine[0][: len(grad)]
-        return [g.clone() for g in mine]
+            mine[0] = mine[0][: len(grad)].clone()
+        return mine
 
 
 class Replay(torch.autograd.Function):
@@ -169,6 +170,24 @@ class Replay(torch.autograd.Function):
         return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *grads
 
 
+class Room:
+    """Free blocks of memory pools, to be filled as torch's allocator does: a tensor takes the smallest that fits."""
+
+    def __init__(self, pools):
+        self.free = []  # [bytes, pool]
+        for pool in pools:
+            blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+            self.free += [[block["size"], pool] for block in blocks if block["state"] == "inactive"]
+
+    def take(self, size: int):
+        """The pool that has room for a tensor of so many bytes, or None."""
+        found = min((block for block in self.free if block[0] >= size), key=lambda block: block[0], default=None)
+        if found is None:
+            return None
+        found[0] -= round_up(size, 512)
+        return found[1]
+
+
 class Captures:
     """A model's captured stacks. tell(text): called with one line whenever something was captured."""
 
@@ -182,13 +201,30 @@ class Captures:
         return self.pools.setdefault(blocks, torch.cuda.MemPool())
 
     @contextmanager
-    def scratch(self, blocks):
-        """Tensors allocated inside use a stack's memory, once it has some: they must be gone before it runs again."""
-        if not self.kept.get(blocks):
+    def inside(self, pool):
+        """Tensors allocated inside lie in a stack's pool."""
+        with torch.cuda.use_mem_pool(pool), torch.cuda.stream(self.stream):
             yield
-            return
-        with torch.cuda.use_mem_pool(self.pool(blocks)), torch.cuda.stream(self.stream):
-            yield
+
+    def scratch(self):
+        """-> place(bytes): a context in which a tensor of that size lies in a stack's pool, if one has room for it, and
+        must be gone before a stack runs again. Else it is None, and the tensor is better off in ordinary memory: what
+        a pool grows by, nothing but that stack can ever use."""
+        room = Room(self.pools.values())
+
+        def place(size):
+            pool = room.take(size)
+            return pool and self.inside(pool)
+
+        return place
+
+    def grow(self, blocks, key, recompute: bool, device) -> None:
+        """A stack's pool in one piece, as large as its first graphs will need: pieces as small as single intermediates
+        would later be of no use to `scratch`. With recomputation a block's intermediates take nearly as much as all
+        inputs that are kept (3B: 0.42 of 0.46 GiB, tower 0.24 of 0.33, training/memory.py), else a fraction of it."""
+        size = int(self.seen[blocks, key] * (2 if recompute else 1.15))
+        with self.inside(self.pool(blocks)):
+            torch.empty(size, dtype=torch.uint8, device=device)
 
     def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
         """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
@@ -209,6 +245,8 @@ class Captures:
             if not self.ripe(blocks, key, x.device):
                 return self.first_sight(blocks, key, plainly, x, tables, segments)
             began = time.perf_counter()
+            if not kept:
+                self.grow(blocks, key, recompute, x.device)
             grads = self.grads.setdefault(blocks, [torch.empty_like(p) for p in params]) if params else []
             with fresh_leaves(blocks) as leaves:
                 wanted = [leaves[p] for p in params]

@@ -3,7 +3,7 @@
 A token's time has a floor, reading the weights once: 6.2 GB for the 3B model, 2.1 ms on an H100. The rest of a step is
 kept small:
 
-    SamplingCopy   adapters merged into fused bf16 weights for the length of a rollout, norms folded into them
+    SamplingCopy   adapters merged into fused bf16 weights for the length of a rollout (sampling_copy.py)
     Step           one token of every row as a captured CUDA graph of hand-written kernels (decode_kernels.py): six a
                    layer, where plain PyTorch launches thirty; the length of the caches is read on the device, so one
                    graph serves all steps, and addresses too, so it serves later rollouts
@@ -14,8 +14,6 @@ Nothing in the loop waits for the device, except a look every STOP_CHECK steps a
 
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import decode_kernels as kernels
-from model.attention import attend
+from model.captured import round_up
 from model.decode import STOP_CHECK, Completion, sample
-from model.kernels import swiglu, turn
 from model.language import draws
-from model.linear import adapter_of
 from model.rope import mrope_tables
+from model.sampling_copy import SamplingCopy
 
 KEYS = 64  # prompt and own keys a program looks at at a time
 PARTS = 128  # programs of one layer's attention to the prompts that are worth having: one a multiprocessor
@@ -70,10 +67,6 @@ def pow2(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def why_not(model, prompts, sampling, G: int) -> str | None:
     """What keeps a call from the fast path; None: nothing."""
     weight = model.head_weight
@@ -95,84 +88,6 @@ def why_not(model, prompts, sampling, G: int) -> str | None:
         warnings.warn(f"slow decoding: {found}; {hint}", stacklevel=3)
         return "memory"
     return None
-
-
-def merge(linears: list, adapters: list, outs: list[Tensor], norms: list[Tensor] | None = None) -> None:
-    """outs[i] (N, K) = (W + scale B A) * norm of linears[i], summed in float32, rounded once: one launch for all of
-    them, which are alike: one linear of several layers. Their adapters have one rank and dtype, or none has one."""
-    first, weight, rows = adapters[0], linears[0].weight, []
-    N, K = weight.shape
-    for i, (linear, a, out) in enumerate(zip(linears, adapters, outs)):
-        assert a is None or (a[0].is_contiguous() and a[1].is_contiguous()), "an adapter is laid out in strides"
-        tensors = (linear.weight, *((linear.weight,) * 2 if a is None else a[:2]), norms[i] if norms else out, out)
-        rows.append([t.data_ptr() for t in tensors])
-    align = 16 if all(address % 16 == 0 for row in rows for address in row) else weight.element_size()
-    table = torch.tensor(rows).to(weight.device, non_blocking=True)
-    scales = torch.tensor([0.0 if a is None else float(a[2]) for a in adapters]).to(weight.device, non_blocking=True)
-    grid = (-(-K // 128), -(-N // 64), len(linears))
-    kernels.merge_kernel[grid](
-        table, scales, weight, weight if first is None else first[0], N, K, weight.stride(0),
-        0 if first is None else len(first[0]), ADAPTER=first is not None, NORM=norms is not None, ALIGN=align,
-        BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8,
-    )  # fmt: skip
-
-
-class SamplingCopy:
-    """The decoder layers' weights as sampling reads them: q, k and v in one, gate and up in one, adapters merged, the
-    norm before a product folded into it. Costs its bytes (5.2 GiB for 3B) and some milliseconds; drop it after the
-    rollout."""
-
-    NAMES = ("qkv", "o", "gate_up", "down")
-
-    @torch.no_grad()
-    def __init__(self, model):
-        self.eps = model.config.rms_norm_eps
-        layers = model.model.layers
-        self.memory = partial(model.captures.scratch, layers) if model.captures else nullcontext
-        attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
-        first = [layer.input_layernorm.weight for layer in layers]
-        second = [layer.post_attention_layernorm.weight for layer in layers]
-        self.layers = [{} for _ in layers]
-        self.fuse("qkv", [[getattr(a, name) for a in attentions] for name in ("q_proj", "k_proj", "v_proj")], first)
-        self.fuse("o", [[a.o_proj for a in attentions]])
-        self.fuse("gate_up", [[m.gate_proj for m in mlps], [m.up_proj for m in mlps]], second)
-        self.fuse("down", [[m.down_proj for m in mlps]])
-        self.biases = [torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]) for a in attentions]
-
-    def fuse(self, name: str, parts: list[list], norms=None) -> None:
-        """parts: for each of the linears laid on top of each other, that linear of every layer."""
-        sizes = [len(linears[0].weight) for linears in parts]
-        for made in self.layers:
-            with self.memory():
-                made[name] = parts[0][0].weight.new_empty(sum(sizes), parts[0][0].weight.shape[1])
-        cut = [made[name].split(sizes) for made in self.layers]
-        for i, linears in enumerate(parts):
-            adapters = [adapter_of(linear) for linear in linears]
-            sorts = [a and (len(a[0]), a[0].dtype) for a in adapters]  # some layers may have none, or others
-            sorts = [(m.weight.stride(), sort) for m, sort in zip(linears, sorts)]
-            for sort in set(sorts):
-                which = [n for n, s in enumerate(sorts) if s == sort]
-                mine = ([x[n] for n in which] for x in (linears, adapters, [c[i] for c in cut]))
-                merge(*mine, norms and [norms[n] for n in which])
-
-    def prefill(self, model, prompts, x: Tensor, cache: "GroupCache") -> Tensor:
-        """The prompts through the copy, keys and values into the cache: logits of each one's last token, (N, V).
-        x: (T, C), their embeddings; it is written over."""
-        config, (T, C) = model.config, x.shape
-        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        cos, sin = mrope_tables(prompts.position_ids, config, x.dtype)
-        for number, (w, bias) in enumerate(zip(self.layers, self.biases)):
-            qkv = F.linear(F.rms_norm(x, (C,), None, self.eps), w["qkv"], bias).view(T, H + 2 * K, D)
-            q, k = turn(qkv[:, : H + K], cos, sin, 1.0).split([H, K], dim=1)
-            v = qkv[:, H + K :]
-            cache.prompt_k[number].view(-1, K, D).index_copy_(0, cache.slots, k)
-            cache.prompt_v[number].view(-1, K, D).index_copy_(0, cache.slots, v)
-            x.addmm_(attend(q, k, v, prompts.segments).reshape(T, H * D), w["o"].T)
-            h = F.rms_norm(x, (C,), None, self.eps)
-            gate, up = w["gate_up"].chunk(2)
-            x.addmm_(swiglu(F.linear(h, gate), F.linear(h, up)), w["down"].T)
-        last = prompts.segments.cu_q[1:].long() - 1
-        return model.model.norm(x[last]) @ model.head_weight.T
 
 
 class GroupCache:
@@ -379,7 +294,10 @@ def generate_fast(model, prompts, sampling, G: int, generator=None, on_token=Non
     drawn = run(step, logits.repeat_interleave(G, 0), sampling, banned, stops, generator, on_token)
     if was_training:
         model.train()
-    return collect(step.all_ids[:, :drawn], step.all_logp[:, :drawn], stops, N, G)
+    found = collect(step.all_ids[:, :drawn], step.all_logp[:, :drawn], stops, N, G)
+    del copy
+    torch.cuda.empty_cache()  # its block goes back whole: what the update keeps for good must not lie in it
+    return found
 
 
 def run(step: Step, logits: Tensor, sampling, banned: Tensor, stops: Tensor, generator, on_token) -> int:
@@ -424,15 +342,6 @@ def linear_plain(x, weight, bias=None, eps=None, swiglu=False, residual=None) ->
         gate, up = y.chunk(2, dim=1)
         y = F.silu(gate) * up
     return y if residual is None else residual + y
-
-
-def merge_plain(weight, adapter=None, norm=None) -> Tensor:
-    """Twin of `merge`: (W + scale B A) * norm in float32, rounded once."""
-    y = weight.float()
-    if adapter is not None:
-        A, B, scale, _ = adapter
-        y = y + scale * (B.to(weight.dtype).float() @ A.to(weight.dtype).float())
-    return (y if norm is None else y * norm.float()).to(weight.dtype)
 
 
 def attention_plain(q, prompt_k, prompt_v, lengths, own_k, own_v) -> Tensor:

@@ -56,7 +56,7 @@ class TargetLogprobs(torch.autograd.Function):
             correct[s] = chosen >= logits.amax(-1)
             if with_entropy:
                 logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
-                entropy[s] = -(logp.exp() * logp).sum(-1)
+                entropy[s] = -logp.exp().mul_(logp).sum(-1)
         ctx.save_for_backward(hidden, head_weight, targets, lse)
         ctx.options = temperature, banned, rows
         ctx.mark_non_differentiable(entropy, correct)

@@ -1,6 +1,7 @@
 """Passes as CUDA graphs against the same passes without; and, on any machine, the padding that they need."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import config_dict
 import lora
 from config import LoraArgs
 from model.attention import Segments, attend_reference
-from model.captured import GRANULE, Captures, Plan
+from model.captured import GRANULE, Captures, Plan, Replay
 from model.loss import target_logprobs
 from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
@@ -79,6 +80,19 @@ def gradients(model, packed):
 
 def off(found, right):
     return max(float((a - b).float().norm() / (b.float().norm() + 1e-6)) for a, b in zip(found, right))
+
+
+def test_a_replays_gradients_are_not_what_the_next_one_writes_over():
+    """Without copies of ours: autograd makes one, since the buffer has another owner."""
+    buffer, p = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
+    capture = SimpleNamespace(forwards=1, forward=lambda x, tables, plans: x * 2)
+    capture.backward = lambda grad: [grad * 2, buffer.fill_(grad.sum().item())]
+    x = torch.ones(3, requires_grad=True)
+    for turn in (1, 2):
+        Replay.apply(capture, (), [], x, p).sum().backward()
+        assert p.grad.tolist() == [3.0 * turn] * 3 and x.grad.tolist() == [2.0 * turn] * 3
+        buffer.fill_(torch.nan)
+        assert p.grad.tolist() == [3.0 * turn] * 3
 
 
 @GPU

@@ -17,6 +17,8 @@ from model.rope import mrope_position_ids, rotate
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
 if torch.cuda.is_available():
     from model import fast_decode as fast
+    from model.linear import adapter_of
+    from model.sampling_copy import SamplingCopy, merge_plain
 
 DEVICE = "cuda"
 
@@ -67,7 +69,7 @@ def prompts_of(model, lengths: list[int]) -> Packed:
 @pytest.mark.parametrize("shape", ["grouped", "3B"])
 def test_merged_weights_equal_their_twin(shape):
     model = gpu_model(shape)
-    made, layer = fast.SamplingCopy(model), model.model.layers[1]
+    made, layer = SamplingCopy(model), model.model.layers[1]
     a, m = layer.self_attn, layer.mlp
     first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
     plain = {
@@ -75,7 +77,7 @@ def test_merged_weights_equal_their_twin(shape):
         "gate_up": [(m.gate_proj, second), (m.up_proj, second)], "down": [(m.down_proj, None)],
     }  # fmt: skip
     for name, parts in plain.items():
-        expected = torch.cat([fast.merge_plain(p.weight, fast.adapter_of(p), norm) for p, norm in parts])
+        expected = torch.cat([merge_plain(p.weight, adapter_of(p), norm) for p, norm in parts])
         assert relative(made.layers[1][name], expected) < 2e-4, name  # sums in another order, rounded the other way
         assert (made.layers[1][name] == expected).float().mean() > 0.99, name
 
@@ -88,7 +90,7 @@ def test_prefill_fills_the_cache_as_the_plain_path_does():
     plain, cache = PlainCache(model, lengths, 2, 4), fast.GroupCache(model, lengths, 2, 128)
     with torch.no_grad():
         hidden = model(prompts, plain.prefill(prompts.segments))  # which also lays some weights out in strides
-        logits = fast.SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
+        logits = SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
     expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
     assert relative(logits, expected) < 5e-2
     for n, length in enumerate(lengths):
@@ -104,7 +106,7 @@ def test_a_step_equals_its_twins(shape, N, G):
     """Two tokens through the kernels; the second, which finds an own key, against the twins, kernel by kernel."""
     model = gpu_model(shape)
     prompts = prompts_of(model, [300 + 77 * n for n in range(N)])
-    made, cache = fast.SamplingCopy(model), fast.GroupCache(model, prompts.segments.q_lengths, G, 128)
+    made, cache = SamplingCopy(model), fast.GroupCache(model, prompts.segments.q_lengths, G, 128)
     step = fast.Step(model, N, G, cache.Lp, 128, "greedy")
     step.partial.fill_(float("nan"))
     step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.fast_decode import round_up
+from model.captured import round_up
 from model.linear import adapter_of, aligned
 from model.vision import PART
 

@@ -13,9 +13,9 @@ H query heads, K kv heads, D head dim, V vocabulary, R rows that are sampled, G 
 
 from dataset.video import ROW  # numbers of a patch, 1176
 from lora import part_of
-from model.captured import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE
+from model.captured import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE, round_up
 from model.cpu_decode import MOST_WEIGHTS
-from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET, round_up
+from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET
 from model.linear import aligned
 from model.loss import CHUNK_BYTES
 from model.vision import LONG
@@ -44,7 +44,6 @@ class Memory:
         self.shares = world if zero.get("stage", 2) == 2 else 1  # ZeRO-1 keeps all gradients on every rank
         self.model, self.costs = model, Model(model, number, cuda)
         self.config, self.recompute = model.config, cfg.gradient_checkpointing
-        self.entropies = hasattr(cfg, "num_generations")  # GRPO's loss asks for them
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.count = sum(p.numel() for _, p in trained)
         self.language_count = sum(p.numel() for name, p in trained if part_of(name) == "llm")
@@ -112,8 +111,8 @@ class Memory:
         hidden = asking * width * (2 if costs.language[-1].needs_grad else 1) + (N < asking) * N * width
         passing = {"inputs": held + self.inputs(load)}
         moments = {"vision tower": base | passing | {"vision activations": self.vision_forward(load)}}
-        # forward: logits in fp32 and one more of that size for their log-sum-exp; two more for the entropy
-        moments["loss"] = everything | passing | {"logits and loss": hidden + (12 if self.entropies else 8) * chunk}
+        # forward: logits in fp32 and one more of that size, for their log-sum-exp and then for the entropy
+        moments["loss"] = everything | passing | {"logits and loss": hidden + 8 * chunk}
         # recomputation holds on to the batch, all else only to the tables
         everything["inputs"] += self.inputs(load) if self.recompute else self.tables(load)
         everything["buckets"] = self.buckets()
