@@ -75,8 +75,9 @@ class Tally:
         return torch.tensor(values, dtype=torch.float64, pin_memory=self.cuda).to(self.run.device, non_blocking=True)
 
     def send(self):
-        run = self.run
-        signals = [number == run.own_signal() for number in SIGNALS]
+        """Give update() this: it enqueues the reduction, and where the host shall find it."""
+        run, own = self.run, self.run.own_signal()
+        signals = [number == own for number in SIGNALS]
         rows = [0.0] * (len(self.stood) * run.world)  # of each rank, so that the sum over ranks holds all of them
         rows[run.rank * len(self.stood) : (run.rank + 1) * len(self.stood)] = self.stood
         told = self.on_device([*self.own, run.loader.left_out, run.loader.broken, *signals, *rows])
@@ -99,7 +100,7 @@ class Tally:
         if self.run.world > 1 and self.seconds:
             size = len(self.stood)
             rows = [rows[rank * size : (rank + 1) * size] for rank in range(self.run.world)]
-            idle, traffic = (lost_seconds / self.seconds for lost_seconds in lost(rows))
+            idle, traffic = (seconds / self.seconds for seconds in lost(rows))
         if not answers:  # the update was skipped for want of them, not because the loss scale is too high
             vars(self.engine.optimizer.loss_scaler).update(self.scaler)
         return Found(int(answers), int(tokens), left_out, broken, loss, right, int(number), idle, traffic)
