@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from data import Loader, Processor, load_tokenizer, read_records
+from data import Loader, Processor, load_tokenizer, pack, read_records
 from model.cost import training_flops
 from model.loss import IGNORE, target_logprobs
 from model.qwen2_5_vl import resolve_folder
@@ -112,7 +112,8 @@ def make_loader(run, records, processor):
     cfg = run.cfg
     tower = (cfg.lora_enable and cfg.vision_lora) or not cfg.freeze_vision_tower
     cost = partial(training_flops, processor.config, tower=tower)
-    return Loader(records, processor, cfg, rank=run.rank, world_size=run.world, cost=cost)
+    pinned = partial(pack, pin=torch.cuda.is_available())
+    return Loader(records, processor, cfg, rank=run.rank, world_size=run.world, cost=cost, collate=pinned)
 
 
 def micro_loss(engine, answers, sums, packed):
@@ -124,7 +125,7 @@ def micro_loss(engine, answers, sums, packed):
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
     if not len(rows):
         rows, weight = torch.zeros(1, dtype=torch.int64), 0.0
-    packed, rows = packed.to(engine.device), rows.to(engine.device)
+    packed, rows = packed.to(engine.device), rows.to(engine.device, non_blocking=True)  # nothing waits for the GPU
     hidden = engine(packed, rows=rows)  # (N, C)
     targets = packed.targets[rows].clamp(min=0)
     logprobs, _, right = target_logprobs(hidden, model.head_weight, targets, with_entropy=False)

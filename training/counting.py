@@ -109,6 +109,7 @@ class Tally:
         return on_device(self.run, values)
 
     def send(self):
+        """Give update() this: it enqueues the reduction, and where the host shall find it."""
         run = self.run
         rows = [0.0] * (len(self.stood) * run.world)  # of each rank, so that the sum over ranks holds all of them
         rows[run.rank * len(self.stood) : (run.rank + 1) * len(self.stood)] = self.stood
@@ -124,7 +125,7 @@ class Tally:
         if self.run.world > 1 and self.seconds:
             size = len(self.stood)
             rows = [rows[rank * size : (rank + 1) * size] for rank in range(self.run.world)]
-            idle, traffic = (lost_seconds / self.seconds for lost_seconds in lost(rows))
+            idle, traffic = (seconds / self.seconds for seconds in lost(rows))
         if not answers:  # the update was skipped for want of them, not because the loss scale is too high
             vars(self.engine.optimizer.loss_scaler).update(self.scaler)
         return Found(int(answers), int(tokens), left_out, broken, loss, right, number, idle, traffic)

@@ -249,7 +249,8 @@ def quiet(engine):
 
     DeepSpeed reads the gradient norm to decide on the update: that is the one wait, scaled_global_norm() below; what it
     makes of the norm is arithmetic on the host then. Where traffic overlaps it also halts the host at the end of every
-    backward pass, so that no buffer is freed too early; ordering the two streams is enough for that.
+    backward pass, so that no buffer is freed too early; ordering the two streams is enough for that. With the optimizer
+    on the CPU it halts all the same: gradients are copied there.
     """
     zero, engine.waiting = engine.optimizer, None
     norm, reduce, finish = zero.scaled_global_norm, zero.average_tensor, zero.independent_gradient_partition_epilogue
