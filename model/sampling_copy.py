@@ -60,26 +60,34 @@ class SamplingCopy:
     def __init__(self, model):
         self.eps = model.config.rms_norm_eps
         layers = model.model.layers
+        parts = self.parts(layers[:1])
+        shapes = [(sum(p[0].out_features for p in stack), stack[0][0].in_features) for stack, _ in parts.values()]
+        place = model.captures and model.captures.scratch()
+        made = iter(empty_pieces(shapes * len(layers), model.head_weight, place))
+        self.layers, self.biases = [{name: next(made) for name in parts} for _ in layers], []
+        self.fill(layers, self.layers)
+
+    def parts(self, layers) -> dict:
+        """{name: (for each of the linears laid on top of each other that of every layer, norms or None)}"""
         attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
+        of = lambda modules, *names: [[getattr(m, name) for m in modules] for name in names]
         first = [layer.input_layernorm.weight for layer in layers]
         second = [layer.post_attention_layernorm.weight for layer in layers]
-        parts = {  # name: for each of the linears laid on top of each other that of every layer; the norms
-            "qkv": ([[getattr(a, name) for a in attentions] for name in ("q_proj", "k_proj", "v_proj")], first),
-            "o": ([[a.o_proj for a in attentions]], None),
-            "gate_up": ([[m.gate_proj for m in mlps], [m.up_proj for m in mlps]], second),
-            "down": ([[m.down_proj for m in mlps]], None),
-        }
-        sizes = {name: [len(linears[0].weight) for linears in stack] for name, (stack, _) in parts.items()}
-        shapes = [(sum(sizes[name]), stack[0][0].weight.shape[1]) for name, (stack, _) in parts.items()]
-        made = iter(empty_pieces(shapes * len(layers), model.head_weight, model.captures and model.captures.scratch()))
-        self.layers = [{name: next(made) for name in parts} for _ in layers]
-        for name, (stack, norms) in parts.items():
-            self.fuse(stack, norms, [layer[name].split(sizes[name]) for layer in self.layers])
-        self.biases = [torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]) for a in attentions]
+        return {
+            "qkv": (of(attentions, "q_proj", "k_proj", "v_proj"), first), "o": (of(attentions, "o_proj"), None),
+            "gate_up": (of(mlps, "gate_proj", "up_proj"), second), "down": (of(mlps, "down_proj"), None),
+        }  # fmt: skip
 
-    def fuse(self, parts: list[list], norms, cut: list) -> None:
+    def fill(self, layers, made: list[dict]) -> None:
+        for name, (stack, norms) in self.parts(layers).items():
+            sizes = [linears[0].out_features for linears in stack]
+            self.fuse(stack, norms, [layer[name].split(sizes) for layer in made])
+            if name == "qkv":
+                self.biases += [torch.cat([linear.bias for linear in linears]) for linears in zip(*stack)]
+
+    def fuse(self, stack: list[list], norms, cut: list) -> None:
         """cut: of every layer, where each of its parts goes."""
-        for i, linears in enumerate(parts):
+        for i, linears in enumerate(stack):
             adapters = [adapter_of(linear) for linear in linears]
             sorts = [a and (len(a[0]), a[0].dtype) for a in adapters]  # some layers may have none, or others
             sorts = [(m.weight.stride(), sort) for m, sort in zip(linears, sorts)]

@@ -74,8 +74,9 @@ def test_it_holds_the_merged_weights(monkeypatch, rank):
             for home in lora.homes(model):
                 home.block.adapters.normal_(0, 0.05)
     copy = SamplingCopy(model)
-    for layer, made in zip(model.model.layers, copy.layers, strict=True):
+    for layer, made, bias in zip(model.model.layers, copy.layers, copy.biases, strict=True):
         a, m = layer.self_attn, layer.mlp
+        assert torch.equal(bias, torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]))
         first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         wanted = {"qkv": ([a.q_proj, a.k_proj, a.v_proj], first), "o": ([a.o_proj], None)}
         wanted |= {"gate_up": ([m.gate_proj, m.up_proj], second), "down": ([m.down_proj], None)}
