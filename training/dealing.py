@@ -32,7 +32,7 @@ from training.waiting import Waiting, lost
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
 SAMPLED_TOKENS = 131_072
-REACH = 16  # ranks whose waiting units a rank looks at: with a thousand of them each look costs all some time
+REACH = 16  # ranks whose waiting units a rank looks at: of a thousand ranks each would ask the one store of all others
 EVEN = 0.05  # share of a rank's mean load that moving a group must save: its clip has to be decoded anew
 
 
@@ -336,10 +336,12 @@ class Sums(Counter):
     def send(self) -> None:
         """On their way to all ranks, as they are by now."""
         run = self.run
-        values = [torch.as_tensor(self[name], dtype=torch.float64, device=run.device) for name in self.NAMES]
-        largest = torch.zeros(run.world, dtype=torch.float64, device=run.device)  # a place for each rank
-        largest[run.rank] = self[self.LARGEST]
-        self.told = Reduction(run, torch.cat([torch.stack(values), largest, on_device(run, signals_of(run))]))
+        places = torch.zeros(len(self.NAMES) + run.world, dtype=torch.float64, device=run.device)
+        sums, largest = places.split([len(self.NAMES), run.world])  # the largest has a place for each rank
+        for k, name in enumerate(self.NAMES):
+            sums[k] += self[name]
+        largest[run.rank] += self[self.LARGEST]
+        self.told = Reduction(run, torch.cat([places, on_device(run, signals_of(run))]))
 
     def read(self) -> dict[str, float]:
         """{name: over all ranks}, and "signal": what a rank was sent, else 0. Call it after update()."""
