@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,27 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(pair, runs):
 @pytest.mark.parametrize("name", ["apart", "alone", "joined"])
 def test_a_run_goes_on_with_other_ranks_sharing_or_none(runs, name):
     assert_equal(runs / "one", runs / name)
+
+
+# The plan
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_the_plan_is_of_what_a_card_holds(data, world, tmp_path, capsys, monkeypatch):
+    """Half of the tokens that the plan for as many ranks as groups has. Without a launcher it is of one group."""
+    flags = flags_of(data) | {"output_dir": str(tmp_path / "none"), "per_device_train_batch_size": "8"}
+    told = {}
+    for count in ("1", "2"):
+        given = flags | {"sequence_parallel": count}
+        monkeypatch.setenv("WORLD_SIZE", str(world if count == "2" else max(1, world // 2)))
+        monkeypatch.setattr(sys, "argv", ["x", "--dry_run", *(p for k, v in given.items() for p in (f"--{k}", v))])
+        train_sft.main()
+        told[count] = capsys.readouterr().out
+    groups = {1: "1 group of 2 ranks = 8 samples", 4: "2 groups of 2 ranks = 16 samples"}[world]
+    assert f"a step     8 samples x 1 x {groups}" in told["2"]
+    found = {count: re.search(r"rank, ([\d,]+) tokens each", text)[1] for count, text in told.items()}
+    whole, half = (float(found[count].replace(",", "")) for count in ("1", "2"))
+    assert half == pytest.approx(whole / 2, abs=1)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "--sequence_parallel", "3"])
+    with pytest.raises(UserError, match="found 3, this model's 2 heads can be dealt to .1, 2. ranks"):
+        train_sft.main()
