@@ -140,7 +140,7 @@ def micro_loss(engine, answers, sums, packed):
     """
     model, weight = engine.module, 1.0
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
-    if not len(rows):
+    if not len(rows) and len(packed.targets):  # a rank that shares a short batch may have no token of it
         rows, weight = torch.zeros(1, dtype=torch.int64), 0.0
     packed, rows = packed.to(engine.device), rows.to(engine.device)
     hidden = engine(packed, rows=rows)  # (N, C)

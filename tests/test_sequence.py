@@ -79,10 +79,12 @@ def test_what_is_told_where_memory_runs_out(ranks):
 def test_ranks_that_read_different_samples_are_told(ranks):
     same, different = ranks[1]["marks"]
     assert same == 0 and different != 0
-    run = SimpleNamespace(rank=0)
-    train_sft.check_same(run, 3, same)
+    part, sums = SimpleNamespace(share=SimpleNamespace(mark=1)), iter([same, different])
+    group = SimpleNamespace(size=2, rank=0)
+    run = SimpleNamespace(rank=0, sequence=group, sum=lambda own: [next(sums)])
+    train_sft.check_same(run, 3, [part])
     with pytest.raises(UserError, match="step 3: the ranks of a group have read different samples"):
-        train_sft.check_same(run, 3, different)
+        train_sft.check_same(run, 3, [part])
 
 
 # Plain arithmetic
