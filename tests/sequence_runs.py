@@ -35,7 +35,7 @@ def run(folder: Path, flags: dict, world: int = 1, first=None, whole: bool = Tru
         env = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         lives.append(warm.start("train_sft", flags | {"output_dir": folder} | more, log, None, env, first))
     try:
-        code = lives[0].wait(90)
+        code = lives[0].wait(300)
         assert (code == 0) == whole, f"{folder.name}: exit code {code}\n{log.read_text()[-3000:]}"
     finally:
         for life in lives:

@@ -34,7 +34,7 @@ COUNTS = [2, 4]
 def found():
     """What tests/sequence_ranks.py found, for each number of ranks."""
     command = [sys.executable, "tests/sequence_ranks.py", *map(str, COUNTS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return {count: json.loads(line) for count, line in zip(COUNTS, lines, strict=True)}
@@ -147,7 +147,7 @@ def pair(data):
     flags["per_device_train_batch_size"] = "8"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29647"]
     command = [*launcher, "train_sft.py", *(part for name, value in flags.items() for part in (f"--{name}", value))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "8 samples x 1 x 1 groups of 2, which share each batch, = 8 samples" in done.stdout
     return data / "pair"
@@ -159,7 +159,7 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "tests/sequence_runs.py", str(folder), json.dumps(flags_of(data))]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
