@@ -205,6 +205,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; on a CPU it does anyway
     gradient_checkpointing: bool = False  # recompute activations a block; the embedded model has no need of it
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
+    sequence_parallel: int = 1  # neighbouring ranks that share each micro-batch, T / N tokens each (SFT); divides heads
     dataloader_num_workers: int = 2  # threads that decode ahead; one a core of a laptop
 
     # -- Batch and length
@@ -258,7 +259,7 @@ class CommonTrain(VideoArgs, LoraArgs):
         LoraArgs.check(self)
         positive(self, "num_train_epochs", "learning_rate", "vision_lr", "merger_lr", "adam_epsilon", "dry_run_gib")
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "pack_tokens", "logging_steps")
-        at_least(self, 1, "save_steps", "save_total_limit", "eval_samples", "max_new_tokens")
+        at_least(self, 1, "save_steps", "save_total_limit", "eval_samples", "max_new_tokens", "sequence_parallel")
         at_least(self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "eval_controls")
         at_least(self, 0, "dataloader_num_workers", "seed")
         within(self, 0, 1, "warmup_ratio", "min_lr_ratio", "max_skip_share")
@@ -334,6 +335,8 @@ class GRPO(CommonTrain):
 
     def check(self):
         CommonTrain.check(self)
+        expected = "1: a long video is shared by several ranks in train_sft.py only"
+        require(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, expected)
         at_least(self, 2, "num_generations")
         at_least(self, 1, "max_completion_length", "num_iterations", "oversample", "rollout_rows")
         at_least(self, 0, "beta", "top_k", "log_completions")

@@ -33,6 +33,7 @@ from lora import inject, lora_layers, set_trainable
 from model import UserError
 from model.captured import Captures
 from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
+from model.sequence import check_heads, join
 from report import write_report
 from training import checkpoint
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
@@ -81,6 +82,7 @@ class Run:
     loader: object = None  # of the training data: counts what it leaves out
     halved: int = 0  # times that this rank sampled in halves for lack of memory
     sample_limit: float = math.inf  # tokens that are no longer tried at once since
+    sequence: object = None  # model.sequence.Group of the ranks that share batches with this one; None: it has its own
     launchers: tuple = ()  # processes that it ends with
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
@@ -89,6 +91,8 @@ class Run:
 
     rank = property(lambda self: torch.distributed.get_rank())
     world = property(lambda self: torch.distributed.get_world_size())
+    data_rank = property(lambda self: self.rank // self.cfg.sequence_parallel)  # ranks that share batches are one here
+    data_world = property(lambda self: self.world // self.cfg.sequence_parallel)
 
     def say(self, text):
         if self.rank == 0:
@@ -141,6 +145,7 @@ def launch(cfg):
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
+    run.sequence = join(cfg.sequence_parallel)
     if cfg.deterministic and device.type == "cpu":
         run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
     if cfg.resume:
@@ -203,6 +208,7 @@ def find_source(run):
 
 
 def samples_per_step(cfg, world):
+    """world: ranks, those that share batches counted as one."""
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world
 
 
@@ -210,14 +216,14 @@ def keep_batch(run):
     """On another number of ranks a resumed run keeps its samples per step: by another accumulation, or, where that does
     not come out even, by the next smaller micro-batch that does."""
     cfg, wanted = run.cfg, run.state["samples_per_step"]
-    if wanted % run.world:
+    if wanted % run.data_world:
         text = f"expected a number that divides {wanted}, the samples a step of the run that is resumed"
-        raise UserError(f"ranks: found {run.world}, {text}")
-    share, given = wanted // run.world, cfg.per_device_train_batch_size
+        raise UserError(f"ranks: found {run.data_world}, {text}")
+    share, given = wanted // run.data_world, cfg.per_device_train_batch_size
     cfg.per_device_train_batch_size = next(size for size in range(min(given, share), 0, -1) if share % size == 0)
     cfg.gradient_accumulation_steps = share // cfg.per_device_train_batch_size
     if cfg.per_device_train_batch_size != given:
-        how = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        how = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.data_world} ranks"
         run.notes.append(f"--per_device_train_batch_size: {given} makes no {wanted} samples a step here, {how} does")
 
 
@@ -227,6 +233,7 @@ def build_model(cfg, run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    check_heads(model.config, cfg.sequence_parallel)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
@@ -246,7 +253,7 @@ def build_model(cfg, run):
         told = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{told}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.cuda_graphs and run.device.type == "cuda":
+    if cfg.cuda_graphs and run.device.type == "cuda" and run.sequence is None:
         model.captures = Captures(run.say)
     return model
 
@@ -379,7 +386,7 @@ def fill(run, engine, step, loop, counts, state, folder):
         "step": step,
         "updates": updates_made(engine),
         "best": run.best,
-        "samples_per_step": samples_per_step(cfg, run.world),
+        "samples_per_step": samples_per_step(cfg, run.data_world),
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "loop": loop or {},

@@ -146,6 +146,7 @@ class Loader:
     answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
     cost: (grids of its clips, its tokens, those trained) of a sample -> what its update costs, in any unit; then
     several ranks get shares of equal cost, and a sample whose size cannot be told is left out by all of them.
+    readers: processes that read this rank's samples, each for itself (model/sequence.py).
 
     After or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
     """
@@ -153,10 +154,12 @@ class Loader:
     def __init__(
         self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
         shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None, cost: Callable | None = None,
+        readers: int = 1,
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
         self.rank, self.world_size, self.answer, self.shuffle = rank, world_size, answer, shuffle
+        self.readers = readers
         self.micro_batches = args.gradient_accumulation_steps * world_size
         self.global_batch = global_batch or args.per_device_train_batch_size * self.micro_batches
         self.limit = math.ceil(self.global_batch / self.micro_batches)  # samples of a micro-batch
@@ -284,7 +287,7 @@ class Loader:
 
     def skip(self, i: int, error: UserError, everywhere: bool) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
-        name, share = f"sample {i}", 1 / self.world_size if everywhere else 1
+        name, share = f"sample {i}", (1 / self.world_size if everywhere else 1) / self.readers
         if name in self.skipped:
             return
         self.skipped[name] = str(error)
@@ -305,17 +308,18 @@ class Loader:
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""
-        return {"skipped": self.skipped, "left_out": self.left_out, "broken": self.broken}
+        return {"skipped": self.skipped, "left_out": self.left_out, "broken": self.broken, "readers": self.readers}
 
     def restore(self, ranks: list[dict]) -> None:
         """Go on counting from the states of all ranks of the run that is resumed, which may have been more or fewer."""
-        if len(ranks) == self.world_size:
-            mine = ranks[self.rank]
+        processes = self.world_size * self.readers
+        if len(ranks) == processes and ranks[0].get("readers", 1) == self.readers:
+            mine = ranks[self.rank * self.readers]
             self.skipped, self.left_out, self.broken = dict(mine["skipped"]), mine["left_out"], mine["broken"]
             return
         self.skipped = {name: why for rank in ranks for name, why in rank["skipped"].items()}
         for name in ("left_out", "broken"):  # everyone knows all names, so each has its share of the counts
-            setattr(self, name, sum(rank[name] for rank in ranks) / self.world_size)
+            setattr(self, name, sum(rank[name] for rank in ranks) / processes)
 
 
 def ahead(iterator: Iterator, depth: int) -> Iterator:

@@ -4,6 +4,7 @@
     language.py     decoder layers          vision.py   the vision tower and its merger
     rope.py         position ids (plain ints) and rotary tables
     attention.py    one packed attention over segments; the slow twin beside the fast paths
+    sequence.py     a batch shared by several ranks: who holds and computes what, and the exchanges between them
     decode.py       KV cache and sampling: one prompt prefilled once, shared by its group of completions
     loss.py         log-probs of target tokens without the (T, V) logits
 

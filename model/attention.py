@@ -227,6 +227,8 @@ class FlashVarlen(torch.autograd.Function):
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`attend` by torch's scaled_dot_product_attention over padded buckets of similar segments."""
     H, D, K = *q.shape[1:], k.shape[1]
+    if len(q) == 0:  # no answer in the whole batch: nobody asks
+        return q
     if H != K:  # grouped queries: repeat here, because SDPA's own flag keeps the CPU from its fused kernel
         k, v = (x[:, :, None].expand(-1, -1, H // K, -1).reshape(-1, H, D) for x in (k, v))
     buckets = segments.buckets(q.device)

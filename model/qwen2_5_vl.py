@@ -19,6 +19,7 @@ from model import UserError, cpu, nearest_path
 from model.attention import Segments
 from model.language import LanguageModel
 from model.rope import mrope_tables
+from model.sequence import Share
 from model.vision import VisionTower
 
 SHARD_BYTES = 5 << 30  # 5 GB a file, the habit of the hub
@@ -124,6 +125,7 @@ class Packed:
     grid_thw: list[tuple[int, int, int]] = field(default_factory=list)  # in patches, one per image or video, in order
     targets: Tensor | None = None  # (T,) int64, the next token where it is trained, IGNORE elsewhere
     names: list[str] = field(default_factory=list)  # of the samples, for messages
+    share: Share | None = None  # of several ranks' batch: tokens, patches and targets are this one's, segments all
 
     def to(self, device) -> "Packed":
         tensors = ("input_ids", "position_ids", "segments", "patches", "targets")
@@ -158,11 +160,16 @@ class Qwen2_5_VL(nn.Module):
 
     def embed(self, packed: Packed) -> Tensor:
         """Token embeddings with the vision tokens put at their pads: (T, C)."""
-        x = self.model.embed_tokens(packed.input_ids)
-        if packed.patches is None:
+        x, share = self.model.embed_tokens(packed.input_ids), packed.share
+        if packed.patches is None and not (share and share.pictures):
             return x + self.no_picture(x) if self.training and torch.is_grad_enabled() else x
         is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
-        vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
+        if packed.patches is None:
+            vision = self.blank(x)[:0]
+        else:
+            vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
+        if share:
+            vision = share.vision(vision)
         where = torch.nonzero_static(is_pad, size=len(vision))[:, 0]  # nonzero() would wait for the GPU
         if not x.is_cuda:  # the same batch may be checked without waiting
             assert is_pad.sum() == len(vision), f"{is_pad.sum()} image and video pads, but {len(vision)} vision tokens"
@@ -173,9 +180,13 @@ class Qwen2_5_VL(nn.Module):
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
         if not any(p.requires_grad for p in self.visual.parameters()):
             return 0.0
+        return 0.0 * self.blank(x).sum()
+
+    def blank(self, x: Tensor) -> Tensor:
+        """The vision token of four empty patches: (1, C), on x's device"""
         m = self.config.vision.spatial_merge_size
-        blank = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
-        return 0.0 * self.encode_vision(blank, [(1, m, m)]).sum()
+        patches = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
+        return self.encode_vision(patches, [(1, m, m)])
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,).
@@ -185,6 +196,8 @@ class Qwen2_5_VL(nn.Module):
         tables = mrope_tables(packed.position_ids, self.config, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         segments, asking = [packed.segments], None
+        if packed.share:
+            attention = lambda layer, q, k, v: packed.share.attend(q, k, v, packed.segments)
         if rows is not None and attention is None and cpu.handles(x):
             tails, asking, rows = packed.segments.tails(rows)
             segments.append(tails)

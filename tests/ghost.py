@@ -8,6 +8,7 @@ import torch
 import model.kernels
 import model.language
 import model.rope
+import model.sequence
 import model.vision
 from lora import part_of
 from model.attention import attend_flash
@@ -30,10 +31,12 @@ class Norm(torch.autograd.Function):
 
 def embed(self, packed):
     """Qwen2_5_VL.embed, whose search for the pads needs numbers."""
-    x = self.model.embed_tokens(packed.input_ids)
+    x, share = self.model.embed_tokens(packed.input_ids), packed.share
     if packed.patches is None:
         return x
     vision = self.encode_vision(packed.patches, packed.grid_thw)
+    if share:
+        vision = share.vision(vision)
     return x.index_copy(0, torch.arange(len(vision), device="meta"), vision)
 
 
@@ -52,7 +55,7 @@ def haunt(monkeypatch):
     monkeypatch.setattr(model.rope, "turn", lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device))
     monkeypatch.setattr(RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(Qwen2_5_VL, "embed", embed)
-    for module in (model.language, model.vision):
+    for module in (model.language, model.vision, model.sequence):
         monkeypatch.setattr(module, "attend", attend_flash)
 
 

@@ -3,6 +3,7 @@ the GPU's path at the 3B shape (tensors without storage)."""
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
@@ -17,6 +18,7 @@ from live import Live
 from workloads import R, S, Workload, config_dict, sft_batch
 
 import lora
+import model.sequence
 import model.vision
 import training.blocks
 import training.memory
@@ -205,20 +207,36 @@ def test_a_long_video_of_the_3b_without_storage(monkeypatch):
     assert total(peak(memory.update(load_of(work, 1)))[1]) > estimate + 1.7e9
 
 
+@pytest.mark.parametrize("count, recompute", [(2, True), (4, False)], ids=["recomputed", "kept"])
+def test_a_shared_batch_of_the_3b_without_storage(count, recompute, monkeypatch):
+    """What one of several ranks holds (model/sequence.py); 4 ranks have each of the 2 kv heads twice."""
+    exchange = lambda x, sends, receives, group: x.contiguous().new_empty(sum(receives), *x.shape[1:])
+    monkeypatch.setattr(model.sequence, "exchange", exchange)
+    work, flags = Workload((32, 18, 30), 20, 40), dict(lora_rank=16, gradient_checkpointing=recompute)
+    flags["sequence_parallel"] = count
+    name = "language model backwards"
+    estimate, measured = estimated_and_live(name, work, 2, 1, flags, monkeypatch)
+    assert estimate == pytest.approx(measured, rel=0.01)
+
+
 def estimated_and_live(name, work, batch, passes, flags, monkeypatch):
-    """(the planner's peak, that of all tensors alive during the step), both without the workspace."""
+    """(the planner's peak, that of all tensors alive during the step), both without the workspace. Of a shared batch on
+    the rank with the answers."""
     ghost.haunt(monkeypatch)
     raw = config_dict("3B")
     raw["vision_config"]["intermediate_size"] = 3424  # what 3,420 is rounded up to on a GPU
     config = ModelConfig.from_dict(raw)
     cfg = SFT(**{"gradient_checkpointing": True} | flags)
-    model = shape(cfg, config)
-    memory = Memory(model, cfg)
-    moment, components = peak(memory.update(load_of(work, batch), passes))
+    net, count = shape(cfg, config), cfg.sequence_parallel
+    memory, made, load = Memory(net, cfg), sft_batch(config, work, batch), load_of(work, batch)
+    if count > 1:
+        made = model.sequence.share(made, model.sequence.Group(count, count - 1, None), config)
+        tokens, patches = len(made.input_ids), load.patches // count
+        load = replace(load, tokens=tokens, patches=patches, answers=min(load.answers, tokens))
+    moment, components = peak(memory.update(load, passes))
     assert moment == name
-    made = sft_batch(config, work, batch)
-    with Live(*model.parameters()) as live:
-        engine = ghost.Engine(model, memory.bucket)
+    with Live(*net.parameters()) as live:
+        engine = ghost.Engine(net, memory.bucket)
         for _ in range(passes):
             loss = micro_loss(engine, 100, torch.zeros(2, dtype=torch.float64, device="meta"), made)
             engine.backward(loss)

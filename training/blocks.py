@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from model.captured import round_up
 from model.linear import adapter_of, aligned
+from model.sequence import kv_heads
 from model.vision import PART
 
 
@@ -65,11 +66,11 @@ class Model:
     """Costs of a model's blocks. number: bytes of a weight or activation; cuda: the GPU's functions or the CPU's.
 
     load: what passes through: on a CPU in float32 small passes do not merge adapters, and the last layer computes only
-    the tokens that are asked for. None: all of a long pass.
+    the tokens that are asked for. None: all of a long pass. sharing: ranks that share a batch (model/sequence.py).
     """
 
-    def __init__(self, model, number, cuda=True, load=None):
-        self.model, self.config, self.number, self.cuda = model, model.config, number, cuda
+    def __init__(self, model, number, cuda=True, load=None, sharing=1):
+        self.model, self.config, self.number, self.cuda, self.sharing = model, model.config, number, cuda, sharing
         self.own = not cuda and number == 4  # model/cpu.py
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.thawed_vision = any(name.startswith("visual.") for name, _ in trained)
@@ -87,7 +88,7 @@ class Model:
         x_grad = self.merger.needs_grad or model.model.embed_tokens.weight.requires_grad
         for number, layer in enumerate(model.model.layers, 1):
             a = layer.self_attn
-            share = n / T if self.own and load and number == c.num_hidden_layers else 1.0
+            share = n / T if self.own and load and number == c.num_hidden_layers and sharing == 1 else 1.0
             self.language.append(self.block(layer, [a.q_proj, a.k_proj, a.v_proj], a.o_proj, c.num_attention_heads,
                                             c.num_key_value_heads, c.head_dim, x_grad, layer.input_layernorm,
                                             layer.post_attention_layernorm, T, share))  # fmt: skip
@@ -139,6 +140,8 @@ class Model:
             qkv, q = self.product(normed_grad, rows, *inputs), Kept(False, 0, 0, False)
         # q and k are turned into new tensors; v of a fused product keeps the whole product
         heads = K if self.cuda or fused or K == 1 else H  # the CPU's attention repeats k and v to all heads
+        if self.sharing > 1 and not fused:  # each rank has its own of all tokens
+            heads = max(heads, kv_heads(H, K, self.sharing))
         queries, values = H * D, 3 * width if fused else heads * D
         attention = self.norm(norm1, x_grad) + qkv.columns * b
         attention += width * b if qkv.input else 0
@@ -147,6 +150,8 @@ class Model:
         out = self.product(qkv_grad, share * rows, output)
         if qkv_grad:  # q, k, v, out, and the log-sum-exp of every query and head in fp32
             attention += (heads * D + values + share * 2 * queries) * b + share * 4 * H
+            if self.sharing > 1 and not fused and out.input:  # of all tokens for attention, of its own for the product
+                attention += queries * b
         elif out.input:
             attention += share * queries * b
         attention += share * out.columns * b + (D * b + 8 if share < 1 else 0) * share  # their tables and numbers
@@ -170,7 +175,8 @@ class Model:
         at_mlp = attention + share * (kept - last + (width + (4 if self.own else 3) * inner) * b)
         # backward of attention: the MLP is gone; gradients of x, out, q, k, v (k and v for every query head first), the
         # sum of dq in fp32 over heads rounded to 32 (FlashAttention 2, mha_varlen_bwd)
-        flash = (share * (width + 2 * queries) + 2 * K * D + (0 if H == K else 2 * queries)) * b
+        own = K if fused else kv_heads(H, K, self.sharing)
+        flash = (share * (width + 2 * queries) + 2 * own * D + (0 if H == own else 2 * queries)) * b
         flash += share * 4 * H * round_up(D, 32)
         at_attention = attention + flash if qkv_grad else 0
         redo = max(at_mlp, at_attention) if second.needs_grad else 0

@@ -34,7 +34,8 @@ def on_device(run, values) -> torch.Tensor:
 
 
 def signals_of(run) -> list[bool]:
-    return [number == run.own_signal() for number in SIGNALS]
+    own = run.own_signal()
+    return [number == own for number in SIGNALS]
 
 
 def signal_told(counts) -> int:

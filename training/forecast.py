@@ -66,12 +66,13 @@ class Forecast:
 
     def __init__(self, cfg, model, processor, records, loader, held_out, device, look, sampled=None):
         self.cfg, self.model, self.loader, self.device, self.sampled = cfg, model, loader, device, sampled
-        self.world, self.folder = loader.world_size, Path(cfg.output_dir)
+        self.world, self.folder = loader.world_size, Path(cfg.output_dir)  # ranks that share batches count as one
+        self.ranks = self.world * loader.readers
         workers = max(1, cfg.dataloader_num_workers)
         self.data = survey(records, processor, sampled is None, look, workers)
         self.held = survey(held_out, processor, False, min(look, 100), workers) if held_out else None
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        settings = torch.device("cuda" if device.cuda else "cpu"), model.head_weight.dtype, self.world, count
+        settings = torch.device("cuda" if device.cuda else "cpu"), model.head_weight.dtype, self.ranks, count
         config, self.notes = deepspeed_config(cfg, *settings)
         self.zero = config["zero_optimization"]
         self.steps = cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
@@ -90,7 +91,7 @@ class Forecast:
         return sft_loads(loader, self.data, self.looked_steps)
 
     def counted(self, cfg):
-        return Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero)
+        return Memory(self.model, cfg, self.device.number, self.ranks, self.device.cuda, self.zero)
 
     def memory(self, cfg, loads, most):
         """{moment: {component: bytes}}: the worst micro-batch, sampling, evaluation."""
@@ -177,7 +178,7 @@ class Forecast:
         recompute, offload = ({name: True} for name in ("gradient_checkpointing", "offload_optimizer"))
         offers = [] if cfg.gradient_checkpointing else [recompute]
         largest = max(size.tokens for size in self.data.there)
-        tokens = max((load.tokens for load in self.loads), default=0)
+        tokens = max((load.tokens for load in self.loads), default=0) * self.loader.readers
         for smaller in (2**n for n in range(7, 20)):
             if largest <= smaller < tokens:
                 offers += [{"pack_tokens": smaller}] + [{"pack_tokens": smaller} | recompute] * bool(offers)

@@ -18,10 +18,17 @@ LEAST_PIXELS = 4 * 28 * 28  # qwen-vl-utils' bound
 def token_plan(packs):
     """"16 samples in 3 packs: 900 text and 2,400 vision tokens, the largest pack 1,350" of a list of Packed."""
     tokens = [len(packed.input_ids) for packed in packs]
-    vision = sum(len(packed.patches) // MERGE**2 for packed in packs if packed.patches is not None)
+    vision = sum(vision_tokens(packed) for packed in packs)
     samples = sum(len(packed.names) for packed in packs)
     counts = f"{sum(tokens) - vision:,} text and {vision:,} vision tokens"
     return f"{samples} samples in {len(packs)} packs: {counts}, the largest pack {max(tokens, default=0):,}"
+
+
+def vision_tokens(packed):
+    """Those among the tokens of this rank."""
+    if packed.share:
+        return sum(packed.share.receives)
+    return 0 if packed.patches is None else len(packed.patches) // MERGE**2
 
 
 def smaller_view(cfg):
@@ -44,7 +51,10 @@ def settings_for_update(cfg, packs, cuda):
     if largest is None:  # a rank that only computes along
         yield "--pack_tokens, lowered,"
     elif len(largest.names) > 1 or len(largest.segments.q_lengths) > 2:  # several samples, or completions of a prompt
-        yield f"--pack_tokens {max(1, len(largest.input_ids) // 2)}"
+        yield f"--pack_tokens {max(1, largest.segments.num_tokens // 2)}"
+    twice = 2 * cfg.sequence_parallel
+    if not hasattr(cfg, "num_generations") and torch.distributed.get_world_size() % twice == 0:
+        yield f"--sequence_parallel {twice}"
     if cuda and not cfg.offload_optimizer:
         yield "--offload_optimizer True"
     yield from smaller_view(cfg)

@@ -42,7 +42,8 @@ class Memory:
         offload = zero.get("offload_optimizer") or {"device": "cpu" if cfg.offload_optimizer else "none"}
         self.offloaded = cuda and offload.get("device") == "cpu"
         self.shares = world if zero.get("stage", 2) == 2 else 1  # ZeRO-1 keeps all gradients on every rank
-        self.model, self.costs = model, Model(model, number, cuda)
+        self.sharing = cfg.sequence_parallel
+        self.model, self.costs = model, Model(model, number, cuda, sharing=self.sharing)
         self.config, self.recompute = model.config, cfg.gradient_checkpointing
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.count = sum(p.numel() for _, p in trained)
@@ -93,7 +94,7 @@ class Memory:
         return (load.tokens * c.head_dim + load.patches * (v.hidden_size // v.num_heads)) * self.number
 
     def costs_of(self, load):
-        return Model(self.model, self.number, self.cuda, load) if self.costs.own else self.costs
+        return Model(self.model, self.number, self.cuda, load, self.sharing) if self.costs.own else self.costs
 
     def update(self, load, micro_batches=1, held=0):
         """{moment: {component: bytes}} of an optimizer step. held: bytes of inputs that are there throughout."""
@@ -106,7 +107,7 @@ class Memory:
         everything = base | {"vision activations": vision, "language activations": self.kept_language(load, costs)}
         rows = max(1, CHUNK_BYTES // (4 * c.vocab_size))
         chunk = min(N, rows) * c.vocab_size
-        asking = load.asking if costs.own else T
+        asking = load.asking if costs.own and self.sharing == 1 else T
         # last block's, normed, answers'
         hidden = asking * width * (2 if costs.language[-1].needs_grad else 1) + (N < asking) * N * width
         passing = {"inputs": held + self.inputs(load)}
@@ -164,7 +165,8 @@ class Memory:
 
     def mask(self, load, costs):
         """The last layer's, where it computes only the last tokens of each sequence."""
-        return self.number * load.asking * load.tokens // load.segments if costs.own and load.keys is None else 0
+        last = costs.own and load.keys is None and self.sharing == 1
+        return self.number * load.asking * load.tokens // load.segments if last else 0
 
     def beyond(self, cost, rows):
         """What a block's backward pass takes beyond what is kept of it."""
@@ -233,7 +235,7 @@ class Memory:
 
         most: the peak, in bytes; whole: the device's. sizes: how many there will be; those of the loads unless given.
         """
-        if not self.cuda or (self.recompute and getattr(self.cfg, "lora_dropout", 0)):
+        if not self.cuda or self.sharing > 1 or (self.recompute and getattr(self.cfg, "lora_dropout", 0)):
             return {}
         tower, found = self.model.visual.blocks, {}
         for name, field, blocks, costs in (

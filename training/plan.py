@@ -17,6 +17,7 @@ from data import Processor, load_tokenizer
 from effects import inert
 from lora import FLAT, lora_layers, part_of, sizes
 from model.captured import MAX_KEPT
+from model.sequence import check_heads
 from training.checkpoint import RUN, read_json
 from training.forecast import TIGHT, Device, Forecast, shape_of
 from training.memory import CONTEXT, GIB, peak, total
@@ -77,6 +78,8 @@ def packing(plan):
     padding = 1 - statistics.fmean(lengths) / max(lengths)
     each = count / plan.looked_steps / plan.world
     told = f"{each:.1f} micro-batches a step and rank, {tokens / count:,.0f} tokens each"
+    if plan.ranks > plan.world:
+        return f"{told}, those of one card of {plan.loader.readers}"
     if cfg.pack_tokens:
         told += f", {tokens / count / cfg.pack_tokens:.0%} of pack_tokens {cfg.pack_tokens:,}"
     return f"{told}; no padding (in padded batches up to {padding:.0%})"
@@ -98,6 +101,8 @@ def step_lines(plan):
     cfg, loader = plan.cfg, plan.loader
     batch, micro = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
     ranks = f"{plan.world} rank{'s' * (plan.world > 1)}"
+    if plan.ranks > plan.world:
+        ranks = f"{plan.world} group{'s' * (plan.world > 1)} of {loader.readers} ranks"
     if plan.sampled is None:
         yield f"  a step     {batch} samples x {micro} x {ranks} = {loader.global_batch} samples"
         yield f"             {packing(plan)}"
@@ -154,7 +159,7 @@ def memory_lines(plan):
 
 def graphs(plan, most):
     """Of the CUDA graphs; "" where there will be none. Passes of GRPO differ in size as completions do."""
-    if not (plan.device.cuda and plan.cfg.cuda_graphs):
+    if not (plan.device.cuda and plan.cfg.cuda_graphs) or plan.ranks > plan.world:
         return ""
     memory = plan.counted(plan.cfg)
     loads, sizes = (plan.loads, None) if plan.sampled is None else (plan.group_loads(plan.cfg), MAX_KEPT)
@@ -252,7 +257,9 @@ def dry_run(cfg, script, make_loader, records, held_out, sampled=None):
         for _, layer in lora_layers(model):
             layer.dropout = 0.0  # as train_grpo
     processor = Processor(load_tokenizer(folder), model.config, cfg)
-    run = SimpleNamespace(cfg=cfg, rank=0, world=int(os.environ.get("WORLD_SIZE", "1")))
+    world = max(1, int(os.environ.get("WORLD_SIZE", "1")) // cfg.sequence_parallel)
+    check_heads(model.config, cfg.sequence_parallel)
+    run = SimpleNamespace(cfg=cfg, rank=0, world=world, data_rank=0, data_world=world, sequence=None)
     loader = make_loader(run, records, processor)
     plan = Forecast(cfg, model, processor, records, loader, held_out, device, LOOK, sampled)
     plan.notes += notes

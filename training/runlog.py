@@ -73,14 +73,16 @@ def describe(run, model, total, warmup):
     where = f"CPU, {torch.get_num_threads()} threads"
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
-    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.world
+    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.data_world
+    shared = f" of {cfg.sequence_parallel}, which share each batch," if run.sequence else ""
+    what = "groups" if run.sequence else "ranks"
     vision, merger = (cfg.learning_rate if rate is None else rate for rate in (cfg.vision_lr, cfg.merger_lr))
     yield f"{run.script}: {cfg.model_id} -> {run.folder}"
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
     yield f"  trained    {'; '.join(trained_shares(model))}"
     packed = f", in micro-batches of at most {cfg.pack_tokens} tokens" if cfg.pack_tokens else ""
-    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
+    yield f"  a step     {batch} samples x {micro} x {world} {what}{shared} = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
     yield from run.plan

@@ -83,7 +83,8 @@ def survey(records, processor, answer, look, workers=1):
 
 
 def sft_loads(loader, found, steps):
-    """(a Load for each micro-batch of the first `steps` steps and all ranks, the most micro-batches of a step)."""
+    """(a Load for each micro-batch of the first `steps` steps and all ranks, the most micro-batches of a step). Where
+    ranks share it, the Load of the one with most: it may have all answers, and its patches are whole grid steps."""
     loads, most = [], 0
     loader.lengths = array("q", [size.tokens if size else 0 for size in found.sizes])
     if loader.cost:
@@ -98,6 +99,10 @@ def sft_loads(loader, found, steps):
                 sizes = [found.sizes[i] for i in members if found.sizes[i]]
                 tokens, answers, _, patches, clips = map(sum, zip(*(size[:5] for size in sizes), (0,) * 5))
                 part = max((size.part for size in sizes), default=0)
+                if loader.readers > 1:
+                    step = max((h * w for size in sizes for _, h, w in size.grids), default=1)
+                    tokens, patches = -(-tokens // loader.readers), -(-patches // (step * loader.readers)) * step
+                    answers, part = min(answers, tokens), min(part, patches)
                 loads.append(Load(max(1, tokens), answers, patches, clips, max(1, len(sizes)), part=part))
     return loads, most
 
