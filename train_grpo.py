@@ -66,6 +66,7 @@ from training.groups import (
     score_group,
 )
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from training.meeting import together
 from training.plan import brief, dry_run
 from training.runlog import Log, append
 
@@ -103,6 +104,7 @@ class MicroBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
+@together
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
@@ -111,7 +113,7 @@ def main():
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
     if cfg.dry_run:
         return dry_run(cfg, "train_grpo.py", prompt_loader, records, held_out, SAMPLED_TOKENS)
-    run = launch(cfg)
+    run = launch(cfg, records, held_out)
     run.notes += told + left_out + held_left_out
     model = build_model(cfg, run)
     for _, layer in lora_layers(model):

@@ -34,6 +34,7 @@ from model.captured import Captures
 from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from report import write_report
 from training import checkpoint
+from training.agreed import agree, agree_on_checkpoint, agree_on_start
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
 from training.engine import (
     NotFinite,
@@ -119,8 +120,10 @@ class Run:
 # Start
 
 
-def launch(cfg):
+def launch(cfg, records=(), held_out=()):
     """Processes, device, seed; the run's folder claimed; with --resume the checkpoint found.
+
+    records, held_out: what the run is trained and judged on, which must be the same on every machine.
 
     Nothing in the folder is changed yet (start() does). UserError if it holds something and neither --overwrite nor
     --resume is given, or if another process trains in it.
@@ -139,6 +142,7 @@ def launch(cfg):
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
     if cfg.deterministic and device.type == "cpu":
         run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
+    run.notes += agree(cfg, dtype, records, held_out)
     if cfg.resume:
         find_source(run)
     return run
@@ -183,6 +187,7 @@ def find_source(run):
         run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
         return
     run.source = run.folder / f"checkpoint-{int(step)}"
+    agree_on_checkpoint(run.source)
     run.state = read_json(run.source / STATE)
     run.step, run.best = run.state["step"], run.state["best"]
     run.norms = run.state.get("norms", [])
@@ -249,6 +254,7 @@ def build_model(cfg, run):
 
 def start(run, model, total):
     """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
+    agree_on_start(run.cfg, run.adapter, total)
     engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
     run.notes += [*notes, *inert(run.cfg)]
     if run.source:
