@@ -18,6 +18,7 @@ from training.meeting import check_equal, join
 from training.runlog import machine, versions
 
 SAMPLED = 64  # clips of a dataset that are looked at
+NONE = "no file"
 # Flags that may differ: folders and files, of which the contents are compared, and what a machine does in its own way
 OWN = {"data_path", "eval_data_path", "image_folder", "remote_folder", "model_id", "model_ckpt", "output_dir"}
 OWN |= {"deepspeed", "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to", "logging_steps"}
@@ -39,7 +40,9 @@ def agree(cfg, dtype, records, held_out):
 
 def agree_on_checkpoint(folder):
     """--resume: rank 0 has found it whole; the others must have the same one."""
-    check_equal("checkpoint", {str(folder): digest(folder / MANIFEST)})
+    found = digest(folder / MANIFEST)
+    what = f"no {folder}" if found == NONE else f"{folder.name} with manifest {found[:8]}"
+    check_equal("checkpoint", {"checkpoint to go on from": what})
 
 
 def agree_on_start(cfg, adapter, total):
@@ -54,8 +57,8 @@ def agree_on_start(cfg, adapter, total):
 
 
 def digest(path):
-    """The first half of a file's SHA-256; "no file" where there is none."""
-    return sha256(path)[:32] if path and os.path.isfile(path) else "no file"
+    """The first half of a file's SHA-256, or NONE."""
+    return sha256(path)[:32] if path and os.path.isfile(path) else NONE
 
 
 def data(cfg, path, records):

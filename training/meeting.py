@@ -25,6 +25,7 @@ from training.heartbeat import Head, Heart, Limb
 
 JOIN = 600.0  # seconds to wait for all ranks: machines are also started by hand
 TOLD = 30.0  # seconds after which, and again each so many, it is told who is missing
+READ = 5.0  # seconds that rank 0 waits for the others to have read why the run ends
 
 
 class Meeting(NamedTuple):
@@ -101,7 +102,7 @@ def head(store, notes, world):
         notes.set("met", json.dumps({"hosts": hosts, "port": heart.port, "token": heart.token}))
     except UserError as error:
         notes.set("met", json.dumps({"error": str(error)}))
-        time.sleep(1)  # the store ends with this process: let them read it
+        await_readers(notes, "met", world)
         raise
     heart.admit()
     return Meeting(0, store, notes, hosts, heart)
@@ -128,12 +129,20 @@ def come(notes, world):
     return [host for host, _ in found]
 
 
+def await_readers(notes, what, world):
+    """Rank 0, before it ends, and the store with it."""
+    end = time.monotonic() + READ
+    while notes.add(f"{what} read", 0) < world - 1 and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def limb(store, notes, rank):
     try:
         met = json.loads(notes.get("met"))
     except (DistNetworkError, DistStoreError):
         raise UserError("rank 0 ended, or did not meet all; see what it wrote") from None
     if "error" in met:
+        notes.add("met read", 1)
         raise UserError(met["error"])
     try:
         heart = Limb(met["hosts"], rank, os.environ["MASTER_ADDR"], met["port"], met["token"])
@@ -161,6 +170,10 @@ def check_equal(what, must, may=()):
         met.notes.wait(keys, timedelta(seconds=JOIN))
         met.notes.set(what, json.dumps(compare([json.loads(value) for value in met.notes.multi_get(keys)], met.hosts)))
     wrong, notes = json.loads(met.notes.get(what))
+    if wrong and met.rank == 0:
+        await_readers(met.notes, what, len(met.hosts))
+    elif wrong:
+        met.notes.add(f"{what} read", 1)
     if wrong and os.environ["LOCAL_RANK"] != "0":
         raise SystemExit(2)  # one line a machine is enough
     if wrong:
