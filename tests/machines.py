@@ -23,7 +23,6 @@ from training import heartbeat, meeting
 from training.heartbeat import LOST
 
 COMMAND = "python tests/chaos.py --only"
-RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_addr", "127.0.0.1"]
 MORE = {"max_steps": 16, "save_steps": 2, "eval_data_path": "none"}
 MINUTE = 60.0
 
@@ -60,12 +59,14 @@ def words(flags: dict) -> list[str]:
 # Two launchers
 
 
-def launch(place: Place, script: str, folder: Path, slots: int, **more) -> list[subprocess.Popen]:
-    """A machine each, as two terminals would: the logs are folder-0.log and folder-1.log."""
+def launch(place: Place, script: str, folder: Path, slots: int, address="127.0.0.1", inside=((), ()), **more):
+    """A machine each, as two terminals would: the logs are folder-0.log and folder-1.log. inside: words before each
+    command."""
     hosts, port, runs = folder.with_suffix(".hosts"), free_port(), []
     hosts.write_text(f"first slots={slots}\nsecond slots={slots}\n")
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hosts, "--no_ssh"]
     for number in range(2):
-        command = [*RUNNER, "--hostfile", hosts, "--no_ssh", "--node_rank", number, "--master_port", port]
+        command = [*inside[number], *runner, "--node_rank", number, "--master_addr", address, "--master_port", port]
         command = [*map(str, command), f"{script}.py", *words(place.flags(script, folder, **MORE | more))]
         with log_of(folder, number).open("a") as log:
             runs.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True))
@@ -127,7 +128,6 @@ def resumed(place: Place, script: str, folder: Path, slots: int, whole: Path, ag
 
 
 def lost_machines(place: Place, cases: list[tuple[str, int, int, str]]) -> list[dict]:
-    """cases: (script, ranks a machine, which machine is killed, what is resumed on)."""
     tried, good, faults, seconds, wholes = 0, 0, [], [0.0], {}
     for script, slots, victim, again in cases:
         if (script, slots) not in wholes:
@@ -146,13 +146,73 @@ def one_launcher(place: Place, script: str, world: int, by_deepspeed: bool) -> P
     folder = place.new(script)
     if by_deepspeed:
         flags = words(place.flags(script, folder, **MORE))
-        command = [*RUNNER, "--num_gpus", str(world), "--master_port", str(free_port()), f"{script}.py", *flags]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
+        command += ["--master_port", str(free_port()), f"{script}.py", *flags]
         with folder.with_suffix(".log").open("w") as log:
             codes = [subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=5 * MINUTE).returncode]
     else:
         codes = [life.wait() for life in place.ranks(script, folder, world, free_port(), **MORE)]
     assert not any(codes), folder.with_suffix(".log").read_text()[-3000:]
     return folder
+
+
+# Two machines with a network between them, whose cable is pulled: nothing is closed, nothing comes any more
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+
+
+def cable(place: Place) -> list[dict]:
+    """Two network namespaces with host names of their own (Linux, as root). No row where they cannot be made."""
+    spaces = [f"chaos{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for number, space in enumerate(spaces):
+            ip(f"netns add {space}")
+            if number:
+                ip(f"link add v0 netns {spaces[0]} type veth peer name v1 netns {space}")
+        for number, space in enumerate(spaces):
+            for rest in (f"addr add 10.99.0.{number + 1}/24 dev v{number}", f"link set v{number} up", "link set lo up"):
+                ip(f"-n {space} {rest}")
+        return pulled(place, spaces)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"  NOT run: no network namespaces here ({getattr(error, 'stderr', None) or error})", flush=True)
+        return []
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+
+def pulled(place: Place, spaces: list[str]) -> list[dict]:
+    tried, good, faults, seconds = 0, 0, [], []
+    names = ["alpha", "beta"]
+    for script in ("train_sft", "train_grpo"):
+        folder, inside = place.new(script), []
+        for number, space in enumerate(spaces):
+            first = f'hostname {names[number]}; export GLOO_SOCKET_IFNAME=v{number}; exec "$@"'
+            inside.append(["ip", "netns", "exec", space, "unshare", "--uts", "bash", "-c", first, "machine"])
+        ip(f"-n {spaces[1]} link set v1 up")
+        runs = launch(place, script, folder, 1, "10.99.0.1", inside, max_steps=100_000)
+        until_steps(folder, 5, lambda runs=runs: all(run.poll() is None for run in runs))
+        ip(f"-n {spaces[1]} link set v1 down")
+        began = time.monotonic()
+        codes = [run.wait(2 * MINUTE) for run in runs]
+        seconds.append(time.monotonic() - began)
+        wrong = [f"exit codes {codes}"] * (codes != [LOST, LOST]) + [f"{seconds[-1]:.0f} s"] * (seconds[-1] > MINUTE)
+        for number in range(2):
+            lost = f"nothing was heard of rank {1 - number} on {names[1 - number]} for "
+            wrong += [f"{names[number]} does not tell"] * (log_of(folder, number).read_text().count(lost) != 1)
+            wrong += ["processes left"] * bool(left_behind(runs[number].pid))
+        on = MORE | {"max_steps": len(losses(folder, "loss")) + 2, "resume": True}
+        one = [life.wait() for life in place.ranks(script, folder, 1, free_port(), **on)]
+        wrong += [f"resume on one rank: {one}"] * any(one)
+        tried, good, faults = tried + 1, good + (not wrong), faults + wrong
+    print(
+        f"  {good} of {tried}, after {max(seconds):.0f} s at most; {faults or 'both sides name the other'}", flush=True
+    )
+    told = f"two network namespaces, their link set down: both sides name the other and end after {max(seconds):.0f} s"
+    promise = "two machines whose network is cut end within a minute, each naming the other"
+    return [row(promise, tried, good, f"{COMMAND} cable", "; ".join([*faults[:3], told]))]
 
 
 # Ranks that stand still, and ranks that only seem to
@@ -240,7 +300,7 @@ def at_odds(place: Place) -> list[dict]:
         "ranks": ({}, {"WORLD_SIZE": "3"}, [2, 2], "number of ranks: found 3 on rank 1 ("),
         "rank 0 twice": ({}, {"RANK": "0"}, [2, 2], "is there a second machine with --node_rank 0?"),
     }
-    meeting.JOIN, running = 4.0, {}
+    running = {}
     for name, (flags, env, *_) in cases.items():
         folder, port, resume = half if name == "checkpoint" else place.new("odd"), free_port(), name == "checkpoint"
         shared = {"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -248,7 +308,8 @@ def at_odds(place: Place) -> list[dict]:
         lives = []
         for rank in range(2):
             mine = MORE | {"max_steps": 3, "resume": resume} | (flags if rank else {})
-            lives.append(place.start("train_sft", folder, shared | {"RANK": str(rank)} | (env if rank else {}), **mine))
+            mine_env = shared | {"RANK": str(rank)} | (env if rank else {})
+            lives.append(place.start("train_sft", folder, mine_env, lambda: setattr(meeting, "JOIN", 4.0), **mine))
             time.sleep(0.3 * (name == "rank 0 twice"))
         running[name] = lives, folder.with_suffix(".log")
     faults = []
@@ -327,13 +388,15 @@ def slurm(place: Place) -> list[dict]:
 
 def parts(few: bool) -> dict:
     """For tests/chaos.py: what each --only runs."""
-    both = ("train_sft", "train_grpo")
-    cases = [(script, slots, victim, again) for script in both for slots, victim, again in (
-        (1, 0, "launchers"), (1, 1, "one rank"), (2, 1, "two machines"), (2, 0, "launchers"))]  # fmt: skip
+    cases = [  # trainer, ranks a machine, which machine is killed, what is resumed on
+        ("train_sft", 1, 0, "launchers"), ("train_sft", 2, 1, "two machines"),
+        ("train_grpo", 1, 1, "one rank"), ("train_grpo", 2, 0, "launchers"),
+    ]  # fmt: skip
     return {
         "machines": lambda place: lost_machines(place, [("train_sft", 1, 1, "two machines")] if few else cases),
         "stopped": lambda place: stopped(place, [1] if few else [1, 0, 2], 3.0 if few else None),
         "patient": lambda place: patient(place, 2.0 if few else None),
         "odds": at_odds,
+        **({} if few else {"cable": cable}),
         "slurm": lambda place: slurm_script(place) if few else slurm_script(place) + slurm(place),
     }
