@@ -141,17 +141,17 @@ def lost_machines(place: Place, cases: list[tuple[str, int, int, str]]) -> list[
     return [row(promise, tried, good, f"{COMMAND} machines", "; ".join([*faults[:3], told]))]
 
 
-def one_launcher(place: Place, script: str, world: int, by_deepspeed: bool) -> Path:
+def one_launcher(place: Place, script: str, world: int, by_deepspeed: bool, **more) -> Path:
     """The undisturbed run of so many ranks on one machine."""
     folder = place.new(script)
     if by_deepspeed:
-        flags = words(place.flags(script, folder, **MORE))
+        flags = words(place.flags(script, folder, **MORE | more))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
         command += ["--master_port", str(free_port()), f"{script}.py", *flags]
         with folder.with_suffix(".log").open("w") as log:
             codes = [subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=5 * MINUTE).returncode]
     else:
-        codes = [life.wait() for life in place.ranks(script, folder, world, free_port(), **MORE)]
+        codes = [life.wait() for life in place.ranks(script, folder, world, free_port(), **MORE | more)]
     assert not any(codes), folder.with_suffix(".log").read_text()[-3000:]
     return folder
 
@@ -359,9 +359,10 @@ def slurm(place: Place) -> list[dict]:
     """The script with real trainers: a task is killed, then the same job again on one node."""
     tried, good, faults = 0, 0, []
     for script in ("train_sft", "train_grpo"):
-        whole, folder = one_launcher(place, script, 2, by_deepspeed=False), place.new(script)
+        still = {"lora_dropout": 0}  # its masks are a rank's own
+        whole, folder = one_launcher(place, script, 2, by_deepspeed=False, **still), place.new(script)
         command = ["bash", str(ROOT / "configs/slurm.sh"), f"{script}.py"]
-        command += words(place.flags(script, folder, **MORE))
+        command += words(place.flags(script, folder, **MORE | still))
         codes = []
         for nodes in (2, 1):
             with folder.with_suffix(".log").open("a") as log:
