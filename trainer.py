@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -165,9 +166,13 @@ def claim(folder, cfg):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # over NFS too: the machines of a run share the folder
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     except BlockingIOError:
-        raise UserError(f"--output_dir: another process trains in {folder}; wait for it or choose another") from None
+        told = f"--output_dir: another process trains in {folder} ({(folder / LOCK).read_text()})"
+        raise UserError(f"{told}; wait for it or choose another") from None
     except OSError as error:
         raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))

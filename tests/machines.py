@@ -284,7 +284,8 @@ def patient(place: Place, silence: float | None) -> list[dict]:
 
 
 def at_odds(place: Place) -> list[dict]:
-    """Rank 1 has other data, other flags, no data, no checkpoint, another number of ranks, or is a second rank 0."""
+    """Rank 1 has other data, other flags, no data, no checkpoint, another number of ranks, is a second rank 0, or looks
+    for rank 0 elsewhere."""
     records = (place.folder / "data/train.json").read_text()
     other = place.folder / "data/other.json"
     other.write_text(records.replace("Answer: (A)", "Answer: (B)", 1))
@@ -299,8 +300,9 @@ def at_odds(place: Place) -> list[dict]:
         "checkpoint": (empty, {}, [2, 2], "to go on from: found no "),
         "ranks": ({}, {"WORLD_SIZE": "3"}, [2, 2], "number of ranks: found 3 on rank 1 ("),
         "rank 0 twice": ({}, {"RANK": "0"}, [2, 2], "is there a second machine with --node_rank 0?"),
+        "rank 1 elsewhere": ({}, {"MASTER_PORT": str(free_port())}, [2, 2], "(1) did not come in 4 s"),
     }
-    running = {}
+    running, soon = {}, lambda: setattr(meeting, "JOIN", 4.0)
     for name, (flags, env, *_) in cases.items():
         folder, port, resume = half if name == "checkpoint" else place.new("odd"), free_port(), name == "checkpoint"
         shared = {"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -309,7 +311,8 @@ def at_odds(place: Place) -> list[dict]:
         for rank in range(2):
             mine = MORE | {"max_steps": 3, "resume": resume} | (flags if rank else {})
             mine_env = shared | {"RANK": str(rank)} | (env if rank else {})
-            lives.append(place.start("train_sft", folder, mine_env, lambda: setattr(meeting, "JOIN", 4.0), **mine))
+            first = soon if name.startswith("rank ") else None  # of these one waits for a rank that does not come
+            lives.append(place.start("train_sft", folder, mine_env, first, **mine))
             time.sleep(0.3 * (name == "rank 0 twice"))
         running[name] = lives, folder.with_suffix(".log")
     faults = []
