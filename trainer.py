@@ -167,9 +167,8 @@ def claim(folder, cfg):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # over NFS too: the machines of a run share the folder
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     except BlockingIOError:
         told = f"--output_dir: another process trains in {folder} ({(folder / LOCK).read_text()})"
         raise UserError(f"{told}; wait for it or choose another") from None
