@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.heartbeat import BEAT, TICK, Head
+from training.heartbeat import BEAT, TICK, Head, make_room
 
 SECONDS = 20.0
 
@@ -34,6 +34,7 @@ def others(port: int, token: str, world: int) -> None:
 
 def main() -> None:
     world = int(sys.argv[1])
+    make_room(world)
     head = Head(["here"] * world)
     if os.fork() == 0:
         others(head.port, head.token, world)

@@ -107,16 +107,21 @@ def send(connection, data):
         pass
 
 
+def make_room(world):
+    """Let rank 0 hold as many connections as the store, heartbeats and collectives of so many ranks may need; a shell's
+    usual limit is 1,024 files."""
+    enough = 4 * world + 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        most = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 class Head(Heart):
     """Rank 0's. A port of its own, open until all have connected who know the token."""
 
     def __init__(self, hosts):
         super().__init__(hosts)
-        enough = 4 * len(hosts) + 1024  # the store and the collectives hold connections too
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and soft < enough:
-            most = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self.server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=len(hosts))
@@ -138,7 +143,7 @@ class Head(Heart):
                 raise UserError(f"{named(missing, self.hosts)} came and went again; see what it wrote") from None
             except OSError:
                 continue
-            rank = int(hello[32:]) if hello[:32] == self.token else 0
+            rank = int(hello[32:]) if len(hello) == 64 and hello[:32] == self.token else 0
             if rank in missing:
                 missing.remove(rank)
                 connection.setblocking(False)

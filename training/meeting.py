@@ -82,6 +82,8 @@ def join():
 def open_store(rank, host):
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun may have opened it
+    if rank == 0:
+        heartbeat.make_room(int(os.environ["WORLD_SIZE"]))
     try:
         return TCPStore(address, port, None, opens, timedelta(seconds=JOIN), wait_for_workers=False)
     except DistNetworkError as error:
