@@ -64,19 +64,21 @@ from training.groups import (
     token_metrics,
 )
 from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from training.meeting import together
 from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
 from training.runlog import Log, append
 from training.schedule import is_due, schedule, total_steps
 
 
+@together
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
     records, held_out, told = data_of(cfg)
     if cfg.dry_run:
         return dry_run(cfg, "train_grpo.py", prompt_loader, records, held_out, SAMPLED_TOKENS)
-    run = launch(cfg)
+    run = launch(cfg, records, held_out)
     run.notes += told
     model = build_model(cfg, run)
     frozen = freeze_reference(model, cfg)

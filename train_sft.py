@@ -40,18 +40,20 @@ from training.engine import update
 from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records
 from training.full import told_when_full
 from training.groups import ROLLOUTS
+from training.meeting import together
 from training.plan import brief, dry_run
 from training.runlog import Log, append
 from training.schedule import is_due, schedule, total_steps
 
 
+@together
 def main():
     cfg = parse(SFT)
     records = read_records(cfg.data_path)
     held_out, left_out = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
     if cfg.dry_run:
         return dry_run(cfg, "train_sft.py", make_loader, records, held_out)
-    run = launch(cfg)
+    run = launch(cfg, records, held_out)
     run.notes += left_out
     model = build_model(cfg, run)
     tokenizer = load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only))

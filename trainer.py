@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from model.sequence import check_heads, join
 from report import write_report
 from training import checkpoint
+from training.agreed import agree, agree_on_checkpoint, agree_on_start
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
 from training.counting import what_was_counted
 from training.engine import (
@@ -127,8 +129,10 @@ class Run:
 # Start
 
 
-def launch(cfg):
+def launch(cfg, records=(), held_out=()):
     """Processes, device, seed; the run's folder claimed; with --resume the checkpoint found.
+
+    records, held_out: what the run is trained and judged on, which must be the same on every machine.
 
     Nothing in the folder is changed yet (start() does). UserError if it holds something and neither --overwrite nor
     --resume is given, or if another process trains in it.
@@ -148,6 +152,7 @@ def launch(cfg):
     run.sequence = join(cfg.sequence_parallel)
     if cfg.deterministic and device.type == "cpu":
         run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
+    run.notes += agree(cfg, dtype, records, held_out)
     if cfg.resume:
         find_source(run)
     return run
@@ -170,9 +175,12 @@ def claim(folder, cfg):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # over NFS too: the machines of a run share the folder
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     except BlockingIOError:
-        raise UserError(f"--output_dir: another process trains in {folder}; wait for it or choose another") from None
+        told = f"--output_dir: another process trains in {folder} ({(folder / LOCK).read_text()})"
+        raise UserError(f"{told}; wait for it or choose another") from None
     except OSError as error:
         raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
@@ -192,6 +200,7 @@ def find_source(run):
         run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
         return
     run.source = run.folder / f"checkpoint-{int(step)}"
+    agree_on_checkpoint(run.source)
     run.state = read_json(run.source / STATE)
     run.step, run.best = run.state["step"], run.state["best"]
     run.norms = run.state.get("norms", [])
@@ -260,6 +269,7 @@ def build_model(cfg, run):
 
 def start(run, model, total):
     """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
+    agree_on_start(run.cfg, run.adapter, total)
     engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
     run.notes += [*notes, *inert(run.cfg)]
     if run.source:

@@ -21,7 +21,9 @@ def test_killed_stopped_moved_and_repeated_runs():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     parts = "SIGKILL at any moment", "before each single file", "SIGTERM", "into one folder", "same seed"
-    for part in (*parts, "saved on 2 ranks", "a rank killed", "SIGKILL of a rank or of the command"):
+    parts += "saved on 2 ranks", "a rank killed", "SIGKILL of a rank or of the command", "a lost machine ends the run"
+    parts += "stands still is told by name", "ends no run", "with other data, flags", "gives each task its rank"
+    for part in parts:
         assert part in done.stdout, part
 
 

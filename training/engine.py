@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from dataset.batch import pack
 from lora import param_groups
 from model import UserError
+from training.meeting import join
 
 BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
 # As many with several ranks. A bucket travels while the next one fills, so only the last one is waited for: a tenth of
@@ -69,11 +70,18 @@ def start_processes():
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated.*")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of, the loops tell themselves
     # One rank may write a large checkpoint while the others wait.
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=30))
+    backend, long = "nccl" if cuda else "gloo", timedelta(minutes=30)
+    if met := join():
+        device_id = torch.device("cuda", local) if cuda else None  # as deepspeed would
+        world = {"store": met.store, "rank": met.rank, "world_size": len(met.hosts)}
+        torch.distributed.init_process_group(backend, timeout=long, device_id=device_id, **world)
+    deepspeed.init_distributed(backend, verbose=False, timeout=long)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
 def leave_processes():
+    if met := join():
+        met.leave(good_bye=True)
     deepspeed.comm.destroy_process_group()
     if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
         for name in ALONE:
