@@ -200,6 +200,8 @@ class CommonTrain(VideoArgs, LoraArgs):
     # -- Precision, memory, DeepSpeed
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
+    partition_weights: bool = False  # each rank of a machine keeps its share of the frozen layers (ZeRO-3 for LoRA)
+    offload_weights: bool = False  # with partition_weights: the shares lie in CPU memory, a layer comes when it computes
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
@@ -275,6 +277,14 @@ class CommonTrain(VideoArgs, LoraArgs):
         require(not wanted or self.report_to == "none", "report_to", self.report_to, expected + hint)
         require(not (self.bf16 and self.fp16), "fp16", True, "False while --bf16 is True: choose one")
         require(not (self.resume and self.overwrite), "resume", True, "False while --overwrite is True: choose one")
+        if self.partition_weights:
+            frozen = self.lora_enable and self.freeze_llm and self.freeze_vision_tower and self.lora_bias == "none"
+            expected = "False where layers are trained whole: only frozen ones are parted, beside adapters (--lora_enable)"
+            require(frozen, "partition_weights", True, expected)
+            expected = "False without --gradient_checkpointing True: a layer's weights are gone before its backward pass"
+            require(self.gradient_checkpointing, "partition_weights", True, expected)
+        expected = "False, or --partition_weights True beside it"
+        require(self.partition_weights or not self.offload_weights, "offload_weights", True, expected)
 
 
 @dataclass
@@ -471,6 +481,7 @@ def _effects(cfg):
     yield "save_steps", getattr(cfg, "save_strategy", "steps") != "steps", "save_strategy is not steps"
     if isinstance(cfg, CommonTrain):
         yield "dry_run_gib", not cfg.dry_run, "it is for a plan (--dry_run)"
+        yield "cuda_graphs", cfg.partition_weights, "partition_weights brings a layer's weights only when it computes"
         yield "model_ckpt", lora_off and cfg.model_ckpt, "lora_enable is False: no adapter is loaded"
         yield "min_lr_ratio", cfg.lr_scheduler_type == "constant", "the constant schedule does not fall"
         for name in ("eval_steps", "eval_samples", "max_new_tokens"):

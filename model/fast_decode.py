@@ -129,23 +129,33 @@ class SamplingCopy:
         self.eps = model.config.rms_norm_eps
         layers = model.model.layers
         self.memory = partial(model.captures.scratch, layers) if model.captures else nullcontext
+        self.layers, self.biases = [], []
+        if model.partition is None:
+            self.add(layers)
+        for layer in layers if model.partition else ():  # parted weights are there a layer at a time
+            model.partition.fetch(layer)
+            self.add([layer])
+
+    def add(self, layers) -> None:
         attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
         first = [layer.input_layernorm.weight for layer in layers]
         second = [layer.post_attention_layernorm.weight for layer in layers]
-        self.layers = [{} for _ in layers]
-        self.fuse("qkv", [[getattr(a, name) for a in attentions] for name in ("q_proj", "k_proj", "v_proj")], first)
-        self.fuse("o", [[a.o_proj for a in attentions]])
-        self.fuse("gate_up", [[m.gate_proj for m in mlps], [m.up_proj for m in mlps]], second)
-        self.fuse("down", [[m.down_proj for m in mlps]])
-        self.biases = [torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]) for a in attentions]
+        made = [{} for _ in layers]
+        qkv = [[getattr(a, name) for a in attentions] for name in ("q_proj", "k_proj", "v_proj")]
+        self.fuse(made, "qkv", qkv, first)
+        self.fuse(made, "o", [[a.o_proj for a in attentions]])
+        self.fuse(made, "gate_up", [[m.gate_proj for m in mlps], [m.up_proj for m in mlps]], second)
+        self.fuse(made, "down", [[m.down_proj for m in mlps]])
+        self.layers += made
+        self.biases += [torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]) for a in attentions]
 
-    def fuse(self, name: str, parts: list[list], norms=None) -> None:
+    def fuse(self, layers: list[dict], name: str, parts: list[list], norms=None) -> None:
         """parts: for each of the linears laid on top of each other, that linear of every layer."""
         sizes = [len(linears[0].weight) for linears in parts]
-        for made in self.layers:
+        for made in layers:
             with self.memory():
                 made[name] = parts[0][0].weight.new_empty(sum(sizes), parts[0][0].weight.shape[1])
-        cut = [made[name].split(sizes) for made in self.layers]
+        cut = [made[name].split(sizes) for made in layers]
         for i, linears in enumerate(parts):
             adapters = [adapter_of(linear) for linear in linears]
             sorts = [a and (len(a[0]), a[0].dtype) for a in adapters]  # some layers may have none, or others
