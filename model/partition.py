@@ -1,6 +1,6 @@
-"""Frozen weights in parts: each rank of a machine keeps 1/n of every block, and a block is whole only while it computes.
+"""Frozen weights in parts: each rank of a machine keeps 1/n of every block; a block is whole only while it computes.
 
-    rank 0   | block 0 | block 1 | …      its n-th of each, one tensor: `part`, on its card or (offloaded) in host memory
+    rank 0   | block 0 | block 1 | …      its n-th of each, one tensor: `part`, on its card or (offloaded) on the host
     rank 1   | block 0 | block 1 | …
     buffers  block i, which computes      block i + 1, on its way
 
@@ -9,8 +9,8 @@ nobody has to be asked for them: a rank copies what it needs out of the others' 
 from card to card, or out of shared host memory. There is no collective to meet in: ranks sample, evaluate and train on
 as many batches as each has, and nothing can be out of step with DeepSpeed's reductions.
 
-Parted are the decoder layers and the vision blocks: what is recomputed in the backward pass. Embedding, head, merger and
-patch embedding stay whole on every rank: 14 % of the 7B's weights, 5 % of the 32B's, 3.5 % of the 72B's.
+Parted are the decoder layers and the vision blocks: what is recomputed in the backward pass. Embedding, head, merger
+and patch embedding stay whole on every rank: 14 % of the 7B's weights, 5 % of the 32B's, 3.5 % of the 72B's.
 
 A block's weights must lie still from its (re)computation to the end of its backward pass. They do: the next block to be
 fetched in a backward pass is the one before it, whose gradient depends on all of its products.
@@ -141,7 +141,8 @@ class Partition:
             first += self.blocks[-1].size
             module.register_forward_pre_hook(lambda module, _: self.fetch(module))
         self.nothing, self.parted = nothing, {p for block in self.blocks for p in block.parameters}
-        self.memory, self.part = None, self.rest(first)
+        self.memory = None  # the file behind the part, where it is shared as one
+        self.part = self.rest(first)
         self.parts = [self.part]  # of all ranks of the machine, once they are open
         self.current = self.before = None  # numbers of the block that computes, and of the one that did
         self.followed = {}  # (block, block after it) -> what came next the last time
@@ -207,7 +208,7 @@ class Partition:
 
     def exchange(self) -> list[Tensor]:
         """The parts of all ranks of this machine, this one's as it is."""
-        ours = (os.getpid(), self.memory) if self.memory else self.part.untyped_storage()._share_cuda_()
+        ours = (os.getpid(), self.memory) if self.memory is not None else self.part.untyped_storage()._share_cuda_()
         everyone = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, ours)  # all have taken their weights
         parts = []
@@ -215,13 +216,13 @@ class Partition:
             mine = number == self.share.mine
             parts.append(self.part if mine else self.opened(rank, everyone[rank]))
         torch.distributed.barrier()  # all have opened them
-        if self.memory:
+        if self.memory is not None:
             os.close(self.memory)
         return parts
 
     def opened(self, rank: int, handle) -> Tensor:
         """Another rank's part."""
-        if self.memory:
+        if self.memory is not None:
             return self.mapped(*handle, len(self.part))
         _, *handle, _event, _wait = handle  # all of it was written before the handle was sent: no event to wait for
         try:  # opened on this card, which reads over NVLink: on its own it would take a context there
