@@ -105,7 +105,9 @@ class Plan:
     # memory
 
     def counted(self, cfg):
-        return Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero)
+        # ranks of this machine, as deepspeed and torchrun tell them
+        local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or self.world)
+        return Memory(self.model, cfg, self.device.number, self.world, self.device.cuda, self.zero, local)
 
     def memory(self, cfg, loads, most):
         """{moment: {component: bytes}}: the worst micro-batch, sampling, evaluation."""
@@ -198,6 +200,11 @@ class Plan:
                 offers += [{"pack_tokens": smaller}] + [{"pack_tokens": smaller} | recompute] * bool(offers)
         if self.device.cuda and not cfg.offload_optimizer:
             offers.append(offload)
+        adapters_only = cfg.lora_enable and cfg.freeze_llm and cfg.freeze_vision_tower and cfg.lora_bias == "none"
+        if self.device.cuda and adapters_only and not cfg.offload_weights:
+            part = {} if cfg.gradient_checkpointing else recompute
+            part |= {} if cfg.partition_weights else {"partition_weights": True}
+            offers += [part] * (self.world > 1 and not cfg.partition_weights) + [part | {"offload_weights": True}]
         if cfg.eval_data_path is not None and self.held:
             offers.append({"eval_data_path": None})
         found = []

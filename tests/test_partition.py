@@ -1,0 +1,140 @@
+"""Weights in parts: ranks against one model with whole weights (tests/parted.py), and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Sequence, config_dict, pack_sequences, random_model
+
+import lora
+from config import SFT, inert, parse
+from model import UserError
+from model.linear import padded
+from model.partition import Share, counts, layout
+from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, not_finite
+from trainer import parted_not_finite
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ["passes on 2 ranks", "passes on 4 ranks", "loading"]
+KINDS += [f"{script} on {n}" for script in ("train_sft", "train_grpo") for n in ("2 ranks", "4 ranks", "1 ranks, off")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    command = [sys.executable, "tests/parted.py", str(tmp_path_factory.mktemp("parted"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parted_equals_whole_bit_for_bit(found, kind):
+    """Hidden states, gradients, and all that a run of the real scripts leaves, evaluations and checkpoints included."""
+    lines, stderr = found
+    (line,) = (line for line in lines if line["what"].startswith(kind))
+    assert not line["wrong"], f"{line}\n{stderr[-3000:]}"
+
+
+def parted(shape="untied", **flags):
+    model = Qwen2_5_VL.random(ModelConfig.from_dict(config_dict(shape)), share=Share())
+    lora.inject(model, SFT(**flags))
+    model.gradient_checkpointing = True
+    return model
+
+
+def test_two_buffers_serve_a_pass_forwards_and_backwards():
+    """Every block is brought once each way but the two that are there when the pass turns round; what is not there is
+    NaN, and never the weights of another block."""
+    model = parted()
+    partition, brought = model.partition, []
+    copy = partition.copy
+    partition.copy = lambda block, flat: (brought.append(partition.blocks.index(block)), copy(block, flat))
+    clip = pack_sequences([Sequence(model.config, [5, ("video", 2, 4, 4, 1.0), 20])])
+    model.train()(clip).sum().backward()
+    assert brought == [0, 1, 2, 3, 4, 5, *(3, 2, 1, 0)]
+    there = [bool(p.isfinite().all()) for block in partition.blocks for p in block.parameters[:1]]
+    assert there == [True, True, False, False, False, False]
+    assert partition.onwards(3, 4) == 5 and partition.onwards(4, 3) == 2 and partition.onwards(4, 5) is None
+
+
+def test_what_came_next_is_remembered():
+    """On a GPU it is sent for ahead: a pass through the tower's blocks alone, and one through the layers alone."""
+    partition = parted().partition
+    for number in (0, 1, 2, 0, 1, 2, 0):
+        partition.fetch(partition.blocks[number].module)
+    assert partition.followed[1, 2] == 0 and partition.followed[2, 0] == 1
+
+
+def test_the_room_that_a_gpu_wants_lies_behind_the_weights(monkeypatch):
+    """Vision's MLP is 3,420 wide and goes as 3,424: in the buffer there are zeros, so widening copies nothing."""
+    block = random_model("tied").visual.blocks[0]
+    inner = block.mlp.gate_proj.out_features
+    assert inner % 8, "this shape needs no room"
+    spots, numbers = layout(block, pad=True)
+    wide = -(-inner // 8) * 8
+    assert spots["mlp.gate_proj.weight"].room == (wide, 48) and spots["mlp.down_proj.weight"].room == (48, wide)
+    assert spots["mlp.up_proj.bias"].room == (wide,) and spots["attn.qkv.weight"].room == (144, 48)
+    ends = [spot.start + torch.Size(spot.room).numel() for spot in spots.values()]
+    assert all(end <= spot.start for end, spot in zip(ends, [*spots.values()][1:])) and ends[-1] <= numbers
+    monkeypatch.setattr("model.partition.layout", lambda block, pad: layout(block, True))
+    clip = pack_sequences([Sequence(ModelConfig.from_dict(config_dict("tied")), [5, ("video", 2, 4, 4, 1.0), 20])])
+    model, whole = parted("tied"), Qwen2_5_VL.random(ModelConfig.from_dict(config_dict("tied")))
+    lora.inject(whole, SFT())
+    with torch.no_grad():
+        assert torch.allclose(model(clip), whole(clip), atol=1e-5)
+    mlp, twin = (m.visual.blocks[0].mlp for m in (model, whole))
+    model.partition.fetch(model.visual.blocks[0])
+    for name, width in (("gate_proj", 48), ("up_proj", 48), ("down_proj", wide)):
+        mine, theirs = getattr(mlp, name), getattr(twin, name)
+        where = mine.weight.data_ptr(), mine.bias.data_ptr()
+        got, expected = padded(mine.weight, mine.bias, width, True), padded(theirs.weight, theirs.bias, width, True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+        assert where == tuple(x.data_ptr() for x in got)  # nothing was moved
+
+
+def test_a_rank_keeps_its_share_of_every_block():
+    with torch.device("meta"):
+        model = Qwen2_5_VL(ModelConfig.from_dict(config_dict("grouped")))
+    whole, one, _ = counts(model, 1, pad=False)
+    assert whole <= one < 1.01 * whole
+    for ranks in (2, 3, 4, 7):
+        _, part, buffers = counts(model, ranks, pad=False)
+        assert one <= ranks * part <= one + 64 * ranks * 6 and buffers >= 2 * layout(model.model.layers[0], False)[1]
+
+
+def test_what_cannot_be_parted_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gradient_checkpointing True"):
+        parse(SFT, ["--partition_weights", "True"])
+    both = ["--partition_weights", "True", "--gradient_checkpointing", "True"]
+    for more in (["--lora_bias", "all"], ["--lora_enable", "False", "--freeze_llm", "False"]):
+        with pytest.raises(UserError, match="only frozen ones, with adapters"):
+            parse(SFT, [*both, *more])
+    with pytest.raises(UserError, match="--partition_weights True beside it"):
+        parse(SFT, ["--offload_weights", "True"])
+    (line,) = (x for x in inert(parse(SFT, [*both, "--cuda_graphs", "True"])) if "cuda_graphs" in x)
+    assert "no effect" in line
+    base = random_model("untied")
+    lora.inject(base, SFT(lora_bias="all"))
+    lora.save_adapter(base, tmp_path, "base")
+    model = Qwen2_5_VL.random(base.config, share=Share())
+    with pytest.raises(UserError, match="brings .*bias of the base too"):
+        lora.load_adapter(model, tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_found_in_a_part(monkeypatch):
+    model = parted()
+    assert not_finite(model) == [] and model.partition.not_finite() == []
+    number, spot = model.partition.names["model.layers.1.mlp.up_proj.weight"]
+    model.partition.part[model.partition.blocks[number].first + spot.start] = torch.nan
+    monkeypatch.setattr("trainer.gather", lambda found: [[], found, found])
+    assert parted_not_finite(model) == ["model.layers.1"]
+
+
+def test_a_whole_model_is_never_written_from_parts(tmp_path):
+    with pytest.raises(AssertionError, match="no rank has the whole"):
+        parted().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError):
+        lora.merge(parted())
