@@ -147,6 +147,7 @@ class Partition:
         self.current = self.before = None  # numbers of the block that computes, and of the one that did
         self.followed = {}  # (block, block after it) -> what came next the last time
         self.waits = None  # a list: pairs of events around each time that computing had to wait
+        self.brought = 0  # bytes
 
     @staticmethod
     def replace(module, name: str, data: Tensor, room) -> nn.Parameter:
@@ -295,6 +296,7 @@ class Partition:
     def copy(self, block: Block, flat: Tensor) -> None:
         """Every rank's part of a block, its own first and then round, so that not all read from the same one."""
         n = len(self.parts)
+        self.brought += n * block.size * self.dtype.itemsize
         for i in range(self.share.mine, self.share.mine + n):
             source = self.parts[i % n].narrow(0, block.first, block.size)
             flat.narrow(0, i % n * block.size, block.size).copy_(source, non_blocking=True)
@@ -319,6 +321,11 @@ class Partition:
         torch.cuda.synchronize(self.device)
         pairs, self.waits = self.waits or [], []
         return sum(before.elapsed_time(after) for before, after in pairs) / 1e3
+
+    def moved(self) -> int:
+        """Bytes that came into the buffers since this was asked the last time."""
+        found, self.brought = self.brought, 0
+        return found
 
     @contextmanager
     def hidden(self):

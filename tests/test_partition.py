@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Sequence, config_dict, pack_sequences, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora
 from config import SFT, inert, parse
@@ -58,6 +62,110 @@ def test_two_buffers_serve_a_pass_forwards_and_backwards():
     there = [bool(p.isfinite().all()) for block in partition.blocks for p in block.parameters[:1]]
     assert there == [True, True, False, False, False, False]
     assert partition.onwards(3, 4) == 5 and partition.onwards(4, 3) == 2 and partition.onwards(4, 5) is None
+
+
+class Race(AssertionError):
+    pass
+
+
+class Order(TorchDispatchMode):
+    """Which work is certain to come after which, as CUDA's streams and events order it (vector clocks): two streams
+    stand for the card, every operation on a buffer is checked. It runs at once, so what is sent for ahead is written as
+    early as it could be."""
+
+    def __init__(self, partition, monkeypatch):
+        super().__init__()
+        self.partition, self.now = partition, "compute"
+        self.clocks = {name: {"compute": 0, "copy": 0} for name in ("compute", "copy")}
+        self.written, self.read, self.operations = {}, {}, 0
+        partition.cuda, partition.stream = True, SimpleNamespace(wait_event=lambda event: event.wait("copy"))
+        for buffer in partition.buffers:
+            buffer.ready, buffer.free = Event(self), Event(self)
+        monkeypatch.setattr(torch.cuda, "stream", self.other)
+
+    @contextmanager
+    def other(self, _stream):
+        self.now = "copy"
+        yield
+        self.now = "compute"
+
+    def knows(self, clock):
+        """Whether what was done at clock (stream, time) is over before what the current stream does next."""
+        return clock is None or self.clocks[self.now][clock[0]] >= clock[1]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        starts = {buffer.flat.untyped_storage().data_ptr(): i for i, buffer in enumerate(self.partition.buffers)}
+        touched = {starts[p] for x in tensors if (p := x.untyped_storage().data_ptr()) in starts}
+        views = function.is_view or function in (torch.ops.aten.detach.default,)
+        for i in () if views else touched:
+            clock = self.clocks[self.now]
+            clock[self.now] += 1
+            self.operations += 1
+            if self.now == "copy":
+                if not self.knows(self.read.get(i)):
+                    raise Race(f"buffer {i} is written while it may still be read")
+                self.written[i] = self.now, clock[self.now]
+            else:
+                if not self.knows(self.written.get(i)):
+                    raise Race(f"buffer {i} is read by {function} while it may still be written")
+                self.read[i] = self.now, clock[self.now]
+        return function(*args, **(kwargs or {}))
+
+
+class Event:
+    def __init__(self, order):
+        self.order, self.clock = order, None
+
+    def record(self, stream=None):
+        self.clock = dict(self.order.clocks["compute" if stream is None else "copy"])
+
+    def wait(self, stream=None):
+        mine = self.order.clocks[stream or "compute"]
+        for name, time in (self.clock or {}).items():
+            mine[name] = max(mine[name], time)
+
+
+def two_steps(model):
+    """Two training passes and one without gradients: hidden states and gradients."""
+    clip = pack_sequences([Sequence(model.config, [5, ("video", 2, 4, 4, 1.0), 20])])
+    trained, found = [p for _, p in lora.trainable_parameters(model)], []
+    for _ in range(2):
+        hidden = model.train()(clip)
+        found += [hidden.detach(), *torch.autograd.grad((hidden**2).sum(), trained)]
+        with torch.no_grad():
+            found.append(model(clip))
+    return found
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole clips", "clips in parts"])
+def test_streams_are_ordered_by_events(monkeypatch, parts):
+    """Every read of a buffer comes after its writing, every writing after the last read, with layers sent for ahead;
+    and the numbers are those of whole weights."""
+    monkeypatch.setattr("model.cpu.handles", lambda x: False)  # the GPU's products, which keep weights for later
+    if parts:
+        monkeypatch.setattr("model.vision.LONG", 8)
+        monkeypatch.setattr("model.vision.PART", 16)
+    torch.manual_seed(1)
+    whole = Qwen2_5_VL.random(ModelConfig.from_dict(config_dict("untied")))
+    lora.inject(whole, SFT())
+    whole.gradient_checkpointing = True
+    torch.manual_seed(1)
+    model = parted()
+    expected = two_steps(whole)
+    with Order(model.partition, monkeypatch) as order:
+        found = two_steps(model)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert order.operations > 400
+
+
+@pytest.mark.parametrize("broken, told", [("leave", "written while"), ("wait", "read by")])
+def test_without_its_events_there_is_a_race(monkeypatch, broken, told):
+    monkeypatch.setattr("model.cpu.handles", lambda x: False)
+    model = parted()
+    setattr(model.partition, broken, lambda *_: None)
+    with pytest.raises(Race, match=told), Order(model.partition, monkeypatch):
+        two_steps(model)
 
 
 def test_what_came_next_is_remembered():
