@@ -249,14 +249,14 @@ class Qwen2_5_VL(nn.Module):
         folder = resolve_folder(model_id, local_files_only)
         with torch.device("meta"):
             model = cls(ModelConfig.from_folder(folder)).to(dtype)
-        parted, expected = {}, dict(model.state_dict())
+        parted, expected, source = {}, dict(model.state_dict()), str(device)
         if share:
             model.partition = Partition(model, device, dtype, share)
-            parted = model.partition.names
+            parted, source = model.partition.names, str(model.partition.part.device)
         found, surplus = {}, []
         for file in shard_files(folder):
             try:
-                with safe_open(file, framework="pt", device=str(device)) as shard:
+                with safe_open(file, framework="pt", device=source) as shard:
                     for key in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
                         name = module_name(key)
                         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -265,7 +265,7 @@ class Qwen2_5_VL(nn.Module):
                             surplus.append(key)
                             continue
                         if name not in parted:
-                            found[name] = shard.get_tensor(key).to(dtype)
+                            found[name] = shard.get_tensor(key).to(device, dtype)
                             continue
                         rows = shard.get_slice(key)
                         found[name] = torch.empty(rows.get_shape(), device="meta")

@@ -20,8 +20,14 @@ from model.linear import padded
 from model.partition import Share, counts, layout
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, not_finite
 from trainer import parted_not_finite
+from training.engine import deepspeed_config
+from training.memory import GIB, Memory
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from workloads import model_config
+
 KINDS = ["passes on 2 ranks", "passes on 4 ranks", "loading"]
 KINDS += [f"{script} on {n}" for script in ("train_sft", "train_grpo") for n in ("2 ranks", "4 ranks", "1 ranks, off")]
 
@@ -213,6 +219,24 @@ def test_a_rank_keeps_its_share_of_every_block():
         assert one <= ranks * part <= one + 64 * ranks * 6 and buffers >= 2 * layout(model.model.layers[0], False)[1]
 
 
+def test_memory_of_the_72b_by_hand():
+    """On four cards; a layer of 8,192 wide, 29,568 inside, 1,024 of keys and of values; a vision block of 1,280."""
+    flags = {"partition_weights": True, "gradient_checkpointing": True, "lora_rank": 16}
+    with torch.device("meta"):
+        model = Qwen2_5_VL(model_config("72B")).bfloat16()
+    lora.inject(model, SFT(**flags))
+    layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 29568 + 8192 + 2 * 1024 + 2 * 8192
+    block = 4 * 1280**2 + 3 * 1280 * 3456 + 4 * 1280 + 2 * 3456 + 1280 + 2 * 1280
+    whole = 2 * 152_064 * 8192 + 8192 + 1176 * 1280 + 5120**2 + 5120 + 5120 * 8192 + 8192 + 1280
+    assert 80 * layer + 32 * block + whole == 73_410_777_344
+    static = Memory(model, SFT(**flags), world=4).static()
+    assert static["weights"] == pytest.approx(2 * (whole + 20 * layer + 8 * block), rel=1e-4)
+    assert static["layers on their way"] == pytest.approx(2 * 2 * layer, rel=1e-4)
+    assert static["weights"] + static["layers on their way"] < 42 * GIB
+    away = Memory(model, SFT(**flags, offload_weights=True), world=4).static()
+    assert away["weights"] == 2 * whole and away["layers on their way"] == static["layers on their way"]
+
+
 def test_what_cannot_be_parted_is_refused(tmp_path):
     with pytest.raises(UserError, match="gradient_checkpointing True"):
         parse(SFT, ["--partition_weights", "True"])
@@ -222,6 +246,10 @@ def test_what_cannot_be_parted_is_refused(tmp_path):
             parse(SFT, [*both, *more])
     with pytest.raises(UserError, match="--partition_weights True beside it"):
         parse(SFT, ["--offload_weights", "True"])
+    stage3 = tmp_path / "zero3.json"
+    stage3.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    with pytest.raises(UserError, match="stage is 3, .*--partition_weights True"):
+        deepspeed_config(SFT(deepspeed=str(stage3)), torch.device("cpu"), torch.float32, 1, 1000)
     (line,) = (x for x in inert(parse(SFT, [*both, "--cuda_graphs", "True"])) if "cuda_graphs" in x)
     assert "no effect" in line
     base = random_model("untied")
