@@ -168,8 +168,8 @@ def deepspeed_config(cfg, device, dtype, world, count):
     if cfg.deepspeed:
         notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
     if config["zero_optimization"].get("stage") not in (1, 2):
-        told = "expected 1 or 2: frozen weights are parted by --partition_weights True instead of ZeRO-3"
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {zero.get('stage')}, {told}")
+        found = f"zero_optimization.stage is not 1 or 2 but {config['zero_optimization'].get('stage')}"
+        raise UserError(f"{cfg.deepspeed}: {found}; what ZeRO-3 is for, --partition_weights True does here")
     return config, notes
 
 

@@ -202,8 +202,8 @@ class Plan:
             offers.append(offload)
         adapters_only = cfg.lora_enable and cfg.freeze_llm and cfg.freeze_vision_tower and cfg.lora_bias == "none"
         if self.device.cuda and adapters_only and not cfg.offload_weights:
-            part = {} if cfg.gradient_checkpointing else recompute
-            part |= {} if cfg.partition_weights else {"partition_weights": True}
+            part = {"gradient_checkpointing": True, "partition_weights": True}
+            part = {name: True for name in part if not getattr(cfg, name)}
             offers += [part] * (self.world > 1 and not cfg.partition_weights) + [part | {"offload_weights": True}]
         if cfg.eval_data_path is not None and self.held:
             offers.append({"eval_data_path": None})
@@ -343,7 +343,7 @@ class Plan:
 
     def graphs(self, most):
         """Of the CUDA graphs; "" where there will be none. Passes of GRPO differ in size as completions do."""
-        if not (self.device.cuda and self.cfg.cuda_graphs):
+        if not (self.device.cuda and self.cfg.cuda_graphs) or self.cfg.partition_weights:
             return ""
         memory = self.counted(self.cfg)
         loads, sizes = (self.loads, None) if self.sampled is None else (self.group_loads(self.cfg), MAX_KEPT)
