@@ -258,9 +258,10 @@ def parted_not_finite(model):
 
 
 def told_of(partition):
-    n, size = len(partition.share.ranks), partition.part.nbytes / 2**30
+    n, size = len(partition.share.ranks), partition.part.nbytes
+    size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
     where = "host memory" if partition.share.offload else "its device"
-    told = f"--partition_weights: each of {n} ranks keeps {size:.2f} GiB of the decoder layers and vision blocks"
+    told = f"--partition_weights: each of {n} ranks keeps {size} of the decoder layers and vision blocks"
     alone = "; with one rank that frees nothing: see --offload_weights"
     return f"{told} on {where}{alone if n == 1 and not partition.share.offload else ''}"
 
