@@ -16,6 +16,7 @@ the time of a token whose layers are fetched one by one. The last line is one JS
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from grpo import PARTS, Step, prompts_of
+from memory import Case, estimate
 from sft import our_step, passes
 from workloads import SIZES, E, R, linear_flops, model_config, sync, yes_no
 
@@ -37,6 +39,7 @@ from model.decode import Sampling, generate, generate_plain
 from model.partition import Share
 from model.qwen2_5_vl import Qwen2_5_VL
 from training.engine import build_engine, gather, global_max, leave_processes, start_processes, update
+from training.memory import peak, total
 
 TOKENS = 16  # of a completion where whole and parted rollouts are compared
 
@@ -100,6 +103,16 @@ class Big:
         cfg.given = frozenset()
         return cfg
 
+    def foresee(self, cfg, batch, passes=1, group=0):
+        """Tell the planner's estimate of what torch's allocator will give on each card."""
+        case = Case("", self.work, batch, passes, group)
+        moments = estimate(case, cfg, self.model, self.dtype.itemsize, self.cuda, self.world)
+        moment, components = peak(moments)
+        most = max(components, key=components.get)
+        gib, largest = total(components) / 2**30, components[most] / 2**30
+        self.say(f"{'':<34}estimated: {gib:.1f} GiB a rank, {largest:.1f} of it {most}, at: {moment}")
+        self.rows.append(dict(work="estimate", gib=gib, moment=moment, components=components))
+
     def measure(self, name, step, flops=0.0, names=(), repeats=None):
         """Time step(), after one to warm up, and tell the slowest rank. It may give seconds of its parts, by names."""
         step()
@@ -140,6 +153,7 @@ def sft(bench):
     lora.inject(bench.model, cfg)
     engine, _ = build_engine(bench.model, cfg, bench.device, bench.dtype)
     micro_batches = passes(bench, bench.work, args.batch)
+    bench.foresee(cfg, math.ceil(args.batch / len(micro_batches)), len(micro_batches))
     flops = args.batch * linear_flops(bench.config, bench.work, bench.work.completion, True)
     step = partial(our_step, engine, partial(update, engine), micro_batches)
     bench.measure(f"SFT {args.batch} clips in {len(micro_batches)} passes", step, flops)
@@ -148,6 +162,7 @@ def sft(bench):
 def grpo(bench):
     args, work = bench.args, bench.work
     step, prompts = Step(bench), prompts_of(bench.config, work, args.batch)
+    bench.foresee(step.cfg, args.batch, group=args.group)
     name = f"GRPO {args.batch} x {args.group} x {work.completion}"
     bench.measure(name, lambda: step(prompts, work.completion)[1:], names=PARTS[1:])
     packed, sampling = pack(prompts).to(bench.device), Sampling(TOKENS, 1.0)
