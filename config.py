@@ -199,6 +199,8 @@ class CommonTrain(VideoArgs, LoraArgs):
     # -- Precision, memory, DeepSpeed
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
+    partition_weights: bool = False  # each rank of a machine keeps its share of the frozen layers (ZeRO-3 for LoRA)
+    offload_weights: bool = False  # with partition_weights: the shares lie in CPU memory, from where layers come
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
@@ -275,6 +277,14 @@ class CommonTrain(VideoArgs, LoraArgs):
         require(not wanted or self.report_to == "none", "report_to", self.report_to, expected + hint)
         require(not (self.bf16 and self.fp16), "fp16", True, "False while --bf16 is True: choose one")
         require(not (self.resume and self.overwrite), "resume", True, "False while --overwrite is True: choose one")
+        if self.partition_weights:
+            frozen = self.lora_enable and self.freeze_llm and self.freeze_vision_tower and self.lora_bias == "none"
+            expected = "False where layers are trained whole: only frozen ones, with adapters beside them, are parted"
+            require(frozen, "partition_weights", True, expected)
+            expected = "False without --gradient_checkpointing True: weights are gone before the backward pass"
+            require(self.gradient_checkpointing, "partition_weights", True, expected)
+        expected = "False, or --partition_weights True beside it"
+        require(self.partition_weights or not self.offload_weights, "offload_weights", True, expected)
 
 
 @dataclass

@@ -68,6 +68,7 @@ def _train(cfg):
     yield "warmup_ratio", _is_set(cfg.warmup_steps), "warmup_steps is given and decides"
     yield "save_steps", cfg.save_strategy != "steps", "save_strategy is not steps"
     yield "cuda_graphs", cfg.sequence_parallel > 1, "there are none with --sequence_parallel"
+    yield "cuda_graphs", cfg.partition_weights, "partition_weights brings a layer's weights only when it computes"
     yield "dry_run_gib", not cfg.dry_run, "it is for a plan (--dry_run)"
     yield "model_ckpt", not cfg.lora_enable and cfg.model_ckpt, "lora_enable is False: no adapter is loaded"
     yield "min_lr_ratio", cfg.lr_scheduler_type == "constant", "the constant schedule does not fall"

@@ -33,6 +33,7 @@ from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
 from model import UserError
 from model.captured import Captures
+from model.partition import Share
 from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from model.sequence import check_heads, join
 from report import write_report
@@ -43,6 +44,7 @@ from training.counting import what_was_counted
 from training.engine import (
     NotFinite,
     build_engine,
+    gather,
     global_max,
     global_sum,
     launchers,
@@ -241,7 +243,8 @@ def build_model(cfg, run):
 
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    share = Share.here(cfg.offload_weights) if cfg.partition_weights else None
+    model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only, share)
     check_heads(model.config, cfg.sequence_parallel)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
@@ -257,14 +260,31 @@ def build_model(cfg, run):
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
-    if names := not_finite(model):
+    if names := not_finite(model) + parted_not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         told = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{told}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.cuda_graphs and run.device.type == "cuda" and run.sequence is None:
+    if model.partition:
+        run.notes.append(told_of(model.partition))
+    elif cfg.cuda_graphs and run.device.type == "cuda" and run.sequence is None:
         model.captures = Captures(run.say)
     return model
+
+
+def parted_not_finite(model):
+    """Blocks that are not finite on any rank: all of them must end the run."""
+    found = gather(model.partition.not_finite()) if model.partition else []
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def told_of(partition):
+    n, size = len(partition.share.ranks), partition.part.nbytes
+    size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    where = "host memory" if partition.share.offload else "its device"
+    told = f"--partition_weights: each of {n} ranks keeps {size} of the decoder layers and vision blocks"
+    alone = "; with one rank that frees nothing: see --offload_weights"
+    return f"{told} on {where}{alone if n == 1 and not partition.share.offload else ''}"
 
 
 def start(run, model, total):

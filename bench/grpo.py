@@ -95,7 +95,7 @@ class Step:
         start = time.perf_counter()
         groups = self.sample(prompts, tokens)
         sampled = time.perf_counter()
-        _, counts = compare_within_groups(self.run, groups, len(prompts))
+        _, counts = compare_within_groups(self.run, groups, len(prompts) * self.run.world)
         batches = [batch.to(self.bench.device) for batch in micro_batches(prompts, groups, self.cfg)]
         sums = Sums(self.run)
         reference_pass(self.run, self.bench.model, self.frozen, prompts, [], batches, max(1, len(prompts) // 4), sums)

@@ -81,9 +81,9 @@ def cases(cuda):
     ]  # fmt: skip
 
 
-def estimate(case, cfg, model, number, cuda):
+def estimate(case, cfg, model, number, cuda, world=1):
     """{moment: {component: bytes}} of both parts of the case."""
-    memory, work = Memory(model, cfg, number, cuda=cuda), case.work
+    memory, work = Memory(model, cfg, number, world, cuda), case.work
     patches = work.grid[0] * work.grid[1] * work.grid[2]
     if not case.group:
         n = case.batch

@@ -40,6 +40,8 @@ class FusedStep:
         self.embedding, self.eps = model.model.embed_tokens.weight, model.config.rms_norm_eps
         self.layers = []
         for layer in model.model.layers:
+            if model.partition:
+                model.partition.fetch(layer)
             at, mlp = layer.self_attn, layer.mlp
             qkv = fused(layer.input_layernorm, at.q_proj, at.k_proj, at.v_proj)
             gate_up, _ = fused(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)

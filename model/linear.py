@@ -91,6 +91,8 @@ def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[
 def roomy(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A frozen tensor widened with zeros to shape. It moves once into a storage of that size, of which it is a view
     ever after: widening it costs nothing. (A trained one's storage is the optimizer's: it is copied each time.)"""
+    if getattr(x, "room", None) == shape:  # it lies in a buffer of partition.py, with zeros behind it already
+        return x.as_strided(shape, (*shape[1:], 1))
     if x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
         wide = x.data
         for dim, size in enumerate(shape):
@@ -116,26 +118,25 @@ class Project(torch.autograd.Function):
         quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
         h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
-        outs, first = [], 0
+        outs, saved, first = [], [], 0
         for (weight, bias, a, b), scale in zip(quads, scales):
             w, bias = padded(weight, bias, x.shape[1], pad)
+            saved += [w, a, b]
             y = F.linear(x, w, bias)
             if a is not None:
                 y.addmm_(h[:, first : first + len(a)], widen(b, 0, len(w)).to(x.dtype).T, alpha=scale)
                 first += len(a)
             outs.append(y)
-        ctx.save_for_backward(x, h, *tensors)
-        ctx.options = pad, scales
+        ctx.save_for_backward(x, h, *saved)
+        ctx.scales = scales
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, h, *tensors = ctx.saved_tensors
-        pad, scales = ctx.options
-        quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+        x, h, *saved = ctx.saved_tensors
+        scales, triples = ctx.scales, [saved[i : i + 3] for i in range(0, len(saved), 3)]
         d_x, back, A, d_B, first = None, [], [], [], 0
-        for (weight, _bias, a, b), scale, g in zip(quads, scales, grads):
-            w, _ = padded(weight, None, x.shape[1], pad)
+        for (w, a, b), scale, g in zip(triples, scales, grads):
             if ctx.needs_input_grad[0]:
                 d_x = g @ w if d_x is None else d_x.addmm_(g, w)
             if a is None:
@@ -150,6 +151,6 @@ class Project(torch.autograd.Function):
             d_x.addmm_(back, widen(stack(A), 1, x.shape[1]).to(x.dtype))
         d_A = iter((back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A]))
         d_tensors = []
-        for (_w, _b, a, _B), d_b in zip(quads, d_B):
+        for (_w, a, _b), d_b in zip(triples, d_B):
             d_tensors += [None, None, None if a is None else next(d_A).to(a.dtype), d_b]
         return d_x, None, None, *d_tensors

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import UserError, cpu, nearest_path
+from model import UserError, cpu, nearest_path, sequence
 from model.attention import Segments
 from model.language import LanguageModel
+from model.partition import Partition, Share
 from model.rope import mrope_tables
-from model.sequence import Share
 from model.vision import VisionTower
 
 SHARD_BYTES = 5 << 30  # 5 GB a file, the habit of the hub
@@ -125,7 +125,7 @@ class Packed:
     grid_thw: list[tuple[int, int, int]] = field(default_factory=list)  # in patches, one per image or video, in order
     targets: Tensor | None = None  # (T,) int64, the next token where it is trained, IGNORE elsewhere
     names: list[str] = field(default_factory=list)  # of the samples, for messages
-    share: Share | None = None  # of several ranks' batch: tokens, patches and targets are this one's, segments all
+    share: sequence.Share | None = None  # of several ranks' batch: tokens, patches and targets are this one's, segments all
 
     def to(self, device) -> "Packed":
         tensors = ("input_ids", "position_ids", "segments", "patches", "targets")
@@ -146,6 +146,7 @@ class Qwen2_5_VL(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
         self.captures = None  # a captured.Captures: batches of a size seen before run as CUDA graphs
+        self.partition = None  # a partition.Partition: blocks are whole only while they compute
 
     @property
     def head_weight(self) -> Tensor:
@@ -218,36 +219,56 @@ class Qwen2_5_VL(nn.Module):
         """Random weights, N(0, initializer_range^2) for matrices, as transformers starts a model."""
         generator = torch.Generator(self.head_weight.device).manual_seed(seed)
         for name, p in self.named_parameters():
+            parted = self.partition and name in self.partition.names
+            whole = torch.empty(p.shape, dtype=p.dtype, device=p.device) if parted else p  # one at a time
             std = (self.config.vision if name.startswith("visual") else self.config).initializer_range
             if p.dim() > 1:
-                p.normal_(0.0, std, generator=generator)
+                whole.normal_(0.0, std, generator=generator)
             else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                whole.fill_(0.0 if name.endswith("bias") else 1.0)
+            if parted:
+                self.partition.take(name, whole)
         return self
 
     @classmethod
-    def random(cls, config: ModelConfig, device="cpu", dtype=torch.float32, seed: int = 0) -> "Qwen2_5_VL":
-        """A model of this shape with random weights, made in place on its device."""
+    def random(
+        cls, config: ModelConfig, device="cpu", dtype=torch.float32, seed: int = 0, share: Share | None = None
+    ) -> "Qwen2_5_VL":
+        """A model of this shape with random weights, made in place on its device. share: as in from_pretrained; the
+        weights are the same."""
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        return model.to_empty(device=device).init_weights(seed)
+        if share is None:
+            return model.to_empty(device=device).init_weights(seed)
+        model.partition = Partition(model, device, dtype, share)
+        with model.partition.hidden():
+            model.to_empty(device=device)
+        model.init_weights(seed)
+        model.partition.open()
+        return model
 
     @classmethod
     def from_pretrained(
-        cls, model_id: str | Path, device="cpu", dtype=torch.float32, local_files_only: bool = False
+        cls, model_id: str | Path, device="cpu", dtype=torch.float32, local_files_only: bool = False,
+        share: Share | None = None,
     ) -> "Qwen2_5_VL":
         """Load a folder or hub id. Tensors go one by one from the file to their device and dtype.
 
+        share: of the decoder layers and vision blocks only this rank's part is read and kept (model/partition.py);
+        every rank must load, and the parted weights are frozen.
         Raises UserError that names every missing, surplus or misshapen tensor.
         """
         folder = resolve_folder(model_id, local_files_only)
         with torch.device("meta"):
             model = cls(ModelConfig.from_folder(folder)).to(dtype)
-        expected = dict(model.state_dict())
+        parted, expected, source = {}, dict(model.state_dict()), str(device)
+        if share:
+            model.partition = Partition(model, device, dtype, share)
+            parted, source = model.partition.names, str(model.partition.part.device)
         found, surplus = {}, []
         for file in shard_files(folder):
             try:
-                with safe_open(file, framework="pt", device=str(device)) as shard:
+                with safe_open(file, framework="pt", device=source) as shard:
                     for key in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
                         name = module_name(key)
                         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -255,15 +276,25 @@ class Qwen2_5_VL(nn.Module):
                         if name not in expected:
                             surplus.append(key)
                             continue
-                        found[name] = shard.get_tensor(key).to(dtype)
+                        if name not in parted:
+                            found[name] = shard.get_tensor(key).to(device, dtype)
+                            continue
+                        rows = shard.get_slice(key)
+                        found[name] = torch.empty(rows.get_shape(), device="meta")
+                        if found[name].shape == expected[name].shape:
+                            model.partition.take(name, rows)
             except SafetensorError as error:
                 raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
         check_tensors(folder, expected, found, surplus)
-        model.load_state_dict(found, assign=True)
-        return model.requires_grad_(True)
+        model.load_state_dict({name: t for name, t in found.items() if name not in parted}, strict=False, assign=True)
+        if not share:
+            return model.requires_grad_(True)
+        model.partition.open()
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and safetensors shards under hub names; transformers and from_pretrained load them."""
+        assert self.partition is None, "no rank has the whole of a parted model"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_shards(((name, t.to("cpu", dtype or t.dtype)) for name, t in self.state_dict().items()), folder)
@@ -272,8 +303,10 @@ class Qwen2_5_VL(nn.Module):
 
 @torch.no_grad()
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the tensors that hold a NaN or an Inf. One wait for the device."""
-    names, tensors = zip(*model.named_parameters())
+    """Names of the tensors that hold a NaN or an Inf; parted ones are left out (Partition.not_finite). One wait for the
+    device."""
+    parted = model.partition.parted if getattr(model, "partition", None) else ()
+    names, tensors = zip(*((name, p) for name, p in model.named_parameters() if p not in parted))
     largest = torch._foreach_norm([p.detach() for p in tensors], torch.inf)  # of a NaN: NaN
     return [name for name, fine in zip(names, torch.stack(largest).isfinite().tolist()) if not fine]
 

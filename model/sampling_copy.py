@@ -65,7 +65,11 @@ class SamplingCopy:
         place = model.captures and model.captures.scratch()
         made = iter(empty_pieces(shapes * len(layers), model.head_weight, place))
         self.layers, self.biases = [{name: next(made) for name in parts} for _ in layers], []
-        self.fill(layers, self.layers)
+        if model.partition is None:
+            self.fill(layers, self.layers)
+        for i, layer in enumerate(layers if model.partition else ()):  # parted weights are there a layer at a time
+            model.partition.fetch(layer)
+            self.fill([layer], self.layers[i : i + 1])
 
     def parts(self, layers) -> dict:
         """{name: (for each of the linears laid on top of each other that of every layer, norms or None)}"""

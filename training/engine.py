@@ -189,7 +189,8 @@ def deepspeed_config(cfg, device, dtype, world, count):
     if cfg.deepspeed:
         notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
     if config["zero_optimization"].get("stage") not in (1, 2):
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is not 1 or 2; this trainer runs ZeRO-1 and ZeRO-2")
+        found = f"zero_optimization.stage is not 1 or 2 but {config['zero_optimization'].get('stage')}"
+        raise UserError(f"{cfg.deepspeed}: {found}; what ZeRO-3 is for, --partition_weights True does here")
     return config, notes
 
 
@@ -212,7 +213,7 @@ ELSEWHERE = {
     "train_batch_size": "see --per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
     "gradient_accumulation_steps": "see --gradient_accumulation_steps",
-    "offload_param": "DeepSpeed reads it in ZeRO-3 only",
+    "offload_param": "see --partition_weights, --offload_weights",
 }
 
 
@@ -234,15 +235,16 @@ def merge(ours, theirs, source):
 def build_engine(model, cfg, device, dtype):
     """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, notes to tell)."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
-        p.data = p.data.contiguous()
     groups = param_groups(model, cfg)
     for group in groups:
         group["base_lr"] = group["lr"]  # the peak; lr follows the schedule
     config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    with model.partition.hidden() if model.partition else nullcontext():
+        for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
+            p.data = p.data.contiguous()
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     engine.optimizer.check_overflow = lambda partition_gradients: None  # step() asks the norm next
     engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
     quiet(engine)

@@ -91,7 +91,9 @@ class Forecast:
         return sft_loads(loader, self.data, self.looked_steps)
 
     def counted(self, cfg):
-        return Memory(self.model, cfg, self.device.number, self.ranks, self.device.cuda, self.zero)
+        # ranks of this machine, as deepspeed and torchrun tell them
+        local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or self.ranks)
+        return Memory(self.model, cfg, self.device.number, self.ranks, self.device.cuda, self.zero, local)
 
     def memory(self, cfg, loads, most):
         """{moment: {component: bytes}}: the worst micro-batch, sampling, evaluation."""
@@ -184,6 +186,11 @@ class Forecast:
                 offers += [{"pack_tokens": smaller}] + [{"pack_tokens": smaller} | recompute] * bool(offers)
         if self.device.cuda and not cfg.offload_optimizer:
             offers.append(offload)
+        adapters_only = cfg.lora_enable and cfg.freeze_llm and cfg.freeze_vision_tower and cfg.lora_bias == "none"
+        if self.device.cuda and adapters_only and not cfg.offload_weights:
+            part = {"gradient_checkpointing": True, "partition_weights": True}
+            part = {name: True for name in part if not getattr(cfg, name)}
+            offers += [part] * (self.world > 1 and not cfg.partition_weights) + [part | {"offload_weights": True}]
         if cfg.eval_data_path is not None and self.held:
             offers.append({"eval_data_path": None})
         found = []

@@ -18,6 +18,7 @@ from model.cpu_decode import MOST_WEIGHTS
 from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET
 from model.linear import aligned
 from model.loss import CHUNK_BYTES
+from model.partition import counts
 from model.vision import LONG
 from training.blocks import Load, Model
 from training.engine import bucket_size
@@ -34,10 +35,11 @@ class Memory:
     """Bytes of every moment of a step on one device.
 
     model: with its adapters, frozen and freed as it will be trained. cfg: config.SFT or GRPO. number: bytes of a
-    weight. world: ranks. cuda: False counts the CPU's functions. zero: `zero_optimization` of the engine's settings.
+    weight. world: ranks; local: those of this machine, among which weights are parted, all of them unless given.
+    cuda: False counts the CPU's functions. zero: `zero_optimization` of the engine's settings.
     """
 
-    def __init__(self, model, cfg, number=2, world=1, cuda=True, zero=None):
+    def __init__(self, model, cfg, number=2, world=1, cuda=True, zero=None, local=None):
         self.cfg, self.number, self.world, self.cuda, zero = cfg, number, world, cuda, zero or {}
         offload = zero.get("offload_optimizer") or {"device": "cpu" if cfg.offload_optimizer else "none"}
         self.offloaded = cuda and offload.get("device") == "cpu"
@@ -50,6 +52,11 @@ class Memory:
         self.language_count = sum(p.numel() for name, p in trained if part_of(name) == "llm")
         self.largest = max(p.numel() for _, p in trained)
         self.weights = number * (sum(p.numel() for p in model.parameters()) - self.count)
+        self.coming = 0  # bytes of the buffers that parted layers come to
+        if cfg.partition_weights:
+            parted, part, buffers = counts(model, local or world, cuda)
+            self.weights += number * ((0 if cfg.offload_weights and cuda else part) - parted)
+            self.coming = number * buffers
         self.layer_weights = number * sum(
             p.numel() for layer in model.model.layers for n, p in layer.named_parameters() if n.endswith("proj.weight")
         )
@@ -65,6 +72,8 @@ class Memory:
         """Weights; what is trained, as ZeRO-2 holds it: in the weights' dtype, in fp32, and AdamW's two moments."""
         state = 0 if self.offloaded else 12 * self.count // self.world
         found = {"weights": self.weights, "trained parameters": self.number * self.count, "optimizer states": state}
+        if self.coming:
+            found["layers on their way"] = self.coming
         if self.cuda:
             found["workspace"] = WORKSPACE
         if getattr(self.cfg, "beta", 0) and self.cfg.reference == "start":
@@ -235,7 +244,8 @@ class Memory:
 
         most: the peak, in bytes; whole: the device's. sizes: how many there will be; those of the loads unless given.
         """
-        if not self.cuda or self.sharing > 1 or (self.recompute and getattr(self.cfg, "lora_dropout", 0)):
+        masks = self.recompute and getattr(self.cfg, "lora_dropout", 0)  # would have to be drawn twice alike
+        if not self.cuda or self.sharing > 1 or self.coming or masks:
             return {}
         tower, found = self.model.visual.blocks, {}
         for name, field, blocks, costs in (

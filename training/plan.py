@@ -159,7 +159,7 @@ def memory_lines(plan):
 
 def graphs(plan, most):
     """Of the CUDA graphs; "" where there will be none. Passes of GRPO differ in size as completions do."""
-    if not (plan.device.cuda and plan.cfg.cuda_graphs) or plan.ranks > plan.world:
+    if not (plan.device.cuda and plan.cfg.cuda_graphs) or plan.ranks > plan.world or plan.cfg.partition_weights:
         return ""
     memory = plan.counted(plan.cfg)
     loads, sizes = (plan.loads, None) if plan.sampled is None else (plan.group_loads(plan.cfg), MAX_KEPT)
