@@ -91,7 +91,10 @@ def test_its_arithmetic_is_right(path):
     assert cls is SFT or cfg.pack_tokens >= 1162 + cfg.max_completion_length
 
 
-@pytest.mark.parametrize("path", [path for path in QWEN if re.search("4x141gb|4x80gb|sft768", path.stem)], ids=lambda p: p.stem)
+SEVERAL = [path for path in QWEN if re.search("4x141gb|4x80gb|sft768", path.stem)]
+
+
+@pytest.mark.parametrize("path", SEVERAL, ids=lambda path: path.stem)
 def test_what_several_cards_hold_is_what_the_plan_counts(path):
     """Of workload R, or a 360p clip of 768 frames, within three percent."""
     text, (cls,) = text_of(path), scripts(path)
@@ -108,6 +111,7 @@ def test_what_several_cards_hold_is_what_the_plan_counts(path):
     rank = int(re.search(r"rank (\d+)", text)[1])
     more = {name: getattr(cfg, name) for name in ("partition_weights", "sequence_parallel")}
     size, kind = path.stem.split("_")[1].upper(), "grpo" if group else "sft"
-    counted = scale.costs_of(scale.read(scale.FILE)).memory(Setting(size, kind, work, cards, batch, group, rank, **more))
+    setting = Setting(size, kind, work, cards, batch, group, rank, **more)
+    counted = scale.costs_of(scale.read(scale.FILE)).memory(setting)
     together = float(re.search(r"together, estimated +([\d.]+) GiB", text)[1])
     assert together == pytest.approx(sum(counted.values()) / 2**30, rel=0.03)
