@@ -30,7 +30,7 @@ from config import SFT
 from data import Processor, load_tokenizer
 from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
 from model import UserError
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = 96  # records; an epoch of 12 steps of 8 on one GPU
@@ -57,9 +57,7 @@ def make_checkpoint(size, folder):
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     raw = config_dict(size) | {name: config[name] for name in config if name.endswith("_token_id")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device("meta"):
-        shape = Qwen2_5_VL(model_config(size).from_dict(raw)).to(torch.bfloat16)
-    shape.to_empty(device=device).init_weights(0).save_pretrained(folder)
+    Qwen2_5_VL.random(ModelConfig.from_dict(raw), device, torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copyfile(TINY / name, folder / name)
 
@@ -159,7 +157,8 @@ def launch(kind, gpus, args, folder):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # its own group: the launcher's children are in it too
             code = process.wait() and None
-    return shlex.join(["deepspeed", *ours]), out, trace, code, time.monotonic() - began
+    command = shlex.join(["deepspeed", *ours]).replace(str(folder), "FOLDER").replace(f"{ROOT}/", "")
+    return command, out, trace, code, time.monotonic() - began
 
 
 def measured(kind, gpus, args, folder):
