@@ -12,7 +12,6 @@ not measured says so. The last line of each command is one JSON object.
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
