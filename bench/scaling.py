@@ -38,7 +38,7 @@ DRAWN = 16  # different clips among them: drawing takes seconds, decoding is of 
 # a reward under which groups differ
 NOISE = "import random\n\n\ndef noise(text, sample):\n    return random.random()\n"
 ASKED = "<video>\nWhich?\nOptions:\n(A) Left to Right\n(B) Right to Left"
-TOLD = ("ms", "wait", "gib", "rollout_seconds", "update_seconds", "tokens_per_second")  # of metrics.jsonl
+TOLD = ("ms", "wait", "gib", "rollout_seconds", "update_seconds", "tokens_per_second", "traffic")  # of metrics.jsonl
 # Of each kind: script, prompts or samples a GPU and step, completions of a prompt
 KINDS = {"sft": ("train_sft.py", 8, 0), "grpo": ("train_grpo.py", 1, 8), "grpo8": ("train_grpo.py", 8, 8)}
 
