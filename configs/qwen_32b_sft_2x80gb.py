@@ -10,7 +10,7 @@ ZeRO-2 parts gradients and optimizer among the cards; the weights stand whole on
     one block redone    T x 0.37 MB                                     1.0 GiB
     together, estimated                                                68.0 GiB
 
-GRPO of this size needs weights that are parted too (ZeRO-3), which this trainer does not have.
+--partition_weights True parts them too, see qwen_32b_sft_4x141gb.py; GRPO of this size needs that.
 """
 
 model_id = "Qwen/Qwen2.5-VL-32B-Instruct"

@@ -1,7 +1,7 @@
 """deepspeed --num_gpus 4 train_sft.py for Qwen2.5-VL-72B on four or more cards of 180 GB (B200), rank 16.
 
-ZeRO-2 parts gradients and optimizer among the cards; the weights stand whole on each, so 80 and 141 GB are too small:
-these need ZeRO-3, which this trainer does not have.
+ZeRO-2 parts gradients and optimizer among the cards; the weights stand whole on each. With --partition_weights True 80
+and 141 GB are enough: qwen_72b_sft_4x141gb.py.
 
     weights             73,410,777,344 x 2 B                          136.7 GiB
     adapters            222,117,888 x (6 B + 12 B / 4 ranks)            1.9 GiB
