@@ -3,9 +3,9 @@
     python tests/grpo_ranks.py JOBS.json    run after run: [{"folder", "world", "flags", and what is done to its ranks}]
     python tests/grpo_ranks.py --idle       how much of a step ranks wait, each with its own prompts, or with a queue
 
-A job's `slow` is {rank: seconds before each unit that it samples}; `unreadable` a clip whose frames cannot be decoded;
-`uneven` the seconds that the longest unit takes; with `static` nobody takes another's prompts. who.jsonl, in the run's
-folder, tells which rank sampled which prompts.
+A job's `slow` is {rank: units of a step that the others begin before it does}; `unreadable` a clip whose frames cannot
+be decoded; `uneven` the seconds that the longest unit takes; with `static` nobody takes another's prompts. who.jsonl in
+the run's folder tells which rank sampled which prompts.
 """
 
 import json
@@ -31,15 +31,22 @@ def vowels(text, sample):
 """
 
 
-def told(folder: Path, rank: int, slow: dict):
-    """sample_groups that writes down what this rank samples, after a while where the rank is slow."""
-    real = train_grpo.sample_groups
+def told(folder: Path, rank: int, held: int):
+    """sample_groups that writes down what this rank samples; not before the others have begun `held` units."""
+    real, file = train_grpo.sample_groups, folder / "who.jsonl"
+
+    def begun(step):
+        lines = file.read_text().splitlines() if file.exists() else []
+        return sum(line["step"] == step and line["rank"] != rank for line in map(json.loads, lines))
 
     def sample_groups(run, model, processor, prompts, seeds, count=None):
-        time.sleep(slow.get(str(rank), 0))
-        with (folder / "who.jsonl").open("a") as file:
-            line = {"step": run.step + 1, "rank": rank, "prompts": [prompt.number for prompt in prompts]}
-            file.write(json.dumps(line) + "\n")
+        step, end = run.step + 1, time.monotonic() + 60
+        while begun(step) < held:
+            assert time.monotonic() < end, f"step {step}: {begun(step)} units begun by others, expected {held}"
+            time.sleep(0.005)
+        line = {"step": step, "rank": rank, "prompts": [prompt.number for prompt in prompts]}
+        with file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
         return real(run, model, processor, prompts, seeds, count)
 
     train_grpo.sample_groups = sample_groups
@@ -79,7 +86,7 @@ def ready(job: dict, rank: int):
             uneven(job["uneven"])
         if job.get("static"):
             dealing.to_sample = train_grpo.to_sample = lambda run, loader, step, own, failed: iter(own)
-        told(Path(job["folder"]), rank, job.get("slow", {}))
+        told(Path(job["folder"]), rank, job.get("slow", {}).get(str(rank), 0))
 
     return first
 

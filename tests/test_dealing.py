@@ -27,16 +27,16 @@ UNITS = {"rollout_rows": 4}  # one prompt a unit
 RUNS = {
     "one": (1, {}, {}),
     "two": (2, {}, {}),  # a unit a rank: nothing waits
-    "first slow": (2, UNITS, {"slow": {0: 0.4}}),
-    "second slow": (2, UNITS, {"slow": {1: 0.4}}),
-    "four": (4, UNITS, {"slow": {2: 0.4}}),
+    "first slow": (2, UNITS, {"slow": {0: 5}}),
+    "second slow": (2, UNITS, {"slow": {1: 5}}),
+    "four": (4, UNITS, {"slow": {2: 5}}),
     "split": (2, UNITS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "pack_tokens": 150}, {}),
     "uneven": (1, {}, {}),
     "uneven two": (2, UNITS, {}),
     "uneven four": (4, UNITS, {}),
     "broken": (1, {}, {}),
-    "broken two": (2, UNITS, {"slow": {0: 0.4}}),
-    "broken slow": (2, UNITS, {"slow": {1: 0.4}}),
+    "broken two": (2, UNITS, {"slow": {0: 4}}),
+    "broken slow": (2, UNITS, {"slow": {1: 4}}),
 }
 
 
@@ -111,7 +111,7 @@ def test_who_is_free_takes_waiting_prompts_and_nothing_else_changes(runs):
     """Each rank has three units of a prompt: a slow one is left with its first. It is the same run bit for bit, for
     units and the update do not depend on who was slow."""
     first, second = runs["first slow"], runs["second slow"]
-    for step in (2, 3, 4):
+    for step in (1, 2, 3, 4):
         slow = sampled_by(first, step)[0], sampled_by(second, step)[1]
         free = sampled_by(first, step)[1], sampled_by(second, step)[0]
         assert list(map(len, slow)) == [1, 1] and list(map(len, free)) == [5, 5]
@@ -119,8 +119,8 @@ def test_who_is_free_takes_waiting_prompts_and_nothing_else_changes(runs):
     assert (first / "rollouts.jsonl").read_bytes() == (second / "rollouts.jsonl").read_bytes()
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
         assert (first / "checkpoint-4" / name).read_bytes() == (second / "checkpoint-4" / name).read_bytes()
-    assert max(column(first, "rollout_idle")) > 0.2 and column(runs["one"], "idle") == []  # 0.4 s a unit
-    assert all(0 <= share < 1 for name in ("idle", "traffic") for share in column(first, name))
+    assert len(column(first, "rollout_idle")) == 3 and column(runs["one"], "idle") == []  # of the step before
+    assert all(0 <= share < 1 for name in ("rollout_idle", "idle", "traffic") for share in column(first, name))
 
 
 @pytest.mark.parametrize("name", ["uneven two", "uneven four"])
