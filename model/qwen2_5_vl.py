@@ -125,7 +125,7 @@ class Packed:
     grid_thw: list[tuple[int, int, int]] = field(default_factory=list)  # in patches, one per image or video, in order
     targets: Tensor | None = None  # (T,) int64, the next token where it is trained, IGNORE elsewhere
     names: list[str] = field(default_factory=list)  # of the samples, for messages
-    share: sequence.Share | None = None  # of several ranks' batch: tokens, patches and targets are this one's, segments all
+    share: sequence.Share | None = None  # of a shared batch: tokens, patches, targets are this rank's, segments all
 
     def to(self, device) -> "Packed":
         tensors = ("input_ids", "position_ids", "segments", "patches", "targets")

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import chaos
-from chaos import Place, differences
 from conftest import Sequence, config_dict, pack_sequences
+from place import Place, differences
 from warm import Life
 
 import lora

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-from config import SFT, inert, parse
+from config import SFT, parse
+from effects import inert
 from model import UserError
 from model.linear import padded
 from model.partition import Share, counts, layout

@@ -10,7 +10,7 @@ from pathlib import Path
 from config import as_dict
 from dataset.places import ADDRESS, Places
 from dataset.records import clip_name, record_name
-from lora import CONFIG, TENSORS
+from interop.saved import CONFIG, TENSORS
 from model import UserError
 from model.qwen2_5_vl import resolve_folder
 from training.checkpoint import MANIFEST, sha256
