@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import chaos
+import place
 from conftest import Sequence, config_dict, pack_sequences
 from place import Place, differences
 from warm import Life
@@ -25,7 +25,7 @@ from training.memory import Memory
 
 import torch  # isort: skip
 
-chaos.TYPED += ("partition_weights", "offload_weights")
+place.TYPED += ("partition_weights", "offload_weights")
 PARTED = {"partition_weights": True}
 RUNS = (  # (script, ranks, flags)
     ("train_sft", 2, PARTED), ("train_sft", 4, PARTED), ("train_sft", 1, PARTED | {"offload_weights": True}),
@@ -164,7 +164,7 @@ def runs(folder: Path) -> None:
             assert not any(codes), folders[-1].with_suffix(".log").read_text()[-3000:]
         log = folders[1].with_suffix(".log").read_text()
         wrong = differences(*folders) + ["no line tells of parts"] * (f"each of {world} ranks keeps" not in log)
-        trained = any(line.get("updated") for line in chaos.lines(folders[1] / "metrics.jsonl"))
+        trained = any(line.get("updated") for line in place.lines(folders[1] / "metrics.jsonl"))
         wrong += ["nothing was trained"] * (not trained)
         tell(f"{script} on {world} ranks{', offloaded' if 'offload_weights' in flags else ''}", wrong)
 
