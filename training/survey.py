@@ -100,8 +100,8 @@ def sft_loads(loader, found, steps):
                 tokens, answers, _, patches, clips = map(sum, zip(*(size[:5] for size in sizes), (0,) * 5))
                 part = max((size.part for size in sizes), default=0)
                 if loader.readers > 1:
-                    step = max((h * w for size in sizes for _, h, w in size.grids), default=1)
-                    tokens, patches = -(-tokens // loader.readers), -(-patches // (step * loader.readers)) * step
+                    each = max((h * w for size in sizes for _, h, w in size.grids), default=1)  # grid step
+                    tokens, patches = -(-tokens // loader.readers), -(-patches // (each * loader.readers)) * each
                     answers, part = min(answers, tokens), min(part, patches)
                 loads.append(Load(max(1, tokens), answers, patches, clips, max(1, len(sizes)), part=part))
     return loads, most
