@@ -59,11 +59,12 @@ def bare(interval, covering):
     return end - begin - covered
 
 
-def shares(window, compute, traffic, ranks):
-    """Shares of a window of so many seconds. compute, traffic: this rank's intervals; ranks: [durations of the same
-    collectives, in order] of every rank. Where ranks differ in their collectives, waiting is not told apart: None."""
-    busy = union(compute)
-    alone = union(traffic + busy)
+def shares(window, compute, traffic, ranks, copies=()):
+    """Shares of a window of so many seconds. compute, traffic, copies: this rank's intervals, copies those of parted or
+    offloaded weights; ranks: [durations of the same collectives, in order] of every rank. Where ranks differ in their
+    collectives, waiting is not told apart: None."""
+    busy, moving = union(compute), [*traffic, *copies]
+    alone = union(moving + busy)
     if len({len(found) for found in ranks}) == 1:
         shortest = [min(found) for found in zip(*ranks)]
         apart = [(bare(each, busy), each[1] - each[0] - least) for each, least in zip(sorted(traffic), shortest)]
@@ -72,7 +73,7 @@ def shares(window, compute, traffic, ranks):
         waiting = None
     exposed = length(alone) - length(busy)
     found = {"compute": length(busy), "traffic": exposed - (waiting or 0.0), "waiting": waiting}
-    found |= {"idle": max(0.0, window - length(alone)), "hidden": length(union(traffic)) - exposed}
+    found |= {"idle": max(0.0, window - length(alone)), "hidden": length(union(moving)) - exposed}
     return {name: None if seconds is None else seconds / window for name, seconds in found.items()}
 
 
@@ -80,15 +81,16 @@ def shares(window, compute, traffic, ranks):
 
 
 def intervals(events, cuda):
-    """(compute, traffic) of a profiler's events, in seconds."""
-    compute, traffic = [], []
+    """(compute, collectives, copies from other cards and the host) of a profiler's events, in seconds."""
+    compute, traffic, copies = [], [], []
     for event in events:
         place = event.time_range.start / 1e6, event.time_range.end / 1e6
         if cuda and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            (traffic if event.name.startswith("ncclDevKernel") else compute).append(place)
+            copied = event.name.startswith(("Memcpy PtoP", "Memcpy HtoD"))
+            (copies if copied else traffic if event.name.startswith("ncclDevKernel") else compute).append(place)
         elif not cuda and event.name.startswith("gloo:"):
             traffic.append(place)
-    return compute, traffic
+    return compute, traffic, copies
 
 
 def links(device):
@@ -141,12 +143,12 @@ class Tracer:
             self.end()
 
     def tell(self, window, device):
-        compute, traffic = intervals(self.profiler.events(), self.cuda)
+        compute, traffic, copies = intervals(self.profiler.events(), self.cuda)
         ranks = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, [end - begin for begin, end in sorted(traffic)])
         if not self.cuda:
             compute = free(union(traffic), window)
-        found = {"shares": shares(window, compute, traffic, ranks), "links": links(device)}
+        found = {"shares": shares(window, compute, traffic, ranks, copies), "links": links(device)}
         found |= {"collectives": len(traffic), "seconds": window / (self.last - self.first + 1)}
         if dist.get_rank() == 0:
             self.path.write_text(json.dumps(found) + "\n", encoding="utf-8")

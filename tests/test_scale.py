@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import numpy as np
@@ -212,6 +213,20 @@ def test_shares_of_a_window():
     alone = traced.shares(8.0, [(0, 4)], [], [[]])
     assert alone == {"compute": 0.5, "traffic": 0.0, "waiting": 0.0, "idle": 0.5, "hidden": 0.0}
     assert traced.shares(10.0, [], [(0, 1)], [[1], [1, 1]])["waiting"] is None
+    copied = traced.shares(10.0, [(0, 4)], [], [[]], [(3, 6)])
+    assert (copied["traffic"], copied["waiting"], copied["hidden"]) == pytest.approx((0.2, 0, 0.1))
+
+
+def test_what_a_trace_holds():
+    def event(name, start, end, cuda=True, annotation=False):
+        time = SimpleNamespace(start=1e6 * start, end=1e6 * end)
+        kind = traced.DeviceType.CUDA if cuda else traced.DeviceType.CPU
+        return SimpleNamespace(name=name, time_range=time, device_type=kind, is_user_annotation=annotation)
+
+    events = [event("sm90_gemm", 0, 2), event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 1, 3)]
+    events += [event("aten::mm", 0, 9, cuda=False)]
+    events += [event("Memcpy PtoP (Device -> Device)", 4, 5), event("nccl:all_reduce", 1, 3, annotation=True)]
+    assert traced.intervals(events, True) == ([(0, 2)], [(1, 3)], [(4, 5)])
 
 
 @pytest.mark.parametrize("name", ["E", "R"])
