@@ -16,7 +16,7 @@ from model.cpu_decode import FusedStep
 from model.decode import Sampling, Step, draw, generate_plain
 from model.kernels import rotate_pairs
 
-LONG = 1 << 15  # rows that take a product of width 8 to oneDNN
+LONG = 1 << 17  # rows that take a product of width 8 to oneDNN
 
 
 def gradients(function, *tensors):
