@@ -8,8 +8,8 @@ in, so that a token pays one product each way for each of the four. Of the adapt
 for the tokens, as large as W: dB = s G A^T and dA = s B^T G follow from it. The plain twins are DecoderLayer.plain and
 VisionBlock.plain.
 
-Rows go a few at a time, in pieces of few different sizes: oneDNN makes code for every size of a product that it meets,
-which takes as long as 0.2 ms of products, and batches hardly ever have the same length. What is wide stays in the cache.
+Rows go a few at a time, in pieces of few different sizes: oneDNN makes code for every size of a product that it
+meets, which takes 0.2 ms, and batches hardly ever have the same length. What is wide stays in the cache.
 """
 
 import torch
@@ -22,13 +22,16 @@ from model.linear import adapter_of, packed
 SLIM = 3  # times the arithmetic of the slim products through A and B that G may take: it needs fewer calls
 
 
-def pays(x: Tensor, *linears) -> bool:
-    """Whether a block of these linears goes through this file: no dropout, and narrow for the pass."""
-    adapters = [adapter_of(m) for m in linears]
-    for m, a in zip(linears, adapters):
-        out, inner = m.weight.shape
-        slim = 2 * len(a[0]) * (out + inner) if a else out * inner
-        if out > x.shape[0] or out * inner > SLIM * slim or (a and a[3] > 0):
+def pays(rows: int, *linears) -> bool:
+    """Whether a block of these linears goes through this file: no dropout, enough rows to merge for, and where
+    gradients are wanted, linears so narrow that G costs little more than the slim products."""
+    for linear in linears:
+        A, _, _, dropout = adapter_of(linear) or (None, None, 0.0, 0.0)
+        out, inner = linear.weight.shape
+        if dropout or out * inner > rows * (out + inner):
+            return False
+        learns = torch.is_grad_enabled() and not linear.weight.requires_grad
+        if learns and A is not None and out * inner > SLIM * 2 * len(A) * (out + inner):
             return False
     return True
 

@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
             return self.plain(x, tables, attention, rows)
         at, mlp = self.self_attn, self.mlp
         linears = at.q_proj, at.k_proj, at.v_proj, at.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if not cpu_blocks.pays(x, *linears):
+        if not cpu_blocks.pays(len(x), *linears):
             return self.plain(x, tables, attention, rows)
         q, k, v = cpu_blocks.before(x, self.input_layernorm, tables, (at.H, at.K, at.D), *linears[:3])
         if rows is not None:

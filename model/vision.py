@@ -117,7 +117,7 @@ class VisionBlock(nn.Module):
             return self.plain(x, tables, segments)
         at, mlp = self.attn, self.mlp
         linears = at.qkv, at.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if not cpu_blocks.pays(x, *linears):
+        if not cpu_blocks.pays(len(x), *linears):
             return self.plain(x, tables, segments)
         q, k, v = cpu_blocks.before(x, self.norm1, tables, (at.H, at.H, at.D), at.qkv)
         return cpu_blocks.after(x, attend(q, k, v, segments), self.norm2, *linears[1:])
