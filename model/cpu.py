@@ -5,15 +5,18 @@ rows go to oneDNN: MKL, which torch would ask, has no AVX-512 kernels for AMD an
 """
 
 import os
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN reads it at its first product. Batches differ in length: of 1,024 of them it would keep 0.3 GiB.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+# oneDNN reads it at its first product. A step of the embedded model has some 100 shapes (cpu_blocks.pieces sees to it
+# that they recur); with room for fewer, oneDNN makes the code of each again in every step, 0.2 ms a product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 ONEDNN = torch.backends.mkldnn.is_available()
-LARGE = 1 << 20  # multiplications; of a smaller product, oneDNN's start (12 us) is the larger part
+LARGE = 1 << 22  # multiplications; of a smaller product, oneDNN's start and the code it makes are the larger part
+PIECE, LEAST = 1024, 128  # rows of a piece: at most, and at least but for the last; fewer rows go to MKL by LARGE
 
 
 def large(x: Tensor, weight: Tensor) -> bool:
@@ -31,11 +34,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def pieces(rows: int) -> list[slice]:
+    """Cuts rows into pieces of few different sizes, so that products of any number of rows have few shapes."""
+    sizes, left, size = [PIECE] * (rows // PIECE), rows % PIECE, PIECE // 2
+    while size >= LEAST:
+        if left >= size:
+            sizes.append(size)
+            left -= size
+        size //= 2
+    ends = [0, *accumulate([*sizes, left] if left else sizes)]
+    return [slice(i, j) for i, j in pairwise(ends)]
+
+
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x weight^T; y is overwritten or not."""
     if large(x, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
     return y.addmm_(x, weight.T)
+
+
+def sum_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y + x weight^T + bias, as a new tensor."""
+    if large(x, weight):
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, bias, "add")
+    out = torch.addmm(y, x, weight.T)
+    return out if bias is None else out.add_(bias)
 
 
 class Merged(torch.autograd.Function):
@@ -110,9 +133,9 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * up, gate), d_up
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor | None = None) -> Tensor:
     """`kernels.rotate_pairs` in four passes, without autograd. x: (T, H, D); cos, sin: (T, 1, D/2)."""
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape) if out is None else out
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)

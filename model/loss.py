@@ -10,7 +10,9 @@ chunk again and turns it into the gradient in place:
 import torch
 from torch import Tensor
 
+from model import cpu
 from model.cpu import product
+from model.linear import stack
 
 IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
@@ -28,6 +30,10 @@ def target_logprobs(
     cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape[0]} rows, {targets.shape[0]} targets"
+    once = cpu.handles(hidden) and not with_entropy and banned is None and temperature == 1.0
+    if once and not head_weight.requires_grad:
+        logprobs, correct = LogprobsAtOnce.apply(hidden, head_weight, targets)
+        return logprobs, None, correct
     return TargetLogprobs.apply(hidden, head_weight, targets, temperature, banned, with_entropy)
 
 
@@ -79,6 +85,31 @@ class TargetLogprobs(torch.autograd.Function):
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
         return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), None, None, None, None
+
+
+class LogprobsAtOnce(torch.autograd.Function):
+    """SFT's case on a CPU: the head is frozen, so a row's gradient is its `grad` times W[y] - softmax W, which is made
+    while the chunk's exponentials are there; nothing is computed again. Its twin is TargetLogprobs."""
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets):
+        logprobs, units, correct = [], [], []
+        for rows in cpu.pieces(len(hidden)):
+            logits, y = product(hidden[rows], head_weight), targets[rows, None]  # (n, V)
+            chosen, most = logits.gather(1, y), logits.amax(-1, keepdim=True)
+            total = logits.sub_(most).exp_().sum(-1, keepdim=True)
+            logprobs.append((chosen - most - total.log())[:, 0])
+            correct.append((chosen >= most)[:, 0])
+            mean = product(logits, head_weight.T).div_(total)
+            units.append(head_weight.index_select(0, y[:, 0]).sub_(mean))
+        ctx.save_for_backward(stack(units))
+        correct = stack(correct)
+        ctx.mark_non_differentiable(correct)
+        return stack(logprobs), correct
+
+    @staticmethod
+    def backward(ctx, grad, _correct):
+        return ctx.saved_tensors[0] * grad[:, None], None, None
 
 
 def target_logprobs_reference(hidden, head_weight, targets, temperature=1.0, banned=None):

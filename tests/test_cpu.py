@@ -10,13 +10,14 @@ from torch import nn
 
 import lora
 from config import SFT
-from model import cpu, linear
+from model import cpu, cpu_blocks, cpu_decode, linear
 from model.attention import Segments, attend_dense
 from model.cpu_decode import FusedStep
 from model.decode import Sampling, Step, draw, generate_plain
 from model.kernels import rotate_pairs
+from model.loss import LogprobsAtOnce, target_logprobs_reference
 
-LONG = 1 << 15  # rows that take a product of width 8 to oneDNN
+LONG = 1 << 17  # rows that take a product of width 8 to oneDNN
 
 
 def gradients(function, *tensors):
@@ -76,6 +77,63 @@ def test_norm_swiglu_and_rotary_equal_their_twins():
         assert torch.allclose(turned, plain, atol=1e-4, rtol=1e-4) and not torch.allclose(turned, heads)
 
 
+WHOLE = dict(lora_enable=False, freeze_llm=False, freeze_vision_tower=False, tune_merger=True)
+
+
+@pytest.mark.parametrize("flags", [{}, WHOLE, dict(vision_lora=False, merger_lora=False)], ids=["lora", "whole", "llm"])
+def test_blocks_equal_plain_autograd(flags, monkeypatch):
+    """Hidden states of some tokens and every gradient, through both kinds of blocks, in pieces of several sizes."""
+    monkeypatch.setattr(cpu, "PIECE", 16)
+    monkeypatch.setattr(cpu, "LEAST", 4)
+    model = random_model("grouped")
+    torch.manual_seed(0)
+    model.requires_grad_(not flags.get("lora_enable", True))
+    if flags.get("lora_enable", True):
+        lora.inject(model, SFT(**flags, lora_rank=8))
+    for name, parameter in model.named_parameters():
+        if name.endswith(lora.FLAT):
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    names = "text", "video", "images"
+    packed = pack_sequences([Sequence(model.config, CASES[name], seed=i) for i, name in enumerate(names)])
+    rows = packed.segments.cu_q[1:].long() - 2
+    params = [p for p in model.parameters() if p.requires_grad]
+    passed, results = [], []
+    for way in (lambda *_: passed.append(1) or True, lambda *_: False):
+        monkeypatch.setattr(cpu_blocks, "pays", way)
+        out = model(packed, rows=rows)
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), params, allow_unused=True)
+        results.append([out, *(g for g in grads if g is not None)])
+    assert passed and len(results[0]) == len(results[1]) > 2
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), (mine - theirs).norm() / theirs.norm()
+
+
+def test_blocks_pay_where_their_products_are_narrow():
+    layer = Adapted(64, 192, 16, 1.0, False)
+    assert cpu_blocks.pays(100, layer)
+    assert not cpu_blocks.pays(40, layer), "merging costs more than so few rows bring"
+    assert not cpu_blocks.pays(100, Adapted(64, 192, 2, 1.0, False)), "slim products through rank 2 cost a tenth of G"
+    with torch.no_grad():
+        assert cpu_blocks.pays(100, Adapted(64, 192, 2, 1.0, False)), "no gradient, no G"
+
+
+def test_pieces_cover_all_rows_in_few_sizes():
+    sizes = set()
+    for rows in range(1, 5000, 7):
+        cut = cpu.pieces(rows)
+        assert [i for s in cut for i in range(s.start, s.stop)] == list(range(rows))
+        sizes |= {s.stop - s.start for s in cut[:-1]} | {n for s in cut[-1:] if (n := s.stop - s.start) >= cpu.LEAST}
+    assert sizes == {128, 256, 512, 1024}
+
+
+def test_the_loss_at_once_equals_its_reference():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 50, (200,))
+    agree(gradients(lambda h: LogprobsAtOnce.apply(h, head, targets)[0], hidden),
+          gradients(lambda h: target_logprobs_reference(h, head, targets)[0], hidden), 1e-5)  # fmt: skip
+    assert LogprobsAtOnce.apply(hidden, head, targets)[1].equal(target_logprobs_reference(hidden, head, targets)[2])
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_last_layer_computes_only_what_is_asked_and_the_same(shared):
     """Hidden states of some tokens and the gradients of all weights, with and without cutting the last layer."""
@@ -97,19 +155,24 @@ def test_the_last_layer_computes_only_what_is_asked_and_the_same(shared):
     agree(*results)
 
 
-def test_fused_decoding_equals_the_decoder_layers():
-    """With adapters, two prompts of different lengths, grouped heads: the same draws, and log-probs within rounding."""
+@pytest.mark.parametrize("cases", [("video", "text"), ("video",), ("video", "video")], ids=["two", "one", "equal"])
+def test_fused_decoding_equals_the_decoder_layers(cases, monkeypatch):
+    """With adapters, prompts of one length (then each row has its own copy) or two, grouped heads: the same draws, and
+    log-probs within rounding."""
     model = random_model("grouped").eval()
     lora.inject(model, SFT(lora_rank=4, lora_alpha=8))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith(lora.FLAT):
             parameter.data.add_(0.05 * torch.randn_like(parameter))
-    prompts = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text"))])
+    prompts = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(cases)])
+    made, init = [], cpu_decode.RowCache.__init__
+    monkeypatch.setattr(cpu_decode.RowCache, "__init__", lambda *args: made.append(1) or init(*args))
     found = []
     for step in (FusedStep, Step):
         noise = torch.Generator().manual_seed(0)
         found.append(generate_plain(model, prompts, Sampling(12, 1.0), 3, noise, step=step))
+    assert len(made) == (len(set(prompts.segments.q_lengths)) == 1)
     for fast, slow in zip(sum(found[0], []), sum(found[1], []), strict=True):
         assert fast.ids == slow.ids
         agree([torch.tensor(fast.logprobs)], [torch.tensor(slow.logprobs)])
