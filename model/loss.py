@@ -30,7 +30,7 @@ def target_logprobs(
     cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape[0]} rows, {targets.shape[0]} targets"
-    once = cpu.handles(hidden) and not with_entropy and banned is None and temperature == 1.0
+    once = cpu.handles(hidden) and len(hidden) and not with_entropy and banned is None and temperature == 1.0
     if once and not head_weight.requires_grad:
         logprobs, correct = LogprobsAtOnce.apply(hidden, head_weight, targets)
         return logprobs, None, correct
