@@ -58,7 +58,9 @@ class Step:
 
     def __init__(self, bench):
         self.bench = bench
-        device = start_processes()
+        device = bench.device
+        if not torch.distributed.is_initialized():
+            device = start_processes()
         self.cfg = bench.lora(GRPO)
         self.cfg.num_generations, self.cfg.pack_tokens = bench.args.group, bench.args.pack_tokens
         lora.inject(bench.model, self.cfg)

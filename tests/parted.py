@@ -152,14 +152,14 @@ def partitioned_loading(folder: Path) -> None:
 
 
 def runs(folder: Path) -> None:
-    place = Place(folder, 0)
+    scene = Place(folder, 0)
     common = {"max_steps": 3, "save_steps": 3, "eval_steps": 3, "eval_controls": 0, "gradient_checkpointing": True}
     for number, (script, world, flags) in enumerate(RUNS):
         folders = []
         for more in ({}, flags):
-            folders.append(place.new(script))
+            folders.append(scene.new(script))
             port = 29710 + 2 * number + bool(more)
-            lives = place.ranks(script, folders[-1], world, port, **common, **more)
+            lives = scene.ranks(script, folders[-1], world, port, **common, **more)
             codes = [life.wait(120) for life in lives]
             assert not any(codes), folders[-1].with_suffix(".log").read_text()[-3000:]
         log = folders[1].with_suffix(".log").read_text()

@@ -100,7 +100,7 @@ def test_grpo_judges_each_form(processor, form):  # noqa: F811
     group = [Rollout(0, [1, 2], [0.0, 0.0], True, text) for text in texts]
     score_group(load_rewards("accuracy,format"), prompt, group, None, 16)
     assert [rollout.reward for rollout in group] == [2, 1] and [rollout.right for rollout in group] == [True, False]
-    line = row(1, prompt, group[0], str)
+    line = row(1, record, group[0], str)
     assert line["video"].endswith("0.mp4") and "Where does it go?" in line["question"]
 
 

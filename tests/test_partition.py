@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import lora
 from config import SFT, parse
 from effects import inert
+from interop.saved import load_adapter, save_adapter
 from model import UserError
 from model.linear import padded
 from model.partition import Share, counts, layout
@@ -255,10 +256,10 @@ def test_what_cannot_be_parted_is_refused(tmp_path):
     assert "no effect" in line
     base = random_model("untied")
     lora.inject(base, SFT(lora_bias="all"))
-    lora.save_adapter(base, tmp_path, "base")
+    save_adapter(base, tmp_path, "base")
     model = Qwen2_5_VL.random(base.config, share=Share())
     with pytest.raises(UserError, match="brings .*bias of the base too"):
-        lora.load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
 
 
 def test_numbers_that_are_not_finite_are_found_in_a_part(monkeypatch):
