@@ -53,14 +53,6 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y.addmm_(x, weight.T)
 
 
-def sum_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y + x weight^T + bias, as a new tensor."""
-    if large(x, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, bias, "add")
-    out = torch.addmm(y, x, weight.T)
-    return out if bias is None else out.add_(bias)
-
-
 class Merged(torch.autograd.Function):
     """`linear.plain` of several linears, without dropout: W + s B A is made once for the pass, so that a token pays
     one product each way beside the slim ones of A's and B's gradients."""
@@ -133,9 +125,9 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * up, gate), d_up
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor | None = None) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """`kernels.rotate_pairs` in four passes, without autograd. x: (T, H, D); cos, sin: (T, 1, D/2)."""
-    out = torch.empty(x.shape) if out is None else out
+    out = torch.empty(x.shape)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
