@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN reads it at its first product. A step of the embedded model has some 100 shapes (cpu_blocks.pieces sees to it
-# that they recur); with room for fewer, oneDNN makes the code of each again in every step, 0.2 ms a product.
+# oneDNN reads it at its first product. A step of the embedded model has some 50 shapes; with room for fewer than there
+# are, oneDNN makes the code of each again in every step, 0.2 ms a product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 1 << 22  # multiplications; of a smaller product, oneDNN's start and the code it makes are the larger part
-PIECE, LEAST = 1024, 128  # rows of a piece: at most, and at least but for the last; fewer rows go to MKL by LARGE
+PIECE, LEAST = 1024, 128  # rows of a piece of the loss: at most, and at least but for the last
 
 
 def large(x: Tensor, weight: Tensor) -> bool:
