@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN reads it at its first product. A step of the embedded model has some 100 shapes (cpu_blocks.pieces sees to it
-# that they recur); with room for fewer, oneDNN makes the code of each again in every step, 0.2 ms a product.
+# oneDNN reads it at its first product. A step of the embedded model has some 50 shapes; with room for fewer than there
+# are, oneDNN makes the code of each again in every step, 0.2 ms a product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 1 << 22  # multiplications; of a smaller product, oneDNN's start and the code it makes are the larger part
-PIECE, LEAST = 1024, 128  # rows of a piece: at most, and at least but for the last; fewer rows go to MKL by LARGE
+PIECE, LEAST = 1024, 128  # rows of a piece of the loss: at most, and at least but for the last
 
 
 def large(x: Tensor, weight: Tensor) -> bool:
@@ -51,14 +51,6 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if large(x, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
     return y.addmm_(x, weight.T)
-
-
-def sum_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y + x weight^T + bias, as a new tensor."""
-    if large(x, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, bias, "add")
-    out = torch.addmm(y, x, weight.T)
-    return out if bias is None else out.add_(bias)
 
 
 class Merged(torch.autograd.Function):
@@ -133,9 +125,9 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * up, gate), d_up
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor | None = None) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """`kernels.rotate_pairs` in four passes, without autograd. x: (T, H, D); cos, sin: (T, 1, D/2)."""
-    out = torch.empty(x.shape) if out is None else out
+    out = torch.empty(x.shape)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)

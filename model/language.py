@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import cpu, cpu_blocks
+from model import cpu
 from model.attention import attend
 from model.kernels import swiglu
 from model.linear import project
@@ -78,18 +78,6 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, tables, attention, rows: Tensor | None = None) -> Tensor:
         """(T, C), or with rows (n,), the tokens whose result is wanted: (n, C)"""
-        if not cpu.handles(x):
-            return self.plain(x, tables, attention, rows)
-        at, mlp = self.self_attn, self.mlp
-        linears = at.q_proj, at.k_proj, at.v_proj, at.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if not cpu_blocks.pays(len(x), *linears):
-            return self.plain(x, tables, attention, rows)
-        q, k, v = cpu_blocks.before(x, self.input_layernorm, tables, (at.H, at.K, at.D), *linears[:3])
-        if rows is not None:
-            x, q = x.index_select(0, rows), q.index_select(0, rows)
-        return cpu_blocks.after(x, attention(at.number, q, k, v), self.post_attention_layernorm, *linears[3:])
-
-    def plain(self, x: Tensor, tables, attention, rows: Tensor | None = None) -> Tensor:
         inner = self.self_attn(self.input_layernorm(x), tables, attention, rows)
         x = (x if rows is None else x.index_select(0, rows)) + inner
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import cpu, cpu_blocks
+from model import cpu
 from model.attention import Segments, attend
 from model.language import MLP, RMSNorm, draws, recomputed
 from model.linear import project, stack
@@ -113,16 +113,6 @@ class VisionBlock(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:  # x: (P, width)
-        if not cpu.handles(x):
-            return self.plain(x, tables, segments)
-        at, mlp = self.attn, self.mlp
-        linears = at.qkv, at.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if not cpu_blocks.pays(len(x), *linears):
-            return self.plain(x, tables, segments)
-        q, k, v = cpu_blocks.before(x, self.norm1, tables, (at.H, at.H, at.D), at.qkv)
-        return cpu_blocks.after(x, attend(q, k, v, segments), self.norm2, *linears[1:])
-
-    def plain(self, x: Tensor, tables, segments: Segments) -> Tensor:
         x = x + self.attn(self.norm1(x), tables, segments)
         return x + self.mlp(self.norm2(x))
 

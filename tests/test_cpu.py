@@ -10,7 +10,7 @@ from torch import nn
 
 import lora
 from config import SFT
-from model import cpu, cpu_blocks, cpu_decode, linear
+from model import cpu, cpu_decode, linear
 from model.attention import Segments, attend_dense
 from model.cpu_decode import FusedStep
 from model.decode import Sampling, Step, draw, generate_plain
@@ -75,46 +75,6 @@ def test_norm_swiglu_and_rotary_equal_their_twins():
     for sign in (1.0, -1.0):
         turned, plain = cpu.turn(heads, cos, sin, sign), rotate_pairs(heads, cos, sign * sin)
         assert torch.allclose(turned, plain, atol=1e-4, rtol=1e-4) and not torch.allclose(turned, heads)
-
-
-WHOLE = dict(lora_enable=False, freeze_llm=False, freeze_vision_tower=False, tune_merger=True)
-
-
-@pytest.mark.parametrize("flags", [{}, WHOLE, dict(vision_lora=False, merger_lora=False)], ids=["lora", "whole", "llm"])
-def test_blocks_equal_plain_autograd(flags, monkeypatch):
-    """Hidden states of some tokens and every gradient, through both kinds of blocks, in pieces of several sizes."""
-    monkeypatch.setattr(cpu, "PIECE", 16)
-    monkeypatch.setattr(cpu, "LEAST", 4)
-    model = random_model("grouped")
-    torch.manual_seed(0)
-    model.requires_grad_(not flags.get("lora_enable", True))
-    if flags.get("lora_enable", True):
-        lora.inject(model, SFT(**flags, lora_rank=8))
-    for name, parameter in model.named_parameters():
-        if name.endswith(lora.FLAT):
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-    names = "text", "video", "images"
-    packed = pack_sequences([Sequence(model.config, CASES[name], seed=i) for i, name in enumerate(names)])
-    rows = packed.segments.cu_q[1:].long() - 2
-    params = [p for p in model.parameters() if p.requires_grad]
-    passed, results = [], []
-    for way in (lambda *_: passed.append(1) or True, lambda *_: False):
-        monkeypatch.setattr(cpu_blocks, "pays", way)
-        out = model(packed, rows=rows)
-        grads = torch.autograd.grad((out * out.detach().cos()).sum(), params, allow_unused=True)
-        results.append([out, *(g for g in grads if g is not None)])
-    assert passed and len(results[0]) == len(results[1]) > 2
-    for mine, theirs in zip(*results, strict=True):
-        assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), (mine - theirs).norm() / theirs.norm()
-
-
-def test_blocks_pay_where_their_products_are_narrow():
-    layer = Adapted(64, 192, 16, 1.0, False)
-    assert cpu_blocks.pays(100, layer)
-    assert not cpu_blocks.pays(40, layer), "merging costs more than so few rows bring"
-    assert not cpu_blocks.pays(100, Adapted(64, 192, 2, 1.0, False)), "slim products through rank 2 cost a tenth of G"
-    with torch.no_grad():
-        assert cpu_blocks.pays(100, Adapted(64, 192, 2, 1.0, False)), "no gradient, no G"
 
 
 def test_pieces_cover_all_rows_in_few_sizes():

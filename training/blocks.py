@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model import cpu, cpu_blocks
 from model.captured import round_up
 from model.linear import adapter_of, aligned
 from model.sequence import kv_heads
@@ -133,8 +132,6 @@ class Model:
         rows: how many pass. share: of them that ask; only keys and values are made of the others.
         """
         b, width = self.number, output.out_features
-        if self.own and cpu_blocks.pays(rows, *inputs, output, *block.mlp.children()):
-            return self.joined_block(block, inputs, output, H, K, D, x_grad, norm1, norm2, rows, share)
         fused = len(inputs) == 1  # the vision tower's qkv
         normed_grad = x_grad or norm1.weight.requires_grad
         if share < 1:
@@ -184,31 +181,6 @@ class Model:
         at_attention = attention + flash if qkv_grad else 0
         redo = max(at_mlp, at_attention) if second.needs_grad else 0
         return Cost(width * b, attention + share * kept, redo, fixed, second.needs_grad or x2_grad)
-
-    def joined_block(self, block, inputs, output, H, K, D, x_grad, norm1, norm2, rows, share):
-        """Cost of a block that goes through model/cpu_blocks.py, which keeps inputs and 1 / rms, not what is normed."""
-        b, width, mlp = self.number, output.out_features, block.mlp
-        inner = mlp.gate_proj.out_features
-        first = x_grad or norm1.weight.requires_grad or self.learns(*inputs)
-        second = first or norm2.weight.requires_grad or self.learns(output, *mlp.children())
-        if not second:
-            return Cost(width * b, 0, 0, 0, False)
-        before, copied = (H + 2 * K) * D, 1 < K < H  # q, k and v are one tensor; the attention's copies of k and v
-        kept = 0
-        if first:  # x, q, k, v, the log-sum-exp of every query and head in fp32
-            kept = width * b + 4 + (2 * H * D * b if copied else 0) + share * 4 * H
-            kept += before * b if share == 1 or not copied else 0
-            kept += share * (H * D * b + 8) if share < 1 else 0
-        after = share * ((H * D + width + 3 * inner) * b + 4)  # out, x + o(out), gate, up, silu(gate)
-        piece = min(1.0, cpu.PIECE / rows) * 5 * inner
-        at_mlp = kept + after + share * (4 * width + piece) * b
-        at_attention = kept + share * (width + 2 * H * D) * b + (2 * K + 2 * H * (H != K)) * D * b
-        return Cost(width * b, kept + after, max(at_mlp, at_attention if first else 0), 0, True)
-
-    def learns(self, *linears):
-        adapters = [m.home.block.adapters for m in linears if adapter_of(m)]
-        weights = [p for m in linears for p in (m.weight, m.bias) if p is not None]
-        return any(p.requires_grad for p in [*adapters, *weights])
 
     def merger_cost(self, x_grad, rows):
         """Of the merger, a patch; it is never recomputed by itself. rows: vision tokens."""
