@@ -68,7 +68,7 @@ from training.meeting import together
 from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
 from training.runlog import Log, append
-from training.schedule import is_due, schedule, total_steps
+from training.schedule import is_due, saved_every, schedule, total_steps
 
 
 @together
@@ -178,11 +178,6 @@ def notes(run, loader, records, held_out):
         yield "no adapter to go on from: a new one on the base" if cfg.lora_enable else "trains the base itself"
     yield f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out"
     yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations} and trains on {trained} groups of them"
-
-
-def saved_every(cfg, loader):
-    """Steps between checkpoints; 0 = only at the end."""
-    return {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
 
 
 def freeze_reference(model, cfg):

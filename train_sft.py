@@ -43,7 +43,7 @@ from training.groups import ROLLOUTS
 from training.meeting import together
 from training.plan import brief, dry_run
 from training.runlog import Log, append
-from training.schedule import is_due, schedule, total_steps
+from training.schedule import is_due, saved_every, schedule, total_steps
 
 
 @together
@@ -82,14 +82,12 @@ def main():
         with told_when_full(run, f"training step {step}", micro_batches):
             grad_norm, updated = update(engine, micro_batches, loss_of, len(micro_batches), tally.send)
         found = tally.read()
-        loss = accuracy = None
-        if found.answers:
-            loss, accuracy = found.loss / found.answers, found.right / found.answers
+        loss = found.mean(found.loss)
         check_left_out(run, found.broken)
         check_numbers(run, step, loss, grad_norm, updated)
 
         run.step, seconds = step, time.perf_counter() - began
-        metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": accuracy}
+        metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": found.mean(found.right)}
         metrics |= {"grad_norm": grad_norm if found.answers else None, "lr": lr, "updated": updated}
         metrics |= {"answer_tokens": found.answers, "skipped": found.left_out}
         if run.world > 1:
@@ -102,8 +100,7 @@ def main():
             better, told = evaluate_and_tell(run, model, processor, held_out, log), None
             report(run)
         stop = run.stop_requested(told)
-        every = {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-        if better or stop or is_due(every, step, total):
+        if better or stop or is_due(saved_every(cfg, loader), step, total):
             save(run, engine, step)
         if stop:
             break

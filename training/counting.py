@@ -76,6 +76,10 @@ class Found:
     idle: float | None  # share of the step before that ranks waited for the slowest, in the mean; None: one rank
     traffic: float | None  # share of it that even the slowest stood still for the others' numbers
 
+    def mean(self, total: float) -> float | None:
+        """Of an answer token; None where there is none."""
+        return total / self.answers if self.answers else None
+
 
 class Tally:
     """The numbers of an update that are summed over the ranks, none of them read before the gradient norm is.

@@ -47,3 +47,8 @@ def schedule(engine, cfg, step, total):
 def is_due(every, step, total):
     """Whether something that happens every so many steps (0 = only at the end) happens after step 1 … total."""
     return step == total or (every > 0 and step % every == 0)
+
+
+def saved_every(cfg, loader):
+    """Steps between checkpoints; 0 = only at the end."""
+    return {"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
