@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from training.schedule import warmup_steps
 from training.trackers import TRACKERS, check_installed
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
+LEFT_OVER = 1.0  # seconds
 # what --overwrite removes, beside checkpoints, START and TRACKERS
 OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
 
@@ -177,7 +179,7 @@ def claim(folder, cfg):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # over NFS too: the machines of a run share the folder
+        take(lock)
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     except BlockingIOError:
@@ -192,6 +194,19 @@ def claim(folder, cfg):
         what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
         raise UserError(f"--output_dir: {folder} already holds {what}, expected nothing; --resume or --overwrite")
     return lock
+
+
+def take(lock):
+    """flock, over NFS too: the machines of a run share the folder. For a moment after a process was killed, one that
+    it was just starting may still hold its files."""
+    end = time.monotonic() + LEFT_OVER
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
 
 
 def find_source(run):
