@@ -297,11 +297,14 @@ def help_text(cls):
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
-def cli(main):
-    """Run a script's main(); a user's mistake becomes one line and exit code 2."""
+def cli(main, each_rank=True):
+    """Run a script's main(); a user's mistake becomes one line and exit code 2. each_rank: whether every process that a
+    launcher starts tells its own; what all of a machine find alike, its first one tells."""
     try:
         return main()
     except UserError as error:
+        if not each_rank and os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
         fail(str(error))
     except BrokenPipeError:  # `--help | head`
         hush(sys.stdout)

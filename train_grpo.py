@@ -18,7 +18,7 @@ norm. (Each further update of --num_iterations adds one such sum; an evaluation 
 from config import GRPO, cli, parse
 
 if __name__ == "__main__":
-    cli(lambda: parse(GRPO))  # before torch is imported, so that --help and a mistyped flag answer at once
+    cli(lambda: parse(GRPO), each_rank=False)  # before torch is imported: a mistyped flag is told at once
 
 import copy
 import math

@@ -13,7 +13,7 @@ micro-batches and ranks changes nothing.
 from config import SFT, cli, parse
 
 if __name__ == "__main__":
-    cli(lambda: parse(SFT))  # before torch is imported, so that --help and a mistyped flag answer at once
+    cli(lambda: parse(SFT), each_rank=False)  # before torch is imported: a mistyped flag is told at once
 
 import time
 from functools import partial

@@ -57,6 +57,7 @@ from training.engine import (
     updates_made,
     whole_state,
 )
+from training.meeting import first
 from training.runlog import cut_after, describe, machine, say, versions
 from training.schedule import warmup_steps
 from training.trackers import TRACKERS, check_installed
@@ -142,8 +143,7 @@ def launch(cfg, records=(), held_out=()):
     --resume is given, or if another process trains in it.
     """
     check_installed(cfg)
-    first = int(os.environ.get("RANK", "0")) == 0
-    lock = claim(Path(cfg.output_dir), cfg) if first else None
+    lock = first("claim", lambda: claim(Path(cfg.output_dir), cfg))
     device = start_processes()
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":

@@ -4,11 +4,11 @@ ZeRO-2 parts gradients and optimizer among the cards; the weights stand whole on
 
     weights             33,452,718,336 x 2 B                           62.3 GiB
     adapters            145,752,064 x (6 B + 12 B / 2 ranks)            1.6 GiB
-    buffers             two of 100,000,000 x 4 B for the reductions     0.7 GiB
+    buffers             two of 25,000,000 x 2 B for the reductions      0.1 GiB
     kept activations    64 x T x 5120 x 2 B and 32 x P x 1280 x 2 B;
                         T = 2,836, P = 8,640                            2.4 GiB
     one block redone    T x 0.37 MB                                     1.0 GiB
-    together, estimated                                                68.0 GiB
+    together, estimated                                                67.4 GiB
 
 --partition_weights True parts them too, see qwen_32b_sft_4x141gb.py; GRPO of this size needs that.
 """

@@ -5,11 +5,11 @@ The frozen layers are parted among the cards of a machine; one computes, the nex
     weights             73,410,777,344 x 2 B, 70,849,675,264 in 4 parts    37.8 GiB
     adapters            222,117,888 x (6 B + 12 B / 4 ranks)                1.9 GiB
     layers on their way two of 877,684,736 x 2 B                            3.3 GiB
-    buffers             two of 100,000,000 x 2 B for the reductions         0.4 GiB
+    buffers             two of 25,000,000 x 2 B for the reductions          0.1 GiB
     kept activations    80 x T x 8192 x 2 B; of the tower 96 KB x P        17.0 GiB
     one block redone    T x 0.40 MB; T = 11,344, P = 34,560                 4.2 GiB
     the rest            CUDA and its libraries, the batch                   1.4 GiB
-    together, estimated                                                    66.0 GiB
+    together, estimated                                                    65.7 GiB
 
 66 GiB of 141: four cards of 80 GB do too.
 """

@@ -5,11 +5,11 @@ and 141 GB are enough: qwen_72b_sft_4x141gb.py.
 
     weights             73,410,777,344 x 2 B                          136.7 GiB
     adapters            222,117,888 x (6 B + 12 B / 4 ranks)            1.9 GiB
-    buffers             two of 100,000,000 x 4 B for the reductions     0.7 GiB
+    buffers             two of 25,000,000 x 2 B for the reductions      0.1 GiB
     kept activations    80 x T x 8192 x 2 B and 32 x P x 1280 x 2 B;
                         T = 2,836, P = 8,640                            4.1 GiB
     one block redone    T x 0.46 MB                                     1.2 GiB
-    together, estimated                                               144.6 GiB
+    together, estimated                                               144.0 GiB
 """
 
 model_id = "Qwen/Qwen2.5-VL-72B-Instruct"

@@ -283,9 +283,12 @@ def patient(place: Place, silence: float | None) -> list[dict]:
 # Machines that do not fit together
 
 
+CHEAP = ("data", "no data", "folder", "rank 1 elsewhere")
+
+
 def at_odds(place: Place, few: bool) -> list[dict]:
     """Rank 1 has other data, other flags, no data, no checkpoint, another number of ranks, is a second rank 0, or looks
-    for rank 0 elsewhere."""
+    for rank 0 elsewhere; or the folder is not empty, which only rank 0 looks at."""
     records = (place.folder / "data/train.json").read_text()
     other = place.folder / "data/other.json"
     other.write_text(records.replace("Answer: (A)", "Answer: (B)", 1))
@@ -298,14 +301,18 @@ def at_odds(place: Place, few: bool) -> list[dict]:
         "flag": ({"seed": 7}, {}, [2, 2], "--seed: found 7 on rank 1 ("),
         "no data": ({"data_path": place.folder / "nowhere.json"}, {}, [LOST, 2], "no such file"),
         "checkpoint": (empty, {}, [2, 2], "to go on from: found no "),
+        "folder": ({}, {}, [2, 2], "already holds other things (notes.txt), expected nothing"),
         "ranks": ({}, {"WORLD_SIZE": "3"}, [2, 2], "number of ranks: found 3 on rank 1 ("),
         "rank 0 twice": ({}, {"RANK": "0"}, [2, 2], "is there a second machine with --node_rank 0?"),
         "rank 1 elsewhere": ({}, {"MASTER_PORT": str(free_port())}, [2, 2], "(1) did not come in 4 s"),
     }
-    cases = {name: case for name, case in cases.items() if not few or name in ("data", "no data", "rank 1 elsewhere")}
+    cases = {name: case for name, case in cases.items() if not few or name in CHEAP}
     running, soon = {}, lambda: setattr(meeting, "JOIN", 4.0)
     for name, (flags, env, *_) in cases.items():
         folder, port, resume = half if name == "checkpoint" else place.new("odd"), free_port(), name == "checkpoint"
+        if name == "folder":
+            folder.mkdir()
+            (folder / "notes.txt").touch()
         shared = {"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         shared["MASTER_PORT"] = str(port)
         lives = []

@@ -2,9 +2,9 @@
 
     python tests/sequence_runs.py FOLDER '{"flag": value, …}'
 
-FOLDER gets: one (a rank alone), square (4 ranks, two groups of 2), killed (a group of 2, one of them killed in step 4,
-then resumed), apart and alone (killed's checkpoint-2, gone on from by 2 ranks that share nothing and by one), and
-joined (one's checkpoint-2, gone on from by square's ranks).
+FOLDER gets: one (a rank alone), square (4 ranks, two groups of 2), parted (a group of 2 whose weights are in parts),
+killed (a group of 2, one of them killed in step 4, then resumed), apart and alone (killed's checkpoint-2, gone on from
+by 2 ranks that share nothing and by one), and joined (one's checkpoint-2, gone on from by square's ranks).
 """
 
 import json
@@ -73,6 +73,7 @@ def main(folder: Path, flags: dict) -> None:
     run(folder / "one", flags, per_device_train_batch_size=8)
     evaluated = {"eval_data_path": val, "eval_steps": 3, "eval_controls": 0, "max_new_tokens": 4}
     run(folder / "square", flags, 4, **square, **evaluated)
+    run(folder / "parted", flags, 2, **pair, partition_weights=True, gradient_checkpointing=True)
     run(folder / "killed", flags, 2, killed_in_step_4, whole=False, **pair)
     apart, alone = go_on(folder / "killed", "apart"), go_on(folder / "killed", "alone")
     run(folder / "killed", flags, 2, **pair, resume=True)

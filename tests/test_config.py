@@ -281,3 +281,14 @@ def test_cli_tells_in_one_line(capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: --x: found 1, expected 2\n"
     assert cli(lambda: 7) == 7
+
+
+def test_what_all_processes_of_a_machine_find_alike_is_told_once(monkeypatch, capsys):
+    def main():
+        raise UserError("--epochs: a mistake")
+
+    for rank, each_rank, lines in (("0", False, 1), ("1", False, 0), ("1", True, 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            cli(main, each_rank)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines

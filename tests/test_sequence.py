@@ -195,6 +195,10 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(pair, runs):
     assert (pair / "checkpoint-5" / name).read_bytes() == (runs / "killed/checkpoint-5" / name).read_bytes()
 
 
+def test_weights_in_parts_change_nothing(runs):
+    assert_equal(runs / "one", runs / "parted")
+
+
 @pytest.mark.parametrize("name", ["apart", "alone", "joined"])
 def test_a_run_goes_on_with_other_ranks_sharing_or_none(runs, name):
     assert_equal(runs / "one", runs / name)

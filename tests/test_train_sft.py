@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
@@ -23,7 +24,7 @@ from model import UserError
 from model.qwen2_5_vl import Qwen2_5_VL
 from training import checkpoint, counting
 from training.checkpoint import find_adapter, newest_checkpoint, what_is_broken
-from training.engine import deepspeed_config
+from training.engine import deepspeed_config, quiet
 from training.evaluation import Found
 from training.schedule import lr_factor
 
@@ -172,6 +173,20 @@ def test_a_deepspeed_file_overrides_ours_and_tells_what_has_no_effect(tmp_path):
     path.write_text('{"zero_optimization": {"stage": 3}}')
     with pytest.raises(UserError, match="stage"):
         deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+
+
+def test_a_gradient_larger_than_a_bucket_is_kept_until_it_is_reduced():
+    """Otherwise memory is given away that another stream still writes to: adapters of a high rank, a whole merger."""
+    kept = []
+    zero = dict.fromkeys(("scaled_global_norm", "independent_gradient_partition_epilogue", "cpu_offload"))
+    zero |= {"overlap_comm": True, "reduce_bucket_size": 10, "reduction_stream": "reduction", "contiguous_gradients": 1}
+    zero = SimpleNamespace(**zero, average_tensor=lambda tensor, dtype: tensor.numel())
+    quiet(SimpleNamespace(optimizer=zero, device=torch.device("cpu")))
+    for size in (10, 11):
+        keep = lambda stream, n=size: kept.append((n, stream))
+        grad = SimpleNamespace(is_cuda=True, numel=lambda n=size: n, record_stream=keep)
+        assert zero.average_tensor(grad, torch.float32) == size
+    assert kept == [(11, "reduction")]
 
 
 # Resume

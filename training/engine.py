@@ -266,9 +266,13 @@ def quiet(engine):
     norm, reduce, finish = zero.scaled_global_norm, zero.average_tensor, zero.independent_gradient_partition_epilogue
     stop = lambda: engine.waiting.here() if engine.waiting else nullcontext()
 
-    def average_tensor(*args):
+    def average_tensor(tensor, *args):
+        # A gradient larger than the bucket is reduced where it lies and freed while the other stream still writes to it
+        # (0.19.8 sees to that with offloading only): its memory must wait for that stream.
+        if tensor.is_cuda and zero.overlap_comm and tensor.numel() > zero.reduce_bucket_size:
+            tensor.record_stream(zero.reduction_stream)
         with stop():
-            return reduce(*args)
+            return reduce(tensor, *args)
 
     def epilogue():
         zero.reduce_ipg_grads()

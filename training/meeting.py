@@ -2,6 +2,7 @@
 
     @together                    around a script's main(): meets before anything is read, ends when another rank does
     join()                       the meeting; None for a process that is alone
+    first(what, do)              do() on rank 0 alone; where it is a user's mistake, all end
     check_equal(what, must)      one line that names the rank and machine where something is not as on rank 0
 
 The launcher says who is who (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: deepspeed, torchrun, configs/slurm.sh). Ranks
@@ -51,6 +52,10 @@ def together(main):
             if met:
                 met.leave(good_bye=True)
             return result
+        except UserError as error:
+            if met and said_already(met, str(error)):
+                raise SystemExit(2) from None
+            raise
         except RuntimeError as error:
             lost = isinstance(error, DistError) or "gloo/transport" in str(error)
             if met and lost:  # the heart ends this process as soon as it knows the reason
@@ -61,6 +66,14 @@ def together(main):
                 met.leave(good_bye=False)  # nothing, where main came to its end
 
     return among_others
+
+
+def said_already(met, error):
+    """Whether another rank of this machine has ended with the same line."""
+    try:
+        return met.notes.add(f"said on {met.hosts[met.rank]}: {error}", 1) > 1
+    except DistError:  # rank 0 is gone
+        return False
 
 
 @cache
@@ -155,6 +168,26 @@ def limb(store, notes, rank):
     return Meeting(rank, store, notes, met["hosts"], heart)
 
 
+def first(what, do):
+    """do() on rank 0, before the others go on: its result there, None on them. Its UserError ends all of them."""
+    met = join()
+    if met is None:
+        return do()
+    if met.rank:
+        if error := json.loads(met.notes.get(what)):
+            met.notes.add(f"{what} read", 1)
+            end_with(error)
+        return None
+    try:
+        result = do()
+    except UserError as error:
+        met.notes.set(what, json.dumps(str(error)))
+        await_readers(met.notes, what, len(met.hosts))
+        raise
+    met.notes.set(what, "null")
+    return result
+
+
 # Equal?
 
 
@@ -176,11 +209,16 @@ def check_equal(what, must, may=()):
         await_readers(met.notes, what, len(met.hosts))
     elif wrong:
         met.notes.add(f"{what} read", 1)
-    if wrong and os.environ["LOCAL_RANK"] != "0":
-        raise SystemExit(2)  # one line a machine is enough
     if wrong:
-        raise UserError(wrong)
+        end_with(wrong)
     return notes
+
+
+def end_with(error):
+    """UserError on one rank of each machine: one line there is enough."""
+    if os.environ["LOCAL_RANK"] != "0":
+        raise SystemExit(2)
+    raise UserError(error)
 
 
 def compare(ranks, hosts):
