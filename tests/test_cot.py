@@ -152,7 +152,7 @@ class Server:
 
 
 def client(url, **changes):
-    quick = dict(tries=4, first_wait=0.01, connect_timeout=2.0, read_timeout=0.3, deadline=0.5)
+    quick = dict(tries=4, first_wait=0.01, connect_timeout=2.0, read_timeout=1.5, deadline=2.0)
     return cot.OpenAI(KEY, url, **(quick | changes))
 
 
