@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import decode_kernels as kernels
-from model.captured import round_up
+from model.captured import pow2, round_up
 from model.decode import STOP_CHECK, Completion, sample
 from model.language import draws
 from model.rope import mrope_tables
@@ -61,10 +61,6 @@ def tile_for(name: str, rows: int) -> Tile:
         "down": Tile(64, 128, 4, 4, 5, 512), "head": Tile(64, 128, 1, 4, 3, 0),
     }  # fmt: skip
     return (few if rows <= 16 else many)[name]
-
-
-def pow2(n: int, least: int = 1) -> int:
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def why_not(model, prompts, sampling, G: int) -> str | None:

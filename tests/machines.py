@@ -7,7 +7,6 @@ code of all, and all ended when one fails.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from endurance import left_behind
 from place import Place, differences, lines, losses, order_of_prompts
 from promises import row
-from warm import ROOT, Life
+from warm import ROOT, Life, free_port
 
 import trainer
 from training import heartbeat, meeting
@@ -45,11 +44,6 @@ while any(task.poll() is None for task in tasks):
 sys.exit(max(128 - task.returncode if task.returncode < 0 else task.returncode for task in tasks))
 """
 SCONTROL = 'import sys; assert sys.argv[1:] == ["show", "hostnames", "node[0-1]"]; print("127.0.0.1\\nnode1")'
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def words(flags: dict) -> list[str]:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -20,15 +19,9 @@ import warm
 import train_sft
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run(folder: Path, flags: dict, world: int = 1, first=None, whole: bool = True, **more) -> None:
     """A run on so many ranks, as a launcher starts them. whole: it ends well."""
-    shared = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": warm.free_port()}
     log = folder.with_suffix(".log")
     lives = []
     for rank in range(world):

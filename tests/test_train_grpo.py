@@ -391,7 +391,8 @@ def test_two_ranks_equal_one(grpo, base, tmp_path):
     names = "step", "prompt", "id", "ids", "trained"
     one, two = ([[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in folders)
     assert one == two
-    same_weights(*(weights(folder / "checkpoint-2") for folder in folders))
+    mine, theirs = (weights(folder / "checkpoint-2") for folder in folders)
+    assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5
     for name in ("reward", "kl_trained", "loss", "entropy", "grad_norm"):
         assert column(folders[0], name) == pytest.approx(column(folders[1], name), abs=1e-5), name
 

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -122,6 +123,11 @@ class Watch:
                 return function(*args, **kwargs)
 
         return inner
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 class Life:
