@@ -17,6 +17,7 @@ import importlib.util
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -30,7 +31,8 @@ from model import UserError, nearest_path
 class Sample:
     """What a reward may know besides the completion's text.
 
-    options: letter -> words, read from the question where not given; {} for an open question.
+    options: label -> words, read from the question where not given; {} for an open question.
+    problem_type: the record's, as Video-R1 writes it; "numerical" compares numbers.
     n_tokens, max_tokens: length of this completion and the limit it was sampled under, in tokens (0: not known).
     truncated: the completion reached the limit without its end token.
     context: facts about the whole group that this completion belongs to, see `group_context`.
@@ -39,6 +41,7 @@ class Sample:
     question: str
     answer: str
     options: dict[str, str] | None = None
+    problem_type: str = ""
     n_tokens: int = 0
     max_tokens: int = 0
     truncated: bool = False
@@ -46,7 +49,7 @@ class Sample:
 
     def __post_init__(self):
         if self.options is None:
-            # A question without a list may still have an answer with letter and words, "(A) Left to Right".
+            # A question without a list may still have an answer with label and words, "(A) Left to Right".
             self.options = parse_options(self.question) or parse_options(answer_span(self.answer) or "", least=1)
 
 
@@ -62,7 +65,8 @@ def sample_from_record(record: dict) -> Sample:
     if question is None or not answer:
         missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
-    return Sample(question, answer, parse_options("\n".join(talk.options)) or None)
+    kind = record.get("problem_type")
+    return Sample(question, answer, parse_options("\n".join(talk.options)) or None, kind if isinstance(kind, str) else "")
 
 
 def plain_text(content: str | list) -> str:
@@ -75,26 +79,103 @@ def plain_text(content: str | list) -> str:
 
 # --- reading options and answers -----------------------------------------------------------------------------------
 
-# Options one a line, "(A) words" or "A. words", and several a line, "(A) words (B) words".
-LISTED = re.compile(r"^[ \t]*(?:\(([A-Z]|\d{1,2})\)|([A-Z]|\d{1,2})[.):])[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
-INLINE = re.compile(r"(?<!\S)\(([A-Z]|\d{1,2})\)\s*([^\s,.;].*?)\s*(?=\s\((?:[A-Z]|\d{1,2})\)|$)", re.MULTILINE)
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ord("."), 0x3000: ord(" ")}
+LABEL = r"([A-Za-z]|\d{1,2})"
+# The ways to write an option's label. One list keeps to one way.
+PAREN = re.compile(rf"(?<!\w)\(\s*{LABEL}\s*\)")  # (A)
+BRACKET = re.compile(rf"(?<!\w)\[\s*{LABEL}\s*\]")  # [A]
+BARE = [re.compile(rf"(?<![\w.]){LABEL}{mark}(?=\s|[^\W\d])") for mark in (r"\.", r"\)", ":")]  # A.  A)  A:
+LINE_START = re.compile(r"[\s\-•·]*")  # what may stand before the first label of a line: a bullet
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A label found in a question. start, end: where it stands; at_line_start: only a bullet is before it."""
+
+    label: str
+    start: int
+    end: int
+    at_line_start: bool
 
 
 def parse_options(question: str, least: int = 2) -> dict[str, str]:
-    """Question text -> {letter: words}, in the order given: "(A) Left to Right\n(B) …", "A. …", or all in one line.
+    """Question text -> {label: words} in the order given, {} where there is no list of at least `least` options.
 
-    Fewer than `least` options are no list but something else that looks like it ("A. Smith asks: …"): then {}.
+    A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
+    Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
+    parentheses must begin at A, numbers at 1: "J. Smith", "2:30" and "12.5" begin no list.
     """
-    found = [(paren or dotted, words) for paren, dotted, words in LISTED.findall(question)]
-    inline = INLINE.findall(question)
-    if len(found) < 2 <= len(inline) or any(INLINE.search(" " + words) for _, words in found):
-        found = inline
-    if len(found) < least:
-        return {}
+    text = fold(question).replace("*", "")
+    lists = [options for marks in all_marks(text) for options in lists_of(text, marks, least)]
+    return max(enumerate(lists), key=lambda item: (item[1][0], item[0]), default=(0, (0, {})))[1][1]
+
+
+def all_marks(text: str) -> list[list[Mark]]:
+    """The labels of each way of writing, in the order of the text; numbers and letters apart."""
+    found = []
+    for pattern in (*reversed(BARE), BRACKET, PAREN):
+        marks = []
+        for match in pattern.finditer(text):
+            before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+            marks.append(Mark(match[1].upper(), match.start(), match.end(), bool(LINE_START.fullmatch(before))))
+        if pattern in BARE:
+            marks = [mark for mark in marks if mark.at_line_start or text[mark.start].isupper()]
+        found += [[mark for mark in marks if mark.label.isdigit()], [mark for mark in marks if mark.label.isalpha()]]
+    return found
+
+
+def lists_of(text: str, marks: list[Mark], least: int) -> list[tuple[tuple, dict[str, str]]]:
+    """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
+    found = []
+    for i, first in enumerate(marks):
+        bracketed = text[first.start] in "(["
+        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)) or (least < 2 and not bracketed):
+            continue
+        chain = [first]
+        while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
+            chain.append(following)
+        options = words_of(text, chain)
+        dotted_in_line = text[first.end - 1] == "." and not all(mark.at_line_start for mark in chain)
+        if dotted_in_line and len(chain) < 3 and ("?" in "".join(options.values()) or not first.at_line_start):
+            continue  # "A. Smith and B. Jones meet. Who speaks?" within a sentence
+        if len(options) >= least:
+            found.append(((sum(mark.at_line_start for mark in chain), len(options)), options))
+    return found
+
+
+def next_mark(last: Mark, marks: list[Mark], by_lines: bool) -> Mark | None:
+    """The label that follows: the next letter or number, at a line start if the list began at one and there is such a
+    label; a label of another order, as in "(C) both (A) and (B)", belongs to the option's words."""
+    later = [mark for mark in marks if mark.start > last.start]
+    if by_lines:
+        risen = [mark for mark in later if mark.at_line_start and rank(mark) > rank(last)]
+        if risen and (rank(risen[0]) == rank(last) + 1 or not follows_inline(last, later, risen[0])):
+            return risen[0]
+    return next((mark for mark in later if rank(mark) == rank(last) + 1), None)
+
+
+def follows_inline(last: Mark, later: list[Mark], limit: Mark) -> bool:
+    return any(rank(mark) == rank(last) + 1 and mark.start < limit.start for mark in later)
+
+
+def rank(mark: Mark) -> int:
+    return int(mark.label) if mark.label.isdigit() else ord(mark.label)
+
+
+def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
+    """{label: words up to the next label or the line's end}, {} if a label has no words of its own."""
     options = {}
-    for letter, words in found:
-        options.setdefault(letter, words.rstrip(" ,;."))
+    for mark, following in zip(chain, [*chain[1:], None]):
+        line_end = text.find("\n", mark.end)
+        end = min(following.start if following else len(text), line_end if line_end >= 0 else len(text))
+        words = " ".join(text[mark.end : end].split())
+        if following and not following.at_line_start:
+            words = words.removesuffix(" or").removesuffix(" and")
+        words = words.rstrip(" ,;.") or words
+        if not any(map(str.isalnum, words)) or words.casefold() in ("or", "and"):
+            return {}
+        options[mark.label] = words
     return options
 
 
@@ -121,72 +202,136 @@ def answer_span(text: str) -> str | None:
 
 
 def extract_answer(text: str, options: dict[str, str]) -> str | None:
-    """Completion -> letter of the option it settles on; without options, its answer's words, normalised.
+    """Completion -> label of the option it settles on; without options, its answer's words, normalised.
 
     None where there is no answer, or one that contradicts itself (module docstring, 4).
     """
     if not options:
-        return _plain(answer_span(text) or "").casefold().strip(" .,;:!") or None
+        return plain(answer_span(text) or "").casefold().strip(" .,;:!") or None
     for span in answer_spans(text):
-        named, letter = _named_option(span, options)
+        named, label = named_option(span, options)
         if named:
-            return letter
+            return label
     return None
 
 
 def reference_answer(sample: Sample) -> str | None:
     """The dataset's answer, in the form of `extract_answer`; None where it cannot be read (count and name those)."""
-    return extract_answer(sample.answer, sample.options)
+    answer = extract_answer(sample.answer, sample.options)
+    if sample.problem_type == "numerical" and not sample.options and read_number(answer) is None:
+        return None
+    return answer
 
 
 def is_correct(text: str, sample: Sample) -> bool:
     """Completion against the dataset's answer. Raises UserError when that answer itself cannot be read."""
     reference = reference_answer(sample)
     if reference is None:
-        options = ", ".join(f"({letter}) {words}" for letter, words in sample.options.items()) or "none"
+        options = ", ".join(f"({label}) {words}" for label, words in sample.options.items()) or "none"
         raise UserError(f"dataset's answer cannot be read: {_short(sample.answer)}; options of its question: {options}")
-    return extract_answer(text, sample.options) == reference
+    answer = extract_answer(text, sample.options)
+    if sample.problem_type == "numerical" and not sample.options:
+        value = read_number(answer)
+        return value is not None and round(value, 2) == round(read_number(reference), 2)  # as Video-R1 compares them
+    return answer == reference
 
 
-def _named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
-    """-> (an option is named at all, letter of the last one named or None for a contradiction)."""
-    span = _plain(span)
-    letters = list(_letter_pattern(options).finditer(span))
-    if not letters:
-        owners = _owners_of_words(span, options)
-        return bool(owners), owners[-1][0] if owners and len(owners[-1]) == 1 else None
-    last = letters[-1]
-    letter = next(group for group in last.groups() if group).upper()
-    owners = _owners_of_words(span[last.end() :], options)
-    if not owners and len(letters) == 1:  # "Left to Right (A)": words right before the letter are its own
-        owners = _owners_of_words(span[: last.start()], options, at_end=True)
-    agrees = letter in options and all(letter in owner for owner in owners)
-    return True, letter if agrees else None
+def read_number(text: str | None) -> float | None:
+    """"3.50", "1,200" or "-7 %" -> float; None for anything else, also for words around a number."""
+    plain_number = re.fullmatch(r"([-+−]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?", (text or "").strip())
+    if plain_number is None or not (plain_number[2] or plain_number[3]):
+        return None
+    sign = -1.0 if plain_number[1] in ("-", "−") and plain_number[1] else 1.0
+    value = sign * float((plain_number[2] or "0").replace(",", "") + (plain_number[3] or ""))
+    return value if math.isfinite(value) else None
 
 
-def _letter_pattern(options: dict[str, str]) -> re.Pattern:
-    """Matches a letter (or number) meant as an option: "(A)" anywhere, "A", "A)" or "A." at the start, "option A"."""
-    key = r"\d{1,2}" if all(letter.isdigit() for letter in options) else "[A-Z]"
-    words = "|".join(re.escape(_plain(words)) for words in options.values())
-    end = rf"(?=\s*$|\s*[).:,-]|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no letter
-    return re.compile(rf"(?<!\w)\(\s*((?i:{key}))\s*\)|^({key}){end}|\b(?i:option|choice)\s+({key})\b|^([a-z])\W*$")
+def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
+    """-> (an option is named at all, label of the last one named or None for a contradiction)."""
+    span = plain(span)
+    words = mentions_of_words(span, options)
+    labels = [match for match in labels_said(span, options) if not within_words(match, words)]
+    if not labels:
+        return bool(words), words[-1].labels[0] if words and len(words[-1].labels) == 1 else None
+    last = labels[-1]
+    label = label_of(last)
+    if any(joined(span[one.end() : two.start()]) for one, two in zip(labels, labels[1:])) or and_another(span, last):
+        return True, None
+    behind = [mention for mention in words if mention.start >= last.end()]
+    if not behind and len(labels) == 1:  # "Left to Right (A)": words right before the label are its own
+        behind = [m for m in words if m.end <= last.start() and not span[m.end : last.start()].strip(" .,:;-")]
+    agrees = label in options and all(label in mention.labels for mention in behind)
+    return True, label if agrees else None
 
 
-def _owners_of_words(span: str, options: dict[str, str], at_end: bool = False) -> list[list[str]]:
-    """Each mention of an option's words, in order -> the letters with these words (several if words are not unique)."""
+@dataclass(frozen=True)
+class Mention:
+    """Words of an option in an answer. labels: the options that have these words."""
+
+    start: int
+    end: int
+    labels: list[str]
+
+
+def mentions_of_words(span: str, options: dict[str, str]) -> list[Mention]:
+    """Each mention of an option's words, in order; of overlapping ones the longest."""
     by_words = {}
-    for letter, words in options.items():
-        by_words.setdefault(_plain(words).casefold(), []).append(letter)
+    for label, words in options.items():
+        by_words.setdefault(plain(words).casefold(), []).append(label)
     longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
     if not longest_first:
         return []
-    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)" + (r"\W*$" if at_end else "")
-    return [by_words[words] for words in re.findall(pattern, span.casefold())]
+    pattern = rf"(?<!\w)(?<!\d\.)({'|'.join(map(re.escape, longest_first))})(?!\w)(?!\.\d)"
+    return [Mention(m.start(), m.end(), by_words[m[0]]) for m in re.finditer(pattern, span.casefold())]
 
 
-def _plain(text: str) -> str:
-    """One line without markdown and quotes, hyphens inside words as spaces: "**Left-to-Right**" -> "Left to Right"."""
-    text = re.sub(r"(?<=\w)-(?=\w)", " ", re.sub(r"[*`\"“”]+", "", text))
+def within_words(label: re.Match, words: list[Mention]) -> bool:
+    """Whether a label is part of an option's words, as in "both (A) and (B)"; a single word is the label itself."""
+    return any(m.start <= label.start() and label.end() <= m.end and m.end - m.start > len(label[0]) for m in words)
+
+
+def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
+    """Labels meant as an option, in order: "(A)" or "[A]" anywhere; "A" alone, or at the start before a mark or the
+    option's words; "a" alone; "option A", "the answer is A"."""
+    key = r"\d{1,2}" if all(label.isdigit() for label in options) else "[A-Z]"
+    words = "|".join(re.escape(plain(words)) for words in options.values())
+    end = rf"(?=\W*$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
+    said = [
+        rf"(?<!\w)[(\[]\s*((?i:{key}))\s*[)\]]",
+        rf"^\W*({key}){end}",
+        rf"\b(?i:option|choice|answer|letter)(?:\s+is)?\s*:?\s+((?i:{key}))(?=\W*$|\s*[).:,-](?!\d))",
+        rf"\b(?i:it is|it's|choose|chose|pick|select)\s+({key})(?=\W*$|\s*[).:,-](?!\d))",
+        r"^\W*([a-z])\W*$",
+    ]
+    return list(re.finditer("|".join(said), span))
+
+
+def label_of(match: re.Match) -> str:
+    return next(group for group in match.groups() if group).upper()
+
+
+def joined(between: str) -> bool:
+    """Whether two labels are named together: "(A), (B)", "(A) and (B)", "A/B"."""
+    return not between.strip(" ,/&+.;()") or between.strip(" ,/&+.;").casefold() in ("and", "or")
+
+
+def and_another(span: str, label: re.Match) -> bool:
+    """Whether a bare letter goes on behind the label: "B, A", "B/A", "A and B"."""
+    return re.match(r"\W*(?:[,/&+]|\band\b|\bor\b)\s*[(\[]?[A-Z][)\]]?\W*$", span[label.end() :]) is not None
+
+
+def fold(text: str) -> str:
+    """Composed characters (NFC), full-width letters and marks as ASCII."""
+    return unicodedata.normalize("NFC", text).translate(HALF_WIDTH)
+
+
+def plain(text: str) -> str:
+    r"""One line without markdown, quotes and \boxed{}; hyphens inside words as spaces: "**Left-to-Right**" -> "Left to
+    Right"."""
+    text = fold(text)
+    for _ in range(2):  # one may stand in the other
+        text = re.sub(r"\\(?:boxed|text|mathrm)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", re.sub(r"[*`\"“”„«»$]+", "", text))
     return " ".join(text.split()).strip()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dataset.records import Media, record_name
 from model import UserError
-from rewards import LISTED, Sample, reference_answer, sample_from_record
+from rewards import Sample, parse_options, reference_answer, sample_from_record
 
 LOOKED = 1000  # records whose text is read, evenly spread over the dataset
 MEASURED = 32  # records whose clips are planned and whose tokens are counted
@@ -55,9 +55,11 @@ def answer_class(sample: Sample) -> str:
 def question_form(text: str) -> str:
     """A question without its clips, its list of options and its numbers: what many questions share."""
     text = re.sub(r"<(video|image)>", "", text)
-    options = len(LISTED.findall(text))
-    text = re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?", "#", LISTED.sub("", text))).strip()
-    return (text[:160] + f" [{options} options]" * (options > 1)).strip()
+    options = parse_options(text)
+    for label, words in options.items():  # label, mark and words
+        text = re.sub(rf"\W{{0,2}}\b{label}\W{{1,3}}{re.escape(words)}", "", text, count=1, flags=re.IGNORECASE)
+    text = re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?", "#", text)).strip()
+    return (text[:160] + f" [{len(options)} options]" * bool(options)).strip()
 
 
 def measured(records: list[dict], processor) -> dict:
