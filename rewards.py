@@ -65,8 +65,8 @@ def sample_from_record(record: dict) -> Sample:
     if question is None or not answer:
         missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
-    kind = record.get("problem_type")
-    return Sample(question, answer, parse_options("\n".join(talk.options)) or None, kind if isinstance(kind, str) else "")
+    problem_type = record["problem_type"] if isinstance(record.get("problem_type"), str) else ""
+    return Sample(question, answer, parse_options("\n".join(talk.options)) or None, problem_type)
 
 
 def plain_text(content: str | list) -> str:

@@ -21,7 +21,13 @@ from model import UserError
 TAG = re.compile(r"<(video|image)>\n?")
 # RFC 2397, as far as OpenAI and ms-swift use it: a file inside its record
 INLINE = re.compile(r"data:(video|image)/([\w.+-]+)(?:;[\w.+=-]+)*;base64,")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+VIDEO_SUFFIXES += (".gif", ".m2ts", ".h264", ".hevc")
+# Columns that hold a picture or clip in other people's datasets, whatever their value looks like
+CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
+                for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
+CLIP_COLUMNS |= {"file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def read_turns(record: dict, where: str) -> list[Turn]:
     talk = read_form(record, where)
     tags = {kind: sum(count_tags(kind, message.content) for message in talk.messages) for kind in talk.clips}
     pools = {kind: media_pool(kind, found, tags[kind], where) for kind, found in talk.clips.items()}
+    refuse_unread_clips(record, pools, talk.messages, where)
     taken = dict.fromkeys(pools, 0)
     turns = [read_turn(message, pools, taken, where) for message in talk.messages]
     untagged = [kind for kind in ("image", "video") if not tags[kind] and not has_media(turns, kind)]
@@ -85,6 +92,41 @@ def read_turns(record: dict, where: str) -> list[Turn]:
             told = f"{taken[kind]} <{kind}> tag(s) for {len(pool)} {kind}(s)"
             raise UserError(f"{where}: {told}; expected one tag for each, or none at all")
     return turns
+
+
+def refuse_unread_clips(record: dict, pools: dict, messages: list[Message], where: str) -> None:
+    """UserError where a record names its picture or clip in a column that no form knows: it would be text alone."""
+    typed = any(isinstance(part, dict) and part.get("type") not in (None, "text")
+                for message in messages if isinstance(message.content, list) for part in message.content)  # fmt: skip
+    if typed or any(pools.values()):
+        return
+    known = {name for form in FORMS for name in (form.key, *form.columns)} | {"id", "problem_id", "videos", "images"}
+    for column, value in record.items():
+        if column not in known and (names_clip(value) or (column.lower() in CLIP_COLUMNS and holds_something(value))):
+            kind = "video or image" if column.lower() in ("path", "file_name", "filename") else clip_kind(column, value)
+            told = f"{where}: its picture or clip seems to stand in the column {column}, which no form of record has"
+            raise UserError(f"{told}; rename the column to {kind}, or remove it if it is none")
+
+
+def names_clip(value) -> bool:
+    """Whether a value, or anything in it, is the name of a picture's or clip's file."""
+    if isinstance(value, dict):
+        return any(map(names_clip, value.values()))
+    if isinstance(value, list):
+        return any(map(names_clip, value))
+    is_name = isinstance(value, str) and len(value) < 4096 and "\n" not in value
+    return is_name and (value.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)) or bool(INLINE.match(value)))
+
+
+def holds_something(value) -> bool:
+    return isinstance(value, (str, list, dict)) and bool(value)
+
+
+def clip_kind(column: str, value) -> str:
+    pictures = str(value).lower().rstrip("'\"]}").endswith(IMAGE_SUFFIXES)
+    if "frame" in column.lower():
+        return "video (a list of frames)"
+    return "image" if pictures or column.lower().startswith(("im", "pic", "photo")) else "video"
 
 
 def has_media(turns: list[Turn], kind: str) -> bool:

@@ -102,6 +102,7 @@ class ModelConfig:
             "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
         }
         text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        refuse_other_models(text, rope, raw.get("vision_config") or {}, source)
         vision = {"in_channels": raw.get("vision_config", {}).get("in_chans", 3), **raw.get("vision_config", {})}
         names = {f.name for f in fields(VisionConfig)}
         text["vision"] = VisionConfig(**{k: v for k, v in vision.items() if k in names})
@@ -331,6 +332,18 @@ def read_object(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
     return found
+
+
+def refuse_other_models(text: dict, rope: dict, vision: dict, source: str) -> None:
+    """UserError for keys of config.json that ask for another model than the one written here."""
+    supported = [(f"rope_scaling {key}", rope.get(key), (None, "mrope", "default")) for key in ("type", "rope_type")]
+    supported.append(("use_sliding_window", text.get("use_sliding_window"), (None, False)))
+    supported.append(("hidden_act", text.get("hidden_act"), (None, "silu")))
+    supported.append(("vision_config's hidden_act", vision.get("hidden_act"), (None, "silu")))
+    for name, value, allowed in supported:
+        if value not in allowed:
+            expected = " or ".join(str(choice) for choice in allowed[1:])
+            raise UserError(f"{source}: {name} is {str(value)[:80]}, expected {expected}; this model is not supported")
 
 
 def check_sizes(config: "ModelConfig", source: str) -> None:

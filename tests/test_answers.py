@@ -1,4 +1,4 @@
-"""How options and answers are read: cases that went wrong once, and lists whose right label is known by construction."""
+"""How options and answers are read: cases that went wrong once, and lists whose right label is known beforehand."""
 
 import json
 import unicodedata
@@ -21,7 +21,7 @@ def test_case(case):
 # A list of options is made here label by label; the label that is asked for is right, whatever rewards.py thinks.
 NOUNS = ("the red cube", "a ball", "left", "Jones", "12.5", "2:30", "both (A) and (B)", "J. Smith", "no one", "3 of 4")
 STYLES = ("({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}", "- {}. {}", "（{}）{}")
-LEADS = ("", "Subtitles:\n0:05 the man enters\n1:12 he leaves\n", "It takes 12.5 s.\nMr. J. Smith asks:\n", "J. Doe asks.\n")
+LEADS = ("", "Subtitles:\n0:05 the man enters\n1:12 he leaves\n", "It takes 12.5 s.\nMr. J. Smith asks:\n", "J. Doe.\n")
 ANSWERS = ("{}", "({})", "{}.", "The answer is {}", "option {}", r"\boxed{{{}}}", '"{}"', "[{}]", "**{}**")
 words = st.lists(st.sampled_from(NOUNS), min_size=2, max_size=5, unique=True)
 
@@ -45,7 +45,7 @@ numbers = st.decimals(0, 1000, places=2, allow_nan=False)
 openings = st.sampled_from(["{}", "{} s", "J. {}", "{}:30", "({}"])
 
 
-@given(numbers, numbers, openings, st.sampled_from(["How long?", "1:05 he says\n2:10 she says\nHow long does it take?"]))
+@given(numbers, numbers, openings, st.sampled_from(["How long?", "1:05 he says\n2:10 she says\nHow long is it?"]))
 def test_open_answer_is_no_list(true, said, form, question):
     sample = sample_from_record({"question": question, "answer": form.format(true)})
     assert sample.options == {}
