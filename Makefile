@@ -48,5 +48,5 @@ lock: $(VENV)/run            ## write the lock files anew after a change of requ
 	$(PIP) uv==0.13.9
 	$(RUN) .ci/lock.py
 
-clean:
-	rm -rf $(VENV) output data/quickstart
+clean:                       ## the environment and caches; runs in output/ and clips in data/ are yours
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

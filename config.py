@@ -236,7 +236,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
     report_to: str = "none"  # any of tensorboard,wandb: metrics, rollouts and clips go there too; metrics.jsonl always
     eval_steps: int = 100  # steps between evaluations by free generation; 0 = only at the end
-    eval_samples: int = 400  # held-out clips an evaluation; 400 give +-1.4 % at 98 %
+    eval_samples: int = 400  # held-out clips an evaluation, spread over the file by the seed; 400 give +-1.4 % at 98 %
     eval_controls: int = 100  # held-out clips asked thrice more at the end: reversed, shuffled, blank; 0 = not
     max_new_tokens: int = 256  # tokens an answer may take in an evaluation
     save_strategy: str = "steps"  # steps, epoch, or no: only at the end
@@ -433,7 +433,7 @@ class Infer(Asked):
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked
     controls: str | None = "reversed,shuffled,blank"  # the same once more with the frames in this state; none = not
-    max_samples: int | None = None  # evaluate only the first N; none = all
+    max_samples: int | None = None  # evaluate only N, spread over the file by the seed; none = all
     batch_size: int = 32  # clips decoded together; sampling keeps their caches in memory
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
     dataloader_num_workers: int = 2  # threads that read clips ahead

@@ -314,6 +314,11 @@ def write_previews(work: Path, made: list[tuple[Clip, str]]) -> None:
     preview.write_gif(work / "preview.gif", preview.animation(rows))
 
 
+def shuffle_held_out(parts: dict[str, list[dict]], seed: int) -> None:
+    """val.json in random order, so that whoever reads its first N has all classes. (Training shuffles train.json.)"""
+    np.random.default_rng([seed, 6]).shuffle(parts["val"])
+
+
 def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -341,6 +346,7 @@ def generate_from_folder(cfg: Generate) -> dict:
     began = time.monotonic()
     with told_of_disks(out, work):
         parts, facts, notes = folders.make(cfg, out, out / CACHE)
+        shuffle_held_out(parts, cfg.seed)
         for part, records in parts.items():
             if records:
                 write_json(work / f"{part}.json", records)
@@ -407,6 +413,7 @@ def fill_folder(cfg: Generate, jobs: list[Job], out: Path, work: Path) -> tuple[
             f"chains of thought: too many clips were dropped, none is left of {', '.join(sorted(missing)[:3])}; "
             "take another --cot_model, more --num_samples, or --cot_source trajectory"
         )
+    shuffle_held_out(parts, cfg.seed)
     for part, records in parts.items():
         write_json(work / f"{part}.json", records)
     write_previews(work, made)

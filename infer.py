@@ -18,13 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Infer, VideoArgs, as_dict, cli, parse, split_list
-from dataset.index import read_records
+from dataset.index import read_records, spread
 from dataset.records import IMAGE_SUFFIXES
 from effects import inert
 from flags import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
-from training.checkpoint import STATE, find_adapter, read_json
+from training.checkpoint import BEST, STATE, find_adapter, read_json
 from training.measures import chance, confusion_of, in_words, measure
 
 
@@ -33,7 +33,7 @@ def main(argv=None):
     adapter, told = choose_adapter(cfg)
     for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
         print(f"note: {line}")
-    task = read_records(cfg.data_path)[: cfg.max_samples] if cfg.data_path else clip_record(cfg)
+    task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
     if cfg.data_path:
         found = evaluate(cfg, load_model(cfg, adapter), processor, task)
@@ -58,7 +58,16 @@ def choose_adapter(cfg):
         if Path(base).resolve() != Path(cfg.model_id).resolve():  # where they are hub ids, this compares the ids
             told = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
             return None, f"{told}; give --model_id {base}, or --model_ckpt"
-    return folder, f"adapter {folder}"
+    return folder, f"adapter {folder}{below_start(folder)}"
+
+
+def below_start(folder):
+    """What is to say of a GRPO run whose best checkpoint answers worse than the policy that it began with."""
+    path = folder.parent / BEST
+    best = read_json(path) if path.exists() else {}
+    if not (isinstance(best, dict) and best.get("below_start") and folder.name == f"checkpoint-{best['step']}"):
+        return ""
+    return f", the best of its run, but {best['accuracy']:.1%} is less than the {best['start_accuracy']:.1%} of its start"
 
 
 def read_as_trained(cfg, adapter):

@@ -391,16 +391,14 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     greedy = evaluate(run, model, processor, held_out)
     sampled = evaluate(run, model, processor, held_out, run.cfg.temperature, run.cfg.seed)
     seconds, accuracy, count = time.perf_counter() - began, greedy.accuracy, greedy.count
-    better = count > 0 and run.step > 0 and (run.best is None or accuracy >= run.best["accuracy"])
-    if better:
-        run.best = {"step": run.step, "accuracy": accuracy}
+    verdict = run.judged(accuracy)
     if count and sampled.count:
         text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
-        run.say(f"step {run.step:>6}  {text}{', the best so far' if better else ''}  ({seconds:.1f} s)")
+        run.say(f"step {run.step:>6}  {text}{verdict}  ({seconds:.1f} s)")
     told = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
     told["evaluation"] = evaluation_facts(run, model, processor, held_out, greedy, log.total)
     log.write(run.step, told | {"eval_seconds": seconds})
-    return better
+    return run.best is not None and run.best["step"] == run.step
 
 
 if __name__ == "__main__":

@@ -159,19 +159,16 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     began = time.perf_counter()
     found = evaluate(run, model, processor, held_out)
     seconds, accuracy = time.perf_counter() - began, found.accuracy
-    better = accuracy is not None and (run.best is None or accuracy >= run.best["accuracy"])
-    if better:
-        run.best = {"step": run.step, "accuracy": accuracy}
+    verdict = run.judged(accuracy)
     if found.count:
-        mark = ", the best so far" if better else ""
-        text = f"answers right: {accuracy:.1%} of {found.count} held-out samples{mark}  ({seconds:.1f} s)"
+        text = f"answers right: {accuracy:.1%} of {found.count} held-out samples{verdict}  ({seconds:.1f} s)"
         run.say(f"step {run.step:>6}  {text}")
     told = {"eval_accuracy": accuracy, "eval_count": found.count, "eval_seconds": seconds}
     log.write(run.step, told | {"evaluation": evaluation_facts(run, model, processor, held_out, found, log.total)})
     if run.rank == 0:
         append(run.folder / ROLLOUTS, found.rows)
     log.rollouts(run.step, found.rows)
-    return better
+    return run.best is not None and run.best["step"] == run.step
 
 
 if __name__ == "__main__":

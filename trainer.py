@@ -83,7 +83,9 @@ class Run:
     adapter: Path | None = None  # adapter that the run began with
     state: dict = field(default_factory=dict)  # its trainer_state.json
     step: int = 0  # steps done
-    best: dict | None = None  # {"step", "accuracy"}
+    best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
+    start_accuracy: float | None = None  # before the first step, where that was measured
+    last_accuracy: float | None = None  # of the last evaluation
     bad: int = 0  # steps in a row without an update
     norms: list = field(default_factory=list)  # gradient norms of the last updates, which a spike is judged by
     loader: object = None  # of the training data: counts what it leaves out
@@ -104,6 +106,24 @@ class Run:
     def say(self, text):
         if self.rank == 0:
             say(text)
+
+    def judged(self, accuracy: float | None) -> str:
+        """Keep the accuracy that was measured after this step; what to add to its line. Of equals the latest is best;
+        the start itself is no checkpoint, but what the best one is held against."""
+        if accuracy is None:
+            return ""
+        self.last_accuracy = accuracy
+        if self.step == 0:
+            self.start_accuracy = accuracy
+            return ", the start"
+        if self.best is not None and accuracy < self.best["accuracy"]:
+            return ""
+        self.best = {"step": self.step, "accuracy": accuracy}
+        if self.start_accuracy is None:
+            return ", the best so far"
+        below = accuracy < self.start_accuracy
+        self.best |= {"start_accuracy": self.start_accuracy, "below_start": below}
+        return f", the best so far, but below the start's {self.start_accuracy:.1%}" if below else ", the best so far"
 
     def sum(self, *values):
         return global_sum(values, self.device)
@@ -220,6 +240,7 @@ def find_source(run):
     agree_on_checkpoint(run.source)
     run.state = read_json(run.source / STATE)
     run.step, run.best = run.state["step"], run.state["best"]
+    run.start_accuracy = run.state.get("start_accuracy")
     run.norms = run.state.get("norms", [])
     memory = run.state.get("memory") or {"halved": 0, "limit": None}
     run.halved = memory["halved"] if run.rank == 0 else 0
@@ -431,6 +452,7 @@ def fill(run, engine, step, loop, counts, state, folder):
         "step": step,
         "updates": updates_made(engine),
         "best": run.best,
+        "start_accuracy": run.start_accuracy,
         "samples_per_step": samples_per_step(cfg, run.data_world),
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
@@ -453,10 +475,23 @@ def report(run):
             run.say(f"report: {error}")
 
 
+def against_start(run):
+    """How the last evaluation stands to the one before the first step: "" where one of them was not made."""
+    if None in (run.start_accuracy, run.last_accuracy) or run.step == 0:
+        return ""
+    end, start = run.last_accuracy, run.start_accuracy
+    told = "better than" if end > start else "worse than" if end < start else "as good as"
+    text = f"; {end:.1%} at the end, {start:.1%} at the start: {told} the start"
+    if end < start:
+        text += " (the run made it worse; try a lower --learning_rate or a larger --beta)"
+    return text
+
+
 def finish(run, total):
     """Tell how the run ended and leave the other ranks in order; after a signal exit with 128 + its number."""
     number = run.stop_requested()
     best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
+    best += against_start(run)
     why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""
     run.say(f"{run.folder}: step {run.step} of {total}{best}{why}")
     for each, handler in run.handlers.items():

@@ -12,6 +12,7 @@ import codecs
 import json
 import logging
 import os
+import random
 import re
 import stat
 from array import array
@@ -115,6 +116,16 @@ class Selection(Sequence):
         if self.check:
             self.check(self.numbers[i], record)
         return record
+
+
+def spread(records: Sequence[dict], wanted: int | None, seed: int) -> Sequence[dict]:
+    """`wanted` of the records in their order, spread over all of them by the seed; all where that is not fewer.
+
+    The first ones of a file are no fair sample: files are often sorted by class or by source.
+    """
+    if wanted is None or wanted >= len(records):
+        return records
+    return Selection(records, sorted(random.Random(seed).sample(range(len(records)), wanted)))
 
 
 def parse(data: bytes) -> dict:

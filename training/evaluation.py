@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import CONTROLS
 from dataset.batch import Vanished
-from dataset.index import Selection, read_records
+from dataset.index import Selection, read_records, spread
 from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
@@ -33,7 +33,7 @@ def held_out_records(cfg):
     if path == "":
         beside = Path(cfg.data_path).with_name("val.json")
         path = beside if beside.exists() else None
-    return [] if path is None else read_records(path)[: cfg.eval_samples]
+    return [] if path is None else spread(read_records(path), cfg.eval_samples, cfg.seed)
 
 
 def answerable(cfg, what, records, most=None):
@@ -171,12 +171,14 @@ def evaluation_facts(run, model, processor, records, found, total):
 
 
 def evaluate_controls(run, model, processor, records, plain):
-    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the first eval_controls
-    records. plain: the Found of the frames as they are. It costs as much as 3 x eval_controls samples of an evaluation;
-    the clips are in the cache if it holds them."""
-    records, found, began = records[: run.cfg.eval_controls], {}, time.perf_counter()
+    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of eval_controls of the records,
+    spread over them by the seed. plain: the Found of the frames as they are. It costs as much as 3 x eval_controls
+    samples of an evaluation; the clips are in the cache if it holds them."""
+    numbers, found, began = spread(range(len(records)), run.cfg.eval_controls, run.cfg.seed), {}, time.perf_counter()
+    records = Selection(records, numbers)
     for control in CONTROLS[1:]:
-        found[control] = measure(evaluate(run, model, processor, records, control=control).answers, plain.answers)
+        answers = evaluate(run, model, processor, records, control=control).answers
+        found[control] = measure({numbers[k]: answer for k, answer in answers.items()}, plain.answers)
     told = [f"{name} {facts['accuracy']:.1%}" for name, facts in found.items() if facts["count"]]
     seconds = f"({time.perf_counter() - began:.1f} s)"
     run.say(f"step {run.step:>6}  with changed frames: {', '.join(told)} of {len(records)} held-out samples  {seconds}")
