@@ -3,18 +3,27 @@
 config.py holds the options themselves. Standard library only: --help must not wait for torch.
 """
 
+import ast
 import dataclasses
 import errno
 import math
+import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
 import types
 import typing
 from pathlib import Path
 
 from model import UserError, nearest, nearest_path
+
+# libgomp, which torch computes with on a CPU, reads this when torch is imported: so long (loop turns) a thread that
+# waits for the others keeps its core busy. Its own default is some milliseconds, in which the thread that it waits for
+# cannot run where other programs want the cores too: steps took 7 to 8 times as long beside two of them.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # -- Checks of values, for the dataclasses' check()
 
@@ -133,6 +142,10 @@ def read_config_file(cls, path):
         raise UserError(f"--config: {found}{nearest_path(path)}")
     if path.resolve() == _source(cls).resolve():
         return {}
+    if path.suffix != ".py":
+        expected = "a .py file of assignments, such as learning_rate = 1e-4"
+        raise UserError(f"--config: {path} is a {path.suffix or 'nameless'} file, expected {expected}")
+    refuse_annotations(path)
     try:
         space = runpy.run_path(str(path))
     except (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError) as error:
@@ -143,7 +156,22 @@ def read_config_file(cls, path):
     else:
         skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
         found = {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
+        if not found:
+            raise UserError(f"--config: {path} sets nothing, expected assignments such as learning_rate = 1e-4")
     return {_known(cls, name, f"{path}: "): from_file(cls, name, value, path) for name, value in found.items()}
+
+
+def refuse_annotations(path):
+    """UserError for `learning_rate: float` in a config file: a type without a value sets nothing."""
+    try:
+        lines = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError) as error:  # UnicodeDecodeError among them
+        raise UserError(f"--config {path}: is not Python ({error}); expected plain assignments") from None
+    for line in lines:
+        if isinstance(line, ast.AnnAssign) and line.value is None:
+            name = ast.unparse(line.target)
+            told = f"--config {path}: line {line.lineno}: {name} has a type and no value"
+            raise UserError(f"{told}; expected an assignment such as {name} = 1")
 
 
 def from_file(cls, name, value, path):
@@ -298,10 +326,14 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 
 def cli(main, each_rank=True):
-    """Run a script's main(); a user's mistake becomes one line and exit code 2. each_rank: whether every process that a
-    launcher starts tells its own; what all of a machine find alike, its first one tells."""
+    """Run a script's main(); a user's mistake becomes one line and exit code 2, Ctrl-C one line and 130. each_rank:
+    whether every process that a launcher starts tells its own; what all of a machine find alike, its first one tells.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
+    except KeyboardInterrupt:
+        interrupted()
     except UserError as error:
         if not each_rank and os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
@@ -316,6 +348,26 @@ def cli(main, each_rank=True):
             hush(sys.stdout)
         what = error.filename or "standard output, or a file"
         fail(f"{what}: {error.strerror}; make room or choose another place, then run again")
+    finally:
+        watch_imports()
+
+
+def watch_imports():
+    """From now on Ctrl-C ends the process in one line: while modules are imported there is nothing to clean up, and an
+    exception could end in a traceback, or in one of a library's own handlers."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def interrupted(*_):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and multiprocessing.parent_process() is None:
+        os.write(2, b"\nstopped by Ctrl-C\n")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
+            pass
+    os._exit(130)
 
 
 def fail(text):
@@ -330,3 +382,8 @@ def fail(text):
 def hush(stream):
     """Python flushes its streams at its end, and would fail once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if _script.parent == Path(__file__).resolve().parent:
+    watch_imports()  # a script of this repository, which imports this first

@@ -16,10 +16,14 @@ The way: plan (labels and parts) -> worker processes draw, augment, encode -> te
 the end, so a killed run leaves nothing half-done and is simply started again.
 """
 
+# ruff: noqa: E402, I001
+from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list  # first: it handles Ctrl-C
+
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +35,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list
 from drawing import cot, preview
 from drawing.clips import (
     CORNERS,
@@ -132,7 +135,8 @@ def make_all(cfg: Generate, jobs: list[Job], folder: Path) -> list[tuple[Clip, s
     if workers == 1:
         made = list(tqdm(map(make, orders), **bar))
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             made = list(tqdm(pool.map(make, orders, chunksize=16), **bar))
     first = {}
     for job, (_, digest) in zip(jobs, made, strict=True):

@@ -7,6 +7,9 @@ The newest adapter under output/ is used if it was made for this base, and clips
 The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
 """
 
+# ruff: noqa: E402, I001
+from config import Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
+
 import json
 import math
 import re
@@ -17,7 +20,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Infer, VideoArgs, as_dict, cli, parse, split_list
 from dataset.index import read_records, spread
 from dataset.records import IMAGE_SUFFIXES
 from effects import inert
@@ -67,7 +69,8 @@ def below_start(folder):
     best = read_json(path) if path.exists() else {}
     if not (isinstance(best, dict) and best.get("below_start") and folder.name == f"checkpoint-{best['step']}"):
         return ""
-    return f", the best of its run, but {best['accuracy']:.1%} is less than the {best['start_accuracy']:.1%} of its start"
+    end, start = best["accuracy"], best["start_accuracy"]
+    return f", the best of its run, but {end:.1%} is less than the {start:.1%} of its start"
 
 
 def read_as_trained(cfg, adapter):

@@ -398,6 +398,10 @@ def watch_signals(run):
     def note(number, _frame):
         if number == run.signal == signal.SIGINT:
             raise SystemExit(128 + number)
+        if not run.signal and run.rank == 0:
+            again = "; once more ends it at once" if number == signal.SIGINT else ""
+            text = f"\n{signal.Signals(number).name}: this step is finished, a checkpoint written{again}\n"
+            os.write(2, text.encode())  # print() may be in the middle of another line
         run.signal = run.signal or number
 
     for number in (signal.SIGINT, signal.SIGTERM):
