@@ -17,7 +17,8 @@ the end, so a killed run leaves nothing half-done and is simply started again.
 """
 
 # ruff: noqa: E402, I001
-from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list  # first: it handles Ctrl-C
+# first, for it handles Ctrl-C
+from config import QUESTION, Generate, as_dict, changed, cli, ignored_options, parse, split_list
 
 import json
 import multiprocessing
@@ -53,7 +54,6 @@ from drawing.clips import (
     sight_frames,
     write_mp4,
 )
-from effects import inert
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def fill_folder(cfg: Generate, jobs: list[Job], out: Path, work: Path) -> tuple[
 def main():
     cfg = parse(Generate)
     print("options:", ", ".join(f"{name}={value!r}" for name, value in changed(cfg).items()) or "defaults")
-    for line in inert(cfg):
+    for line in ignored_options(cfg):
         print(f"note: {line}")
     generate(cfg)
 

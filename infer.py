@@ -8,7 +8,7 @@ The hub's generation_config is never read: decoding is greedy unless --temperatu
 """
 
 # ruff: noqa: E402, I001
-from config import Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
+from config import ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
 
 import json
 import math
@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from dataset.index import read_records, spread
 from dataset.records import IMAGE_SUFFIXES
-from effects import inert
-from flags import from_file
+from cli import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
 from training.checkpoint import BEST, STATE, find_adapter, read_json
@@ -33,7 +32,7 @@ from training.measures import chance, confusion_of, in_words, measure
 def main(argv=None):
     cfg = parse(Infer, argv)
     adapter, told = choose_adapter(cfg)
-    for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
+    for line in (told, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
         print(f"note: {line}")
     task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)

@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import as_dict
+from config import as_dict, ignored_options
 from dataset.sheet import sheet
-from effects import inert
 from interop.merged import copy_small_files
 from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
@@ -327,7 +326,7 @@ def start(run, model, total):
     """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     agree_on_start(run.cfg, run.adapter, total)
     engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
-    run.notes += [*notes, *inert(run.cfg)]
+    run.notes += [*notes, *ignored_options(run.cfg)]
     if run.source:
         load_state(engine, run.source, run.state["updates"])
         if run.state["loss_scale"]:
