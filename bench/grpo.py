@@ -24,19 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
+from training.dealing import Sums
 from workloads import Bench, arguments, chosen, forward_flops, linear_flops, peer_model, random_prompt, step_bytes
 
 import lora
 from config import GRPO
 from dataset.batch import Example, pack
+from engine import build_engine, init_distributed, leave_processes
 from interop.saved import hf_name
 from model.decode import Sampling, generate
 from model.loss import IGNORE
+from rollouts import Rollout
 from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
 from trainer import Run
-from training.dealing import Sums
-from training.engine import build_engine, leave_processes, start_processes
-from training.groups import Rollout
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny" / "tokenizer.json"
 PARTS = "whole step", "rollout", "reference", "update"
@@ -60,7 +60,7 @@ class Step:
         self.bench = bench
         device = bench.device
         if not torch.distributed.is_initialized():
-            device = start_processes()
+            device = init_distributed()
         self.cfg = bench.lora(GRPO)
         self.cfg.num_generations, self.cfg.pack_tokens = bench.args.group, bench.args.pack_tokens
         lora.inject(bench.model, self.cfg)

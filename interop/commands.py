@@ -7,9 +7,9 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+from checkpoint import STATE, find_adapter, sync
 from config import Adapter, ignored_options, parse
 from model import UserError
-from training.checkpoint import STATE, find_adapter, sync
 
 
 def main(argv=None):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from checkpoint import MANIFEST, STATE
 from interop.saved import fit_adapter
 from model.adapters import scale_of, shifted
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, check_tensors, module_name, shard_files, write_shards
-from training.checkpoint import MANIFEST, STATE
 
 GENERATION = "generation_config.json"
 

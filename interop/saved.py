@@ -223,9 +223,6 @@ def load_adapter(model, folder, dtype=None):
     if lora_layers(model):
         raise UserError(f"adapter {folder}: the model carries an adapter already; load it into its base")
     args, layers, base = fit_adapter(model, folder)
-    if model.partition and (names := sorted(set(base) & set(model.partition.names))):
-        told = f"it brings {names[0]} of the base too, expected adapters only"
-        raise UserError(f"adapter {folder}: {told} with --partition_weights True")
     replace_linears(model, list(layers), args, dtype)
     for name, pair in layers.items():
         layer = model.get_submodule(name)

@@ -26,7 +26,7 @@ from place import FLAGS, Place, differences, lines, losses, order_of_prompts
 from promises import keep, row, verdict
 from warm import NAMES, ROOT, Watch
 
-from training.checkpoint import checkpoints, newest_checkpoint, step_of, what_is_broken
+from checkpoint import checkpoints, newest_checkpoint, step_of, what_is_broken
 
 COMMAND = "python tests/chaos.py"
 

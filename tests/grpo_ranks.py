@@ -16,13 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from training import dealing
 from warm import ROOT, start
 
 import data
 import train_grpo
 from dataset.batch import log
 from model import UserError
-from training import dealing
 
 PORT = 29710
 REWARD = """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from warm import NAMES, ROOT, Life, Watch, start  # it sets the environment, and the paths
 
-from training.checkpoint import checkpoints, read_json, what_is_broken
+from checkpoint import checkpoints, read_json, what_is_broken
 
 CLOCK = ("ms", "tokens_per_second", "gib", "wait", "eval_seconds", "rollout_seconds", "update_seconds")
 CLOCK += ("idle", "rollout_idle", "update_idle", "traffic")

@@ -10,7 +10,7 @@ import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
 from endurance import picture, trend, watch
 
-from training.checkpoint import MANIFEST, find_adapter, newest_checkpoint, step_of, what_is_broken, write_whole
+from checkpoint import MANIFEST, find_adapter, newest_checkpoint, step_of, what_is_broken, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 

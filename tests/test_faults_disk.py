@@ -20,14 +20,15 @@ import test_train_sft
 from test_faults_sft import let_go
 from test_train_sft import flags_for, metrics, steps_kept
 
+import checkpoint
 import data
 import report
+import runlog
 import train_sft
 import trainer
+from checkpoint import newest_checkpoint, what_is_broken
 from config import SFT, cli
 from model import UserError
-from training import checkpoint, runlog
-from training.checkpoint import newest_checkpoint, what_is_broken
 
 base, sft = test_train_sft.base, test_train_sft.sft  # fixtures
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,17 +8,17 @@ import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
 import test_train_grpo
 import torch
+import training.full
 from safetensors.torch import load_file
 from test_faults_disk import disk, fill  # noqa: F401 (a fixture)
 from test_faults_sft import let_go
 from test_train_grpo import column, lines
 
 import train_grpo
-import training.full
+from checkpoint import checkpoints
 from model import UserError, decode
 from model.decode import Completion
 from rewards import LARGEST
-from training.checkpoint import checkpoints
 
 base, grpo = test_train_grpo.base, test_train_grpo.grpo  # fixtures
 

@@ -12,18 +12,17 @@ import deepspeed
 import pytest
 import test_train_sft
 import torch
+import training.full
 from safetensors.torch import load_file, save_file
 from test_train_sft import metrics, steps_kept, weights
 
 import infer
 import train_sft
 import trainer
-import training.full
+from checkpoint import newest_checkpoint, read_json
 from config import SFT, cli
 from dataset.batch import Loader
 from model import UserError
-from training import counting
-from training.checkpoint import newest_checkpoint, read_json
 
 base, sft = test_train_sft.base, test_train_sft.sft  # fixtures
 

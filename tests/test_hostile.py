@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from config import Infer, LoraArgs
 from data import load_tokenizer
 from infer import read_as_trained
@@ -22,7 +23,6 @@ from interop.saved import load_adapter, save_adapter
 from lora import inject
 from model import UserError
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
-from training import checkpoint
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,14 +14,14 @@ from conftest import config_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
+from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
+from evaluate import opposite, wilson
 from interop.saved import load_adapter, save_adapter
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from training.checkpoint import write_whole
-from training.measures import opposite, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import lora
+from checkpoint import find_adapter
 from cli import build_parser
 from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
@@ -17,7 +18,6 @@ from model import UserError, nearest, nearest_path
 from model.qwen2_5_vl import resolve_folder
 from report import read_run
 from rewards import load_rewards
-from training.checkpoint import find_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny"

@@ -10,7 +10,6 @@ import test_train_sft
 import torch
 from safetensors.torch import load_file
 from test_train_sft import ROOT, metrics
-
 from training.waiting import Waiting, lost
 
 base = test_train_sft.base  # fixture

@@ -22,12 +22,12 @@ from assets.make_tiny import init
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from dataset.batch import Example
+from grpo import grpo_loss, loss_normalizer
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import Qwen2_5_VL
-from training.groups import ALARM_STEPS, Alarm, Rollout, reward_metrics
-from training.grpo import grpo_loss, loss_normalizer
+from rollouts import ALARM_STEPS, Alarm, Rollout, reward_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # Random weights write random text: these rewards differ within its groups, and can be learned.

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import generate
 import train_sft
 import trainer
 from assets.make_tiny import init
+from checkpoint import find_adapter, newest_checkpoint, what_is_broken
 from config import SFT
+from engine import deepspeed_config, quiet
+from evaluate import Found
 from model import UserError
 from model.qwen2_5_vl import Qwen2_5_VL
-from training import checkpoint, counting
-from training.checkpoint import find_adapter, newest_checkpoint, what_is_broken
-from training.engine import deepspeed_config, quiet
-from training.evaluation import Found
-from training.schedule import lr_factor
+from trainer import lr_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 

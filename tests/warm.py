@@ -30,12 +30,12 @@ import numpy as np
 import torch._dynamo  # noqa: F401 (as above: making a model on the meta device imports it)
 import transformers  # noqa: F401
 
+import checkpoint
 import train_grpo
 import train_sft
 import trainer
 from config import cli
-from training import checkpoint
-from training.runlog import Log
+from runlog import Log
 
 SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo}
 # What a trainer can be caught at, the innermost counts: phase -> (where the function is looked up, its name)

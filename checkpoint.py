@@ -12,7 +12,9 @@
             trainer_state.json         step, position in the data, schedule, what the loop keeps
             manifest.json              size and SHA-256 of every file: written last, checked on load
 
-A checkpoint is written beside its place, flushed to the disk and renamed. Nothing in it is a pickle.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Nothing in it is a pickle.
+The state of the optimizer goes through DeepSpeed's own getters and setters (deepspeed/utils/tensor_fragment.py), whole
+tensors by their names.
 """
 
 import hashlib
@@ -187,3 +189,86 @@ def find_adapter(path, output="output", besides=None, script=None):
     there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
     there = f"({path.parent} holds {there}){nearest_path(path)}"
     raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run {there}")
+
+
+# -- Optimizer state, by parameter name. torch and deepspeed are imported where they are needed: infer.py and lora.py
+# find adapters without them.
+
+SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while saving
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
+
+
+class NotFiniteError(ArithmeticError):
+    """A weight or moment that is NaN or Inf: such a state is not worth keeping."""
+
+
+def trained(engine):
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def link_state(engine):
+    """Tell DeepSpeed where the moments of each parameter lie. It links them once, when they are first asked for, and
+    then only those of one parameter group; with several groups, or new moments, it must be done again."""
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_state(engine, updates):
+    """Yields (key/name, whole fp32 tensor on the CPU): fp32 weights, and moments if an update was made. Every rank must
+    run it to its end: the getters meet in a reduction."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if updates:
+        link_state(engine)
+    for name, param in trained(engine):
+        yield f"weight/{name}", safe_get_full_fp32_param(param).cpu()
+        for key in MOMENTS if updates else ():
+            yield f"{key}/{name}", safe_get_full_optimizer_state(param, key).cpu()
+
+
+def save_state(state, folder):
+    """Write what optimizer_state yields into folder, as optimizer-00000.safetensors and so on."""
+    from safetensors.torch import save_file
+
+    shard, size, number = {}, 0, 0
+    for name, tensor in state:
+        if not tensor.isfinite().all():
+            raise NotFiniteError(f"{name} holds NaN or Inf")
+        shard[name], size = tensor.contiguous(), size + tensor.nbytes
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+    if shard:
+        save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+
+
+def load_state(engine, adamw, folder, updates):
+    """Put weights and moments back. adamw: the torch optimizer that the engine was built with; updates: how many it had
+    made. UserError if this model trains other tensors."""
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from safetensors import safe_open
+
+    if updates:
+        for flat in (p for group in adamw.param_groups for p in group["params"]):  # this rank's share of each group
+            step = torch.tensor(float(updates), device=flat.device)
+            adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        link_state(engine)
+    keys = ("weight", *MOMENTS) if updates else ("weight",)
+    left = {f"{key}/{name}": (param, key) for name, param in trained(engine) for key in keys}
+    for file in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
+                param, key = left.pop(name, (None, None))
+                tensor = shard.get_tensor(name)
+                if param is None or tensor.shape != param.shape:
+                    here = "nothing of that name" if param is None else list(param.shape)
+                    told = f"{file}: {name} {list(tensor.shape)}: the model trains {here}"
+                    raise UserError(f"{told}; resume with that run's flags")
+                if key == "weight":
+                    safe_set_full_fp32_param(param, tensor.to(param.device))
+                else:
+                    safe_set_full_optimizer_state(param, tensor.to(param.device), key)
+    if left:
+        raise UserError(f"{folder}: has no {next(iter(left))}, which this model trains; resume with that run's flags")
+    engine.optimizer.update_lp_params()

@@ -1,4 +1,4 @@
-"""What a run tells: the start-up lines, run.json, metrics.jsonl, one line a step."""
+"""What a run reports: the start-up lines, run.json, metrics.jsonl, one line a step."""
 
 import importlib.metadata
 import json
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoint import METRICS, sync
 from config import changed
 from lora import FLAT, part_of, sizes
 from model import UserError
-from training.checkpoint import METRICS, sync
-from training.trackers import numbers_of, open_trackers
+from trackers import open_trackers
 
 # name in metrics.jsonl, heading, format: the columns of a line
 SFT_COLUMNS = (
@@ -33,8 +33,6 @@ COMMON_COLUMNS = (  # wait: share of the step's time without data
     ("ms", "ms", "6.0f"),
     ("wait", "wait", "4.0%"),
 )
-# of several ranks: the share of the step before that they waited for the slowest of them
-IDLE_COLUMN = (("idle", "idle", "5.1%"),)
 
 
 def say(text):
@@ -66,26 +64,24 @@ def machine():
     return {**cpu, "threads": torch.get_num_threads(), "gpus": gpus, "system": platform.platform()}
 
 
-def describe(run, model, total, warmup):
+def describe(run, model, total, warmup, lines):
     """The start-up lines: what differs from the defaults, precision and why, what is trained, a step's arithmetic."""
     cfg = run.cfg
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
     where = f"CPU, {torch.get_num_threads()} threads"
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
-    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.data_world
-    shared = f" of {cfg.sequence_parallel}, which share each batch," if run.sequence else ""
-    what = "groups" if run.sequence else "ranks"
+    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.world
     vision, merger = (cfg.learning_rate if rate is None else rate for rate in (cfg.vision_lr, cfg.merger_lr))
     yield f"{run.script}: {cfg.model_id} -> {run.folder}"
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
     yield f"  trained    {'; '.join(trained_shares(model))}"
     packed = f", in micro-batches of at most {cfg.pack_tokens} tokens" if cfg.pack_tokens else ""
-    yield f"  a step     {batch} samples x {micro} x {world} {what}{shared} = {batch * micro * world} samples{packed}"
+    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
-    yield from run.plan
+    yield from lines
     for text in run.notes:
         yield f"  note       {text}"
 
@@ -95,7 +91,7 @@ def trained_shares(model):
     counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
-        counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own, as the plan says
+        counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{part} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for part, (some, whole) in counts.items()]
 
@@ -109,10 +105,10 @@ def cut_after(path, step):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    sync(beside)
-    beside.rename(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
 
 
 # At every step
@@ -147,7 +143,7 @@ class Log:
 
     def __init__(self, run, total, columns=SFT_COLUMNS):
         self.run, self.total = run, total
-        self.columns = columns + COMMON_COLUMNS + (IDLE_COLUMN if run.world > 1 else ())
+        self.columns = columns + COMMON_COLUMNS
         self.started, self.first = time.perf_counter(), run.step
         self.file, self.bar, self.trackers = None, None, []
         if run.rank == 0:
@@ -162,12 +158,7 @@ class Log:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         append(self.file, [{"step": step, **clean}])
         for tracker in self.trackers:
-            tracker.numbers(step, numbers_of(clean))
-
-    def rollouts(self, step, rows):
-        """Rows of rollouts.jsonl as a table, with their clips, for whatever --report_to names."""
-        for tracker in self.trackers if rows else ():
-            tracker.rollouts(step, rows)
+            tracker.log(step, clean)
 
     def step(self, step, metrics, seconds, waited, tokens):
         """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""

@@ -1,13 +1,22 @@
-"""A group: the completions of one prompt; scored, told on the console and in rollouts.jsonl, watched over the steps."""
+"""Groups of completions: sampled, scored, put on the console and into rollouts.jsonl, watched over the steps.
+
+train_grpo.py trains on them; evaluate.py samples groups of one.
+"""
 
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from data import pack
 from dataset.batch import Example
 from dataset.records import clip_name, record_name
+from memory import out_of_memory, settings_for_sampling
+from model.decode import generate
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
+from runlog import say
 
 ROLLOUTS = "rollouts.jsonl"
 ALARM_STEPS = 10  # steps that reward and group health are watched over
@@ -30,19 +39,51 @@ class Rollout:
     logprobs: list[float]  # of ids as they were drawn
     finished: bool  # by an end token, not by the length limit
     text: str
-    parts: dict[str, float] = field(default_factory=dict)  # unweighted value of each reward
+    components: dict[str, float] = field(default_factory=dict)  # unweighted value of each reward
     reward: float = 0.0  # their weighted sum
     right: bool = False  # the answer is the dataset's
     advantage: float = 0.0
     trained: bool = False  # its group was chosen for the update
-    sound: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
+    finite: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
 
     def __post_init__(self):
-        self.sound = all(map(math.isfinite, self.logprobs))
+        self.finite = all(map(math.isfinite, self.logprobs))
 
     def kept(self, cfg) -> bool:
         """Whether it gives a gradient where its group is trained on."""
         return self.finished or not cfg.mask_truncated_completions
+
+
+def sample(run, model, batch: list[Example], sampling, count: int, doing: str, seeds: list[int]):
+    """generate() for a list of Examples: a list of `count` Completions for each. Where memory runs out it is done in
+    two halves, each prompt sampled once, and so is whatever is as large from then on.
+
+    seeds: what each prompt draws from, so in exact arithmetic halves give the same completions. (Products over fewer
+    rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
+    UserError where a single prompt is too much.
+    """
+    packed = pack(batch)
+    # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
+    tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
+    if tokens < run.max_sampled_tokens or len(batch) == 1:
+        training, own = model.training, [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
+        try:
+            return generate(model, packed.to(run.device), sampling, count, own)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                settings, then = settings_for_sampling(run.cfg, count), "the last checkpoint is intact, see --resume"
+                raise out_of_memory(run.device, f"{doing} {count} x 1 prompt", [packed], settings, then) from None
+        run.oom_retries += 1
+        run.max_sampled_tokens = tokens
+        model.captures = None  # the memory of the graphs of small passes, if there are any, is worth more now
+        model.train(training)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()  # the halves need other sizes
+        size = f"{count} x {len(batch)} prompts (at most {tokens:,} tokens)"
+        say(f"out of GPU memory while {doing} {size}: done in halves from now on")
+    half = (len(batch) + 1) // 2
+    cut = slice(None, half), slice(half, None)
+    return [group for s in cut for group in sample(run, model, batch[s], sampling, count, doing, seeds[s])]
 
 
 def needs_shuffled(rewards: list[Reward]) -> bool:
@@ -50,16 +91,16 @@ def needs_shuffled(rewards: list[Reward]) -> bool:
 
 
 def score_group(rewards: list[Reward], prompt: Example, group: list[Rollout], shuffled: list[str] | None, limit: int):
-    """Fill in parts, reward and right. shuffled: texts of completions on shuffled frames, where a reward asks for them;
-    limit: tokens that a completion may take. UserError where a reward fails, with its name and the completion."""
+    """Fill in components, reward and right. shuffled: texts of completions on shuffled frames, where a reward asks for
+    them; limit: tokens that a completion may take. UserError where a reward fails, with its name and the completion."""
     sample = sample_from_record(prompt.record)
     context = {}
     if any(reward.needs for reward in rewards):
         context = group_context(sample, [rollout.text for rollout in group], shuffled)
     for rollout in group:
         length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
-        rollout.parts = score(rewards, rollout.text, replace(sample, **length, context=context))
-        rollout.reward = total(rewards, rollout.parts)
+        rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
+        rollout.reward = total(rewards, rollout.components)
         rollout.right = is_correct(rollout.text, sample)
 
 
@@ -67,7 +108,7 @@ def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str
     """All groups of a step, and the std of rewards in each -> metrics over everything that was sampled."""
     rows = [rollout for group in groups for rollout in group]
     values = {"reward": [rollout.reward for rollout in rows]}
-    values |= {f"reward/{name}": [rollout.parts[name] for rollout in rows] for name in rows[0].parts}
+    values |= {f"reward/{name}": [rollout.components[name] for rollout in rows] for name in rows[0].components}
     metrics = {}
     for name, column in values.items():
         metrics |= {name: statistics.fmean(column), f"{name}_std": statistics.stdev(column)}
@@ -81,17 +122,16 @@ def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str
         "length": statistics.fmean(len(rollout.ids) for rollout in rows),
         "completion_tokens": sum(len(rollout.ids) for rollout in rows),
         "truncated": statistics.fmean(not rollout.finished for rollout in rows),
-        "not_finite": sum(not rollout.sound for rollout in rows),
+        "not_finite": sum(not rollout.finite for rollout in rows),
     }
 
 
-# What one sees of them
-
+# -- Shown
 
 def columns(rewards: list[Reward]):
     """Of a step's line on the console: see runlog.Log."""
-    parts = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
-    return COLUMNS_BEFORE + parts + COLUMNS_AFTER
+    components = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
+    return COLUMNS_BEFORE + components + COLUMNS_AFTER
 
 
 def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
@@ -111,8 +151,8 @@ def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
     return means | {"sampler_gap_max": total["sampler_gap_max"]}
 
 
-def row(step: int, record: dict, rollout: Rollout, spell: Callable[[int], str]) -> dict:
-    """One line of rollouts.jsonl, in the words that report.py reads. spell: token id -> its text."""
+def row(step: int, record: dict, rollout: Rollout, decode_token: Callable[[int], str]) -> dict:
+    """One line of rollouts.jsonl, in the words that report.py reads. decode_token: token id -> its text."""
     sample = sample_from_record(record)
     return {
         "step": step,
@@ -123,13 +163,13 @@ def row(step: int, record: dict, rollout: Rollout, spell: Callable[[int], str]) 
         "answer": sample.answer,
         "completion": rollout.text,
         "reward": rollout.reward,
-        "rewards": rollout.parts,
+        "rewards": rollout.components,
         "advantage": round(rollout.advantage, 4),
         "trained": rollout.trained,
         "finished": rollout.finished,
         "n_tokens": len(rollout.ids),
         "ids": rollout.ids,
-        "tokens": [spell(token) for token in rollout.ids],
+        "tokens": [decode_token(token) for token in rollout.ids],
         "logprobs": [round(logprob, 4) if math.isfinite(logprob) else None for logprob in rollout.logprobs],
     }
 
@@ -140,9 +180,9 @@ def best_and_worst(groups: list[list[Rollout]]) -> list[str]:
     lines = []
     for word, choose in (("best", max), ("worst", min)) if group else ():
         rollout = choose(group, key=lambda r: r.reward)
-        parts = ", ".join(f"{name} {value:g}" for name, value in rollout.parts.items())
+        components = ", ".join(f"{name} {value:g}" for name, value in rollout.components.items())
         cut = "" if rollout.finished else " … (cut)"
-        lines.append(f"{word:>5} of a group: reward {rollout.reward:g} ({parts}): {rollout.text!r}{cut}")
+        lines.append(f"{word:>5} of a group: reward {rollout.reward:g} ({components}): {rollout.text!r}{cut}")
     return lines
 
 
@@ -150,7 +190,7 @@ class Alarm:
     """Tells when learning stands still or falls back. Its state goes into checkpoints: a resumed run tells the same."""
 
     def __init__(self, state: dict | None = None):
-        start = {"flat": 0, "rewards": [], "best": None, "widest": 0.0, "told": 0}
+        start = {"flat": 0, "rewards": [], "best": None, "widest": 0.0, "reported": 0}
         self.state = start | (state or {})
 
     def look(self, step: int, metrics: dict) -> list[str]:
@@ -174,7 +214,7 @@ class Alarm:
             return
         mean = sum(state["rewards"]) / ALARM_STEPS
         state["best"] = mean if state["best"] is None else max(mean, state["best"])
-        if mean < state["best"] - state["widest"] / 2 and step >= state["told"] + ALARM_STEPS:
-            state["told"] = step
+        if mean < state["best"] - state["widest"] / 2 and step >= state["reported"] + ALARM_STEPS:
+            state["reported"] = step
             text = f"reward collapses: {mean:.3f} over {ALARM_STEPS} steps, it was {state['best']:.3f}"
             yield f"{text}; lower --learning_rate or raise --beta"

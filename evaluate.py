@@ -3,6 +3,7 @@ is said instead, and how much of it is left when the frames are changed."""
 
 import math
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -14,17 +15,18 @@ from dataset.index import Selection, read_records, spread
 from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
-from rewards import is_correct, sample_from_record
-from training.engine import gather
-from training.full import sample
-from training.groups import Rollout, row
-from training.measures import chance, confusion_of, in_words, measure, wilson
-from training.runlog import progress
+from rewards import Sample, extract_answer, is_correct, reference_answer, sample_from_record
+from rollouts import Rollout, row, sample
+from runlog import progress
 
 EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 # Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
 CHECKED_RECORDS = 10_000
+Z = 1.959964  # standard normal quantile of a 95 % interval
+# What a clip shows when it is played backwards, besides "X to Y" and "Y to X"
+OPPOSITES = {"falling down": "ascending", "ascending": "falling down", "down": "up", "up": "down"}
+NO_ANSWER = "(no answer)"
 
 
 def held_out_records(cfg):
@@ -107,8 +109,8 @@ def prompts(run, processor, records, control):
 
 
 @dataclass
-class Found:
-    """What an evaluation found; on every rank that of all of them, but the rows."""
+class Evaluation:
+    """What an evaluation gave; on every rank that of all of them, but the rows."""
 
     accuracy: float | None  # share that is right of those that could be read; None if there was none
     count: int  # how many could be read
@@ -117,13 +119,13 @@ class Found:
 
 
 def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="none"):
-    """Free generation on records, read by rewards.py, shared over the ranks -> Found.
+    """Free generation on records, read by rewards.py, shared over the ranks -> Evaluation.
 
     control: the frames as they are ("none"), "reversed", "shuffled" or "blank".
     """
     stop = (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
-    spell = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
+    decode_token = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
     answers, rows, right, lost = {}, [], 0, 0
     model.eval()
     with progress(len(records) // run.world, rank=run.rank, unit="clip", desc="evaluation") as bar:
@@ -133,35 +135,35 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="n
             for example, (completion,) in zip(batch, said, strict=True):
                 number, asked = example.number, sample_from_record(example.record)
                 text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-                sound = all(map(math.isfinite, completion.logprobs))
+                finite = all(map(math.isfinite, completion.logprobs))
                 answers[number] = in_words(asked, text)
-                right += (is_right := sound and is_correct(text, asked))
-                lost += not sound
+                right += (is_right := finite and is_correct(text, asked))
+                lost += not finite
                 if number < EVAL_SHOWN:
-                    rows.append(shown(run.step, number, example, completion, text, is_right, spell))
+                    rows.append(shown(run.step, number, example, completion, text, is_right, decode_token))
             bar.update(len(batch))
     model.train()
     right, lost = run.sum(right, lost)
-    everyone = gather((answers, rows))
+    everyone = run.gather((answers, rows))
     answers = {number: answer for found, _ in everyone for number, answer in found.items()}
     if lost:
         told = f"evaluation: {int(lost)} of {len(answers)} answers come from logits that are not finite"
         run.say(f"{told}: counted as wrong")
     rows = sorted((row for _, found in everyone for row in found), key=lambda row: row["prompt"])
-    return Found(right / len(answers) if answers else None, len(answers), answers, rows)
+    return Evaluation(right / len(answers) if answers else None, len(answers), answers, rows)
 
 
-def shown(step, number, example, completion, text, is_right, spell):
+def shown(step, number, example, completion, text, is_right, decode_token):
     """One answer in the words of rollouts.jsonl: a group of one."""
     reward = float(is_right)
     rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text)
-    rollout.parts, rollout.reward = {"accuracy": reward}, reward
-    line = row(step, example.record, rollout, spell)
+    rollout.components, rollout.reward = {"accuracy": reward}, reward
+    line = row(step, example.record, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 
 def evaluation_facts(run, model, processor, records, found, total):
-    """What metrics.jsonl keeps of a Found, in the words that report.py reads; after step `total` with the controls."""
+    """What metrics.jsonl keeps of an Evaluation, as report.py reads it; controls after step `total`."""
     right = round((found.accuracy or 0) * found.count)
     facts = {"accuracy": found.accuracy, "interval": wilson(right, found.count) if found.count else None}
     facts |= {"count": found.count, "chance": chance(found.answers), "confusion": confusion_of(found.answers)}
@@ -172,7 +174,7 @@ def evaluation_facts(run, model, processor, records, found, total):
 
 def evaluate_controls(run, model, processor, records, plain):
     """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of eval_controls of the records,
-    spread over them by the seed. plain: the Found of the frames as they are. It costs as much as 3 x eval_controls
+    spread over them by the seed. plain: the Evaluation of the frames as they are. It costs as much as 3 x eval_controls
     samples of an evaluation; the clips are in the cache if it holds them."""
     numbers, found, began = spread(range(len(records)), run.cfg.eval_controls, run.cfg.seed), {}, time.perf_counter()
     records = Selection(records, numbers)
@@ -183,3 +185,54 @@ def evaluate_controls(run, model, processor, records, plain):
     seconds = f"({time.perf_counter() - began:.1f} s)"
     run.say(f"step {run.step:>6}  with changed frames: {', '.join(told)} of {len(records)} held-out samples  {seconds}")
     return found
+
+
+# -- What answers show. A run of answers is {number of the sample: (true answer's words, the model's, count of options)}
+
+
+def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
+    """A completion's text -> (true answer's words, the model's, count of options)."""
+    letters = reference_answer(sample), extract_answer(text, sample.options)
+    true, said = (sample.options.get(letter, letter) or NO_ANSWER for letter in letters)
+    return true, said, len(sample.options)
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """The 95 % interval of a share (Wilson, 1927) of count > 0, as [low, high]."""
+    p, z2 = right / count, Z * Z / count
+    middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
+    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
+
+
+def mean(values: list) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def opposite(words: str) -> str | None:
+    """What the same clip shows backwards: "Left to Right" -> "right to left"; None where that is not known."""
+    start, to, end = words.casefold().partition(" to ")
+    return f"{end} to {start}" if to else OPPOSITES.get(start)
+
+
+def chance(run: dict) -> float | None:
+    """Accuracy of blind guessing among the options; None where no question has any."""
+    return mean([1 / n for _, _, n in run.values() if n])
+
+
+def confusion_of(run: dict) -> dict[str, Counter]:
+    """{true answer: {answer: count}}, in alphabetical order."""
+    found = {}
+    for true, said, _ in sorted(run.values()):
+        found.setdefault(true, Counter())[said] += 1
+    return found
+
+
+def measure(run: dict, plain: dict) -> dict:
+    """Accuracy of one run, and how its answers stand to those of the plain run: the share that `changed`, and the share
+    that `flipped` to the opposite, of those that have one."""
+    right = [true == said for true, said, _ in run.values()]
+    pairs = [(plain[i][1], said) for i, (_, said, _) in run.items() if i in plain]
+    flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
+    changed = [before != after for before, after in pairs]
+    found = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
+    return found | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
