@@ -80,9 +80,11 @@ def main():
         counts = run.gather_numbers(*own)  # (world, 6)
         answers, tokens, _, skipped, broken, _ = counts.sum(0).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
-        loss_of = partial(micro_loss, engine, answers, sums)
+        grad_norm, updated = None, False
         try:
-            grad_norm, updated = update(engine, micro_batches, loss_of, passes=int(counts[:, 2].max()))
+            if answers:  # else there is nothing to learn from, on all ranks alike
+                loss_of, passes = partial(micro_loss, engine, answers, sums), int(counts[:, 2].max())
+                grad_norm, updated = update(engine, micro_batches, loss_of, passes)
         except torch.OutOfMemoryError:
             settings = settings_for_update(cfg, micro_batches, run.device.type == "cuda")
             then = "the last checkpoint is intact, --resume goes on from it"
@@ -93,7 +95,7 @@ def main():
 
         run.step, seconds = step, time.perf_counter() - began
         metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": right}
-        metrics |= {"grad_norm": grad_norm if answers else None, "lr": lr, "updated": updated}
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "updated": updated}
         metrics |= {"answer_tokens": int(answers), "skipped": skipped}
         log.step(step, metrics, seconds, waited, int(tokens))
 
@@ -120,17 +122,14 @@ def make_loader(cfg, records, processor, rank, world):
 
 
 def micro_loss(engine, answers, sums, packed):
-    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged.
-
-    Without any in the global batch it is NaN, and so are the gradients: the update is skipped, on all ranks alike.
-    """
+    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged."""
     model = engine.module
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
     packed, rows = packed.to(engine.device), rows.to(engine.device, non_blocking=True)  # nothing waits for the GPU
     hidden = engine(packed, rows=rows)  # (N, C)
     logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
-    return -logprobs.sum() / answers if answers else logprobs.sum() * float("nan")
+    return -logprobs.sum() / answers
 
 
 def count(micro_batches):

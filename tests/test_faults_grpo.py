@@ -8,12 +8,12 @@ import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
 import test_train_grpo
 import torch
-import training.full
 from safetensors.torch import load_file
 from test_faults_disk import disk, fill  # noqa: F401 (a fixture)
 from test_faults_sft import let_go
 from test_train_grpo import column, lines
 
+import rollouts
 import train_grpo
 from checkpoint import checkpoints
 from model import UserError, decode
@@ -97,7 +97,7 @@ def test_empty_completions(grpo, rewards, monkeypatch, capfd):
     def silent(model, packed, sampling, count, generator=None):
         return [[Completion([sampling.stop_ids[0]], [-0.1], True) for _ in range(count)] for _ in packed.names]
 
-    monkeypatch.setattr(training.full, "generate", silent)
+    monkeypatch.setattr(rollouts, "generate", silent)
     folder = grpo("run", rewards=rewards("length") + ",accuracy,format,length,repetition".replace(",length,", ","),
                   max_steps=10, log_completions=1)  # fmt: skip
     assert {row["completion"] for row in lines(folder, "rollouts.jsonl")} == {""}
@@ -204,7 +204,7 @@ def small_memory(monkeypatch, most, asked):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return real(model, packed, sampling, count, *rest, **kwargs)
 
-    monkeypatch.setattr(training.full, "generate", generate)
+    monkeypatch.setattr(rollouts, "generate", generate)
 
 
 def same_rollouts(one, other):

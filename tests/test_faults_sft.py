@@ -12,11 +12,11 @@ import deepspeed
 import pytest
 import test_train_sft
 import torch
-import training.full
 from safetensors.torch import load_file, save_file
 from test_train_sft import metrics, steps_kept, weights
 
 import infer
+import rollouts
 import train_sft
 import trainer
 from checkpoint import newest_checkpoint, read_json
@@ -134,18 +134,18 @@ def test_a_spike_is_told_clipped_and_survived(sft, monkeypatch, capfd):
 
     def micro_loss(*args):
         calls.append(args)
-        return real(*args) * (1e6 if len(calls) == counting.SPIKE_STEPS + 2 else 1.0)
+        return real(*args) * (1e6 if len(calls) == trainer.SPIKE_STEPS + 2 else 1.0)
 
     monkeypatch.setattr(train_sft, "micro_loss", micro_loss)
-    n = counting.SPIKE_STEPS
+    n = trainer.SPIKE_STEPS
     folder = sft("run", max_steps=n + 3, save_steps=n + 1, save_total_limit="none")
     shown = [line for line in capfd.readouterr().out.splitlines() if "SPIKE" in line]
-    assert len(shown) == 1 and shown[0].startswith(f"step {counting.SPIKE_STEPS + 2}: SPIKE gradient norm")
+    assert len(shown) == 1 and shown[0].startswith(f"step {trainer.SPIKE_STEPS + 2}: SPIKE gradient norm")
     assert "times the usual: clipped to 1" in shown[0]
     norms = [norm for (norm,) in metrics(folder, "grad_norm")]
-    kept = read_json(folder / f"checkpoint-{counting.SPIKE_STEPS + 1}" / "trainer_state.json")["norms"]
-    assert kept == norms[1 : counting.SPIKE_STEPS + 1]  # what a resumed run judges by
-    before, after = (weights(folder / f"checkpoint-{counting.SPIKE_STEPS + i}") for i in (1, 3))
+    kept = read_json(folder / f"checkpoint-{trainer.SPIKE_STEPS + 1}" / "trainer_state.json")["norms"]
+    assert kept == norms[1 : trainer.SPIKE_STEPS + 1]  # what a resumed run judges by
+    before, after = (weights(folder / f"checkpoint-{trainer.SPIKE_STEPS + i}") for i in (1, 3))
     assert max((before[name] - after[name]).abs().max() for name in before) < 20 * 1e-3  # AdamW's steps, no leap
 
 
@@ -237,7 +237,7 @@ def test_out_of_memory_is_one_line_with_the_plan_and_resume_goes_on(sft, base, t
 def test_an_evaluation_goes_on_in_halves(sft, base, monkeypatch, capfd):
     options = {"eval_data_path": base / "data/val.json", "max_new_tokens": 12, "max_steps": 2}
     whole = sft("whole", **options)
-    real, asked = training.full.generate, []
+    real, asked = rollouts.generate, []
 
     def small(model, packed, *rest, **kwargs):
         asked.append(len(packed.names))
@@ -245,7 +245,7 @@ def test_an_evaluation_goes_on_in_halves(sft, base, monkeypatch, capfd):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(model, packed, *rest, **kwargs)
 
-    monkeypatch.setattr(training.full, "generate", small)
+    monkeypatch.setattr(rollouts, "generate", small)
     folder = sft("run", **options)
     assert asked[:6] == [4, 2, 1, 1, 1, 1] and metrics(folder, "eval_count") == [(4,)]
     assert metrics(folder, "eval_accuracy") == metrics(whole, "eval_accuracy")

@@ -285,7 +285,7 @@ def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
 
 def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
     monkeypatch.setattr("model.decode.generate", watches(["It is (A)"] * 3 + ["no idea"]))
-    found = run(capsys, "--data_path", dataset, "--model_id", base, "--max_samples", 8)[1]
+    found = run(capsys, "--data_path", dataset, "--model_id", base)[1]
     assert found["right"] == 2 and found["confusion"]["Ascending"] == {"(no answer)": 2}
     assert found["flipped"] == 0.0 and found["controls"]["reversed"]["changed"] == 0.5  # falling and ascending
 
