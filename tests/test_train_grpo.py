@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import generate
 import train_grpo
+import trainer
 from assets.make_tiny import init
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
