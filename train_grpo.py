@@ -34,7 +34,6 @@ from model import UserError
 from model.decode import Sampling
 from model.loss import target_logprobs
 from model.qwen2_5_vl import resolve_folder
-from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (
     build_model,
@@ -69,6 +68,7 @@ from training.passes import micro_batch, micro_batches
 from training.plan import brief, dry_run
 from training.runlog import Log, append
 from training.schedule import is_due, saved_every, schedule, total_steps
+from training.trackers import telling_rows
 
 
 @together

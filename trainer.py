@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 
 from config import as_dict
-from dataset.sheet import sheet
 from effects import inert
 from interop.merged import copy_small_files
 from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
@@ -38,6 +37,7 @@ from model.partition import Share
 from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
 from model.sequence import check_heads, join
 from report import write_report
+from reporting.dataset import dataset_summary
 from training import checkpoint
 from training.agreed import agree, agree_on_checkpoint, agree_on_start
 from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
@@ -372,7 +372,7 @@ def prepare_folder(run):
 def tell_data(run, processor, records, held_out):
     """Write data.json: what the run is trained and judged on, for the report. A fraction of a second."""
     if run.rank == 0:
-        write_json(run.folder / DATA, sheet({"train": records, "held out": held_out}, processor))
+        write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
 
 
 def keep_start_adapter(run):

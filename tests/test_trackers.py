@@ -13,7 +13,6 @@ import sys
 import termios
 from pathlib import Path
 
-import av
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
 
@@ -116,25 +115,15 @@ def test_tensorboard_has_every_point_once(board, resumed, name):
 
 
 @needs("tensorboard")
-def test_tensorboard_has_config_rollouts_and_clips(board, resumed):
+def test_tensorboard_has_config_and_rollouts(board, resumed):
     def text(tag):
         found = board.Tensors(f"{tag}/text_summary")
         return [(event.step, event.tensor_proto.string_val[0].decode()) for event in found]
 
     assert "max&#95;steps" in text("config")[0][1] and "| 6 |" in text("config")[0][1]
     assert [step for step, _ in text("rollouts")] == [2, 4, 6]
-    rollouts = [json.loads(line) for line in (resumed / "rollouts.jsonl").read_text().splitlines()]
     table = text("rollouts")[-1][1].splitlines()
     assert "reward/vowels" in table[0] and len(table) - 2 in (GROUP, 2 * GROUP, 3 * GROUP)
-    last = {row["id"] for row in rollouts if row["step"] == STEPS}
-    clips = {tag.removeprefix("clips/"): board.Images(tag) for tag in board.Tags()["images"]}
-    assert clips.keys() <= {row["id"] for row in rollouts} and clips.keys() & last
-    image = next(iter(clips.values()))[-1]
-    path = resumed / "clip.gif"
-    path.write_bytes(image.encoded_image_string)
-    with av.open(str(path)) as container:
-        frames = list(container.decode(video=0))
-    assert len(frames) == 8 and (frames[0].width, frames[0].height) == (image.width, image.height) == (64, 64)
 
 
 @needs("tensorboard")
@@ -195,7 +184,7 @@ def test_wandb_has_every_point_once(tracked, resumed, name):
 
 
 @needs("wandb")
-def test_wandb_has_config_rollouts_and_clips(tracked, resumed):
+def test_wandb_has_config_and_rollouts(tracked, resumed):
     run, rows = tracked
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["max_steps"] == STEPS and config["run"]["versions"]["torch"]
@@ -205,9 +194,6 @@ def test_wandb_has_config_rollouts_and_clips(tracked, resumed):
     assert [row["step"] for row in told] == [4, 6]
     table = json.loads((files / told[-1]["rollouts/path"]).read_text())
     assert "reward/vowels" in table["columns"] and len(table["data"]) >= GROUP
-    assert set(told[-1]["clips/captions"]) == {row[table["columns"].index("id")] for row in table["data"]}
-    with av.open(str(files / told[-1]["clips/videos"][0]["path"])) as container:
-        assert len(list(container.decode(video=0))) == 8
 
 
 # -- Neither

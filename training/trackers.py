@@ -1,4 +1,4 @@
-"""--report_to: metrics, rollouts and clips for TensorBoard and wandb, beside metrics.jsonl, which every run has.
+"""--report_to: metrics and rollouts for TensorBoard and wandb, beside metrics.jsonl, which every run has.
 
 Both packages are the user's: they are imported only where a run asks for them. Names and steps are those of
 metrics.jsonl. A resumed run repeats the steps after its checkpoint; they are not shown twice: TensorBoard's
@@ -9,14 +9,12 @@ import importlib.util
 import json
 import os
 import secrets
-import tempfile
 from pathlib import Path
 
 from config import as_dict, split_list
 from model import UserError
 from reporting.charts import NOT_CHARTED, flat
-from reporting.frames import clip_folders, gif
-from reporting.rollouts import parts
+from reporting.rollouts import components, groups_of, informative
 from training.checkpoint import METRICS, RUN, read_json, write_json
 
 TRACKERS = ("tensorboard", "wandb")  # also the folders in the run's folder
@@ -47,40 +45,20 @@ def numbers_of(row):
 
 def rollout_table(rows):
     """Rows of rollouts.jsonl -> (columns, one list a row)."""
-    names = list(dict.fromkeys(name for row in rows for name in parts(row)))
+    names = list(dict.fromkeys(name for row in rows for name in components(row)))
     columns = [*COLUMNS[:6], *(f"reward/{name}" for name in names), *COLUMNS[6:]]
     lines = []
     for row in rows:
-        scores = [parts(row).get(name) for name in names]
+        scores = [components(row).get(name) for name in names]
         lengths = [row.get("advantage"), row.get("n_tokens"), row.get("finished")]
         lines.append([*(row.get(name) for name in COLUMNS[:6]), *scores, *lengths])
     return columns, lines
 
 
-class Clips:
-    """One GIF for each clip that rows name, in a folder that goes when this is closed."""
-
-    def __init__(self, run):
-        self.run, self.folders = run, clip_folders(as_dict(run.cfg))
-
-    def of(self, rows):
-        """{id of the sample: path of its GIF}; a clip that cannot be read is told."""
-        videos = {str(row.get("id")): row["video"] for row in rows if row.get("video")}
-        made = {}
-        for number, (name, video) in enumerate(videos.items()):
-            path = Path(self.folder.name) / f"{number}.gif"
-            if fault := gif(video, self.folders, path):
-                self.run.say(f"--report_to: no clip of sample {name}: {fault}")
-            else:
-                made[name] = path
-        return made
-
-    def __enter__(self):
-        self.folder = tempfile.TemporaryDirectory()
-        return self
-
-    def __exit__(self, *_):
-        self.folder.cleanup()
+def telling_rows(rows):
+    """Of the completions of a step those of the most informative groups."""
+    groups = groups_of(json.dumps(row) for row in rows)
+    return [row for group in informative(groups, groups[0].step) for row in group.rows] if groups else []
 
 
 class TensorBoard:
@@ -99,16 +77,7 @@ class TensorBoard:
         self.writer.flush()
 
     def rollouts(self, step, rows):
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         self.writer.add_text("rollouts", markdown(*rollout_table(rows)), step)
-        with Clips(self.run) as clips:
-            for name, path in clips.of(rows).items():
-                data = path.read_bytes()
-                width, height = (int.from_bytes(data[i : i + 2], "little") for i in (6, 8))  # GIF's header
-                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-                value = Summary.Value(tag=f"clips/{name}", image=image)
-                self.writer.file_writer.add_summary(Summary(value=[value]), step)
         self.writer.flush()
 
     def close(self):
@@ -186,10 +155,7 @@ class Wandb:
         if step <= self.sent:
             return
         columns, lines = rollout_table(rows)
-        with Clips(self.run) as clips:
-            made = clips.of(rows)
-            videos = [self.wandb.Video(str(path), caption=name, format="gif") for name, path in made.items()]
-            self.log.log({"step": step, "rollouts": self.wandb.Table(columns=columns, data=lines), "clips": videos})
+        self.log.log({"step": step, "rollouts": self.wandb.Table(columns=columns, data=lines)})
 
     def close(self):
         self.log.finish()
