@@ -20,6 +20,9 @@ Every text from a model, a file or a command line is escaped, and the page's pol
 style and script, known by their hashes. No torch: a page must be quick to make, while training too.
 """
 
+# ruff: noqa: E402, I001
+from config import Report, cli, parse  # first: it handles Ctrl-C
+
 import base64
 import hashlib
 import os
@@ -28,7 +31,6 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from config import Report, cli, parse
 from model import UserError
 from reporting import charts
 from reporting.dataset import dataset
