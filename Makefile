@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
 PIP    := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test bench chaos tiny audit lock clean
+.PHONY: quickstart test bench chaos tiny lock clean
 
 quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
 	@$(RUN) quickstart.py
@@ -40,9 +40,6 @@ $(VENV)/run: requirements.lock requirements-torch.lock
 $(VENV)/dev: requirements-dev.lock $(VENV)/run
 	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
 	@touch $@
-
-audit: $(VENV)/run           ## known advisories against every locked version; says so where it has no network
-	@$(RUN) .ci/audit.py
 
 lock: $(VENV)/run            ## write the lock files anew after a change of requirements.txt or requirements-dev.txt
 	$(PIP) uv==0.13.9
