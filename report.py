@@ -34,9 +34,9 @@ from jinja2 import Environment
 from model import UserError
 from reporting import charts
 from reporting.dataset import dataset
-from reporting.frames import clip_folders
+from reporting.frames import clip_folders, strip
 from reporting.numbers import is_number, percent, plain, short
-from reporting.rollouts import rollout_cards
+from reporting.rollouts import components, rollout_cards, shown_tokens, total_reward
 from reporting.run import Run, class_accuracy, describe, evaluation, read_run
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -71,8 +71,8 @@ def page(runs: list[Run]) -> str:
 
 def view(index: int, run: Run) -> dict:
     """What the template shows of one run."""
-    facts = describe(run) | evaluation(run) | {"index": index}
-    facts["rollouts"] = rollout_cards(run.rollouts, clip_folders(run.config)) if run.rollouts else {}
+    facts = describe(run) | evaluation(run) | {"index": index, "folders": clip_folders(run.config)}
+    facts["rollouts"] = rollout_cards(run.rollouts) if run.rollouts else {}
     facts["evaluated"] = bool(facts["confusion"] or facts["controls"])
     facts["described"] = bool(facts["info"] or facts["options"])
     return facts
@@ -99,7 +99,8 @@ def render(**values) -> str:
     policy = "; ".join(["default-src 'none'", "img-src data:", *hashes, "base-uri 'none'", "form-action 'none'"])
     geometry = [charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM]
     environment = Environment(autoescape=True)
-    environment.filters |= {"percent": percent, "short": short}
+    environment.filters |= {"percent": percent, "plain": plain, "short": short, "frames": strip}
+    environment.filters |= {"tokens": shown_tokens, "reward": total_reward, "components": components}
     return environment.from_string(text).render(policy=policy, geometry=geometry, **values)
 
 

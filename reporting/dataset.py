@@ -9,24 +9,24 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from reporting.frames import clip_folders, strip
-from reporting.numbers import dict_of, flatten, is_number, plain, short
+from reporting.frames import clip_folders
+from reporting.numbers import dict_of, flatten
 from reporting.run import Run, read_object
 
 MAX_READ = 1000  # records whose text is read, evenly spread over the dataset
 MAX_MEASURED = 32  # records whose clips are opened and whose tokens are counted
 MAX_CLASSES, MAX_QUESTIONS, MAX_EXAMPLES = 40, 8, 6  # listed; more different answers than that are no classes
 
-# Line of the table, key in data.json
-RANGES = (
-    ("tokens per sample", "tokens"),
-    ("vision tokens", "vision_tokens"),
-    ("answer tokens", "answer_tokens"),
-    ("sampled frames per clip", "frames"),
-    ("clip length, seconds", "seconds"),
-    ("frame rate of the file", "source_fps"),
-)
-SIZES = (("width x height, resized", "sizes"), ("width x height, of the file", "source_sizes"))
+# Key in data.json: line of the table
+RANGES = {
+    "tokens": "tokens per sample",
+    "vision_tokens": "vision tokens",
+    "answer_tokens": "answer tokens",
+    "frames": "sampled frames per clip",
+    "seconds": "clip length, seconds",
+    "source_fps": "frame rate of the file",
+}
+SIZES = {"sizes": "width x height, resized", "source_sizes": "width x height, of the file"}
 
 
 # -- Counting. These functions import the data modules when called: a page needs no torch.
@@ -92,7 +92,7 @@ def clip_facts(records: list[dict], processor) -> dict:
     from dataset.records import Media, record_name
     from model import UserError
 
-    values = {key: [] for _, key in RANGES}
+    values = {key: [] for key in RANGES}
     sizes, source_sizes, unreadable = Counter(), Counter(), {}
     for record in records:
         try:
@@ -123,59 +123,20 @@ def clip_facts(records: list[dict], processor) -> dict:
 def dataset(run: Run) -> dict | None:
     """What the section shows; None where nothing is known of the data."""
     splits = {name: facts for name, facts in run.data.items() if isinstance(facts, dict)}
-    options = generation_options(run)
-    if not splits and not options:
-        return None
-    facts = list(splits.values())
-    ranges = [("samples", [(plain(each.get("samples", "–")), "") for each in facts])]
-    ranges += [(line, [range_text(each.get(key)) for each in facts]) for line, key in RANGES]
-    ranges += [(line, [(", ".join(dict_of(each.get(key))) or "–", "") for each in facts]) for line, key in SIZES]
-    errors = [f"{name}: {plain(why)}" for each in facts for name, why in dict_of(each.get("unreadable")).items()]
-    examples = next((each["examples"] for each in facts if each.get("examples")), [])
-    folders = clip_folders(run.config)
-    return {
-        "path": str(run.data_path or ""),
-        "splits": list(splits),
-        "measured": [plain(each.get("measured", 0)) for each in facts],
-        "ranges": ranges,
-        "unreadable": errors[:8],
-        "classes": class_rows(facts),
-        "questions": question_rows(splits),
-        "options": options,
-        "examples": [(plain(e.get("class")), plain(e.get("id")), strip(e.get("video"), folders)) for e in examples],
-    }
-
-
-def range_text(values) -> tuple[str, str]:
-    """[least, median, most] as ("147", "145 to 150"), or ("147", "") where they are equal."""
-    if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
-        return "–", ""
-    least, median, most = map(short, values)
-    return median, "" if least == most else f"{least} to {most}"
-
-
-def class_rows(facts: list[dict]) -> list[tuple[str, list[int], float]]:
-    """(class, its count in each split, length of its bar by the first split)."""
-    counts = [{k: n for k, n in dict_of(each.get("classes")).items() if is_number(n)} for each in facts]
-    most = max([n for each in counts[:1] for n in each.values()], default=0) or 1
-    names = sorted({name for each in counts for name in each})
-    return [(name, [each.get(name, 0) for each in counts], counts[0].get(name, 0) / most) for name in names]
-
-
-def question_rows(splits: dict) -> list[tuple[str, str, str]]:
-    """(split, question template, count), the most frequent first."""
-    rows = []
-    for name, facts in splits.items():
-        questions = facts.get("questions") or []
-        rows += [(name, plain(text), plain(count)) for text, count in questions]
-        total = facts.get("different_questions", 0)
-        if total > len(questions):
-            rows.append((name, f"and {total - len(questions):,} more", ""))
-    return rows
-
-
-def generation_options(run: Run) -> list[str]:
-    """metadata.json beside the data: the options it was generated with."""
     metadata = read_object(run.data_path.parent / "metadata.json", run.notes) if run.data_path else {}
     options = flatten({key: value for key, value in metadata.items() if key != "counts"})
-    return [f"{key.removeprefix('options/').replace('/', ' ')} = {plain(value)}" for key, value in options]
+    if not splits and not metadata:
+        return None
+    counts = [dict_of(facts.get("classes")) for facts in splits.values()]
+    names = sorted({name for each in counts for name in each})
+    return {
+        "path": str(run.data_path or ""),
+        "splits": splits,
+        "ranges": RANGES,
+        "sizes": SIZES,
+        "classes": {name: [each.get(name, 0) for each in counts] for name in names},
+        "most_frequent": max((n for each in counts[:1] for n in each.values()), default=1),
+        "options": [(key.removeprefix("options/").replace("/", " "), value) for key, value in options],
+        "examples": next((facts["examples"] for facts in splits.values() if facts.get("examples")), []),
+        "folders": clip_folders(run.config),
+    }

@@ -9,12 +9,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.frames import strip
-from reporting.numbers import dict_of, is_number, short
+from reporting.numbers import dict_of, is_number
 
 WINDOW = 6 * 2**20  # bytes read at either end of the file
 MAX_TOKENS = 600  # shown of one completion
-UNFOLDED = 4  # completions of a group that are not folded away: the two best and the two worst
 TINTS = (0.9, 0.7, 0.5, 0.3, 0.1)  # probabilities at which a token's tint deepens
 
 
@@ -27,7 +25,11 @@ class Group:
     lines: list[bytes]  # parsed again where they are shown: a window as objects takes ten times its bytes
     rewards: list[float]
 
-    rows = property(lambda self: [json.loads(line) for line in self.lines])
+    @property
+    def ranked(self) -> list[dict]:
+        """The completions from the best to the worst."""
+        return sorted(map(json.loads, self.lines), key=total_reward, reverse=True)
+
     mean = property(lambda self: sum(self.rewards) / len(self.rewards))
     spread = property(lambda self: max(self.rewards) - min(self.rewards))
 
@@ -100,58 +102,23 @@ def before_and_after(rollouts: Rollouts) -> list[list[Group]]:
     return pairs[:1] + pairs[1:][-1:]
 
 
-def rollout_cards(rollouts: Rollouts, folders: list[Path]) -> dict[str, list[dict]]:
-    """{heading: cards}: the same prompt at two steps, the last step, the first."""
+def rollout_cards(rollouts: Rollouts) -> dict[str, list[list[Group]]]:
+    """{heading: cards}: the same prompt at two steps, the last step, the first. A card is groups of one prompt."""
     first, last = min(group.step for group in rollouts.first), max(group.step for group in rollouts.last)
-    shown = {
+    return {
         "The same prompt, before and after": before_and_after(rollouts),
         "Last rollouts": [[group] for group in informative(rollouts.last, last)],
         "First rollouts": [[group] for group in informative(rollouts.first, first)] if first < last else [],
     }
-    return {title: [card(groups, folders) for groups in cards] for title, cards in shown.items()}
 
 
-def card(groups: list[Group], folders: list[Path]) -> dict:
-    """One clip and question; a column for each group of this prompt."""
-    row = groups[0].rows[0]
-    return {
-        "sample": groups[0].sample,
-        "frames": strip(row.get("video"), folders),
-        "question": str(row.get("question", "")).replace("<video>\n", "").replace("<image>\n", ""),
-        "answer": row.get("answer"),
-        "groups": [column(group) for group in groups],
-    }
+def shown_tokens(row: dict) -> list[tuple[str, int, float]]:
+    """(text, tint, probability) of each token; without tokens and log-probs the completion's text alone.
 
-
-def column(group: Group) -> dict:
-    """The best and the worst completions of a group; the others are folded away."""
-    ranked = [completion(row) for row in sorted(group.rows, key=total_reward, reverse=True)]
-    half = UNFOLDED // 2
-    shown, folded = (ranked[:half] + ranked[-half:], ranked[half:-half]) if len(ranked) > UNFOLDED else (ranked, [])
-    return {"step": group.step, "mean": group.mean, "size": len(ranked), "shown": shown, "folded": folded}
-
-
-def completion(row: dict) -> dict:
-    """One completion with its reward; without tokens and log-probs its text alone, not tinted."""
-    tokens, logprobs, advantage = row.get("tokens"), row.get("logprobs"), row.get("advantage")
-    length = len(tokens) if isinstance(tokens, list) else 0
-    if not length or not isinstance(logprobs, list) or len(logprobs) != length:
-        tokens = [row["completion"]] if row.get("completion") else []
-        logprobs = [None] * len(tokens)
-    return {
-        "reward": short(total_reward(row)),
-        "components": [(name, short(v) if is_number(v) else "–") for name, v in components(row).items()],
-        "advantage": advantage if is_number(advantage) else None,
-        "length": length,
-        "truncated": row.get("finished") is False,
-        "tokens": [(text, *tint(logprob)) for text, logprob in zip(tokens[:MAX_TOKENS], logprobs)],
-        "hidden_tokens": max(0, len(tokens) - MAX_TOKENS),
-    }
-
-
-def tint(logprob: float | None) -> tuple[int, float]:
-    """(0 for a likely token … 5 for an unlikely one: the classes p0 … p5; its probability)."""
-    if not is_number(logprob) or not math.isfinite(logprob):
-        return 0, 0.0
-    probability = math.exp(logprob)
-    return sum(probability < limit for limit in TINTS), probability
+    tint: 0 for a likely token … 5 for an unlikely one, the classes p0 … p5 of the page.
+    """
+    tokens, logprobs = row.get("tokens"), row.get("logprobs")
+    if not (isinstance(tokens, list) and isinstance(logprobs, list) and len(tokens) == len(logprobs) > 0):
+        return [(row["completion"], 0, 1.0)] if row.get("completion") else []
+    probabilities = [math.exp(value) if is_number(value) else 1.0 for value in logprobs]
+    return [(text, sum(p < limit for limit in TINTS), p) for text, p in zip(tokens, probabilities)][:MAX_TOKENS]

@@ -10,7 +10,7 @@ import numpy as np
 from config import GRPO, SFT, as_dict
 from model import UserError, nearest_path
 from reporting.charts import COLOURS, columns
-from reporting.numbers import dict_of, flatten, is_number, percent, plain, short
+from reporting.numbers import dict_of, flatten, is_number, percent, plain
 from reporting.rollouts import Rollouts, read_rollouts
 
 RUN_FILES = ("run.json", "metrics.jsonl", "rollouts.jsonl")
@@ -99,20 +99,19 @@ def describe(run: Run) -> dict:
     gpus = info["gpus"] if isinstance(info.get("gpus"), list) else []
     facts = [run.info.get("script"), run.config.get("model_id"), commit, *(gpus or [info.get("cpu")])]
     command = run.info.get("command")
-    default = as_dict(GRPO() if "num_generations" in run.config else SFT())
-    options = [
-        (name, plain(value), plain(default[name]) if name in default else "–", value != default.get(name, value))
-        for name, value in run.config.items()
-    ]
+    default = {
+        name: plain(value) for name, value in as_dict(GRPO() if "num_generations" in run.config else SFT()).items()
+    }
+    options = [(name, plain(value), default.get(name, "–")) for name, value in run.config.items()]
     rest = {key: value for key, value in run.info.items() if key not in ("command", "config")}
     return {
         "name": run.name,
         "facts": [plain(fact) for fact in facts if fact],
         "command": shlex.join(["python", *map(str, command)]) if isinstance(command, list) else "",
         "tiles": first_numbers(run),
-        "info": [(key.replace("/", " "), plain(value)) for key, value in flatten(rest)],
+        "info": [(key.replace("/", " "), value) for key, value in flatten(rest)],
         "options": options,
-        "changed": [option[:3] for option in options if option[3]],
+        "changed": [option for option in options if option[0] in default and option[1] != option[2]],
     }
 
 
@@ -159,56 +158,22 @@ def evaluation_of(row: dict) -> dict | None:
 
 
 def evaluation(run: Run) -> dict:
-    """The newest confusion matrix and the newest controls."""
-    newest = next((e for e in reversed(run.evaluations) if e.get("controls")), {})
-    controls = dict_of(newest.get("controls"))
-    if controls:
-        controls = {"original": {key: newest.get(key) for key in ("accuracy", "interval", "count")}} | controls
-    lines = {name: value if isinstance(value, dict) else {"accuracy": value} for name, value in controls.items()}
+    """The newest confusion matrix, unless it has too many answers, and the newest evaluation with controls."""
+    stats = next((e for e in reversed(run.evaluations) if e.get("confusion")), {})
+    counts = counts_of(stats)
+    answers = list(dict.fromkeys([*counts, *(answer for row in counts.values() for answer in row)]))
     return {
-        "confusion": confusion_matrix(next((e for e in reversed(run.evaluations) if e.get("confusion")), {})),
-        "controls": [control(name, line) for name, line in lines.items() if is_number(line.get("accuracy"))],
-        "chance": newest.get("chance"),
+        "confusion": {"stats": stats, "counts": counts, "answers": answers}
+        if 0 < len(answers) <= MAX_ANSWERS
+        else None,
+        "controls": next((e for e in reversed(run.evaluations) if e.get("controls")), None),
     }
-
-
-def interval_text(stats: dict) -> str:
-    """The 95 % interval of an accuracy, and of how many samples, as far as known."""
-    ends = stats.get("interval")
-    text = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
-    return text + (f" of {stats['count']:,}" if is_number(stats.get("count")) else "")
-
-
-def control(name: str, stats: dict) -> dict:
-    """Accuracy under one control, and what became of the answers."""
-    notes = [f"{key} {percent(stats[key])}" for key in ("changed", "flipped") if key in stats]
-    notes = [text for text in (interval_text(stats), *notes) if text]
-    return {"name": name, "accuracy": stats["accuracy"], "interval": stats.get("interval"), "notes": notes}
 
 
 def counts_of(stats: dict) -> dict[str, dict[str, int]]:
     """{true class: {answer: count}} of an evaluation."""
     rows = {truth: dict_of(row) for truth, row in dict_of(stats.get("confusion")).items()}
     return {truth: {answer: n for answer, n in row.items() if is_number(n)} for truth, row in rows.items()}
-
-
-def confusion_matrix(stats: dict) -> dict | None:
-    """Rows of (true class, [(count, share)], accuracy); None without one or for too many answers."""
-    counts = counts_of(stats)
-    answers = list(dict.fromkeys([*counts, *(answer for row in counts.values() for answer in row)]))
-    if not counts or len(answers) > MAX_ANSWERS:
-        return None
-    rows = []
-    for truth, row in counts.items():
-        total = sum(row.values()) or 1
-        cells = [(row.get(answer, 0), row.get(answer, 0) / total) for answer in answers]
-        rows.append((truth, cells, row.get(truth, 0) / total))
-    result = ""
-    if is_number(stats.get("accuracy")):
-        step = f"Step {short(stats['step'])}: " if is_number(stats.get("step")) else ""
-        ends = f" ({interval_text(stats)})" if interval_text(stats) else ""
-        result = f"{step}accuracy {percent(stats['accuracy'])}{ends}. "
-    return {"answers": answers, "rows": rows, "result": result}
 
 
 def class_accuracy(metrics: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -134,7 +134,12 @@ def picture(runs: dict[str, list[dict]]) -> str:
             y = np.array([r[name] for r in seen], float)
             axes = Axes("", "", (0.0, x[-1]), np.r_[0.0, y])
             axes.y0 = 0.0  # from nothing: a rise must not be hidden by the axis, nor made large by it
-            drawn = axes.svg(x[-1] / 5) + curve(axes, x, y, 0)[0]
+            paths = [*curve(axes, x, y)[0], ("mark", f"M{axes.x(x[-1] / 5):.1f} 8V{HEIGHT - 24}")]
+            drawn = "".join(f'<path class="{kind} s0" d="{d}"/>' for kind, d in paths)
+            for at, text in axes.ticks()["y_ticks"]:
+                drawn += f'<text x="38" y="{at + 4}" text-anchor="end">{text}</text>'
+            for at, text in axes.ticks()["x_ticks"]:
+                drawn += f'<text x="{at}" y="{HEIGHT - 7}" text-anchor="middle">{text}</text>'
             head = f'<text x="44" y="14" font-weight="600">{title}: {words}</text>'
             parts.append(f'<g transform="translate({k * WIDTH} {i * tall})">{head}<g transform="translate(0 18)">')
             parts.append(f"{drawn}</g></g>")

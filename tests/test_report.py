@@ -226,4 +226,4 @@ def test_of_a_large_file_only_complete_groups_of_both_ends_are_read(tmp_path, mo
     monkeypatch.setattr(rollouts, "WINDOW", 5000)
     read = rollouts.read_rollouts(path)
     assert read.first[0].step == 0 and read.last[-1].step == 49 and read.first[-1].step < read.last[0].step
-    assert {len(group.rows) for group in [*read.first, *read.last]} == {4}
+    assert {len(group.lines) for group in [*read.first, *read.last]} == {4}

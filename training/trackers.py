@@ -58,7 +58,7 @@ def rollout_table(rows):
 def telling_rows(rows):
     """Of the completions of a step those of the most informative groups."""
     groups = groups_of(json.dumps(row) for row in rows)
-    return [row for group in informative(groups, groups[0].step) for row in group.rows] if groups else []
+    return [row for group in informative(groups, groups[0].step) for row in group.ranked] if groups else []
 
 
 class TensorBoard:
