@@ -7,7 +7,8 @@ import os
 from checkpoint import RUN, read_json
 from config import as_dict, split_list
 from model import UserError
-from reporting.charts import NOT_CHARTED, flat
+from reporting.charts import NOT_CHARTED
+from reporting.numbers import flatten
 
 TRACKERS = ("tensorboard", "wandb")  # also the folders in the run's folder
 
@@ -28,7 +29,7 @@ def open_trackers(run):
 
 def numbers_of(row):
     """The numbers of a row of metrics.jsonl; of its evaluation too, as "evaluation/controls/reversed/accuracy"."""
-    deep = {name: value for name, value in flat(row.get("evaluation") or {}, "evaluation/")
+    deep = {name: value for name, value in flatten(row.get("evaluation") or {}, "evaluation/")
             if value is not None and not NOT_CHARTED & {*name.split("/")}}  # fmt: skip
     return {name: value for name, value in row.items() if isinstance(value, (int, float))} | deep
 

@@ -31,7 +31,6 @@ import checkpoint
 from checkpoint import BEST, METRICS, RUN, STATE, NotFiniteError, read_json, sha256, write_json
 from config import as_dict, ignored_options
 from data import Processor, load_tokenizer
-from dataset.sheet import sheet
 from engine import build_engine, init_distributed, leave_processes, precision, use_deterministic_kernels
 from interop.merged import copy_small_files
 from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
@@ -41,6 +40,7 @@ from model import UserError
 from model.captured import Captures
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, not_finite, resolve_folder
 from report import write_report
+from reporting.dataset import dataset_summary
 from runlog import cut_after, describe, machine, say, trained_shares, versions
 from trackers import TRACKERS, check_installed
 
@@ -360,7 +360,7 @@ def prepare_folder(run):
 def describe_data(run, processor, records, held_out):
     """Write data.json: what the run is trained and judged on, for the report. A fraction of a second."""
     if run.rank == 0:
-        write_json(run.folder / DATA, sheet({"train": records, "held out": held_out}, processor))
+        write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
 
 
 def keep_start_adapter(run):
