@@ -356,6 +356,10 @@ def cli(main, each_rank=True):
         if not each_rank and os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         fail(str(error))
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            raise
+        fail("another rank of this run has ended; see what it printed, then --resume")
     except BrokenPipeError:  # `--help | head`
         silence(sys.stdout)
         raise SystemExit(141) from None

@@ -29,8 +29,8 @@ def open_trackers(run):
 
 def numbers_of(row):
     """The numbers of a row of metrics.jsonl; of its evaluation too, as "evaluation/controls/reversed/accuracy"."""
-    deep = {name: value for name, value in flatten(row.get("evaluation") or {}, "evaluation/")
-            if value is not None and not NOT_CHARTED & {*name.split("/")}}  # fmt: skip
+    deep = {f"evaluation/{name}": value for name, value in flatten(row.get("evaluation") or {})
+            if isinstance(value, (int, float)) and not NOT_CHARTED & {*name.split("/")}}  # fmt: skip
     return {name: value for name, value in row.items() if isinstance(value, (int, float))} | deep
 
 

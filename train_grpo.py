@@ -102,7 +102,8 @@ def main():
     describe_data(run, processor, records, held_out)
     log, alarm = Log(run, total, columns(rewards)), Alarm(run.state.get("loop", {}).get("alarm"))
     batches = loader.iterate(run.step, total)
-    if held_out and run.step == 0:
+    # before the first step; and where a signal came before an evaluation
+    if held_out and (run.step == 0 or run.state.get("loop", {}).get("evaluation_due")):
         evaluate_and_log(run, model, processor, held_out, log)
 
     for step in range(run.step + 1, total + 1):
@@ -125,8 +126,9 @@ def main():
         run.step, seconds = step, time.perf_counter() - began
         metrics = learned | health | counts | {"lr": lr, "epoch": step / loader.steps_per_epoch}
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
+        write_rollouts(run, step, loader, groups, lengths)
         log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        show(run, loader, alarm, step, metrics, groups, lengths)
+        show(run, alarm, step, metrics, groups)
 
         # answer accuracy, checkpoint, end
         better, stop = False, run.stop_requested()
@@ -135,7 +137,8 @@ def main():
             report(run)
             stop = run.stop_requested()
         if better or stop or save_is_due(cfg, loader, step, total):
-            save(run, engine, step, {"alarm": alarm.state})
+            due = bool(stop) and is_due(cfg.eval_steps, step, total)
+            save(run, engine, step, {"alarm": alarm.state, "evaluation_due": due})
         if stop:
             break
 
@@ -372,7 +375,11 @@ def learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normali
     shares = assign(trained, owners, run.world)
     passes = [cut([groups[k] for k in sorted(share)], lengths, cfg) for share in shares]
     own = dict(zip((k for k, owner in enumerate(owners) if owner == run.rank), prompts))
-    own |= {k: loader.encode(lengths[k][0]) for k in shares[run.rank] if k not in own}  # another rank's prompt
+    for k in shares[run.rank]:
+        if k not in own:  # another rank's prompt
+            own[k] = loader.encode(lengths[k][0])
+            if not isinstance(own[k], Example):  # that rank could read it in this very step
+                raise own[k][1]
     batches = [micro_batch(own, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
     untrained = cut([groups[k] for k in seen if owners[k] == run.rank], lengths, cfg) if frozen else []
     tokens = float(sum(len(r.ids) for k in trained for r in groups[k] if r.kept(cfg)))
@@ -445,21 +452,25 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
     gap = metrics.pop("sampler_gap_max")
     sums["sampler_gap_max"] = torch.maximum(gap, sums.get("sampler_gap_max", gap))  # nothing here waits for the GPU
     for name, value in (metrics | {"loss": loss.detach()}).items():
-        sums[name] += value.double()
+        sums[name] += value
     return loss
 
 
 # -- Shown
 
 
-def show(run, loader, alarm, step, metrics, groups, lengths):
-    """Append every completion of the step to rollouts.jsonl; alarms, and every log_completions steps some completions
-    on the console."""
-    if run.rank == 0:
-        decode_token = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
-        records = [loader.records[number] for number, _ in lengths]
-        append(run.folder / ROLLOUTS, [row(step, record, rollout, decode_token)
-                                       for record, group in zip(records, groups) for rollout in group])  # fmt: skip
+def write_rollouts(run, step, loader, groups, lengths):
+    """Append every completion of the step, of all ranks, to rollouts.jsonl."""
+    if run.rank:
+        return
+    decode_token = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
+    records = [loader.records[number] for number, _ in lengths]
+    pairs = [(record, rollout) for record, group in zip(records, groups, strict=True) for rollout in group]
+    append(run.folder / ROLLOUTS, [row(step, record, rollout, decode_token) for record, rollout in pairs])
+
+
+def show(run, alarm, step, metrics, groups):
+    """Alarms, and every log_completions steps some completions, on the console."""
     every = run.cfg.log_completions
     seen = best_and_worst(groups) if every and step % every == 0 else []
     for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:

@@ -67,6 +67,8 @@ def main():
     describe_data(run, processor, records, held_out)
     log = Log(run, total)
     batches = loader.iterate(run.step, total)
+    if held_out and run.state.get("loop", {}).get("evaluation_due"):  # a signal came before it
+        evaluate_and_log(run, model, processor, held_out, log)
 
     for step in range(run.step + 1, total + 1):
         began = time.perf_counter()
@@ -106,7 +108,7 @@ def main():
             report(run)
             stop = run.stop_requested()
         if better or stop or save_is_due(cfg, loader, step, total):
-            save(run, engine, step)
+            save(run, engine, step, {"evaluation_due": bool(stop) and is_due(cfg.eval_steps, step, total)})
         if stop:
             break
 

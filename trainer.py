@@ -156,7 +156,7 @@ def launch(cfg, records=(), held_out=()):
     """
     check_installed(cfg)
     device = init_distributed()
-    lock = claim(Path(cfg.output_dir), cfg) if torch.distributed.get_rank() == 0 else None
+    lock = claim_on_first_rank(cfg)
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
@@ -170,6 +170,21 @@ def launch(cfg, records=(), held_out=()):
         find_source(run)
     assert_same_across_ranks(run, records, held_out)
     return run
+
+
+def claim_on_first_rank(cfg):
+    """The open lock on rank 0, None on the others; where it is a user's mistake all ranks end, and rank 0 says why."""
+    lock = error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            lock = claim(Path(cfg.output_dir), cfg)
+        except UserError as problem:
+            error = problem
+    failed = [error is not None]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise error or SystemExit(2)
+    return lock
 
 
 def claim(folder, cfg):
