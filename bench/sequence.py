@@ -24,12 +24,12 @@ from workloads import SIZES, R, Workload, model_config, sft_batch, sync, yes_no
 
 import lora
 from config import SFT
-from dataset.video import Options, frame_size
 from model import sequence
 from model.loss import IGNORE
 from model.qwen2_5_vl import Qwen2_5_VL
 from train_sft import micro_loss
 from training.engine import build_engine, global_max, global_sum, leave_processes, start_processes, update
+from video import Options, frame_size
 
 GIB = 2**30
 

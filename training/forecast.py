@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.video import ROW
 from interop.saved import load_adapter
 from lora import inject, set_trainable
 from model.fast_decode import MARGIN
@@ -26,6 +25,7 @@ from training.engine import deepspeed_config, precision
 from training.evaluation import EVAL_TOKENS, prompt_batches
 from training.memory import CONTEXT, GIB, Memory, peak, total
 from training.survey import group_loads, sft_loads, survey
+from video import ROW
 
 ACTIVATIONS = "vision activations", "language activations", "logits and loss"
 TIGHT = 0.92  # share of the device above which the allocator's rounding and fragments may not fit any more

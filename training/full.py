@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 
 from data import pack
-from dataset.video import MERGE
 from model import UserError
 from model.decode import generate
 from training.runlog import say
+from video import MERGE
 
 LEAST_PIXELS = 4 * 28 * 28  # qwen-vl-utils' bound
 

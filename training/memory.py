@@ -11,7 +11,6 @@ Legend: T packed tokens, N of them through the head, P patches, M = P / 4 vision
 H query heads, K kv heads, D head dim, V vocabulary, R rows that are sampled, G of them a prompt.
 """
 
-from dataset.video import ROW  # numbers of a patch, 1176
 from lora import part_of
 from model.captured import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE, round_up
 from model.cpu_decode import MOST_WEIGHTS
@@ -22,6 +21,7 @@ from model.partition import counts
 from model.vision import LONG
 from training.blocks import Load, Model
 from training.engine import bucket_size
+from video import ROW  # numbers of a patch, 1176
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context, loaded kernels, NCCL. Measured: 1.2 to 1.3 GiB on an H100, torch 2.11.
