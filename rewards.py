@@ -312,7 +312,7 @@ def mentions_of_words(span: str, options: dict[str, str]) -> list[Mention]:
 
 def within_words(label: re.Match, words: list[Mention], options: dict[str, str]) -> bool:
     """Whether a label is part of an option's words, as in "both (A) and (B)", or all of them, and no option's label."""
-    start, end = next((label.span(i) for i in range(1, 1 + len(label.groups())) if label[i]))
+    start, end = next(label.span(i) for i in range(1, 1 + len(label.groups())) if label[i])
     inside = [m for m in words if m.start <= start and end <= m.end]
     return any(m.end - m.start > len(label[0]) or label_of(label) not in options for m in inside)
 
@@ -358,7 +358,7 @@ def plain(text: str) -> str:
     text = fold(text)
     for _ in range(2):  # one may stand in the other
         text = re.sub(r"\\(?:boxed|text|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", re.sub(r"[*`\"“”„«»$]+", "", text))
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", re.sub(r"(?<!\w)\*+|\*+(?!\w)|[`\"“”„«»$]+", "", text))
     return " ".join(text.split()).strip()
 
 

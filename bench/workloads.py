@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.video import Options, frame_size
 from interop.saved import hf_name
 from lora import homes, targets
 from model.attention import Segments
@@ -30,6 +29,7 @@ from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
 from model.rope import mrope_position_ids
 from model.vision import normalise_patches
+from video import Options, frame_size
 
 LONG = 10  # seconds
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
