@@ -31,7 +31,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
-REMOVED = {}
+CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
+REMOVED = {"keys": CONVERT}
 
 
 # -- Checks of values, for the dataclasses' check()

@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from adapter_files import CONFIG, TENSORS, copy_small_files, load_adapter, save_adapter
 from config import as_dict, ignored_options
-from interop.merged import copy_small_files
-from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
 from model import UserError
 from model.captured import Captures

@@ -27,9 +27,9 @@ import torch
 from workloads import Bench, arguments, chosen, forward_flops, linear_flops, peer_model, random_prompt, step_bytes
 
 import lora
+from adapter_files import hf_name
 from config import GRPO
 from dataset.batch import Example, pack
-from interop.saved import hf_name
 from model.decode import Sampling, generate
 from model.loss import IGNORE
 from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on

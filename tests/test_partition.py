@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
+from adapter_files import load_adapter, save_adapter
 from config import SFT, ignored_options, parse
-from interop.saved import load_adapter, save_adapter
 from model import UserError
 from model.linear import padded
 from model.partition import Share, counts, layout

@@ -7,10 +7,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from adapter_files import CONFIG, TENSORS
 from config import as_dict
 from dataset.places import ADDRESS, Places
 from dataset.records import clip_name, record_name
-from interop.saved import CONFIG, TENSORS
 from model import UserError
 from model.qwen2_5_vl import resolve_folder
 from training.checkpoint import MANIFEST, sha256

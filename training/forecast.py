@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from adapter_files import load_adapter
 from dataset.video import ROW
-from interop.saved import load_adapter
 from lora import inject, set_trainable
 from model.fast_decode import MARGIN
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
