@@ -31,12 +31,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
+CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
 REMOVED = {
     "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
     "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
     "offload_weights": "the frozen base stands whole on the card: 32B in bf16 needs an 80 GB card",
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
     "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
+    "keys": CONVERT,
 }
 
 

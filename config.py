@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cli import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
-from model import nearest
+from cli import CONVERT, as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
+from model import UserError, nearest
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]
@@ -448,24 +448,25 @@ class Adapter:
     aliases: ClassVar = {"model_ckpt": "adapter"}
 
     # -- What to do
-    command: str = field(default="", metadata={"positional": True})  # merge, check or convert
+    command: str = field(default="", metadata={"positional": True})  # merge or check
     adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never ask the hub
 
-    # -- merge (a whole model, as transformers and vLLM load it) and convert (the adapter under the other key names)
-    output_dir: str | None = None  # folder to write; it must not hold anything yet
-    shard_gb: float = 5.0  # merge: GB a file at most, and about what is held in memory; 5 as on the hub
-    keys: str = ""  # convert: transformers5 (4.52 and later too) or transformers4; "" = those it does not have
+    # -- merge: a whole model, as transformers and vLLM load it
+    output_dir: str | None = field(default=None, metadata={"positional": True})  # folder to write, new or empty
+    shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
     def check(self):
-        one_of(self, "command", "merge", "check", "convert")
+        if self.command == "convert":
+            raise UserError(f"convert: was removed; {CONVERT}")
+        one_of(self, "command", "merge", "check")
         expected = f"an adapter's folder: python lora.py {self.command} output/video_lora"
         require(self.adapter is not None, "adapter", self.adapter, expected)
-        writes = self.command != "check"
-        require(self.output_dir or not writes, "output_dir", self.output_dir, "a new folder to write")
+        writes = self.command == "merge"
+        expected = f"a new folder to write: python lora.py merge {self.adapter} OUT"
+        require(self.output_dir or not writes, "output_dir", self.output_dir, expected)
         positive(self, "shard_gb")
-        one_of(self, "keys", "", "transformers5", "transformers4")
 
 
 @dataclass

@@ -107,7 +107,7 @@ def load_model(cfg, adapter):
     once (model/fast_decode.py)."""
     import torch
 
-    from interop.saved import load_adapter
+    from adapter_files import load_adapter
     from lora import merge
     from model.qwen2_5_vl import Qwen2_5_VL, not_finite
 

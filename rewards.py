@@ -121,9 +121,8 @@ def all_marks(text: str) -> list[list[Mark]]:
         for match in pattern.finditer(text):
             before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
             marks.append(Mark(match[1].upper(), match.start(), match.end(), bool(LINE_START.fullmatch(before))))
-        if pattern in BARE:  # "1:" is a time or a subtitle's number
+        if pattern in BARE:
             marks = [mark for mark in marks if mark.at_line_start or text[mark.start].isupper()]
-            marks = [mark for mark in marks if not (mark.label.isdigit() and text[mark.end - 1] == ":")]
         found += [[mark for mark in marks if mark.label.isdigit()], [mark for mark in marks if mark.label.isalpha()]]
     return found
 
@@ -142,10 +141,10 @@ def lists_of(text: str, marks: list[Mark], least: int) -> list[tuple[tuple, dict
             chain.append(following)
         options = words_of(text, chain)
         consecutive = all(rank(two) == rank(one) + 1 for one, two in zip(chain, chain[1:]))
-        if not bracketed and (not consecutive or asks_below(text, chain[-1])):
-            continue  # a dialogue, chess moves, subtitles: the question comes after them
+        if not bracketed and (not consecutive or asks_below(text, chain[-1]) or not text[: first.start].strip()):
+            continue  # a dialogue, chess moves, subtitles: the question comes after them, or there is none
         dotted_in_line = text[first.end - 1] == "." and not all(mark.at_line_start for mark in chain)
-        if dotted_in_line and len(chain) < 3 and ("?" in "".join(options.values()) or not first.at_line_start):
+        if dotted_in_line and len(chain) < 3 and not text[: first.start].rstrip().endswith(("?", ":")):
             continue  # "A. Smith and B. Jones meet. Who speaks?" within a sentence
         if len(options) >= least:
             found.append(((sum(mark.at_line_start for mark in chain), len(options)), options))
@@ -182,10 +181,14 @@ def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
     for mark, following in zip(chain, [*chain[1:], None]):
         line_end = text.find("\n", mark.end)
         end = min(following.start if following else len(text), line_end if line_end >= 0 else len(text))
+        if not text[mark.end : end].strip():  # the label has a line of its own, its words the next one
+            end = following.start if following else len(text)
+            end = min(end, mark.end + len(text[mark.end : end]) - len(text[mark.end : end].lstrip().partition("\n")[2]))
         words = " ".join(text[mark.end : end].split())
         if following and not following.at_line_start:
             words = words.removesuffix(" or").removesuffix(" and")
         words = words.rstrip(" ,;.") or words
+        words = words.removesuffix("?") if not following and not mark.at_line_start else words
         if not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and"):
             return {}
         options[mark.label] = words
@@ -220,7 +223,7 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
     None where there is no answer, or one that contradicts itself (module docstring, 4).
     """
     if not options:
-        return plain(answer_span(text) or "").casefold().strip(" .,;:!") or None
+        return plain(answer_span(text) or "").casefold().strip(" ,;:!").rstrip(" .,;:!") or None
     for span in answer_spans(text):
         named, label = named_option(span, options)
         if named:
@@ -274,12 +277,12 @@ def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
     span = plain(span)
     words = mentions_of_words(span, options)
     labels = [match for match in labels_said(span, options) if not within_words(match, words, options)]
+    if several_named(span, labels, words):
+        return True, None
     if not labels:
         return bool(words), words[-1].labels[0] if words and len(words[-1].labels) == 1 else None
     last = labels[-1]
     label = label_of(last)
-    if any(joined(span[one.end() : two.start()]) for one, two in zip(labels, labels[1:])) or and_another(span, last):
-        return True, None
     behind = [mention for mention in words if mention.start >= last.end()]
     if not behind and len(labels) == 1:  # "Left to Right (A)": words right before the label are its own
         behind = [m for m in words if m.end <= last.start() and not span[m.end : last.start()].strip(" .,:;-")]
@@ -320,14 +323,18 @@ def within_words(label: re.Match, words: list[Mention], options: dict[str, str])
 def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
     """Labels meant as an option, in order: "(A)" or "[A]" anywhere; "A" alone, or at the start before a mark or the
     option's words; "a" alone; "option A", "the answer is A"."""
-    key = r"\d{1,2}" if all(label.isdigit() for label in options) else "[A-Z]"
+    numbered = all(label.isdigit() for label in options)
+    key = "[0-9]{1,2}" if numbered else "[A-Z]"
+    before, after = (r"[^\w.-]*", r"[^\w%]*") if numbered else (r"\W*", r"\W*")  # "-2" and "2 %" are no labels
     words = "|".join(re.escape(plain(words)) for words in options.values())
-    end = rf"(?=\W*$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
+    end = rf"(?={after}$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
     said = [
         rf"(?<!\w)[(\[]\s*((?i:{key}))\s*[)\]]",
-        rf"^\W*({key}){end}",
+        rf"^{before}({key}){end}",
         rf"\b(?i:option|choice|answer|letter)(?:\s+is)?\s*:?\s+((?i:{key}))(?=\W*$|\s*[).:,-](?!\d))",
         rf"\b(?i:it is|it's|choose|chose|pick|select)\s+({key})(?=\W*$|\s*[).:,-](?!\d))",
+        rf"^{before}({key})(?=\s+(?:is|because|since)\b)",
+        rf"\b(?i:so|is|then|therefore)\s+({key})(?={after}$)",
         r"^\W*([a-z])\W*$",
     ]
     return list(re.finditer("|".join(said), span))
@@ -335,6 +342,15 @@ def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
 
 def label_of(match: re.Match) -> str:
     return next(group for group in match.groups() if group).upper()
+
+
+def several_named(span: str, labels: list[re.Match], words: list[Mention]) -> bool:
+    """Whether different options are named together, by labels, words or both: "A, B", "(A) left or (B) right"."""
+    named = [(label.start(), label.end(), {label_of(label)}) for label in labels]
+    named = sorted(named + [(mention.start, mention.end, set(mention.labels)) for mention in words])
+    pairs = [(one, two) for one, two in zip(named, named[1:]) if two[0] >= one[1] and not one[2] & two[2]]
+    together = any(joined(span[one[1] : two[0]]) and "(" not in span[one[1] : two[0]].strip("( ") for one, two in pairs)
+    return together or (bool(labels) and and_another(span, labels[-1]))
 
 
 def joined(between: str) -> bool:
@@ -358,7 +374,9 @@ def plain(text: str) -> str:
     text = fold(text)
     for _ in range(2):  # one may stand in the other
         text = re.sub(r"\\(?:boxed|text|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", re.sub(r"(?<!\w)\*+|\*+(?!\w)|[`\"“”„«»$]+", "", text))
+    text = re.sub(r"(?<!\w)\*+|\*+(?!\w)|[`\"“”„«»$]+", "", text)
+    text = re.sub(r"(?<!\w)['‘’]|['‘’](?!\w)", "", text)
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
     return " ".join(text.split()).strip()
 
 

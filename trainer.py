@@ -28,12 +28,11 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
+from adapter_files import CONFIG, TENSORS, copy_small_files, load_adapter, save_adapter
 from checkpoint import BEST, METRICS, RUN, STATE, NotFiniteError, read_json, sha256, write_json
 from config import as_dict, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, leave_processes, precision, use_deterministic_kernels
-from interop.merged import copy_small_files
-from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
 from memory import summary
 from model import UserError

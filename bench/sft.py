@@ -89,8 +89,8 @@ def ours(bench, cfg):
         step = engine.update
     else:
         init_distributed()
-        engine, _ = build_engine(bench.model, cfg, bench.device, bench.dtype)
-        step = partial(update, engine)
+        engine, *_ = build_engine(bench.model, cfg, bench.device, bench.dtype)
+        step = lambda micro_batches, loss_of: update(engine, micro_batches, loss_of, len(micro_batches))
 
     def make(work, batch, accumulation):
         micro_batches = passes(bench, work, batch * accumulation)

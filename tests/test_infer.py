@@ -14,10 +14,10 @@ from conftest import config_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
+from adapter_files import load_adapter, save_adapter
 from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
 from evaluate import opposite, wilson
-from interop.saved import load_adapter, save_adapter
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion

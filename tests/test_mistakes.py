@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import lora
+from adapter_files import meta_model
 from checkpoint import find_adapter
 from cli import build_parser
 from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
 from dataset.index import read_records
 from infer import clip_record
-from interop.merged import meta_model
 from model import UserError, nearest, nearest_path
 from model.qwen2_5_vl import resolve_folder
 from report import read_run
