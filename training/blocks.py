@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.captured import round_up
-from model.linear import adapter_of, aligned
+from model.adapters import adapter_of, aligned
 from model.sequence import kv_heads
 from model.vision import PART
 
