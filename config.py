@@ -4,19 +4,19 @@
     cfg = parse(SFT)      # defaults, then --config FILE.py (plain assignments), then --name value or --name=value
 
 The defaults of training and inference are for the embedded model (assets/tiny) on a laptop; configs/ holds the diffs
-for larger ones. The comment beside a default is also its line in --help. Which options have no effect beside others is
-in effects.py. Standard library only: --help must not wait for torch.
+for larger ones. The comment beside a default is also its line in --help; ignored_options says which of the given ones
+have no effect. Standard library only: --help must not wait for torch.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from flags import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
+from cli import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
 from model import nearest
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
-__all__ += ["as_dict", "changed", "cli", "parse", "split_list"]
+__all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]
 
 # The dataset's question, as generate.py writes it and infer.py asks it.
 QUESTION = (
@@ -493,3 +493,62 @@ class Report:
 
     def check(self):
         require(bool(self.runs), "runs", self.runs, "a run's folder: python report.py output/video_lora")
+
+
+# -- Options that have no effect
+
+
+def ignored_options(cfg):
+    """One line for each option that was given but has no effect beside the others, and for each default of the tiny
+    model that another model is about to get."""
+    ignored = [(name, why) for cls, rules in IGNORED for names, applies, why in rules if isinstance(cfg, cls)
+               for name in names.split() if name in cfg.given and applies(cfg)]  # fmt: skip
+    lines = [f"--{name} has no effect: {why}" for name, why in ignored]
+    if isinstance(cfg, VideoArgs) and cfg.model_id != type(cfg)().model_id:
+        if not {"nframes", "fps", "video_max_pixels", "video_resized_height"} & cfg.given:
+            view = f"{cfg.nframes} frames of {cfg.video_max_pixels} pixels"
+            lines.append(f"clips are read as for the tiny model, {view}: see --fps, --nframes, --video_max_pixels")
+        if hasattr(cfg, "learning_rate") and "learning_rate" not in cfg.given:
+            lines.append(f"--learning_rate {cfg.learning_rate:g} suits the tiny model; the 3B takes 2e-4")
+    return lines
+
+
+# class: (options, when they have no effect, why)
+IGNORED = [
+    (CommonTrain, [
+        ("use_liger", lambda c: True, "the (T, V) logits are never held here, there is nothing for Liger to replace"),
+        ("disable_flash_attn2", lambda c: True, "attention is PyTorch's own, the flash-attn package is never used"),
+        ("lazy_preprocess", lambda c: True, "clips are always read when they are needed, and kept (cache_mb)"),
+        ("remove_unused_columns", lambda c: True, "samples are no table, no column is dropped"),
+        ("num_train_epochs", lambda c: c.max_steps != -1, "max_steps is given and decides"),
+        ("warmup_ratio", lambda c: c.warmup_steps > 0, "warmup_steps is given and decides"),
+        ("save_steps", lambda c: c.save_strategy != "steps", "save_strategy is not steps"),
+        ("eval_steps eval_samples max_new_tokens", lambda c: c.eval_data_path is None, "nothing is evaluated"),
+        ("model_ckpt", lambda c: not c.lora_enable and c.model_ckpt, "lora_enable is False: no adapter is loaded"),
+    ]),
+    (VideoArgs, [
+        ("fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none turns it off"),
+        ("video_min_pixels video_max_pixels", lambda c: c.video_resized_height, "video_resized_height decides"),
+        ("image_min_pixels image_max_pixels", lambda c: c.image_resized_height, "image_resized_height decides"),
+    ]),
+    (LoraArgs, [
+        ("lora_rank lora_alpha lora_dropout lora_bias use_rslora num_lora_modules llm_lora vision_lora merger_lora",
+         lambda c: not c.lora_enable, "lora_enable is False"),
+    ]),
+    (GRPO, [
+        ("lora_dropout", lambda c: True, "it is off in GRPO: the policy that is updated must be the one that sampled"),
+        ("reference use_bias_correction_kl", lambda c: c.beta == 0, "beta is 0, there is no KL"),
+        ("epsilon epsilon_high", lambda c: c.num_iterations == 1, "one update a set of rollouts: every ratio is 1"),
+    ]),
+    (Generate, [
+        ("num_samples task frame_size video_length style augment augment_prob", lambda c: c.from_folder is not None,
+         "clips of --from_folder are taken as they are"),
+        ("question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),
+        ("cot_source cot_model cot_workers cot_coordinates", lambda c: not c.cot, "there is no --cot"),
+    ]),
+    (Infer, [
+        ("top_p top_k", lambda c: c.temperature == 0, "temperature 0 takes the likeliest token"),
+        ("controls max_samples batch_size", lambda c: c.data_path is None, "it is for a dataset (--data_path)"),
+        ("question prompt", lambda c: c.data_path is not None, "a dataset brings its own questions"),
+    ]),
+]  # fmt: skip

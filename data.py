@@ -12,8 +12,7 @@ L tokens of a sample, T of a batch, F frames, P patches, N clips.
 # ruff: noqa: E402
 import sys
 
-from config import Look, cli, parse
-from effects import inert
+from config import Look, cli, ignored_options, parse
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
     cli(lambda: parse(Look))
@@ -372,7 +371,7 @@ def describe_dataset(file: str, processor: Processor) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Look, argv)
-    for line in inert(args):
+    for line in ignored_options(args):
         print(f"note: {line}")
     folder = resolve_folder(args.model_id, args.local_files_only)
     processor = Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), args)

@@ -16,10 +16,15 @@ The way: plan (labels and parts) -> worker processes draw, augment, encode -> te
 the end, so a killed run leaves nothing half-done and is simply started again.
 """
 
+# ruff: noqa: E402, I001
+# first, for it handles Ctrl-C
+from config import QUESTION, Generate, as_dict, changed, cli, ignored_options, parse, split_list
+
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +36,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import QUESTION, Generate, as_dict, changed, cli, parse, split_list
 from drawing import cot, preview
 from drawing.clips import (
     CORNERS,
@@ -50,7 +54,6 @@ from drawing.clips import (
     sight_frames,
     write_mp4,
 )
-from effects import inert
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +135,8 @@ def make_all(cfg: Generate, jobs: list[Job], folder: Path) -> list[tuple[Clip, s
     if workers == 1:
         made = list(tqdm(map(make, orders), **bar))
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             made = list(tqdm(pool.map(make, orders, chunksize=16), **bar))
     first = {}
     for job, (_, digest) in zip(jobs, made, strict=True):
@@ -427,7 +431,7 @@ def fill_folder(cfg: Generate, jobs: list[Job], out: Path, work: Path) -> tuple[
 def main():
     cfg = parse(Generate)
     print("options:", ", ".join(f"{name}={value!r}" for name, value in changed(cfg).items()) or "defaults")
-    for line in inert(cfg):
+    for line in ignored_options(cfg):
         print(f"note: {line}")
     generate(cfg)
 

@@ -7,6 +7,9 @@ The newest adapter under output/ is used if it was made for this base, and clips
 The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
 """
 
+# ruff: noqa: E402, I001
+from config import ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
+
 import json
 import math
 import re
@@ -17,11 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Infer, VideoArgs, as_dict, cli, parse, split_list
 from dataset.index import read_records, spread
 from dataset.records import IMAGE_SUFFIXES
-from effects import inert
-from flags import from_file
+from cli import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
 from training.checkpoint import BEST, STATE, find_adapter, read_json
@@ -31,7 +32,7 @@ from training.measures import chance, confusion_of, in_words, measure
 def main(argv=None):
     cfg = parse(Infer, argv)
     adapter, told = choose_adapter(cfg)
-    for line in (told, *read_as_trained(cfg, adapter), *inert(cfg)):
+    for line in (told, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
         print(f"note: {line}")
     task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
@@ -67,7 +68,8 @@ def below_start(folder):
     best = read_json(path) if path.exists() else {}
     if not (isinstance(best, dict) and best.get("below_start") and folder.name == f"checkpoint-{best['step']}"):
         return ""
-    return f", the best of its run, but {best['accuracy']:.1%} is less than the {best['start_accuracy']:.1%} of its start"
+    end, start = best["accuracy"], best["start_accuracy"]
+    return f", the best of its run, but {end:.1%} is less than the {start:.1%} of its start"
 
 
 def read_as_trained(cfg, adapter):

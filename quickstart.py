@@ -23,10 +23,14 @@ def run(stage: str, *command: str) -> str:
     print(f"\n$ python {' '.join(command)}", flush=True)
     began, last = time.perf_counter(), ""
     process = subprocess.Popen([sys.executable, "-u", *command], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if not line.startswith("{"):
-            print(line, end="", flush=True)
-        last = line.strip() or last
+    try:
+        for line in process.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+            last = line.strip() or last
+    except KeyboardInterrupt:
+        process.wait()
+        raise
     if process.wait():
         raise SystemExit(process.returncode)
     seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - began, 1)
@@ -99,5 +103,8 @@ def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:  # --help, say: it takes nothing, and begins by removing output/quickstart
         print(__doc__)
-    else:
+        raise SystemExit(0)
+    try:
         main()
+    except KeyboardInterrupt:  # the command that was running has told so
+        raise SystemExit(130) from None

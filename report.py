@@ -21,6 +21,9 @@ Every text from a model, a file or a command line is escaped, and the page's pol
 style and script, known by their hashes. No torch: a page must be quick to make, while training too.
 """
 
+# ruff: noqa: E402, I001
+from config import Report, cli, parse  # first: it handles Ctrl-C
+
 import base64
 import hashlib
 import json
@@ -29,7 +32,6 @@ import re
 from html import escape
 from pathlib import Path
 
-from config import Report, cli, parse
 from model import UserError
 from reporting import charts
 from reporting.charts import columns, number

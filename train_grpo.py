@@ -118,11 +118,11 @@ def main():
         show(run, log, alarm, step, metrics, found.groups, rows)
 
         # answer accuracy, checkpoint, end
-        better = False
-        if held_out and is_due(cfg.eval_steps, step, total):
-            better, told = evaluate_and_tell(run, model, processor, held_out, log), None
+        better, stop = False, run.stop_requested(told)
+        if held_out and not stop and is_due(cfg.eval_steps, step, total):
+            better = evaluate_and_tell(run, model, processor, held_out, log)
             report(run)
-        stop = run.stop_requested(told)
+            stop = run.stop_requested()
         if better or stop or is_due(saved_every(cfg, loader), step, total):
             save(run, engine, step, {"alarm": alarm.state})
         if stop:

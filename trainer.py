@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import as_dict
+from config import as_dict, ignored_options
 from dataset.sheet import sheet
-from effects import inert
 from interop.merged import copy_small_files
 from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
@@ -327,7 +326,7 @@ def start(run, model, total):
     """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     agree_on_start(run.cfg, run.adapter, total)
     engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
-    run.notes += [*notes, *inert(run.cfg)]
+    run.notes += [*notes, *ignored_options(run.cfg)]
     if run.source:
         load_state(engine, run.source, run.state["updates"])
         if run.state["loss_scale"]:
@@ -398,6 +397,10 @@ def watch_signals(run):
     def note(number, _frame):
         if number == run.signal == signal.SIGINT:
             raise SystemExit(128 + number)
+        if not run.signal and run.rank == 0:
+            again = "; once more ends it at once" if number == signal.SIGINT else ""
+            text = f"\n{signal.Signals(number).name}: this step is finished, a checkpoint written{again}\n"
+            os.write(2, text.encode())  # print() may be in the middle of another line
         run.signal = run.signal or number
 
     for number in (signal.SIGINT, signal.SIGTERM):

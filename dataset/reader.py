@@ -15,7 +15,7 @@ import struct
 import tempfile
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -49,6 +49,8 @@ STRIP = 256  # rows blended at once
 THREADED_PIXELS = 1280 * 720
 RESIZED_BYTES = 1 << 20  # of frames at full size held back, to resize them in one call
 
+SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS in libavformat/avformat.h: this container is searched by presentation time
+
 
 @dataclass(frozen=True)
 class Packets:
@@ -58,11 +60,12 @@ class Packets:
     fps: float
     pts: list[int]  # sorted
     keyframes: list[int]  # sorted pts of frames that decode alone; none if the container does not time its packets
+    seek_times: list[int]  # what to seek to, for each keyframe: its pts, or its dts where the container goes by it
     time_base: float
 
     def seek(self, i: int) -> tuple[int, int]:
-        """(time of the last keyframe up to frame i, its own time)"""
-        return self.keyframes[max(0, bisect_right(self.keyframes, self.pts[i]) - 1)], self.pts[i]
+        """(seek time of the last keyframe up to frame i, its own time)"""
+        return self.seek_times[max(0, bisect_right(self.keyframes, self.pts[i]) - 1)], self.pts[i]
 
 
 def check_file(path: str) -> os.stat_result:
@@ -237,23 +240,41 @@ def read_packets(path: str) -> Packets:
             raise UserError(f"{told}; download it again")
         shown = [p.pts for p in packets if not p.is_discard]
         pts = sorted(p for p in shown if p is not None)
-        keyframes = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
-        if len(set(pts)) < len(shown) or not keyframes:
+        keyframes = sorted((p for p in packets if p.is_keyframe and p.pts is not None), key=lambda p: p.pts)
+        # AVI holds no presentation times; for H.264 FFmpeg makes up some in decoding order, wrong where it has B-frames
+        made_up = container.format.name == "avi" and stream.codec_context.has_b_frames and pts == shown
+        if len(set(pts)) < len(shown) or not keyframes or made_up:
             return count_frames(path)
-        media.seek(keyframes[0])
+        seek_times = [seek_time(container, p) for p in keyframes]
+        keyframes = [p.pts for p in keyframes]
+        pts = pts[bisect_left(pts, keyframes[0]) :]  # a stream cut at its head: nothing decodes before a keyframe
+        if not pts:
+            raise UserError(f"{path}: no frame follows its first keyframe; write it again")
+        media.seek(seek_times[0])
         first = next(decoded(media), None)  # only a frame tells whether it is to be rotated
         if first is None:
             raise UserError(f"{path}: none of its {len(pts)} frames decodes; write it again")
     finally:
         kept.keep(key, media)
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
-    return Packets(shown_size(first), fps, pts, keyframes, time_base)
+    return Packets(shown_size(first), fps, pts, keyframes, seek_times, time_base)
+
+
+def seek_time(container, keyframe: "Header") -> int:
+    """The time at which a seek finds this keyframe: its pts in mp4 and Matroska, its dts elsewhere.
+
+    MPEG transport and program streams are searched by dts. With B-frames a keyframe's dts is earlier than its pts, so a
+    seek to the pts would land behind it.
+    """
+    by_pts = container.format.flags & SEEK_TO_PTS or "matroska" in container.format.name
+    return keyframe.pts if by_pts or keyframe.dts is None else keyframe.dts
 
 
 class Header(NamedTuple):
     """What is kept of a packet: not its data."""
 
     pts: int | None
+    dts: int | None
     is_keyframe: bool
     is_discard: bool  # to be decoded, not to be shown (an edit list)
     is_corrupt: bool
@@ -270,7 +291,7 @@ def demux_headers(media: MediaFile) -> tuple[list[Header], float]:
         if number == media.stream.index:
             if len(headers) == MAX_SOURCE_FRAMES:
                 raise UserError(f"{media.path}: more than {MAX_SOURCE_FRAMES} frames, the limit; cut it")
-            headers.append(Header(pts, p.is_keyframe, p.is_discard, p.is_corrupt))
+            headers.append(Header(pts, p.dts, p.is_keyframe, p.is_discard, p.is_corrupt))
         if pts is not None and number < len(ends) and pts > ends[number]:
             ends[number] = pts
     bases = [stream.time_base for stream in streams]
@@ -285,7 +306,7 @@ def count_frames(path: str) -> Packets:
         sizes = [shown_size(frame) for frame in limited(decoded(media), path)]
     if not sizes:
         raise UserError(f"{path}: a video stream with 0 frames; write it again")
-    return Packets(sizes[0], rate, list(range(len(sizes))), [], 1 / rate)
+    return Packets(sizes[0], rate, list(range(len(sizes))), [], [], 1 / rate)
 
 
 def limited(frames: Iterable, path: str) -> Iterator:
@@ -377,8 +398,8 @@ class Resized:
 def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int, int]], size) -> list[Tensor]:
     """Frames of one video by number, each (3, *size) uint8.
 
-    seeks: (keyframe's time, own time) of each, from Packets.seek, so that only what they need is decoded; empty = all
-    is decoded. size: H, W after resizing.
+    seeks: (keyframe's seek time, own time) of each, from Packets.seek, so that only what they need is decoded; empty =
+    all is decoded. size: H, W after resizing.
     """
     found: dict[int, Tensor] = {}
     with kept.take(path) or open_media(path, MAX_VIDEO_PIXELS) as media:
@@ -418,7 +439,8 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
     """The first frame of an image file, (3, H, W) uint8, resized if a size is given."""
     with open_media(path, MAX_IMAGE_PIXELS) as media:
         context = media.stream.codec_context
-        context.options |= {"err_detect": "explode"}  # a JPEG that breaks off would end in grey
+        if context.name == "mjpeg":  # a JPEG that breaks off would end in grey; a TIFF would fail at any unknown tag
+            context.options |= {"err_detect": "explode"}
         frame = next(decoded(media), None)
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")

@@ -97,7 +97,7 @@ class ClipPlan:
     total_frames: int
     source_fps: float
     sample_fps: float
-    seeks: tuple[tuple[int, int], ...] = ()  # of a file: a frame's (keyframe's time, own time) in stream units
+    seeks: tuple[tuple[int, int], ...] = ()  # of a file: a frame's (keyframe's seek time, own time) in stream units
     notes: tuple[str, ...] = ()  # options that were overruled, and by what
     stamp: tuple = ()  # times and sizes of the files, so that a changed file is another clip
 

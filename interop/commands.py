@@ -7,15 +7,14 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import Adapter, parse
-from effects import inert
+from config import Adapter, ignored_options, parse
 from model import UserError
 from training.checkpoint import STATE, find_adapter, sync
 
 
 def main(argv=None):
     cfg = parse(Adapter, argv)
-    for line in inert(cfg):
+    for line in ignored_options(cfg):
         print(f"note: {line}")
     adapter = find_adapter(cfg.adapter)
     {"merge": merge, "check": check, "convert": convert}[cfg.command](cfg, adapter)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import config
-from config import GRPO, SFT, Generate, Infer, changed, cli, parse
-from effects import inert
-from flags import help_text
+from cli import build_parser
+from config import GRPO, SFT, Generate, Infer, changed, cli, ignored_options, parse
 from model import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +113,7 @@ def test_sft_command():
         save_total_limit=2,
     )
     assert cfg.video_min_pixels <= 4096
-    told = {line.split()[0] for line in inert(cfg)} - {"--report_to"}  # that one depends on what is installed
+    told = {line.split()[0] for line in ignored_options(cfg)} - {"--report_to"}  # that one depends on what is installed
     assert told == {"--use_liger", "--disable_flash_attn2", "--lazy_preprocess", "--remove_unused_columns"}
 
 
@@ -199,7 +198,7 @@ def test_a_later_setting_beats_an_earlier_one(tmp_path):
     assert (cfg.nframes, cfg.video_min_pixels, cfg.video_max_pixels) == (None, 4096, 4096)
     both = parse(Infer, ["a.mp4", "--fps", "1", "--nframes", "4"])
     assert both.nframes == 4
-    assert any(line.startswith("--fps has no effect") for line in inert(both))
+    assert any(line.startswith("--fps has no effect") for line in ignored_options(both))
 
 
 def test_config_file_is_a_diff(tmp_path):
@@ -221,7 +220,7 @@ def test_config_file_is_a_diff(tmp_path):
         ("learning_rte = 1", ["mine.py", "learning_rte", "did you mean learning_rate?"]),
         ("lora_rank = '16'", ["mine.py", "lora_rank", "'16'", "int"]),
         ("lora_rank = True", ["lora_rank", "True", "int"]),
-        ("lora_rank = ", ["mine.py", "SyntaxError"]),
+        ("lora_rank = ", ["mine.py", "is not Python"]),
         ("lora_rank = x", ["mine.py", "NameError"]),
     ],
 )
@@ -249,26 +248,26 @@ def test_config_py_itself_and_a_copy(tmp_path):
 
 def test_every_field_is_in_help_with_a_comment():
     for cls in (Generate, SFT, GRPO, Infer):
-        text = help_text(cls)
+        helps = {action.dest: action.help for action in build_parser(cls)._actions}
         for f in fields(cls):
-            (line,) = [line for line in text.splitlines() if line.startswith(f"  --{f.name} ")]
-            assert len(line.split(repr(getattr(cls(), f.name)), 1)[1].strip()) > 3, line
-    assert "4 are too few" in help_text(SFT)  # the comment of the class asked for, not of its base
+            assert len(helps[f.name].partition(" (default")[0]) > 3, f.name
+    help_of = {action.dest: action.help for action in build_parser(SFT)._actions}
+    assert "4 are too few" in help_of["nframes"]  # the comment of the class asked for, not of its base
 
 
 def test_defaults_pass_their_own_checks():
     for cls in (Generate, SFT, GRPO):
         assert parse(cls, []) == cls()
-        assert inert(parse(cls, [])) == []
+        assert ignored_options(parse(cls, [])) == []
 
 
 def test_help_is_quick_and_needs_no_torch():
-    code = "import sys, config, effects\ntry: config.parse(config.SFT, ['--help'])\n"
+    code = "import sys, config\ntry: config.parse(config.SFT, ['--help'])\n"
     code += "finally: assert 'torch' not in sys.modules"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--learning_rate float" in done.stdout
+    assert "--learning_rate float" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100
     assert time.perf_counter() - start < 1
 
 

@@ -15,9 +15,8 @@ from stepcost import Setting
 from workloads import R, Workload, model_config
 
 import lora
-from config import GRPO, SFT, parse
-from effects import inert
-from flags import read_config_file
+from cli import read_config
+from config import GRPO, SFT, ignored_options, parse
 from model.partition import counts
 from model.qwen2_5_vl import Qwen2_5_VL
 
@@ -41,8 +40,8 @@ def test_its_script_reads_it(path):
     assert scripts(path), "the docstring begins with the script that the file is for"
     for cls in scripts(path):
         cfg = parse(cls, ["--config", str(path)])
-        assert cfg.given == set(read_config_file(cls, path)) and cfg.given
-        assert not [line for line in inert(cfg) if "no effect" in line]
+        assert cfg.given == set(read_config(cls, path)) and cfg.given
+        assert not [line for line in ignored_options(cfg) if "no effect" in line]
 
 
 def test_every_size_and_memory_has_one():

@@ -15,12 +15,11 @@ from test_data import make_config, make_tokenizer
 from test_video import ramp, write_clip
 
 import generate as G
-from config import Generate, VideoArgs, parse
+from config import Generate, VideoArgs, ignored_options, parse
 from data import Processor
 from dataset.index import read_records
 from dataset.places import media_folders
 from drawing import cot, folders
-from effects import inert
 from model import UserError
 from rewards import is_correct, reference_answer, sample_from_record
 
@@ -299,7 +298,7 @@ def test_options_without_effect_are_told(capsys, root, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def told_of(flags):
-        return {line.split()[0] for line in inert(parse(Generate, flags.split()))}
+        return {line.split()[0] for line in ignored_options(parse(Generate, flags.split()))}
 
     told = told_of("--from_folder d --num_samples 9 --style plain --augment_prob 0.1 --hard_negatives --cot_model x")
     assert told == {"--num_samples", "--style", "--augment_prob", "--cot_model"}

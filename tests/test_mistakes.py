@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import lora
+from cli import build_parser
 from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
 from dataset.index import read_records
-from flags import help_text
 from infer import clip_record
 from interop.merged import meta_model
 from model import UserError, nearest, nearest_path
@@ -101,7 +101,7 @@ def test_files_stand_without_a_flag():
     for cls, flag in ((Look, "--files"), (Report, "--runs")):
         with pytest.raises(UserError, match=rf"{flag}: found \[\], expected .*python"):
             parse(cls, [])
-    assert "controls" not in (text := help_text(Look)) and text.startswith("usage: ") and "[FILES ...]" in text
+    assert "controls" not in (text := build_parser(Look).format_help()) and "[files ...]" in text
 
 
 def test_help_of_every_script_is_grouped_and_needs_no_torch():

@@ -15,9 +15,8 @@ from test_train_sft import base, flags_for, metrics, sft  # noqa: F401 (fixtures
 import train_grpo
 import train_sft
 from bench.workloads import config_dict
-from config import GRPO, SFT, parse
+from config import GRPO, SFT, ignored_options, parse
 from data import Loader, Processor, load_tokenizer, read_records
-from effects import inert
 from model import UserError
 from model.loss import IGNORE
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
@@ -214,7 +213,7 @@ def test_flags_without_effect(base, tmp_path, capsys, monkeypatch):  # noqa: F81
         assert line in text, text
     assert "all have an effect" in told(capsys, monkeypatch, flags_for(base, tmp_path / "run", learning_rate=1e-3))
     cfg = parse(SFT, ["--lr_scheduler_type", "constant", "--min_lr_ratio", "0.1", "--dry_run_gib", "24"])
-    assert [line.split()[0] for line in inert(cfg)] == ["--dry_run_gib", "--min_lr_ratio"]
+    assert [line.split()[0] for line in ignored_options(cfg)] == ["--dry_run_gib", "--min_lr_ratio"]
     (tmp_path / "three.json").write_text('{"zero_optimization": {"stage": 3}}')
     with pytest.raises(UserError, match="stage is not 1 or 2"):
         told(capsys, monkeypatch, flags_for(base, tmp_path / "run", deepspeed=tmp_path / "three.json"))

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import av
 import numpy as np
@@ -224,6 +225,59 @@ def test_frames_are_those_asked_for(tmp_path, name):
     assert_ramp(plan)
 
 
+# One keyframe, B-frames behind it. Transport and program streams are searched by decoding time, which is earlier
+ONE_KEYFRAME = {
+    "h264.ts": dict(g="250", bf="3", sc_threshold="0"),
+    "hevc.ts": dict(codec="libx265", **{"x265-params": "keyint=250:bframes=3:scenecut=0:log-level=none"}),
+    "mpeg2.mpg": dict(codec="mpeg2video", fps=25, g="250", bf="2", b="4000000", sc_threshold="1000000000"),
+}
+
+
+def from_the_start(path):
+    """(packets, mean of every frame): FFmpeg decodes the file without a seek."""
+    with av.open(path) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    with av.open(path) as file:
+        return packets, np.array([frame.to_ndarray(format="rgb24").mean() for frame in file.decode(video=0)])
+
+
+def textured(n):
+    """As ramp, in noise: MPEG program streams are searched in steps of some kilobytes."""
+    noise = np.random.default_rng(0).integers(0, 100, (112, 112, 3), dtype=np.uint8)
+    return [noise + np.uint8(i * 155 // (n - 1)) for i in range(n)]
+
+
+@pytest.mark.parametrize("name", ONE_KEYFRAME)
+def test_streams_with_one_keyframe(tmp_path, name):
+    path = write_clip(tmp_path / name, textured(60), **ONE_KEYFRAME[name])
+    packets, means = from_the_start(path)
+    assert sum(packet.is_keyframe for packet in packets) == 1 and packets[0].dts < packets[0].pts
+    plan = plan_clip("video", (path,), Options(nframes=12, resized_height=112, resized_width=112))
+    assert plan.total_frames == len(means) == 60
+    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+
+
+def test_h264_with_b_frames_in_avi(tmp_path):
+    """AVI holds no presentation times, and those that FFmpeg gives such packets are in decoding order."""
+    path = write_clip(tmp_path / "a.avi", textured(60), g="7", bf="3", sc_threshold="0")
+    packets, means = from_the_start(path)
+    assert [packet.pts for packet in packets] == sorted(packet.pts for packet in packets)
+    plan = plan_clip("video", (path,), Options(nframes=30, resized_height=112, resized_width=112))
+    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+
+
+def test_a_stream_cut_at_its_head_begins_with_the_first_keyframe(tmp_path):
+    """As a recording of a broadcast does: keyframes at 0 and 30, and the first 188-byte packets are gone."""
+    data = Path(write_clip(tmp_path / "whole.ts", textured(60), g="30", bf="3", sc_threshold="0")).read_bytes()
+    (tmp_path / "cut.ts").write_bytes(data[len(data) // 4 // 188 * 188 :])
+    path = str(tmp_path / "cut.ts")
+    packets, means = from_the_start(path)
+    assert 30 < len(packets) < 60 and not packets[0].is_keyframe
+    plan = plan_clip("video", (path,), Options(nframes=10, resized_height=112, resized_width=112))
+    assert plan.total_frames == len(means) == 30 and plan.times[0] == 0
+    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+
+
 def test_seeking_equals_decoding_all(tmp_path):
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 255, (32, 48, 3), dtype=np.uint8) for _ in range(40)]
@@ -262,6 +316,14 @@ def test_images_and_lists_of_frames(tmp_path):
     assert thinned.indices == (0, 4) and thinned.sample_fps == 4.0 * 2 / 5
     still = plan_clip("image", paths[2:3], Options())
     assert still.grid_thw == (1, 4, 4) and still.second_per_grid == 0 and brightness(still).tolist() == [127, 127]
+
+
+def test_tiff(tmp_path):
+    """With tags that FFmpeg's decoder does not know; its own encoder writes one (296, ResolutionUnit)."""
+    noise = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "a.tif", [noise], codec="tiff", pix_fmt="rgb24", container={"update": "1"})
+    assert np.array_equal(reader.read_image(path).permute(1, 2, 0).numpy(), noise)
+    assert plan_clip("image", (path,), Options()).size == (56, 84)
 
 
 def test_transparent_pixels_lie_on_white(tmp_path):
@@ -371,7 +433,10 @@ def test_damage_inside_a_file(tmp_path):
         read_clip(plan_clip("video", (str(tmp_path / "a.mp4"),), Options()))
 
 
-@pytest.mark.parametrize("codec, pix_fmt, name", [("png", "rgb24", "a.png"), ("mjpeg", "yuvj420p", "a.jpg")])
+PICTURES = [("png", "rgb24", "a.png"), ("mjpeg", "yuvj420p", "a.jpg"), ("tiff", "rgb24", "a.tif")]
+
+
+@pytest.mark.parametrize("codec, pix_fmt, name", PICTURES)
 def test_a_picture_that_breaks_off(tmp_path, codec, pix_fmt, name):
     noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
     write_clip(tmp_path / name, [noise], codec=codec, pix_fmt=pix_fmt, container={"update": "1"})

@@ -12,9 +12,8 @@ import statistics
 import textwrap
 from types import SimpleNamespace
 
-from config import as_dict
+from config import as_dict, ignored_options
 from data import Processor, load_tokenizer
-from effects import inert
 from lora import FLAT, lora_layers, part_of, sizes
 from model.captured import MAX_KEPT
 from model.sequence import check_heads
@@ -200,13 +199,13 @@ def time(plan):
 
 
 def flag_lines(plan):
-    found = [*inert(plan.cfg), *plan.notes, *more_inert(plan)]
+    found = [*ignored_options(plan.cfg), *plan.notes, *more_ignored_options(plan)]
     yield f"  flags      {len(found)} without effect or noteworthy" if found else "  flags      all have an effect"
     for line in found:
         yield f"             {line}"
 
 
-def more_inert(plan):
+def more_ignored_options(plan):
     """What only the data, the device and the folder can tell."""
     cfg, given = plan.cfg, plan.cfg.given
     for kind in ("video", "image"):
