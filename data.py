@@ -42,8 +42,8 @@ from dataset.reader import check_file
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError, nearest_path
-from model.loss import IGNORE
-from model.qwen2_5_vl import ModelConfig, resolve_folder
+from model.loading import ModelConfig, resolve_folder
+from model.qwen import IGNORE
 from model.rope import mrope_position_ids
 
 __all__ = ["Example", "Loader", "Processor", "TooLong", "load_tokenizer", "pack", "pack_groups", "read_records"]

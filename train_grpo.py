@@ -32,8 +32,8 @@ from data import Processor, load_tokenizer, read_records
 from lora import disabled, lora_layers, reference, reference_snapshot
 from model import UserError
 from model.decode import Sampling
-from model.loss import target_logprobs
-from model.qwen2_5_vl import resolve_folder
+from model.loading import resolve_folder
+from model.qwen import target_logprobs
 from reporting.rollouts import telling_rows
 from rewards import load_rewards
 from trainer import (

@@ -20,12 +20,10 @@ from functools import partial
 
 import torch
 
+from bench.flops import training_flops
 from data import Loader, Processor, load_tokenizer, pack, read_records
-from model import UserError
-from model.cost import training_flops
-from model.loss import IGNORE, target_logprobs
-from model.qwen2_5_vl import resolve_folder
-from model.sequence import disagreement, share
+from model.loading import resolve_folder
+from model.qwen import IGNORE, target_logprobs
 from trainer import (
     build_model,
     finish,
@@ -76,7 +74,6 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         run.seed_step(step)
         lr = schedule(engine, cfg, step - 1, total)
-        check_same(run, step, micro_batches)
         tally.start(*count(micro_batches), seconds)
         loss_of = partial(micro_loss, engine, tally.answers, tally.sums)
         with told_when_full(run, f"training step {step}", micro_batches):
@@ -116,20 +113,8 @@ def make_loader(run, records, processor):
     tower = (cfg.lora_enable and cfg.vision_lora) or not cfg.freeze_vision_tower
     cost = partial(training_flops, processor.config, tower=tower)
     at = {"rank": run.data_rank, "world_size": run.data_world, "readers": cfg.sequence_parallel}
-    collate = pinned = partial(pack, pin=torch.cuda.is_available())
-    if run.sequence:
-        collate = lambda examples: share(pinned(examples), run.sequence, processor.config)
+    collate = partial(pack, pin=torch.cuda.is_available())
     return Loader(records, processor, cfg, **at, collate=collate, cost=cost)
-
-
-def check_same(run, step, micro_batches):
-    """UserError where ranks that share batches have read different samples: they would wait for each other for ever."""
-    if run.sequence is None or not run.sum(disagreement(micro_batches, run.sequence))[0]:
-        return
-    if run.rank:
-        raise SystemExit(2)  # one line is enough
-    told = "the ranks of a group have read different samples: one of them was left out by some ranks only"
-    raise UserError(f"--sequence_parallel: step {step}: {told}; see what was skipped above, then --resume")
 
 
 def micro_loss(engine, answers, sums, packed):

@@ -32,10 +32,8 @@ from interop.merged import copy_small_files
 from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
 from lora import inject, lora_layers, set_trainable
 from model import UserError
-from model.captured import Captures
-from model.partition import Share
-from model.qwen2_5_vl import Qwen2_5_VL, not_finite, resolve_folder
-from model.sequence import check_heads, join
+from model.fast.graphs import GraphCache
+from model.loading import load_model, not_finite, resolve_folder, save_model
 from report import write_report
 from training import checkpoint
 from training.agreed import agree, agree_on_checkpoint, agree_on_start
@@ -44,7 +42,6 @@ from training.counting import what_was_counted
 from training.engine import (
     NotFinite,
     build_engine,
-    gather,
     global_max,
     global_sum,
     launchers,
@@ -90,7 +87,6 @@ class Run:
     loader: object = None  # of the training data: counts what it leaves out
     halved: int = 0  # times that this rank sampled in halves for lack of memory
     sample_limit: float = math.inf  # tokens that are no longer tried at once since
-    sequence: object = None  # model.sequence.Group of the ranks that share batches with this one; None: it has its own
     launchers: tuple = ()  # processes that it ends with
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
@@ -172,7 +168,6 @@ def launch(cfg, records=(), held_out=()):
     script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
     run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
-    run.sequence = join(cfg.sequence_parallel)
     if cfg.deterministic and device.type == "cpu":
         run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
     run.notes += agree(cfg, dtype, records, held_out)
@@ -278,9 +273,9 @@ def build_model(cfg, run):
 
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    share = Share.here(cfg.offload_weights) if cfg.partition_weights else None
-    model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only, share)
-    check_heads(model.config, cfg.sequence_parallel)
+    if cfg.partition_weights or cfg.sequence_parallel > 1:
+        raise UserError("--partition_weights, --sequence_parallel: removed; use --gradient_checkpointing True")
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
@@ -295,31 +290,14 @@ def build_model(cfg, run):
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
-    if names := not_finite(model) + parted_not_finite(model):
+    if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         told = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{told}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    if model.partition:
-        run.notes.append(told_of(model.partition))
-    elif cfg.cuda_graphs and run.device.type == "cuda" and run.sequence is None:
-        model.captures = Captures(run.say)
+    if cfg.cuda_graphs and run.device.type == "cuda":
+        model.ops.graphs = GraphCache(run.say)
     return model
-
-
-def parted_not_finite(model):
-    """Blocks that are not finite on any rank: all of them must end the run."""
-    found = gather(model.partition.not_finite()) if model.partition else []
-    return list(dict.fromkeys(name for names in found for name in names))
-
-
-def told_of(partition):
-    n, size = len(partition.share.ranks), partition.part.nbytes
-    size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-    where = "host memory" if partition.share.offload else "its device"
-    told = f"--partition_weights: each of {n} ranks keeps {size} of the decoder layers and vision blocks"
-    alone = "; with one rank that frees nothing: see --offload_weights"
-    return f"{told} on {where}{alone if n == 1 and not partition.share.offload else ''}"
 
 
 def start(run, model, total):
@@ -448,7 +426,7 @@ def fill(run, engine, step, loop, counts, state, folder):
     if lora_layers(model):
         save_adapter(model, folder, cfg.model_id)
     else:
-        model.save_pretrained(folder)
+        save_model(model, folder)
         copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
     scaler = engine.optimizer.loss_scaler
     told = {

@@ -20,10 +20,10 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from flops import training_flops
 from workloads import model_config
 
 from dataset.batch import Loader
-from model.cost import training_flops
 
 SIZES = ((10, 18), (18, 10), (16, 16), (20, 36), (18, 30))  # patches of a frame: height, width
 

@@ -31,7 +31,7 @@ from config import GRPO
 from dataset.batch import Example, pack
 from interop.saved import hf_name
 from model.decode import Sampling, generate
-from model.loss import IGNORE
+from model.qwen import IGNORE
 from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
 from trainer import Run
 from training.dealing import Sums

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from workloads import R, S, arguments, model_config, peer_inputs, peer_model, sft_batch
 
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.loading import random_model
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = model_config(args.model)
-    ours = Qwen2_5_VL.random(config, device, torch.bfloat16).eval()
+    ours = random_model(config, device, torch.bfloat16).eval()
     found = {}
     for name, work in {"S": S, "R": R}.items() if device == "cuda" else {"S": S}.items():
         packed = sft_batch(config, work, 1).to(device)

@@ -31,7 +31,8 @@ from workloads import E, R, S, Workload, model_config, sft_batch, sync
 
 import lora
 from config import GRPO, SFT
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.loading import random_model
+from model.qwen import Qwen2_5_VL
 from training.blocks import Load, part_of_clip
 from training.engine import build_engine, leave_processes, start_processes, update
 from training.memory import GIB, Memory, peak, total
@@ -139,7 +140,7 @@ def run(case, size):
     row["components"] = components
     if cuda:
         free = torch.cuda.mem_get_info()[0]
-    model = Qwen2_5_VL.random(config, device, dtype).requires_grad_(False)
+    model = random_model(config, device, dtype).requires_grad_(False)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cuda:
         steps(case, cfg, model, device, dtype)

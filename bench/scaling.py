@@ -30,7 +30,7 @@ from config import SFT
 from data import Processor, load_tokenizer
 from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
 from model import UserError
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from model.loading import ModelConfig, random_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = 96  # records; an epoch of 12 steps of 8 on one GPU
@@ -57,7 +57,7 @@ def make_checkpoint(size, folder):
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     raw = config_dict(size) | {name: config[name] for name in config if name.endswith("_token_id")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    Qwen2_5_VL.random(ModelConfig.from_dict(raw), device, torch.bfloat16).save_pretrained(folder)
+    save_model(random_model(ModelConfig.from_dict(raw), device, torch.bfloat16), folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copyfile(TINY / name, folder / name)
 

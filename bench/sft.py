@@ -26,7 +26,7 @@ from workloads import Bench, arguments, chosen, linear_flops, peer_inputs, peft_
 import lora
 from config import SFT
 from dataset.batch import fill_bins
-from model.loss import IGNORE
+from model.qwen import IGNORE
 from train_sft import micro_loss
 from training.engine import build_engine, leave_processes, start_processes, update
 

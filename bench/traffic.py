@@ -26,9 +26,9 @@ from workloads import NAMED, model_config, sft_batch, sync
 
 import lora
 from config import SFT
-from model.captured import Captures
-from model.loss import IGNORE
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.fast.graphs import GraphCache
+from model.loading import random_model
+from model.qwen import IGNORE
 from train_sft import micro_loss
 from training.engine import build_engine, gather, global_sum, leave_processes, start_processes, update
 from training.waiting import Waiting, lost
@@ -47,9 +47,9 @@ WAYS = (
 def build(args, device, zero, halts):
     """The trainer's engine over a new model, with these settings over ours."""
     torch.manual_seed(0)
-    model = Qwen2_5_VL.random(model_config(args.model), device, args.dtype).requires_grad_(False)
+    model = random_model(model_config(args.model), device, args.dtype).requires_grad_(False)
     model.gradient_checkpointing = device.type == "cuda"
-    model.captures = Captures() if device.type == "cuda" else None
+    model.ops.graphs = GraphCache() if device.type == "cuda" else None
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps({"zero_optimization": zero}))
         file.flush()

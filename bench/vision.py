@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from flops import vision_flops
 from workloads import NAMED, Bench, arguments, chosen, peft_model, prompt_batch
 
 import lora
 from config import SFT
-from model.cost import vision_flops
-from model.vision import normalise_patches
+from model.qwen import normalise_patches
 
 PEER = "transformers + PEFT"
 

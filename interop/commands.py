@@ -44,7 +44,7 @@ def new_folder(path):
 
 def base_folder(cfg, config):
     """The checkpoint that --model_id names, or else the adapter."""
-    from model.qwen2_5_vl import resolve_folder
+    from model.loading import resolve_folder
 
     named = cfg.model_id or config.get("base_model_name_or_path")
     if not named:
@@ -69,7 +69,7 @@ def convert(cfg, adapter):
     """The adapter under the key names of the other transformers."""
     from interop.keys import NEW, OLD, renamed, styles
     from interop.saved import CONFIG, TENSORS, read_adapter
-    from model.qwen2_5_vl import save_tensors
+    from model.loading import save_tensors
 
     config, tensors = read_adapter(adapter)
     style = cfg.keys or (OLD if styles(tensors) == [NEW] else NEW)

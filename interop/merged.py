@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from interop.saved import fit_adapter
 from model.adapters import scale_of, shifted
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, check_tensors, module_name, shard_files, write_shards
+from model.loading import ModelConfig, check_tensors, module_name, shard_files, write_shards
+from model.qwen import Qwen2_5_VL
 from training.checkpoint import MANIFEST, STATE
 
 GENERATION = "generation_config.json"

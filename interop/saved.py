@@ -18,7 +18,7 @@ from torch import nn
 from config import LoraArgs
 from lora import FLAT, PARTS, lora_layers, part_of, replace_linears
 from model import UserError
-from model.qwen2_5_vl import save_tensors
+from model.loading import save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Options of PEFT's LoraConfig that change the formula above
@@ -223,9 +223,6 @@ def load_adapter(model, folder, dtype=None):
     if lora_layers(model):
         raise UserError(f"adapter {folder}: the model carries an adapter already; load it into its base")
     args, layers, base = fit_adapter(model, folder)
-    if model.partition and (names := sorted(set(base) & set(model.partition.names))):
-        told = f"it brings {names[0]} of the base too, expected adapters only"
-        raise UserError(f"adapter {folder}: {told} with --partition_weights True")
     replace_linears(model, list(layers), args, dtype)
     for name, pair in layers.items():
         layer = model.get_submodule(name)

@@ -32,7 +32,7 @@ import numpy as np
 from config import GRPO, SFT
 from data import Loader, Processor, load_tokenizer, read_records
 from model import UserError
-from model.qwen2_5_vl import ModelConfig
+from model.loading import ModelConfig
 from training.evaluation import answerable
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"

@@ -14,7 +14,7 @@ from conftest import config_dict, same_weights
 from test_train_grpo import column, flags_for, lines, weights
 
 from config import GRPO
-from model.qwen2_5_vl import ModelConfig
+from model.loading import ModelConfig
 from training.dealing import Sampled, cut_units, deal, even_passes, group_flops
 from training.groups import Rollout
 

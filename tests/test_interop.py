@@ -27,11 +27,9 @@ from interop.commands import main
 from interop.keys import LOADS, NEW, OLD, PART, REFUSES, UNTRAINED, verdicts
 from interop.merged import base_tensors, generation_config, meta_model, write_merged
 from model import UserError
-from model.attention import Segments
 from model.decode import Sampling, generate
-from model.loss import IGNORE, target_logprobs
-from model.qwen2_5_vl import Packed, Qwen2_5_VL, write_shards
-from model.vision import normalise_patches
+from model.loading import load_model, write_shards
+from model.qwen import IGNORE, Packed, Segments, normalise_patches, target_logprobs
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny"
@@ -60,7 +58,7 @@ ANSWER = "<think>Over time x grows, y stays the same.</think><answer>(A) Left to
 def adapter(clip, tmp_path_factory):
     """An adapter of the embedded model that has learnt one answer by heart."""
     torch.manual_seed(0)
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     lora.inject(model, LoraArgs(lora_rank=4, lora_alpha=8))
     batch = pack([encode(clip, ANSWER), encode(clip, ANSWER, SLOW)])
     optimizer = torch.optim.AdamW([p for _, p in lora.trainable_parameters(model)], lr=1e-2)
@@ -86,7 +84,7 @@ def merged(adapter, tmp_path_factory):
 
 def greedy(base, example, adapter=None):
     """Our own greedy answer: token ids."""
-    model = Qwen2_5_VL.from_pretrained(base).eval()
+    model = load_model(base).eval()
     if adapter:
         saved.load_adapter(model, adapter)
     tokenizer = load_tokenizer(TINY)
@@ -141,11 +139,11 @@ def test_transformers_generates_our_own_greedy_answer(merged, adapter, clip, fla
 
 
 def test_merging_is_one_rounding_of_the_sum(merged, adapter):
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     saved.load_adapter(model, adapter)
     lora.merge(model)
     lora.remove(model)
-    again = Qwen2_5_VL.from_pretrained(merged).state_dict()
+    again = load_model(merged).state_dict()
     for name, tensor in model.state_dict().items():
         assert again[name].equal(tensor.to(torch.bfloat16).float()), name
 
@@ -172,7 +170,7 @@ def test_merging_holds_one_file_and_no_model(adapter, tmp_path, monkeypatch):
 
 
 def test_biases_and_a_whole_merger_are_merged_too(tmp_path):
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     lora.inject(model, LoraArgs(lora_rank=2, lora_bias="all", tune_merger=True))
     with torch.no_grad():
         for _, parameter in lora.trainable_parameters(model):
@@ -182,7 +180,7 @@ def test_biases_and_a_whole_merger_are_merged_too(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
     lora.merge(model)
     lora.remove(model)
-    again = Qwen2_5_VL.from_pretrained(tmp_path).state_dict()
+    again = load_model(tmp_path).state_dict()
     assert all(again[name].equal(tensor.to(torch.bfloat16).float()) for name, tensor in model.state_dict().items())
 
 
@@ -266,7 +264,7 @@ def test_check_tells_what_an_adapter_is(adapter, capsys):
 
 
 def test_check_knows_an_adapter_without_training(tmp_path, capsys):
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     lora.inject(model, LoraArgs(lora_rank=2))
     saved.save_adapter(model, tmp_path, TINY)
     assert "B 0.0%; UNTRAINED: every B is zero, the adapter changes nothing" in checked(capsys, tmp_path)
@@ -348,7 +346,7 @@ def test_convert_there_and_back(adapter, tmp_path, capsys):
 
 
 def logits_here(base, folder):
-    model = Qwen2_5_VL.from_pretrained(base).eval()
+    model = load_model(base).eval()
     saved.load_adapter(model, folder)
     positions = torch.arange(len(IDS)).expand(3, -1).contiguous()
     with torch.no_grad():
@@ -362,7 +360,7 @@ def test_an_adapter_of_transformers_4_and_peft_loads_here_and_is_converted(tmp_p
     ours = logits_here(base, PEFT4)
     torch.testing.assert_close(ours[-2:], expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        assert (Qwen2_5_VL.from_pretrained(base).eval().logits(Packed(
+        assert (load_model(base).eval().logits(Packed(
             torch.tensor(IDS), torch.arange(len(IDS)).expand(3, -1).contiguous(), Segments.causal([len(IDS)]),
             patches(), [GRID],
         ))[-2:] - expected).abs().max() > 0.05  # fmt: skip
@@ -411,7 +409,7 @@ def hf_logits(model, example):
 )
 def test_what_peft_makes_with_other_options_loads_alike(tmp_path, clip, options):
     theirs, example = make_peft(tmp_path, **options), encode(clip)
-    model = Qwen2_5_VL.from_pretrained(TINY).eval()
+    model = load_model(TINY).eval()
     with torch.no_grad():
         plain = model.logits(pack([example]))
         saved.load_adapter(model, tmp_path)
@@ -437,7 +435,7 @@ def test_what_peft_makes_with_other_options_loads_alike(tmp_path, clip, options)
 )
 def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
     make_peft(tmp_path, **options)
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     with pytest.raises(UserError) as error:
         saved.load_adapter(model, tmp_path)
     for word in [str(tmp_path), *words]:

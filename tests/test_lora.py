@@ -11,8 +11,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import lora
 from config import SFT, LoraArgs
 from model import UserError
-from model.attention import Segments
-from model.qwen2_5_vl import Packed, Qwen2_5_VL
+from model.loading import load_model, save_model
+from model.qwen import Packed, Segments
 
 # 12 tokens: text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text
 IDS = [5, 6, 7, 90, 95, 95, 95, 95, 91, 8, 9, 10]
@@ -52,7 +52,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def model(base):
-    return Qwen2_5_VL.from_pretrained(base)
+    return load_model(base)
 
 
 def packed():
@@ -284,6 +284,6 @@ def test_merged_equals_unmerged_and_can_be_taken_out(model, tmp_path):
     lora.merge(model)
     lora.remove(model)
     assert set(model.state_dict()) == set(weights)
-    model.save_pretrained(tmp_path)
-    close(logits(Qwen2_5_VL.from_pretrained(tmp_path)), adapted)
+    save_model(model, tmp_path)
+    close(logits(load_model(tmp_path)), adapted)
     close(hf_logits(load_hf(tmp_path)), adapted, 1e-4)

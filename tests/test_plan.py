@@ -18,8 +18,8 @@ from bench.workloads import config_dict
 from config import GRPO, SFT, ignored_options, parse
 from data import Loader, Processor, load_tokenizer, read_records
 from model import UserError
-from model.loss import IGNORE
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from model.loading import ModelConfig, load_model
+from model.qwen import IGNORE
 from training import forecast, plan
 from training.memory import GIB, peak, total
 from training.survey import group_loads, sft_loads, survey
@@ -164,7 +164,7 @@ def test_an_adapter_brings_its_own_rank(base, sft, tmp_path, capsys, monkeypatch
     text = told(capsys, monkeypatch, flags)
     assert f"goes on from the adapter of {run / 'checkpoint-1'}: rank 4" in text
     assert "--lora_rank has no effect: the adapter has its own" in text
-    own = sum(p.numel() for p in Qwen2_5_VL.from_pretrained(base / "tiny").parameters())
+    own = sum(p.numel() for p in load_model(base / "tiny").parameters())
     assert f"all {own:>26,}  trained: " in text
 
 

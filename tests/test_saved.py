@@ -13,7 +13,7 @@ from test_lora import ARGS, COUNTS, base, close, hf_logits, load_hf, logits, mod
 import lora
 from interop import saved
 from model import UserError
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.loading import load_model
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_peft_loads_ours(base, model, tmp_path, changes):
     close(hf_logits(hf), logits(model), 1e-4)
     adapted = [name for name, m in hf.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(adapted) == len(lora.lora_layers(model))
-    again = Qwen2_5_VL.from_pretrained(base)
+    again = load_model(base)
     args = saved.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
     lora.set_trainable(again, dataclasses.replace(args, lora_bias="none"))
@@ -96,14 +96,14 @@ def test_old_keys(base, model, adapter):
     old = load_file(adapter / saved.TENSORS)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in old
     assert "base_model.model.visual.blocks.0.attn.qkv.lora_B.weight" in old
-    again = Qwen2_5_VL.from_pretrained(base)
+    again = load_model(base)
     saved.load_adapter(again, adapter)
     assert torch.equal(logits(again), logits(model))
 
 
 def test_keys_with_the_adapters_name(base, model, adapter):
     rewrite(adapter, lambda t: {key.replace(".weight", ".default.weight"): value for key, value in t.items()})
-    again = Qwen2_5_VL.from_pretrained(base)
+    again = load_model(base)
     saved.load_adapter(again, adapter)
     assert torch.equal(logits(again), logits(model))
 
@@ -129,7 +129,7 @@ def without(*keys):
 )
 def test_adapters_that_do_not_fit(base, adapter, change, words):
     rewrite(adapter, change)
-    again = Qwen2_5_VL.from_pretrained(base)
+    again = load_model(base)
     before = logits(again)
     with pytest.raises(UserError) as error:
         saved.load_adapter(again, adapter)

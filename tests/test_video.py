@@ -17,7 +17,7 @@ from config import VideoArgs
 from dataset import reader, video
 from dataset.video import Options, apply_control, plan_clip, read_clip, smart_nframes, smart_resize, to_patches
 from model import UserError
-from model.vision import normalise_patches
+from model.qwen import normalise_patches
 
 FIXTURES = SHARED / "fixtures" / "preprocess"
 CASES = json.loads((FIXTURES / "cases.json").read_text())["cases"] if FIXTURES.exists() else []

@@ -12,7 +12,7 @@ from dataset.places import ADDRESS, Places
 from dataset.records import clip_name, record_name
 from interop.saved import CONFIG, TENSORS
 from model import UserError
-from model.qwen2_5_vl import resolve_folder
+from model.loading import resolve_folder
 from training.checkpoint import MANIFEST, sha256
 from training.meeting import check_equal, join
 from training.runlog import machine, versions

@@ -13,10 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.captured import round_up
 from model.adapters import adapter_of, aligned
-from model.sequence import kv_heads
-from model.vision import PART
+from model.fast.graphs import round_up
+from model.qwen import PART
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Model:
     """Costs of a model's blocks. number: bytes of a weight or activation; cuda: the GPU's functions or the CPU's.
 
     load: what passes through: on a CPU in float32 small passes do not merge adapters, and the last layer computes only
-    the tokens that are asked for. None: all of a long pass. sharing: ranks that share a batch (model/sequence.py).
+    the tokens that are asked for. None: all of a long pass. sharing: ranks that share a batch.
     """
 
     def __init__(self, model, number, cuda=True, load=None, sharing=1):
@@ -141,7 +140,7 @@ class Model:
         # q and k are turned into new tensors; v of a fused product keeps the whole product
         heads = K if self.cuda or fused or K == 1 else H  # the CPU's attention repeats k and v to all heads
         if self.sharing > 1 and not fused:  # each rank has its own of all tokens
-            heads = max(heads, kv_heads(H, K, self.sharing))
+            heads = max(heads, K)
         queries, values = H * D, 3 * width if fused else heads * D
         attention = self.norm(norm1, x_grad) + qkv.columns * b
         attention += width * b if qkv.input else 0
@@ -175,7 +174,7 @@ class Model:
         at_mlp = attention + share * (kept - last + (width + (4 if self.own else 3) * inner) * b)
         # backward of attention: the MLP is gone; gradients of x, out, q, k, v (k and v for every query head first), the
         # sum of dq in fp32 over heads rounded to 32 (FlashAttention 2, mha_varlen_bwd)
-        own = K if fused else kv_heads(H, K, self.sharing)
+        own = K
         flash = (share * (width + 2 * queries) + 2 * own * D + (0 if H == own else 2 * queries)) * b
         flash += share * 4 * H * round_up(D, 32)
         at_attention = attention + flash if qkv_grad else 0

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch.distributed.distributed_c10d import _get_default_store  # the one that the processes met by
 
+from bench.flops import head_flops, language_flops, vision_flops
 from data import Processor
 from dataset.batch import Example, Loader
 from model import UserError
-from model.cost import head_flops, language_flops, vision_flops
 from training.counting import Reduction, on_device, signal_told, signals_of
 from training.engine import gather
 from training.groups import Rollout

@@ -241,10 +241,9 @@ def build_engine(model, cfg, device, dtype):
     config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
-    with model.partition.hidden() if model.partition else nullcontext():
-        for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
-            p.data = p.data.contiguous()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
+        p.data = p.data.contiguous()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     engine.optimizer.check_overflow = lambda partition_gradients: None  # step() asks the norm next
     engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
     quiet(engine)

@@ -19,8 +19,9 @@ import torch
 from dataset.video import ROW
 from interop.saved import load_adapter
 from lora import inject, set_trainable
-from model.fast_decode import MARGIN
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
+from model.fast.decoder import MARGIN
+from model.loading import ModelConfig, resolve_folder
+from model.qwen import Qwen2_5_VL
 from training.checkpoint import find_adapter
 from training.engine import deepspeed_config, precision
 from training.evaluation import EVAL_TOKENS, prompt_batches
@@ -186,11 +187,6 @@ class Forecast:
                 offers += [{"pack_tokens": smaller}] + [{"pack_tokens": smaller} | recompute] * bool(offers)
         if self.device.cuda and not cfg.offload_optimizer:
             offers.append(offload)
-        adapters_only = cfg.lora_enable and cfg.freeze_llm and cfg.freeze_vision_tower and cfg.lora_bias == "none"
-        if self.device.cuda and adapters_only and not cfg.offload_weights:
-            part = {"gradient_checkpointing": True, "partition_weights": True}
-            part = {name: True for name in part if not getattr(cfg, name)}
-            offers += [part] * (self.world > 1 and not cfg.partition_weights) + [part | {"offload_weights": True}]
         if cfg.eval_data_path is not None and self.held:
             offers.append({"eval_data_path": None})
         found = []

@@ -26,8 +26,6 @@ def token_plan(packs):
 
 def vision_tokens(packed):
     """Those among the tokens of this rank."""
-    if packed.share:
-        return sum(packed.share.receives)
     return 0 if packed.patches is None else len(packed.patches) // MERGE**2
 
 
@@ -52,9 +50,6 @@ def settings_for_update(cfg, packs, cuda):
         yield "--pack_tokens, lowered,"
     elif len(largest.names) > 1 or len(largest.segments.q_lengths) > 2:  # several samples, or completions of a prompt
         yield f"--pack_tokens {max(1, largest.segments.num_tokens // 2)}"
-    twice = 2 * cfg.sequence_parallel
-    if not hasattr(cfg, "num_generations") and torch.distributed.get_world_size() % twice == 0:
-        yield f"--sequence_parallel {twice}"
     if cuda and not cfg.offload_optimizer:
         yield "--offload_optimizer True"
     yield from smaller_view(cfg)
@@ -114,7 +109,7 @@ def sample(run, model, batch, sampling, count, doing, seeds):
                 raise out_of_memory(run.device, f"{doing} {count} x 1 prompt", [packed], settings, then) from None
         run.halved += 1
         run.sample_limit = tokens
-        model.captures = None  # the memory of the graphs of small passes, if there are any, is worth more now
+        model.ops.graphs = None  # the memory of the graphs of small passes, if there are any, is worth more now
         model.train(training)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # the halves need other sizes

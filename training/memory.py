@@ -11,15 +11,15 @@ Legend: T packed tokens, N of them through the head, P patches, M = P / 4 vision
 H query heads, K kv heads, D head dim, V vocabulary, R rows that are sampled, G of them a prompt.
 """
 
+
 from dataset.video import ROW  # numbers of a patch, 1176
 from lora import part_of
-from model.captured import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE, round_up
-from model.cpu_decode import MOST_WEIGHTS
-from model.fast_decode import OWN_BUCKET, PARTS, PROMPT_BUCKET
-from model.linear import aligned
-from model.loss import CHUNK_BYTES
-from model.partition import counts
-from model.vision import LONG
+from model.adapters import aligned
+from model.fast.cpu import MOST_WEIGHTS
+from model.fast.decoder import OWN_BUCKET, PARTS, PROMPT_BUCKET
+from model.fast.graphs import GRANULE, HEADROOM, MAX_KEPT, ROWS, SHARE, round_up
+from model.fast.portable import CHUNK_BYTES
+from model.qwen import LONG
 from training.blocks import Load, Model
 from training.engine import bucket_size
 
@@ -53,10 +53,6 @@ class Memory:
         self.largest = max(p.numel() for _, p in trained)
         self.weights = number * (sum(p.numel() for p in model.parameters()) - self.count)
         self.coming = 0  # bytes of the buffers that parted layers come to
-        if cfg.partition_weights:
-            parted, part, buffers = counts(model, local or world, cuda)
-            self.weights += number * ((0 if cfg.offload_weights and cuda else part) - parted)
-            self.coming = number * buffers
         self.layer_weights = number * sum(
             p.numel() for layer in model.model.layers for n, p in layer.named_parameters() if n.endswith("proj.weight")
         )

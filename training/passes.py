@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dataset.batch import pack_groups
-from model.loss import IGNORE
-from model.qwen2_5_vl import Packed
+from model.qwen import IGNORE, Packed
 from training.groups import Rollout
 
 

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 from config import as_dict, ignored_options
 from data import Processor, load_tokenizer
 from lora import FLAT, lora_layers, part_of, sizes
-from model.captured import MAX_KEPT
-from model.sequence import check_heads
+from model.fast.graphs import MAX_KEPT
 from training.checkpoint import RUN, read_json
 from training.forecast import TIGHT, Device, Forecast, shape_of
 from training.memory import CONTEXT, GIB, peak, total
@@ -257,8 +256,7 @@ def dry_run(cfg, script, make_loader, records, held_out, sampled=None):
             layer.dropout = 0.0  # as train_grpo
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     world = max(1, int(os.environ.get("WORLD_SIZE", "1")) // cfg.sequence_parallel)
-    check_heads(model.config, cfg.sequence_parallel)
-    run = SimpleNamespace(cfg=cfg, rank=0, world=world, data_rank=0, data_world=world, sequence=None)
+    run = SimpleNamespace(cfg=cfg, rank=0, world=world, data_rank=0, data_world=world)
     loader = make_loader(run, records, processor)
     plan = Forecast(cfg, model, processor, records, loader, held_out, device, LOOK, sampled)
     plan.notes += notes

@@ -74,8 +74,7 @@ def describe(run, model, total, warmup):
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
     batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.data_world
-    shared = f" of {cfg.sequence_parallel}, which share each batch," if run.sequence else ""
-    what = "groups" if run.sequence else "ranks"
+    shared, what = "", "ranks"
     vision, merger = (cfg.learning_rate if rate is None else rate for rate in (cfg.vision_lr, cfg.merger_lr))
     yield f"{run.script}: {cfg.model_id} -> {run.folder}"
     yield f"  changed    {diff or 'nothing, all defaults'}"
