@@ -26,9 +26,13 @@ class Ops:
     graphs: object = None  # a fast.graphs.GraphCache: batches of a size seen before run as CUDA graphs
     bound: bool = False  # whether the fast forms were taken
 
+    def __post_init__(self):
+        self.plain = dict(vars(self))
+
     def bind(self, weight: torch.Tensor) -> None:
-        """Take the fastest forms for weights of this device and dtype."""
-        vars(self).update(fast_forms(weight), bound=True)
+        """Take the fastest forms for weights of this device and dtype, and the plain ones where there are no others."""
+        forms = self.plain | fast_forms(weight)
+        vars(self).update(forms, graphs=self.graphs, bound=True)
 
     def run_blocks(self, blocks, through: Callable, x, tables, segments: list, recompute: bool):
         """through(x, tables, segments, recompute), which sends x through the blocks; as CUDA graphs where there are."""
