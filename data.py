@@ -40,8 +40,8 @@ from dataset.index import read_records
 from dataset.places import Places
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from model import UserError, nearest_path
-from model.loss import IGNORE
-from model.qwen2_5_vl import ModelConfig, resolve_folder
+from model.loading import ModelConfig, resolve_folder
+from model.qwen import IGNORE
 from model.rope import mrope_position_ids
 from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file_stamp, plan_clip, read_clip
 

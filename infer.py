@@ -95,7 +95,7 @@ def read_as_trained(cfg, adapter):
 
 def load_processor(cfg):
     from data import Processor, load_tokenizer  # not at the top: it imports torch, and --help must not wait for that
-    from model.qwen2_5_vl import ModelConfig, resolve_folder
+    from model.loading import ModelConfig, resolve_folder
 
     folder = resolve_folder(cfg.model_id, cfg.local_files_only)
     return Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), cfg)
@@ -109,12 +109,12 @@ def load_model(cfg, adapter):
 
     from adapter_files import load_adapter
     from lora import merge
-    from model.qwen2_5_vl import Qwen2_5_VL, not_finite
+    from model.loading import load_model, not_finite
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
-    model = Qwen2_5_VL.from_pretrained(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
+    model = load_model(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
     count, told = sum(p.numel() for p in model.parameters()), "no adapter"
     if adapter is not None:
         load_adapter(model, adapter)

@@ -11,7 +11,7 @@ import torch
 
 from lora import FLAT, part_of, sizes
 from model import UserError
-from model.vision import LONG
+from model.qwen import LONG
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it

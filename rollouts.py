@@ -75,7 +75,7 @@ def sample(run, model, batch: list[Example], sampling, count: int, doing: str, s
                 raise out_of_memory(run.device, f"{doing} {count} x 1 prompt", [packed], settings, then) from None
         run.oom_retries += 1
         run.max_sampled_tokens = tokens
-        model.captures = None  # the memory of the graphs of small passes, if there are any, is worth more now
+        model.ops.graphs = None  # the memory of the graphs of small passes, if there are any, is worth more now
         model.train(training)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()  # the halves need other sizes

@@ -39,8 +39,9 @@ from grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from lora import disabled, lora_layers, reference, reference_snapshot
 from memory import out_of_memory, settings_for_update, summary
 from model.decode import Sampling
-from model.loss import IGNORE, target_logprobs
-from model.qwen2_5_vl import Packed, resolve_folder
+from model.loading import resolve_folder
+from model.packed import IGNORE, Packed
+from model.qwen import target_logprobs
 from rewards import load_rewards
 from rollouts import (
     ROLLOUTS,

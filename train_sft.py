@@ -24,8 +24,9 @@ from data import Loader, Processor, load_tokenizer, pack, read_records
 from engine import update
 from evaluate import answerable, evaluate, evaluation_facts, held_out_records
 from memory import out_of_memory, settings_for_update, summary
-from model.loss import IGNORE, target_logprobs
-from model.qwen2_5_vl import resolve_folder
+from model.loading import resolve_folder
+from model.packed import IGNORE
+from model.qwen import target_logprobs
 from rollouts import ROLLOUTS
 from runlog import Log, append
 from trainer import (

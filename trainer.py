@@ -36,8 +36,9 @@ from engine import build_engine, init_distributed, leave_processes, precision, u
 from lora import inject, lora_layers, set_trainable
 from memory import summary
 from model import UserError
-from model.captured import Captures
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, not_finite, resolve_folder
+from model.fast.graphs import GraphCache
+from model.loading import ModelConfig, load_model, not_finite, resolve_folder, save_model
+from model.qwen import Qwen2_5_VL
 from report import write_report
 from reporting.dataset import dataset_summary
 from runlog import cut_after, describe, machine, say, trained_shares, versions
@@ -298,7 +299,7 @@ def build_model(cfg, run):
 
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    model = Qwen2_5_VL.from_pretrained(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
@@ -319,7 +320,7 @@ def build_model(cfg, run):
         raise UserError(f"{problem}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.cuda_graphs and run.device.type == "cuda":
-        model.captures = Captures(run.say)
+        model.ops.graphs = GraphCache(run.say)
     return model
 
 
@@ -548,7 +549,7 @@ def fill(run, engine, step, loop, counts, state, folder):
     if lora_layers(model):
         save_adapter(model, folder, cfg.model_id)
     else:
-        model.save_pretrained(folder)
+        save_model(model, folder)
         copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
     scaler = engine.optimizer.loss_scaler
     facts = {

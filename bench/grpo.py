@@ -33,7 +33,7 @@ from config import GRPO
 from dataset.batch import Example, pack
 from engine import build_engine, init_distributed, leave_processes
 from model.decode import Sampling, generate
-from model.loss import IGNORE
+from model.packed import IGNORE
 from rollouts import Rollout
 from train_grpo import compare_within_groups, cut, freeze_reference, micro_batch, reduce_sums, reference_pass, train_on
 from trainer import Run

@@ -27,7 +27,7 @@ import lora
 from config import SFT
 from dataset.batch import fill_bins
 from engine import build_engine, init_distributed, leave_processes, update
-from model.loss import IGNORE
+from model.packed import IGNORE
 from train_sft import micro_loss
 
 PEER = "transformers + PEFT"

@@ -14,9 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from conftest import config_dict
-from safetensors.torch import save_file
-
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from safetensors.torch import save_file
 
 FOLDER = Path(__file__).with_name("peft4")
 # text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text; ids of conftest's shapes

@@ -33,7 +33,7 @@ from config import GRPO, SFT
 from data import Loader, Processor, load_tokenizer, read_records
 from evaluate import answerable
 from model import UserError
-from model.qwen2_5_vl import ModelConfig
+from model.loading import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 GOOD = "good.mp4"

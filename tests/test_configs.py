@@ -15,7 +15,7 @@ from workloads import model_config
 import lora
 from cli import read_config
 from config import GRPO, SFT, ignored_options, parse
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.qwen import Qwen2_5_VL
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SCRIPTS = {"train_sft.py": SFT, "train_grpo.py": GRPO}

@@ -15,7 +15,7 @@ from data import Processor, load_tokenizer
 from dataset.index import read_records
 from infer import clip_record
 from model import UserError, nearest, nearest_path
-from model.qwen2_5_vl import resolve_folder
+from model.loading import resolve_folder
 from report import read_run
 from rewards import load_rewards
 

@@ -26,8 +26,8 @@ from dataset.batch import Example
 from grpo import grpo_loss, loss_normalizer
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError
-from model.loss import IGNORE
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.loading import load_model
+from model.packed import IGNORE
 from rollouts import ALARM_STEPS, Alarm, Rollout, reward_metrics
 
 
@@ -115,7 +115,7 @@ class OneRank:
 @pytest.fixture(scope="session")
 def bench(base):
     """(model with a random adapter, processor, prompts of two clips, cfg)"""
-    model = Qwen2_5_VL.from_pretrained(base / "tiny")
+    model = load_model(base / "tiny")
     cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
     cfg.data_path = str(base / "data/train.json")
     torch.manual_seed(0)
@@ -355,7 +355,7 @@ def test_resume_goes_on_bit_for_bit(grpo):
 
 
 def test_the_reference_stays_as_it_was(base):
-    model, cfg = Qwen2_5_VL.from_pretrained(base / "tiny"), GRPO(nframes=4, beta=0.1)
+    model, cfg = load_model(base / "tiny"), GRPO(nframes=4, beta=0.1)
     inject(model, cfg)
     shake(model)
     ids, positions = np.arange(5, 25), np.tile(np.arange(20), (3, 1))

@@ -1,4 +1,4 @@
-"""One packed attention: many sequences laid end to end, each query segment with its own list of keys.
+"""A packed batch: sequences laid end to end without padding, and what follows from their lengths and grids alone.
 
 A `Segments` says who attends to whom. Segment s owns a contiguous run of queries and a run of keys; causal segments are
 aligned at their ends (the last query sees every key), as in FlashAttention 2.1 and later. Keys normally are the packed
@@ -8,20 +8,66 @@ tokens themselves; with `kv_index` they are gathered, so that G completions can 
     segment 0       queries p0 p1 p2    keys p0 p1 p2
     segment 1       queries a0 a1       keys p0 p1 p2 a0 a1
     segment 2       queries b0 b1       keys p0 p1 p2 b0 b1
-
-`attend` is the one entry. `attend_reference` is its slow twin: a loop over segments, explicit softmax, float32.
 """
 
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Mean length from which on. No smaller than captured.ROWS: these lengths are the host's, which a graph would freeze.
-LONG, LONG_STEP = 8192, 512
+IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
+
+# OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(eq=False)
+class Packed:
+    """One packed batch."""
+
+    input_ids: Tensor  # (T,) int64; a picture's pads are expanded to its M merged tokens
+    position_ids: Tensor  # (3, T) int64
+    segments: "Segments"  # who attends to whom
+    patches: Tensor | None = None  # (P, 1176) uint8 pixels, or floats already normalised
+    grid_thw: list[tuple[int, int, int]] = field(default_factory=list)  # in patches, one per image or video, in order
+    targets: Tensor | None = None  # (T,) int64, the next token where it is trained, IGNORE elsewhere
+    names: list[str] = field(default_factory=list)  # of the samples, for messages
+
+    def to(self, device) -> "Packed":
+        """The same batch on another device; copies from pinned memory do not wait."""
+
+        def moved(tensor):
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            position_ids=moved(self.position_ids),
+            segments=self.segments.to(device),
+            patches=moved(self.patches),
+            targets=moved(self.targets),
+        )
+
+
+def pad_positions(is_pad: Tensor, count: int) -> Tensor:
+    """(count,) int64: where the image and video pads of a batch are. is_pad: (T,) bool; count: vision tokens.
+
+    The number of pads is asserted on a CPU. On a GPU that would wait for the device: the batch has to be right.
+    """
+    if not is_pad.is_cuda:
+        assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
+    return torch.nonzero_static(is_pad, size=count)[:, 0]
+
+
+def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 patch rows -> (x / 255 - mean) / std. patches: (P, 3 * 2 * 14 * 14), channel-major. Same shape, dtype."""
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=patches.device)
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD)], device=patches.device)
+    scale, shift = (x.repeat_interleave(patches.shape[1] // 3) for x in (scale, shift))  # whole rows: no short loops
+    return torch.addcmul(shift, patches.float(), scale).to(dtype)
 
 
 @dataclass(eq=False)
@@ -37,7 +83,7 @@ class Segments:
     max_q: int = 0  # the longest of each
     max_k: int = 0
     num_tokens: int = 0  # T
-    _buckets: list | None = field(default=None, repr=False)  # cache of the dense path
+    _buckets: list | None = field(default=None, repr=False)  # cache of the dense plan
 
     @classmethod
     def build(cls, q_lengths, k_lengths, is_causal: bool, kv_index: Tensor | None = None) -> "Segments":
@@ -126,7 +172,7 @@ class Bucket:
     mask: Tensor | None  # (b, 1, q, k) bool, True = may attend; None = everything
     valid: Tensor | None  # (b * q,) bool, which slots are real queries; None = all
     shape: tuple[int, int, int]  # b, q, k
-    is_causal: bool  # plain square causal mask, told to SDPA by flag instead of by mask
+    is_causal: bool  # plain square causal mask, given to SDPA as a flag instead of a mask
 
     @classmethod
     def build(cls, segments: Segments, members: list[int], device) -> "Bucket":
@@ -152,118 +198,49 @@ class Bucket:
                 mask = mask & (k_slot <= last[..., None])
             mask = mask[:, None].to(device)  # (b, 1, q, k)
         whole = uniform and members == list(range(len(segments.q_lengths)))  # packed order is already the dense order
-        keep = None if uniform else q_valid.flatten().to(device)
+        valid = None if uniform else q_valid.flatten().to(device)
         return cls(
             None if whole else q_index.to(device),
             None if whole and segments.kv_index is None else k_index.to(device),
-            mask, keep, (len(members), q, k), square_causal,
+            mask, valid, (len(members), q, k), square_causal,
         )  # fmt: skip
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Packed attention, scaled by D^-0.5.
+@dataclass(eq=False)
+class VisionPlan:
+    """The vision tower's windows and positions. They follow from the grids alone and are made once a batch."""
 
-    q: (T, H, D); k, v: (T, K, D), K divides H (grouped-query attention). Returns (T, H, D) in q's dtype.
-    bf16/fp16 on CUDA goes through FlashAttention's variable-length kernel, everything else through dense buckets.
-    """
-    assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return attend_flash(q, k, v, segments)
-    return attend_dense(q, k, v, segments)
+    order: Tensor  # (M,) int64: merge cells in window order
+    back: Tensor  # (M,) int64: its inverse
+    rows: Tensor  # (P,) int64, patch row and column, in window order
+    columns: Tensor
+    windows: Segments
+    steps: Segments  # whole grid steps, in window order: windows never cross one
 
-
-def attend_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attend` by FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask."""
-    if is_long(q, segments):
-        return attend_long(q, k, v, segments)
-    if segments.kv_index is not None:
-        k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-    return FlashVarlen.apply(q, k, v, segments)
-
-
-def is_long(q: Tensor, segments: Segments) -> bool:
-    """Whether cuDNN's kernels are worth a call for each segment: on Hopper cards alone they outrun FlashAttention 2."""
-    square = segments.is_causal and segments.kv_index is None and segments.q_lengths == segments.k_lengths
-    if not square or segments.num_tokens <= LONG * len(segments.q_lengths):
-        return False
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
-
-
-def attend_long(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attend` of few long causal segments by cuDNN, one after the other. Each is padded at its end, which nothing
-    before it sees: cuDNN plans its kernels anew for every length."""
-    outs = []
-    for n, *parts in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
-        padded = (F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)) if n % LONG_STEP else x for x in parts)
-        heads = [x.transpose(0, 1)[None] for x in padded]  # (1, H or K, n, D)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outs.append(out[0].transpose(0, 1)[:n])
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
-
-
-class FlashVarlen(torch.autograd.Function):
-    """torch's own flash kernels under `torch.nn.attention.varlen`, called below that wrapper because the wrapper of
-    torch 2.11 refuses K < H, which the kernels themselves take."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments):
-        sizes = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, segments.is_causal)
-        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, False)
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
-        ctx.sizes = sizes
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse, rng_state, unused = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, *ctx.sizes, rng_state, unused
-        )
-        return *grads, None
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attend` by torch's scaled_dot_product_attention over padded buckets of similar segments."""
-    H, D, K = *q.shape[1:], k.shape[1]
-    if len(q) == 0:  # no answer in the whole batch: nobody asks
-        return q
-    if H != K:  # grouped queries: repeat here, because SDPA's own flag keeps the CPU from its fused kernel
-        k, v = (x[:, :, None].expand(-1, -1, H // K, -1).reshape(-1, H, D) for x in (k, v))
-    buckets = segments.buckets(q.device)
-
-    def take(x: Tensor, rows: Tensor | None) -> Tensor:
-        # not x[rows]: on a CPU its gradient adds up a row's many uses in any order, and takes ten times as long
-        return x if rows is None else x.index_select(0, rows.flatten())
-
-    pieces, places = [], []
-    for bucket in buckets:
-        b, n, m = bucket.shape
-        qb = take(q, bucket.q_index).view(b, n, H, D).transpose(1, 2)
-        kb = take(k, bucket.k_index).view(b, m, H, D).transpose(1, 2)
-        vb = take(v, bucket.k_index).view(b, m, H, D).transpose(1, 2)
-        out = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bucket.mask, is_causal=bucket.is_causal)
-        out = out.transpose(1, 2).reshape(b * n, H, D)
-        if bucket.q_index is None:
-            return out
-        keep = slice(None) if bucket.valid is None else bucket.valid
-        pieces.append(out[keep])
-        places.append(bucket.q_index.flatten()[keep])
-    return torch.empty_like(q).index_copy(0, torch.cat(places), torch.cat(pieces))
-
-
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The slow twin of `attend`: one segment at a time, explicit softmax in float32."""
-    groups = q.shape[1] // k.shape[1]
-    if segments.kv_index is not None:
-        k, v = k[segments.kv_index], v[segments.kv_index]
-    outs = []
-    for qs, ks, vs in zip(q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths)):
-        ks, vs = ks.repeat_interleave(groups, 1), vs.repeat_interleave(groups, 1)
-        scores = torch.einsum("qhd,khd->hqk", qs.float(), ks.float()) * q.shape[-1] ** -0.5
-        if segments.is_causal:
-            n, m = scores.shape[1:]
-            scores = scores.masked_fill(torch.ones(n, m, device=q.device).triu(m - n + 1).bool(), float("-inf"))
-        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs.float()).to(q.dtype))
-    return torch.cat(outs)
+    @classmethod
+    def build(cls, grid_thw: list[tuple[int, int, int]], config, device) -> "VisionPlan":
+        """The window rule of get_window_index in transformers' modeling_qwen2_5_vl.py, without its padding."""
+        m = config.spatial_merge_size
+        side = config.window_size // m // config.patch_size  # merge cells along a window, 4
+        orders, rows, columns, windows, steps, first = [], [], [], [], [], 0
+        for t, h, w in grid_thw:
+            assert h % m == 0 and w % m == 0, f"grid {(t, h, w)} is not a multiple of the merge size {m}"
+            cells = np.arange(h // m * (w // m)).reshape(h // m, w // m)
+            tiles = [
+                cells[i : i + side, j : j + side].ravel()
+                for i in range(0, h // m, side) for j in range(0, w // m, side)
+            ]  # fmt: skip
+            step = np.concatenate(tiles)  # merge cells of one grid step, window by window
+            inner_row, inner_col = np.divmod(np.arange(m * m), m)  # the m*m patches of a cell lie side by side
+            row, col = np.divmod(step, w // m)
+            rows.append(np.tile((row[:, None] * m + inner_row).ravel(), t))
+            columns.append(np.tile((col[:, None] * m + inner_col).ravel(), t))
+            orders.append((step + np.arange(t)[:, None] * cells.size + first).ravel())
+            windows += [len(tile) * m * m for tile in tiles] * t
+            steps += [h * w] * t
+            first += t * cells.size
+        order = torch.from_numpy(np.concatenate(orders))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        rows, columns = (torch.from_numpy(np.concatenate(x)) for x in (rows, columns))
+        tensors = (x.to(device, non_blocking=True) for x in (order, back, rows, columns))
+        return cls(*tensors, Segments.full(windows).to(device), Segments.full(steps).to(device))

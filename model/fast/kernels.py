@@ -13,7 +13,7 @@ outlives them: a rollout frees its weights, the next one makes new ones and only
 weights, and waits for the other's results only then; what it reads before `gdc_wait` nobody writes within a step.
 Each lets the next one start only after its own wait, so that never more than two are under way.
 
-Their plain twins are at the end of fast_decode.py, which launches them.
+decoder.py launches them. Their plain forms are in tests/test_gpu.py.
 """
 
 try:

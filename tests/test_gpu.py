@@ -1,26 +1,228 @@
-"""The fast path of decoding (bf16, CUDA) against its plain twins and against the training forward."""
+"""What only a GPU runs, against the plain forms: attention, CUDA graphs, and decoding (bf16). Skipped without CUDA."""
 
-import copy as copies
+import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Sequence, config_dict, pack_sequences, random_model
 from test_model import CASES
 
-from model.attention import Segments
+import lora
+from config import LoraArgs
+from model import loading, qwen
+from model.adapters import adapter_of
 from model.decode import GroupCache as PlainCache
-from model.decode import Sampling, generate, generate_plain
-from model.loss import target_logprobs
-from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
-from model.rope import mrope_position_ids, rotate
+from model.decode import PlainDecoder, Sampling, generate, generate_with
+from model.fast import decoder, gpu
+from model.fast.decoder import SamplingCopy
+from model.fast.graphs import GraphCache
+from model.loading import ModelConfig
+from model.qwen import Packed, Qwen2_5_VL, Segments, target_logprobs
+from model.rope import mrope_position_ids
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
-if torch.cuda.is_available():
-    from model import fast_decode as fast
-    from model.linear import adapter_of
-    from model.sampling_copy import SamplingCopy, merge_plain
-
 DEVICE = "cuda"
+
+
+# -- Plain forms of the decoding kernels
+
+
+def merge_plain(weight, adapter=None, norm=None):
+    """The plain form of `decoder.merge`: (W + scale B A) * norm in float32, rounded once."""
+    y = weight.float()
+    if adapter is not None:
+        A, B, scale, _ = adapter
+        y = y + scale * (B.to(weight.dtype).float() @ A.to(weight.dtype).float())
+    return (y if norm is None else y * norm.float()).to(weight.dtype)
+
+
+def linear_plain(x, weight, bias=None, eps=None, swiglu=False, residual=None):
+    """Of `linear_kernel`: x (R, K), weight (N or 2N, K) with the norm's weight in it; eps: normalise x first."""
+    if eps is not None:
+        x = F.rms_norm(x, x.shape[1:], None, eps)
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        gate, up = y.chunk(2, dim=1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def attention_plain(q, prompt_k, prompt_v, lengths, own_k, own_v):
+    """Of `attention_kernel` and `combine_kernel`, rotary done: q (R, H, D); prompt (N, Lp, K, D), own (R, S, K, D) up
+    to now."""
+    R, H, D = q.shape
+    out, G = torch.empty_like(q), R // len(lengths)
+    for r in range(R):
+        n = r // G
+        k, v = (torch.cat([a[n, : lengths[n]], b[r]]).float() for a, b in ((prompt_k, own_k), (prompt_v, own_v)))
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))  # (keys, H, D)
+        weights = (torch.einsum("hd,shd->hs", q[r].float(), k) * D**-0.5).softmax(-1)
+        out[r] = torch.einsum("hs,shd->hd", weights, v).to(q.dtype)
+    return out
+
+
+# -- Operations and the whole model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_cpu(dtype):
+    """Logits and gradients of a mixed batch through the GPU's own paths: Triton, flash attention, aligned widths. In
+    bf16 they may be off by what the CPU's plain bf16 is off."""
+    exact = random_model("grouped")
+    sequence = Sequence(exact.config, CASES["mixed"])
+    packed = pack_sequences([sequence, Sequence(exact.config, CASES["videos"], seed=1)])
+    weight = torch.randn(len(packed.input_ids), 260, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model, device in ((exact, "cpu"), (copy.deepcopy(exact), "cuda"), (copy.deepcopy(exact), "cpu")):
+        model.to(device, torch.float32 if model is exact else dtype)
+        logits = model.logits(packed.to(device))
+        (logits.float().cpu() * weight).sum().backward()
+        results.append([logits.detach().float().cpu(), *(p.grad.float().cpu() for p in model.parameters())])
+    for right, ours, plain in zip(*results):
+        assert (ours - right).norm() <= 1.5 * (plain - right).norm() + 1e-4 * right.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, heads, size", [(1, 64, 1, 32), (130, 68, 3, 80), (2050, 3420, 16, 128)])
+def test_operations_equal_the_plain_forms(rows, width, heads, size, dtype):
+    """SwiGLU and rotary, outputs and gradients, as near to float32 as the plain forms are."""
+    torch.manual_seed(0)
+    gate, up = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    x, angle = torch.randn(rows, heads, size, device=DEVICE), torch.randn(rows, 1, size // 2, device=DEVICE)
+    tables = angle.cos(), angle.sin()
+    for name, inputs, rest in (("swiglu", (gate, up), ()), ("rotate", (x,), (tables,))):
+        results = []
+        plain = getattr(qwen, name)
+        for form, kind in ((plain, torch.float32), (gpu.FORMS[name], dtype), (plain, dtype)):
+            own = [i.to(kind).requires_grad_() for i in inputs]
+            more = [tuple(t.to(kind) for t in r) for r in rest]
+            out = form(*own, *more)
+            results.append([out, *torch.autograd.grad((out * out.detach().float().cos()).sum(), own)])
+        for exact, fast, slow in zip(*results):
+            assert (fast.float() - exact).norm() <= 1.5 * (slow.float() - exact).norm() + 1e-5 * exact.norm(), name
+
+
+def test_long_segments_on_a_gpu():
+    """bf16: as far from float32 as FlashAttention is."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a Hopper card")
+    segments = Segments.causal([9000, 8704]).to("cuda")
+    make = lambda n: torch.randn(segments.num_tokens, n, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs, weight = [make(n) for n in (4, 2, 2)], make(4).detach()
+    assert gpu.is_long(inputs[0], segments)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    true = qwen.attention(*exact, segments)
+    true = [true, *torch.autograd.grad(true, exact, weight.float())]
+    for path in (gpu.attention, lambda *args: gpu.FlashVarlen.apply(*args)):
+        out = path(*inputs, segments)
+        for mine, other in zip([out, *torch.autograd.grad(out, inputs, weight)], true):
+            assert float((mine.float() - other).norm() / other.norm()) < 0.006
+    assert not gpu.is_long(inputs[0], Segments.causal([8192] * 2))
+
+
+# -- CUDA graphs
+
+
+CLIPS = [[(2, 4, 4)], [(2, 8, 12)], [(4, 4, 8), (2, 4, 4)]]
+
+
+def batch(config, text, grids, seed):
+    """Packed text and clips, the last `text` tokens trained."""
+    generator = torch.Generator().manual_seed(seed)
+    words = lambda n: torch.randint(0, 100, (n,), generator=generator).tolist()
+    ids, lengths, positions = [], [], []
+    for grid in grids:
+        pads = grid[0] * grid[1] * grid[2] // 4
+        one = [*words(6), config.vision_start_token_id, *[config.video_token_id] * pads, config.vision_end_token_id]
+        one += words(text)
+        positions.append(torch.from_numpy(mrope_position_ids(one, [grid], [1.0], config)))
+        ids, lengths = ids + one, [*lengths, len(one)]
+    patches = torch.randint(0, 256, (sum(t * h * w for t, h, w in grids), 1176), generator=generator, dtype=torch.uint8)
+    return Packed(torch.tensor(ids), torch.cat(positions, 1), Segments.causal(lengths), patches, grids)
+
+
+def gradients(model, packed):
+    """Loss and gradients of what is trained."""
+    model.zero_grad()
+    hidden = model(packed)
+    targets = packed.input_ids.roll(-1)
+    logprobs, _, _ = target_logprobs(hidden, model.head_weight, targets)
+    loss = -(logprobs * torch.linspace(0, 1, len(targets), device=logprobs.device)).sum()
+    loss.backward()
+    return [loss.detach().clone()] + [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def off(ours, right):
+    return max(float((a - b).float().norm() / (b.float().norm() + 1e-6)) for a, b in zip(ours, right))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("trained", ["adapters", "llm adapters", "everything"])
+def test_captured_passes_equal_plain_ones(recompute, trained):
+    """Loss and every gradient, batches of other sizes in between, memory full of NaN behind the buffers."""
+    config = ModelConfig.from_dict(config_dict("tied"))
+    model = loading.random_model(config, "cuda", torch.bfloat16, seed=0).train()
+    if trained != "everything":
+        args = LoraArgs(lora_rank=8, vision_lora=trained == "adapters", merger_lora=trained == "adapters")
+        lora.inject(model, args)
+        lora.set_trainable(model, args)
+        with torch.no_grad():
+            for home in lora.homes(model):
+                home.block.adapters.normal_(0, 0.05)
+    model.gradient_checkpointing = recompute
+    for p in model.parameters():  # as DeepSpeed does: this makes their place in autograd, on the stream of now
+        p.place = p.requires_grad and p.expand_as(p).grad_fn.next_functions[0][0]
+    plain = copy.deepcopy(model)
+    exact = copy.deepcopy(model).float()
+    logged = []
+    model.ops.graphs = GraphCache(logged.append)
+    for turn in range(3):
+        for seed, (text, grids) in enumerate(zip((30, 80, 55), CLIPS)):
+            packed = batch(config, text + turn, grids, seed).to("cuda")
+            right = gradients(plain, packed)
+            junk = torch.full((64 << 20,), torch.nan, device="cuda")
+            del junk
+            noise = off(right, gradients(exact, packed))  # what bf16 itself is off
+            assert off(gradients(model, packed), right) <= 2 * noise + 1e-3
+    assert len(logged) >= 2, logged
+    with torch.no_grad():
+        assert off([model(packed)], [plain(packed)]) <= 0.05
+
+
+def test_changed_weights_are_seen():
+    """An update in place is seen by a replay; for another storage, or without adapters, no graph of before is used."""
+    config = ModelConfig.from_dict(config_dict("tied"))
+    model = loading.random_model(config, "cuda", torch.bfloat16, seed=0).train()
+    lora.inject(model, LoraArgs(lora_rank=8))
+    lora.set_trainable(model, LoraArgs(lora_rank=8))
+    model.ops.graphs = GraphCache()
+    packed = batch(config, 30, CLIPS[0], 0).to("cuda")
+
+    def both():
+        captured = model(packed).detach()
+        keep, model.ops.graphs = model.ops.graphs, None
+        plain = model(packed).detach()
+        model.ops.graphs = keep
+        return off([captured], [plain])
+
+    for _ in range(3):
+        assert both() <= 0.02
+    base = model(packed).detach()
+    with torch.no_grad():
+        for home in lora.homes(model):
+            home.block.adapters.normal_(0, 0.1)
+    assert both() <= 0.02 and off([model(packed)], [base]) > 0.1
+    snapshot = {name: torch.zeros_like(p) for name, p in lora.trainable_parameters(model)}
+    for _ in range(3):
+        with lora.reference(model, snapshot):
+            assert both() <= 0.02 and off([model(packed)], [base]) <= 0.02
+        with lora.disabled(model), torch.no_grad():
+            assert both() <= 0.02 and off([model(packed)], [base]) <= 0.02
+        assert both() <= 0.02
+
+
+# -- Decoding
 
 
 def relative(x, reference) -> float:
@@ -28,7 +230,7 @@ def relative(x, reference) -> float:
 
 
 def add_adapters(model, rank: int = 5, seed: int = 9) -> None:
-    """Adapters as model/linear.py sees them, on some of the decoder's linears."""
+    """Adapters as the linear operation sees them, on some of the decoder's linears."""
     generator = torch.Generator(model.head_weight.device).manual_seed(seed)
     for layer in model.model.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
@@ -47,7 +249,7 @@ def gpu_model(shape: str, adapters: bool = True) -> Qwen2_5_VL:
             rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
         )  # fmt: skip
         raw["vision_config"]["out_hidden_size"] = 2048
-        model = Qwen2_5_VL.random(ModelConfig.from_dict(raw), DEVICE, torch.bfloat16)
+        model = loading.random_model(ModelConfig.from_dict(raw), DEVICE, torch.bfloat16)
         for p in model.parameters():
             if p.dim() == 1:
                 p.data.add_(0.1 * torch.randn_like(p))
@@ -67,7 +269,7 @@ def prompts_of(model, lengths: list[int]) -> Packed:
 
 
 @pytest.mark.parametrize("shape", ["grouped", "3B"])
-def test_merged_weights_equal_their_twin(shape):
+def test_merged_weights_equal_the_plain_form(shape):
     model = gpu_model(shape)
     made, layer = SamplingCopy(model), model.model.layers[1]
     a, m = layer.self_attn, layer.mlp
@@ -87,9 +289,10 @@ def test_prefill_fills_the_cache_as_the_plain_path_does():
     sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
     prompts = pack_sequences(sequences).to(DEVICE)
     lengths = prompts.segments.q_lengths
-    plain, cache = PlainCache(model, lengths, 2, 4), fast.GroupCache(model, lengths, 2, 128)
+    plain, cache = PlainCache(model, lengths, 2, 4), decoder.GroupCache(model, lengths, 2, 128)
     with torch.no_grad():
-        hidden = model(prompts, plain.prefill(prompts.segments))  # which also lays some weights out in strides
+        # which also lays some weights out in strides
+        hidden = model(prompts, plain.prefill(prompts.segments, model.ops.attention))
         logits = SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
     expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
     assert relative(logits, expected) < 5e-2
@@ -102,12 +305,12 @@ SIZES = [("3B", 1, 8), ("3B", 8, 8), ("3B", 3, 7), ("grouped", 2, 50), ("untied"
 
 
 @pytest.mark.parametrize("shape, N, G", SIZES)
-def test_a_step_equals_its_twins(shape, N, G):
-    """Two tokens through the kernels; the second, which finds an own key, against the twins, kernel by kernel."""
+def test_a_step_equals_the_plain_forms(shape, N, G):
+    """Two tokens through the kernels; the second, which finds an own key, against the plain forms, kernel by kernel."""
     model = gpu_model(shape)
     prompts = prompts_of(model, [300 + 77 * n for n in range(N)])
-    made, cache = SamplingCopy(model), fast.GroupCache(model, prompts.segments.q_lengths, G, 128)
-    step = fast.Step(model, N, G, cache.Lp, 128, "greedy")
+    made, cache = SamplingCopy(model), decoder.GroupCache(model, prompts.segments.q_lengths, G, 128)
+    step = decoder.Step(model, N, G, cache.Lp, 128, "greedy")
     step.partial.fill_(float("nan"))
     step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)
     made.prefill(model, prompts, model.embed(prompts), cache)
@@ -119,16 +322,16 @@ def test_a_step_equals_its_twins(shape, N, G):
     R, H, K, D = step.R, step.H, step.K, step.D
     tables = [t[:, 1].repeat_interleave(G, 0)[:, None] for t in (step.cos, step.sin)]
     for i, w in enumerate(made.layers):
-        qkv = fast.linear_plain(x, w["qkv"], made.biases[i], made.eps).view(R, H + 2 * K, D)
-        q, k = (rotate(y.contiguous(), tables) for y in (qkv[:, :H], qkv[:, H : H + K]))
+        qkv = linear_plain(x, w["qkv"], made.biases[i], made.eps).view(R, H + 2 * K, D)
+        q, k = (qwen.rotate(y.contiguous(), tables) for y in (qkv[:, :H], qkv[:, H : H + K]))
         own_k, own_v = cache.own_k[i, :, :2], cache.own_v[i, :, :2]
         found[f"key {i}"] = relative(own_k[:, 1], k)
         found[f"value {i}"] = relative(own_v[:, 1], qkv[:, H + K :])
         lengths = prompts.segments.q_lengths
-        out = fast.attention_plain(q, cache.prompt_k[i], cache.prompt_v[i], lengths, own_k, own_v).view(R, H * D)
-        x = fast.linear_plain(out, w["o"], residual=x)
-        inner = fast.linear_plain(x, w["gate_up"], eps=made.eps, swiglu=True)
-        x = fast.linear_plain(inner, w["down"], residual=x)
+        out = attention_plain(q, cache.prompt_k[i], cache.prompt_v[i], lengths, own_k, own_v).view(R, H * D)
+        x = linear_plain(out, w["o"], residual=x)
+        inner = linear_plain(x, w["gate_up"], eps=made.eps, swiglu=True)
+        x = linear_plain(inner, w["down"], residual=x)
     found |= {"attention": relative(step.mixed, out), "inner": relative(step.inner, inner), "x": relative(step.x, x)}
     found |= {"norm": relative(step.normed, model.model.norm(x))}
     found |= {"logits": relative(step.logits, step.normed @ model.head_weight.T)}
@@ -144,7 +347,7 @@ def test_a_step_equals_its_twins(shape, N, G):
 def test_log_probs_are_the_training_forwards(shape, sampling):
     """As near to the float32 forward as the bf16 forward is; several prompts, with pictures, several rows each."""
     model = gpu_model(shape)
-    exact = copies.deepcopy(model).float()
+    exact = copy.deepcopy(model).float()
     add_adapters(exact)
     sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
     groups = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 4, torch.Generator(DEVICE).manual_seed(0))
@@ -164,7 +367,7 @@ def test_log_probs_are_the_training_forwards(shape, sampling):
 
 def logprobs_of(model, sequence, ids, banned):
     """The training forward over prompt + answer, at the tests' temperature."""
-    whole = copies.copy(sequence)
+    whole = copy.copy(sequence)
     whole.ids = sequence.ids + ids
     whole.positions = mrope_position_ids(whole.ids, whole.grids, whole.seconds, model.config)
     with torch.no_grad():
@@ -230,19 +433,19 @@ def test_a_kept_graph_sees_new_adapters_and_frees_its_copy():
     linears = [m for layer in model.model.layers for m in layer.modules() if hasattr(m, "adapter")]
     assert torch.cuda.memory_allocated() <= held + sum(x.nbytes + 512 for m in linears for x in m.adapter()[:2])
     assert before[0].ids != after[0].ids
-    slow = generate_plain(model, prompt, sampling, 2)[0]
+    slow = generate_with(PlainDecoder, model, prompt, sampling, 2)[0]
     assert after[0].ids[0] == slow[0].ids[0]
 
 
 def test_repetition_penalty_takes_the_plain_path():
     model = gpu_model("grouped")
     prompts = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
-    assert fast.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
-    assert fast.why_not(model, prompts, Sampling(), 2) is None
+    assert decoder.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
+    assert decoder.why_not(model, prompts, Sampling(), 2) is None
 
 
 @pytest.mark.parametrize("truncated", [0, 30])
-def test_a_piece_of_a_batch_draws_what_the_whole_batch_draws(truncated):
+def test_a_part_of_a_batch_draws_what_the_whole_batch_draws(truncated):
     """First tokens: the later ones may differ where a product over fewer rows rounds otherwise."""
     model = gpu_model("tied", adapters=False)
     sequences = [Sequence(model.config, [6 + k], seed=k) for k in range(4)]

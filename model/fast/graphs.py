@@ -1,12 +1,12 @@
 """A stack of blocks as CUDA graphs: one launch forward and one back, where plain PyTorch makes thousands.
 
 A batch of a thousand tokens keeps an H100 busy for 60 ms of the 250 that the host needs to launch it. So a batch whose
-sizes were seen before runs through graphs made of the very same blocks: `Captures.run` pads it to round sizes, copies
+sizes were seen before runs through graphs made of the very same blocks: `GraphCache.run` pads it to round sizes, copies
 it into the buffers that the graphs read, and replays. A first sight of a size, a big batch, and one whose graphs would
-hold too much memory run plainly, which is also the slow twin.
+hold too much memory run without.
 
 Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
-The sampling copy of the weights (fast_decode.py) uses what is free in these pools, between updates.
+The sampling copy of the weights (decoder.py) uses what is free in these pools, between updates.
 """
 
 import time
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.adapters import LoRALinear
-from model.attention import Segments
+from model.packed import Segments
 
 ROWS = 8192  # tokens or patches from which on a batch keeps the GPU busy by itself
 GRANULE = 256  # rows are padded to a multiple of it
@@ -36,28 +36,28 @@ def pow2(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def pieces(n: int, most: int) -> list[int]:
-    """n cut into parts of at most `most`."""
+def split_into(n: int, most: int) -> list[int]:
+    """n cut into numbers of at most `most`."""
     return [min(most, n - i) for i in range(0, n, most)]
 
 
 class Plan:
     """Segments of T rows, padded: lengths that fill `rows` rows, and sizes rounded up, which a graph is made for.
 
-    Padding attends to itself. Keys that nobody asks for have segments without queries: their gradient is zero.
+    Padding attends to itself. Keys without a query have segments without queries: their gradient is zero.
     """
 
     def __init__(self, segments: Segments, rows: int):
         self.given, T = segments, segments.num_tokens
         self.max_q = pow2(segments.max_q, 64)
         self.max_k = pow2(max(segments.max_k, self.max_q), 64)
-        padding = pieces(rows - T, self.max_q)
+        padding = split_into(rows - T, self.max_q)
         self.q, self.k = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding]
         self.keys = None
         if segments.kv_index is not None:
             self.keys = round_up(sum(self.k), 8 * GRANULE)
-            unasked = pieces(self.keys - sum(self.k), self.max_k)
-            self.q, self.k = self.q + [0] * len(unasked), self.k + unasked
+            unused = split_into(self.keys - sum(self.k), self.max_k)
+            self.q, self.k = self.q + [0] * len(unused), self.k + unused
         self.count = pow2(len(self.q), 8)
 
     @property
@@ -83,17 +83,17 @@ class Plan:
 def fresh_leaves(blocks):
     """Inside, the blocks compute with other leaves over the same storage: {trained parameter: the other}.
 
-    A parameter's own place in autograd belongs to the stream on which it was first used, which a capture may not touch.
+    A parameter's own node in autograd belongs to the stream on which it was first used, which a capture may not touch.
     """
-    homes = [(module, name, p) for module in blocks.modules() for name, p in module._parameters.items()]
-    homes = [(module, name, p) for module, name, p in homes if p is not None and p.requires_grad]
-    leaves = {p: torch.nn.Parameter(p.detach()) for _, _, p in homes}
-    for module, name, p in homes:
+    owners = [(module, name, p) for module in blocks.modules() for name, p in module._parameters.items()]
+    owners = [(module, name, p) for module, name, p in owners if p is not None and p.requires_grad]
+    leaves = {p: torch.nn.Parameter(p.detach()) for _, _, p in owners}
+    for module, name, p in owners:
         module._parameters[name] = leaves[p]
     try:
         yield leaves
     finally:
-        for module, name, p in homes:
+        for module, name, p in owners:
             module._parameters[name] = p
 
 
@@ -124,9 +124,9 @@ class Capture:
             out = forward()
         if self.wanted:
             with torch.cuda.graph(self.backward_graph, **how):
-                found = torch.autograd.grad(out, self.wanted, self.grad)
-                torch._foreach_copy_(grads, found[-len(grads) :] if grads else [])
-            self.grads = [*found[: len(found) - len(grads)], *grads]
+                made = torch.autograd.grad(out, self.wanted, self.grad)
+                torch._foreach_copy_(grads, made[-len(grads) :] if grads else [])
+            self.grads = [*made[: len(made) - len(grads)], *grads]
         self.out = out.detach()
 
     def fill(self, x, tables, plans) -> None:
@@ -180,20 +180,20 @@ class Room:
             self.free += [[block["size"], pool] for block in blocks if block["state"] == "inactive"]
 
     def take(self, size: int):
-        """The pool that has room for a tensor of so many bytes, or None."""
-        found = min((block for block in self.free if block[0] >= size), key=lambda block: block[0], default=None)
-        if found is None:
+        """The pool with room for a tensor of so many bytes, or None."""
+        block = min((block for block in self.free if block[0] >= size), key=lambda block: block[0], default=None)
+        if block is None:
             return None
-        found[0] -= round_up(size, 512)
-        return found[1]
+        block[0] -= round_up(size, 512)
+        return block[1]
 
 
-class Captures:
-    """A model's captured stacks. tell(text): called with one line whenever something was captured."""
+class GraphCache:
+    """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
 
-    def __init__(self, tell=lambda text: None):
-        self.tell = tell
-        self.found, self.seen, self.kept, self.pools, self.grads = {}, {}, {}, {}, {}  # by stack
+    def __init__(self, log=lambda text: None):
+        self.log = log
+        self.contents, self.seen, self.kept, self.pools, self.grads = {}, {}, {}, {}, {}  # by stack
         self.stream = torch.cuda.Stream()
 
     def pool(self, blocks):
@@ -207,21 +207,21 @@ class Captures:
             yield
 
     def scratch(self):
-        """-> place(bytes): a context in which a tensor of that size lies in a stack's pool, if one has room for it, and
-        must be gone before a stack runs again. Else it is None, and the tensor is better off in ordinary memory: what
-        a pool grows by, nothing but that stack can ever use."""
+        """-> allocate(bytes): a context in which a tensor of that size lies in a stack's pool, if one has room for it.
+        The tensor must be gone before a stack runs again. Else it is None, and the tensor is better off in ordinary
+        memory: what a pool grows by, nothing but that stack can ever use."""
         room = Room(self.pools.values())
 
-        def place(size):
+        def allocate(size):
             pool = room.take(size)
             return pool and self.inside(pool)
 
-        return place
+        return allocate
 
     def grow(self, blocks, key, recompute: bool, device) -> None:
         """A stack's pool in one piece, as large as its first graphs will need: pieces as small as single intermediates
         would later be of no use to `scratch`. With recomputation a block's intermediates take nearly as much as all
-        inputs that are kept (3B: 0.42 of 0.46 GiB, tower 0.24 of 0.33, training/memory.py), else a fraction of it."""
+        inputs that are kept (3B: 0.42 of 0.46 GiB, tower 0.24 of 0.33), else a fraction of it."""
         size = int(self.seen[blocks, key] * (2 if recompute else 1.15))
         with self.inside(self.pool(blocks)):
             torch.empty(size, dtype=torch.uint8, device=device)
@@ -229,7 +229,7 @@ class Captures:
     def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
         """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
         rows, grad = round_up(len(x), GRANULE), torch.is_grad_enabled()
-        layers, parameters = self.parts(blocks)
+        layers, parameters = self.contents_of(blocks)
         dropout = any(layer.dropout and layer.training for layer in layers)
         plainly = partial(through, recompute=recompute)
         if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
@@ -252,7 +252,7 @@ class Captures:
                 wanted = [leaves[p] for p in params]
                 kept[key] = Capture(plainly, x, tables, plans, wanted, grads, rows, self.pool(blocks).id, self.stream)
             kind, seconds = type(blocks[0]).__name__, time.perf_counter() - began
-            self.tell(f"CUDA graphs of {len(blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
+            self.log(f"CUDA graphs of {len(blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
             if len(kept) > MAX_KEPT:
                 kept.popitem(last=False)
         kept.move_to_end(key)
@@ -260,12 +260,12 @@ class Captures:
             return Replay.apply(kept[key], tables, plans, x, *params)
         return kept[key].forward(x, tables, plans)
 
-    def parts(self, blocks):
+    def contents_of(self, blocks):
         """(layers with adapters, parameters), looked up once: adapters are put in before the first pass."""
-        if blocks not in self.found:
+        if blocks not in self.contents:
             layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
-            self.found[blocks] = layers, list(blocks.parameters())
-        return self.found[blocks]
+            self.contents[blocks] = layers, list(blocks.parameters())
+        return self.contents[blocks]
 
     def ripe(self, blocks, key, device) -> bool:
         """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
