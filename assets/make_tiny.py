@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from clips import task_texts
 from config import cli
-from generate import task_texts
 from model import UserError
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from training.checkpoint import newest_checkpoint

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from workloads import NAMED, TINY, config_dict, model_config
 
+from clips import DIRECTIONS, draw_clip, render, write_mp4
 from config import SFT
 from data import Processor, load_tokenizer
-from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
 from model import UserError
 from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 
