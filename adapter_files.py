@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from checkpoint import MANIFEST, STATE, find_adapter, write_json, write_whole
 from config import LoraArgs
 from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
 from model import UserError
 from model.adapters import scale_of, shifted
-from model.qwen2_5_vl import (
+from model.loading import (
     ModelConfig,
-    Qwen2_5_VL,
     check_tensors,
     module_name,
     resolve_folder,
@@ -36,7 +36,7 @@ from model.qwen2_5_vl import (
     shard_files,
     write_shards,
 )
-from training.checkpoint import MANIFEST, STATE, find_adapter, write_json, write_whole
+from model.qwen import Qwen2_5_VL
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 GENERATION = "generation_config.json"

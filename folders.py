@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 import clips
 from config import VideoArgs
-from dataset.reader import read_frames, read_packets
 from dataset.records import read_turns
-from dataset.video import Options, plan_clip
 from model import UserError, nearest_path
 from rewards import is_correct, sample_from_record
+from video import Options, index_frames, plan_clip, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
 # What published copies of Kinetics call their folders
@@ -120,7 +119,7 @@ def why_unreadable(video: Video) -> str | None:
     """Why training could not read it; None if it can."""
     try:
         str(video.path).encode()
-        plan_clip("video", (str(video.path),), Options.of("video", VideoArgs(), {}, video.path.name))
+        plan_clip("video", (str(video.path),), Options.from_args("video", VideoArgs(), {}, video.path.name))
     except UnicodeEncodeError:
         return f"{os.fsencode(video.path)!r}: its name is not UTF-8; rename it"
     except UserError as error:
@@ -249,10 +248,9 @@ def file_hash(video: Video) -> str:
 
 def strip_of(video: Video, count: int) -> bytes:
     """`count` frames of the clip, evenly spaced, as one PNG."""
-    packets = read_packets(str(video.path))
-    picks = np.linspace(0, len(packets.pts) - 1, count).round().astype(int).tolist()
-    h, w = packets.size
+    index = index_frames(str(video.path))
+    picks = np.linspace(0, len(index.pts) - 1, count).round().astype(int).tolist()
+    h, w = index.size
     size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
-    seeks = [packets.seek(i) for i in picks] if packets.keyframes else []
-    frames = torch.stack(read_frames(str(video.path), picks, seeks, size)).permute(0, 2, 3, 1).numpy()
-    return clips.strip(frames, [(packets.pts[i] - packets.pts[0]) * packets.time_base for i in picks])
+    frames = torch.stack(read_frames(str(video.path), picks, [index.seek(i) for i in picks], size))
+    return clips.strip(frames.permute(0, 2, 3, 1).numpy(), [index.seconds(i) for i in picks])

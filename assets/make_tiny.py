@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from checkpoint import newest_checkpoint
 from clips import task_texts
 from config import cli
 from model import UserError
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from training.checkpoint import newest_checkpoint
+from model.loading import ModelConfig, load_model, random_model, save_model
 
 # Qwen2.5-VL's special tokens, in the order of its vocabulary (151643 to 151656 there)
 SPECIAL = [
@@ -109,8 +109,8 @@ def init(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(task_texts(), vocab_size=512)
     write_tokenizer(tokenizer, folder)
-    model = Qwen2_5_VL.random(ModelConfig.from_dict(config_dict(tokenizer)), seed=0)
-    model.save_pretrained(folder)
+    model = random_model(ModelConfig.from_dict(config_dict(tokenizer)), seed=0)
+    save_model(model, folder)
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count:,} random parameters, {tokenizer.get_vocab_size()} tokens")
 
@@ -119,11 +119,11 @@ def export(checkpoint: Path, folder: Path) -> None:
     """A trained checkpoint -> bf16 weights in one file, with the tokenizer it was trained with."""
     if not (checkpoint / "config.json").exists():  # a run's folder
         checkpoint = newest_checkpoint(checkpoint) or checkpoint
-    model = Qwen2_5_VL.from_pretrained(checkpoint)
+    model = load_model(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*"):
         stale.unlink()
-    model.save_pretrained(folder, dtype=torch.bfloat16)
+    save_model(model, folder, dtype=torch.bfloat16)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copyfile(checkpoint / name, folder / name)
     size = sum(f.stat().st_size for f in folder.iterdir())

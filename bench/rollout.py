@@ -59,8 +59,7 @@ def theirs(bench, peer, work, N):
 
 def prefill_alone(bench, work, N):
     """Seconds from clip and prompt to first logits on a GPU, the sampling copy made before."""
-    from model.fast_decode import GroupCache
-    from model.sampling_copy import SamplingCopy
+    from model.fast.decoder import GroupCache, SamplingCopy
 
     prompts = prompt_batch(bench.config, work, N).to(bench.device)
     with torch.no_grad():

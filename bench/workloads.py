@@ -19,17 +19,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from flops import head_flops, language_flops, vision_flops
 
 from adapter_files import hf_name
-from dataset.video import Options, frame_size
 from lora import adapter_blocks, targets
-from model.attention import Segments
-from model.captured import Captures
-from model.cost import head_flops, language_flops, vision_flops
-from model.loss import IGNORE
-from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
+from model.fast.graphs import GraphCache
+from model.loading import ModelConfig, random_model
+from model.packed import IGNORE, Packed, Segments, normalise_patches
+from model.qwen import Qwen2_5_VL
 from model.rope import mrope_position_ids
-from model.vision import normalise_patches
+from video import Options, frame_size
 
 LONG = 10  # seconds
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
@@ -275,9 +274,9 @@ class Bench:
                 torch.cuda.set_per_process_memory_fraction(args.memory_limit_gib * 2**30 / total)
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = Qwen2_5_VL.random(self.config, self.device, self.dtype).requires_grad_(False)
+        self.model = random_model(self.config, self.device, self.dtype).requires_grad_(False)
         self.model.gradient_checkpointing = args.recompute
-        self.model.captures = Captures() if self.cuda and args.cuda_graphs else None
+        self.model.ops.graphs = GraphCache() if self.cuda and args.cuda_graphs else None
         self.machine = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
         print(f"{args.model} in {str(self.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}")
         print(f"{self.machine}, torch {torch.__version__}: product {self.matrix / 1e12:.3g} TFLOP/s, copy "

@@ -34,9 +34,7 @@ import torch
 from torch import Tensor
 
 from model import UserError
-from model.attention import Segments
-from model.loss import IGNORE
-from model.qwen2_5_vl import Packed
+from model.qwen import IGNORE, Packed, Segments
 
 PREFETCH = 2  # optimizer steps being decoded ahead
 

@@ -1,12 +1,12 @@
 """Qwen2.5-VL by hand, in plain PyTorch. Nothing in this folder imports from the repository root.
 
-    qwen2_5_vl.py   the whole model: config.json -> modules, weights in and out, the packed forward
-    language.py     decoder layers          vision.py   the vision tower and its merger
-    rope.py         position ids (plain ints) and rotary tables
-    attention.py    one packed attention over segments; the slow twin beside the fast paths
-    sequence.py     a batch shared by several ranks: who holds and computes what, and the exchanges between them
-    decode.py       KV cache and sampling: one prompt prefilled once, shared by its group of completions
-    loss.py         log-probs of target tokens without the (T, V) logits
+    qwen.py       the whole mathematics in plain PyTorch      ops.py   the operations of it that have fast forms
+    packed.py     a packed batch, and who attends to whom in it
+    rope.py       position ids (plain ints) and rotary tables
+    adapters.py   a Linear with a LoRA adapter, and the one flat parameter of a block's adapters
+    loading.py    config.json -> model, weights in and out
+    decode.py     KV cache and sampling: one prompt prefilled once, shared by its group of completions
+    fast/         faster forms of the operations and of decoding, each tested against the plain one
 
 Dimensions, in every file of this folder:
 
@@ -20,7 +20,7 @@ This file imports nothing, so that `--help` and the error type cost no torch imp
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line: what, found, expected, what to do. Scripts print it and exit with code 2."""
+    """A user's mistake in one line: what was found, what was expected, what to do. Scripts print it, exit code 2."""
 
 
 def nearest(word, choices, cutoff=0.5) -> str:
@@ -38,11 +38,11 @@ def nearest_path(path) -> str:
 
     path = Path(path)
     try:
-        wrong = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
-        if wrong is None:  # it is there, and something else
+        missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
+        if missing is None:  # it is there, and something else
             return ""
-        there = list(islice(wrong.parent.iterdir(), 10_000)) if wrong.parent.is_dir() else []
+        siblings = list(islice(missing.parent.iterdir(), 10_000)) if missing.parent.is_dir() else []
     except (OSError, ValueError):  # not to be read, or no name at all: then there is no hint
         return ""
-    found = nearest(wrong.name, [p.name for p in there if not p.name.startswith(".")], cutoff=0.75)
-    return found.replace("mean ", f"mean {wrong.parent}/", 1) if found and str(wrong.parent) != "." else found
+    hint = nearest(missing.name, [p.name for p in siblings if not p.name.startswith(".")], cutoff=0.75)
+    return hint.replace("mean ", f"mean {missing.parent}/", 1) if hint and str(missing.parent) != "." else hint

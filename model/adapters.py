@@ -14,9 +14,16 @@ While a block computes, its layers use views that were made all at once and whos
 import math
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from model.linear import aligned, project
+ALIGN = 8  # bf16 numbers in 16 bytes: products whose sizes are no multiple of it use kernels several times slower
+
+
+def aligned(n: int) -> int:
+    """The next multiple of ALIGN."""
+    return -(-n // ALIGN) * ALIGN
+
 
 
 def scale_of(args):
@@ -40,13 +47,13 @@ class Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        parts = []
+        pieces = []
         for grad, (rows, columns) in zip(grads, ctx.adapters.shapes, strict=True):
             size = rows * columns
-            parts.append(torch.zeros(size, **ctx.like) if grad is None else grad.reshape(size))
+            pieces.append(torch.zeros(size, **ctx.like) if grad is None else grad.reshape(size))
             if aligned(size) > size:
-                parts.append(torch.zeros(aligned(size) - size, **ctx.like))
-        return torch.cat(parts), None
+                pieces.append(torch.zeros(aligned(size) - size, **ctx.like))
+        return torch.cat(pieces), None
 
 
 class BlockAdapters:
@@ -57,15 +64,15 @@ class BlockAdapters:
 
     def __init__(self, block, layers, rank, dtype=None):
         """layers: the LoRALinears inside block. dtype of A and B: that of the first weight unless given."""
-        found = {(layer.weight.dtype, layer.weight.device) for layer in layers}
-        assert len(found) == 1, f"one flat parameter for weights of {found}"
+        kinds = {(layer.weight.dtype, layer.weight.device) for layer in layers}
+        assert len(kinds) == 1, f"one flat parameter for weights of {kinds}"
         self.shapes = [shape for m in layers for shape in ((rank, m.in_features), (m.out_features, rank))]
-        rooms = [aligned(rows * columns) for rows, columns in self.shapes]
-        self.starts = [sum(rooms[:i]) for i in range(len(rooms))]
-        self.padding = sum(rooms) - sum(rows * columns for rows, columns in self.shapes)
+        sizes = [aligned(rows * columns) for rows, columns in self.shapes]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.padding = sum(sizes) - sum(rows * columns for rows, columns in self.shapes)
         self.block, self.views = block, None
         like = layers[0].weight
-        flat = torch.zeros(sum(rooms), dtype=dtype or like.dtype, device=like.device)
+        flat = torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device)
         block.register_parameter("adapters", nn.Parameter(flat))
         for number, layer in enumerate(layers):
             layer.home, layer.number = self, number
@@ -116,15 +123,22 @@ class LoRALinear(nn.Linear):
         self.enabled, self.merged = True, False
 
     def adapter(self):
-        """(A, B, scale, dropout) for model/linear.py, which does the products; None while the adapter takes no part."""
+        """(A, B, scale, dropout) for the linear operation; None while the adapter takes no part."""
         if not self.enabled or self.merged:
             return None
         views = self.home.views
         A, B = (self.lora_A, self.lora_B) if views is None else views[2 * self.number : 2 * self.number + 2]
         return A, B, self.scaling, self.dropout if self.training else 0.0
 
-    def forward(self, x):
-        return project(x, self)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out): the plain form, by torch's own autograd. Faster ones are in model/fast/."""
+        y = F.linear(x, self.weight, self.bias)
+        adapter = self.adapter()
+        if adapter is None:
+            return y
+        A, B, scale, dropout = adapter
+        h = F.linear(F.dropout(x, dropout) if dropout else x, A.to(x.dtype))  # (T, r)
+        return y + F.linear(h * scale, B.to(x.dtype))
 
     def extra_repr(self):
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
@@ -133,3 +147,13 @@ class LoRALinear(nn.Linear):
     def shift_weight(self, sign):
         """weight += sign · s · B A."""
         self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, sign * self.scaling))
+
+
+def adapter_of(linear):
+    """(A, B, scale, dropout) of a linear that has an adapter which takes part, else None."""
+    return linear.adapter() if hasattr(linear, "adapter") else None
+
+
+def has_dropout(block) -> bool:
+    """Whether the block trains and has dropout: then it draws random numbers."""
+    return block.training and any(getattr(module, "dropout", 0.0) for module in block.modules())

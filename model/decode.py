@@ -4,9 +4,13 @@ G completions of its group. Each completion (a row) keeps only its own keys and 
     prompt cache   (N, K, longest prompt, D) a layer        own cache   (N*G, K, S slots, D) a layer
 
 Row r belongs to prompt r // G. A step computes R = N*G new tokens through the same decoder layers as training; the
-attention it passes to them reads both caches and takes one softmax over prompt keys and own keys together.
+attention it hands to them reads both caches and takes one softmax over prompt keys and own keys together.
 
-The hub's generation_config is never read: its near-zero temperature would make every row of a group the same.
+A Decoder draws token after token for all rows. PlainDecoder runs on any device; `ops.pick_decoder` may name a faster
+one (model/fast/). The hub's generation_config is never read: its near-zero temperature would make every row of a group
+the same.
+
+    N prompts   G completions of each   R = N * G rows   H / K query and key heads   D head size   V vocabulary
 """
 
 from collections.abc import Callable
@@ -15,9 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import cpu_decode
-from model.attention import Segments, attend
-from model.qwen2_5_vl import Packed, Qwen2_5_VL
+from model.adapters import has_dropout
+from model.packed import Packed, Segments
 
 STOP_CHECK = 16  # steps between looks at "is every row finished?" on a GPU, where a look waits for the device
 
@@ -45,10 +48,132 @@ class Completion:
     finished: bool = False  # ended by a stop token, not by the length limit
 
 
+@torch.no_grad()
+def generate(
+    model,
+    prompts: Packed,
+    sampling: Sampling,
+    num_generations: int = 1,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[Completion]]:
+    """Sample `num_generations` completions of each prompt.
+
+    model: a Qwen2_5_VL. prompts: packed prompts on its device, one causal segment each. generator: on that device; or
+    a list of one a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
+    on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
+    """
+    assert prompts.segments.kv_index is None, "prompts are plain causal segments"
+    decoder_class = PlainDecoder
+    if model.ops.pick_decoder is not None:
+        decoder_class = model.ops.pick_decoder(model, prompts, sampling, num_generations) or PlainDecoder
+    return generate_with(decoder_class, model, prompts, sampling, num_generations, generator, on_token)
+
+
+@torch.no_grad()
+def generate_with(
+    decoder_class, model, prompts, sampling, num_generations=1, generator=None, on_token=None
+) -> list[list[Completion]]:
+    """`generate` with a Decoder of one's choice."""
+    dropout, limit, decoder = has_dropout(model), sampling.max_new_tokens, None
+    if dropout:  # changing the mode takes milliseconds, so only where it matters
+        model.eval()
+    try:
+        decoder = decoder_class(model, prompts, sampling, num_generations, generator)
+        stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=prompts.input_ids.device)
+        done = torch.zeros(len(decoder.ids), dtype=torch.bool, device=stops.device)  # rows that have ended
+        looked = drawn = 0
+        while drawn < limit:
+            decoder.draw(drawn)
+            drawn += 1
+            if on_token:
+                token = decoder.ids[:, drawn - 1].tolist()
+                for row in (~done).nonzero()[:, 0].tolist():
+                    on_token(row, token[row])
+            if on_token or (drawn - 1) % decoder.look_every == 0:
+                done |= torch.isin(decoder.ids[:, looked:drawn], stops).any(1)
+                looked = drawn
+                if bool(done.all()):
+                    break
+        return collect(decoder.ids[:, :drawn], decoder.logprobs[:, :drawn], stops, num_generations)
+    finally:
+        if dropout:
+            model.train()
+        if decoder:
+            decoder.close()
+
+
+def collect(ids: Tensor, logprobs: Tensor, stops: Tensor, G: int) -> list[list[Completion]]:
+    """(R, T) drawn tokens -> one Completion a row, each cut after its first stop token."""
+    stopped = torch.isin(ids, stops)
+    finished = stopped.any(1)
+    length = torch.where(finished, stopped.int().argmax(1) + 1, ids.shape[1])
+    columns = zip(ids.tolist(), logprobs.tolist(), length.tolist(), finished.tolist())
+    rows = [Completion(i[:n], p[:n], f) for i, p, n, f in columns]
+    return [rows[first : first + G] for first in range(0, len(rows), G)]
+
+
+class Decoder:
+    """Draws tokens for R = N*G rows. Making one prefills the prompts.
+
+    ids (R, >= limit) int64 and logprobs (R, >= limit) float32: column t is filled by draw(t). Rows that have ended go
+    on drawing; their further tokens are cut off.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    look_every = 1  # steps between looks at whether all rows have ended
+
+    def draw(self, t: int) -> None:
+        """Draw token t of every row; t = 0, 1, … in turn."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what the rollout took beside the results."""
+
+
+class PlainDecoder(Decoder):
+    """Plain PyTorch: any device, dtype and option."""
+
+    def __init__(self, model, prompts: Packed, sampling: Sampling, G: int, generator):
+        self.model, self.sampling = model, sampling
+        lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
+        device, R = prompts.input_ids.device, len(lengths) * G
+        self.look_every = 1 if device.type == "cpu" else STOP_CHECK
+        self.ids = torch.zeros(R, limit, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(R, limit, device=device)
+        self.cache = GroupCache(model, lengths, G, max(1, limit - 1))
+        hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
+        last = prompts.segments.cu_q[1:].long() - 1
+        self.logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its first token
+        ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
+        self.position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+        self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
+        self.seen = seen_tokens(prompts, G, self.logits.shape[1]) if sampling.repetition_penalty != 1 else None
+        draws_on_cpu = device.type == "cpu" and sampling.temperature
+        self.generator = Uniforms(generator, R, limit) if draws_on_cpu else generator
+
+    def draw(self, t: int) -> None:
+        if t:
+            before = self.ids[:, t - 1]
+            if self.seen is not None:
+                self.seen.scatter_(1, before[:, None], True)
+            self.logits = self.step(before, t - 1)
+            self.cache.used += 1
+        self.ids[:, t], self.logprobs[:, t] = sample(
+            self.logits, self.sampling, self.banned, self.seen, self.generator
+        )
+
+    def step(self, ids: Tensor, t: int) -> Tensor:
+        """Token t of every row, ids (R,), through the decoder layers of training: logits of the next, (R, V)."""
+        packed = Packed(ids, (self.position + t).expand(3, -1), segments=None)
+        return self.model(packed, self.cache.step) @ self.model.head_weight.T
+
+
 class GroupCache:
     """Keys and values of N prompts and of their N*G completions, for every layer."""
 
-    def __init__(self, model: Qwen2_5_VL, lengths: list[int], G: int, slots: int):
+    def __init__(self, model, lengths: list[int], G: int, slots: int):
         config, weight = model.config, model.head_weight
         self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
@@ -63,14 +188,14 @@ class GroupCache:
         hidden = torch.zeros(self.N, max(lengths), **like).masked_fill(slot >= length[:, None], float("-inf"))
         self.hidden = hidden.repeat_interleave(self.K, 0)[:, None]  # (N*K, 1, longest): padding of shorter prompts
 
-    def prefill(self, segments: Segments):
+    def prefill(self, segments: Segments, packed_attention: Callable):
         """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
 
         def attention(layer, q, k, v):
             for n, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
                 self.prompt_k[layer, n, :, : len(keys)] = keys.transpose(0, 1)
                 self.prompt_v[layer, n, :, : len(values)] = values.transpose(0, 1)
-            return attend(q, k, v, segments)
+            return packed_attention(q, k, v, segments)
 
         return attention
 
@@ -92,18 +217,6 @@ class GroupCache:
         shared = weights[..., :P].view(N, G, K, h, P).transpose(1, 2).reshape(N * K, G * h, P)
         out = torch.bmm(shared, prompt_v).view(N, K, G, h, D).transpose(1, 2).reshape(R * K, h, D)
         return torch.baddbmm(out, weights[..., P:], own_v).view(R, H, D)
-
-
-class Step:
-    """ids (R,), their number t in the rollout -> logits (R, V), by the decoder layers of training: the slow twin of
-    cpu_decode.FusedStep."""
-
-    def __init__(self, model: Qwen2_5_VL, cache: GroupCache, position: Tensor, _steps: int):
-        self.model, self.cache, self.position = model, cache, position
-
-    def __call__(self, ids: Tensor, t: int) -> Tensor:
-        packed = Packed(ids, (self.position + t).expand(3, -1), segments=None)
-        return self.model(packed, self.cache.step) @ self.model.head_weight.T
 
 
 def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
@@ -147,8 +260,8 @@ class Uniforms:
     def __init__(self, generator, rows: int, steps: int):
         own = generator if isinstance(generator, list) else [generator]
         self.numbers, self.t = torch.empty(rows, steps, 1, dtype=torch.float64), -1
-        for part, source in zip(self.numbers.chunk(len(own)), own):
-            part.uniform_(generator=source)
+        for rows_of_one, source in zip(self.numbers.chunk(len(own)), own):
+            rows_of_one.uniform_(generator=source)
 
     def column(self) -> Tensor:
         """The next step's, (rows, 1)."""
@@ -174,71 +287,6 @@ def draw(scores: Tensor, generator) -> Tensor:
     return (scores.softmax(-1) / race).argmax(-1)
 
 
-@torch.no_grad()
-def generate(
-    model: Qwen2_5_VL,
-    prompts: Packed,
-    sampling: Sampling,
-    num_generations: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[list[Completion]]:
-    """Sample `num_generations` completions of each prompt.
-
-    prompts: packed prompts on the model's device, one causal segment each. generator: on that device; or a list of one
-    a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
-    on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
-    bf16 on a GPU goes through fast_decode.py where nothing forbids it.
-    """
-    assert prompts.segments.kv_index is None, "prompts are plain causal segments"
-    if prompts.input_ids.is_cuda:
-        from model.fast_decode import generate_fast, why_not  # here, because it imports from this file
-
-        if why_not(model, prompts, sampling, num_generations) is None:
-            return generate_fast(model, prompts, sampling, num_generations, generator, on_token)
-    step = cpu_decode.FusedStep if cpu_decode.pays(model) else Step
-    return generate_plain(model, prompts, sampling, num_generations, generator, on_token, step)
-
-
-@torch.no_grad()
-def generate_plain(model, prompts, sampling, num_generations=1, generator=None, on_token=None, step=Step):
-    """`generate` in plain PyTorch: any device, dtype and option, and the slow twin of fast_decode.py."""
-    lengths, G = prompts.segments.q_lengths, num_generations
-    was_training = model.training
-    model.eval()
-    device, R = prompts.input_ids.device, len(lengths) * G
-    cache = GroupCache(model, lengths, G, max(1, sampling.max_new_tokens - 1))
-    hidden = model(prompts, cache.prefill(prompts.segments))
-    last = prompts.segments.cu_q[1:].long() - 1
-    logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its own first token
-    ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
-    position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
-    following = step(model, cache, position, sampling.max_new_tokens)
-    banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
-    stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
-    seen = seen_tokens(prompts, G, logits.shape[1]) if sampling.repetition_penalty != 1 else None
-    done = torch.zeros(R, dtype=torch.bool, device=device)
-    if device.type == "cpu" and sampling.temperature:
-        generator = Uniforms(generator, R, sampling.max_new_tokens)
-    steps = []  # (ids, logprobs, done before this token), all (R,)
-    for t in range(sampling.max_new_tokens):
-        ids, logp = sample(logits, sampling, banned, seen, generator)
-        steps.append((ids, logp, done))
-        if on_token:
-            for row in (~done).nonzero()[:, 0].tolist():
-                on_token(row, int(ids[row]))
-        done = done | torch.isin(ids, stops)
-        last_step = t + 1 == sampling.max_new_tokens
-        if last_step or ((device.type == "cpu" or t % STOP_CHECK == 0) and bool(done.all())):
-            break
-        if seen is not None:
-            seen.scatter_(1, ids[:, None], True)
-        logits = following(ids, t)
-        cache.used += 1
-    model.train(was_training)
-    return collect(steps, done, len(lengths), G)
-
-
 def seen_tokens(prompts: Packed, G: int, V: int) -> Tensor:
     """(R, V) bool: the tokens of each row's prompt."""
     lengths = torch.tensor(prompts.segments.q_lengths, device=prompts.input_ids.device)
@@ -246,13 +294,3 @@ def seen_tokens(prompts: Packed, G: int, V: int) -> Tensor:
     seen = torch.zeros(len(lengths), V, dtype=torch.bool, device=lengths.device)
     seen[row, prompts.input_ids] = True
     return seen.repeat_interleave(G, 0)
-
-
-def collect(steps: list, done: Tensor, N: int, G: int) -> list[list[Completion]]:
-    """Device columns -> one Completion a row, each cut after its stop token."""
-    ids = torch.stack([s[0] for s in steps], 1).tolist()
-    logp = torch.stack([s[1] for s in steps], 1).tolist()
-    length = (~torch.stack([s[2] for s in steps], 1)).sum(1).tolist()  # tokens drawn while the row was open
-    finished = done.tolist()
-    rows = [Completion(i[:n], p[:n], f) for i, p, n, f in zip(ids, logp, length, finished)]
-    return [rows[n * G : (n + 1) * G] for n in range(N)]

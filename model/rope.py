@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels import turn
-
 
 def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
     """Position ids of one sequence.
@@ -75,21 +73,3 @@ def vision_tables(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dty
     inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
     angles = torch.cat([rows.float()[:, None] * inv_freq, columns.float()[:, None] * inv_freq], dim=-1)  # (P, D/2)
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
-
-
-class Rotate(torch.autograd.Function):
-    """Turn queries and keys by their angles. The gradient is turned back, so only the tables are kept."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al., 2021; arXiv 2104.09864) of queries or keys: (T, H, D) -> (T, H, D)."""
-    return Rotate.apply(x, *tables)

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import Segments
-from model.qwen2_5_vl import ModelConfig, Packed, Qwen2_5_VL
+from model import loading
+from model.loading import ModelConfig, save_model
+from model.qwen import Packed, Qwen2_5_VL, Segments
 from model.rope import mrope_position_ids
 
 CHAOS = "test_killed_stopped_moved_and_repeated_runs"  # two minutes, mostly of waiting
@@ -83,7 +84,7 @@ def config_dict(shape: str, tokens_per_second: int = 2, vocab: int = 260) -> dic
 
 def random_model(shape: str = "tied", seed: int = 0, **kwargs) -> Qwen2_5_VL:
     """A random model; norms and biases are random too, so that a forgotten one shows."""
-    model = Qwen2_5_VL.random(ModelConfig.from_dict(config_dict(shape, **kwargs)), seed=seed)
+    model = loading.random_model(ModelConfig.from_dict(config_dict(shape, **kwargs)), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
@@ -103,7 +104,7 @@ def oracle(tmp_path_factory):
 
             folder = tmp_path_factory.mktemp(shape)
             ours = random_model(shape)
-            ours.save_pretrained(folder)
+            save_model(ours, folder)
             theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
             )

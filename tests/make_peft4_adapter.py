@@ -14,9 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from conftest import config_dict
+from model.loading import ModelConfig, random_model, save_model
 from safetensors.torch import save_file
-
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 
 FOLDER = Path(__file__).with_name("peft4")
 # text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text; ids of conftest's shapes
@@ -32,11 +31,11 @@ def waves(shape, pitch):
 
 def arithmetic_base(folder):
     """A small Qwen2.5-VL, written by us, for transformers and for us."""
-    model = Qwen2_5_VL.random(ModelConfig.from_dict(config_dict("tied")))
+    model = random_model(ModelConfig.from_dict(config_dict("tied")))
     with torch.no_grad():
         for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
             parameter.copy_(waves(parameter.shape, 0.7 + 0.01 * i) + (1.0 if "norm" in name or "ln_q" in name else 0.0))
-    model.save_pretrained(folder)
+    save_model(model, folder)
     return folder
 
 

@@ -31,9 +31,9 @@ import numpy as np
 
 from config import GRPO, SFT
 from data import Loader, Processor, load_tokenizer, read_records
+from evaluate import answerable
 from model import UserError
-from model.qwen2_5_vl import ModelConfig
-from training.evaluation import answerable
+from model.loading import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 GOOD = "good.mp4"

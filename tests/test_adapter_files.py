@@ -19,8 +19,7 @@ import lora
 from adapter_files import CONFIG, TENSORS, fit_adapter, generation_config, load_adapter, meta_model, save_adapter
 from lora import main
 from model import UserError
-from model.attention import Segments
-from model.qwen2_5_vl import Packed
+from model.packed import Packed, Segments
 
 ROOT = Path(__file__).resolve().parents[1]
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"

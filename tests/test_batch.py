@@ -17,12 +17,12 @@ from test_data import record, turns
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
+from flops import training_flops
 from workloads import model_config
 
 from dataset.batch import Loader, by_count, deal, fill_bins, pack, pack_groups
 from model import UserError
-from model.cost import training_flops
-from model.loss import IGNORE
+from model.qwen import IGNORE
 
 clips, processor = test_data.clips, test_data.processor  # fixtures
 

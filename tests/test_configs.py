@@ -10,15 +10,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-import scale
-from stepcost import Setting
-from workloads import R, Workload, model_config
+from workloads import model_config
 
 import lora
 from cli import read_config
 from config import GRPO, SFT, ignored_options, parse
-from model.partition import counts
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.qwen import Qwen2_5_VL
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SCRIPTS = {"train_sft.py": SFT, "train_grpo.py": GRPO}
@@ -47,8 +44,7 @@ def test_its_script_reads_it(path):
 def test_every_size_and_memory_has_one():
     names = {path.stem for path in CONFIGS}
     wanted = "3b_sft_16gb 3b_sft_24gb 3b_sft_80gb 3b_grpo_24gb 3b_grpo_80gb 7b_sft_24gb 7b_sft_80gb 7b_grpo_80gb"
-    several = "32b_sft_2x80gb 72b_sft_4x180gb 32b_sft_4x141gb 72b_sft_4x141gb 7b_grpo_4x80gb 32b_grpo_4x141gb"
-    several += " 3b_sft768_2x40gb 3b_sft768_4x24gb"
+    several = "32b_sft_2x80gb 7b_grpo_4x80gb"
     assert {f"qwen_{name}" for name in f"{wanted} {several}".split()} | {"cpu"} <= names
 
 
@@ -73,11 +69,7 @@ def test_its_arithmetic_is_right(path):
     of = {line.split()[0]: part for line, part in parts}
     cards = int(found[1]) if (found := re.search(r"_(\d)x\d+gb$", path.stem)) else 1
     assert (f"deepspeed --num_gpus {cards} " in text) == (cards > 1)
-    parted, part, buffers = counts(model, cards, True) if cfg.partition_weights else (0, 0, 0)
-    assert abs(of["weights"] - 2 * (weights - parted + part) / 2**30) < 0.1
-    if parted:
-        assert f"{parted:,} in {cards} parts" in text and f"two of {buffers // 2:,} x 2 B" in text
-        assert abs(of["layers"] - 2 * buffers / 2**30) < 0.1
+    assert abs(of["weights"] - 2 * weights / 2**30) < 0.1
     # 6 B stand on the card whatever happens; 12 are AdamW's: shared by the ranks, or in CPU memory
     ranks = re.search(r"12 B / (\d+) ranks", text)
     each = 6 + (0 if cfg.offload_optimizer else 12 / int(ranks[1]) if ranks else 12)
@@ -88,29 +80,3 @@ def test_its_arithmetic_is_right(path):
     assert together < 0.95 * int(room)
     assert re.search(r"together, estimated|[Mm]easured", text)
     assert cls is SFT or cfg.pack_tokens >= 1162 + cfg.max_completion_length
-
-
-SEVERAL = [path for path in QWEN if re.search("4x141gb|4x80gb|sft768", path.stem)]
-
-
-@pytest.mark.parametrize("path", SEVERAL, ids=lambda path: path.stem)
-def test_what_several_cards_hold_is_what_the_plan_counts(path):
-    """Of workload R, or a 360p clip of 768 frames, within three percent."""
-    text, (cls,) = text_of(path), scripts(path)
-    cfg = parse(cls, ["--config", str(path)])
-    work, cards = R, int(re.search(r"_(\d)x", path.stem)[1])
-    if cfg.sequence_parallel > 1:
-        work = Workload((384, 26, 46), R.prompt, R.completion)
-        assert f"{work.video_tokens:,} vision tokens" in text and cfg.sequence_parallel == cards
-        assert work.prompt_tokens + work.completion <= min(cfg.max_seq_length, cfg.pack_tokens)
-    group = getattr(cfg, "num_generations", 0)
-    batch = cfg.per_device_train_batch_size // max(1, group)
-    if group:
-        work = Workload(R.grid, R.prompt, cfg.max_completion_length)
-    rank = int(re.search(r"rank (\d+)", text)[1])
-    more = {name: getattr(cfg, name) for name in ("partition_weights", "sequence_parallel")}
-    size, kind = path.stem.split("_")[1].upper(), "grpo" if group else "sft"
-    setting = Setting(size, kind, work, cards, batch, group, rank, **more)
-    counted = scale.costs_of(scale.read(scale.FILE)).memory(setting)
-    together = float(re.search(r"together, estimated +([\d.]+) GiB", text)[1])
-    assert together == pytest.approx(sum(counted.values()) / 2**30, rel=0.03)

@@ -86,7 +86,7 @@ import sys
 sys.path.insert(0, "bench")
 import torch
 from workloads import model_config
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.qwen import Qwen2_5_VL
 with torch.device("meta"):
     model = Qwen2_5_VL(model_config("14B"))
 print(sum(p.numel() for name, p in model.named_parameters() if not name.startswith("visual")))

@@ -7,8 +7,12 @@ import torch
 from conftest import Sequence, pack_sequences, random_model
 from test_model import CASES
 
-from model.decode import Sampling, generate, truncate
-from model.loss import target_logprobs
+import lora
+from config import SFT
+from model.decode import PlainDecoder, Sampling, draw, generate, generate_with, truncate
+from model.fast import cpu
+from model.qwen import target_logprobs
+from model.rope import mrope_position_ids
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
@@ -18,8 +22,6 @@ def rows_with_answer(model, sequence: Sequence, ids: list[int]):
     whole = Sequence.__new__(Sequence)
     whole.__dict__.update(sequence.__dict__)
     whole.ids = sequence.ids + ids
-    from model.rope import mrope_position_ids
-
     whole.positions = mrope_position_ids(whole.ids, whole.grids, whole.seconds, model.config)
     with torch.no_grad():
         hidden = model(pack_sequences([whole]))
@@ -149,3 +151,55 @@ def test_same_seed_same_rows_and_streaming():
     first = run(3, lambda row, token: streamed.append((row, token)))
     assert [r.ids for r in first] == [r.ids for r in run(3)] != [r.ids for r in run(4)]
     assert [[t for r, t in streamed if r == i] for i in range(3)] == [r.ids for r in first]
+
+
+@pytest.mark.parametrize("cases", [("video", "text"), ("video",), ("video", "video")], ids=["two", "one", "equal"])
+def test_fused_decoding_equals_the_decoder_layers(cases, monkeypatch):
+    """With adapters, prompts of one length (then each row has its own copy) or two, grouped heads: the same draws, and
+    log-probs within rounding."""
+    model = random_model("grouped").eval()
+    lora.inject(model, SFT(lora_rank=4, lora_alpha=8))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(lora.FLAT):
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    prompts = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(cases)])
+    made, init = [], cpu.RowCache.__init__
+    monkeypatch.setattr(cpu.RowCache, "__init__", lambda *args: made.append(1) or init(*args))
+    results = []
+    for decoder in (cpu.CpuDecoder, PlainDecoder):
+        noise = torch.Generator().manual_seed(0)
+        results.append(generate_with(decoder, model, prompts, Sampling(12, 1.0), 3, noise))
+    assert len(made) == (len(set(prompts.segments.q_lengths)) == 1)
+    for fast, slow in zip(sum(results[0], []), sum(results[1], []), strict=True):
+        assert fast.ids == slow.ids
+        assert torch.allclose(torch.tensor(fast.logprobs), torch.tensor(slow.logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_without_chance_is_never_drawn():
+    scores = torch.full((20_000, 6), float("-inf"))
+    scores[:, [1, 4]] = torch.tensor([0.2, 0.8]).log()
+    ids = draw(scores, torch.Generator().manual_seed(0))
+    counts = ids.bincount(minlength=6).tolist()
+    assert counts[1] + counts[4] == 20_000 and abs(counts[4] / 20_000 - 0.8) < 0.015, counts  # 5 standard deviations
+
+
+def test_a_failed_rollout_leaves_the_model_as_it_was():
+    """Dropout is off while it samples, and on again behind it, also when memory runs out in between."""
+    model = random_model("tied").train()
+    lora.inject(model, SFT(lora_rank=4, lora_alpha=8, lora_dropout=0.5))
+    prompt, modes, closed = pack_sequences([Sequence(model.config, [6])]), [], []
+
+    class Failing(PlainDecoder):
+        def draw(self, t):
+            modes.append(self.model.training)
+            if t == 2:
+                raise torch.OutOfMemoryError("no memory")
+            super().draw(t)
+
+        def close(self):
+            closed.append(True)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_with(Failing, model, prompt, Sampling(5), 2)
+    assert modes == [False] * 3 and model.training and closed == [True]

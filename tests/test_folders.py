@@ -204,7 +204,7 @@ def test_what_is_refused(root, tmp_path, monkeypatch):
 
 def test_classes_of_one_clip_are_for_training_and_datasets_replace_each_other(root, clip):
     two = root.parent / "two"
-    for name in ("a", "b"):
+    for name in ("red", "blue"):
         (two / name).mkdir(parents=True)
         os.link(clip, two / name / "0.mp4")
     out = root.parent / "set"
@@ -213,7 +213,7 @@ def test_classes_of_one_clip_are_for_training_and_datasets_replace_each_other(ro
     assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "train.json"]  # no empty val.json
     assert [len(asked(record)[0]) for record in load(root)] == [2, 2]
     G.generate(Generate(output_dir=str(out), num_samples=8, workers=1, overwrite=True))
-    assert len(list((out / "videos").iterdir())) == 8 and (two / "a" / "0.mp4").exists()
+    assert len(list((out / "videos").iterdir())) == 8 and (two / "red" / "0.mp4").exists()
 
 
 def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys):

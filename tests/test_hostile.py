@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from adapter_files import load_adapter, save_adapter
 from config import Infer, LoraArgs
 from data import load_tokenizer
 from infer import read_as_trained
 from lora import inject
 from model import UserError
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL, resolve_folder
-from training import checkpoint
+from model.loading import ModelConfig, load_model, resolve_folder
+from model.qwen import Qwen2_5_VL
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,7 +67,7 @@ def model_folder(tmp_path):
 
 @pytest.fixture
 def adapter_folder(tmp_path):
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = load_model(TINY)
     inject(model, LoraArgs(lora_rank=2))
     save_adapter(model, tmp_path / "adapter", "assets/tiny")
     return tmp_path / "adapter"
@@ -100,7 +101,7 @@ def test_pickled_weights_are_not_read(model_folder, trace):
     weights = model_folder / "model.safetensors"
     for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "optimizer.pt"):
         torch.save({"model.embed_tokens.weight": Bomb(trace)}, model_folder / name)
-    Qwen2_5_VL.from_pretrained(model_folder)  # beside the true ones they are not looked at
+    load_model(model_folder)  # beside the true ones they are not looked at
     weights.unlink()
     assert "no model.safetensors" in told(Qwen2_5_VL.from_pretrained, model_folder)
     weights.write_bytes(pickle.dumps(Bomb(trace)))  # under a false name
@@ -116,7 +117,7 @@ def test_code_beside_a_model_is_not_imported(model_folder, trace):
     names["AutoModelForCausalLM"] = "elsewhere/repo--modeling_qwen.Model"
     change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
     before = set(sys.modules)
-    Qwen2_5_VL.from_pretrained(model_folder)
+    load_model(model_folder)
     assert not any("qwen" in name and str(model_folder) in str(sys.modules[name]) for name in set(sys.modules) - before)
 
 
@@ -193,11 +194,11 @@ def test_a_config_of_absurd_sizes(model_folder, change):
 
 def test_a_pickled_adapter_is_not_read(adapter_folder, trace):
     torch.save({"base_model.model.a.lora_A.weight": Bomb(trace)}, adapter_folder / "adapter_model.bin")
-    load_adapter(Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    load_adapter(load_model(TINY), adapter_folder)
     (adapter_folder / "adapter_model.safetensors").unlink()
-    assert "no adapter_model.safetensors" in told(load_adapter, Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    assert "no adapter_model.safetensors" in told(load_adapter, load_model(TINY), adapter_folder)
     shutil.move(adapter_folder / "adapter_model.bin", adapter_folder / "adapter_model.safetensors")
-    assert "safetensors file" in told(load_adapter, Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    assert "safetensors file" in told(load_adapter, load_model(TINY), adapter_folder)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +208,14 @@ def test_a_pickled_adapter_is_not_read(adapter_folder, trace):
 )  # fmt: skip
 def test_an_adapters_config_of_another_form(adapter_folder, change):
     change_json(adapter_folder / "adapter_config.json", **change)
-    assert "adapter" in told(load_adapter, Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    assert "adapter" in told(load_adapter, load_model(TINY), adapter_folder)
 
 
 def test_an_adapters_patterns_are_not_run(adapter_folder):
     """One may take for ever to match. The tensors say which layers are meant."""
     for wanted in ("(.+)+(.+)+(.+)+!", 3, {"a": 1}):
         change_json(adapter_folder / "adapter_config.json", target_modules=wanted)
-        assert load_adapter(Qwen2_5_VL.from_pretrained(TINY), adapter_folder).lora_rank == 2
+        assert load_adapter(load_model(TINY), adapter_folder).lora_rank == 2
 
 
 def test_an_adapter_names_code_and_other_models(adapter_folder, trace):
@@ -222,7 +223,7 @@ def test_an_adapter_names_code_and_other_models(adapter_folder, trace):
     change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
     for name in ("bad.py", "__init__.py"):
         (adapter_folder / name).write_text(code(trace))
-    assert load_adapter(Qwen2_5_VL.from_pretrained(TINY), adapter_folder).lora_rank == 2
+    assert load_adapter(load_model(TINY), adapter_folder).lora_rank == 2
 
 
 def test_an_adapter_does_not_open_doors(adapter_folder):
@@ -259,10 +260,10 @@ def test_tensors_that_are_not_ours(adapter_folder):
     path = adapter_folder / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"../../x": torch.zeros(1)}, path)
-    assert "expected none of this name" in told(load_adapter, Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    assert "expected none of this name" in told(load_adapter, load_model(TINY), adapter_folder)
     save_file({key: value * float("nan") for key, value in tensors.items()}, path)
     path.write_bytes((2**60).to_bytes(8, "little") + b"{}")  # a header that claims an exabyte
-    assert "safetensors file" in told(load_adapter, Qwen2_5_VL.from_pretrained(TINY), adapter_folder)
+    assert "safetensors file" in told(load_adapter, load_model(TINY), adapter_folder)
 
 
 def test_config_json_is_data(model_folder):

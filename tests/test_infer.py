@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
 from adapter_files import load_adapter, save_adapter
+from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
+from evaluate import opposite, wilson
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
-from model.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from training.checkpoint import write_whole
-from training.measures import opposite, wilson
+from model.loading import ModelConfig, load_model, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
@@ -49,14 +49,14 @@ def base(tmp_path_factory):
     names = ("vision_start", "vision_end", "image", "video")
     tokens = ("vision_start", "vision_end", "image_pad", "video_pad")
     raw |= {f"{n}_token_id": tokenizer.token_to_id(f"<|{t}|>") for n, t in zip(names, tokens, strict=True)}
-    Qwen2_5_VL.random(ModelConfig.from_dict(raw), seed=3).save_pretrained(folder)
+    random_model(ModelConfig.from_dict(raw), seed=3).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
     return folder
 
 
 def save_trained_adapter(base, folder, rank=4, named=None, extra=lambda beside: None):
     """An adapter that changes the answers, as if trained."""
-    model = Qwen2_5_VL.from_pretrained(base)
+    model = load_model(base)
     torch.manual_seed(rank)
     inject(model, LoraArgs(lora_rank=rank, lora_alpha=8))
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_merged_adapter_gives_the_logits_of_the_adapter_beside(here, base, clip)
 
     cfg = parse(Infer, [str(clip), "--model_id", str(base)])
     packed = pack([infer.load_processor(cfg).encode(infer.clip_record(cfg), answer=False)])
-    beside = Qwen2_5_VL.from_pretrained(base)
+    beside = load_model(base)
     load_adapter(beside, here / "adapter")
     with torch.no_grad():
         difference = beside.logits(packed) - infer.load_model(cfg, here / "adapter").to("cpu").logits(packed)
@@ -285,7 +285,7 @@ def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
 
 def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
     monkeypatch.setattr("model.decode.generate", watches(["It is (A)"] * 3 + ["no idea"]))
-    found = run(capsys, "--data_path", dataset, "--model_id", base, "--max_samples", 8)[1]
+    found = run(capsys, "--data_path", dataset, "--model_id", base)[1]
     assert found["right"] == 2 and found["confusion"]["Ascending"] == {"(no answer)": 2}
     assert found["flipped"] == 0.0 and found["controls"]["reversed"]["changed"] == 0.5  # falling and ascending
 

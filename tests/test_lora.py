@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import lora
 from config import SFT, LoraArgs
 from model import UserError
-from model.qwen2_5_vl import Qwen2_5_VL
+from model.loading import load_model, save_model
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 ARGS = LoraArgs(lora_rank=4, lora_alpha=8)
@@ -24,7 +24,7 @@ COUNTS = {"vision": 10, "merger": 2, "llm": 14}
 
 
 def load(folder=TINY):
-    return Qwen2_5_VL.from_pretrained(folder).eval()
+    return load_model(folder).eval()
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_disabled_is_the_base_and_merged_is_the_sum_here_and_in_transformers(mod
     lora.merge(model)
     close(logits(model), adapted)
     assert set(model.state_dict()) == keys and not lora.lora_layers(model)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     close(logits(load(tmp_path)), adapted)
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     close(hf_logits(hf, model), adapted)

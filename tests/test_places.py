@@ -9,7 +9,7 @@ from config import SFT, Infer, VideoArgs
 from data import Processor, load_tokenizer
 from dataset.places import Places, media_folders
 from model import UserError
-from model.qwen2_5_vl import ModelConfig
+from model.loading import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 

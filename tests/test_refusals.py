@@ -6,7 +6,7 @@ import pytest
 
 from dataset.records import read_turns
 from model import UserError
-from model.qwen2_5_vl import ModelConfig
+from model.loading import ModelConfig
 
 ASKED = {"question": "What is it?", "answer": "a cube"}
 COLUMNS = {

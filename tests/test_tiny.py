@@ -11,8 +11,8 @@ from clips import DIRECTIONS, draw_clip, render, write_mp4
 from config import QUESTION, Infer
 from data import Processor, load_tokenizer, pack
 from model.decode import Sampling, generate
-from model.qwen2_5_vl import Qwen2_5_VL
-from model.vision import normalise_patches
+from model.loading import load_model
+from model.qwen import normalise_patches
 from rewards import is_correct, sample_from_record
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
@@ -20,7 +20,7 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = Qwen2_5_VL.from_pretrained(TINY).eval()
+    model = load_model(TINY).eval()
     return model, Processor(load_tokenizer(TINY), model.config, Infer(allow_outside_files=True))
 
 

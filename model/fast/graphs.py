@@ -1,0 +1,284 @@
+"""A stack of blocks as CUDA graphs: one launch forward and one back, where plain PyTorch makes thousands.
+
+A batch of a thousand tokens keeps an H100 busy for 60 ms of the 250 that the host needs to launch it. So a batch whose
+sizes were seen before runs through graphs made of the very same blocks: `GraphCache.run` pads it to round sizes, copies
+it into the buffers that the graphs read, and replays. A first sight of a size, a big batch, and one whose graphs would
+hold too much memory run without.
+
+Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
+The sampling copy of the weights (decoder.py) uses what is free in these pools, between updates.
+"""
+
+import time
+from collections import OrderedDict
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from model.adapters import LoRALinear
+from model.packed import Segments
+
+ROWS = 8192  # tokens or patches from which on a batch keeps the GPU busy by itself
+GRANULE = 256  # rows are padded to a multiple of it
+MAX_KEPT = 12  # sizes a stack
+SHARE = 0.3  # of the device's memory that the activations of one captured pass may take
+HEADROOM = 0.15  # of the device's memory that stays free: the first steps do not show all of the later ones' needs
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def pow2(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def split_into(n: int, most: int) -> list[int]:
+    """n cut into numbers of at most `most`."""
+    return [min(most, n - i) for i in range(0, n, most)]
+
+
+class Plan:
+    """Segments of T rows, padded: lengths that fill `rows` rows, and sizes rounded up, which a graph is made for.
+
+    Padding attends to itself. Keys without a query have segments without queries: their gradient is zero.
+    """
+
+    def __init__(self, segments: Segments, rows: int):
+        self.given, T = segments, segments.num_tokens
+        self.max_q = pow2(segments.max_q, 64)
+        self.max_k = pow2(max(segments.max_k, self.max_q), 64)
+        padding = split_into(rows - T, self.max_q)
+        self.q, self.k = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding]
+        self.keys = None
+        if segments.kv_index is not None:
+            self.keys = round_up(sum(self.k), 8 * GRANULE)
+            unused = split_into(self.keys - sum(self.k), self.max_k)
+            self.q, self.k = self.q + [0] * len(unused), self.k + unused
+        self.count = pow2(len(self.q), 8)
+
+    @property
+    def key(self):
+        return self.given.is_causal, self.max_q, self.max_k, self.count, self.keys
+
+    def static(self, device) -> Segments:
+        """Segments of these sizes whose tensors stay where they are."""
+        cu_q, cu_k = (torch.zeros(self.count + 1, dtype=torch.int32, device=device) for _ in range(2))
+        index = None if self.keys is None else torch.zeros(self.keys, dtype=torch.int64, device=device)
+        sizes = {"max_q": self.max_q, "max_k": self.max_k, "num_tokens": sum(self.q)}
+        return Segments(self.q, self.k, self.given.is_causal, cu_q, cu_k, index, **sizes)
+
+    def fill(self, static: Segments) -> None:
+        for cu, lengths in ((static.cu_q, self.q), (static.cu_k, self.k)):
+            ends = [0, *accumulate(lengths)]
+            cu.copy_(torch.tensor(ends + ends[-1:] * (len(cu) - len(ends)), dtype=torch.int32), non_blocking=True)
+        if self.keys is not None:  # behind it old numbers stay, of rows that exist
+            static.kv_index[: len(self.given.kv_index)].copy_(self.given.kv_index)
+
+
+@contextmanager
+def fresh_leaves(blocks):
+    """Inside, the blocks compute with other leaves over the same storage: {trained parameter: the other}.
+
+    A parameter's own node in autograd belongs to the stream on which it was first used, which a capture may not touch.
+    """
+    owners = [(module, name, p) for module in blocks.modules() for name, p in module._parameters.items()]
+    owners = [(module, name, p) for module, name, p in owners if p is not None and p.requires_grad]
+    leaves = {p: torch.nn.Parameter(p.detach()) for _, _, p in owners}
+    for module, name, p in owners:
+        module._parameters[name] = leaves[p]
+    try:
+        yield leaves
+    finally:
+        for module, name, p in owners:
+            module._parameters[name] = p
+
+
+class Capture:
+    """One stack at one size: its buffers and graphs."""
+
+    def __init__(self, through, x: Tensor, tables, plans: list[Plan], params, grads, rows: int, pool, stream):
+        """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference."""
+        self.forwards = 0
+        self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
+        self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
+        self.segments = [plan.static(x.device) for plan in plans]
+        self.fill(x, tables, plans)
+        self.wanted = [self.x] * (x.requires_grad and torch.is_grad_enabled()) + params
+        forward = lambda: through(self.x, self.tables, self.segments)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside of a graph: libraries make their workspaces
+            out = forward()
+            self.grad = torch.zeros_like(out)
+            if self.wanted:
+                torch.autograd.grad(out, self.wanted, self.grad)
+            del out
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # what this took belongs to that stream, and the graphs have memory of their own
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        self.graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, **how):
+            out = forward()
+        if self.wanted:
+            with torch.cuda.graph(self.backward_graph, **how):
+                made = torch.autograd.grad(out, self.wanted, self.grad)
+                torch._foreach_copy_(grads, made[-len(grads) :] if grads else [])
+            self.grads = [*made[: len(made) - len(grads)], *grads]
+        self.out = out.detach()
+
+    def fill(self, x, tables, plans) -> None:
+        with torch.no_grad():
+            for mine, new in zip((self.x, *self.tables), (x, *tables)):
+                mine[: len(new)].copy_(new)
+            self.x[len(x) :].zero_()
+        for plan, mine in zip(plans, self.segments):
+            plan.fill(mine)
+
+    def forward(self, x, tables, plans) -> Tensor:
+        self.forwards += 1
+        self.fill(x, tables, plans)
+        self.graph.replay()
+        return self.out[: len(x)].clone()
+
+    def backward(self, grad: Tensor) -> list[Tensor]:
+        """Gradients of x, where it has one, and of params. The next replay writes over those of params: autograd copies
+        a gradient that someone else holds too, one parameter at a time, before it becomes `.grad`."""
+        self.grad[: len(grad)].copy_(grad)
+        self.grad[len(grad) :].zero_()
+        self.backward_graph.replay()
+        mine = list(self.grads)
+        if self.x.requires_grad:
+            mine[0] = mine[0][: len(grad)].clone()
+        return mine
+
+
+class Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, capture, tables, plans, x, *params):
+        out = capture.forward(x, tables, plans)
+        ctx.capture, ctx.number = capture, capture.forwards
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        now = ctx.capture.forwards
+        assert ctx.number == now, f"backward of pass {ctx.number}, but pass {now} has written over what it kept"
+        grads = ctx.capture.backward(grad)
+        return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *grads
+
+
+class Room:
+    """Free blocks of memory pools, to be filled as torch's allocator does: a tensor takes the smallest that fits."""
+
+    def __init__(self, pools):
+        self.free = []  # [bytes, pool]
+        for pool in pools:
+            blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+            self.free += [[block["size"], pool] for block in blocks if block["state"] == "inactive"]
+
+    def take(self, size: int):
+        """The pool with room for a tensor of so many bytes, or None."""
+        block = min((block for block in self.free if block[0] >= size), key=lambda block: block[0], default=None)
+        if block is None:
+            return None
+        block[0] -= round_up(size, 512)
+        return block[1]
+
+
+class GraphCache:
+    """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
+
+    def __init__(self, log=lambda text: None):
+        self.log = log
+        self.contents, self.seen, self.kept, self.pools, self.grads = {}, {}, {}, {}, {}  # by stack
+        self.stream = torch.cuda.Stream()
+
+    def pool(self, blocks):
+        """The memory of a stack's intermediates."""
+        return self.pools.setdefault(blocks, torch.cuda.MemPool())
+
+    @contextmanager
+    def inside(self, pool):
+        """Tensors allocated inside lie in a stack's pool."""
+        with torch.cuda.use_mem_pool(pool), torch.cuda.stream(self.stream):
+            yield
+
+    def scratch(self):
+        """-> allocate(bytes): a context in which a tensor of that size lies in a stack's pool, if one has room for it.
+        The tensor must be gone before a stack runs again. Else it is None, and the tensor is better off in ordinary
+        memory: what a pool grows by, nothing but that stack can ever use."""
+        room = Room(self.pools.values())
+
+        def allocate(size):
+            pool = room.take(size)
+            return pool and self.inside(pool)
+
+        return allocate
+
+    def grow(self, blocks, key, recompute: bool, device) -> None:
+        """A stack's pool in one piece, as large as its first graphs will need: pieces as small as single intermediates
+        would later be of no use to `scratch`. With recomputation a block's intermediates take nearly as much as all
+        inputs that are kept (3B: 0.42 of 0.46 GiB, tower 0.24 of 0.33), else a fraction of it."""
+        size = int(self.seen[blocks, key] * (2 if recompute else 1.15))
+        with self.inside(self.pool(blocks)):
+            torch.empty(size, dtype=torch.uint8, device=device)
+
+    def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
+        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
+        rows, grad = round_up(len(x), GRANULE), torch.is_grad_enabled()
+        layers, parameters = self.contents_of(blocks)
+        dropout = any(layer.dropout and layer.training for layer in layers)
+        plainly = partial(through, recompute=recompute)
+        if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
+            return plainly(x, tables, segments)
+        params = [p for p in parameters if p.requires_grad] if grad else []
+        plans = [Plan(s, rows) for s in segments]
+        key = (
+            rows, *(plan.key for plan in plans), grad, x.requires_grad, recompute, dropout,
+            *(p.data_ptr() for p in parameters), *(layer.enabled and not layer.merged for layer in layers),
+        )  # fmt: skip
+        kept = self.kept.setdefault(blocks, OrderedDict())
+        if key not in kept:
+            if not self.ripe(blocks, key, x.device):
+                return self.first_sight(blocks, key, plainly, x, tables, segments)
+            began = time.perf_counter()
+            if not kept:
+                self.grow(blocks, key, recompute, x.device)
+            grads = self.grads.setdefault(blocks, [torch.empty_like(p) for p in params]) if params else []
+            with fresh_leaves(blocks) as leaves:
+                wanted = [leaves[p] for p in params]
+                kept[key] = Capture(plainly, x, tables, plans, wanted, grads, rows, self.pool(blocks).id, self.stream)
+            kind, seconds = type(blocks[0]).__name__, time.perf_counter() - began
+            self.log(f"CUDA graphs of {len(blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
+            if len(kept) > MAX_KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        if kept[key].wanted:
+            return Replay.apply(kept[key], tables, plans, x, *params)
+        return kept[key].forward(x, tables, plans)
+
+    def contents_of(self, blocks):
+        """(layers with adapters, parameters), looked up once: adapters are put in before the first pass."""
+        if blocks not in self.contents:
+            layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
+            self.contents[blocks] = layers, list(blocks.parameters())
+        return self.contents[blocks]
+
+    def ripe(self, blocks, key, device) -> bool:
+        """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
+        alone. What they keep for the backward pass is known, what they need on the way is taken as a third of it."""
+        total = torch.cuda.get_device_properties(device).total_memory
+        total *= torch.cuda.get_per_process_memory_fraction(device)
+        needed = self.seen.get((blocks, key), float("inf"))
+        peak = torch.cuda.max_memory_allocated(device)
+        return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
+
+    def first_sight(self, blocks, key, plainly, x, tables, segments):
+        """Runs plainly, and notes how many bytes it keeps for the backward pass."""
+        before = torch.cuda.memory_allocated(x.device)
+        out = plainly(x, tables, segments)
+        self.seen[blocks, key] = torch.cuda.memory_allocated(x.device) - before
+        return out

@@ -1,0 +1,405 @@
+"""Qwen2.5-VL: the whole mathematics in plain PyTorch, from token ids and patches to log-probs, in one sitting.
+
+    operations       attention, linear, norm, SwiGLU, rotary positions, log-probs: each in its plain form
+    blocks           RMSNorm and MLP, used by both stacks; decoder layers; vision blocks
+    vision tower     patches -> windows -> one token for every 2x2 patches
+    Qwen2_5_VL       embedding, tower, decoder layers, head
+
+Blocks call their operations through `ops` (ops.py), which may hold faster forms of the same signatures. A decoder layer
+does not know whether it trains, prefills or decodes: `attention` is handed to it, and decoding hands it a cache.
+Module names are the hub checkpoint's own (`visual.*`, `model.*`, `lm_head`). Sizes come from config.json (loading.py):
+3B, 7B, 32B and 72B are the same code.
+
+    T packed tokens     C width            V vocabulary        L layers
+    H query heads       K key/value heads  D head dimension    P patches    M merged vision tokens (P / 4)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.adapters import has_dropout
+from model.ops import Ops, fast_forms
+from model.packed import IGNORE, Packed, Segments, VisionPlan, normalise_patches, pad_positions
+from model.rope import mrope_tables, vision_tables
+
+__all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
+
+LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
+PART = 16_384  # patches of a part: 1.3 GB
+
+
+# -- Operations, in their plain forms
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Packed attention, one segment after the other, scaled by D^-0.5; softmax in float32.
+
+    q: (T, H, D); k, v: (T, K, D), K divides H (grouped-query attention). Returns (T, H, D) in q's dtype."""
+    groups = q.shape[1] // k.shape[1]
+    if segments.kv_index is not None:
+        k, v = k[segments.kv_index], v[segments.kv_index]
+    outs = []
+    for qs, ks, vs in zip(q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths)):
+        ks, vs = ks.repeat_interleave(groups, 1), vs.repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", qs.float(), ks.float()) * q.shape[-1] ** -0.5
+        if segments.is_causal:
+            n, m = scores.shape[1:]  # aligned at the ends: the last query sees every key
+            future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1)
+            scores = scores.masked_fill(future, float("-inf"))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs.float()).to(q.dtype))
+    return torch.cat(outs)
+
+
+def linear(x: Tensor, *layers: nn.Module, pad: bool = False) -> tuple[Tensor, ...]:
+    """x (T, in) through layers that share this input, each with its adapter (adapters.LoRALinear): (T, out) each.
+
+    pad: the results may have zero columns behind them, and x may have them. Only a fast form makes use of it."""
+    return tuple(layer(x) for layer in layers)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight (Zhang and Sennrich, 2019; arXiv 1910.07467), computed in float32."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020; arXiv 2002.05202)"""
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (Su et al., 2021; arXiv 2104.09864): the pairs (x_i, x_{i+D/2}) turned by their angles.
+
+    x: (T, H, D); tables: cos and sin, (T, 1, D/2) each."""
+    cos, sin = tables
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def embed_patches(patches: Tensor, weight: Tensor) -> Tensor:
+    """patches (P, 1176) uint8 pixels or normalised floats, weight (width, 1176) -> (P, width)."""
+    is_pixels = patches.dtype == torch.uint8
+    patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
+    return F.linear(patches, weight)
+
+
+def logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
+    logits = F.linear(hidden, head_weight).float() / temperature
+    if banned is not None:
+        logits[:, banned] = float("-inf")
+    logp = logits.log_softmax(-1)
+    entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1).detach() if with_entropy else None
+    return logp.gather(1, targets[:, None])[:, 0], entropy, logp.argmax(-1) == targets
+
+
+def plain_ops() -> Ops:
+    return Ops(attention, linear, norm, swiglu, rotate, embed_patches, logprobs)
+
+
+def target_logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
+
+    hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
+    banned: token ids that the policy can never draw; they are left out of the softmax, as in sampling.
+    Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None: not asked for; they
+    cost half as much as all the rest), and (N,) bool: is the target the most likely token.
+    """
+    assert hidden.shape[0] == targets.shape[0], f"{hidden.shape[0]} rows, {targets.shape[0]} targets"
+    form = fast_forms(hidden).get("logprobs", logprobs)
+    return form(hidden, head_weight, targets, temperature, banned, with_entropy)
+
+
+# -- What both stacks are made of
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float, ops: Ops):
+        super().__init__()
+        self.weight, self.eps, self.ops = nn.Parameter(torch.ones(width)), eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """The vision tower's has biases, the language model's has none."""
+
+    def __init__(self, width: int, inner: int, bias: bool, ops: Ops):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.ops.linear(x, self.gate_proj, self.up_proj, pad=True)
+        return self.ops.linear(self.ops.swiglu(gate, up), self.down_proj)[0]
+
+
+def recomputed(block: nn.Module, *args):
+    """block(*args) of which only the arguments are kept; the backward pass computes it again. The state of the random
+    numbers is kept only where the block draws any: that costs the host time."""
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
+
+
+# -- The language model
+
+
+class Attention(nn.Module):
+    def __init__(self, config, number: int, ops: Ops):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
+        self.number, self.ops = number, ops
+        self.q_proj = nn.Linear(C, self.H * D, bias=True)
+        self.k_proj = nn.Linear(C, self.K * D, bias=True)
+        self.v_proj = nn.Linear(C, self.K * D, bias=True)
+        self.o_proj = nn.Linear(self.H * D, C, bias=False)
+
+    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None) -> Tensor:
+        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,)."""
+        ops, query_tables = self.ops, tables
+        if query_rows is None:
+            q, k, v = ops.linear(x, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            k, v = ops.linear(x, self.k_proj, self.v_proj)
+            (q,) = ops.linear(x.index_select(0, query_rows), self.q_proj)
+            query_tables = [table[query_rows] for table in tables]
+        k = ops.rotate(k.view(-1, self.K, self.D), tables)
+        q = ops.rotate(q.view(-1, self.H, self.D), query_tables)
+        out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
+        return ops.linear(out.reshape(-1, self.H * self.D), self.o_proj)[0]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, number: int, ops: Ops):
+        super().__init__()
+        self.self_attn = Attention(config, number, ops)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, False, ops)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None) -> Tensor:
+        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,)."""
+        attended = self.self_attn(self.input_layernorm(x), tables, attention, query_rows)
+        x = (x if query_rows is None else x.index_select(0, query_rows)) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, decoder layers, final norm. The head is the model's business (it may be the embedding itself)."""
+
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, ops) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.ops = ops
+
+    def through(self, x: Tensor, tables, segments, recompute: bool, attention=None, query_rows=None) -> Tensor:
+        """(T, C) through the layers.
+
+        segments: [Segments]. With query_rows (n,), the tokens that the last layer computes, a second one follows for
+        that layer (Segments.tails), and (n, C) comes out. attention: (layer, q, k, v) -> out, replaces packed
+        attention. recompute: keep only each layer's input for the backward pass."""
+        last = len(self.layers) - 1
+
+        def packed(layer, q, k, v):
+            return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
+
+        for number, layer in enumerate(self.layers):
+            args = x, tables, attention or packed, query_rows if number == last else None
+            x = recomputed(layer, *args) if recompute else layer(*args)
+        return x
+
+
+# -- The vision tower
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
+        self.ops = ops
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(P, 1176) -> (P, width). A convolution whose stride is its kernel is a matrix product."""
+        return self.ops.embed_patches(patches, self.proj.weight.flatten(1))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        self.H, self.D, self.ops = config.num_heads, config.hidden_size // config.num_heads, ops
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:
+        P = x.shape[0]
+        qk, v = self.ops.linear(x, self.qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
+        q, k = self.ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
+        return self.ops.linear(self.ops.attention(q, k, v, segments).reshape(P, -1), self.proj)[0]
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, 1e-6, ops)
+        self.norm2 = RMSNorm(config.hidden_size, 1e-6, ops)
+        self.attn = VisionAttention(config, ops)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, True, ops)
+
+    def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:  # (P, width) -> (P, width)
+        x = x + self.attn(self.norm1(x), tables, segments)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches -> one token of the language model's width."""
+
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        self.width, self.ops = config.hidden_size * config.spatial_merge_size**2, ops
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6, ops)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (P, width) -> (M, out_hidden_size)
+        inner = self.ops.linear(self.ln_q(x).view(-1, self.width), self.mlp[0])[0]
+        return self.ops.linear(self.mlp[1](inner), self.mlp[2])[0]
+
+
+class VisionTower(nn.Module):
+    """Nearly all blocks attend within windows of 112 x 112 pixels of one grid step; a few (7, 15, 23, 31 in the
+    released models) within the whole grid step. No block looks across grid steps: motion is seen only inside a patch,
+    which spans two frames, and by the language model."""
+
+    def __init__(self, config, ops: Ops):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.patch_embed = PatchEmbed(config, ops)
+        self.blocks = nn.ModuleList(VisionBlock(config, ops) for _ in range(config.depth))
+        self.merger = Merger(config, ops)
+
+    def forward(self, patches: Tensor, grid_thw, recompute: bool = False) -> Tensor:
+        """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
+        the same order. grid_thw: [(t, h, w)]. recompute: keep only each block's input for the backward pass."""
+        P = patches.shape[0]
+        assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
+        if recompute and P > LONG:
+            return self.in_parts(patches, grid_thw)
+        return self.whole(patches, grid_thw, recompute)
+
+    def whole(self, patches: Tensor, grid_thw, recompute: bool) -> Tensor:
+        config, P = self.config, patches.shape[0]
+        plan = VisionPlan.build(grid_thw, config, patches.device)
+        cell = config.spatial_merge_size**2
+        x = self.patch_embed(patches)  # (P, width)
+        x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
+        tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
+        segments = [plan.windows, plan.steps]
+        x = self.ops.run_blocks(self.blocks, self.through, x, tables, segments, recompute)
+        return self.merger(x).index_select(0, plan.back)
+
+    def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
+        """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
+        only the patches are kept; the backward pass computes it again."""
+        steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
+        grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
+        sizes = [t * h * w for t, h, w in grids]
+        again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
+        parts = zip(patches.split(sizes), grids, strict=True)
+        return torch.cat([checkpoint(self.whole, part, [grid], True, **again) for part, grid in parts])
+
+    def through(self, x: Tensor, tables, segments, recompute: bool) -> Tensor:
+        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
+        for i, block in enumerate(self.blocks):
+            args = x, tables, segments[i in self.config.fullatt_block_indexes]
+            x = recomputed(block, *args) if recompute else block(*args)
+        return x
+
+
+# -- The model
+
+
+class Qwen2_5_VL(nn.Module):
+    """config: a loading.ModelConfig. Built with the plain operations; loading.py binds the fast ones."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.ops = config, plain_ops()
+        self.visual = VisionTower(config.vision, self.ops)
+        self.model = LanguageModel(config, self.ops)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
+
+    def _apply(self, fn, recurse=True):
+        """What .to() and .half() end in: weights of another device or dtype need other operations."""
+        super()._apply(fn, recurse)
+        if self.ops.bound:
+            self.ops.bind(self.head_weight)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)"""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def encode_vision(self, patches: Tensor, grid_thw: list[tuple[int, int, int]]) -> Tensor:
+        """(P, 1176) -> (M, C). Without gradient when nothing in the tower is trained."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
+        with torch.set_grad_enabled(trained):
+            return self.visual(patches, grid_thw, trained and self.gradient_checkpointing)
+
+    def embed(self, packed: Packed) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C)."""
+        x = self.model.embed_tokens(packed.input_ids)
+        if packed.patches is None:
+            return x + self.no_picture(x) if self.training and torch.is_grad_enabled() else x
+        is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
+        vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
+        return x.index_copy(0, pad_positions(is_pad, len(vision)), vision.to(x.dtype))
+
+    def no_picture(self, x: Tensor) -> Tensor | float:
+        """Zero, by way of the tower: when it is trained on several ranks, a rank whose batch has no picture must
+        still produce its gradients, in the same order, or the ranks' reductions no longer match."""
+        if not any(p.requires_grad for p in self.visual.parameters()):
+            return 0.0
+        m = self.config.vision.spatial_merge_size
+        empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
+        return 0.0 * self.encode_vision(empty, [(1, m, m)]).sum()
+
+    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,).
+
+        attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
+        x = self.embed(packed)
+        tables = mrope_tables(packed.position_ids, self.config, x.dtype)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        segments, query_rows = [packed.segments], None
+        if rows is not None and attention is None and self.ops.trim_last_layer:
+            tails, query_rows, rows = packed.segments.tails(rows)
+            segments.append(tails)
+        if attention is None and query_rows is None:
+            x = self.ops.run_blocks(self.model.layers, self.model.through, x, tables, segments, recompute)
+        else:
+            x = self.model.through(x, tables, segments, recompute, attention, query_rows)
+        x = self.model.norm(x)
+        return x if rows is None else x.index_select(0, rows)
+
+    def logits(self, packed: Packed) -> Tensor:
+        """(T, V). For tests and small inputs; training goes through target_logprobs, which never holds them all."""
+        return self(packed) @ self.head_weight.T

@@ -1,0 +1,451 @@
+"""Every fast form of model/fast/ against its plain form in model/qwen.py, over shapes, outputs and gradients. What only
+a GPU runs is in test_gpu.py."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gpu import merge_plain
+from test_model import CASES
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+import lora
+from config import LoraArgs
+from model import loading, qwen
+from model.adapters import adapter_of, aligned
+from model.fast import cpu, decoder, gpu, portable
+from model.fast.decoder import SamplingCopy, empty_matrices
+from model.fast.graphs import GRANULE, Plan, Replay, Room
+from model.loading import ModelConfig
+from model.qwen import Segments, target_logprobs
+
+MANY = 1 << 17  # rows that take a product of width 8 to oneDNN
+
+
+def gradients(function, *tensors):
+    """Outputs and the gradients of a fixed weighting of them."""
+    inputs = [x.clone().requires_grad_() for x in tensors]
+    out = function(*inputs)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+def agree(fast, slow, atol=1e-4):
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert torch.allclose(mine, theirs, atol=atol, rtol=1e-4), (mine - theirs).abs().max()
+
+
+# -- The whole model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_fast_model_equals_the_plain_one(shape, layout, recompute):
+    """Hidden states and the gradient of every adapter, clips and text packed, or a prompt shared by completions."""
+    model = random_model(shape)
+    lora.inject(model, LoraArgs(lora_rank=4, vision_lora=True, merger_lora=True))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            layer.lora_B.normal_(0, 0.05)
+    lora.set_trainable(model, LoraArgs(lora_rank=4, vision_lora=True, merger_lora=True))
+    names = "mixed", "text", "images"
+    packed = pack_sequences([Sequence(model.config, CASES[name], seed=i) for i, name in enumerate(names)])
+    if layout == "shared":
+        lengths = packed.segments.q_lengths
+        packed.segments = Segments.shared_prompt(lengths[:1], [lengths[1:]])
+    model.gradient_checkpointing, fast, results = recompute, dict(vars(model.ops)), []
+    for forms in (fast, model.ops.plain):
+        vars(model.ops).update(forms)
+        model.zero_grad()
+        hidden = model(packed)
+        (hidden * hidden.detach().cos()).sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) == 2 + len(model.visual.blocks) + len(model.model.layers)
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= 2e-4 * theirs.norm() + 1e-5
+
+
+# -- Attention
+
+
+def check_attention(segments: Segments, H: int, K: int, D: int = 16, seed: int = 0, form=portable.attention):
+    generator = torch.Generator().manual_seed(seed)
+    T = segments.num_tokens
+    qkv = [torch.randn(T, n, D, generator=generator) for n in (H, K, K)]
+    fast_in = [x.clone().requires_grad_() for x in qkv]
+    slow_in = [x.clone().requires_grad_() for x in qkv]
+    fast, slow = form(*fast_in, segments), qwen.attention(*slow_in, segments)
+    assert torch.allclose(fast, slow, atol=2e-6), (fast - slow).abs().max()
+    weight = torch.randn(fast.shape, generator=generator)
+    (fast * weight).sum().backward()
+    (slow * weight).sum().backward()
+    for a, b in zip(fast_in, slow_in):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5), (a.grad - b.grad).abs().max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans(), st.sampled_from([(4, 4), (4, 2), (6, 1)]))
+def test_packed_attention_equals_the_loop(lengths, causal, heads):
+    check_attention((Segments.causal if causal else Segments.full)(lengths), *heads)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=4))
+def test_shared_prompt_equals_the_loop(groups):
+    check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
+
+
+def test_shared_prompt_equals_repeated_prompts():
+    """The point of the layout: a completion beside its siblings reads as if it stood alone after its prompt."""
+    P, completions, H, D = 7, [3, 5, 1], 2, 8
+    q, k, v = (torch.randn(P + sum(completions), H, D) for _ in range(3))
+    out = portable.attention(q, k, v, Segments.shared_prompt([P], [completions]))
+    start = P
+    for n in completions:
+        rows = [*range(P), *range(start, start + n)]
+        alone = portable.attention(q[rows], k[rows], v[rows], Segments.causal([P + n]))
+        assert torch.allclose(out[rows], alone, atol=1e-6)
+        start += n
+
+
+def test_long_segments_are_padded_without_a_trace(monkeypatch):
+    """What cuDNN is given, through another kernel of torch: the same numbers as the loop's, and the same gradients."""
+    monkeypatch.setattr(gpu, "LONG_STEP", 16)
+    monkeypatch.setattr(gpu, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
+    check_attention(Segments.causal([37, 16, 20]), 4, 2, form=gpu.long_attention)
+    check_attention(Segments.causal([48]), 2, 2, form=gpu.long_attention)
+
+
+def test_segments_do_not_leak():
+    q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
+    before = portable.attention(q, k, v, Segments.causal([5, 7]))
+    k[8:], v[8:] = 9.0, 9.0
+    after = portable.attention(q, k, v, Segments.causal([5, 7]))
+    assert before[:8].equal(after[:8]) and not before[8:].equal(after[8:])
+
+
+def test_a_gradient_is_the_same_bit_for_bit_every_time():
+    """Prompt keys that many completions share, and padding that takes one token again and again: sums of many rows."""
+    generator = torch.Generator().manual_seed(0)
+    segments = Segments.shared_prompt([300], [[30, 57, 49, 25, 40, 33, 60, 44]])
+    q, k, v = (torch.randn(segments.num_tokens, heads, 64, generator=generator) for heads in (4, 2, 2))
+    first = gradients(lambda *x: portable.attention(*x, segments), q, k, v)
+    for _ in range(20):
+        again = gradients(lambda *x: portable.attention(*x, segments), q, k, v)
+        assert all(mine.equal(before) for mine, before in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_last_layer_computes_only_the_rows_asked_for(shared):
+    """Hidden states of some tokens and the gradients of all weights, with and without cutting the last layer."""
+    model = random_model("grouped")
+    names = "text", "video", "images"
+    packed = pack_sequences([Sequence(model.config, CASES[name], seed=i) for i, name in enumerate(names)])
+    lengths = packed.segments.q_lengths
+    if shared:  # the second and third as completions of the first
+        packed.segments = Segments.shared_prompt(lengths[:1], [lengths[1:]])
+    ends = packed.segments.cu_q.tolist()
+    rows = torch.tensor([ends[1] - 1, ends[1] + 2, ends[1] + 3, ends[2] - 1])  # none of the last segment
+    tails, query_rows, where = packed.segments.tails(rows)
+    assert tails.q_lengths == [1, lengths[1] - 2, 0] and query_rows[where].equal(rows)
+    results = []
+    for hidden in (lambda: model(packed, rows=rows), lambda: model(packed)[rows]):
+        out = hidden()
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), list(model.parameters()), allow_unused=True)
+        results.append([out, *(g for g in grads if g is not None)])
+    agree(*results)
+
+
+# -- Log-probs
+
+
+@pytest.mark.parametrize("temperature, banned", [(1.0, None), (0.7, torch.tensor([1, 5, 6]))])
+@pytest.mark.parametrize("chunk", [4 * 50 * 3, 1 << 20])
+def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banned, chunk):
+    monkeypatch.setattr("model.fast.portable.CHUNK_BYTES", chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(17, 24, generator=generator), torch.randn(50, 24, generator=generator)
+    targets = torch.randint(7, 50, (17,), generator=generator)
+    weight = torch.randn(17, generator=generator)
+    results = []
+    for function in (target_logprobs, portable.logprobs, qwen.logprobs):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        logp, entropy, correct = function(h, w, targets, temperature, banned)
+        (logp * weight).sum().backward()
+        results.append((logp.detach(), entropy, correct, h.grad, w.grad))
+    for *fast, slow in zip(*results):
+        assert all(torch.allclose(x.float(), slow.float(), atol=1e-5) for x in fast), (fast, slow)
+
+
+def test_target_logprobs_never_holds_all_logits():
+    hidden, head = torch.randn(4096, 8, requires_grad=True), torch.randn(40_000, 8)
+    targets = torch.zeros(4096, dtype=torch.int64)
+    sizes = []
+
+    def record(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+        target_logprobs(hidden, head, targets)[0].sum().backward()
+    assert max(sizes) <= head.numel()  # saved for backward: inputs and one number a row, 4096 * 40000 nowhere
+
+
+def test_pieces_cover_all_rows_in_few_sizes():
+    sizes = set()
+    for rows in range(1, 5000, 7):
+        cut = cpu.pieces(rows)
+        assert [i for s in cut for i in range(s.start, s.stop)] == list(range(rows))
+        sizes |= {s.stop - s.start for s in cut[:-1]} | {n for s in cut[-1:] if (n := s.stop - s.start) >= cpu.LEAST}
+    assert sizes == {128, 256, 512, 1024}
+
+
+def test_the_loss_at_once_equals_its_reference():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 50, (200,))
+    agree(gradients(lambda h: cpu.LogprobsAtOnce.apply(h, head, targets)[0], hidden),
+          gradients(lambda h: qwen.logprobs(h, head, targets)[0], hidden), 1e-5)  # fmt: skip
+    assert cpu.LogprobsAtOnce.apply(hidden, head, targets)[1].equal(qwen.logprobs(hidden, head, targets)[2])
+
+
+# -- Products with adapters
+
+
+class Adapted(nn.Linear):
+    def __init__(self, n_in, n_out, rank, scale, bias):
+        super().__init__(n_in, n_out, bias=bias)
+        self.requires_grad_(False)
+        self.A, self.B = nn.Parameter(torch.randn(rank, n_in)), nn.Parameter(torch.randn(n_out, rank))
+        self.scale = scale
+
+    def adapter(self):
+        return self.A, self.B, self.scale, 0.0
+
+    def forward(self, x):
+        return super().forward(x) + (x @ self.A.T) @ self.B.T * self.scale
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_grouped_products_equal_plain_autograd(monkeypatch, pad, mixed):
+    torch.manual_seed(0)
+    n_out = (13, 8, 21)
+    layers = [Adapted(12, n, r, s, b) for n, r, s, b in zip(n_out, (4, 2, 3), (0.5, 2.0, 1.0), (True, False, True))]
+    if mixed:
+        layers[1] = nn.Linear(12, 8).requires_grad_(False)  # one without an adapter among them
+    x = torch.randn(9, 12)
+    weights = [torch.randn(9, aligned(n) if pad else n) for n in n_out]
+    params = [p for m in layers for p in m.parameters() if p.requires_grad]
+    results = []
+    for fast in (True, False):
+        inp = x.clone().requires_grad_()
+        if fast:
+            outs = portable.project(inp, *layers, pad=pad)
+            assert type(outs[0].grad_fn).__name__ == "ProjectBackward"
+        else:
+            outs = qwen.linear(inp, *layers)
+            outs = [portable.widen(y, 1, w.shape[1]) for y, w in zip(outs, weights)]
+        assert [o.shape[1] for o in outs] == [w.shape[1] for w in weights]
+        grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights)), [inp, *params])
+        results.append([*outs, *grads])
+    for fast, slow in zip(*results):
+        assert torch.allclose(fast, slow, atol=1e-4), (fast - slow).abs().max()
+
+
+def test_padded_columns_are_zero_and_change_nothing():
+    torch.manual_seed(0)
+    up, down = Adapted(16, 13, 4, 0.5, True), Adapted(13, 16, 4, 0.5, False)
+    x = torch.randn(5, 16)
+    narrow = qwen.linear(x, up)[0]
+    for wide in (portable.project_one(x, up, up.adapter(), pad=True), portable.project(x, up, pad=True)[0]):
+        assert wide.shape == (5, 16) and (wide[:, 13:] == 0).all()
+        assert torch.allclose(wide[:, :13], narrow, atol=1e-5)
+        assert torch.allclose(portable.project(wide, down)[0], qwen.linear(narrow, down)[0], atol=1e-4)
+
+
+def test_trained_weights_get_their_gradient():
+    layer = Adapted(6, 5, 2, 1.0, True).requires_grad_(True)
+    portable.project(torch.randn(3, 6), layer)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_frozen_weight_is_widened_once_and_keeps_its_value():
+    weight = nn.Parameter(torch.randn(13, 12), requires_grad=False)
+    before = weight.detach().clone()
+    first, _ = portable.padded(weight, None, 16, True)
+    again, _ = portable.padded(weight, None, 16, True)
+    assert first.shape == (16, 16) and first.data_ptr() == again.data_ptr() == weight.data_ptr()
+    assert weight.equal(before) and first[:13, :12].equal(before) and first.sum().isclose(before.sum(), atol=1e-5)
+    weight.data = before[:, :4]  # moved on, as .to() or a merge would: the padded copy is made anew
+    assert portable.padded(weight, None, 8, True)[0][:13, :4].equal(before[:, :4])
+
+
+@pytest.mark.parametrize("rows", [9, MANY])
+@pytest.mark.parametrize("trained", [False, True])
+def test_merged_products_equal_plain_autograd(rows, trained):
+    torch.manual_seed(0)
+    layers = [Adapted(8, n, r, s, b) for n, r, s, b in ((5, 4, 0.5, True), (8, 2, 2.0, False))] + [nn.Linear(8, 3)]
+    for layer in layers:
+        layer.weight.requires_grad_(trained)
+    x = torch.randn(rows, 8) / rows**0.5
+    assert cpu.large(x, layers[1].weight) == (rows == MANY and cpu.ONEDNN)
+    params = [p for m in layers for p in m.parameters() if p.requires_grad]
+    results = []
+    for fast in (True, False):
+        inp = x.clone().requires_grad_()
+        adapters = [adapter_of(m) for m in layers]
+        outs = cpu.Merged.apply(inp, *portable.flat_arguments(layers, adapters)) if fast else qwen.linear(inp, *layers)
+        grads = torch.autograd.grad(sum((o * o.detach().cos()).sum() for o in outs), [inp, *params])
+        results.append([*outs, *grads])
+    agree(*results)
+
+
+def test_adapters_are_merged_where_it_pays(monkeypatch):
+    calls, merged = [], cpu.Merged.apply
+    monkeypatch.setattr(cpu.Merged, "apply", lambda *args: calls.append(args) or merged(*args))
+    layer = Adapted(8, 16, 4, 1.0, True)
+    for rows, expected in ((16, 1), (15, 1)):  # fewer tokens than the weight has rows: Project
+        (out,) = cpu.linear(torch.randn(rows, 8), layer)
+        assert out.shape == (rows, 16) and len(calls) == expected
+
+
+@pytest.mark.parametrize("form", [portable.FORMS, cpu.FORMS, cpu.OTHER_DTYPES], ids=["portable", "cpu", "other dtypes"])
+@pytest.mark.parametrize("rows", [1, 7, 130])
+def test_norm_swiglu_rotary_and_patches_equal_the_plain_forms(form, rows):
+    torch.manual_seed(0)
+    x, weight, gate, up = torch.randn(rows, 12), torch.randn(12), torch.randn(rows, 5), torch.randn(rows, 5)
+    heads, tables = torch.randn(rows, 3, 8), (torch.randn(rows, 1, 4), torch.randn(rows, 1, 4))
+    patches, kernel = torch.randint(0, 256, (rows, 1176), dtype=torch.uint8), torch.randn(6, 1176) * 0.03
+    cases = {
+        "norm": lambda op: gradients(lambda x, w: op(x, w, 1e-6), x, weight),
+        "swiglu": lambda op: gradients(op, gate, up),
+        "rotate": lambda op: gradients(lambda x: op(x, tables), heads),
+        "embed_patches": lambda op: gradients(lambda w: op(patches, w), kernel),
+    }
+    assert len(cases.keys() & form.keys()) >= 1
+    for name in cases.keys() & form.keys():
+        agree(cases[name](form[name]), cases[name](getattr(qwen, name)))
+
+
+# -- CUDA graphs and the sampling copy, as far as a CPU shows them
+
+
+@pytest.mark.parametrize("segments", [
+    Segments.causal([5, 90, 3]), Segments.full([64, 64, 16, 48]), Segments.causal([256]),
+    Segments.shared_prompt([9, 20], [[4, 7, 1], [30]]),
+], ids=["causal", "windows", "full", "shared"])  # fmt: skip
+def test_padding_changes_nothing(segments):
+    """The padded plan attends as the plain one, and its padding takes and gives no gradient."""
+    T, rows = segments.num_tokens, GRANULE
+    plan = Plan(segments, rows)
+    static = plan.static("cpu")
+    assert sum(static.q_lengths) == rows
+    assert max(static.q_lengths) <= static.max_q and max(static.k_lengths) <= static.max_k
+    plan.fill(static)
+    ends = torch.tensor([0, *static.q_lengths]).cumsum(0)
+    assert static.cu_q[: len(ends)].tolist() == ends.tolist() and set(static.cu_q[len(ends) :].tolist()) <= {rows}
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(rows, 2, 8, generator=generator).requires_grad_() for _ in range(3)]
+    narrow = [x[:T].detach().clone().requires_grad_() for x in wide]
+    result, expected = qwen.attention(*wide, static), qwen.attention(*narrow, segments)
+    assert torch.equal(result[:T], expected)
+    weight = torch.randn(expected.shape, generator=generator)
+    (result[:T] * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for x, y in zip(wide, narrow):
+        assert torch.allclose(x.grad[:T], y.grad, atol=1e-6) and x.grad[T:].abs().sum() == 0
+
+
+def test_near_sizes_share_a_graph():
+    keys = {Plan(Segments.causal([a, 130 - a]), 256).key for a in (20, 40, 64)}
+    assert len(keys) == 1 and Plan(Segments.causal([130]), 256).key not in keys
+
+
+def test_a_replays_gradients_are_not_what_the_next_one_writes_over():
+    """Without copies of ours: autograd makes one, since the buffer has another owner."""
+    buffer, p = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
+    capture = SimpleNamespace(forwards=1, forward=lambda x, tables, plans: x * 2)
+    capture.backward = lambda grad: [grad * 2, buffer.fill_(grad.sum().item())]
+    x = torch.ones(3, requires_grad=True)
+    for turn in (1, 2):
+        Replay.apply(capture, (), [], x, p).sum().backward()
+        assert p.grad.tolist() == [3.0 * turn] * 3 and x.grad.tolist() == [2.0 * turn] * 3
+        buffer.fill_(torch.nan)
+        assert p.grad.tolist() == [3.0 * turn] * 3
+
+
+def pool(*blocks):
+    """A memory pool that reports these blocks, (bytes, state), in one segment each."""
+    segments = [{"blocks": [{"size": size, "state": state}]} for size, state in blocks]
+    return SimpleNamespace(snapshot=lambda: segments)
+
+
+def test_a_tensor_takes_the_smallest_free_block_that_fits():
+    first, second = pool((4096, "inactive"), (8192, "active_allocated")), pool((2048, "inactive"), (512, "inactive"))
+    room = Room([first, second])
+    assert room.take(1500) is second  # of 2048, in steps of 512
+    assert room.take(512) is second and room.take(512) is second  # the whole block of 512, and what was left
+    assert room.take(4097) is None  # the block of 8192 is in use
+    assert room.take(3000) is first and room.take(1024) is first
+    assert room.take(1) is None
+    assert Room([]).take(1) is None
+
+
+def test_matrices_find_room_or_stand_in_one_block():
+    shapes, sizes, entered = [(3, 5), (40, 8), (3, 5), (7, 100)], [], []
+
+    @contextmanager
+    def inside():
+        entered.append(sizes[-1])
+        yield
+
+    def allocate(size):
+        sizes.append(size)
+        return inside() if size <= 640 else None
+
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    made = empty_matrices(shapes, like, allocate)
+    assert [tuple(matrix.shape) for matrix in made] == shapes and {matrix.dtype for matrix in made} == {torch.bfloat16}
+    assert sizes == [1400, 640, 30, 30] and entered == [640, 30, 30]  # the largest first
+    made = empty_matrices(shapes, like, None)
+    assert [tuple(matrix.shape) for matrix in made] == shapes
+    assert len({matrix.untyped_storage().data_ptr() for matrix in made}) == 1
+    for number, matrix in enumerate(made):  # none lies in another
+        matrix.fill_(number)
+    assert [matrix.unique().tolist() for matrix in made] == [[0], [1], [2], [3]]
+    assert all(matrix.is_contiguous() and matrix.data_ptr() % 16 == 0 for matrix in made)
+    alone = empty_matrices(shapes, like, lambda _: inside())
+    assert all(matrix.untyped_storage().nbytes() == 2 * matrix.numel() for matrix in alone)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_it_holds_the_merged_weights(monkeypatch, rank):
+    def merge(linears, adapters, outs, norms=None):
+        for i, (linear, adapter, out) in enumerate(zip(linears, adapters, outs, strict=True)):
+            out.copy_(merge_plain(linear.weight, adapter, norms and norms[i]))
+
+    monkeypatch.setattr(decoder, "merge", merge)
+    model = loading.random_model(ModelConfig.from_dict(config_dict("tied")), "cpu", torch.float32, seed=0)
+    if rank:
+        lora.inject(model, LoraArgs(lora_rank=rank, num_lora_modules=9))  # some layers have none, or not all
+        with torch.no_grad():
+            for home in lora.adapter_blocks(model):
+                home.block.adapters.normal_(0, 0.05)
+    copy = SamplingCopy(model)
+    for layer, made, bias in zip(model.model.layers, copy.layers, copy.biases, strict=True):
+        a, m = layer.self_attn, layer.mlp
+        assert torch.equal(bias, torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]))
+        first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        wanted = {"qkv": ([a.q_proj, a.k_proj, a.v_proj], first), "o": ([a.o_proj], None)}
+        wanted |= {"gate_up": ([m.gate_proj, m.up_proj], second), "down": ([m.down_proj], None)}
+        assert list(made) == list(SamplingCopy.NAMES)
+        for name, (linears, norm) in wanted.items():
+            expected = torch.cat([merge_plain(p.weight, adapter_of(p), norm) for p in linears])
+            assert torch.equal(made[name], expected), name

@@ -1,0 +1,472 @@
+"""What only a GPU runs, against the plain forms: attention, CUDA graphs, and decoding (bf16). Skipped without CUDA."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Sequence, config_dict, pack_sequences, random_model
+from test_model import CASES
+
+import lora
+from config import LoraArgs
+from model import loading, qwen
+from model.adapters import adapter_of
+from model.decode import GroupCache as PlainCache
+from model.decode import PlainDecoder, Sampling, generate, generate_with
+from model.fast import decoder, gpu
+from model.fast.decoder import SamplingCopy
+from model.fast.graphs import GraphCache
+from model.loading import ModelConfig
+from model.qwen import Packed, Qwen2_5_VL, Segments, target_logprobs
+from model.rope import mrope_position_ids
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
+DEVICE = "cuda"
+
+
+# -- Plain forms of the decoding kernels
+
+
+def merge_plain(weight, adapter=None, norm=None):
+    """The plain form of `decoder.merge`: (W + scale B A) * norm in float32, rounded once."""
+    y = weight.float()
+    if adapter is not None:
+        A, B, scale, _ = adapter
+        y = y + scale * (B.to(weight.dtype).float() @ A.to(weight.dtype).float())
+    return (y if norm is None else y * norm.float()).to(weight.dtype)
+
+
+def linear_plain(x, weight, bias=None, eps=None, swiglu=False, residual=None):
+    """Of `linear_kernel`: x (R, K), weight (N or 2N, K) with the norm's weight in it; eps: normalise x first."""
+    if eps is not None:
+        x = F.rms_norm(x, x.shape[1:], None, eps)
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        gate, up = y.chunk(2, dim=1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def attention_plain(q, prompt_k, prompt_v, lengths, own_k, own_v):
+    """Of `attention_kernel` and `combine_kernel`, rotary done: q (R, H, D); prompt (N, Lp, K, D), own (R, S, K, D) up
+    to now."""
+    R, H, D = q.shape
+    out, G = torch.empty_like(q), R // len(lengths)
+    for r in range(R):
+        n = r // G
+        k, v = (torch.cat([a[n, : lengths[n]], b[r]]).float() for a, b in ((prompt_k, own_k), (prompt_v, own_v)))
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))  # (keys, H, D)
+        weights = (torch.einsum("hd,shd->hs", q[r].float(), k) * D**-0.5).softmax(-1)
+        out[r] = torch.einsum("hs,shd->hd", weights, v).to(q.dtype)
+    return out
+
+
+# -- Operations and the whole model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_cpu(dtype):
+    """Logits and gradients of a mixed batch through the GPU's own paths: Triton, flash attention, aligned widths. In
+    bf16 they may be off by what the CPU's plain bf16 is off."""
+    exact = random_model("grouped")
+    sequence = Sequence(exact.config, CASES["mixed"])
+    packed = pack_sequences([sequence, Sequence(exact.config, CASES["videos"], seed=1)])
+    weight = torch.randn(len(packed.input_ids), 260, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model, device in ((exact, "cpu"), (copy.deepcopy(exact), "cuda"), (copy.deepcopy(exact), "cpu")):
+        model.to(device, torch.float32 if model is exact else dtype)
+        logits = model.logits(packed.to(device))
+        (logits.float().cpu() * weight).sum().backward()
+        results.append([logits.detach().float().cpu(), *(p.grad.float().cpu() for p in model.parameters())])
+    for right, ours, plain in zip(*results):
+        assert (ours - right).norm() <= 1.5 * (plain - right).norm() + 1e-4 * right.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, heads, size", [(1, 64, 1, 32), (130, 68, 3, 80), (2050, 3420, 16, 128)])
+def test_operations_equal_the_plain_forms(rows, width, heads, size, dtype):
+    """SwiGLU and rotary, outputs and gradients, as near to float32 as the plain forms are."""
+    torch.manual_seed(0)
+    gate, up = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    x, angle = torch.randn(rows, heads, size, device=DEVICE), torch.randn(rows, 1, size // 2, device=DEVICE)
+    tables = angle.cos(), angle.sin()
+    for name, inputs, rest in (("swiglu", (gate, up), ()), ("rotate", (x,), (tables,))):
+        results = []
+        plain = getattr(qwen, name)
+        for form, kind in ((plain, torch.float32), (gpu.FORMS[name], dtype), (plain, dtype)):
+            own = [i.to(kind).requires_grad_() for i in inputs]
+            more = [tuple(t.to(kind) for t in r) for r in rest]
+            out = form(*own, *more)
+            results.append([out, *torch.autograd.grad((out * out.detach().float().cos()).sum(), own)])
+        for exact, fast, slow in zip(*results):
+            assert (fast.float() - exact).norm() <= 1.5 * (slow.float() - exact).norm() + 1e-5 * exact.norm(), name
+
+
+def test_long_segments_on_a_gpu():
+    """bf16: as far from float32 as FlashAttention is."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a Hopper card")
+    segments = Segments.causal([9000, 8704]).to("cuda")
+    make = lambda n: torch.randn(segments.num_tokens, n, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs, weight = [make(n) for n in (4, 2, 2)], make(4).detach()
+    assert gpu.is_long(inputs[0], segments)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    true = qwen.attention(*exact, segments)
+    true = [true, *torch.autograd.grad(true, exact, weight.float())]
+    for path in (gpu.attention, lambda *args: gpu.FlashVarlen.apply(*args)):
+        out = path(*inputs, segments)
+        for mine, other in zip([out, *torch.autograd.grad(out, inputs, weight)], true):
+            assert float((mine.float() - other).norm() / other.norm()) < 0.006
+    assert not gpu.is_long(inputs[0], Segments.causal([8192] * 2))
+
+
+# -- CUDA graphs
+
+
+CLIPS = [[(2, 4, 4)], [(2, 8, 12)], [(4, 4, 8), (2, 4, 4)]]
+
+
+def batch(config, text, grids, seed):
+    """Packed text and clips, the last `text` tokens trained."""
+    generator = torch.Generator().manual_seed(seed)
+    words = lambda n: torch.randint(0, 100, (n,), generator=generator).tolist()
+    ids, lengths, positions = [], [], []
+    for grid in grids:
+        pads = grid[0] * grid[1] * grid[2] // 4
+        one = [*words(6), config.vision_start_token_id, *[config.video_token_id] * pads, config.vision_end_token_id]
+        one += words(text)
+        positions.append(torch.from_numpy(mrope_position_ids(one, [grid], [1.0], config)))
+        ids, lengths = ids + one, [*lengths, len(one)]
+    patches = torch.randint(0, 256, (sum(t * h * w for t, h, w in grids), 1176), generator=generator, dtype=torch.uint8)
+    return Packed(torch.tensor(ids), torch.cat(positions, 1), Segments.causal(lengths), patches, grids)
+
+
+def gradients(model, packed):
+    """Loss and gradients of what is trained."""
+    model.zero_grad()
+    hidden = model(packed)
+    targets = packed.input_ids.roll(-1)
+    logprobs, _, _ = target_logprobs(hidden, model.head_weight, targets)
+    loss = -(logprobs * torch.linspace(0, 1, len(targets), device=logprobs.device)).sum()
+    loss.backward()
+    return [loss.detach().clone()] + [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def off(ours, right):
+    return max(float((a - b).float().norm() / (b.float().norm() + 1e-6)) for a, b in zip(ours, right))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("trained", ["adapters", "llm adapters", "everything"])
+def test_captured_passes_equal_plain_ones(recompute, trained):
+    """Loss and every gradient, batches of other sizes in between, memory full of NaN behind the buffers."""
+    config = ModelConfig.from_dict(config_dict("tied"))
+    model = loading.random_model(config, "cuda", torch.bfloat16, seed=0).train()
+    if trained != "everything":
+        args = LoraArgs(lora_rank=8, vision_lora=trained == "adapters", merger_lora=trained == "adapters")
+        lora.inject(model, args)
+        lora.set_trainable(model, args)
+        with torch.no_grad():
+            for home in lora.adapter_blocks(model):
+                home.block.adapters.normal_(0, 0.05)
+    model.gradient_checkpointing = recompute
+    for p in model.parameters():  # as DeepSpeed does: this makes their place in autograd, on the stream of now
+        p.place = p.requires_grad and p.expand_as(p).grad_fn.next_functions[0][0]
+    plain = copy.deepcopy(model)
+    exact = copy.deepcopy(model).float()
+    logged = []
+    model.ops.graphs = GraphCache(logged.append)
+    for turn in range(3):
+        for seed, (text, grids) in enumerate(zip((30, 80, 55), CLIPS)):
+            packed = batch(config, text + turn, grids, seed).to("cuda")
+            right = gradients(plain, packed)
+            junk = torch.full((64 << 20,), torch.nan, device="cuda")
+            del junk
+            noise = off(right, gradients(exact, packed))  # what bf16 itself is off
+            assert off(gradients(model, packed), right) <= 2 * noise + 1e-3
+    assert len(logged) >= 2, logged
+    with torch.no_grad():
+        assert off([model(packed)], [plain(packed)]) <= 0.05
+
+
+def test_changed_weights_are_seen():
+    """An update in place is seen by a replay; for another storage, or without adapters, no graph of before is used."""
+    config = ModelConfig.from_dict(config_dict("tied"))
+    model = loading.random_model(config, "cuda", torch.bfloat16, seed=0).train()
+    lora.inject(model, LoraArgs(lora_rank=8))
+    lora.set_trainable(model, LoraArgs(lora_rank=8))
+    model.ops.graphs = GraphCache()
+    packed = batch(config, 30, CLIPS[0], 0).to("cuda")
+
+    def both():
+        captured = model(packed).detach()
+        keep, model.ops.graphs = model.ops.graphs, None
+        plain = model(packed).detach()
+        model.ops.graphs = keep
+        return off([captured], [plain])
+
+    for _ in range(3):
+        assert both() <= 0.02
+    base = model(packed).detach()
+    with torch.no_grad():
+        for home in lora.adapter_blocks(model):
+            home.block.adapters.normal_(0, 0.1)
+    assert both() <= 0.02 and off([model(packed)], [base]) > 0.1
+    snapshot = {name: torch.zeros_like(p) for name, p in lora.trainable_parameters(model)}
+    for _ in range(3):
+        with lora.reference(model, snapshot):
+            assert both() <= 0.02 and off([model(packed)], [base]) <= 0.02
+        with lora.disabled(model), torch.no_grad():
+            assert both() <= 0.02 and off([model(packed)], [base]) <= 0.02
+        assert both() <= 0.02
+
+
+# -- Decoding
+
+
+def relative(x, reference) -> float:
+    return float((x.float() - reference.float()).norm() / reference.float().norm())
+
+
+def add_adapters(model, rank: int = 5, seed: int = 9) -> None:
+    """Adapters as the linear operation sees them, on some of the decoder's linears."""
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            out, width = linear.weight.shape
+            made = [torch.randn(*s, generator=generator, device=DEVICE) for s in ((rank, width), (out, rank))]
+            A, B = made[0] * width**-0.5, made[1] * 0.05
+            linear.adapter = lambda A=A, B=B: (A, B, 0.7, 0.0)
+
+
+def gpu_model(shape: str, adapters: bool = True) -> Qwen2_5_VL:
+    """One of conftest's shapes, or the 3B model's own widths (config.json of Qwen2.5-VL-3B-Instruct) in two layers."""
+    if shape == "3B":
+        raw = config_dict("grouped") | dict(
+            hidden_size=2048, intermediate_size=11008, num_attention_heads=16, vocab_size=151_936,
+            initializer_range=0.02, tie_word_embeddings=True,
+            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        )  # fmt: skip
+        raw["vision_config"]["out_hidden_size"] = 2048
+        model = loading.random_model(ModelConfig.from_dict(raw), DEVICE, torch.bfloat16)
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.data.add_(0.1 * torch.randn_like(p))
+    else:
+        model = random_model(shape).to(DEVICE, torch.bfloat16)
+    model.requires_grad_(False).eval()
+    if adapters:
+        add_adapters(model)
+    return model
+
+
+def prompts_of(model, lengths: list[int]) -> Packed:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat([torch.randint(3, 200, (n,), generator=generator) for n in lengths])
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1).contiguous()
+    return Packed(ids, positions, Segments.causal(lengths)).to(DEVICE)
+
+
+@pytest.mark.parametrize("shape", ["grouped", "3B"])
+def test_merged_weights_equal_the_plain_form(shape):
+    model = gpu_model(shape)
+    made, layer = SamplingCopy(model), model.model.layers[1]
+    a, m = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    plain = {
+        "qkv": [(a.q_proj, first), (a.k_proj, first), (a.v_proj, first)], "o": [(a.o_proj, None)],
+        "gate_up": [(m.gate_proj, second), (m.up_proj, second)], "down": [(m.down_proj, None)],
+    }  # fmt: skip
+    for name, parts in plain.items():
+        expected = torch.cat([merge_plain(p.weight, adapter_of(p), norm) for p, norm in parts])
+        assert relative(made.layers[1][name], expected) < 2e-4, name  # sums in another order, rounded the other way
+        assert (made.layers[1][name] == expected).float().mean() > 0.99, name
+
+
+def test_prefill_fills_the_cache_as_the_plain_path_does():
+    model = gpu_model("grouped")
+    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
+    prompts = pack_sequences(sequences).to(DEVICE)
+    lengths = prompts.segments.q_lengths
+    plain, cache = PlainCache(model, lengths, 2, 4), decoder.GroupCache(model, lengths, 2, 128)
+    with torch.no_grad():
+        # which also lays some weights out in strides
+        hidden = model(prompts, plain.prefill(prompts.segments, model.ops.attention))
+        logits = SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
+    expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
+    assert relative(logits, expected) < 5e-2
+    for n, length in enumerate(lengths):
+        for ours, theirs in ((cache.prompt_k, plain.prompt_k), (cache.prompt_v, plain.prompt_v)):
+            assert relative(ours[:, n, :length].transpose(1, 2), theirs[:, n, :, :length]) < 5e-2, n
+
+
+SIZES = [("3B", 1, 8), ("3B", 8, 8), ("3B", 3, 7), ("grouped", 2, 50), ("untied", 1, 1)]
+
+
+@pytest.mark.parametrize("shape, N, G", SIZES)
+def test_a_step_equals_the_plain_forms(shape, N, G):
+    """Two tokens through the kernels; the second, which finds an own key, against the plain forms, kernel by kernel."""
+    model = gpu_model(shape)
+    prompts = prompts_of(model, [300 + 77 * n for n in range(N)])
+    made, cache = SamplingCopy(model), decoder.GroupCache(model, prompts.segments.q_lengths, G, 128)
+    step = decoder.Step(model, N, G, cache.Lp, 128, "greedy")
+    step.partial.fill_(float("nan"))
+    step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)
+    made.prefill(model, prompts, model.embed(prompts), cache)
+    for _ in range(2):
+        step.ids.copy_(torch.randint(3, 200, (N * G,), generator=torch.Generator().manual_seed(1)))
+        ids = step.ids.clone()
+        step.launch()
+    x, found = model.model.embed_tokens(ids), {}
+    R, H, K, D = step.R, step.H, step.K, step.D
+    tables = [t[:, 1].repeat_interleave(G, 0)[:, None] for t in (step.cos, step.sin)]
+    for i, w in enumerate(made.layers):
+        qkv = linear_plain(x, w["qkv"], made.biases[i], made.eps).view(R, H + 2 * K, D)
+        q, k = (qwen.rotate(y.contiguous(), tables) for y in (qkv[:, :H], qkv[:, H : H + K]))
+        own_k, own_v = cache.own_k[i, :, :2], cache.own_v[i, :, :2]
+        found[f"key {i}"] = relative(own_k[:, 1], k)
+        found[f"value {i}"] = relative(own_v[:, 1], qkv[:, H + K :])
+        lengths = prompts.segments.q_lengths
+        out = attention_plain(q, cache.prompt_k[i], cache.prompt_v[i], lengths, own_k, own_v).view(R, H * D)
+        x = linear_plain(out, w["o"], residual=x)
+        inner = linear_plain(x, w["gate_up"], eps=made.eps, swiglu=True)
+        x = linear_plain(inner, w["down"], residual=x)
+    found |= {"attention": relative(step.mixed, out), "inner": relative(step.inner, inner), "x": relative(step.x, x)}
+    found |= {"norm": relative(step.normed, model.model.norm(x))}
+    found |= {"logits": relative(step.logits, step.normed @ model.head_weight.T)}
+    assert max(found.values()) < (2e-2 if shape == "3B" else 5e-2), found  # roundings; conftest's weights are large
+    scores = step.logits.float()
+    scores[:, 4] = float("-inf")
+    assert step.ids.equal(scores.argmax(-1))
+    assert (step.all_logp[:, 2] - scores.log_softmax(-1).gather(1, step.ids[:, None])[:, 0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["grouped", "tied"])
+@pytest.mark.parametrize("sampling", [Sampling(40, 0.8, stop_ids=(7, 8, 9)), Sampling(40, 0.8, top_k=50, top_p=0.9)])
+def test_log_probs_are_the_training_forwards(shape, sampling):
+    """As near to the float32 forward as the bf16 forward is; several prompts, with pictures, several rows each."""
+    model = gpu_model(shape)
+    exact = copy.deepcopy(model).float()
+    add_adapters(exact)
+    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
+    groups = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 4, torch.Generator(DEVICE).manual_seed(0))
+    banned, ours, plain = torch.tensor(model.config.vision_token_ids, device=DEVICE), [], []
+    for sequence, group in zip(sequences, groups):
+        for row in group:
+            assert row.finished == (row.ids[-1] in sampling.stop_ids)
+            assert all(i not in sampling.stop_ids for i in row.ids[:-1])
+            truth, ours_too = (logprobs_of(m, sequence, row.ids, banned) for m in (exact, model))
+            ours.append(torch.tensor(row.logprobs, device=DEVICE) - truth)
+            plain.append(ours_too - truth)
+    ours, plain = torch.cat(ours), torch.cat(plain)
+    found = [x.pow(2).mean().sqrt().item() for x in (ours, plain)]
+    assert found[0] < 1.5 * found[1] + 1e-3, found
+    assert ours.abs().max() < 4 * plain.abs().max() + 1e-3, (ours.abs().max(), plain.abs().max())
+
+
+def logprobs_of(model, sequence, ids, banned):
+    """The training forward over prompt + answer, at the tests' temperature."""
+    whole = copy.copy(sequence)
+    whole.ids = sequence.ids + ids
+    whole.positions = mrope_position_ids(whole.ids, whole.grids, whole.seconds, model.config)
+    with torch.no_grad():
+        hidden = model(pack_sequences([whole]).to(DEVICE))[len(sequence.ids) - 1 : -1]
+    return target_logprobs(hidden, model.head_weight, torch.tensor(ids, device=DEVICE), 0.8, banned)[0]
+
+
+def test_first_and_second_tokens_follow_the_exact_distribution():
+    """20,000 rows of one group; chi-square, 5 sigma."""
+    model = gpu_model("tied", adapters=False)
+    sequence, R = Sequence(model.config, [6]), 20_000
+    prompt = pack_sequences([sequence]).to(DEVICE)
+    rows = generate(model, prompt, Sampling(2, 0.7), R, torch.Generator(DEVICE).manual_seed(2))[0]
+    first = torch.tensor([r.ids[0] for r in rows])
+    common = first.mode().values.item()
+    second = torch.tensor([r.ids[1] for r in rows if r.ids[0] == common])
+    ids = torch.tensor([*sequence.ids, common], device=DEVICE)
+    longer = Packed(ids, torch.arange(len(ids), device=DEVICE).expand(3, -1), Segments.causal([len(ids)]).to(DEVICE))
+    logits = model.logits(longer)[-2:].float() / 0.7
+    logits[:, model.config.vision_token_ids] = float("-inf")
+    for drawn, p in zip((first, second), logits.softmax(-1).cpu()):
+        expected, counts = p * len(drawn), torch.bincount(drawn, minlength=260).float()
+        big = expected >= 5
+        chi2, freedom = float(((counts - expected)[big] ** 2 / expected[big]).sum()), int(big.sum()) - 1
+        slack = 5 * (2 * freedom) ** 0.5 + 0.01 * len(drawn)  # the second: bf16 logits of two paths differ by 0.1
+        assert freedom > 3 and abs(chi2 - freedom) < slack, (chi2, freedom)
+
+
+def test_vision_tokens_are_never_drawn():
+    model = gpu_model("tied", adapters=False)
+    model.head_weight[model.config.vision_token_ids] *= 50
+    prompt = pack_sequences([Sequence(model.config, [6])]).to(DEVICE)
+    for temperature in (0.0, 1.0):
+        for row in generate(model, prompt, Sampling(8, temperature), 16)[0]:
+            assert not set(row.ids) & set(model.config.vision_token_ids)
+
+
+def test_same_seed_same_rows_streaming_and_early_end():
+    model = gpu_model("grouped")
+    prompt = pack_sequences([Sequence(model.config, CASES["video"])]).to(DEVICE)
+    streamed: list[tuple[int, int]] = []
+    sampling = Sampling(100, stop_ids=tuple(range(3, 60)))
+
+    def run(seed, on_token=None):
+        return generate(model, prompt, sampling, 3, torch.Generator(DEVICE).manual_seed(seed), on_token)[0]
+
+    first = run(3, lambda row, token: streamed.append((row, token)))
+    assert [r.ids for r in first] == [r.ids for r in run(3)] != [r.ids for r in run(4)]
+    assert [[t for r, t in streamed if r == i] for i in range(3)] == [r.ids for r in first]
+    assert all(r.finished for r in first)
+
+
+def test_a_kept_graph_sees_new_adapters_and_frees_its_copy():
+    model = gpu_model("grouped", adapters=False)
+    prompt = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
+    sampling = Sampling(30, temperature=0.0)
+    before = generate(model, prompt, sampling, 2)[0]
+    held = torch.cuda.memory_allocated()
+    blocker = torch.empty(1 << 22, device=DEVICE)  # takes the place of the freed copy: the next one lies elsewhere
+    add_adapters(model)
+    after = generate(model, prompt, sampling, 2)[0]
+    del blocker
+    linears = [m for layer in model.model.layers for m in layer.modules() if hasattr(m, "adapter")]
+    assert torch.cuda.memory_allocated() <= held + sum(x.nbytes + 512 for m in linears for x in m.adapter()[:2])
+    assert before[0].ids != after[0].ids
+    slow = generate_with(PlainDecoder, model, prompt, sampling, 2)[0]
+    assert after[0].ids[0] == slow[0].ids[0]
+
+
+def test_repetition_penalty_takes_the_plain_path():
+    model = gpu_model("grouped")
+    prompts = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
+    assert decoder.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
+    assert decoder.why_not(model, prompts, Sampling(), 2) is None
+
+
+@pytest.mark.parametrize("truncated", [0, 30])
+def test_a_part_of_a_batch_draws_what_the_whole_batch_draws(truncated):
+    """First tokens: the later ones may differ where a product over fewer rows rounds otherwise."""
+    model = gpu_model("tied", adapters=False)
+    sequences = [Sequence(model.config, [6 + k], seed=k) for k in range(4)]
+    sampling = Sampling(1, 1.3, top_k=truncated)
+    own = lambda numbers: [torch.Generator(DEVICE).manual_seed(k) for k in numbers]
+    whole = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 40, own(range(4)))
+    half = generate(model, pack_sequences(sequences[2:]).to(DEVICE), sampling, 40, own([2, 3]))
+    drawn, expected = ([c.ids[0] for group in groups for c in group] for groups in (half, whole[2:]))
+    same = sum(a == b for a, b in zip(drawn, expected, strict=True))
+    unrelated = generate(model, pack_sequences(sequences[2:]).to(DEVICE), sampling, 40, own([8, 9]))
+    assert same >= 76 and sum(c.ids[0] == b for c, b in zip(sum(unrelated, []), expected, strict=True)) < 40
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_stay_within_the_vocabulary(value, temperature):
+    """And their log-probs tell: nothing is read from outside, no other row is touched."""
+    model = gpu_model("3B", adapters=False)
+    model.model.norm.weight.fill_(value)
+    prompt = pack_sequences([Sequence(model.config, [6]), Sequence(model.config, [9])]).to(DEVICE)
+    for group in generate(model, prompt, Sampling(20, temperature), 3, torch.Generator(DEVICE).manual_seed(0)):
+        for row in group:
+            assert all(0 <= i < model.config.vocab_size for i in row.ids)
+            assert not any(torch.tensor(row.logprobs).isfinite())
