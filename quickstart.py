@@ -67,7 +67,7 @@ def main() -> None:
     sft, grpo = OUT / "sft", OUT / "grpo"
 
     run("generate", "generate.py", "--output_dir", str(DATA), "--overwrite", *COT, *CLIPS)
-    print(f"look at them: {DATA / 'preview.png'}")
+    print(f"look at them: {DATA / 'videos'}")
     base = accuracy("base_eval", "--model_ckpt", "none", "--controls", "none", "--max_new_tokens", "64")
     often = [
         "--save_steps",

@@ -22,8 +22,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from checkpoint import newest_checkpoint
+from clips import task_texts
 from config import cli
-from generate import task_texts
 from model import UserError
 from model.loading import ModelConfig, load_model, random_model, save_model
 

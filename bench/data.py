@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from workloads import TINY
 
+from clips import draw_clip, render, write_mp4
 from config import VideoArgs
 from data import Processor, load_tokenizer
-from drawing.clips import draw_clip, render, write_mp4
 from model.loading import ModelConfig
 
 SMALL = {"nframes": 8, "resized_height": 56, "resized_width": 56}  # how the embedded model sees a 64x64 clip

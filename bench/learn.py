@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from plot import Panel, draw
 
+from clips import DIRECTIONS, draw_clip, render, write_mp4
 from config import QUESTION
-from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
 
 FAR = ("speed", "radius", "ball", "background")
 DATA, OUT = Path("data/learn"), Path("output/learn")

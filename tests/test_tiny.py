@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from clips import DIRECTIONS, draw_clip, render, write_mp4
 from config import QUESTION, Infer
 from data import Processor, load_tokenizer, pack
-from drawing.clips import DIRECTIONS, draw_clip, render, write_mp4
 from model.decode import Sampling, generate
 from model.loading import load_model
 from model.qwen import normalise_patches

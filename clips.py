@@ -1,6 +1,7 @@
-"""One clip: what is drawn, how it is augmented, how it becomes pixels and a file. numpy and PyAV only.
+"""The drawn clips of generate.py: what is drawn, how it is augmented, its pixels, its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one.
+The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only, for the processes
+that draw must not load torch. A module of its own, for tests, benchmarks and assets/make_tiny.py draw clips too.
 """
 
 from dataclasses import dataclass, replace
@@ -9,22 +10,31 @@ from pathlib import Path
 import av
 import numpy as np
 
-FPS = 30  # frames a second of every file, as the seed's
-SIGHTS = 8  # frames, first and last included, at which positions are kept: what a model with 8 frames sees
+from config import QUESTION
+
+FPS = 30  # frames a second of every file, as the original project's
+SAMPLED = 8  # frames, first and last included, at which positions are kept: what a model with 8 frames sees
 
 # label -> signs of the velocity (x to the right, y downwards)
 DIRECTIONS = {"Left to Right": (1, 0), "Right to Left": (-1, 0), "Falling Down": (0, 1), "Ascending": (0, -1)}
 CORNERS = {"top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1)}
 SIGNS = DIRECTIONS | CORNERS
 
+OPTIONS = {
+    "Left to Right": "(A) Left to Right",
+    "Right to Left": "(B) Right to Left",
+    "Falling Down": "(C) Falling Down",
+    "Ascending": "(D) Ascending",
+}
+
 # Sizes in pixels of a 64-pixel picture; larger pictures scale them.
 RADIUS = (4.0, 20.0)
 SMALL, LARGE = 9.0, 14.0  # a ball below is called small, above large; between them its size is not asked
 # Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
-# sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart; the seed's
-# --fps 1 takes 4).
+# sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart), which
+# --fps 1 takes.
 SPEED = (1.5, 2.8)
-PLAIN_RADIUS, PLAIN_SPEED = 20, 5  # the seed's ball, pixels and pixels a frame at any picture size
+PLAIN_RADIUS, PLAIN_SPEED = 20, 5  # the original project's ball, pixels and pixels a frame at any picture size
 MIN_FRAME_SIZE = 2 * PLAIN_RADIUS
 
 BALLS = {
@@ -76,16 +86,9 @@ class Clip:
         """(F, 2) float64: x, y of the ball in the given frames, not yet folded back into the picture."""
         return np.asarray(self.start) + np.asarray(frames, np.float64)[:, None] * np.asarray(self.velocity)
 
-    def reversed(self) -> "Clip":
-        """The clip that shows the same frames in reverse order; its label is the opposite one."""
-        back = tuple(-v for v in self.velocity)
-        label = next(name for name, signs in SIGNS.items() if signs == tuple(np.sign(back)))
-        last = self.centres([self.length - 1])[0] % self.size
-        return replace(self, label=label, start=tuple(last.tolist()), velocity=back)
-
     def track(self) -> Track:
-        """Positions as shown (cropped) in the SIGHTS evenly spaced frames."""
-        frames = sight_frames(self.length)
+        """Positions as shown (cropped) in the SAMPLED evenly spaced frames."""
+        frames = sampled_frames(self.length)
         path = self.centres(frames)
         left, top, side = self.crop
         shown = (path % self.size - (left, top)) / side
@@ -93,8 +96,8 @@ class Clip:
         return Track(frames / FPS, shown, np.floor(path / self.size).astype(int), inside)
 
 
-def sight_frames(length: int) -> np.ndarray:
-    return np.linspace(0, length - 1, SIGHTS).round().astype(int)
+def sampled_frames(length: int) -> np.ndarray:
+    return np.linspace(0, length - 1, SAMPLED).round().astype(int)
 
 
 def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> Clip:
@@ -120,8 +123,8 @@ def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> C
 
 
 def plain_clip(label: str, size: int, length: int, cell: int) -> Clip:
-    """The seed's ball. Its own start (outside, at the entry edge) made all clips of a class the same and let a still
-    tell the class, so here it starts at one of the size * size whole positions: cell = x + size * y."""
+    """The original project's ball. Its start (outside, at the entry edge) made all clips of a class the same and let a
+    still tell the class, so here it starts at one of the size * size whole positions: cell = x + size * y."""
     velocity = tuple(float(PLAIN_SPEED * sign) for sign in SIGNS[label])
     return Clip(
         label,
@@ -214,3 +217,132 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode(None))
+
+
+# -- What is said about a clip
+
+# label -> coordinate that changes, how, the one that stays, heading, edge where it leaves, edge where it comes back
+MOTION = {
+    "Left to Right": ("x", "grows", "y", "to the right", "right", "left"),
+    "Right to Left": ("x", "shrinks", "y", "to the left", "left", "right"),
+    "Falling Down": ("y", "grows", "x", "down", "bottom", "top"),
+    "Ascending": ("y", "shrinks", "x", "up", "top", "bottom"),
+}
+CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
+ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which means it travels {heading}.")
+
+
+def positions_in_words(points: list[tuple[str, str]], form: int) -> str:
+    """One of three sentences that name positions: points is [(seconds, "(x, y)")]."""
+    if form == 0:
+        places = [f"{t} s at {p}" for t, p in points]
+        places[0] = places[0].replace(" s at ", " s the ball is at ")
+        return "At " + ", at ".join(places) + "."
+    if form == 1:
+        return "The ball is at " + ", then at ".join(f"{p} at {t} s" for t, p in points) + "."
+    return "I see the ball at " + ", ".join(f"{p} ({t} s)" for t, p in points) + "."
+
+
+def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int) -> str:
+    """The answer with its reasoning: `<think>...</think><answer>(A) Left to Right</answer>`.
+
+    `coordinates` positions are named, out of one unbroken stretch if it is long enough; otherwise the text also says
+    that the ball leaves and comes back. No option letter appears in the reasoning.
+    """
+    a, grows, b, heading, out, back = MOTION[label]
+    run, visible = track.longest_run(), np.flatnonzero(track.inside)
+    pool = run if len(run) >= coordinates else visible
+    picks = pool[np.unique(np.linspace(0, len(pool) - 1, min(coordinates, len(pool))).round().astype(int))]
+    sentences = []
+    if len(picks):
+        points = [(f"{track.times[k]:.1f}", f"({track.xy[k, 0]:.0f}, {track.xy[k, 1]:.0f})") for k in picks]
+        sentences.append(positions_in_words(points, rng.integers(3)))
+        if (track.lap[picks] != track.lap[picks[0]]).any():
+            sentences.append(f"It leaves at the {out} and comes back at the {back}.")
+    change = CHANGES[rng.integers(len(CHANGES))].format(a=a, b=b, grows=grows)
+    end = ENDS[rng.integers(len(ENDS))].format(heading=heading)
+    sentences.append(f"Over time {change}, {end}")
+    return f"<think>{' '.join(sentences)}</think><answer>{OPTIONS[label]}</answer>"
+
+
+def labels_of(task: str) -> list[str]:
+    """The labels of a task, as often as their share: base has two clips towards corners for each along an axis."""
+    return list(DIRECTIONS) if task == "direction" else [*DIRECTIONS, *CORNERS, *CORNERS]
+
+
+def some_answer(rng: np.random.Generator) -> str:
+    """An answer to the direction question about no clip in particular, in any of its forms."""
+    label = str(rng.choice(list(DIRECTIONS)))
+    if rng.random() < 0.5:
+        return f"Answer: {OPTIONS[label]}"
+    return explain(draw_clip(rng, label, 64, 30).track(), label, rng, int(rng.integers(0, 4)))
+
+
+def base_turns(clip: Clip, rng: np.random.Generator, coordinates: bool) -> list[tuple[str, str]]:
+    """Questions that need the same sight as direction does, but never direction itself: where to on a diagonal, along
+    which axis, what it looks like. The echo turn shows the words of the direction answers, for LoRA leaves their
+    embeddings frozen."""
+    if clip.label in CORNERS:
+        turns = [("Towards which corner does the ball move?", clip.label)]
+    else:
+        axis = "horizontally" if SIGNS[clip.label][0] else "vertically"
+        turns = [("Does the ball move horizontally or vertically?", axis)]
+    looks = [("What colour is the ball?", clip.ball), ("What colour is the background?", clip.background)]
+    radius = clip.radius / max(1.0, clip.size / 64)
+    if not SMALL <= radius <= LARGE:
+        looks.append(("Is the ball small or large?", "small" if radius < SMALL else "large"))
+    turns.append(looks[rng.integers(len(looks))])
+    if coordinates:
+        track = clip.track()
+        k = rng.choice(np.flatnonzero(track.inside))
+        turns.append((f"Where is the ball at {track.times[k]:.1f} s?", f"({track.xy[k, 0]:.0f}, {track.xy[k, 1]:.0f})"))
+    echo = some_answer(rng)
+    return [*turns, (f"Repeat: {echo}", echo)]
+
+
+def task_texts(count: int = 2000, seed: int = 0) -> list[str]:
+    """Texts as generate.py's tasks have them, `count` draws of each, for training a small tokenizer."""
+    rng = np.random.default_rng([seed, 3])
+    texts = [QUESTION, *(f"Answer: {option}" for option in OPTIONS.values())]
+    for k in range(count):
+        clip = draw_clip(rng, labels_of("base")[k % 12], 64, 30)
+        texts += [text for turn in base_turns(clip, rng, coordinates=True) for text in turn]
+        texts.append(some_answer(rng))
+    return texts
+
+
+# -- The picture that a server is shown
+
+# 5x8 bitmap digits, one byte a column, lowest bit at the top
+GLYPHS = {
+    "0": "3e5149453e", "1": "00427f4000", "2": "4261514946", "3": "2141454b31", "4": "1814127f10", "5": "2745454539",
+    "6": "3c4a494930", "7": "0171090503", "8": "3649494936", "9": "064949291e", ".": "0060600000", " ": "0000000000",
+    "s": "4854545420",
+}  # fmt: skip
+PAPER, INK = 255, 40  # grey levels of the page and of its letters
+GAP = 6  # pixels between frames
+
+
+def write_text(page: np.ndarray, text: str, y: int, middle: int) -> None:
+    """Inks `text`, 16 pixels high, on the (H, W, 3) page at row y, its middle at column `middle`."""
+    columns = [list(bytes.fromhex(GLYPHS[letter])) + [0] for letter in text]
+    bits = np.array(columns, np.uint8).reshape(-1)[None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    mask = np.kron(bits, np.ones((2, 2), np.uint8)).astype(bool)
+    x = middle - mask.shape[1] // 2
+    page[y : y + mask.shape[0], x : x + mask.shape[1]][mask] = INK
+
+
+def strip(frames: np.ndarray, times) -> bytes:
+    """One row of frames (F, H, W, 3) in time order with its times (F,) in seconds below, as PNG."""
+    enlarge = -(-112 // frames.shape[-2])
+    frames = frames.repeat(enlarge, axis=-3).repeat(enlarge, axis=-2)
+    count, height, width = frames.shape[:3]
+    page = np.full((height + 2 * GAP + 22, count * (width + GAP) + GAP, 3), PAPER, np.uint8)
+    for k, frame in enumerate(frames):
+        x = GAP + k * (width + GAP)
+        page[GAP : GAP + height, x : x + width] = frame
+        write_text(page, f"{times[k]:.2f} s", height + 2 * GAP, x + width // 2)
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width, codec.pix_fmt, codec.framerate = *page.shape[:2], "rgb24", 1
+    picture = av.VideoFrame.from_ndarray(page, "rgb24")
+    return b"".join(bytes(packet) for packet in [*codec.encode(picture), *codec.encode(None)])

@@ -1,1 +1,0 @@
-"""What generate.py draws with: clips and their trajectories, chains of thought, previews."""
