@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import config
-from cli import build_parser
+from cli import REMOVED, build_parser
 from config import GRPO, SFT, Generate, Infer, changed, cli, ignored_options, parse
 from model import UserError
 
@@ -291,3 +291,11 @@ def test_what_all_processes_of_a_machine_find_alike_is_told_once(monkeypatch, ca
         with pytest.raises(SystemExit) as end:
             cli(main, each_rank)
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_option_is_answered_by_name(name):
+    with pytest.raises(UserError, match=f"--{name}: was removed; "):
+        parse(SFT, [f"--{name}", "1"])
+    migrating = (ROOT / "docs" / "migrating.md").read_text()
+    assert f"--{name}" in migrating, f"docs/migrating.md does not list --{name}"
