@@ -14,8 +14,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from conftest import config_dict
-from model.loading import ModelConfig, random_model, save_model
 from safetensors.torch import save_file
+
+from model.loading import ModelConfig, random_model, save_model
 
 FOLDER = Path(__file__).with_name("peft4")
 # text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text; ids of conftest's shapes
