@@ -21,7 +21,7 @@ from evaluate import opposite, wilson
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
-from model.loading import ModelConfig, load_model, random_model
+from model.loading import ModelConfig, load_model, random_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
@@ -49,7 +49,7 @@ def base(tmp_path_factory):
     names = ("vision_start", "vision_end", "image", "video")
     tokens = ("vision_start", "vision_end", "image_pad", "video_pad")
     raw |= {f"{n}_token_id": tokenizer.token_to_id(f"<|{t}|>") for n, t in zip(names, tokens, strict=True)}
-    random_model(ModelConfig.from_dict(raw), seed=3).save_pretrained(folder)
+    save_model(random_model(ModelConfig.from_dict(raw), seed=3), folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
     return folder
 
