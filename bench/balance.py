@@ -20,9 +20,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from flops import training_flops
 from workloads import model_config
 
+from bench.flops import training_flops
 from dataset.batch import Loader
 
 SIZES = ((10, 18), (18, 10), (16, 16), (20, 36), (18, 30))  # patches of a frame: height, width

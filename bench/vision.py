@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from flops import vision_flops
 from workloads import NAMED, Bench, arguments, chosen, peft_model, prompt_batch
 
 import lora
+from bench.flops import vision_flops
 from config import SFT
 from model.qwen import normalise_patches
 

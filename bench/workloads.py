@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from flops import head_flops, language_flops, vision_flops
 
+from bench.flops import head_flops, language_flops, vision_flops
 from dataset.video import Options, frame_size
 from interop.saved import hf_name
 from lora import homes, targets
