@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 # Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
 PIP    := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test bench chaos tiny audit lock clean
+.PHONY: quickstart test bench chaos tiny lock clean
 
 quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
 	@$(RUN) quickstart.py
@@ -17,9 +17,8 @@ test: $(VENV)/dev            ## lint, then every test
 bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
 	@for b in bench/logits.py bench/sft.py bench/rollout.py bench/grpo.py bench/vision.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
 
-chaos: $(VENV)/dev           ## kills, elastic and long runs, some 15 minutes; the figures go into dev/CHAOS.md
+chaos: $(VENV)/dev           ## SIGKILL at random moments, mutated files and records; some 10 minutes
 	$(RUN) tests/chaos.py --save
-	$(RUN) tests/endurance.py --save
 	$(RUN) tests/mutations.py --cases 2000 --seed 0
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
@@ -40,9 +39,6 @@ $(VENV)/run: requirements.lock requirements-torch.lock
 $(VENV)/dev: requirements-dev.lock $(VENV)/run
 	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
 	@touch $@
-
-audit: $(VENV)/run           ## known advisories against every locked version; says so where it has no network
-	@$(RUN) .ci/audit.py
 
 lock: $(VENV)/run            ## write the lock files anew after a change of requirements.txt or requirements-dev.txt
 	$(PIP) uv==0.13.9

@@ -31,7 +31,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
-REMOVED = {}
+CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
+REMOVED = {
+    "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
+    "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
+    "offload_weights": "the frozen base stands whole on the card: 32B in bf16 needs an 80 GB card",
+    "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
+    "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
+    "keys": CONVERT,
+}
 
 
 # -- Checks of values, for the dataclasses' check()
@@ -350,6 +358,10 @@ def cli(main, each_rank=True):
         if not each_rank and os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         fail(str(error))
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            raise
+        fail("another rank of this run has ended; see what it printed, then --resume")
     except BrokenPipeError:  # `--help | head`
         silence(sys.stdout)
         raise SystemExit(141) from None

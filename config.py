@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cli import as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
-from model import nearest
+from cli import CONVERT, as_dict, at_least, changed, cli, names_of, one_of, parse, positive, require, split_list, within
+from model import UserError, nearest
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]
@@ -194,20 +194,16 @@ class CommonTrain(VideoArgs, LoraArgs):
 
     # -- Plan
     dry_run: bool = False  # tell data, steps, parameters, memory, time and idle flags, then stop; nothing is written
-    dry_run_gib: float | None = None  # GiB; plan for a GPU of this size; none = this machine's device
 
     # -- Precision, memory, DeepSpeed
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
-    partition_weights: bool = False  # each rank of a machine keeps its share of the frozen layers (ZeRO-3 for LoRA)
-    offload_weights: bool = False  # with partition_weights: the shares lie in CPU memory, from where layers come
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
     deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; on a CPU it does anyway
     gradient_checkpointing: bool = False  # recompute activations a block; the embedded model has no need of it
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
-    sequence_parallel: int = 1  # neighbouring ranks that share each micro-batch, T / N tokens each (SFT); divides heads
     dataloader_num_workers: int = 2  # threads that decode ahead; one a core of a laptop
 
     # -- Batch and length
@@ -259,9 +255,9 @@ class CommonTrain(VideoArgs, LoraArgs):
     def check(self):
         VideoArgs.check(self)
         LoraArgs.check(self)
-        positive(self, "num_train_epochs", "learning_rate", "vision_lr", "merger_lr", "adam_epsilon", "dry_run_gib")
+        positive(self, "num_train_epochs", "learning_rate", "vision_lr", "merger_lr", "adam_epsilon")
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "pack_tokens", "logging_steps")
-        at_least(self, 1, "save_steps", "save_total_limit", "eval_samples", "max_new_tokens", "sequence_parallel")
+        at_least(self, 1, "save_steps", "save_total_limit", "eval_samples", "max_new_tokens")
         at_least(self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "eval_controls")
         at_least(self, 0, "dataloader_num_workers", "seed")
         within(self, 0, 1, "warmup_ratio", "min_lr_ratio", "max_skip_share")
@@ -277,14 +273,6 @@ class CommonTrain(VideoArgs, LoraArgs):
         require(not wanted or self.report_to == "none", "report_to", self.report_to, expected + hint)
         require(not (self.bf16 and self.fp16), "fp16", True, "False while --bf16 is True: choose one")
         require(not (self.resume and self.overwrite), "resume", True, "False while --overwrite is True: choose one")
-        if self.partition_weights:
-            frozen = self.lora_enable and self.freeze_llm and self.freeze_vision_tower and self.lora_bias == "none"
-            expected = "False where layers are trained whole: only frozen ones, with adapters beside them, are parted"
-            require(frozen, "partition_weights", True, expected)
-            expected = "False without --gradient_checkpointing True: weights are gone before the backward pass"
-            require(self.gradient_checkpointing, "partition_weights", True, expected)
-        expected = "False, or --partition_weights True beside it"
-        require(self.partition_weights or not self.offload_weights, "offload_weights", True, expected)
 
 
 @dataclass
@@ -314,7 +302,6 @@ class GRPO(CommonTrain):
     temperature: float = 1.0  # of sampling and of the log-probs alike
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: int = 0  # 0 = off; as top_p
-    rollout_rows: int = 256  # completions sampled at a time at most where several ranks share a step's prompts
     oversample: float = 1.5  # prompts sampled a prompt trained on: groups with most reward spread stay; 1 = off
     rewards: str = "accuracy,format"  # names, or my_rewards.py:name, separated by commas
     # one a reward; none = 1 for all, also where rewards is given alone. What breaks the format is seldom what makes an
@@ -345,10 +332,8 @@ class GRPO(CommonTrain):
 
     def check(self):
         CommonTrain.check(self)
-        expected = "1: a long video is shared by several ranks in train_sft.py only"
-        require(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, expected)
         at_least(self, 2, "num_generations")
-        at_least(self, 1, "max_completion_length", "num_iterations", "oversample", "rollout_rows")
+        at_least(self, 1, "max_completion_length", "num_iterations", "oversample")
         at_least(self, 0, "beta", "top_k", "log_completions")
         positive(self, "temperature", "epsilon", "epsilon_high", "sampler_is_cap", "top_p")
         within(self, 0, 1, "top_p")
@@ -463,24 +448,25 @@ class Adapter:
     aliases: ClassVar = {"model_ckpt": "adapter"}
 
     # -- What to do
-    command: str = field(default="", metadata={"positional": True})  # merge, check or convert
+    command: str = field(default="", metadata={"positional": True})  # merge or check
     adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never ask the hub
 
-    # -- merge (a whole model, as transformers and vLLM load it) and convert (the adapter under the other key names)
-    output_dir: str | None = None  # folder to write; it must not hold anything yet
-    shard_gb: float = 5.0  # merge: GB a file at most, and about what is held in memory; 5 as on the hub
-    keys: str = ""  # convert: transformers5 (4.52 and later too) or transformers4; "" = those it does not have
+    # -- merge: a whole model, as transformers and vLLM load it
+    output_dir: str | None = field(default=None, metadata={"positional": True})  # folder to write, new or empty
+    shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
     def check(self):
-        one_of(self, "command", "merge", "check", "convert")
+        if self.command == "convert":
+            raise UserError(f"convert: was removed; {CONVERT}")
+        one_of(self, "command", "merge", "check")
         expected = f"an adapter's folder: python lora.py {self.command} output/video_lora"
         require(self.adapter is not None, "adapter", self.adapter, expected)
-        writes = self.command != "check"
-        require(self.output_dir or not writes, "output_dir", self.output_dir, "a new folder to write")
+        writes = self.command == "merge"
+        expected = f"a new folder to write: python lora.py merge {self.adapter} OUT"
+        require(self.output_dir or not writes, "output_dir", self.output_dir, expected)
         positive(self, "shard_gb")
-        one_of(self, "keys", "", "transformers5", "transformers4")
 
 
 @dataclass

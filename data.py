@@ -5,7 +5,7 @@
     pack, pack_groups, Loader          Examples -> packed batches, and in which order (dataset/batch.py)
     python data.py FILE... [--fps 4]   what the model will see of each video, image or dataset
 
-SFT, rollouts, evaluation and inference all come through here. Frames and sizes are dataset/video.py's duty.
+SFT, rollouts, evaluation and inference all come through here. Frames and sizes are video.py's duty.
 L tokens of a sample, T of a batch, F frames, P patches, N clips.
 """
 
@@ -38,13 +38,12 @@ from torch import Tensor
 from dataset.batch import Example, Loader, TooLong, pack, pack_groups
 from dataset.index import read_records
 from dataset.places import Places
-from dataset.reader import check_file
 from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
-from dataset.video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, plan_clip, read_clip
 from model import UserError, nearest_path
 from model.loading import ModelConfig, resolve_folder
 from model.qwen import IGNORE
 from model.rope import mrope_position_ids
+from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file_stamp, plan_clip, read_clip
 
 __all__ = ["Example", "Loader", "Processor", "TooLong", "load_tokenizer", "pack", "pack_groups", "read_records"]
 
@@ -114,7 +113,7 @@ class Processor:
                 raise UserError(f"{told}; use the files of one checkpoint")
         v = config.vision
         found, made = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size), (PATCH, TEMPORAL, MERGE)
-        assert found == made, f"config.json is for patches of {found}, dataset/video.py makes {made}"
+        assert found == made, f"config.json is for patches of {found}, video.py makes {made}"
         special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)
@@ -232,9 +231,9 @@ class Processor:
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
         paths = tuple(self.places.locate(path, name) for path in media.paths)
-        options = Options.of(media.kind, self.args, media.options, name)
-        stamp = tuple((found.st_mtime_ns, found.st_size) for found in map(check_file, paths))
-        key = (media.kind, paths, stamp, options, most_frames, size)
+        options = Options.from_args(media.kind, self.args, media.options, name)
+        stamp = tuple(map(file_stamp, paths))
+        key = (media.kind, stamp, options, most_frames, size)
         plan = self.cache.get(key)
         if plan is None:
             plan = plan_clip(media.kind, paths, options, most_frames, size)

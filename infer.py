@@ -25,8 +25,7 @@ from dataset.records import IMAGE_SUFFIXES
 from cli import from_file
 from model import UserError, nearest_path
 from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
-from training.checkpoint import BEST, STATE, find_adapter, read_json
-from training.measures import chance, confusion_of, in_words, measure
+from checkpoint import BEST, STATE, find_adapter, read_json
 
 
 def main(argv=None):
@@ -108,7 +107,7 @@ def load_model(cfg, adapter):
     once (model/fast_decode.py)."""
     import torch
 
-    from interop.saved import load_adapter
+    from adapter_files import load_adapter
     from lora import merge
     from model.loading import load_model, not_finite
 
@@ -136,7 +135,7 @@ def complete(cfg, model, processor, examples, on_token=None):
 
     from data import pack
     from model.decode import Sampling, generate
-    from training.full import out_of_memory, smaller_view
+    from memory import out_of_memory, smaller_view
 
     device, stops = model.head_weight.device, (processor.im_end, processor.token_id("<|endoftext|>"))
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, stops)
@@ -229,6 +228,7 @@ def answer(cfg, model, processor, example):
 
 def ask(cfg, model, processor, records, control, bar):
     """Ask under a control -> {number: (true answer's words, the model's, count of options)}, {number: why not}."""
+    from evaluate import in_words
 
     def read(i):
         try:
@@ -254,6 +254,7 @@ def ask(cfg, model, processor, records, control, bar):
 def evaluate(cfg, model, processor, records):
     """Ask every record as it is and under each control, print the tables; returns the facts for --json."""
     from data import CONTROLS
+    from evaluate import chance, confusion_of, measure
 
     started, runs, failed = time.perf_counter(), {}, {}
     controls = [c for c in CONTROLS if c == "none" or c in split_list(cfg.controls or "")]

@@ -1,27 +1,35 @@
-"""LoRA: put adapters in, choose what is trained, switch off, swap to a reference, merge.
+"""LoRA: put adapters in, choose what is trained, switch them off, swap to a reference, merge.
 
     y = x W^T + b + s · (x A^T) B^T        W (out, in) frozen, A (r, in) random, B (out, r) zero at the start
                                            s = alpha / r, or alpha / sqrt(r) when rank-stabilised
 
-    inject(model, args)                    Linear -> LoRALinear in the parts that args switch on
+    inject(model, args)                    Linear -> LoRALinear in the components that args switch on
     set_trainable(model, args)             exactly what args name has requires_grad, all else is frozen
     with disabled(model): …                the base model
     with reference(model, snapshot): …     the model as it was at reference_snapshot(model)
+    merge(model)                           the adapters added to the weights
 
-    python lora.py merge --model_id BASE --model_ckpt RUN --output_dir NEW      a whole model, for transformers or vLLM
-    python lora.py check ADAPTER                                                what it is, and who loads it
-    python lora.py convert ADAPTER --output_dir NEW                             to the keys of transformers 4, or back
+    python lora.py merge ADAPTER OUT       a whole model, as transformers and vLLM load it
+    python lora.py check ADAPTER           what it is, and whether it fits its base
 
-The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`. Its files are read and
-written by interop/saved.py.
+The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`. Its files, and what the
+two commands do, are in adapter_files.py.
 """
 
 # ruff: noqa: E402
-from config import LoraArgs, cli
+from config import Adapter, LoraArgs, cli, ignored_options, parse
 
-if __name__ == "__main__":  # the commands import this file as a module, once the flags are right
-    from interop.commands import main
 
+def main(argv=None):
+    cfg = parse(Adapter, argv)
+    for line in ignored_options(cfg):
+        print(f"note: {line}")
+    from adapter_files import run_command
+
+    run_command(cfg)
+
+
+if __name__ == "__main__":  # before torch is imported: neither --help nor a mistake in a flag must wait for it
     raise SystemExit(cli(main))
 
 import re
@@ -34,7 +42,7 @@ from model import UserError, nearest
 from model.adapters import BlockAdapters, LoRALinear
 
 # Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
-PARTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
+COMPONENTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
 FLAT = "adapters"  # the parameter of a block
 
 
@@ -43,7 +51,7 @@ def lora_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-def homes(model):
+def adapter_blocks(model):
     """The BlockAdapters of a model."""
     return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
 
@@ -52,27 +60,28 @@ def homes(model):
 
 
 def part_of(name):
-    """The part of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
+    """Component of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
     if name.startswith("visual."):
         return "merger" if name.startswith("visual.merger.") else "vision"
     return "llm"
 
 
-def _switches(args):
-    """{part: whether it carries adapters}. A merger that is trained whole carries none."""
+def switches(args):
+    """{component: whether it carries adapters}. A merger that is trained whole carries none."""
     on = {"vision": args.vision_lora, "merger": args.merger_lora and not args.tune_merger, "llm": args.llm_lora}
-    return {part: args.lora_enable and wanted for part, wanted in on.items()}
+    return {component: args.lora_enable and wanted for component, wanted in on.items()}
 
 
 def targets(model, args):
     """Names of the layers that args ask to adapt. UserError for a switch, exclusion or count that matches nothing."""
     modules = dict(model.named_modules())
     names = []
-    for part, wanted in _switches(args).items():
-        found = [n for n, m in modules.items() if n.startswith(PARTS[part]) and isinstance(m, nn.Linear)]
-        if wanted and not found:
-            raise UserError(f"--{part}_lora: found no linear layer under {PARTS[part]}*, expected a Qwen2.5-VL model")
-        names += found if wanted else []
+    for component, wanted in switches(args).items():
+        prefix = COMPONENTS[component]
+        linears = [n for n, m in modules.items() if n.startswith(prefix) and isinstance(m, nn.Linear)]
+        if wanted and not linears:
+            raise UserError(f"--{component}_lora: no linear layer under {prefix}*, expected a Qwen2.5-VL model")
+        names += linears if wanted else []
     for word in args.lora_namespan_exclude:
         # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
@@ -82,7 +91,7 @@ def targets(model, args):
     if not names:
         raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
     if args.num_lora_modules > len(names):
-        expected = f"at most {len(names)}, the layers there are"
+        expected = f"at most {len(names)}, the number of layers"
         raise UserError(f"--num_lora_modules: found {args.num_lora_modules}, expected {expected}")
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
 
@@ -93,11 +102,11 @@ def block_of(name):
 
 
 def replace_linears(model, names, args, dtype):
+    """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
     blocks = {}
     for name in names:
-        parent, _, leaf = name.rpartition(".")
         layer = LoRALinear(model.get_submodule(name), args)
-        setattr(model.get_submodule(parent), leaf, layer)
+        model.set_submodule(name, layer)
         blocks.setdefault(block_of(name), []).append(layer)
     for block, layers in blocks.items():
         BlockAdapters(model.get_submodule(block), layers, args.lora_rank, dtype)
@@ -123,22 +132,22 @@ def inject(model, args, dtype=None):
 def set_trainable(model, args):
     """Freeze everything, then free exactly what args (LoraArgs) name; returns the count of trainable numbers.
 
-    Adapters of a part whose switch is off stay frozen. Raises UserError when nothing is left to train.
+    Adapters of a component whose switch is off stay frozen. Raises UserError when nothing is left to train.
     """
     LoraArgs.check(args)
-    switches = _switches(args)
+    adapts = switches(args)
     whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
-    adapted = {name for name, _ in lora_layers(model) if switches[part_of(name)]}
+    adapted = {name for name, _ in lora_layers(model) if adapts[part_of(name)]}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         bias = leaf == "bias" and (args.lora_bias == "all" or (args.lora_bias == "lora_only" and module in adapted))
-        part = part_of(name)
-        free = switches[part] if leaf == FLAT else whole[part] or (args.lora_enable and bias)
-        parameter.requires_grad_(free)
-    trained, numbers = trainable_parameters(model), sizes(model)
-    if not trained:
-        raise UserError("nothing is left to train: no part is free, and the parts switched on have no adapter")
-    return sum(numbers[name] for name, _ in trained)
+        component = part_of(name)
+        trained = adapts[component] if leaf == FLAT else whole[component] or (args.lora_enable and bias)
+        parameter.requires_grad_(trained)
+    trainable, numbers = trainable_parameters(model), sizes(model)
+    if not trainable:
+        raise UserError("nothing is left to train: no component is free, and those switched on have no adapter")
+    return sum(numbers[name] for name, _ in trainable)
 
 
 def trainable_parameters(model):
@@ -148,19 +157,19 @@ def trainable_parameters(model):
 
 def sizes(model):
     """{parameter's name: how many numbers it has}, without the padding between adapters."""
-    padding = {home.block.adapters: home.padding for home in homes(model)}
+    padding = {block.block.adapters: block.padding for block in adapter_blocks(model)}
     return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def param_groups(model, args):
-    """Optimizer groups: one learning rate a part (args: CommonTrain), weight decay on matrices and adapters only."""
+    """Optimizer groups: one learning rate a component (args: CommonTrain), weight decay on matrices and adapters."""
     rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
     groups = {}
     for name, parameter in trainable_parameters(model):
-        part, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
-        rate = args.learning_rate if rates[part] is None else rates[part]
-        new = {"name": f"{part}{'' if decays else ' no decay'}", "params": [], "lr": rate}
-        group = groups.setdefault((part, decays), new | {"weight_decay": args.weight_decay if decays else 0.0})
+        component, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
+        rate = args.learning_rate if rates[component] is None else rates[component]
+        new = {"name": f"{component}{'' if decays else ' no decay'}", "params": [], "lr": rate}
+        group = groups.setdefault((component, decays), new | {"weight_decay": args.weight_decay if decays else 0.0})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -172,7 +181,6 @@ def param_groups(model, args):
 def disabled(model):
     """Inside, the adapters take no part: the base model. Not around a forward whose backward recomputes later."""
     layers = [module for _, module in lora_layers(model)]
-    assert not any(layer.merged for layer in layers), "disabled() on a merged model: unmerge it first"
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -194,13 +202,12 @@ def reference(model, snapshot):
 
     Only the parameters' storage is exchanged: optimizers that hold them, or flat views of them, notice nothing.
     """
-    assert not any(layer.merged for _, layer in lora_layers(model)), "reference() on a merged model: unmerge it first"
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in snapshot}
     for name, tensor in snapshot.items():
         now = trained[name]
-        found, wanted = (tensor.shape, tensor.dtype), (now.shape, now.dtype)
-        assert found == wanted, f"{name}: {found} in the snapshot, {wanted} in the model"
+        kept, current = (tensor.shape, tensor.dtype), (now.shape, now.dtype)
+        assert kept == current, f"{name}: {kept} in the snapshot, {current} in the model"
         parameters[name].data = tensor
     try:
         with torch.no_grad():
@@ -211,28 +218,13 @@ def reference(model, snapshot):
 
 
 def merge(model):
-    """Add every adapter to its weight, one product a layer; the outputs stay the same up to rounding."""
-    for name, layer in lora_layers(model):
-        assert not layer.merged, f"{name} is merged already"
+    """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
+    for _, layer in lora_layers(model):
         layer.shift_weight(+1)
-        layer.merged = True
-
-
-def unmerge(model):
-    """Take the adapters out of the weights: exact up to one rounding of the weights' dtype."""
-    for name, layer in lora_layers(model):
-        assert layer.merged, f"{name} is not merged"
-        layer.shift_weight(-1)
-        layer.merged = False
-
-
-def remove(model):
-    """Put plain Linear layers back, so that save_pretrained writes an ordinary model; after merge(), the merged one."""
-    for home in homes(model):
-        home.remove()
+    for block in adapter_blocks(model):
+        block.remove()
     for name, layer in lora_layers(model):
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight, plain.bias = layer.weight, layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
+        model.set_submodule(name, plain)

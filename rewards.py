@@ -50,7 +50,9 @@ class Sample:
     def __post_init__(self):
         if self.options is None:
             # A question without a list may still have an answer with label and words, "(A) Left to Right".
-            self.options = parse_options(self.question) or parse_options(answer_span(self.answer) or "", least=1)
+            self.options = parse_options(self.question)
+            if not self.options and self.problem_type in ("", "multiple choice"):
+                self.options = parse_options(answer_span(self.answer) or "", least=1)
 
 
 def sample_from_record(record: dict) -> Sample:
@@ -81,7 +83,7 @@ def plain_text(content: str | list) -> str:
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ord("."), 0x3000: ord(" ")}
-LABEL = r"([A-Za-z]|\d{1,2})"
+LABEL = r"([A-Za-z]|[0-9]{1,2})"
 # The ways to write an option's label. One list keeps to one way.
 PAREN = re.compile(rf"(?<!\w)\(\s*{LABEL}\s*\)")  # (A)
 BRACKET = re.compile(rf"(?<!\w)\[\s*{LABEL}\s*\]")  # [A]
@@ -130,18 +132,28 @@ def lists_of(text: str, marks: list[Mark], least: int) -> list[tuple[tuple, dict
     found = []
     for i, first in enumerate(marks):
         bracketed = text[first.start] in "(["
-        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)) or (least < 2 and not bracketed):
+        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)):
             continue
+        if least < 2 and not (bracketed and text[first.start + 1].isupper()):
+            continue  # an answer "(A) left" is an option, "12.5", "J. Smith" and "(c) 2020" are not
         chain = [first]
         while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
             chain.append(following)
         options = words_of(text, chain)
+        consecutive = all(rank(two) == rank(one) + 1 for one, two in zip(chain, chain[1:]))
+        if not bracketed and (not consecutive or asks_below(text, chain[-1]) or not text[: first.start].strip()):
+            continue  # a dialogue, chess moves, subtitles: the question comes after them, or there is none
         dotted_in_line = text[first.end - 1] == "." and not all(mark.at_line_start for mark in chain)
-        if dotted_in_line and len(chain) < 3 and ("?" in "".join(options.values()) or not first.at_line_start):
+        if dotted_in_line and len(chain) < 3 and not text[: first.start].rstrip().endswith(("?", ":")):
             continue  # "A. Smith and B. Jones meet. Who speaks?" within a sentence
         if len(options) >= least:
             found.append(((sum(mark.at_line_start for mark in chain), len(options)), options))
     return found
+
+
+def asks_below(text: str, last: Mark) -> bool:
+    """Whether a question stands in a line below the last label: options without brackets stand behind the question."""
+    return any(line.rstrip().endswith("?") for line in text[last.end :].split("\n")[1:])
 
 
 def next_mark(last: Mark, marks: list[Mark], by_lines: bool) -> Mark | None:
@@ -169,11 +181,15 @@ def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
     for mark, following in zip(chain, [*chain[1:], None]):
         line_end = text.find("\n", mark.end)
         end = min(following.start if following else len(text), line_end if line_end >= 0 else len(text))
+        if not text[mark.end : end].strip():  # the label has a line of its own, its words the next one
+            end = following.start if following else len(text)
+            end = min(end, mark.end + len(text[mark.end : end]) - len(text[mark.end : end].lstrip().partition("\n")[2]))
         words = " ".join(text[mark.end : end].split())
         if following and not following.at_line_start:
             words = words.removesuffix(" or").removesuffix(" and")
         words = words.rstrip(" ,;.") or words
-        if not any(map(str.isalnum, words)) or words.casefold() in ("or", "and"):
+        words = words.removesuffix("?") if not following and not mark.at_line_start else words
+        if not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and"):
             return {}
         options[mark.label] = words
     return options
@@ -207,7 +223,7 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
     None where there is no answer, or one that contradicts itself (module docstring, 4).
     """
     if not options:
-        return plain(answer_span(text) or "").casefold().strip(" .,;:!") or None
+        return plain(answer_span(text) or "").casefold().strip(" ,;:!").rstrip(" .,;:!") or None
     for span in answer_spans(text):
         named, label = named_option(span, options)
         if named:
@@ -217,10 +233,13 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
 
 def reference_answer(sample: Sample) -> str | None:
     """The dataset's answer, in the form of `extract_answer`; None where it cannot be read (count and name those)."""
-    answer = extract_answer(sample.answer, sample.options)
-    if sample.problem_type == "numerical" and not sample.options and read_number(answer) is None:
+    if is_numerical(sample) and read_number(answer_span(sample.answer)) is None:
         return None
-    return answer
+    return extract_answer(sample.answer, sample.options)
+
+
+def is_numerical(sample: Sample) -> bool:
+    return sample.problem_type == "numerical" and not sample.options
 
 
 def is_correct(text: str, sample: Sample) -> bool:
@@ -229,38 +248,47 @@ def is_correct(text: str, sample: Sample) -> bool:
     if reference is None:
         options = ", ".join(f"({label}) {words}" for label, words in sample.options.items()) or "none"
         raise UserError(f"dataset's answer cannot be read: {_short(sample.answer)}; options of its question: {options}")
-    answer = extract_answer(text, sample.options)
-    if sample.problem_type == "numerical" and not sample.options:
-        value = read_number(answer)
-        return value is not None and round(value, 2) == round(read_number(reference), 2)  # as Video-R1 compares them
-    return answer == reference
+    if is_numerical(sample):
+        value = read_number(answer_span(text))
+        return value is not None and same_number(value, read_number(answer_span(sample.answer)))
+    return extract_answer(text, sample.options) == reference
 
 
-def read_number(text: str | None) -> float | None:
-    """"3.50", "1,200" or "-7 %" -> float; None for anything else, also for words around a number."""
-    plain_number = re.fullmatch(r"([-+−]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?", (text or "").strip())
-    if plain_number is None or not (plain_number[2] or plain_number[3]):
+def read_number(text: str | None) -> tuple[float, str] | None:
+    """"3.50", "1,200", "-7 %" or "5 m" -> (number, unit); None for anything else, also for words before a number."""
+    sign, whole, point = r"([-+−]?)", r"([0-9][0-9,]*|)", r"(\.[0-9]+|\.|)"
+    power, unit = r"([eE][-+]?[0-9]+|)", r"([^\W\d]*|%)"
+    match = re.fullmatch(rf"{sign}{whole}{point}{power}\s*{unit}\.?", plain(text or ""))
+    if match is None or not (match[2] or match[3].strip(".")):
         return None
-    sign = -1.0 if plain_number[1] in ("-", "−") and plain_number[1] else 1.0
-    value = sign * float((plain_number[2] or "0").replace(",", "") + (plain_number[3] or ""))
-    return value if math.isfinite(value) else None
+    if "," in match[2] and not re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", match[2]):  # "1,200" and no "1,2"
+        return None
+    value = float(f"{match[2].replace(',', '') or 0}{match[3]}{match[4]}")
+    return (-value if match[1] in ("-", "−") and match[1] else value, match[5]) if math.isfinite(value) else None
+
+
+def same_number(said: tuple[float, str], reference: tuple[float, str]) -> bool:
+    """Equal to two places, as Video-R1 compares them; the unit may be left out, but no other one given."""
+    return round(said[0], 2) == round(reference[0], 2) and said[1] in ("", reference[1])
 
 
 def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
     """-> (an option is named at all, label of the last one named or None for a contradiction)."""
     span = plain(span)
     words = mentions_of_words(span, options)
-    labels = [match for match in labels_said(span, options) if not within_words(match, words)]
+    labels = [match for match in labels_said(span, options) if not within_words(match, words, options)]
+    if several_named(span, labels, words):
+        return True, None
     if not labels:
         return bool(words), words[-1].labels[0] if words and len(words[-1].labels) == 1 else None
     last = labels[-1]
     label = label_of(last)
-    if any(joined(span[one.end() : two.start()]) for one, two in zip(labels, labels[1:])) or and_another(span, last):
-        return True, None
     behind = [mention for mention in words if mention.start >= last.end()]
     if not behind and len(labels) == 1:  # "Left to Right (A)": words right before the label are its own
         behind = [m for m in words if m.end <= last.start() and not span[m.end : last.start()].strip(" .,:;-")]
     agrees = label in options and all(label in mention.labels for mention in behind)
+    if len(options) == 1 and not behind:  # of a question without a list: other words are another answer
+        agrees &= not span[last.end() :].strip(" .,;:!)]")
     return True, label if agrees else None
 
 
@@ -285,22 +313,28 @@ def mentions_of_words(span: str, options: dict[str, str]) -> list[Mention]:
     return [Mention(m.start(), m.end(), by_words[m[0]]) for m in re.finditer(pattern, span.casefold())]
 
 
-def within_words(label: re.Match, words: list[Mention]) -> bool:
-    """Whether a label is part of an option's words, as in "both (A) and (B)"; a single word is the label itself."""
-    return any(m.start <= label.start() and label.end() <= m.end and m.end - m.start > len(label[0]) for m in words)
+def within_words(label: re.Match, words: list[Mention], options: dict[str, str]) -> bool:
+    """Whether a label is part of an option's words, as in "both (A) and (B)", or all of them, and no option's label."""
+    start, end = next(label.span(i) for i in range(1, 1 + len(label.groups())) if label[i])
+    inside = [m for m in words if m.start <= start and end <= m.end]
+    return any(m.end - m.start > len(label[0]) or label_of(label) not in options for m in inside)
 
 
 def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
     """Labels meant as an option, in order: "(A)" or "[A]" anywhere; "A" alone, or at the start before a mark or the
     option's words; "a" alone; "option A", "the answer is A"."""
-    key = r"\d{1,2}" if all(label.isdigit() for label in options) else "[A-Z]"
+    numbered = all(label.isdigit() for label in options)
+    key = "[0-9]{1,2}" if numbered else "[A-Z]"
+    before, after = (r"[^\w.-]*", r"[^\w%]*") if numbered else (r"\W*", r"\W*")  # "-2" and "2 %" are no labels
     words = "|".join(re.escape(plain(words)) for words in options.values())
-    end = rf"(?=\W*$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
+    end = rf"(?={after}$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
     said = [
         rf"(?<!\w)[(\[]\s*((?i:{key}))\s*[)\]]",
-        rf"^\W*({key}){end}",
+        rf"^{before}({key}){end}",
         rf"\b(?i:option|choice|answer|letter)(?:\s+is)?\s*:?\s+((?i:{key}))(?=\W*$|\s*[).:,-](?!\d))",
         rf"\b(?i:it is|it's|choose|chose|pick|select)\s+({key})(?=\W*$|\s*[).:,-](?!\d))",
+        rf"^{before}({key})(?=\s+(?:is|because|since)\b)",
+        rf"\b(?i:so|is|then|therefore)\s+({key})(?={after}$)",
         r"^\W*([a-z])\W*$",
     ]
     return list(re.finditer("|".join(said), span))
@@ -308,6 +342,15 @@ def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
 
 def label_of(match: re.Match) -> str:
     return next(group for group in match.groups() if group).upper()
+
+
+def several_named(span: str, labels: list[re.Match], words: list[Mention]) -> bool:
+    """Whether different options are named together, by labels, words or both: "A, B", "(A) left or (B) right"."""
+    named = [(label.start(), label.end(), {label_of(label)}) for label in labels]
+    named = sorted(named + [(mention.start, mention.end, set(mention.labels)) for mention in words])
+    pairs = [(one, two) for one, two in zip(named, named[1:]) if two[0] >= one[1] and not one[2] & two[2]]
+    together = any(joined(span[one[1] : two[0]]) and "(" not in span[one[1] : two[0]].strip("( ") for one, two in pairs)
+    return together or (bool(labels) and and_another(span, labels[-1]))
 
 
 def joined(between: str) -> bool:
@@ -331,7 +374,9 @@ def plain(text: str) -> str:
     text = fold(text)
     for _ in range(2):  # one may stand in the other
         text = re.sub(r"\\(?:boxed|text|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", re.sub(r"[*`\"“”„«»$]+", "", text))
+    text = re.sub(r"(?<!\w)\*+|\*+(?!\w)|[`\"“”„«»$]+", "", text)
+    text = re.sub(r"(?<!\w)['‘’]|['‘’](?!\w)", "", text)
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
     return " ".join(text.split()).strip()
 
 

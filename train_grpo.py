@@ -6,52 +6,44 @@
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. training/grpo.py has the mathematics,
-training/groups.py what is told of the completions, training/dealing.py how several ranks share a step.
+sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics, rollouts.py
+the completions.
 
-Beside DeepSpeed's gradients, the ranks meet twice a step: they gather all completions with their rewards once these
-are sampled, and add up the update's sums, sent before AdamW's step and read when the host has waited for the gradient
-norm. (Each further update of --num_iterations adds one such sum; an evaluation and a checkpoint have their own.)
+Several ranks: each samples the groups of its own prompts, all completions are gathered once with their rewards, each
+rank trains on its own groups as far as that is even, and one reduction adds up what is logged.
 """
 
 # ruff: noqa: E402
 from config import GRPO, cli, parse
 
 if __name__ == "__main__":
-    cli(lambda: parse(GRPO), each_rank=False)  # before torch is imported: a mistyped flag is told at once
+    cli(lambda: parse(GRPO), each_rank=False)  # before torch is imported: a mistyped flag is reported at once
 
 import copy
 import math
 import time
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data import Processor, load_tokenizer, read_records
+from checkpoint import STATE, find_adapter, read_json
+from data import Loader, Processor, load_tokenizer, pack_groups, read_records
+from dataset.batch import Example
+from engine import update
+from evaluate import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
+from grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from lora import disabled, lora_layers, reference, reference_snapshot
-from model import UserError
+from memory import out_of_memory, settings_for_update, summary
 from model.decode import Sampling
 from model.loading import resolve_folder
+from model.packed import IGNORE, Packed
 from model.qwen import target_logprobs
-from reporting.rollouts import telling_rows
 from rewards import load_rewards
-from trainer import (
-    build_model,
-    finish,
-    launch,
-    report,
-    save,
-    start,
-    tell_data,
-)
-from training.checkpoint import STATE, find_adapter, read_json
-from training.counting import check_left_out, check_numbers, keep_count
-from training.dealing import SAMPLED_TOKENS, Clock, PromptLoader, Sums, exchange, share_of_update, to_sample
-from training.engine import update
-from training.evaluation import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
-from training.full import sample, told_when_full
-from training.groups import (
+from rollouts import (
     ROLLOUTS,
     Alarm,
     Rollout,
@@ -60,71 +52,94 @@ from training.groups import (
     needs_shuffled,
     reward_metrics,
     row,
+    sample,
     score_group,
     token_metrics,
 )
-from training.grpo import group_advantages, grpo_loss, k3, loss_normalizer
-from training.meeting import together
-from training.passes import micro_batch, micro_batches
-from training.plan import brief, dry_run
-from training.runlog import Log, append
-from training.schedule import is_due, saved_every, schedule, total_steps
+from runlog import Log, append
+from trainer import (
+    build_model,
+    check_left_out,
+    check_numbers,
+    count_left_out,
+    describe_data,
+    dry_run,
+    finish,
+    is_due,
+    launch,
+    report,
+    save,
+    save_is_due,
+    set_learning_rates,
+    start,
+    total_steps,
+)
+
+# Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
+# (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
+SAMPLED_TOKENS = 131_072
+# What an update adds up over its micro-batches and ranks, for metrics.jsonl
+SUMS = ("fair_kl", "fair_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl", "sampler_gap",
+        "sampler_capped")  # fmt: skip
 
 
-@together
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    records, held_out, told = data_of(cfg)
+    records, held_out, notes = data_of(cfg)
     if cfg.dry_run:
-        return dry_run(cfg, "train_grpo.py", prompt_loader, records, held_out, SAMPLED_TOKENS)
+        return dry_run(cfg, make_loader, records)
     run = launch(cfg, records, held_out)
-    run.notes += told
+    run.notes += notes
     model = build_model(cfg, run)
     frozen = freeze_reference(model, cfg)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
-    loader = prompt_loader(run, records, processor)
-    keep_count(run, loader)
+    loader = make_loader(cfg, records, processor, run.rank, run.world)
+    count_left_out(run, loader)
     total = total_steps(cfg, loader)
-    run.plan = brief(run, model, processor, records, loader, held_out, SAMPLED_TOKENS)
-    run.notes += notes(run, loader, records, held_out)
-    engine = start(run, model, total)
-    tell_data(run, processor, records, held_out)
-    log, clock = Log(run, total, columns(rewards)), Clock(run, engine)
-    alarm = Alarm(run.state.get("loop", {}).get("alarm"))
+    lines = [] if run.rank else list(summary(model, cfg, records, processor, loader, total, run.world, 2))
+    run.notes += notes_of(run, loader, records, held_out)
+    engine = start(run, model, total, lines)
+    describe_data(run, processor, records, held_out)
+    log, alarm = Log(run, total, columns(rewards)), Alarm(run.state.get("loop", {}).get("alarm"))
     batches = loader.iterate(run.step, total)
-    if held_out and run.step == 0:
-        evaluate_and_tell(run, model, processor, held_out, log)
+    # before the first step; and where a signal came before an evaluation
+    if held_out and (run.step == 0 or run.state.get("loop", {}).get("evaluation_due")):
+        evaluate_and_log(run, model, processor, held_out, log)
 
     for step in range(run.step + 1, total + 1):
-        began = clock.begin()
-        units = next(batches)
+        began = time.perf_counter()
+        (prompts,) = next(batches)
         waited = time.perf_counter() - began
 
         # sample a group of completions for each prompt and score them; then all ranks know them all
         run.seed_step(step)
-        found = roll_out(run, model, processor, loader, rewards, step, units, clock)
-        health, counts = compare_within_groups(run, found.groups, groups_per_step(cfg) * run.world)
+        groups = roll_out(run, model, processor, rewards, step, prompts)
+        groups, owners, lengths, counts = exchange(run, groups, prompts)
+        health, normalizer = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
         sampled = time.perf_counter()
 
         # update the policy with the groups that differ within themselves
-        lr = schedule(engine, cfg, step - 1, total)
-        metrics, rows, told = learn(run, engine, frozen, loader, found, counts, step)
+        lr = set_learning_rates(engine, cfg, step - 1, total)
+        learned = learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normalizer, step)
+        check_left_out(run, counts.pop("broken"))
 
-        run.step, seconds = step, clock.end()
-        metrics |= health | found.told | {"lr": lr, "epoch": step / loader.steps_per_epoch}
+        run.step, seconds = step, time.perf_counter() - began
+        metrics = learned | health | counts | {"lr": lr, "epoch": step / loader.steps_per_epoch}
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
+        write_rollouts(run, step, loader, groups, lengths)
         log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        show(run, log, alarm, step, metrics, found.groups, rows)
+        show(run, alarm, step, metrics, groups)
 
         # answer accuracy, checkpoint, end
-        better, stop = False, run.stop_requested(told)
+        better, stop = False, run.stop_requested()
         if held_out and not stop and is_due(cfg.eval_steps, step, total):
-            better = evaluate_and_tell(run, model, processor, held_out, log)
+            better = evaluate_and_log(run, model, processor, held_out, log)
             report(run)
             stop = run.stop_requested()
-        if better or stop or is_due(saved_every(cfg, loader), step, total):
-            save(run, engine, step, {"alarm": alarm.state})
+        if better or stop or save_is_due(cfg, loader, step, total):
+            due = bool(stop) and is_due(cfg.eval_steps, step, total)
+            save(run, engine, step, {"alarm": alarm.state, "evaluation_due": due})
         if stop:
             break
 
@@ -133,19 +148,19 @@ def main():
     finish(run, total)
 
 
-# Start
+# -- Start
 
 
 def data_of(cfg):
-    """(records to train on, held-out ones, lines to tell)"""
-    told = follow_adapter(cfg)
+    """(records to train on, held-out ones, lines to print)"""
+    notes = follow_adapter(cfg)
     records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
-    return records, held_out, told + left_out + held_left_out
+    return records, held_out, notes + left_out + held_left_out
 
 
 def follow_adapter(cfg):
-    """Where no data is named and the default is not there: the data that the adapter was trained on. Lines to tell."""
+    """Where no data is named and the default is not there: the data that the adapter was trained on. Lines to print."""
     if "data_path" in cfg.given or Path(cfg.data_path).exists() or cfg.model_ckpt is None:
         return []
     adapter = find_adapter(cfg.model_ckpt, script="train_sft")
@@ -157,22 +172,19 @@ def follow_adapter(cfg):
 
 def groups_per_step(cfg):
     """Groups that one rank trains on in a step."""
-    size = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    if size % cfg.num_generations:  # checked with the flags, but a resumed run may have changed its accumulation
-        text = f"found {size} completions a rank and step, expected a multiple of num_generations {cfg.num_generations}"
-        raise UserError(f"--per_device_train_batch_size: {text}; resume on fewer ranks")
-    return size // cfg.num_generations
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
 
 
-def prompt_loader(run, records, processor):
-    """Prompts of each step: `oversample` times as many as are trained on, on any number of ranks."""
-    plain = copy.copy(run.cfg)
+def make_loader(cfg, records, processor, rank, world):
+    """This rank's prompts of each step, one list: `oversample` times as many as are trained on, in all."""
+    plain = copy.copy(cfg)
     plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
-    size = math.ceil(groups_per_step(run.cfg) * run.world * run.cfg.oversample)
-    return PromptLoader(records, processor, plain, rank=run.rank, world_size=run.world, global_batch=size)
+    size = math.ceil(groups_per_step(cfg) * world * cfg.oversample)
+    options = {"rank": rank, "world_size": world, "answer": False, "collate": list, "global_batch": size}
+    return Loader(records, processor, plain, **options)
 
 
-def notes(run, loader, records, held_out):
+def notes_of(run, loader, records, held_out):
     cfg, trained = run.cfg, groups_per_step(run.cfg) * run.world
     if run.adapter is None:
         yield "no adapter to go on from: a new one on the base" if cfg.lora_enable else "trains the base itself"
@@ -195,19 +207,16 @@ def freeze_reference(model, cfg):
     return partial(reference, model, reference_snapshot(model))
 
 
-# Sampling
+# -- Sampling
 
 
-def roll_out(run, model, processor, loader, rewards, step, units, clock):
-    """A group of completions for each prompt of the step, scored -> dealing.Found. units: this rank's prompts."""
-    done, failed = [], []
-    for prompts in to_sample(run, loader, step, units, failed):
-        groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
-        shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
-        for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
-            score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
-        done += zip(prompts, groups, strict=True)
-    return exchange(run, loader, step, done, failed, clock)
+def roll_out(run, model, processor, rewards, step, prompts):
+    """A group of scored completions for each of this rank's prompts."""
+    groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
+    shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
+    for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
+        score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
+    return groups
 
 
 def sample_groups(run, model, processor, prompts, seeds, count=None):
@@ -224,8 +233,8 @@ def sample_groups(run, model, processor, prompts, seeds, count=None):
         mine = seeds[len(groups) : len(groups) + len(batch)]
         for completions in sample(run, model, batch, sampling, count, "sampling", mine):
             texts = [processor.backend.decode(c.ids, skip_special_tokens=True) for c in completions]
-            told = zip(completions, texts, strict=True)
-            groups.append([Rollout(len(groups), c.ids, c.logprobs, c.finished, text) for c, text in told])
+            pairs = zip(completions, texts, strict=True)
+            groups.append([Rollout(len(groups), c.ids, c.logprobs, c.finished, text) for c, text in pairs])
     return groups
 
 
@@ -239,7 +248,25 @@ def sample_shuffled(run, model, processor, prompts, rewards, step):
     return [[rollout.text for rollout in group] for group in groups]
 
 
-# Rewards and advantages
+def exchange(run, groups, prompts):
+    """This rank's groups -> those of all ranks in the prompts' order, the rank that sampled each, the lengths of their
+    prompts, and counts for metrics.jsonl: the step's one gather. A Rollout's group is its number among all."""
+    loader = run.loader
+    own = groups, [(prompt.number, len(prompt)) for prompt in prompts]
+    every = run.gather((*own, loader.left_out, loader.broken, run.oom_retries))
+    groups = [group for rank in every for group in rank[0]]
+    owners = [rank for rank, (its, *_) in enumerate(every) for _ in its]
+    lengths = [prompt for rank in every for prompt in rank[1]]
+    for number, group in enumerate(groups):
+        for rollout in group:
+            rollout.group = number
+    left_out, broken, retries = (float(sum(column)) for column in list(zip(*every))[2:])
+    prompt_tokens = float(sum(tokens for _, tokens in lengths))
+    counts = {"prompt_tokens": prompt_tokens, "skipped": left_out, "oom_retries": retries, "broken": broken}
+    return groups, owners, lengths, counts
+
+
+# -- Advantages
 
 
 def compare_within_groups(run, groups, wanted):
@@ -248,69 +275,141 @@ def compare_within_groups(run, groups, wanted):
 
     A group whose rewards are all equal teaches nothing and is not trained, but it counts where the loss is divided: or
     the last few groups that differ would get the whole step. Returns the metrics of everything that was sampled, and
-    (tokens, completions) of the `wanted` groups.
+    the number that the loss is divided by.
     """
     if not groups:
-        return {"completion_tokens": 0, "groups_trained": 0}, (0, 0)
-    everyone = [rollout for group in groups for rollout in group]
+        return {"completion_tokens": 0, "groups_trained": 0}, 1
+    cfg, everyone = run.cfg, [rollout for group in groups for rollout in group]
     rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64)
-    index = torch.arange(len(groups)).repeat_interleave(run.cfg.num_generations)
-    advantages, std = group_advantages(rewards, index, run.cfg.scale_rewards)
+    index = torch.arange(len(groups)).repeat_interleave(cfg.num_generations)
+    advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
     wanted = std.argsort(descending=True, stable=True)[:wanted].tolist()
-    sound = [all(rollout.sound for rollout in group) for group in groups]
-    chosen = {number for number in wanted if std[number] > 0 and sound[number]}
-    lost = sum(not rollout.sound for rollout in everyone)
+    finite = [all(rollout.finite for rollout in group) for group in groups]
+    chosen = {number for number in wanted if std[number] > 0 and finite[number]}
+    lost = sum(not rollout.finite for rollout in everyone)
     if lost:
-        told = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
-        run.say(f"{told}: their groups are not trained on")
+        problem = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
+        run.say(f"{problem}: their groups are not trained on")
     for rollout, number, advantage in zip(everyone, index.tolist(), advantages.tolist(), strict=True):
         rollout.advantage, rollout.trained = advantage, number in chosen
     counted = [rollout for number in wanted for rollout in groups[number]]
-    counts = sum(len(rollout.ids) for rollout in counted if rollout.kept(run.cfg)), len(counted)
-    return reward_metrics(groups, std.tolist()) | {"groups_trained": len(chosen)}, counts
+    tokens = sum(len(rollout.ids) for rollout in counted if rollout.kept(cfg))
+    normalizer = loss_normalizer(cfg.aggregation, tokens, len(counted), cfg.max_completion_length)
+    return reward_metrics(groups, std.tolist()) | {"groups_trained": len(chosen)}, normalizer
 
 
-# The update
+# -- The update
 
 
-def learn(run, engine, frozen, loader, found, counts, step):
-    """KL of what was sampled, and the updates with the groups that were chosen -> (metrics, rows of rollouts.jsonl,
-    signal that a rank was sent). counts: (tokens, completions) that the loss is divided by."""
-    cfg, model, fair = run.cfg, engine.module, max(1, groups_per_step(run.cfg) * run.world // 4)
-    share, untrained, passes = share_of_update(run, model.config, loader, found, range(min(fair, len(found.groups))))
-    batches = [micro_batch(found.prompts, rollouts, cfg) for rollouts in share]
-    everyone = [rollout for group in found.groups for rollout in group]
-    tokens = float(sum(len(rollout.ids) for rollout in everyone if rollout.trained and rollout.kept(cfg)))
-    metrics, rows, sums = {"grad_norm": None, "updated": False, "trained_tokens": tokens}, [], Sums(run)
+@dataclass(eq=False)
+class MicroBatch:
+    """Completions of one forward pass. N completion tokens, G completions."""
 
-    def send():  # while a GPU is busy with the passes the host has time to write
-        sums.send()
-        rows.extend(write_rollouts(run, step, loader, found))
+    packed: Packed
+    rows: Tensor  # (N,) int64: packed positions that predict a completion's token
+    completion: Tensor  # (N,) int64: whose token it is
+    group: Tensor  # (G,) int64: of which of the step's groups
+    advantages: Tensor  # (G,) float32
+    keep: Tensor  # (G,) bool: whether it gives a gradient
+    sampler: Tensor  # (N,) float32: log-probs as drawn
+    ref: Tensor | None = None  # (N,) under the frozen reference
+    old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
 
-    with told_when_full(run, f"training step {step}", [batch.packed for batch in batches]):
-        batches = [batch.to(run.device) for batch in batches]
-        reference_pass(run, model, frozen, found.prompts, untrained, batches, fair, sums)
-        if tokens:
-            metrics |= train_on(run, engine, batches, counts, step, passes, sums, send)
-        else:  # no group differs within itself: told by the alarm, and no fault of the numbers
-            send()
-    total = sums.read()
-    check_left_out(run, found.broken)
-    if not tokens and not all(rollout.sound for rollout in everyone):  # the model itself may be beyond repair
-        check_numbers(run, step, math.nan, math.nan, updated=False)
-    return metrics | token_metrics(cfg, total), rows, total["signal"]
+    def to(self, device):
+        names = ("packed", "rows", "completion", "group", "advantages", "keep", "sampler")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def reference_pass(run, model, frozen, prompts, untrained, batches, fair, sums):
-    """Put the reference's log-probs into the batches that are trained on, and add up what tells the KL to it.
+def micro_batch(prompts: dict[int, Example], rollouts: list[Rollout], cfg) -> MicroBatch:
+    """Rollouts, those of a group beside each other -> MicroBatch. prompts: by group."""
+    numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
+    completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
+    packed = pack_groups([prompts[number] for number in numbers], completions)
+    lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
+    return MicroBatch(
+        packed=packed,
+        rows=(packed.targets != IGNORE).nonzero()[:, 0],
+        completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
+        group=torch.tensor([rollout.group for rollout in rollouts]),
+        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+        keep=torch.tensor([rollout.kept(cfg) for rollout in rollouts]),
+        sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+    )
 
-    The KL is that over the first `fair` groups as they were sampled, a quarter as many as a step trains on: the groups
-    trained on are no fair sample; chosen for rare outcomes, they show a KL many times too large. untrained: those of
-    them that are not in the batches.
+
+def cut(groups: list[list[Rollout]], lengths: list[tuple[int, int]], cfg) -> list[list[Rollout]]:
+    """The Rollouts of each forward pass, in their order: at most per_device_train_batch_size of them and pack_tokens
+    tokens. lengths: (record, tokens) of each group's prompt."""
+    bins, size = [], 0
+    for rollout in (rollout for group in groups for rollout in group):
+        prompt = lengths[rollout.group][1]
+        cost = len(rollout.ids) + (0 if bins and bins[-1][-1].group == rollout.group else prompt)
+        full = bins and len(bins[-1]) == cfg.per_device_train_batch_size
+        if not bins or full or (cfg.pack_tokens and size + cost > cfg.pack_tokens):
+            bins.append([])
+            size, cost = 0, len(rollout.ids) + prompt
+        bins[-1].append(rollout)
+        size += cost
+    return bins
+
+
+def assign(trained: list[int], owners: list[int], world: int) -> list[list[int]]:
+    """Groups to train on -> those of each rank: its own, whose clips it has decoded, but as many as any other's."""
+    shares = [[number for number in trained if owners[number] == rank] for rank in range(world)]
+    while True:
+        most, least = max(shares, key=len), min(shares, key=len)
+        if len(most) - len(least) < 2:
+            return shares
+        least.append(most.pop())
+
+
+def learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normalizer, step):
+    """KL of what was sampled, the updates with the groups that were chosen -> metrics.
+
+    The KL that is logged is that over the first `fair` groups as they were sampled, a quarter as many as a step trains
+    on: the groups trained on are no fair sample; chosen for rare outcomes, they show a KL many times too large.
     """
-    if not frozen:
-        return
-    for batch in (*batches, *(batch.to(run.device) for batch in micro_batches(prompts, untrained, run.cfg))):
+    cfg, sums = run.cfg, Counter()
+    fair = max(1, groups_per_step(cfg) * run.world // 4)
+    trained = [number for number, group in enumerate(groups) if group[0].trained]
+    seen = [k for k in range(min(fair, len(groups))) if k not in trained and all(r.finite for r in groups[k])]
+    shares = assign(trained, owners, run.world)
+    passes = [cut([groups[k] for k in sorted(share)], lengths, cfg) for share in shares]
+    own = dict(zip((k for k, owner in enumerate(owners) if owner == run.rank), prompts))
+    for k in shares[run.rank]:
+        if k not in own:  # another rank's prompt
+            own[k] = loader.encode(lengths[k][0])
+            if not isinstance(own[k], Example):  # that rank could read it in this very step
+                raise own[k][1]
+    batches = [micro_batch(own, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
+    untrained = cut([groups[k] for k in seen if owners[k] == run.rank], lengths, cfg) if frozen else []
+    tokens = float(sum(len(r.ids) for k in trained for r in groups[k] if r.kept(cfg)))
+    metrics = {"grad_norm": None, "updated": False, "trained_tokens": tokens}
+    try:
+        reference_pass(run, engine.module, frozen, batches, [micro_batch(own, r, cfg) for r in untrained], fair, sums)
+        if tokens:
+            metrics |= train_on(run, engine, batches, normalizer, step, max(map(len, passes)), sums)
+    except torch.OutOfMemoryError:
+        packs = [batch.packed for batch in batches]
+        settings = settings_for_update(cfg, packs, run.device.type == "cuda")
+        then = "the last checkpoint is intact, --resume goes on from it"
+        raise out_of_memory(run.device, f"training step {step}", packs, settings, then) from None
+    if not tokens and not all(r.finite for group in groups for r in group):  # the model itself may be beyond repair
+        check_numbers(run, step, math.nan, math.nan, updated=False)
+    return metrics | token_metrics(cfg, reduce_sums(run, sums))
+
+
+def reduce_sums(run, sums):
+    """Sums over this rank's micro-batches -> over all ranks, in one reduction; "sampler_gap_max" is their maximum."""
+    named = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in SUMS])
+    every = run.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
+    return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
+
+
+def reference_pass(run, model, frozen, batches, untrained, fair, sums):
+    """Put the reference's log-probs into the batches that are trained on, and add up the KL of the `fair` first groups,
+    of which some are in `untrained` batches."""
+    for batch in (*batches, *(batch.to(run.device) for batch in untrained)) if frozen else ():
         with torch.no_grad(), frozen():
             batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
         counted = batch.group[batch.completion] < fair
@@ -318,15 +417,13 @@ def reference_pass(run, model, frozen, prompts, untrained, batches, fair, sums):
         sums["fair_tokens"] += counted.sum()
 
 
-def train_on(run, engine, batches, counts, step, passes, sums, send):
-    """num_iterations updates with the same rollouts. counts: (tokens, completions) that the loss is divided by; passes:
-    of the rank that has most; send(): called in the last update instead of sums.send. Returns metrics."""
-    cfg, before = run.cfg, 0.0
-    normalizer = loss_normalizer(cfg.aggregation, *counts, cfg.max_completion_length)
-    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
-    for left in reversed(range(cfg.num_iterations)):
-        grad_norm, updated = update(engine, batches, loss_of, passes, sums.send if left else send)
-        loss = sums.read()["loss"]
+def train_on(run, engine, batches, normalizer, step, passes, sums):
+    """num_iterations updates with the same rollouts. passes: of the rank that has most. Returns metrics."""
+    before = 0.0
+    loss_of = partial(micro_loss, engine, run.cfg, normalizer, sums)
+    for _ in range(run.cfg.num_iterations):
+        grad_norm, updated = update(engine, batches, loss_of, passes)
+        (loss,) = run.sum(float(sums["loss"]))
         check_numbers(run, step, loss - before, grad_norm, updated)
         before = loss
     return {"grad_norm": grad_norm, "updated": updated}
@@ -360,31 +457,28 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
     return loss
 
 
-# What one sees
+# -- Shown
 
 
-def write_rollouts(run, step, loader, found):
-    """Append every completion of the step, of all ranks, to rollouts.jsonl. Returns what was written (rank 0)."""
+def write_rollouts(run, step, loader, groups, lengths):
+    """Append every completion of the step, of all ranks, to rollouts.jsonl."""
     if run.rank:
-        return []
-    spell = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
-    records = [loader.records[x.number] for x in found.sampled]
-    rows = [row(step, records[k], rollout, spell) for k, group in enumerate(found.groups) for rollout in group]
-    append(run.folder / ROLLOUTS, rows)
-    return rows
+        return
+    decode_token = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
+    records = [loader.records[number] for number, _ in lengths]
+    pairs = [(record, rollout) for record, group in zip(records, groups, strict=True) for rollout in group]
+    append(run.folder / ROLLOUTS, [row(step, record, rollout, decode_token) for record, rollout in pairs])
 
 
-def show(run, log, alarm, step, metrics, groups, rows):
-    """Alarms, and every log_completions steps some completions."""
-    seen = []
-    if run.cfg.log_completions and step % run.cfg.log_completions == 0:
-        seen = best_and_worst(groups)
-        log.rollouts(step, telling_rows(rows))
+def show(run, alarm, step, metrics, groups):
+    """Alarms, and every log_completions steps some completions, on the console."""
+    every = run.cfg.log_completions
+    seen = best_and_worst(groups) if every and step % every == 0 else []
     for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
         run.say(f"step {step:>6}  {text}")
 
 
-def evaluate_and_tell(run, model, processor, held_out, log):
+def evaluate_and_log(run, model, processor, held_out, log):
     """Log answer accuracy after this step, greedy and sampled; True if the greedy one is the best so far (of equals the
     latest)."""
     began = time.perf_counter()
@@ -395,9 +489,9 @@ def evaluate_and_tell(run, model, processor, held_out, log):
     if count and sampled.count:
         text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
         run.say(f"step {run.step:>6}  {text}{verdict}  ({seconds:.1f} s)")
-    told = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
-    told["evaluation"] = evaluation_facts(run, model, processor, held_out, greedy, log.total)
-    log.write(run.step, told | {"eval_seconds": seconds})
+    facts = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
+    facts["evaluation"] = evaluation_facts(run, model, processor, held_out, greedy, log.total)
+    log.write(run.step, facts | {"eval_seconds": seconds})
     return run.best is not None and run.best["step"] == run.step
 
 

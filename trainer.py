@@ -1,10 +1,10 @@
-"""What both training loops share: the run's folder, model, log, checkpoints, resume. (Accuracy: training/evaluation.)
+"""What both training loops share: the run's folder, the model, the schedule, checkpoints, signals.
 
-    run = launch(cfg)                    processes, device, the folder claimed, the checkpoint to go on from
-    model = build_model(cfg, run)        base, adapter, what is trained
-    engine = start(run, model, total)    DeepSpeed (training/engine.py), state put back, the run's facts told
-    save(run, engine, …)                 a checkpoint, whole or absent
-    finish(run)
+    run = launch(cfg, records, held_out)    processes, device, the folder claimed, the checkpoint to go on from
+    model = build_model(cfg, run)           base, adapter, what is trained
+    engine = start(run, model, total, …)    DeepSpeed ZeRO-2, state put back, the run's facts printed
+    save(run, engine, …)                    a checkpoint, complete or absent
+    finish(run, total)
 
 Every step seeds the random numbers, dropout's by (seed, step, rank), a prompt's completions by (seed, step, prompt):
 they do not depend on how often the run was evaluated or interrupted, completions not on the number of ranks either, and
@@ -12,56 +12,47 @@ there is no generator state to carry over.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
-import socket
+import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+import checkpoint
+from adapter_files import CONFIG, TENSORS, copy_small_files, load_adapter, save_adapter
+from checkpoint import BEST, METRICS, RUN, STATE, NotFiniteError, read_json, sha256, write_json
 from config import as_dict, ignored_options
-from dataset.sheet import sheet
-from interop.merged import copy_small_files
-from interop.saved import CONFIG, TENSORS, load_adapter, save_adapter
+from data import Processor, load_tokenizer
+from engine import build_engine, init_distributed, leave_processes, precision, use_deterministic_kernels
 from lora import inject, lora_layers, set_trainable
+from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import load_model, not_finite, resolve_folder, save_model
+from model.loading import ModelConfig, load_model, not_finite, resolve_folder, save_model
+from model.qwen import Qwen2_5_VL
 from report import write_report
-from training import checkpoint
-from training.agreed import agree, agree_on_checkpoint, agree_on_start
-from training.checkpoint import BEST, METRICS, RUN, STATE, read_json, write_json
-from training.counting import what_was_counted
-from training.engine import (
-    NotFinite,
-    build_engine,
-    global_max,
-    global_sum,
-    launchers,
-    leave_processes,
-    load_state,
-    precision,
-    save_state,
-    start_processes,
-    updates_made,
-    whole_state,
-)
-from training.meeting import first
-from training.runlog import cut_after, describe, machine, say, versions
-from training.schedule import warmup_steps
-from training.trackers import TRACKERS, check_installed
+from reporting.dataset import dataset_summary
+from runlog import cut_after, describe, machine, say, trained_shares, versions
+from trackers import TRACKERS, check_installed
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
-LEFT_OVER = 1.0  # seconds
 # what --overwrite removes, beside checkpoints, START and TRACKERS
 OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
+# Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
+OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "remote_folder", "model_id", "model_ckpt", "output_dir"}
+OWN_FLAGS |= {"deepspeed", "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}
+BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
+SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
+SPIKE, SPIKE_STEPS = 10, 16  # a gradient norm so many times the median of so many updates before is reported
 
 
 @dataclass
@@ -79,24 +70,22 @@ class Run:
     adapter: Path | None = None  # adapter that the run began with
     state: dict = field(default_factory=dict)  # its trainer_state.json
     step: int = 0  # steps done
+    updates: int = 0  # steps that changed the weights
     best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
     start_accuracy: float | None = None  # before the first step, where that was measured
     last_accuracy: float | None = None  # of the last evaluation
     bad: int = 0  # steps in a row without an update
     norms: list = field(default_factory=list)  # gradient norms of the last updates, which a spike is judged by
     loader: object = None  # of the training data: counts what it leaves out
-    halved: int = 0  # times that this rank sampled in halves for lack of memory
-    sample_limit: float = math.inf  # tokens that are no longer tried at once since
-    launchers: tuple = ()  # processes that it ends with
+    oom_retries: int = 0  # times that this rank sampled in halves for lack of memory
+    max_sampled_tokens: float = math.inf  # as many are no longer tried at once since
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
-    notes: list = field(default_factory=list)  # to tell at the start
-    plan: list = field(default_factory=list)  # lines of training/plan.py, likewise
+    notes: list = field(default_factory=list)  # to print at the start
+    adamw: object = None  # torch's optimizer, which DeepSpeed drives
 
     rank = property(lambda self: torch.distributed.get_rank())
     world = property(lambda self: torch.distributed.get_world_size())
-    data_rank = property(lambda self: self.rank // self.cfg.sequence_parallel)  # ranks that share batches are one here
-    data_world = property(lambda self: self.world // self.cfg.sequence_parallel)
 
     def say(self, text):
         if self.rank == 0:
@@ -120,8 +109,25 @@ class Run:
         self.best |= {"start_accuracy": self.start_accuracy, "below_start": below}
         return f", the best so far, but below the start's {self.start_accuracy:.1%}" if below else ", the best so far"
 
+    def gather_numbers(self, *values) -> torch.Tensor:
+        """Numbers of every rank, (world, len(values)) float64 on the host."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return own[None].cpu()
+        every = [torch.empty_like(own) for _ in range(self.world)]
+        torch.distributed.all_gather(every, own)
+        return torch.stack(every).cpu()
+
     def sum(self, *values):
-        return global_sum(values, self.device)
+        return self.gather_numbers(*values).sum(0).tolist()
+
+    def gather(self, value):
+        """[value of each rank], on every rank; anything that can be pickled."""
+        if self.world == 1:
+            return [value]
+        every = [None] * self.world
+        torch.distributed.all_gather_object(every, value)
+        return every
 
     def seed_step(self, step):
         """Random numbers of this step and rank: torch's, CPU and GPU."""
@@ -132,73 +138,68 @@ class Run:
         seed = self.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
         return [seed + 7_919 * prompt.number for prompt in prompts]
 
-    def own_signal(self):
-        """The signal that this rank was sent, SIGTERM where a launcher is gone, else 0."""
-        if launchers() != self.launchers:
-            self.signal = self.signal or signal.SIGTERM
-        return self.signal
-
-    def stop_requested(self, told=None):
-        """The signal that any rank was sent, else 0. Every rank must ask. told: what the ranks have told each other in
-        this step, which spares asking again; alone, a rank looks once more."""
-        if told is None or self.world == 1:
-            return int(global_max([self.own_signal()], self.device)[0])
-        return told
+    def stop_requested(self):
+        """The signal that any rank was sent, else 0. Every rank must ask."""
+        return int(self.gather_numbers(self.signal).max())
 
 
-# Start
+# -- Start
 
 
 def launch(cfg, records=(), held_out=()):
     """Processes, device, seed; the run's folder claimed; with --resume the checkpoint found.
 
-    records, held_out: what the run is trained and judged on, which must be the same on every machine.
+    records, held_out: what the run is trained and judged on, which must be the same on every rank.
 
     Nothing in the folder is changed yet (start() does). UserError if it holds something and neither --overwrite nor
     --resume is given, or if another process trains in it.
     """
     check_installed(cfg)
-    lock = first("claim", lambda: claim(Path(cfg.output_dir), cfg))
-    device = start_processes()
+    device = init_distributed()
+    lock = claim_on_first_rank(cfg)
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-        repeatable(cfg.deterministic)
+        use_deterministic_kernels(cfg.deterministic)
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
-    script = Path(sys.argv[0]).stem
     sys.setswitchinterval(5e-4)  # seconds; the threads that decode must not hold this one up for 5 ms at a time
-    run = Run(cfg, script, Path(cfg.output_dir), device, dtype, reason, lock, launchers=launchers())
+    run = Run(cfg, Path(sys.argv[0]).stem, Path(cfg.output_dir), device, dtype, reason, lock)
     if cfg.deterministic and device.type == "cpu":
         run.notes.append("--deterministic has no effect: on a CPU the same seed gives the same run without it")
-    run.notes += agree(cfg, dtype, records, held_out)
     if cfg.resume:
         find_source(run)
+    assert_same_across_ranks(run, records, held_out)
     return run
 
 
-def repeatable(on):
-    """Choose deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation
-    that has none raises a RuntimeError with its name. The workspace is cuBLAS' rule: docs.nvidia.com/cuda/cublas,
-    "Results reproducibility"; it must be set before the first product."""
-    if on:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
+def claim_on_first_rank(cfg):
+    """The open lock on rank 0, None on the others; where it is a user's mistake all ranks end, and rank 0 says why."""
+    lock = error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            lock = claim(Path(cfg.output_dir), cfg)
+        except UserError as problem:
+            error = problem
+    failed = [error is not None]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise error or SystemExit(2)
+    return lock
 
 
 def claim(folder, cfg):
     """Make the folder and lock it for this process; the lock ends with the process, however it ends."""
-    if cfg.resume and cfg.overwrite:
-        raise UserError("--resume: found beside --overwrite, expected one of them: go on, or start anew")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
-        take(lock)
-        os.ftruncate(lock.fileno(), 0)
-        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
     except BlockingIOError:
-        told = f"--output_dir: another process trains in {folder} ({(folder / LOCK).read_text()})"
-        raise UserError(f"{told}; wait for it or choose another") from None
+        owner = (folder / LOCK).read_text()
+        problem = f"--output_dir: another process trains in {folder} ({owner})"
+        raise UserError(f"{problem}; wait for it or choose another") from None
     except OSError as error:
         raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
@@ -210,62 +211,87 @@ def claim(folder, cfg):
     return lock
 
 
-def take(lock):
-    """flock, over NFS too: the machines of a run share the folder. For a moment after a process was killed, one that
-    it was just starting may still hold its files."""
-    end = time.monotonic() + LEFT_OVER
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.02)
+def assert_same_across_ranks(run, records, held_out):
+    """UserError on rank 0, exit code 2 on all, if flags, data, code or the checkpoint differ between ranks: one hash of
+    each, gathered once."""
+    cfg = run.cfg
+    file = lambda path: sha256(path)[:16] if path and os.path.isfile(path) else None
+    facts = {
+        "flags": sorted((name, str(value)) for name, value in as_dict(cfg).items() if name not in OWN_FLAGS),
+        "training data": (len(records), file(cfg.data_path)),
+        "held-out data": (len(held_out), file(cfg.eval_data_path)),
+        "--deepspeed": file(cfg.deepspeed),
+        "rewards": [file(name.rpartition(":")[0]) for name in getattr(cfg, "rewards", "").split(",")],
+        "precision": str(run.dtype),
+        "checkpoint to go on from": run.source and (run.source.name, file(run.source / checkpoint.MANIFEST)),
+    }
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+    every = run.gather(hashes)
+    differing = {name: [rank for rank, other in enumerate(every) if other[name] != every[0][name]] for name in hashes}
+    lines = [f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in differing.items() if ranks]
+    if lines:
+        if run.rank:
+            raise SystemExit(2)
+        raise UserError(f"ranks differ from rank 0: {'; '.join(lines)}; start all with the same flags and files")
 
 
 def find_source(run):
     """--resume: the newest whole checkpoint, and the flags that must follow it."""
     newest = checkpoint.newest_checkpoint(run.folder) if run.rank == 0 else None
-    (step,) = global_max([-1 if newest is None else checkpoint.step_of(newest)], run.device)
-    if step < 0:
+    (newest, *_) = run.gather(newest)
+    if newest is None:
         run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
         return
-    run.source = run.folder / f"checkpoint-{int(step)}"
-    agree_on_checkpoint(run.source)
+    run.source = run.folder / newest.name
     run.state = read_json(run.source / STATE)
-    run.step, run.best = run.state["step"], run.state["best"]
-    run.start_accuracy = run.state.get("start_accuracy")
-    run.norms = run.state.get("norms", [])
-    memory = run.state.get("memory") or {"halved": 0, "limit": None}
-    run.halved = memory["halved"] if run.rank == 0 else 0
-    run.sample_limit = math.inf if memory["limit"] is None else memory["limit"]
-    keep_batch(run)
+    run.step, run.updates, run.best = (run.state[name] for name in ("step", "updates", "best"))
+    run.start_accuracy, run.norms = run.state.get("start_accuracy"), run.state["norms"]
+    memory = run.state["memory"]
+    run.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
+    run.max_sampled_tokens = math.inf if memory["max_sampled_tokens"] is None else memory["max_sampled_tokens"]
+    wanted, cfg = run.state["samples_per_step"], run.cfg
+    if samples_per_step(run) != wanted:
+        asked = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        text = f"expected {wanted} samples a step as in that run, found {samples_per_step(run)} ({asked})"
+        raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
     run.notes.append(f"--resume: going on from {run.source}")
-    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "deepspeed"}
-    for name, value in run.state["config"].items():
-        now = as_dict(run.cfg).get(name)
-        if now != value and name not in ignore:
-            run.notes.append(f"--resume: {name} was {value!r} in that run and is {now!r} now")
+    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
+    now = as_dict(cfg)
+    for name in now.keys() & run.state["config"].keys() - ignore:
+        if now[name] != run.state["config"][name]:
+            run.notes.append(f"--resume: {name} was {run.state['config'][name]!r} in that run and is {now[name]!r} now")
 
 
-def samples_per_step(cfg, world):
-    """world: ranks, those that share batches counted as one."""
-    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world
+def samples_per_step(run):
+    return run.cfg.per_device_train_batch_size * run.cfg.gradient_accumulation_steps * run.world
 
 
-def keep_batch(run):
-    """On another number of ranks a resumed run keeps its samples per step: by another accumulation, or, where that does
-    not come out even, by the next smaller micro-batch that does."""
-    cfg, wanted = run.cfg, run.state["samples_per_step"]
-    if wanted % run.data_world:
-        text = f"expected a number that divides {wanted}, the samples a step of the run that is resumed"
-        raise UserError(f"ranks: found {run.data_world}, {text}")
-    share, given = wanted // run.data_world, cfg.per_device_train_batch_size
-    cfg.per_device_train_batch_size = next(size for size in range(min(given, share), 0, -1) if share % size == 0)
-    cfg.gradient_accumulation_steps = share // cfg.per_device_train_batch_size
-    if cfg.per_device_train_batch_size != given:
-        how = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.data_world} ranks"
-        run.notes.append(f"--per_device_train_batch_size: {given} makes no {wanted} samples a step here, {how} does")
+# -- Model
+
+
+def dry_run(cfg, make_loader, records):
+    """--dry_run: print data, steps, memory and options without effect; nothing is run or written. The weights are not
+    read: config.json and the tokenizer are enough. make_loader: the trainer's own."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(ModelConfig.from_folder(folder))
+    adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir) if cfg.model_ckpt is not None else None
+    if adapter and cfg.lora_enable:
+        load_adapter(model, adapter)
+    else:
+        inject(model, cfg)
+    set_trainable(model, cfg)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    processor = Processor(load_tokenizer(folder), model.config, cfg)
+    loader = make_loader(cfg, records, processor, 0, world)
+    print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
+    for line in summary(model, cfg, records, processor, loader, total_steps(cfg, loader), world, 2):
+        print(line)
+    print(f"  trained    {'; '.join(trained_shares(model))}")
+    for line in ignored_options(cfg):
+        print(f"  note       {line}")
 
 
 def build_model(cfg, run):
@@ -273,49 +299,47 @@ def build_model(cfg, run):
 
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    if cfg.partition_weights or cfg.sequence_parallel > 1:
-        raise UserError("--partition_weights, --sequence_parallel: removed; use --gradient_checkpointing True")
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
     if run.adapter:
-        found = load_adapter(model, run.adapter)
-        run.notes.append(f"adapter of {run.adapter}: rank {found.lora_rank}, alpha {found.lora_alpha:g}")
+        given = load_adapter(model, run.adapter)
+        run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:
-            if name in cfg.given and getattr(cfg, name) != getattr(found, name):
+            if name in cfg.given and getattr(cfg, name) != getattr(given, name):
                 run.notes.append(f"--{name} has no effect: the adapter has its own")
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
-        told = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
-        raise UserError(f"{told}; take another checkpoint, or download it again")
+        problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
+        raise UserError(f"{problem}; take another checkpoint, or download it again")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.cuda_graphs and run.device.type == "cuda":
         model.ops.graphs = GraphCache(run.say)
     return model
 
 
-def start(run, model, total):
-    """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
-    agree_on_start(run.cfg, run.adapter, total)
-    engine, notes = build_engine(model, run.cfg, run.device, run.dtype)
+def start(run, model, total, lines):
+    """The engine, with the state of the checkpoint put back; the folder made ready; the start-up lines printed, `lines`
+    (memory.summary) among them."""
+    engine, run.adamw, notes = build_engine(model, run.cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(run.cfg)]
     if run.source:
-        load_state(engine, run.source, run.state["updates"])
+        checkpoint.load_state(engine, run.adamw, run.source, run.updates)
         if run.state["loss_scale"]:
             engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.rank == 0:
         try:
             prepare_folder(run)
         except OSError as error:
-            told = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{told}; make room, or choose another --output_dir") from None
-        for line in describe(run, model, total, warmup_steps(run.cfg, total)):
+            problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
+            raise UserError(f"{problem}; make room, or choose another --output_dir") from None
+        for line in describe(run, model, total, warmup_steps(run.cfg, total), lines):
             run.say(line)
     watch_signals(run)
     return engine
@@ -342,28 +366,30 @@ def prepare_folder(run):
     else:
         (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
     checkpoint.rotate(run.folder, run.cfg.save_total_limit)  # a run killed after its last checkpoint had not come to it
-    facts = {"versions": versions(), "machine": machine() | {"ranks": run.world}}
-    write_json(run.folder / RUN, {"script": run.script, "command": sys.argv, "config": as_dict(run.cfg), **facts})
+    known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
+    facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
+    facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}
+    write_json(run.folder / RUN, facts)
 
 
-def tell_data(run, processor, records, held_out):
+def describe_data(run, processor, records, held_out):
     """Write data.json: what the run is trained and judged on, for the report. A fraction of a second."""
     if run.rank == 0:
-        write_json(run.folder / DATA, sheet({"train": records, "held out": held_out}, processor))
+        write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
 
 
 def keep_start_adapter(run):
     """Copy the adapter that the run begins with: its own run may delete it before this one is resumed."""
-    beside = run.folder / f".{START}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = run.folder / f".{START}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     for name in (CONFIG, TENSORS) if run.adapter else ():
-        shutil.copyfile(run.adapter / name, beside / name)
+        shutil.copyfile(run.adapter / name, temporary / name)
     shutil.rmtree(run.folder / START, ignore_errors=True)
     if run.adapter:
-        beside.rename(run.folder / START)
+        temporary.rename(run.folder / START)
     else:
-        beside.rmdir()
+        temporary.rmdir()
 
 
 def watch_signals(run):
@@ -385,7 +411,97 @@ def watch_signals(run):
         run.handlers[number] = signal.signal(number, note)
 
 
-# Checkpoints
+# -- Steps
+
+
+def total_steps(cfg, loader):
+    """Optimizer steps of the whole run."""
+    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
+
+
+def warmup_steps(cfg, total):
+    return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
+
+
+def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
+    """Share of the peak learning rate in step 0 … total-1.
+
+    The warm-up rises by equal amounts, from above 0 to below 1. After it, "cosine" and "linear" fall from 1 towards
+    `floor`, which they would reach in step `total`; "constant" stays 1.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    fall = 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (1 - floor) * fall
+
+
+def set_learning_rates(engine, cfg, step, total):
+    """Every group at its share of its peak, for step 0 … total-1. Returns the last group's rate: the language model's,
+    if that is trained."""
+    factor = lr_factor(step, total, cfg.lr_scheduler_type, warmup_steps(cfg, total), cfg.min_lr_ratio)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return engine.optimizer.param_groups[-1]["lr"]
+
+
+def is_due(every, step, total):
+    """Whether something that happens every so many steps (0 = only at the end) happens after step 1 … total."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def save_is_due(cfg, loader, step, total):
+    return is_due({"steps": cfg.save_steps, "epoch": loader.steps_per_epoch, "no": 0}[cfg.save_strategy], step, total)
+
+
+def check_numbers(run, step, loss, grad_norm, updated):
+    """Count the update, or report that it was skipped; UserError when several in a row were. loss None: there was
+    nothing to train on."""
+    run.updates += updated
+    if updated and loss is not None and math.isfinite(loss):
+        run.bad = 0
+        report_spike(run, step, grad_norm)
+        return
+    run.bad += 1
+    why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
+    run.say(f"step {step}: {why}: no update ({run.bad} in a row)")
+    limit = SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW
+    if run.bad >= limit:
+        last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
+        text = f"{run.bad} steps in a row without an update ({why})"
+        raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
+
+
+def report_spike(run, step, grad_norm):
+    """A gradient many times as large as the last ones' is reported; clipping makes its update no larger than others."""
+    usual = statistics.median(run.norms) if len(run.norms) == SPIKE_STEPS else math.inf
+    if grad_norm > SPIKE * usual:
+        most = run.cfg.max_grad_norm
+        done = f"clipped to {most:g}" if most else "not clipped, --max_grad_norm is 0"
+        run.say(f"step {step}: SPIKE gradient norm {grad_norm:.3g}, {grad_norm / usual:.0f} times the usual: {done}")
+    run.norms = [*run.norms, grad_norm][-SPIKE_STEPS:]
+
+
+def count_left_out(run, loader):
+    """What the loader leaves out is counted on from the run that is resumed."""
+    run.loader = loader
+    if run.source and run.state["config"].get("data_path") == run.cfg.data_path:
+        loader.restore(run.state["left_out"])
+
+
+def check_left_out(run, broken):
+    """End the run where too much of the data is broken. broken: the ranks' loader.broken, summed; all see the same."""
+    try:
+        run.loader.check_share(broken)
+    except UserError:
+        if run.rank:
+            raise SystemExit(2) from None  # one line is enough
+        raise
+
+
+# -- Checkpoints and the end
 
 
 def save(run, engine, step, loop=None):
@@ -395,23 +511,30 @@ def save(run, engine, step, loop=None):
     one line; the earlier checkpoints are intact.
     """
     folder, error = run.folder / f"checkpoint-{step}", None
-    counts, state = what_was_counted(run), whole_state(engine)
+    retries, limits = run.gather_numbers(run.oom_retries, run.max_sampled_tokens).T
+    limit = float(limits.min())
+    counts = {
+        "left_out": run.gather(run.loader.state()),
+        "norms": run.norms,
+        "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": None if limit == math.inf else limit},
+    }
+    state = checkpoint.optimizer_state(engine, run.updates)
     if run.rank == 0:
         try:
             for path in (run.folder / METRICS, run.folder / "rollouts.jsonl"):  # a resumed run has them up to this step
                 if path.exists():
                     checkpoint.sync(path)
-            checkpoint.write_whole(folder, lambda beside: fill(run, engine, step, loop, counts, state, beside))
+            checkpoint.write_whole(folder, lambda temporary: fill(run, engine, step, loop, counts, state, temporary))
             if run.best:
                 write_json(run.folder / BEST, run.best)
             checkpoint.rotate(run.folder, run.cfg.save_total_limit)
-        except (OSError, SafetensorError) as found:
-            error = f"cannot be written ({found}); earlier ones are intact: make room, then --resume"
-        except NotFinite as found:
-            error = f"is not written: {found}; earlier ones are intact: --resume, with a lower --learning_rate"
+        except (OSError, SafetensorError) as problem:
+            error = f"cannot be written ({problem}); earlier ones are intact: make room, then --resume"
+        except NotFiniteError as problem:
+            error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
     for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it
         pass
-    if global_max([error is not None], run.device)[0]:
+    if run.sum(error is not None)[0]:
         if run.rank:
             raise SystemExit(2)
         raise UserError(f"{folder}: {error}")
@@ -421,34 +544,31 @@ def fill(run, engine, step, loop, counts, state, folder):
     """The files of a checkpoint."""
     cfg, model = run.cfg, engine.module
     if names := not_finite(model):
-        raise NotFinite(f"{names[0]} holds NaN or Inf")
-    save_state(state, folder)
+        raise NotFiniteError(f"{names[0]} holds NaN or Inf")
+    checkpoint.save_state(state, folder)
     if lora_layers(model):
         save_adapter(model, folder, cfg.model_id)
     else:
         save_model(model, folder)
         copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
     scaler = engine.optimizer.loss_scaler
-    told = {
+    facts = {
         "step": step,
-        "updates": updates_made(engine),
+        "updates": run.updates,
         "best": run.best,
         "start_accuracy": run.start_accuracy,
-        "samples_per_step": samples_per_step(cfg, run.data_world),
+        "samples_per_step": samples_per_step(run),
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "loop": loop or {},
         **counts,
         "config": as_dict(cfg),
     }
-    (folder / STATE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# The end
+    (folder / STATE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def report(run):
-    """Write report.html of the run so far; a page that cannot be written is told and ends nothing."""
+    """Write report.html of the run so far; a page that cannot be written is reported and ends nothing."""
     if run.rank == 0:
         try:
             write_report([run.folder], run.folder / "report.html")
@@ -461,20 +581,19 @@ def against_start(run):
     if None in (run.start_accuracy, run.last_accuracy) or run.step == 0:
         return ""
     end, start = run.last_accuracy, run.start_accuracy
-    told = "better than" if end > start else "worse than" if end < start else "as good as"
-    text = f"; {end:.1%} at the end, {start:.1%} at the start: {told} the start"
+    relation = "better than" if end > start else "worse than" if end < start else "as good as"
+    text = f"; {end:.1%} at the end, {start:.1%} at the start: {relation} the start"
     if end < start:
         text += " (the run made it worse; try a lower --learning_rate or a larger --beta)"
     return text
 
 
 def finish(run, total):
-    """Tell how the run ended and leave the other ranks in order; after a signal exit with 128 + its number."""
+    """Print how the run ended and leave the other ranks in order; after a signal exit with 128 + its number."""
     number = run.stop_requested()
     best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
-    best += against_start(run)
     why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""
-    run.say(f"{run.folder}: step {run.step} of {total}{best}{why}")
+    run.say(f"{run.folder}: step {run.step} of {total}{best}{against_start(run)}{why}")
     for each, handler in run.handlers.items():
         signal.signal(each, handler)
     leave_processes()

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from checkpoint import newest_checkpoint
 from config import cli
 from generate import task_texts
 from model import UserError
 from model.loading import ModelConfig, load_model, random_model, save_model
-from training.checkpoint import newest_checkpoint
 
 # Qwen2.5-VL's special tokens, in the order of its vocabulary (151643 to 151656 there)
 SPECIAL = [

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +28,15 @@ import torch
 from workloads import Bench, arguments, chosen, forward_flops, linear_flops, peer_model, random_prompt, step_bytes
 
 import lora
+from adapter_files import hf_name
 from config import GRPO
 from dataset.batch import Example, pack
-from interop.saved import hf_name
+from engine import build_engine, init_distributed, leave_processes
 from model.decode import Sampling, generate
-from model.qwen import IGNORE
-from train_grpo import compare_within_groups, freeze_reference, micro_batches, reference_pass, train_on
+from model.packed import IGNORE
+from rollouts import Rollout
+from train_grpo import compare_within_groups, cut, freeze_reference, micro_batch, reduce_sums, reference_pass, train_on
 from trainer import Run
-from training.dealing import Sums
-from training.engine import build_engine, leave_processes, start_processes
-from training.groups import Rollout
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny" / "tokenizer.json"
 PARTS = "whole step", "rollout", "reference", "update"
@@ -60,13 +60,13 @@ class Step:
         self.bench = bench
         device = bench.device
         if not torch.distributed.is_initialized():
-            device = start_processes()
+            device = init_distributed()
         self.cfg = bench.lora(GRPO)
         self.cfg.num_generations, self.cfg.pack_tokens = bench.args.group, bench.args.pack_tokens
         lora.inject(bench.model, self.cfg)
         frozen = freeze_reference(bench.model, self.cfg)
         self.run = Run(self.cfg, "bench", Path(), device, bench.dtype, "")
-        self.engine, _ = build_engine(bench.model, self.cfg, device, bench.dtype)
+        self.engine, *_ = build_engine(bench.model, self.cfg, device, bench.dtype)
         self.reference = 0.0  # seconds in the frozen reference, of this step
 
         @contextmanager
@@ -97,11 +97,14 @@ class Step:
         start = time.perf_counter()
         groups = self.sample(prompts, tokens)
         sampled = time.perf_counter()
-        _, counts = compare_within_groups(self.run, groups, len(prompts) * self.run.world)
-        batches = [batch.to(self.bench.device) for batch in micro_batches(prompts, groups, self.cfg)]
-        sums = Sums(self.run)
-        reference_pass(self.run, self.bench.model, self.frozen, prompts, [], batches, max(1, len(prompts) // 4), sums)
-        train_on(self.run, self.engine, batches, counts, 1, len(batches), sums, sums.send)
+        _, normalizer = compare_within_groups(self.run, groups, len(prompts) * self.run.world)
+        own, lengths = dict(enumerate(prompts)), [(n, len(prompt)) for n, prompt in enumerate(prompts)]
+        passes = cut(groups, lengths, self.cfg)
+        batches = [micro_batch(own, rollouts, self.cfg).to(self.bench.device) for rollouts in passes]
+        sums = Counter()
+        reference_pass(self.run, self.bench.model, self.frozen, batches, [], max(1, len(prompts) // 4), sums)
+        train_on(self.run, self.engine, batches, normalizer, 1, len(batches), sums)
+        reduce_sums(self.run, sums)
         self.bench.sync()
         end = time.perf_counter()
         return end - start, sampled - start, self.reference, end - sampled - self.reference

@@ -26,9 +26,9 @@ from workloads import Bench, arguments, chosen, linear_flops, peer_inputs, peft_
 import lora
 from config import SFT
 from dataset.batch import fill_bins
-from model.qwen import IGNORE
+from engine import build_engine, init_distributed, leave_processes, update
+from model.packed import IGNORE
 from train_sft import micro_loss
-from training.engine import build_engine, leave_processes, start_processes, update
 
 PEER = "transformers + PEFT"
 
@@ -88,9 +88,9 @@ def ours(bench, cfg):
         engine = Plain(bench.model, cfg, bench.device)
         step = engine.update
     else:
-        start_processes()
-        engine, _ = build_engine(bench.model, cfg, bench.device, bench.dtype)
-        step = partial(update, engine)
+        init_distributed()
+        engine, *_ = build_engine(bench.model, cfg, bench.device, bench.dtype)
+        step = lambda micro_batches, loss_of: update(engine, micro_batches, loss_of, len(micro_batches))
 
     def make(work, batch, accumulation):
         micro_batches = passes(bench, work, batch * accumulation)

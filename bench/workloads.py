@@ -20,14 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from adapter_files import hf_name
 from bench.flops import head_flops, language_flops, vision_flops
-from dataset.video import Options, frame_size
-from interop.saved import hf_name
-from lora import homes, targets
+from lora import adapter_blocks, targets
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, random_model
-from model.qwen import IGNORE, Packed, Qwen2_5_VL, Segments, normalise_patches
+from model.packed import IGNORE, Packed, Segments, normalise_patches
+from model.qwen import Qwen2_5_VL
 from model.rope import mrope_position_ids
+from video import Options, frame_size
 
 LONG = 10  # seconds
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
@@ -166,7 +167,7 @@ def step_bytes(model, work: Workload, N: int, G: int, mean_own: float) -> float:
     """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
     config, size = model.config, model.head_weight.element_size()
     layers = sum(p.numel() for p in model.model.layers.state_dict().values())
-    merged = sum(a.block.adapters.numel() for a in homes(model) if a.block in [*model.model.layers])
+    merged = sum(a.block.adapters.numel() for a in adapter_blocks(model) if a.block in [*model.model.layers])
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     own = token * N * (work.prompt_tokens + G * mean_own)
     return size * (layers - merged + model.head_weight.numel() + own)  # sampling merges adapters into the weights

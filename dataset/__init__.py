@@ -1,1 +1,1 @@
-"""Files to batches, behind data.py: records (json, jsonl), reader (PyAV), video (frames, sizes, patches), batch."""
+"""Files to batches, behind data.py: records (json, jsonl), places, batch."""

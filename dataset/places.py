@@ -6,12 +6,15 @@
     an address        is refused, unless allow_remote_files: dataset/remote.py fetches it
 """
 
+import base64
 import os
 import re
+import tempfile
+import threading
+from hashlib import blake2b
 from pathlib import Path
 
 from dataset.batch import Vanished
-from dataset.reader import inline
 from dataset.remote import fetch
 from model import UserError
 
@@ -25,6 +28,32 @@ def media_folders(args) -> list[str]:
     paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
     parents = list(dict.fromkeys(Path(path).parent for path in paths if path))
     return [str(folder) for parent in parents for folder in (parent / "videos", parent)] + [""]
+
+
+class InlineFiles:
+    """Clips that stand inside their records as data:…;base64,… addresses, as files; gone when the process ends."""
+
+    def __init__(self):
+        self.folder, self.lock = None, threading.Lock()
+
+    def file(self, address: str, where: str) -> str:
+        """The file with the bytes of `address`, written once however often it is asked for."""
+        head, _, text = address.partition(",")
+        suffix = re.sub(r"\W", "", head.partition("/")[2].partition(";")[0])
+        name = f"{blake2b(address.encode(), digest_size=16).hexdigest()}.{suffix}"
+        with self.lock:  # threads share the folder
+            self.folder = self.folder or tempfile.TemporaryDirectory(prefix="inline_clips_")
+            path = Path(self.folder.name) / name
+            if not path.exists():
+                try:
+                    path.write_bytes(base64.b64decode(text, validate=True))
+                except ValueError as error:
+                    message = f"{where}: {address[:40]}… is not base64 ({error})"
+                    raise UserError(f"{message}; encode the file again") from None
+        return str(path)
+
+
+inline = InlineFiles()
 
 
 class Places:

@@ -27,12 +27,11 @@ import torch
 from tqdm import tqdm
 
 from config import Generate, VideoArgs
-from dataset.reader import read_frames, read_packets
 from dataset.records import read_turns
-from dataset.video import Options, plan_clip
 from drawing import cot, preview
 from model import UserError, nearest_path
 from rewards import is_correct, sample_from_record
+from video import Options, index_frames, plan_clip, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
 # What published copies of Kinetics call their folders
@@ -113,7 +112,7 @@ def fault_of(clip: Clip) -> str | None:
     """Why training could not read it; None if it can."""
     try:
         str(clip.path).encode()
-        plan_clip("video", (str(clip.path),), Options.of("video", VideoArgs(), {}, clip.path.name))
+        plan_clip("video", (str(clip.path),), Options.from_args("video", VideoArgs(), {}, clip.path.name))
     except UnicodeEncodeError:
         return f"{os.fsencode(clip.path)!r}: its name is not UTF-8; rename it"
     except UserError as error:
@@ -196,13 +195,12 @@ def ask(cfg: Generate, clips: list[Clip]) -> list[Question]:
 
 def read_strip(clip: Clip) -> bytes:
     """The picture of a clip that the server is shown."""
-    packets = read_packets(str(clip.path))
-    picks = np.linspace(0, len(packets.pts) - 1, cot.STRIP_FRAMES).round().astype(int).tolist()
-    h, w = packets.size
+    index = index_frames(str(clip.path))
+    picks = np.linspace(0, len(index.pts) - 1, cot.STRIP_FRAMES).round().astype(int).tolist()
+    h, w = index.size
     size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
-    seeks = [packets.seek(i) for i in picks] if packets.keyframes else []
-    frames = torch.stack(read_frames(str(clip.path), picks, seeks, size)).permute(0, 2, 3, 1).numpy()
-    return preview.strip(frames, [(packets.pts[i] - packets.pts[0]) * packets.time_base for i in picks])
+    frames = torch.stack(read_frames(str(clip.path), picks, [index.seek(i) for i in picks], size))
+    return preview.strip(frames.permute(0, 2, 3, 1).numpy(), [index.seconds(i) for i in picks])
 
 
 def answers(cfg: Generate, clips: list[Clip], asked: list[Question], cache: Path) -> tuple[list, dict]:

@@ -1,1 +1,1 @@
-"""What report.py is made of: charts and readable rollouts."""
+"""What a run's page shows. These modules make plain values; assets/report.html, a Jinja2 template, makes the HTML."""

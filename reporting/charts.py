@@ -1,106 +1,87 @@
-"""Numbers -> SVG for report.py, by hand: columns out of metrics.jsonl, thinned curves, nice axes. Only numpy.
+"""Rows of metrics.jsonl -> charts: the coordinates of SVG paths, ticks and legends. Only numpy.
 
-    columns(rows)            {key: (steps, values)} of every number in the rows, nested objects flattened with "/"
-    charts(runs, mark)       HTML figures: one a GROUP for one run, one a key for several runs laid over each other
+    columns(rows)            {key: (steps, values)} of every number in the rows
+    charts(runs, mark)       one run: a chart a GROUP; several laid over each other: a chart a key
 
-The page's script reads what hovering needs from data- attributes; the colours are classes (s0 … s7), so no style stands
-in the markup and the content policy can forbid it.
+assets/report.html draws them. Its script reads what hovering needs from data- attributes, so `Axes` stands there too.
 """
 
 import math
 import re
-from html import escape
 
 import numpy as np
 
-# Title, unit, pattern of the keys; the first group that fits takes a key, what fits none is charted under "other".
-# "%" groups are shares: drawn times 100, on an axis from 0 to 100 where they need it.
+from reporting.numbers import flatten, is_number, short
+
+# Title, unit, pattern of the keys. The first group that fits takes a key; what fits none is charted under "Other".
+# "%" groups are shares: drawn times 100.
 GROUPS = [
     ("Loss", "", r"^(?!class/).*loss$"),
-    ("Accuracy", "%", r"^(?!class/|.*(reward|count|samples)).*(accuracy|correct|reversed|shuffled|blanked)"),
-    ("Accuracy of each class", "%", r"^class/"),
-    ("Reward", "points", r"^(?!.*(std|spread|share|seconds|_s$)).*(reward|advantage)"),
-    ("Reward spread", "standard deviation", r"^(?!.*(zero|share)).*(reward.*(std|spread)|std.*reward|group_std)"),
-    ("Groups", "%", r"all_(right|wrong)|variance|zero_std|(^|/)groups?/"),
-    ("KL to the reference", "nats a token", r"(^|[/_])kl($|[/_])"),
-    ("Completions cut by the limit", "%", r"truncat|(^|[/_])cut|unfinished"),
+    ("Accuracy", "%", r"^(?!class/|reward).*accuracy"),
+    ("Accuracy by class", "%", r"^class/"),
+    ("Reward", "points", r"^reward(?!.*std)"),
+    ("Reward standard deviation", "", r"^(reward|group).*std"),
+    ("Zero-variance groups", "% of the groups", r"all_(right|wrong)|variance"),
+    ("KL to the reference", "nats a token", r"^kl"),
+    ("Truncated completions", "%", r"truncated"),
     ("Completion length", "tokens", r"length"),
-    ("Ratio clipped", "%", r"clip_|clipped|capped"),
-    ("Ratio to the sampling policy", "", r"(^|[/_])ratio($|[/_])"),
+    ("Clipped fraction", "% of the tokens", r"^clip|capped"),
+    ("Importance ratio", "", r"^ratio$"),
     ("Entropy", "nats a token", r"entropy"),
-    ("Gradient norm", "before clipping", r"grad_?norm"),
-    ("Learning rate", "", r"(^|[/_])(lr|learning_rate)($|[/_])"),
-    ("Sampler against trainer", "gap of log-probs, nats", r"gap|sampler|is_weight"),
-    ("Tokens a step", "", r"tokens$"),
-    ("Throughput", "a second", r"(per|a)_s(ec|econd)?$|/s$|tok_s"),
-    ("Step time", "ms", r"(^|[/_])ms$"),
-    ("Time", "seconds", r"second|(^|[/_])time|_s$"),
-    ("Waiting for data", "% of the step", r"(^|[/_])wait($|[/_])"),
-    ("Memory", "GiB, peak", r"mem|(^|[/_])gib|_gb$"),
+    ("Gradient norm", "before clipping", r"grad_norm"),
+    ("Learning rate", "", r"^(lr|learning_rate)"),
+    ("Log-prob gap, sampler to trainer", "nats", r"gap"),
+    ("Tokens per step", "", r"tokens$"),
+    ("Throughput", "tokens per second", r"per_second"),
+    ("Step time", "ms", r"^ms$"),
+    ("Time", "seconds", r"seconds"),
+    ("Waiting for data", "% of the step", r"^wait"),
+    ("Memory", "GiB, peak", r"gib"),
 ]
 OTHER = ("Other", "", "")
-LOGARITHMIC = {"Loss", "KL to the reference", "Gradient norm", "Sampler against trainer"}
-ALWAYS = {"Loss", "Accuracy", "Accuracy of each class", "Reward"}  # drawn even where nothing changes
+LOGARITHMIC = {"Loss", "KL to the reference", "Gradient norm", "Log-prob gap, sampler to trainer"}
+ALWAYS_DRAWN = {"Loss", "Accuracy", "Accuracy by class", "Reward"}  # even where nothing changes
 NOT_CHARTED = {"step", "epoch", "timestamp", "seed", "count", "eval_count", "confusion", "evaluation"}
-POINTS = 400  # a curve is thinned to this many; each then stands for a stretch, drawn with its lowest and highest
+COLOURS = 8  # classes s0 ... s7 of the page
+POINTS = 400  # a longer curve is thinned to this many means, with a band from the lowest to the highest value
 SMOOTH = 24  # a noisy curve is drawn pale, with its running mean over 1/SMOOTH of its length on top
 NOISY = 0.02  # mean distance from the running mean, as a share of the curve's range
-COLOURS = 8  # classes s0 ... s7 of the page
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 190, 44, 10, 8, 24  # viewBox units, about pixels
 
 
-def number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def flat(row: dict, before: str = ""):
+def flat(row: dict, prefix: str = ""):
     """(key, number or None) of each number and each null in a row, nested objects flattened with "/"."""
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{before}{key}/")
-        elif value is None or number(value):
-            yield before + key, value
+    return ((key, value) for key, value in flatten(row, prefix) if value is None or is_number(value))
 
 
 def columns(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of metrics.jsonl -> {key: (steps (N,), values (N,))}, sorted; of a step that is there twice the later value.
+    """Rows of metrics.jsonl -> {key: (steps (N,), values (N,))}, sorted. Of a step written twice the later row counts.
 
-    A null counts as not finite (JSON has no NaN), but a key that is null throughout is left out: it was not measured.
+    A null is not finite (JSON has no NaN). A key that is null throughout is left out: it was not measured.
     """
-    found = {}
-    for i, row in enumerate(rows):
-        step = row.get("step", i)
-        if number(step) and math.isfinite(step):
+    points = {}
+    for row in rows:
+        step = row.get("step")
+        if is_number(step) and math.isfinite(step):
             for key, value in flat(row):
                 if not NOT_CHARTED & {*key.split("/")}:
-                    found.setdefault(key, {})[step] = value
+                    points.setdefault(key, {})[step] = value
     result = {}
-    for key, points in found.items():
-        if any(value is not None for value in points.values()):
-            steps = sorted(points)
-            values = [math.nan if points[s] is None else points[s] for s in steps]
+    for key, value_at in points.items():
+        if any(value is not None for value in value_at.values()):
+            steps = sorted(value_at)
+            values = [math.nan if value_at[step] is None else value_at[step] for step in steps]
             result[key] = np.array(steps, float), np.array(values, float)
     return result
 
 
 def group_of(key: str) -> tuple[str, str, str]:
-    return next((group for group in GROUPS if re.search(group[2], key.lower())), OTHER)
+    return next((group for group in GROUPS if re.search(group[2], key)), OTHER)
 
 
-def short(value: float) -> str:
-    """A number for people: four digits, thousands as 12.3k."""
-    if not math.isfinite(value):
-        return "not finite"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:.4g}k"
-    text = f"{value:.4g}"
-    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
-
-
-def percent(share) -> str:
-    return f"{100 * share:.1f} %" if number(share) and math.isfinite(share) else "–"
+def label(key: str) -> str:
+    """A key as a legend: 'reward/accuracy' -> 'reward accuracy', 'class/Ascending' -> 'Ascending'."""
+    return key.removeprefix("class/").replace("/", " ").replace("_", " ").strip()
 
 
 def thin(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -108,20 +89,20 @@ def thin(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     size = -(-len(y) // POINTS)
     if size == 1:
         return y, y, y, np.arange(len(y))
-    pad = np.concatenate([y, np.full(-len(y) % size, np.nan)]).reshape(-1, size)
-    good = np.isfinite(pad)
-    count = good.sum(1)
-    mean = np.where(good, pad, 0).sum(1) / np.where(count, count, np.nan)
-    low, high = np.where(good, pad, np.inf).min(1), np.where(good, pad, -np.inf).max(1)
-    middle = np.minimum(np.arange(len(pad)) * size + size // 2, len(y) - 1)
-    return mean, np.where(count, low, np.nan), np.where(count, high, np.nan), middle
+    stretches = np.concatenate([y, np.full(-len(y) % size, np.nan)]).reshape(-1, size)
+    finite = np.isfinite(stretches)
+    count = np.where(finite.any(1), finite.sum(1), np.nan)
+    mean = np.where(finite, stretches, 0).sum(1) / count
+    low, high = np.where(finite, stretches, np.inf).min(1), np.where(finite, stretches, -np.inf).max(1)
+    middle = np.minimum(np.arange(len(stretches)) * size + size // 2, len(y) - 1)
+    return mean, np.where(np.isnan(count), np.nan, low), np.where(np.isnan(count), np.nan, high), middle
 
 
 def running_mean(y: np.ndarray) -> np.ndarray:
     """(n,) -> (n,): the mean of the finite values around each, fewer at the ends; NaN stays NaN."""
-    good, width = np.isfinite(y), max(1, len(y) // SMOOTH) | 1
-    total = np.convolve(np.where(good, y, 0), np.ones(width), "same")
-    return np.where(good, total / np.maximum(np.convolve(good, np.ones(width), "same"), 1), np.nan)
+    finite, window = np.isfinite(y), np.ones(max(1, len(y) // SMOOTH) | 1)
+    total, count = (np.convolve(values, window, "same") for values in (np.where(finite, y, 0), finite))
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -168,63 +149,47 @@ class Axes:
     def box(self) -> str:
         return " ".join(f"{v:.10g}" for v in (self.x0, self.x1, self.y0, self.y1, int(self.log)))
 
-    def svg(self, mark: float | None) -> str:
-        """Grid, labels, and a dashed line at the step `mark`."""
-        parts = []
-        for v in (log_ticks(self.y0, self.y1) if self.log else ticks(self.y0, self.y1)):
-            y = self.y(v)
-            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(v)}</text>')
-        for v in ticks(self.x0, self.x1, 5):
-            if v == int(v):
-                anchor = "end" if self.x(v) > WIDTH - RIGHT - 12 else "middle"
-                parts.append(f'<text x="{self.x(v):.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{short(v)}</text>')
-        if mark is not None and self.x0 <= mark <= self.x1:
-            parts.append(f'<path class="mark" d="M{self.x(mark):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        return "".join(parts)
+    def ticks(self) -> dict:
+        """Where the grid's lines and the labels stand."""
+        values = log_ticks(self.y0, self.y1) if self.log else ticks(self.y0, self.y1)
+        steps = [v for v in ticks(self.x0, self.x1, 5) if v == int(v)]
+        return {
+            "y_ticks": [(round(float(self.y(v)), 1), short(v)) for v in values],
+            "x_ticks": [(round(self.x(v), 1), short(v)) for v in steps],
+        }
 
 
-def path(points) -> str:
-    """(x, y) pairs -> the d of a path; None breaks the line, a point alone becomes a dot."""
-    parts, pen = [], "M"
-    for k, point in enumerate(points):
-        if point is None:
+def line(axes: Axes, x: np.ndarray, y: np.ndarray) -> str:
+    """The d of a path: broken where y is NaN; a point alone becomes a dot."""
+    d, pen = [], "M"
+    for k, (px, py) in enumerate(zip(axes.x(x), axes.y(y), strict=True)):
+        if math.isnan(py):
             pen = "M"
             continue
-        alone = pen == "M" and (k + 1 == len(points) or points[k + 1] is None)
-        parts.append(f"{pen}{point[0]:.1f} {point[1]:.1f}" + ("h0" if alone else ""))
+        alone = pen == "M" and (k + 1 == len(y) or math.isnan(y[k + 1]))
+        d.append(f"{pen}{px:.1f} {py:.1f}" + ("h0" if alone else ""))
         pen = "L"
-    return "".join(parts)
+    return "".join(d)
 
 
-def curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: int) -> tuple[str, str]:
-    """(SVG of one curve, what hovering needs as data- attributes)."""
-    mean, low, high, middle = thin(y)
-    x = x[middle]
-    pairs = [(a, b) if math.isfinite(b) else None for a, b in zip(axes.x(x), axes.y(mean), strict=True)]
-    shown = np.isfinite(mean)
-    svg = []
+def curve(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[list[tuple[str, str]], str]:
+    """([(class, d)] of the paths of one curve, its points as "step,value …" for hovering)."""
+    mean, low, high, middle = thin(np.where(np.isfinite(y), y, np.nan))
+    x, shown = x[middle], np.isfinite(mean)
+    paths = []
     if len(mean) < len(y):
-        xs, top, bottom = axes.x(x[shown]), axes.y(high[shown]), axes.y(low[shown])
-        edge = [f"{a:.1f} {b:.1f}" for a, b in zip(np.r_[xs, xs[::-1]], np.r_[top, bottom[::-1]], strict=True)]
-        svg.append(f'<path class="band s{colour}" d="M{"L".join(edge)}Z"/>')
-    steady = running_mean(mean)
-    distance = np.abs(mean - steady)[shown]
+        outline = line(axes, np.r_[x[shown], x[shown][::-1]], np.r_[high[shown], low[shown][::-1]])
+        paths.append(("band", f"{outline}Z"))
+    smooth = running_mean(mean)
+    distance = np.abs(mean - smooth)[shown]
     if len(mean) > 2 * SMOOTH and distance.mean() > NOISY * np.ptp(mean[shown]) > 0:
-        smooth = [(a, b) if math.isfinite(b) else None for a, b in zip(axes.x(x), axes.y(steady), strict=True)]
-        svg.append(f'<path class="line pale s{colour}" d="{path(pairs)}"/>')
-        svg.append(f'<path class="line s{colour}" d="{path(smooth)}"/>')
+        paths += [("line pale", line(axes, x, mean)), ("line", line(axes, x, smooth))]
     else:
-        svg.append(f'<path class="line s{colour}" d="{path(pairs)}"/>')
+        paths.append(("line", line(axes, x, mean)))
+    points = list(zip(x[shown], mean[shown], strict=True))
     if len(mean) <= 25:
-        svg.append(f'<path class="dots s{colour}" d="{"".join(f"M{p[0]:.1f} {p[1]:.1f}h0" for p in pairs if p)}"/>')
-    points = " ".join(f"{a:.6g},{b:.5g}" for a, b in zip(x[shown], mean[shown], strict=True))
-    return "".join(svg), f'data-points="{points}"'
-
-
-def label(key: str) -> str:
-    """A key as a legend word: 'eval/accuracy' -> 'eval accuracy', 'class/Ascending' -> 'Ascending'."""
-    return key.removeprefix("class/").replace("/", " ").replace("_", " ").strip()
+        paths.append(("dots", "".join(f"M{axes.x(a):.1f} {axes.y(b):.1f}h0" for a, b in points)))
+    return paths, " ".join(f"{a:.6g},{b:.5g}" for a, b in points)
 
 
 def in_percent(unit: str, y: np.ndarray) -> np.ndarray:
@@ -232,59 +197,54 @@ def in_percent(unit: str, y: np.ndarray) -> np.ndarray:
     return y * 100 if unit.startswith("%") and np.nanmax(np.abs(y), initial=0) <= 1 else y
 
 
-def figure(title: str, unit: str, series: list, span: tuple[float, float], mark: float | None = None) -> str:
-    """One chart of [(name, steps, values, colour)]. Its legend tells the last values, or those at the pointer."""
-    series = [(name, x, in_percent(unit, y), colour) for name, x, y, colour in series]
-    lost = sum(int((~np.isfinite(y)).sum()) for _, _, y, _ in series)
+def chart(title: str, unit: str, series: list, span: tuple[float, float], mark: float | None) -> dict:
+    """One chart of [(name, (steps, values), colour)]. Its legend shows the last values, or those at the pointer."""
+    series = [(name, x, in_percent(unit, y), colour) for name, (x, y), colour in series]
     finite = [y[np.isfinite(y)] for _, _, y, _ in series]
     axes = Axes(title, unit, span, np.concatenate(finite))
-    curves, legend = [], []
+    curves = []
     for (name, x, y, colour), good in zip(series, finite, strict=True):
-        svg, data = curve(axes, x, y, colour)
-        curves.append(svg + f'<circle class="dot s{colour}" r="3.5"/>')
+        paths, points = curve(axes, x, y)
         last = short(good[-1]) if len(good) else "not finite"
-        legend.append(f'<li class="s{colour}" {data}><span>{escape(name)}</span> <b>{last}</b></li>')
-    notes = [unit] * bool(unit) + ["log scale"] * axes.log
-    notes += [f'<em class="bad">{lost} value{"s" * (lost > 1)} not finite</em>'] * bool(lost)
-    ends = [f"{name} ends at {short(good[-1])}" for (name, *_), good in zip(series, finite, strict=True) if len(good)]
-    return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3> <small>{", ".join(notes)}</small>'
-        f'<output></output></figcaption><ul class="legend">{"".join(legend)}</ul>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-box="{axes.box}" role="img" tabindex="0" '
-        f'aria-label="{escape(title)} by step: {escape("; ".join(ends))}">{axes.svg(mark)}{"".join(curves)}'
-        f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}"/></svg></figure>'
-    )
+        curves.append({"name": name, "colour": colour, "paths": paths, "points": points, "last": last})
+    return {
+        "title": title,
+        "unit": ", ".join([unit] * bool(unit) + ["log scale"] * axes.log),
+        "missing": sum(len(y) for _, _, y, _ in series) - sum(map(len, finite)),
+        "curves": curves,
+        "box": axes.box,
+        "mark": None if mark is None else round(axes.x(mark), 1),
+        **axes.ticks(),
+    }
 
 
-def charts(runs: list[tuple[str, dict]], mark: float | None = None) -> str:
-    """[(run's name, columns(...))] -> figures in the order of GROUPS; [] -> "". mark: step of the best checkpoint."""
-    keys = list(dict.fromkeys(key for _, found in runs for key in found))
+def charts(runs: list[tuple[str, dict]], mark: float | None = None) -> tuple[list[dict], list[str]]:
+    """[(run's name, columns(...))] -> (charts in the order of GROUPS, "key value" of what never changes).
+
+    mark: step of the best checkpoint.
+    """
+    keys = list(dict.fromkeys(key for _, data in runs for key in data))
+    steps = [data[key][0] for _, data in runs for key in data]
     if not keys:
-        return ""
-    ends = [(x[0], x[-1]) for _, found in runs for x, _ in found.values()]
-    span = float(min(first for first, _ in ends)), float(max(last for _, last in ends))
-    figures, constant = [], []
+        return [], []
+    span = float(min(x[0] for x in steps)), float(max(x[-1] for x in steps))
+    result, constant = [], {}
     for group in [*GROUPS, OTHER]:
+        title, unit, _ = group
         mine = [key for key in keys if group_of(key) is group]
-        same = [key for key in mine if len({v for _, found in runs for v in found.get(key, ((), ()))[1]}) == 1]
-        if group is OTHER or (mine == same and group[0] not in ALWAYS):
-            constant += same
+        values = {key: np.unique([v for _, data in runs if key in data for v in data[key][1]]) for key in mine}
+        same = {key: v[0] for key, v in values.items() if len(v) == 1 and np.isfinite(v[0])}
+        if title not in ALWAYS_DRAWN and (group is OTHER or len(same) == len(mine)):
+            constant |= same
             mine = [key for key in mine if key not in same]
-        if len(runs) > 1 or group is OTHER:
-            figures += [one_key(runs, key, group, len(mine) > 1, span, mark) for key in mine]
+        if len(runs) == 1 and group is not OTHER:
+            series = [(label(key), runs[0][1][key], k % COLOURS) for k, key in enumerate(mine)]
+            result += [chart(title, unit, series[k : k + COLOURS], span, mark) for k in range(0, len(series), COLOURS)]
             continue
-        for start in range(0, len(mine), COLOURS):
-            series = [(label(key), *runs[0][1][key], k) for k, key in enumerate(mine[start : start + COLOURS])]
-            figures.append(figure(group[0], group[1], series, span, mark))
-    told = [f"{label(key)} {short(next(found[key][1][0] for _, found in runs if key in found))}" for key in constant]
-    told = f'<p class="soft">The same at every step: {escape(", ".join(told))}.</p>' if told else ""
-    return f'<div class="charts">{"".join(figures)}</div>{told}'
-
-
-def one_key(runs, key: str, group, crowded: bool, span, mark) -> str:
-    """The chart of one key over all runs, a colour each."""
-    series = [(name, *found[key], k % COLOURS) for k, (name, found) in enumerate(runs) if key in found]
-    if len(runs) == 1:
-        series = [(label(key), *series[0][1:])]
-    title = label(key).capitalize() if group is OTHER else group[0] + (f": {label(key)}" if crowded else "")
-    return figure(title, group[1], series, span, mark)
+        for key in mine:
+            series = [(name, data[key], k % COLOURS) for k, (name, data) in enumerate(runs) if key in data]
+            if len(runs) == 1:
+                series = [(label(key), runs[0][1][key], 0)]
+            own = label(key).capitalize() if group is OTHER else title + f": {label(key)}" * (len(mine) > 1)
+            result.append(chart(own, unit, series, span, mark))
+    return result, [f"{label(key)} {short(value)}" for key, value in constant.items()]

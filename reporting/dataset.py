@@ -1,107 +1,142 @@
-"""The dataset sheet: how many samples of which kind, what they look like, what the model gets of them (data.json, which
-dataset/sheet.py made; metadata.json, which generate.py wrote beside the data)."""
+"""Facts about a dataset: counted by `dataset_summary` for data.json, shown by `dataset`.
 
-from html import escape
+data.json is {split: facts}. Counts of classes and questions are {text: count} or [[text, count]]; tokens, frames and
+seconds are [least, median, most].
+"""
 
-from reporting.charts import number, short
-from reporting.frames import Strips, clip_folders
-from reporting.pieces import bar, flat_text, plain, table
-from reporting.reading import Run, read_object
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
 
-# Line of the table, key in data.json: [least, median, most]
-SPANS = (
-    ("tokens a sample", "tokens"),
-    ("of them vision", "vision_tokens"),
-    ("of them answer", "answer_tokens"),
-    ("frames a clip, for the model", "frames"),
-    ("seconds a clip", "seconds"),
-    ("frames a second, in the file", "source_fps"),
-)
-SIZES = (("width x height, for the model", "sizes"), ("width x height, in the file", "source_sizes"))
+from reporting.frames import clip_folders
+from reporting.numbers import dict_of, flatten
+from reporting.run import Run, read_object
+
+MAX_READ = 1000  # records whose text is read, evenly spread over the dataset
+MAX_MEASURED = 32  # records whose clips are opened and whose tokens are counted
+MAX_CLASSES, MAX_QUESTIONS, MAX_EXAMPLES = 40, 8, 6  # listed; more different answers than that are no classes
+
+# Key in data.json: line of the table
+RANGES = {
+    "tokens": "tokens per sample",
+    "vision_tokens": "vision tokens",
+    "answer_tokens": "answer tokens",
+    "frames": "sampled frames per clip",
+    "seconds": "clip length, seconds",
+    "source_fps": "frame rate of the file",
+}
+SIZES = {"sizes": "width x height, resized", "source_sizes": "width x height, of the file"}
 
 
-def dataset(run: Run) -> str:
-    """The section's inside; "" where nothing is known of the data."""
+# -- Counting. These functions import the data modules when called: a page needs no torch.
+
+
+def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
+    """{split: records} -> {split: facts} for data.json; an empty split is left out. No clip is decoded whole."""
+    return {
+        name: text_facts(records) | clip_facts(evenly_spread(records, MAX_MEASURED), processor)
+        for name, records in splits.items()
+        if len(records)
+    }
+
+
+def evenly_spread(records: Sequence[dict], count: int) -> list[dict]:
+    total = len(records)
+    return [records[i * total // count] for i in range(count)] if total > count else list(records)
+
+
+def text_facts(records: Sequence[dict]) -> dict:
+    """Classes (the words of the right answers), question templates, and an example of each class."""
+    from dataset.records import record_name
+    from model import UserError
+    from rewards import reference_answer, sample_from_record
+
+    read, classes, questions, examples = evenly_spread(records, MAX_READ), Counter(), Counter(), {}
+    for record in read:
+        try:
+            sample = sample_from_record(record)
+        except UserError:  # reported by the loader when it comes to this record
+            continue
+        answer = reference_answer(sample)
+        name = sample.options.get(answer, answer) or sample.answer.strip()[:80]
+        classes[name] += 1
+        questions[question_template(sample.question)] += 1
+        if record.get("video"):
+            examples.setdefault(name, {"id": record_name(record), "video": record["video"], "class": name})
+    return {
+        "samples": len(records),
+        "looked_at": len(read),
+        "classes": dict(sorted(classes.items())) if len(classes) <= MAX_CLASSES else {},
+        "different_answers": len(classes),
+        "different_questions": len(questions),
+        "questions": questions.most_common(MAX_QUESTIONS),
+        "examples": list(examples.values())[:MAX_EXAMPLES],
+    }
+
+
+def question_template(text: str) -> str:
+    """A question without its clips, its list of options and its numbers: what many questions share."""
+    from rewards import parse_options
+
+    text = re.sub(r"<(video|image)>", "", text)
+    options = parse_options(text)
+    for label, words in options.items():  # label, mark and words
+        text = re.sub(rf"\W{{0,2}}\b{label}\W{{1,3}}{re.escape(words)}", "", text, count=1, flags=re.IGNORECASE)
+    text = re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?", "#", text)).strip()
+    return (text[:160] + f" [{len(options)} options]" * bool(options)).strip()
+
+
+def clip_facts(records: list[dict], processor) -> dict:
+    """[least, median, most] of tokens, frames and seconds; how often each size comes; records that cannot be read."""
+    from dataset.records import Media, record_name
+    from model import UserError
+
+    values = {key: [] for key in RANGES}
+    sizes, source_sizes, unreadable = Counter(), Counter(), {}
+    for record in records:
+        try:
+            segments, plans = processor.layout(record, True, record_name(record))
+        except UserError as error:
+            unreadable[record_name(record)] = str(error)
+            continue
+        texts = [(len(segment), is_answer) for segment, is_answer in segments if not isinstance(segment, Media)]
+        vision = sum(plan.num_tokens for plan in plans)
+        values["vision_tokens"].append(vision)
+        values["tokens"].append(vision + sum(length for length, _ in texts))
+        values["answer_tokens"].append(sum(length for length, is_answer in texts if is_answer))
+        for plan in plans:
+            sizes[f"{plan.size[1]} x {plan.size[0]}"] += 1
+            source_sizes[f"{plan.source_size[1]} x {plan.source_size[0]}"] += 1
+            values["frames"].append(len(plan.indices))
+            if plan.kind == "video":
+                values["seconds"].append(round(plan.total_frames / plan.source_fps, 3))
+                values["source_fps"].append(round(plan.source_fps, 3))
+    ranges = {key: [min(v), statistics.median(v), max(v)] for key, v in values.items() if v}
+    common = {"sizes": dict(sizes.most_common(6)), "source_sizes": dict(source_sizes.most_common(6))}
+    return {"measured": len(records), "unreadable": unreadable, **ranges, **common}
+
+
+# -- Showing
+
+
+def dataset(run: Run) -> dict | None:
+    """What the section shows; None where nothing is known of the data."""
     splits = {name: facts for name, facts in run.data.items() if isinstance(facts, dict)}
-    parts = [sheet(splits), classes(splits), questions(splits), made(run)]
-    html = "".join(f"<div>{part}</div>" for part in parts if part)
-    if not html:
-        return ""
-    lead = f'<p class="soft">{escape(str(run.data_path or ""))}</p>'
-    return f'{lead}<div class="side">{html}</div>{examples(run, splits)}'
-
-
-def span(values) -> str:
-    """[least, median, most] as "147 (145 to 150)", or one number where they are equal."""
-    if not isinstance(values, list) or len(values) != 3 or not all(map(number, values)):
-        return "–"
-    least, median, most = (escape(short(value)) for value in values)
-    return median if least == most else f"{median} <small>({least} to {most})</small>"
-
-
-def counts(facts: dict, name: str) -> dict:
-    """{label: count} of a split; what is no count is left out."""
-    found = facts.get(name)
-    return {label: n for label, n in found.items() if number(n)} if isinstance(found, dict) else {}
-
-
-def sheet(splits: dict) -> str:
-    if not splits:
-        return ""
-    each = splits.values()
-    rows = [("samples", *(escape(plain(facts.get("samples", "–"))) for facts in each))]
-    rows += [(line, *(span(facts.get(key)) for facts in each)) for line, key in SPANS]
-    rows += [(line, *(escape(", ".join(counts(facts, key))) or "–" for facts in each)) for line, key in SIZES]
-    broken = [facts["unreadable"] for facts in each if isinstance(facts.get("unreadable"), dict)]
-    told = [f"{escape(name)}: {escape(plain(why))}" for found in broken for name, why in found.items()]
-    some = ", ".join(escape(plain(facts.get("measured", 0))) for facts in each)
-    lead = f'<p class="soft">Median, and least to most, over {some} samples, evenly spread.</p>'
-    faults = f'<p class="bad">Cannot be read: {"; ".join(told[:8])}</p>' if told else ""
-    return f"<h3>Splits</h3>{lead}{table(rows, ['', *map(escape, splits)])}{faults}"
-
-
-def classes(splits: dict) -> str:
-    """How often each right answer comes, with bars for the first split."""
-    found = [counts(facts, "classes") for facts in splits.values()]
-    labels = sorted({label for each in found for label in each})
-    if not labels:
-        return ""
-    most = max(found[0].values(), default=0) or 1
-    rows = []
-    for label in labels:
-        numbers = (f"{each.get(label, 0):,}" for each in found)
-        rows.append((escape(label), *numbers, bar(found[0].get(label, 0) / most)))
-    return f"<h3>Classes</h3>{table(rows, ['right answer', *map(escape, splits), ''])}"
-
-
-def questions(splits: dict) -> str:
-    """The forms that questions have, the commonest first."""
-    rows = []
-    for name, facts in splits.items():
-        forms = facts.get("questions") if isinstance(facts.get("questions"), list) else []
-        forms = [form for form in forms if isinstance(form, list) and len(form) == 2]
-        rows += [(escape(name), escape(plain(text)), escape(plain(n))) for text, n in forms]
-        more = facts.get("different_questions")
-        if number(more) and more > len(forms):
-            rows.append((escape(name), f"<small>and {more - len(forms):,} more forms</small>", ""))
-    return f"<h3>Question forms</h3>{table(rows, ['', 'numbers as #', 'samples'])}" if rows else ""
-
-
-def made(run: Run) -> str:
-    """metadata.json beside the data: with which options it was drawn."""
-    found = read_object(run.data_path.parent / "metadata.json", run.notes) if run.data_path else {}
-    rest = {key: value for key, value in found.items() if key != "counts"}
-    facts = (f"{key.replace('options/', '').replace('/', ' ')} = {plain(value)}" for key, value in flat_text(rest))
-    chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    return f'<h3>How it was made</h3><ul class="chips">{chips}</ul>' if chips else ""
-
-
-def examples(run: Run, splits: dict) -> str:
-    """A strip of frames for a sample of each class."""
-    found = [facts["examples"] for facts in splits.values() if isinstance(facts.get("examples"), list)]
-    strips, rows = Strips(clip_folders(run.config)), []
-    for example in found[0] if found else ():
-        if isinstance(example, dict) and (html := strips.html(example.get("video"))):
-            name = f"{escape(plain(example.get('class', '')))} <small>{escape(plain(example.get('id', '')))}</small>"
-            rows.append(f'<div class="example"><h4>{name}</h4>{html}</div>')
-    return f'<h3>One of each class</h3><div class="examples">{"".join(rows)}</div>' if rows else ""
+    metadata = read_object(run.data_path.parent / "metadata.json", run.notes) if run.data_path else {}
+    options = flatten({key: value for key, value in metadata.items() if key != "counts"})
+    if not splits and not metadata:
+        return None
+    counts = [dict_of(facts.get("classes")) for facts in splits.values()]
+    names = sorted({name for each in counts for name in each})
+    return {
+        "path": str(run.data_path or ""),
+        "splits": splits,
+        "ranges": RANGES,
+        "sizes": SIZES,
+        "classes": {name: [each.get(name, 0) for each in counts] for name in names},
+        "most_frequent": max((n for each in counts[:1] for n in each.values()), default=1),
+        "options": [(key.removeprefix("options/").replace("/", " "), value) for key, value in options],
+        "examples": next((facts["examples"] for facts in splits.values() if facts.get("examples")), []),
+        "folders": clip_folders(run.config),
+    }

@@ -31,9 +31,9 @@ import numpy as np
 
 from config import GRPO, SFT
 from data import Loader, Processor, load_tokenizer, read_records
+from evaluate import answerable
 from model import UserError
 from model.loading import ModelConfig
-from training.evaluation import answerable
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 GOOD = "good.mp4"

@@ -16,10 +16,10 @@ from config import VideoArgs
 from data import Processor, TooLong, read_records
 from dataset.index import Records
 from dataset.records import read_turns, record_name
-from dataset.video import ClipPlan
 from model import UserError
 from model.loading import ModelConfig
-from model.qwen import IGNORE
+from model.packed import IGNORE
+from video import ClipPlan
 
 # In the order of Qwen2.5's vocabulary, from 151643 on
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]

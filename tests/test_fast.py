@@ -436,7 +436,7 @@ def test_it_holds_the_merged_weights(monkeypatch, rank):
     if rank:
         lora.inject(model, LoraArgs(lora_rank=rank, num_lora_modules=9))  # some layers have none, or not all
         with torch.no_grad():
-            for home in lora.homes(model):
+            for home in lora.adapter_blocks(model):
                 home.block.adapters.normal_(0, 0.05)
     copy = SamplingCopy(model)
     for layer, made, bias in zip(model.model.layers, copy.layers, copy.biases, strict=True):

@@ -3,14 +3,12 @@ nothing half-written. With real small disks where this process may mount one (as
 anywhere."""
 
 import errno
-import fcntl
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,14 +18,14 @@ import test_train_sft
 from test_faults_sft import let_go
 from test_train_sft import flags_for, metrics, steps_kept
 
+import checkpoint
 import data
 import report
+import runlog
 import train_sft
-import trainer
-from config import SFT, cli
+from checkpoint import newest_checkpoint, what_is_broken
+from config import cli
 from model import UserError
-from training import checkpoint, runlog
-from training.checkpoint import newest_checkpoint, what_is_broken
 
 base, sft = test_train_sft.base, test_train_sft.sft  # fixtures
 ROOT = Path(__file__).resolve().parents[1]
@@ -372,16 +370,3 @@ def test_a_slow_disk_is_waited_for_and_shown(sft, copied, monkeypatch, capfd):
     assert all(wait > 0.3 for (wait,) in metrics(run, "wait"))
     shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
     assert len(shown) == 3 and all("wait  " in line and "wait   0%" not in line for line in shown)
-
-
-def test_a_lock_that_is_let_go_in_a_moment_is_waited_for(tmp_path):
-    """A process that a killed run was just starting holds the run's files until it runs its own program."""
-    (tmp_path / "run").mkdir()
-    held = (tmp_path / "run" / trainer.LOCK).open("a")
-    fcntl.flock(held, fcntl.LOCK_EX)
-    threading.Timer(0.3, held.close).start()
-    trainer.claim(tmp_path / "run", SFT()).close()
-    held = (tmp_path / "run" / trainer.LOCK).open("a")
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process trains"):
-        trainer.claim(tmp_path / "run", SFT())

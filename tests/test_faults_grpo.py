@@ -13,12 +13,12 @@ from test_faults_disk import disk, fill  # noqa: F401 (a fixture)
 from test_faults_sft import let_go
 from test_train_grpo import column, lines
 
+import rollouts
 import train_grpo
-import training.full
+from checkpoint import checkpoints
 from model import UserError, decode
 from model.decode import Completion
 from rewards import LARGEST
-from training.checkpoint import checkpoints
 
 base, grpo = test_train_grpo.base, test_train_grpo.grpo  # fixtures
 
@@ -97,7 +97,7 @@ def test_empty_completions(grpo, rewards, monkeypatch, capfd):
     def silent(model, packed, sampling, count, generator=None):
         return [[Completion([sampling.stop_ids[0]], [-0.1], True) for _ in range(count)] for _ in packed.names]
 
-    monkeypatch.setattr(training.full, "generate", silent)
+    monkeypatch.setattr(rollouts, "generate", silent)
     folder = grpo("run", rewards=rewards("length") + ",accuracy,format,length,repetition".replace(",length,", ","),
                   max_steps=10, log_completions=1)  # fmt: skip
     assert {row["completion"] for row in lines(folder, "rollouts.jsonl")} == {""}
@@ -179,8 +179,8 @@ def test_a_log_prob_of_minus_infinity_in_the_update_skips_the_step(grpo, monkeyp
 def test_a_reference_that_is_not_finite_skips_the_step(grpo, monkeypatch):
     real, steps = train_grpo.reference_pass, []
 
-    def spoilt(run, model, frozen, prompts, untrained, batches, *rest):
-        real(run, model, frozen, prompts, untrained, batches, *rest)
+    def spoilt(run, model, frozen, batches, *rest):
+        real(run, model, frozen, batches, *rest)
         steps.append(run.step)
         for batch in batches if len(steps) == 2 else ():
             batch.ref *= math.nan
@@ -204,7 +204,7 @@ def small_memory(monkeypatch, most, asked):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return real(model, packed, sampling, count, *rest, **kwargs)
 
-    monkeypatch.setattr(training.full, "generate", generate)
+    monkeypatch.setattr(rollouts, "generate", generate)
 
 
 def same_rollouts(one, other):
@@ -220,11 +220,11 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     options = {"per_device_train_batch_size": 24, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
     options |= {"rewards": f"{base}/rewards.py:vowels,temporal", "learning_rate": 1e-2}
     whole, asked = grpo("whole", **options), []
-    assert column(whole, "rollout_halved") == [0] * 4
+    assert column(whole, "oom_retries") == [0] * 4
     small_memory(monkeypatch, 10, asked)
     halves = grpo("halves", **options)
     assert asked[:6] == [24, 12, 8, 4, 8, 4]  # 24 do not fit, 12 do not; from now on neither is tried again
-    assert max(asked[2:]) == 8 and column(halves, "rollout_halved") == [2] * 4
+    assert max(asked[2:]) == 8 and column(halves, "oom_retries") == [2] * 4
     same_rollouts(halves, whole)
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
         assert (whole / "checkpoint-4" / name).read_bytes() == (halves / "checkpoint-4" / name).read_bytes()
@@ -234,7 +234,7 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     shutil.rmtree(halves / "checkpoint-4")
     del asked[:]
     again = grpo("halves", **options, resume=True)
-    assert max(asked) == 8 and column(again, "rollout_halved") == [2] * 4  # the resumed run knows
+    assert max(asked) == 8 and column(again, "oom_retries") == [2] * 4  # the resumed run knows
     same_rollouts(again, whole)
 
 
@@ -259,7 +259,7 @@ def test_any_way_of_halving_draws_the_same(seed):
 
 def test_a_prompt_too_large_for_the_memory_is_one_line(grpo, monkeypatch):
     small_memory(monkeypatch, 0, [])
-    words = "while sampling 4 x 1 prompt; 1 samples in 1 packs: .* tokens.*--max_completion_length 4 or --nframes 2"
+    words = "while sampling 4 x 1 prompt; .* tokens in 1 packs.*--max_completion_length 4 or --nframes 2"
     with pytest.raises(UserError, match=words):
         grpo("run")
 
@@ -277,7 +277,7 @@ def test_out_of_memory_in_the_update_is_one_line_and_resume_goes_on(grpo, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, where, full)
-        words = "out of GPU memory while training step 3.*samples in . packs: .*gradient_checkpointing True or --pack_"
+        words = "out of GPU memory while training step 3; .* tokens in . packs.*gradient_checkpointing True or --pack_"
         with pytest.raises(UserError, match=words):
             grpo("run", **options)
     del patch, full

@@ -16,7 +16,7 @@ from dataset.index import read_records
 from dataset.records import Media, clip_name, read_turns, record_name
 from model import UserError
 from rewards import accuracy, load_rewards, reference_answer, sample_from_record
-from training.groups import Rollout, row, score_group
+from rollouts import Rollout, row, score_group
 
 QUESTION = "Where does it go?\n(A) left\n(B) right"
 USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}

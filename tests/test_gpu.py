@@ -168,7 +168,7 @@ def test_captured_passes_equal_plain_ones(recompute, trained):
         lora.inject(model, args)
         lora.set_trainable(model, args)
         with torch.no_grad():
-            for home in lora.homes(model):
+            for home in lora.adapter_blocks(model):
                 home.block.adapters.normal_(0, 0.05)
     model.gradient_checkpointing = recompute
     for p in model.parameters():  # as DeepSpeed does: this makes their place in autograd, on the stream of now
@@ -210,7 +210,7 @@ def test_changed_weights_are_seen():
         assert both() <= 0.02
     base = model(packed).detach()
     with torch.no_grad():
-        for home in lora.homes(model):
+        for home in lora.adapter_blocks(model):
             home.block.adapters.normal_(0, 0.1)
     assert both() <= 0.02 and off([model(packed)], [base]) > 0.1
     snapshot = {name: torch.zeros_like(p) for name, p in lora.trainable_parameters(model)}

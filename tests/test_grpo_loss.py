@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.grpo import LOG_RATIO_LIMIT, group_advantages, grpo_loss, k3, loss_normalizer
+from grpo import LOG_RATIO_LIMIT, group_advantages, grpo_loss, k3, loss_normalizer
 
 # Made with TRL 1.16.0 by tests/make_grpo_trl_numbers.py, which tells how and with which settings.
 TRL = json.loads(Path(__file__).with_name("grpo_trl_numbers.json").read_text())

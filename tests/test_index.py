@@ -6,11 +6,11 @@ import tracemalloc
 
 import pytest
 
+import evaluate as evaluation
 from config import GRPO
 from dataset import index
 from dataset.index import Records, Selection, read_records
 from model import UserError
-from training import evaluation
 
 TURNS = [{"from": "human", "value": "ä\\u00e9 [{\"},"}, {"from": "gpt", "value": "1"}]
 RECORD = {"video": "a.mp4", "conversations": TURNS}

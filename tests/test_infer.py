@@ -14,14 +14,14 @@ from conftest import config_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer
+from adapter_files import load_adapter, save_adapter
+from checkpoint import write_whole
 from config import QUESTION, Infer, LoraArgs, parse
-from interop.saved import load_adapter, save_adapter
+from evaluate import opposite, wilson
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
-from model.loading import ModelConfig, load_model, random_model, save_model
-from training.checkpoint import write_whole
-from training.measures import opposite, wilson
+from model.loading import ModelConfig, load_model, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
@@ -49,7 +49,7 @@ def base(tmp_path_factory):
     names = ("vision_start", "vision_end", "image", "video")
     tokens = ("vision_start", "vision_end", "image_pad", "video_pad")
     raw |= {f"{n}_token_id": tokenizer.token_to_id(f"<|{t}|>") for n, t in zip(names, tokens, strict=True)}
-    save_model(random_model(ModelConfig.from_dict(raw), seed=3), folder)
+    random_model(ModelConfig.from_dict(raw), seed=3).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
     return folder
 
@@ -285,7 +285,7 @@ def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
 
 def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
     monkeypatch.setattr("model.decode.generate", watches(["It is (A)"] * 3 + ["no idea"]))
-    found = run(capsys, "--data_path", dataset, "--model_id", base, "--max_samples", 8)[1]
+    found = run(capsys, "--data_path", dataset, "--model_id", base)[1]
     assert found["right"] == 2 and found["confusion"]["Ascending"] == {"(no answer)": 2}
     assert found["flipped"] == 0.0 and found["controls"]["reversed"]["changed"] == 0.5  # falling and ascending
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 import lora
+from adapter_files import meta_model
+from checkpoint import find_adapter
 from cli import build_parser
 from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
 from dataset.index import read_records
 from infer import clip_record
-from interop.merged import meta_model
 from model import UserError, nearest, nearest_path
 from model.loading import resolve_folder
 from report import read_run
 from rewards import load_rewards
-from training.checkpoint import find_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny"

@@ -4,6 +4,7 @@ input. The loss itself is tested in test_grpo_loss.py, sampling in test_decode.p
 import json
 import math
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,12 +23,19 @@ from assets.make_tiny import init
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from dataset.batch import Example
+from grpo import grpo_loss, loss_normalizer
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loading import load_model
-from model.qwen import IGNORE
-from training.groups import ALARM_STEPS, Alarm, Rollout, reward_metrics
-from training.grpo import grpo_loss, loss_normalizer
+from model.packed import IGNORE
+from rollouts import ALARM_STEPS, Alarm, Rollout, reward_metrics
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 ROOT = Path(__file__).resolve().parents[1]
 # Random weights write random text: these rewards differ within its groups, and can be learned.
@@ -98,7 +106,7 @@ class OneRank:
     """As much of trainer.Run as sampling and comparing need."""
 
     rank, world, device = 0, 1, torch.device("cpu")
-    halved, sample_limit = 0, math.inf
+    oom_retries, max_sampled_tokens = 0, math.inf
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -137,20 +145,26 @@ def sampled(bench, prompts=None, seed=0, length=8):
     return groups
 
 
+def micro_batches(prompts, groups, cfg):
+    lengths = [(number, len(prompt)) for number, prompt in enumerate(prompts)]
+    own = dict(enumerate(prompts))
+    return [train_grpo.micro_batch(own, rollouts, cfg) for rollouts in train_grpo.cut(groups, lengths, cfg)]
+
+
 # What is trained is what was sampled
 
 
 def test_the_training_forward_gives_the_samplers_logprobs(bench):
     model, _, prompts, cfg = bench
     groups = sampled(bench)
-    (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+    (batch,) = micro_batches(prompts, groups, cfg)
     logprobs, _ = train_grpo.token_logprobs(model, model, batch, cfg)
     assert len({rollout.text for group in groups for rollout in group}) > 4
     assert (logprobs - batch.sampler).abs().max() < 1e-4
 
 
 def repeated_form(prompt, rollouts):
-    """The slow twin of a packed group: every completion behind its own copy of prompt and clip."""
+    """The reference form of a packed group: every completion behind its own copy of prompt and clip."""
     for rollout in rollouts:
         ids = np.array([*prompt.ids, *rollout.ids])
         after = prompt.position_ids.max() + 1 + np.arange(len(rollout.ids))
@@ -181,9 +195,9 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
     for form in ("shared", "repeated"):
         model.zero_grad()
         total, offset = 0.0, 0
-        batches = train_grpo.micro_batches(prompts, groups, replace_size(cfg, split))
+        batches = micro_batches(prompts, groups, replace_size(cfg, split))
         if form == "repeated":
-            (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+            (batch,) = micro_batches(prompts, groups, cfg)
             batch.packed = pack([e for p, group in zip(prompts, groups, strict=True) for e in repeated_form(p, group)])
             batch.rows = (batch.packed.targets != IGNORE).nonzero()[:, 0]
             batches = [batch]
@@ -207,7 +221,7 @@ def replace_size(cfg, size):
 
 def test_the_prompt_stands_once_for_its_completions(bench):
     _, _, prompts, cfg = bench
-    (batch,) = train_grpo.micro_batches(prompts, sampled(bench), cfg)
+    (batch,) = micro_batches(prompts, sampled(bench), cfg)
     tokens = len(batch.sampler)
     assert len(batch.packed.input_ids) == sum(map(len, prompts)) - len(prompts) + tokens
     assert len(batch.packed.patches) == sum(len(prompt.patches) for prompt in prompts)
@@ -218,7 +232,7 @@ def test_vision_tokens_are_neither_drawn_nor_in_the_softmax(bench):
     groups = sampled(bench)
     banned = set(model.config.vision_token_ids)
     assert not any(banned & set(rollout.ids) for group in groups for rollout in group)
-    (batch,) = train_grpo.micro_batches(prompts, groups, cfg)
+    (batch,) = micro_batches(prompts, groups, cfg)
     batch.packed.targets[batch.rows] = model.config.video_token_id
     assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] == -torch.inf).all()
 
@@ -243,25 +257,25 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
 
 def rollouts_of(rewards):
     """Groups whose completions have these rewards; all texts are the same."""
-    make = lambda g, r: Rollout(g, [5], [-1.0], True, "same", parts={"own": r}, reward=r, right=r > 0.5)
+    make = lambda g, r: Rollout(g, [5], [-1.0], True, "same", components={"own": r}, reward=r, right=r > 0.5)
     return [[make(g, r) for r in group] for g, group in enumerate(rewards)]
 
 
 def test_groups_are_told_apart_by_index_not_by_text():
     groups = rollouts_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
-    metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=2)
+    metrics, normalizer = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=2)
     found = [[r.advantage for r in group] for group in groups]
     assert found[0] == pytest.approx([0.7070, -0.7070], abs=1e-4) and found[1] == pytest.approx(found[0], abs=1e-4)
     assert found[2] == [0.0, 0.0]
     assert [group[0].trained for group in groups] == [True, False, False, True]  # the widest; of equals the first
-    assert counts == (4, 4) and metrics["groups_trained"] == 2 and metrics["no_variance"] == 0.25
+    assert normalizer == 4 and metrics["groups_trained"] == 2 and metrics["no_variance"] == 0.25
     assert metrics["reward"] == pytest.approx(3.625)
 
 
 def test_groups_without_variance_are_never_trained():
     groups = rollouts_of([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]])
-    metrics, counts = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=3)
-    assert counts == (6, 6)  # but they count in the means
+    metrics, normalizer = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=3)
+    assert normalizer == 6  # but their tokens count in the mean
     assert metrics["groups_trained"] == 0 and not any(r.trained for group in groups for r in group)
     assert (metrics["all_right"], metrics["all_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
@@ -383,7 +397,7 @@ def test_how_the_batch_is_cut_changes_nothing(grpo):
 def test_two_ranks_equal_one(grpo, base, tmp_path):
     """The same prompts and completions, one group dropped or chosen as all ranks see it, counts over all ranks."""
     options = {"max_steps": 2, "oversample": 1.75, "save_steps": 2}  # 7 prompts: the ranks' shares differ
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29643"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     flags = flags_for(base, tmp_path / "two", **options, per_device_train_batch_size=8)
     done = subprocess.run([*launcher, "train_grpo.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

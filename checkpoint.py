@@ -1,0 +1,274 @@
+"""Checkpoints that are whole or absent, and finding them again.
+
+    output_dir/
+        run.json            config, versions, machine        best.json     step and accuracy of the best checkpoint
+        metrics.jsonl       one line a step                  run.lock      held while a process trains here
+        rollouts.jsonl      completions (SFT: some answers)  data.json     a sheet of the data, for report.html
+        tensorboard/, wandb/       what --report_to asks for
+        start_adapter/      the adapter that the run began with, if it was given one
+        checkpoint-N/       adapter_config.json + adapter_model.safetensors, or a whole model in Hugging Face form
+            optimizer-*.safetensors    fp32 weights and AdamW moments, whole tensors under their names: any number of
+                                       ranks can read them
+            trainer_state.json         step, position in the data, schedule, what the loop keeps
+            manifest.json              size and SHA-256 of every file: written last, checked on load
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Nothing in it is a pickle.
+The state of the optimizer goes through DeepSpeed's own getters and setters (deepspeed/utils/tensor_fragment.py), whole
+tensors by their names.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from model import UserError, nearest_path
+
+MANIFEST, STATE, BEST, RUN = "manifest.json", "trainer_state.json", "best.json", "run.json"
+METRICS = "metrics.jsonl"
+
+
+def sync(path):
+    """Flush a file's or folder's data to the disk: a rename may otherwise become visible before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Whole or absent, as all that a resumed run relies on."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(beside)
+    beside.rename(path)
+    sync(path.parent)
+
+
+def read_json(path):
+    """UserError if it is not there or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint or start anew") from None
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(folder, fill):
+    """Write a checkpoint folder: fill(temporary folder) makes its files; it appears under its name only when complete.
+
+    A folder that already stands there (a broken one, else nobody writes it again) is replaced.
+    """
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        fill(beside)
+        files = sorted(p for p in beside.rglob("*") if p.is_file())
+        listed = {str(p.relative_to(beside)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        (beside / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
+        for path in [*files, beside / MANIFEST, beside]:
+            sync(path)
+        remove(folder)
+        beside.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def remove(folder):
+    """Delete a checkpoint; killed halfway, it leaves a hidden rest and never a half checkpoint."""
+    if folder.exists():
+        rest = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(rest, ignore_errors=True)
+        folder.rename(rest)
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def what_is_broken(folder):
+    """Why a checkpoint cannot be trusted, in words; None if every file of its manifest is there, byte for byte."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return f"{MANIFEST} is missing or not JSON"
+    entries = listed.values() if isinstance(listed, dict) else [None]
+    if not entries or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in entries):
+        return f"{MANIFEST} does not list files with their bytes and sha256"
+    for name, expected in listed.items():
+        path = folder / name
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{MANIFEST} names {name!r}, which is not in this folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{name} does not have the SHA-256 of the manifest"
+    return None
+
+
+def step_of(folder):
+    """checkpoint-12 -> 12; -1 for any other name."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if folder.name.startswith("checkpoint-") and number.isdigit() else -1
+
+
+def checkpoints(run_folder):
+    """Its checkpoint-N folders, oldest step first, whole or not."""
+    found = [p for p in Path(run_folder).glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run_folder):
+    """The newest whole checkpoint of a run, or None. A broken one is told on stderr and passed over."""
+    for folder in reversed(checkpoints(run_folder)):
+        fault = what_is_broken(folder)
+        if fault is None:
+            return folder
+        print(f"{folder}: broken checkpoint passed over: {fault}", file=sys.stderr)
+    return None
+
+
+def best_checkpoint(run_folder):
+    """The checkpoint that best.json names, if it stands, else None."""
+    path = Path(run_folder) / BEST
+    folder = Path(run_folder) / f"checkpoint-{read_json(path)['step']}" if path.exists() else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def rotate(run_folder, limit):
+    """Delete the oldest checkpoints beyond `limit` (None = keep all); the best one stays and is not counted."""
+    if limit is None:
+        return
+    best = best_checkpoint(run_folder)
+    others = [folder for folder in checkpoints(run_folder) if folder != best]
+    for folder in others[:-limit]:
+        remove(folder)
+
+
+def find_adapter(path, output="output", besides=None, script=None):
+    """The folder with the adapter that a user means by --model_ckpt.
+
+    path: an adapter's folder (ours, or PEFT's); a checkpoint-N; a run's folder, for its best checkpoint, or its newest
+    if none was evaluated; "" for the run under `output` that was saved last, the folder `besides` left out, or None.
+    script: among these, runs of this script go first.
+    Raises UserError that names what is there instead.
+    """
+    if path == "":
+        runs = {file.parents[1] for file in Path(output).rglob("checkpoint-*/adapter_config.json")}
+        runs = [run for run in runs if besides is None or run.resolve() != Path(besides).resolve()]
+        runs = [run for run in runs if script and read_json(run / RUN).get("script") == script] or runs
+        if not runs:
+            return None
+        return find_adapter(max(runs, key=lambda run: max(p.stat().st_mtime for p in checkpoints(run))))
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        fault = what_is_broken(path) if (path / MANIFEST).exists() else None
+        if fault:
+            raise UserError(f"{path}: broken checkpoint: {fault}; take another one")
+        return path
+    if checkpoints(path):
+        folder = best_checkpoint(path) or newest_checkpoint(path)
+        if folder is None:
+            raise UserError(f"{path}: no whole checkpoint in this run, expected one with an adapter")
+        return find_adapter(folder)
+    if (path / "config.json").is_file():
+        raise UserError(f"{path}: holds a whole model, expected an adapter; a whole model is given as --model_id")
+    if path.exists():
+        raise UserError(f"{path}: no adapter_config.json and no checkpoint-N in it, expected an adapter or a run")
+    there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
+    there = f"({path.parent} holds {there}){nearest_path(path)}"
+    raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run {there}")
+
+
+# -- Optimizer state, by parameter name. torch and deepspeed are imported where they are needed: infer.py and lora.py
+# find adapters without them.
+
+SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while saving
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
+
+
+class NotFiniteError(ArithmeticError):
+    """A weight or moment that is NaN or Inf: such a state is not worth keeping."""
+
+
+def trained(engine):
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def link_state(engine):
+    """Tell DeepSpeed where the moments of each parameter lie. It links them once, when they are first asked for, and
+    then only those of one parameter group; with several groups, or new moments, it must be done again."""
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_state(engine, updates):
+    """Yields (key/name, whole fp32 tensor on the CPU): fp32 weights, and moments if an update was made. Every rank must
+    run it to its end: the getters meet in a reduction."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if updates:
+        link_state(engine)
+    for name, param in trained(engine):
+        yield f"weight/{name}", safe_get_full_fp32_param(param).cpu()
+        for key in MOMENTS if updates else ():
+            yield f"{key}/{name}", safe_get_full_optimizer_state(param, key).cpu()
+
+
+def save_state(state, folder):
+    """Write what optimizer_state yields into folder, as optimizer-00000.safetensors and so on."""
+    from safetensors.torch import save_file
+
+    shard, size, number = {}, 0, 0
+    for name, tensor in state:
+        if not tensor.isfinite().all():
+            raise NotFiniteError(f"{name} holds NaN or Inf")
+        shard[name], size = tensor.contiguous(), size + tensor.nbytes
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+    if shard:
+        save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+
+
+def load_state(engine, adamw, folder, updates):
+    """Put weights and moments back. adamw: the torch optimizer that the engine was built with; updates: how many it had
+    made. UserError if this model trains other tensors."""
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from safetensors import safe_open
+
+    if updates:
+        for flat in (p for group in adamw.param_groups for p in group["params"]):  # this rank's share of each group
+            step = torch.tensor(float(updates), device=flat.device)
+            adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        link_state(engine)
+    keys = ("weight", *MOMENTS) if updates else ("weight",)
+    left = {f"{key}/{name}": (param, key) for name, param in trained(engine) for key in keys}
+    for file in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
+                param, key = left.pop(name, (None, None))
+                tensor = shard.get_tensor(name)
+                if param is None or tensor.shape != param.shape:
+                    here = "nothing of that name" if param is None else list(param.shape)
+                    told = f"{file}: {name} {list(tensor.shape)}: the model trains {here}"
+                    raise UserError(f"{told}; resume with that run's flags")
+                if key == "weight":
+                    safe_set_full_fp32_param(param, tensor.to(param.device))
+                else:
+                    safe_set_full_optimizer_state(param, tensor.to(param.device), key)
+    if left:
+        raise UserError(f"{folder}: has no {next(iter(left))}, which this model trains; resume with that run's flags")
+    engine.optimizer.update_lp_params()

@@ -1,0 +1,215 @@
+"""Processes, precision, and DeepSpeed ZeRO-2 through its public interface: `python x.py`, `deepspeed x.py` and torchrun
+share one path, on a CPU (gloo) or GPUs (nccl).
+
+What DeepSpeed 0.19.8 does, and what follows for us:
+- backward divides by its own gradient_accumulation_steps (we say scale_wrt_gas=False) and gradients are averaged over
+  the ranks (we multiply the loss by their number), so that sum / global count is the gradient of the one big batch;
+- every backward pass reduces at once, so all ranks must make the same number of them, over the same parameters in the
+  same order: a rank with fewer micro-batches adds blank ones of weight 0;
+- a gradient whose norm is not finite skips the update, in every precision; the norm is then inf;
+- its own checkpoints are pickles, one a rank; ours are whole tensors under their names (checkpoint.py).
+"""
+
+import json
+import logging
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+# Before deepspeed is imported: it drives the CPU only where there is nothing else; left to guess, it warns.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+
+from data import pack
+from lora import param_groups
+from model import UserError
+
+TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
+BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
+# With several ranks: only the last bucket of a step is waited for; 100 MB of fp32 still fill a link.
+SHARED_BUCKET = 25_000_000
+# One process and its own port (0: whichever is free). Without these variables deepspeed looks for MPI.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def init_distributed():
+    """Join the other processes, or be the only one: `python x.py`, `deepspeed x.py` and torchrun share one path.
+
+    Returns this process's device.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(ALONE)
+    local = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    else:  # the processes of a machine share its cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
+    # The shared-memory collectives are for inference; at first use they would be compiled for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of, the loops print themselves
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=TIMEOUT)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def leave_processes():
+    deepspeed.comm.destroy_process_group()
+    if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
+        for name in ALONE:
+            del os.environ[name]
+
+
+def use_deterministic_kernels(on):
+    """Deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation that has
+    none raises a RuntimeError with its name. The workspace is cuBLAS' rule: docs.nvidia.com/cuda/cublas, "Results
+    reproducibility"; it must be set before the first product."""
+    if on:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
+
+
+def precision(cfg, device):
+    """(dtype of weights and activations, why)."""
+    if cfg.fp16 and cfg.bf16:
+        raise UserError("--fp16: found True beside --bf16 True, expected one of them")
+    if cfg.fp16:
+        if device.type == "cpu":
+            raise UserError("--fp16: found True on a machine without a GPU, expected False; fp32 is the default there")
+        return torch.float16, "--fp16, with loss scaling"
+    if cfg.bf16 is not None:
+        return (torch.bfloat16 if cfg.bf16 else torch.float32), f"--bf16 {cfg.bf16}"
+    if device.type == "cpu":
+        return torch.float32, "CPU: bf16 is slower there"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU computes in bf16"
+    return torch.float32, "this GPU has no bf16; --fp16 True halves the memory"
+
+
+# -- DeepSpeed
+
+
+def build_engine(model, cfg, device, dtype):
+    """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, that AdamW, notes to print)."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups = param_groups(model, cfg)
+    for group in groups:
+        group["base_lr"] = group["lr"]  # the peak; lr follows the schedule
+    config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
+    for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
+        p.data = p.data.contiguous()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    engine.train()
+    return engine, adamw, notes
+
+
+def deepspeed_config(cfg, device, dtype, world, count):
+    """Our ZeRO-2 settings with those of the --deepspeed file over them. count: parameters trained.
+
+    Returns (config, notes to print).
+    """
+    cuda = device.type == "cuda"
+    bucket = min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET)
+    gathered = min(count + 1024, BUCKET)
+    zero = {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_scatter": cuda,  # gloo has none
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": gathered + gathered % 2,
+    }
+    if cfg.offload_optimizer and cuda:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": cfg.max_grad_norm,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would halt the host before every forward pass
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW; its fused form runs on CPU memory too, so that
+        "zero_force_ds_cpu_optimizer": False,  # offloading has no C++ to compile
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches are summed in fp32
+        "communication_data_type": "fp32",  # so are ranks
+    }
+    notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
+    if cfg.deepspeed:
+        notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
+    stage = config["zero_optimization"].get("stage")
+    if stage not in (1, 2):
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {stage}, expected 1 or 2; there is no ZeRO-3")
+    return config, notes
+
+
+def deepspeed_file(path):
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed: {path} cannot be read ({error.strerror}); without it you get ZeRO-2") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--deepspeed: {path} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed: {path} holds no JSON object, expected DeepSpeed's settings")
+    return settings
+
+
+# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2.
+ELSEWHERE = {
+    "optimizer": "AdamW is set by --learning_rate, --adam_beta1 …",
+    "scheduler": "the schedule is set by --lr_scheduler_type, --warmup_ratio",
+    "train_batch_size": "see --per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
+    "gradient_accumulation_steps": "see --gradient_accumulation_steps",
+    "offload_param": "it belongs to ZeRO-3",
+}
+
+
+def merge(ours, theirs, source):
+    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect."""
+    notes = []
+    for key, value in theirs.items():
+        if value == "auto":
+            continue
+        if key in ELSEWHERE:
+            notes.append(f"{source}: {key} has no effect: {ELSEWHERE[key]}")
+        elif isinstance(value, dict):
+            notes += merge(ours.setdefault(key, {}), value, source)
+        else:
+            ours[key] = value
+    return notes
+
+
+def update(engine, micro_batches, loss_of, passes):
+    """One optimizer step over this rank's micro-batches. Every rank must call it.
+
+    loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
+    passes: micro-batches of the rank that has most; this rank makes as many passes, the rest of them blank, for
+    DeepSpeed reduces gradients in every backward pass.
+    Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
+    """
+    assert len(micro_batches) <= passes, f"{len(micro_batches)} micro-batches in {passes} passes"
+    for i in range(passes):
+        engine.set_gradient_accumulation_boundary(i == passes - 1)
+        if i < len(micro_batches):
+            loss = loss_of(micro_batches[i])
+        else:
+            loss = 0.0 * engine(pack([]).to(engine.device)).sum()
+        loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
+        # the sum of losses is wanted: DeepSpeed would divide by its own accumulation, and averages over the ranks
+        engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
+    engine.step()
+    return float(engine.get_global_grad_norm()), engine.was_step_applied()

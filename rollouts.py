@@ -1,0 +1,220 @@
+"""Groups of completions: sampled, scored, put on the console and into rollouts.jsonl, watched over the steps.
+
+train_grpo.py trains on them; evaluate.py samples groups of one.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from data import pack
+from dataset.batch import Example
+from dataset.records import clip_name, record_name
+from memory import out_of_memory, settings_for_sampling
+from model.decode import generate
+from rewards import Reward, group_context, is_correct, sample_from_record, score, total
+from runlog import say
+
+ROLLOUTS = "rollouts.jsonl"
+ALARM_STEPS = 10  # steps that reward and group health are watched over
+
+COLUMNS_BEFORE = (("reward", "reward", "6.3f"), ("reward_std", "+-", "5.3f"))
+COLUMNS_AFTER = (
+    ("all_right", "right", "4.0%"), ("all_wrong", "wrong", "4.0%"), ("no_variance", "flat", "4.0%"),
+    ("length", "len", "5.1f"), ("truncated", "cut", "4.0%"), ("kl", "kl", "8.1e"), ("clipped", "clip", "5.1%"),
+    ("entropy", "ent", "5.3f"), ("grad_norm", "gnorm", "7.3f"), ("lr", "lr", "7.1e"),
+    ("sampler_gap_max", "gap", "6.0e"), ("rollout_seconds", "sample s", "6.2f"), ("update_seconds", "update s", "6.2f"),
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Rollout:
+    """One completion, and what becomes of it. Its group is a number: several prompts may have the same text."""
+
+    group: int  # number of its prompt among those of the step
+    ids: list[int]  # with the end token, if it came to one
+    logprobs: list[float]  # of ids as they were drawn
+    finished: bool  # by an end token, not by the length limit
+    text: str
+    components: dict[str, float] = field(default_factory=dict)  # unweighted value of each reward
+    reward: float = 0.0  # their weighted sum
+    right: bool = False  # the answer is the dataset's
+    advantage: float = 0.0
+    trained: bool = False  # its group was chosen for the update
+    finite: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
+
+    def __post_init__(self):
+        self.finite = all(map(math.isfinite, self.logprobs))
+
+    def kept(self, cfg) -> bool:
+        """Whether it gives a gradient where its group is trained on."""
+        return self.finished or not cfg.mask_truncated_completions
+
+
+def sample(run, model, batch: list[Example], sampling, count: int, doing: str, seeds: list[int]):
+    """generate() for a list of Examples: a list of `count` Completions for each. Where memory runs out it is done in
+    two halves, each prompt sampled once, and so is whatever is as large from then on.
+
+    seeds: what each prompt draws from, so in exact arithmetic halves give the same completions. (Products over fewer
+    rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
+    UserError where a single prompt is too much.
+    """
+    packed = pack(batch)
+    # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
+    tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
+    if tokens < run.max_sampled_tokens or len(batch) == 1:
+        training, own = model.training, [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
+        try:
+            return generate(model, packed.to(run.device), sampling, count, own)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                settings, then = settings_for_sampling(run.cfg, count), "the last checkpoint is intact, see --resume"
+                raise out_of_memory(run.device, f"{doing} {count} x 1 prompt", [packed], settings, then) from None
+        run.oom_retries += 1
+        run.max_sampled_tokens = tokens
+        model.ops.graphs = None  # the memory of the graphs of small passes, if there are any, is worth more now
+        model.train(training)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()  # the halves need other sizes
+        size = f"{count} x {len(batch)} prompts (at most {tokens:,} tokens)"
+        say(f"out of GPU memory while {doing} {size}: done in halves from now on")
+    half = (len(batch) + 1) // 2
+    cut = slice(None, half), slice(half, None)
+    return [group for s in cut for group in sample(run, model, batch[s], sampling, count, doing, seeds[s])]
+
+
+def needs_shuffled(rewards: list[Reward]) -> bool:
+    return any("shuffled_accuracy" in reward.needs for reward in rewards)
+
+
+def score_group(rewards: list[Reward], prompt: Example, group: list[Rollout], shuffled: list[str] | None, limit: int):
+    """Fill in components, reward and right. shuffled: texts of completions on shuffled frames, where a reward asks for
+    them; limit: tokens that a completion may take. UserError where a reward fails, with its name and the completion."""
+    sample = sample_from_record(prompt.record)
+    context = {}
+    if any(reward.needs for reward in rewards):
+        context = group_context(sample, [rollout.text for rollout in group], shuffled)
+    for rollout in group:
+        length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
+        rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
+        rollout.reward = total(rewards, rollout.components)
+        rollout.right = is_correct(rollout.text, sample)
+
+
+def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str, float]:
+    """All groups of a step, and the std of rewards in each -> metrics over everything that was sampled."""
+    rows = [rollout for group in groups for rollout in group]
+    values = {"reward": [rollout.reward for rollout in rows]}
+    values |= {f"reward/{name}": [rollout.components[name] for rollout in rows] for name in rows[0].components}
+    metrics = {}
+    for name, column in values.items():
+        metrics |= {name: statistics.fmean(column), f"{name}_std": statistics.stdev(column)}
+    right = [statistics.fmean(rollout.right for rollout in group) for group in groups]
+    return metrics | {
+        "accuracy": statistics.fmean(right),
+        "all_right": right.count(1) / len(groups),
+        "all_wrong": right.count(0) / len(groups),
+        "no_variance": spread.count(0) / len(groups),
+        "group_std": statistics.fmean(spread),
+        "length": statistics.fmean(len(rollout.ids) for rollout in rows),
+        "completion_tokens": sum(len(rollout.ids) for rollout in rows),
+        "truncated": statistics.fmean(not rollout.finished for rollout in rows),
+        "not_finite": sum(not rollout.finite for rollout in rows),
+    }
+
+
+# -- Shown
+
+def columns(rewards: list[Reward]):
+    """Of a step's line on the console: see runlog.Log."""
+    components = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
+    return COLUMNS_BEFORE + components + COLUMNS_AFTER
+
+
+def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
+    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates; without tokens
+    the KL of what was sampled alone."""
+    means = {} if cfg.beta == 0 else {"kl": total["fair_kl"] / max(total["fair_tokens"], 1)}
+    tokens = total["tokens"]
+    if not tokens:
+        return means
+    for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
+        means[name] = total[name] / tokens
+    if cfg.beta:
+        means["kl_trained"] = total["kl"] / tokens
+    if cfg.sampler_is_cap is not None:
+        means["sampler_capped"] = total["sampler_capped"] / tokens
+    means |= {"loss": total["loss"] / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
+    return means | {"sampler_gap_max": total["sampler_gap_max"]}
+
+
+def row(step: int, record: dict, rollout: Rollout, decode_token: Callable[[int], str]) -> dict:
+    """One line of rollouts.jsonl, in the words that report.py reads. decode_token: token id -> its text."""
+    sample = sample_from_record(record)
+    return {
+        "step": step,
+        "prompt": rollout.group,
+        "id": record.get("id", record_name(record)),
+        "video": clip_name(record),
+        "question": sample.question,
+        "answer": sample.answer,
+        "completion": rollout.text,
+        "reward": rollout.reward,
+        "rewards": rollout.components,
+        "advantage": round(rollout.advantage, 4),
+        "trained": rollout.trained,
+        "finished": rollout.finished,
+        "n_tokens": len(rollout.ids),
+        "ids": rollout.ids,
+        "tokens": [decode_token(token) for token in rollout.ids],
+        "logprobs": [round(logprob, 4) if math.isfinite(logprob) else None for logprob in rollout.logprobs],
+    }
+
+
+def best_and_worst(groups: list[list[Rollout]]) -> list[str]:
+    """Two lines: completions of the group whose rewards differ most."""
+    group = max(groups, key=lambda group: max(r.reward for r in group) - min(r.reward for r in group), default=[])
+    lines = []
+    for word, choose in (("best", max), ("worst", min)) if group else ():
+        rollout = choose(group, key=lambda r: r.reward)
+        components = ", ".join(f"{name} {value:g}" for name, value in rollout.components.items())
+        cut = "" if rollout.finished else " … (cut)"
+        lines.append(f"{word:>5} of a group: reward {rollout.reward:g} ({components}): {rollout.text!r}{cut}")
+    return lines
+
+
+class Alarm:
+    """Tells when learning stands still or falls back. Its state goes into checkpoints: a resumed run tells the same."""
+
+    def __init__(self, state: dict | None = None):
+        start = {"flat": 0, "rewards": [], "best": None, "widest": 0.0, "reported": 0}
+        self.state = start | (state or {})
+
+    def look(self, step: int, metrics: dict) -> list[str]:
+        """Lines to tell after this step: [] when all is well."""
+        return [*self.standing_still(metrics), *(self.falling_back(step, metrics) if "reward" in metrics else [])]
+
+    def standing_still(self, metrics):
+        """After every ALARM_STEPS steps in a row in which nothing was trained."""
+        self.state["flat"] = flat = 0 if metrics["trained_tokens"] else self.state["flat"] + 1
+        if flat and flat % ALARM_STEPS == 0:
+            right, wrong = (metrics.get(name, 0.0) for name in ("all_right", "all_wrong"))
+            text = f"for {flat} steps nothing is learned: the rewards are equal in each group, or all of it is masked"
+            yield f"{text} (groups all right {right:.0%}, all wrong {wrong:.0%})"
+
+    def falling_back(self, step, metrics):
+        """The mean reward of ALARM_STEPS steps fell below its best by half of the widest spread within a step."""
+        state = self.state
+        state["rewards"] = [*state["rewards"], metrics["reward"]][-ALARM_STEPS:]
+        state["widest"] = max(state["widest"], metrics["reward_std"])
+        if len(state["rewards"]) < ALARM_STEPS:
+            return
+        mean = sum(state["rewards"]) / ALARM_STEPS
+        state["best"] = mean if state["best"] is None else max(mean, state["best"])
+        if mean < state["best"] - state["widest"] / 2 and step >= state["reported"] + ALARM_STEPS:
+            state["reported"] = step
+            text = f"reward collapses: {mean:.3f} over {ALARM_STEPS} steps, it was {state['best']:.3f}"
+            yield f"{text}; lower --learning_rate or raise --beta"
