@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from flops import head_flops, language_flops, vision_flops
 
 from adapter_files import hf_name
+from bench.flops import head_flops, language_flops, vision_flops
 from lora import adapter_blocks, targets
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, random_model

@@ -17,9 +17,9 @@ from test_data import record, turns
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
-from flops import training_flops
 from workloads import model_config
 
+from bench.flops import training_flops
 from dataset.batch import Loader, by_count, deal, fill_bins, pack, pack_groups
 from model import UserError
 from model.qwen import IGNORE
