@@ -1,4 +1,4 @@
-"""The memory formula against peaks of a step of workload R at the released shapes (16 frames of 252x420, 1,418 tokens)."""
+"""The memory formula against peaks of a step of workload R (16 frames of 252x420, 1,418 tokens) at released shapes."""
 
 import sys
 from pathlib import Path
