@@ -108,8 +108,8 @@ def test_during_training(data, tmp_path):
         ("a.py", "", "sets nothing"),
         ("a.py", "import math\n_mine = 3\n", "sets nothing"),
         ("a.py", "learning_rate = = 3\n", "is not Python"),
-        ("a.py", None, "found no file"),
-        ("", None, "found no file"),
+        ("a.py", None, "no file"),
+        ("", None, "no file"),
     ],
 )
 def test_config_files(tmp_path, name, text, words):
