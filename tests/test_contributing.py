@@ -108,7 +108,7 @@ class Stop(Exception): pass
 def stop(*args): raise Stop(args[4])
 train_sft.evaluate = stop
 run = types.SimpleNamespace(cfg=train_sft.parse(train_sft.SFT, ["--eval_temperature", "0.7"]))
-try: train_sft.evaluate_and_tell(run, None, None, [], None)
+try: train_sft.evaluate_and_log(run, None, None, [], None)
 except Stop as found: print(found)
 """
     assert use(folder, code).strip().splitlines()[-1] == "0.7"
