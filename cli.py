@@ -361,7 +361,8 @@ def cli(main, each_rank=True):
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
-        fail("another rank of this run has ended; see what it printed, then --resume")
+        print("another rank of this run has ended; see what it printed", file=sys.stderr)
+        raise SystemExit(2) from None
     except BrokenPipeError:  # `--help | head`
         silence(sys.stdout)
         raise SystemExit(141) from None

@@ -274,7 +274,7 @@ def test_logits_that_are_not_finite_are_wrong_answers(sft, base, monkeypatch, ca
 def test_infer_out_of_memory(base, monkeypatch):
     from model import decode
 
-    monkeypatch.setattr(decode, "generate_plain", full(None, 1))
+    monkeypatch.setattr(decode, "generate", full(None, 1))
     clip = str(next((base / "data/videos").iterdir()))
     with pytest.raises(UserError, match="memory while answering; .* tokens in 1 packs.*--max_new_tokens 128 or"):
         infer.main([clip, "--model_id", str(base / "tiny"), "--model_ckpt", "none"])
@@ -318,7 +318,7 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, half_broken, caplog,
 def test_broken_samples_are_summed_over_the_ranks(base, half_broken, tmp_path):
     """Each of two ranks comes across one broken clip of sixteen: no rank alone knows of more than the share."""
     options = half_broken | {"pack_tokens": "none", "max_skip_share": 0.1, "per_device_train_batch_size": 2}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29647"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(test_train_sft.free_port())]
     flags = test_train_sft.flags_for(base, tmp_path / "two", **options)
     command = [*launcher, "train_sft.py", *flags]
     done = subprocess.run(command, cwd=test_train_sft.ROOT, capture_output=True, text=True, timeout=120)
