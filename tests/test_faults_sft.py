@@ -318,7 +318,8 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, half_broken, caplog,
 def test_broken_samples_are_summed_over_the_ranks(base, half_broken, tmp_path):
     """Each of two ranks comes across one broken clip of sixteen: no rank alone knows of more than the share."""
     options = half_broken | {"pack_tokens": "none", "max_skip_share": 0.1, "per_device_train_batch_size": 2}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(test_train_sft.free_port())]
+    port = str(test_train_sft.free_port())
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     flags = test_train_sft.flags_for(base, tmp_path / "two", **options)
     command = [*launcher, "train_sft.py", *flags]
     done = subprocess.run(command, cwd=test_train_sft.ROOT, capture_output=True, text=True, timeout=120)
