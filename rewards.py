@@ -20,6 +20,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
 
     None where there is no answer, or one that contradicts itself (module docstring, 4).
     """
+    return cached_answer(text, tuple(options.items()))
+
+
+@lru_cache(4096)  # a group's reference and each completion are read several times a step
+def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None:
+    options = dict(options)
     if not options:
         return plain(answer_span(text) or "").casefold().strip(" ,;:!").rstrip(" .,;:!") or None
     for span in answer_spans(text):
@@ -368,6 +375,7 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(HALF_WIDTH)
 
 
+@lru_cache(4096)  # options' words come again with every completion
 def plain(text: str) -> str:
     r"""One line without markdown, quotes and \boxed{}; hyphens inside words as spaces: "**Left-to-Right**" -> "Left to
     Right"."""
