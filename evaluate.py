@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from answers import extract_answer
 from data import CONTROLS
 from dataset.batch import Vanished
 from dataset.index import Selection, read_records, spread
 from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
-from rewards import Sample, extract_answer, is_correct, reference_answer, sample_from_record
+from rewards import Sample, is_correct, reference_answer, sample_from_record
 from rollouts import Rollout, row, sample
 from runlog import progress
 

@@ -24,7 +24,8 @@ from dataset.index import read_records, spread
 from dataset.records import IMAGE_SUFFIXES
 from cli import from_file
 from model import UserError, nearest_path
-from rewards import answer_span, extract_answer, is_correct, parse_options, sample_from_record
+from answers import answer_span, extract_answer, parse_options
+from rewards import is_correct, sample_from_record
 from checkpoint import BEST, STATE, find_adapter, read_json
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
-from data import pack
+from data import pack, pack_groups
 from dataset.batch import Example
 from dataset.records import clip_name, record_name
 from memory import out_of_memory, settings_for_sampling
 from model.decode import generate
+from model.packed import IGNORE, Packed
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 from runlog import say
 
@@ -124,6 +126,71 @@ def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str
         "truncated": statistics.fmean(not rollout.finished for rollout in rows),
         "not_finite": sum(not rollout.finite for rollout in rows),
     }
+
+
+# -- Packed for the update
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Completions of one forward pass. N completion tokens, G completions."""
+
+    packed: Packed
+    rows: Tensor  # (N,) int64: packed positions that predict a completion's token
+    completion: Tensor  # (N,) int64: whose token it is
+    group: Tensor  # (G,) int64: of which of the step's groups
+    advantages: Tensor  # (G,) float32
+    keep: Tensor  # (G,) bool: whether it gives a gradient
+    sampler: Tensor  # (N,) float32: log-probs as drawn
+    ref: Tensor | None = None  # (N,) under the frozen reference
+    old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
+
+    def to(self, device):
+        names = ("packed", "rows", "completion", "group", "advantages", "keep", "sampler")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def micro_batch(prompts: dict[int, Example], rollouts: list[Rollout], cfg) -> MicroBatch:
+    """Rollouts, those of a group beside each other -> MicroBatch. prompts: by group."""
+    numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
+    completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
+    packed = pack_groups([prompts[number] for number in numbers], completions)
+    lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
+    return MicroBatch(
+        packed=packed,
+        rows=(packed.targets != IGNORE).nonzero()[:, 0],
+        completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
+        group=torch.tensor([rollout.group for rollout in rollouts]),
+        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+        keep=torch.tensor([rollout.kept(cfg) for rollout in rollouts]),
+        sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+    )
+
+
+def cut(groups: list[list[Rollout]], lengths: list[tuple[int, int]], cfg) -> list[list[Rollout]]:
+    """The Rollouts of each forward pass, in their order: at most per_device_train_batch_size of them and pack_tokens
+    tokens. lengths: (record, tokens) of each group's prompt."""
+    bins, size = [], 0
+    for rollout in (rollout for group in groups for rollout in group):
+        prompt = lengths[rollout.group][1]
+        cost = len(rollout.ids) + (0 if bins and bins[-1][-1].group == rollout.group else prompt)
+        full = bins and len(bins[-1]) == cfg.per_device_train_batch_size
+        if not bins or full or (cfg.pack_tokens and size + cost > cfg.pack_tokens):
+            bins.append([])
+            size, cost = 0, len(rollout.ids) + prompt
+        bins[-1].append(rollout)
+        size += cost
+    return bins
+
+
+def assign(trained: list[int], owners: list[int], world: int) -> list[list[int]]:
+    """Groups to train on -> those of each rank: its own, whose clips it has decoded, but as many as any other's."""
+    shares = [[number for number in trained if owners[number] == rank] for rank in range(world)]
+    while True:
+        most, least = max(shares, key=len), min(shares, key=len)
+        if len(most) - len(least) < 2:
+            return shares
+        least.append(most.pop())
 
 
 # -- Shown

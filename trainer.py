@@ -111,9 +111,10 @@ class Run:
 
     def gather_numbers(self, *values) -> torch.Tensor:
         """Numbers of every rank, (world, len(values)) float64 on the host."""
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        own = torch.tensor(values, dtype=torch.float64)
         if self.world == 1:
-            return own[None].cpu()
+            return own[None]
+        own = own.to(self.device)
         every = [torch.empty_like(own) for _ in range(self.world)]
         torch.distributed.all_gather(every, own)
         return torch.stack(every).cpu()

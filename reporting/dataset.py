@@ -77,7 +77,7 @@ def text_facts(records: Sequence[dict]) -> dict:
 
 def question_template(text: str) -> str:
     """A question without its clips, its list of options and its numbers: what many questions share."""
-    from rewards import parse_options
+    from answers import parse_options
 
     text = re.sub(r"<(video|image)>", "", text)
     options = parse_options(text)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import accuracy, parse_options, sample_from_record
+from answers import parse_options
+from rewards import accuracy, sample_from_record
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "answers.jsonl").read_text().splitlines()]
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewards
+from answers import extract_answer, parse_options
 from model import UserError
-from rewards import Sample, extract_answer, is_correct, load_rewards, parse_options, reference_answer, score, total
+from rewards import Sample, is_correct, load_rewards, reference_answer, score, total
 
 QUESTION = (
     "In which direction is the ball moving?\nOptions:\n"
