@@ -4,23 +4,20 @@ is said instead, and how much of it is left when the frames are changed."""
 import math
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from answers import extract_answer
-from data import CONTROLS
-from dataset.batch import Vanished
-from dataset.index import Selection, read_records, spread
-from dataset.records import read_turns, record_name
+from data import CONTROLS, examples
 from model import UserError
 from model.decode import Sampling
+from records import Selection, read_records, read_turns, record_name, spread
 from rewards import Sample, is_correct, reference_answer, sample_from_record
 from rollouts import Rollout, row, sample
 from runlog import progress
 
-EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
+EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 # Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
 CHECKED_RECORDS = 10_000
@@ -86,27 +83,14 @@ def prompt_batches(examples, budget):
 
 
 def prompts(run, processor, records, control):
-    """This rank's records -> Examples that end where the answer begins, with their numbers, read ahead by threads; what
-    cannot be read is told."""
+    """This rank's records -> Examples that end where the answer begins, with their numbers; what cannot be read is
+    told."""
     mine = range(run.rank, len(records), run.world)
-
-    def encode(number):
-        try:
-            example = processor.encode(records[number], answer=False, control=control)
-            example.number = number
-            return example
-        except Vanished:
-            raise
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(max(1, run.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
-        for i in range(0, len(mine), EVAL_CLIPS):
-            for found in pool.map(encode, mine[i : i + EVAL_CLIPS]):
-                if isinstance(found, UserError):
-                    run.say(f"evaluation: skipped: {found}")
-                else:
-                    yield found
+    for example in examples(processor, records, mine, control, run.cfg.dataloader_num_workers):
+        if isinstance(example, tuple):
+            run.say(f"evaluation: skipped: {example[1]}")
+        else:
+            yield example
 
 
 @dataclass

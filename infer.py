@@ -15,13 +15,12 @@ import math
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.index import read_records, spread
-from dataset.records import IMAGE_SUFFIXES
+from records import IMAGE_SUFFIXES, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
@@ -80,8 +79,7 @@ def read_as_trained(cfg, adapter):
     trained = state.get("config", {}) if isinstance(state, dict) else None
     if not isinstance(trained, dict):
         raise UserError(f"{path}: its config is no object; take another checkpoint")
-    own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
-    own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
+    own = {"image_folder", "max_seq_length", "overlong", "cache_mb"}
     names = as_dict(VideoArgs()).keys() - own
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))
@@ -229,26 +227,25 @@ def answer(cfg, model, processor, example):
 
 def ask(cfg, model, processor, records, control, bar):
     """Ask under a control -> {number: (true answer's words, the model's, count of options)}, {number: why not}."""
+    from data import examples
     from evaluate import in_words
 
-    def read(i):
-        try:
-            sample = sample_from_record(records[i])
-            is_correct("", sample)  # raises where the dataset's own answer cannot be read
-            return i, sample, processor.encode(records[i], answer=False, control=control)
-        except UserError as error:
-            return i, None, str(error)
-
     said, failed = {}, {}
-    with ThreadPoolExecutor(max(1, cfg.dataloader_num_workers)) as pool:
-        for start in range(0, len(records), cfg.batch_size):
-            batch = list(pool.map(read, range(len(records))[start : start + cfg.batch_size]))
-            failed |= {i: error for i, sample, error in batch if sample is None}
-            asked = [one for one in batch if one[0] not in failed]
-            answers = complete(cfg, model, processor, [example for *_, example in asked]) if asked else []
-            for (i, sample, _), (_, text) in zip(asked, answers, strict=True):
-                said[i] = in_words(sample, text)
-            bar.update(len(batch))
+    for number in range(len(records)):
+        try:
+            is_correct("", sample_from_record(records[number]))  # raises where the dataset's own answer cannot be read
+        except UserError as error:
+            failed[number] = str(error)
+    bar.update(len(failed))
+    numbers = [number for number in range(len(records)) if number not in failed]
+    stream = examples(processor, records, numbers, control, cfg.dataloader_num_workers)
+    while batch := list(islice(stream, cfg.batch_size)):
+        failed |= {found[0]: str(found[1]) for found in batch if isinstance(found, tuple)}
+        prompts = [example for example in batch if not isinstance(example, tuple)]
+        answers = complete(cfg, model, processor, prompts) if prompts else []
+        for example, (_, text) in zip(prompts, answers, strict=True):
+            said[example.number] = in_words(sample_from_record(example.record), text)
+        bar.update(len(batch))
     return said, failed
 
 

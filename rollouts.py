@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from data import pack, pack_groups
-from dataset.batch import Example
-from dataset.records import clip_name, record_name
+from data import Example, pack, pack_groups
 from memory import out_of_memory, settings_for_sampling
 from model.decode import generate
 from model.packed import IGNORE, Packed
+from records import clip_name, record_name
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 from runlog import say
 

@@ -29,8 +29,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import STATE, find_adapter, read_json
-from data import Loader, Processor, load_tokenizer, read_records
-from dataset.batch import Example
+from data import Example, Loader, Processor, load_tokenizer, read_records
 from engine import update
 from evaluate import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer

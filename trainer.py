@@ -48,7 +48,7 @@ LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 # what --overwrite removes, beside checkpoints, START and TRACKERS
 OURS = (RUN, BEST, METRICS, DATA, "rollouts.jsonl", "report.html")
 # Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
-OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "remote_folder", "model_id", "model_ckpt", "output_dir"}
+OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "model_id", "model_ckpt", "output_dir"}
 OWN_FLAGS |= {"deepspeed", "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}
 BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
 SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps

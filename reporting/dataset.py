@@ -48,8 +48,8 @@ def evenly_spread(records: Sequence[dict], count: int) -> list[dict]:
 
 def text_facts(records: Sequence[dict]) -> dict:
     """Classes (the words of the right answers), question templates, and an example of each class."""
-    from dataset.records import record_name
     from model import UserError
+    from records import record_name
     from rewards import reference_answer, sample_from_record
 
     read, classes, questions, examples = evenly_spread(records, MAX_READ), Counter(), Counter(), {}
@@ -89,22 +89,20 @@ def question_template(text: str) -> str:
 
 def clip_facts(records: list[dict], processor) -> dict:
     """[least, median, most] of tokens, frames and seconds; how often each size comes; records that cannot be read."""
-    from dataset.records import Media, record_name
     from model import UserError
+    from records import record_name
 
     values = {key: [] for key in RANGES}
     sizes, source_sizes, unreadable = Counter(), Counter(), {}
     for record in records:
         try:
-            segments, plans = processor.layout(record, True, record_name(record))
+            ids, trained, plans = processor.layout(record, True, record_name(record))
         except UserError as error:
             unreadable[record_name(record)] = str(error)
             continue
-        texts = [(len(segment), is_answer) for segment, is_answer in segments if not isinstance(segment, Media)]
-        vision = sum(plan.num_tokens for plan in plans)
-        values["vision_tokens"].append(vision)
-        values["tokens"].append(vision + sum(length for length, _ in texts))
-        values["answer_tokens"].append(sum(length for length, is_answer in texts if is_answer))
+        values["vision_tokens"].append(sum(plan.num_tokens for plan in plans))
+        values["tokens"].append(len(ids))
+        values["answer_tokens"].append(int(trained.sum()))
         for plan in plans:
             sizes[f"{plan.size[1]} x {plan.size[0]}"] += 1
             source_sizes[f"{plan.source_size[1]} x {plan.source_size[0]}"] += 1

@@ -21,7 +21,7 @@ import train_sft
 import trainer
 from checkpoint import newest_checkpoint, read_json
 from config import SFT, cli
-from dataset.batch import Loader
+from data import Loader
 from model import UserError
 
 base, sft = test_train_sft.base, test_train_sft.sft  # fixtures
