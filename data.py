@@ -217,7 +217,8 @@ class Processor:
         plans = [self.plan(item, name) for item in media]
         plans = self.fit(media, plans, len(ids) - len(plans), name)
         repeats = np.ones(len(ids), np.int64)  # a pad stands once for each vision token of its clip
-        repeats[np.isin(ids, [self.config.video_token_id, self.config.image_token_id])] = [p.num_tokens for p in plans]
+        is_pad = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+        repeats[is_pad] = [plan.num_tokens for plan in plans]
         return np.repeat(ids, repeats), np.repeat(trained, repeats), plans
 
     def render(self, turns: list[Turn], answer: bool, name: str) -> tuple[np.ndarray, np.ndarray]:

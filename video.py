@@ -178,17 +178,13 @@ def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float) 
     """Multiples of 28 near (height, width) with an area within the bounds. UserError above a side ratio of 200."""
     if max(height, width) > MAX_RATIO * min(height, width):
         raise UserError(f"sides {height} x {width}: their ratio is above {MAX_RATIO}; crop it")
-    h, w = round_size(height, width)
+    h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         return shrink(height, width, max_pixels)
     if h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * beta / FACTOR) * FACTOR for side in (height, width))
     return h, w
-
-
-def round_size(height: float, width: float) -> tuple[int, int]:
-    return tuple(max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
 
 
 def shrink(height: int, width: int, max_pixels: float) -> tuple[int, int]:
@@ -200,7 +196,7 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
     """(H, W) after resizing of one frame among n, and notes on options that were overruled."""
     if options.resized_height is not None:
         wanted = options.resized_height, options.resized_width
-        h, w = round_size(*wanted)
+        h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in wanted)
         if h * w > IMAGE_PIXELS[1]:
             raise UserError(f"resized to {h} x {w}: above {IMAGE_PIXELS[1]} pixels a frame; ask for less")
         note = f"resized_height and _width {wanted} are rounded to {(h, w)}, multiples of {FACTOR}"
@@ -327,22 +323,29 @@ def index_frames(path: str) -> FrameIndex:
     open_file.take(None)
     open_file.stamp, open_file.stream = file_stamp(path), open_stream(path)
     stream = open_file.stream
+    rate, time_base = stream.average_rate or stream.guessed_rate, float(stream.time_base)
     with ffmpeg_errors(path):
         shown, keyframes = read_packets(path, stream)
         pts = sorted(t for t in shown if t is not None)
         # AVI stores no presentation times. FFmpeg makes some up; for H.264 with B-frames they are in decoding order
         made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames and pts == shown
-        if len(set(pts)) < len(shown) or not keyframes or made_up:
+        untimed = len(set(pts)) < len(shown) or not keyframes or made_up
+        if untimed:  # all frames are decoded and counted
             open_file.take(None)
-            return count_frames(path)
-        pts = pts[bisect_left(pts, keyframes[0][0]) :]  # a stream cut at its head: nothing decodes before a keyframe
-        stream.container.seek(keyframes[0][1], stream=stream)
-        frame = next(decode(stream), None)  # only a decoded frame knows its rotation
-    if frame is None or not pts:
+            stream = open_stream(path)
+            with stream.container:
+                frames = [shown_size(frame) for frame in decode(stream)]
+        else:
+            pts = pts[bisect_left(pts, keyframes[0][0]) :]  # cut at its head: nothing decodes before a keyframe
+            stream.container.seek(keyframes[0][1], stream=stream)
+            frames = [shown_size(frame) for frame in islice(decode(stream), 1)]  # only a frame knows its rotation
+    if not frames or not pts and not untimed:
         raise UserError(f"{path}: none of its {len(shown)} frames decodes; write it again")
-    time_base, rate = float(stream.time_base), stream.average_rate or stream.guessed_rate
+    if untimed:
+        fps = float(rate or 25)  # 25: FFmpeg's own guess for raw streams
+        return FrameIndex(frames[0], fps, list(range(len(frames))), 1 / fps, [])
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
-    return FrameIndex(shown_size(frame), fps, pts, time_base, keyframes)
+    return FrameIndex(frames[0], fps, pts, time_base, keyframes)
 
 
 def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[tuple[int, int]]]:
@@ -374,17 +377,6 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
     if matroska and end + 2 / float(stream.average_rate or stream.guessed_rate or 1) < 0.9 * seconds:
         raise UserError(f"{path}: cut off: {end:.1f} seconds, its header promises {seconds:.1f}; download it again")
     return shown, sorted(keyframes)
-
-
-def count_frames(path: str) -> FrameIndex:
-    """index_frames of a file without usable times: all frames are decoded and counted."""
-    stream = open_stream(path)
-    with stream.container, ffmpeg_errors(path):
-        fps = float(stream.average_rate or stream.guessed_rate or 25)  # 25: FFmpeg's own guess for raw streams
-        sizes = [shown_size(frame) for frame in decode(stream)]
-    if not sizes:
-        raise UserError(f"{path}: a video stream with 0 frames; write it again")
-    return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [])
 
 
 # ---- Pixels
@@ -439,20 +431,19 @@ def resize(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[Te
 
 def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | None, int]], size) -> list[Tensor]:
     """Frames of one video by number, each (3, *size) uint8. seeks: FrameIndex.seek of each."""
-    frames = decode_frames(path, open_file.take(file_stamp(path)), seeks, size)
+    frames = decode_frames(path, open_file.take(file_stamp(path)) or open_stream(path), seeks, size)
     if any(seek not in frames for seek in seeks):  # packets and frames do not match one to one: count frames
         seeks = [(None, i) for i in indices]
-        frames = decode_frames(path, None, seeks, size)
+        frames = decode_frames(path, open_stream(path), seeks, size)
     missing = [i for i, seek in zip(indices, seeks, strict=True) if seek not in frames]
     if missing:
-        message = f"{path}: frame {missing[0]} is announced but does not decode"
-        raise UserError(f"{message}; the file may be damaged, write it again")
+        problem = f"{path}: frame {missing[0]} is announced but does not decode"
+        raise UserError(f"{problem}; the file may be damaged, write it again")
     return [frames[seek] for seek in seeks]
 
 
-def decode_frames(path: str, stream: av.VideoStream | None, seeks: Sequence, size) -> dict[tuple, Tensor]:
-    """{seek: frame} of those of `seeks` that decode, from a file that may be open already. It is closed."""
-    stream = stream or open_stream(path)
+def decode_frames(path: str, stream: av.VideoStream, seeks: Sequence, size) -> dict[tuple, Tensor]:
+    """{seek: frame} of those of `seeks` that decode. The stream's file is closed."""
     scaler, decoded = VideoReformatter(), []
 
     def pictures() -> Iterator[np.ndarray]:
@@ -504,24 +495,16 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     kind: "video" (one file, or one image file per frame) or "image". most_frames, size: set by the token budget of a
     sample, on top of the options. Raises UserError naming the file.
     """
-    is_video = kind == "video" and len(paths) == 1
-    source = index_frames(paths[0]) if is_video else image_size(paths[0])
+    is_file = kind == "video" and len(paths) == 1
+    source = index_frames(paths[0]) if is_file else image_size(paths[0])
     try:
-        if not is_video and (options.video_start, options.video_end) != (None, None):
-            raise UserError("video_start and video_end need one video file")
-        if is_video:
-            plan = plan_video(paths, source, options, most_frames)
-        elif kind == "image":
-            h, w, notes = frame_size("image", *source, 1, options)
-            plan = ClipPlan("image", paths[:1], (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
-        else:
-            plan = plan_frames(paths, source, options, most_frames)
+        plan = (plan_video if is_file else plan_pictures)(kind, paths, source, options, most_frames)
     except UserError as error:  # of the options, or of the picture's shape
         raise UserError(f"{paths[0]}: {error}") from None
     return plan if size is None else replace(plan, size=size)
 
 
-def plan_video(paths: tuple[str, ...], frames: FrameIndex, options: Options, most_frames: int | None) -> ClipPlan:
+def plan_video(kind: str, paths, frames: FrameIndex, options: Options, most_frames: int | None) -> ClipPlan:
     total, fps, notes = len(frames.pts), frames.fps, []
     first, span = frame_span(total, fps, options)
     n = smart_nframes(span, fps, options)
@@ -534,34 +517,37 @@ def plan_video(paths: tuple[str, ...], frames: FrameIndex, options: Options, mos
     indices = tuple(frame_indices(span, n, first))
     times, seeks = tuple(map(frames.seconds, indices)), tuple(map(frames.seek, indices))
     notes = (*notes, *size_notes)
-    return ClipPlan("video", paths, indices, times, (h, w), frames.size, total, fps, n / span * fps, seeks, notes)
+    return ClipPlan(kind, paths, indices, times, (h, w), frames.size, total, fps, n / span * fps, seeks, notes)
 
 
-def plan_frames(paths: tuple[str, ...], source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
-    """A list of frames is taken whole, an odd last one repeated; nframes and max_frames thin it out evenly."""
+def plan_pictures(kind: str, paths, source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
+    """An image; or a list of frames, taken whole, an odd last one repeated. nframes and max_frames thin it out."""
     total = len(paths)
+    if (options.video_start, options.video_end) != (None, None):
+        raise UserError("video_start and video_end need one video file")
+    if kind == "image":
+        h, w, notes = frame_size(kind, *source, 1, options)
+        return ClipPlan(kind, paths, (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
     n = options.nframes or min(total, options.max_frames)
     n = min(n, most_frames or n)
     if n > total:
         raise UserError(f"nframes {n} of a list of {total} frames; expected at most {total}")
     indices = list(range(total)) if n == total else frame_indices(total, math.ceil(n / TEMPORAL) * TEMPORAL)
-    sample_fps = options.fps * len(indices) / total
+    rates = options.fps, options.fps * len(indices) / total  # of the list, and of what is taken of it
     indices += indices[-1:] * (len(indices) % TEMPORAL)
-    h, w, notes = frame_size("video", *source, len(indices), options)
+    h, w, notes = frame_size(kind, *source, len(indices), options)
     times = tuple(i / options.fps for i in indices)
-    rates = options.fps, sample_fps
-    return ClipPlan("video", paths, tuple(indices), times, (h, w), source, total, *rates, notes=tuple(notes))
+    return ClipPlan(kind, paths, tuple(indices), times, (h, w), source, total, *rates, notes=tuple(notes))
 
 
 def read_clip(plan: ClipPlan) -> Tensor:
     """The planned frames as patches: (P, 1176) uint8. Raises UserError naming the file."""
-    if plan.kind == "image":
-        frames = [read_image(plan.paths[0], plan.size)] * TEMPORAL  # an image is a clip of two equal frames
-    elif len(plan.paths) > 1:
-        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
-    else:
+    if plan.kind == "video" and len(plan.paths) == 1:
         frames = read_frames(plan.paths[0], plan.indices, plan.seeks, plan.size)
-    return to_patches(torch.stack(frames))
+    else:
+        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
+    times = TEMPORAL if plan.kind == "image" else 1  # an image is a clip of two equal frames
+    return to_patches(torch.stack(frames * times))
 
 
 def to_patches(frames: Tensor) -> Tensor:
