@@ -30,12 +30,11 @@ REMOVED = {
     "keys": CONVERT,
 }
 
-
 # What --help shows, of the options that a script has; --help all shows the others too
 MAIN = """video question json files runs output command adapter model_id model_ckpt data_path eval_data_path output_dir
     overwrite resume dry_run rewards num_generations max_completion_length temperature beta learning_rate lora_rank
     num_train_epochs max_steps per_device_train_batch_size pack_tokens gradient_checkpointing fps nframes
-    video_max_pixels eval_steps save_steps report_to controls max_samples batch_size num_samples split from_folder
+    video_max_pixels eval_steps controls max_samples batch_size num_samples split from_folder
     num_options frame_size video_length augment cot""".split()
 
 
@@ -142,11 +141,6 @@ def read_config(cls, path):
 # -- The command line
 
 
-class Help(argparse.HelpFormatter):
-    def _fill_text(self, text, width, indent):
-        return text  # the example stays on its line
-
-
 def documented(cls):
     """[(heading, [(field, comment)])] of a dataclass and its bases, from their source, in the field's first group."""
     groups, comments = {}, {}
@@ -167,27 +161,20 @@ def documented(cls):
 def help_text(cls, every):
     """What --help prints: the options in MAIN, in that order; every: all of them in groups, for --help all."""
     positional = [f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional")]
-    usage = f"python {script_of(cls)} {''.join(positional)}[--config FILE] [--name value or --name=value]"
+    usage = f"python {script_of(cls)} {''.join(positional)}[--name value ...]"
     more = f"example: {cls.__doc__}" + ("" if every else "\n--help all lists every option")
-    shape = lambda prog: Help(prog, max_help_position=34)
+    shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34)
     parser = argparse.ArgumentParser(usage=usage, description=more, formatter_class=shape, add_help=False)
     parser.add_argument("--config", metavar="FILE", help="settings: .py, .yaml, .json or .toml; several in their order")
-    default, kinds = cls(), kinds_of(cls)
-
-    def add(group, name, comment):
-        text = f"{comment} (default {getattr(default, name)!r})".replace("%", "%%")
-        group.add_argument(f"--{name}", help=text, metavar=type_name(kinds[name]))
-
-    if every:
-        for heading, fields in documented(cls):
-            group = parser.add_argument_group(heading)
-            for name, comment in fields:
-                add(group, name, comment)
-    else:
-        comments = {name: comment for _, fields in documented(cls) for name, comment in fields}
-        for name in MAIN:
-            if name in comments:
-                add(parser, name, comments[name])
+    default, kinds, groups = cls(), kinds_of(cls), documented(cls)
+    if not every:
+        comments = {name: comment for _, fields in groups for name, comment in fields}
+        groups = [("main options", [(name, comments[name]) for name in MAIN if name in comments])]
+    for heading, fields in groups:
+        group = parser.add_argument_group(heading)
+        for name, comment in fields:
+            text = f"{comment} (default {getattr(default, name)!r})".replace("%", "%%")
+            group.add_argument(f"--{name}", help=text, metavar=type_name(kinds[name]))
     return parser.format_help()
 
 

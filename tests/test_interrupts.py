@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_sft.py", "train_grpo.py", "generate.py", "infer.py", "data.py", "report.py", "lora.py")
 # Runs a script; every import of the module named in the first argument sleeps first
 SLOW_IMPORT = """
 import builtins, runpy, sys, time
@@ -66,22 +65,20 @@ def test_during_generate_and_training(tmp_path):
     assert list(run.glob("checkpoint-*")) and "--resume" in after
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "generate.py", "infer.py"])
 def test_waiting_threads_do_not_spin(script):
     """libgomp reads it when torch is imported, so it must be set before, and a user's own choice must stay."""
-    code = (
-        "import os, runpy, sys\n"
-        "class Find:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch' or name == 'stop_here':\n"
-        "            print(os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
-        "            os._exit(0)\n"
-        "sys.meta_path.insert(0, Find())\n"
-        "sys.path.insert(0, '')\n"
-        f"sys.argv = ['{script}']\n"
-        f"runpy.run_path('{script}', run_name='not_main')\n"
-        "import stop_here"
-    )
+    code = f"""import os, runpy, sys
+class Find:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "stop_here"):
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Find())
+sys.path.insert(0, "")
+sys.argv = ["{script}"]
+runpy.run_path("{script}", run_name="not_main")
+import stop_here"""
     unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
         command = [sys.executable, "-c", code]

@@ -32,7 +32,6 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("attempt", "hint"),
     [
-        (lambda: parse(SFT, ["--lr_scheduler_type", "cosin"]), "did you mean cosine?"),
         (lambda: parse(GRPO, ["--aggregation", "sequences"]), "did you mean sequence?"),
         (lambda: parse(Generate, ["--augment", "blurr,crop"]), "did you mean blur?"),
         (lambda: parse(Infer, ["--data_path", "x", "--controls", "reverse"]), "did you mean reversed?"),
@@ -81,9 +80,7 @@ def test_help_of_every_script_needs_no_torch():
     "change, message",
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [4, 6, 6]}}, "rope_scaling type is yarn"),
-        ({"rope_scaling": {"rope_type": "linear", "mrope_section": [4, 6, 6]}}, "rope_scaling rope_type is linear"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"text_config": {"hidden_act": "relu"}}, "hidden_act is relu"),
         ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config's hidden_act is quick_gelu"),
         ({"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6]}}, None),
     ],
@@ -102,39 +99,22 @@ def test_other_models_are_refused(change, message):
 # -- The first hour
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def test_a_grpo_run_that_ends_below_its_start_says_so(tmp_path):
+    def run(script, *flags):
+        command = [sys.executable, script, *map(str, flags)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """40 drawn clips, half of them held out."""
-    folder = tmp_path_factory.mktemp("data") / "drawn"
-    run("generate.py", "--output_dir", folder, "--num_samples", 40, "--split", 0.5)
-    return folder
-
-
-def test_a_held_out_subset_is_spread_over_the_file(data):
-    records = json.loads((data / "val.json").read_text())
-    records.sort(key=lambda record: record["conversations"][-1]["value"])
-    (data / "sorted.json").write_text(json.dumps(records))
-    flags = ["--controls", "none", "--model_ckpt", "none", "--max_new_tokens", 4, "--json", "--max_samples", 8]
-    text = run("infer.py", "--data_path", data / "sorted.json", *flags)
-    confusion = json.loads(text.splitlines()[-1])["confusion"]
-    assert len(confusion) >= 3, f"8 of 20 clips sorted by class show only {list(confusion)}"
-
-
-def test_a_grpo_run_that_ends_below_its_start_says_so(data, tmp_path):
-    sft = tmp_path / "sft"
-    run("train_sft.py", "--data_path", data / "train.json", "--output_dir", sft, "--max_steps", 8, "--eval_controls", 0)
-    flags = ["--data_path", data / "train.json", "--model_ckpt", sft, "--output_dir", tmp_path / "grpo"]
-    flags += ["--max_steps", 2, "--learning_rate", 30, "--max_completion_length", 8, "--max_new_tokens", 8]
-    flags += ["--eval_controls", 0, "--per_device_train_batch_size", 64, "--warmup_ratio", 0, "--max_grad_norm", 0]
-    last = run("train_grpo.py", *flags).strip().splitlines()[-1]
+    data, sft, grpo = (tmp_path / name for name in ("data", "sft", "grpo"))
+    run("generate.py", "--output_dir", data, "--num_samples", 40, "--split", 0.5)
+    flags = ["--data_path", data / "train.json", "--eval_controls", 0]
+    run("train_sft.py", *flags, "--output_dir", sft, "--max_steps", 8)
+    flags += ["--model_ckpt", sft, "--output_dir", grpo, "--max_steps", 2, "--learning_rate", 30, "--warmup_ratio", 0]
+    flags += ["--max_completion_length", 8, "--max_new_tokens", 8, "--max_grad_norm", 0]
+    last = run("train_grpo.py", *flags, "--per_device_train_batch_size", 64).strip().splitlines()[-1]
     assert "worse than the start" in last and "at the start" in last, last
-    best = json.loads((tmp_path / "grpo" / "best.json").read_text())
+    best = json.loads((grpo / "best.json").read_text())
     assert best["below_start"] and best["accuracy"] < best["start_accuracy"], best
 
 
