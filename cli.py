@@ -194,14 +194,16 @@ def read_argv(cls, argv):
             bare.append(arg)
             continue
         name, equals, value = arg[2:].partition("=")
-        plain = name.replace("-", "_")
-        plain = aliases.get(plain, SYNONYMS.get(plain, plain))
+        theirs = name.replace("-", "_")
+        plain = aliases.get(theirs, SYNONYMS.get(theirs, theirs))
         kind = str if plain in ("config", "local_rank") else kinds.get(plain)
         if not equals:
             is_switch = kind in (bool, bool | None) or (kind is None and positional)
             words = {*BOOLS, "none"} if kind is not bool else BOOLS
             if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in words):
                 value = rest.pop(0)
+                while theirs in SYNONYMS and not positional and rest and not rest[0].startswith("--"):
+                    value += f",{rest.pop(0)}"  # lists of other trainers are separated by blanks
             elif is_switch or kind is None:
                 value = "true"
             else:

@@ -286,11 +286,9 @@ class Infer(View):
     prompt: str = ""  # question under another name
     json: bool = False  # last line: one JSON object
 
-    # -- Adapter
+    # -- Adapter and sampling
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
-
-    # -- Sampling
     max_new_tokens: int = 256  # tokens; chains of thought fit
     temperature: float = 0.0  # 0 = always the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens of this mass; 1 = off
@@ -317,9 +315,7 @@ class Adapter(Options):
     adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never contact the hub
-
-    # -- merge: a whole model, as transformers and vLLM load it
-    output_dir: str | None = field(default=None, metadata={"positional": True})  # folder to write, new or empty
+    output_dir: str | None = field(default=None, metadata={"positional": True})  # new folder for the merged model
     shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
 

@@ -300,10 +300,10 @@ def test_names_of_other_trainers(name):
 
 
 def test_a_command_and_a_file_of_other_trainers(tmp_path):
-    command = "--model_name_or_path m --reward_funcs accuracy --loss_type dr_grpo --use_vllm --bits 16 "
+    command = "--model_name_or_path m --reward_funcs accuracy format --loss_type dr_grpo --use_vllm --bits 16 "
     command += "--freeze_merger False --resume_from_checkpoint --eval_strategy no"
     cfg = parse(GRPO, command.split())
-    assert (cfg.model_id, cfg.rewards, cfg.aggregation, cfg.tune_merger) == ("m", "accuracy", "constant", True)
+    assert (cfg.model_id, cfg.rewards, cfg.aggregation, cfg.tune_merger) == ("m", "accuracy,format", "constant", True)
     assert (cfg.resume, cfg.eval_data_path) == (True, None) and without_effect(cfg) == {"--use_vllm", "--bits"}
     (tmp_path / "sft.yaml").write_text(
         "### model\nmodel_name_or_path: Qwen/Qwen2.5-VL-7B-Instruct\nimage_max_pixels: 9000\ntrust_remote_code: true\n"
