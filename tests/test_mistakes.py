@@ -96,6 +96,15 @@ def test_other_models_are_refused(change, message):
         ModelConfig.from_dict(raw, "config.json")
 
 
+def test_a_clip_in_an_unknown_column_is_refused(tmp_path):
+    """Not trained on as a question without a clip."""
+    records = [{"question": "What is it?", "answer": "a cube", column: "a.webm"} for column in ("clip", "whatever")]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    command = [sys.executable, "data.py", str(tmp_path / "data.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "column clip" in done.stderr and "rename" in done.stderr, done.stderr
+
+
 # -- The first hour
 
 
