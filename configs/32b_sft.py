@@ -1,6 +1,5 @@
 """deepspeed --num_gpus 2 train_sft.py for Qwen2.5-VL-32B on two or more 80 GB cards: rank 16. The weights stand whole
-on each, gradients and optimizer are shared by ZeRO-2. Peak memory, estimated: 80 GB: 69 GiB.
-"""
+on each, gradients and optimizer are shared by ZeRO-2. Peak memory, estimated: 80 GB: 69 GiB."""
 
 model_id = "Qwen/Qwen2.5-VL-32B-Instruct"
 lora_rank = 16
