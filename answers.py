@@ -18,7 +18,8 @@ from functools import lru_cache
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Full-width characters, and marks of other scripts, as ASCII
-HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("、【】《》〈〉「」『』–—−　", '.[]<><>""""--- ')
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ". "}
+HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　", '[]<><>""""--- ')
 
 
 def fold(text: str) -> str:
@@ -49,7 +50,7 @@ def normalise(text: str) -> str:
 LABEL = r"\s*([A-Za-z]|[0-9]{1,2})\s*"
 # The ways to write an option's label. One list keeps to one way; of equally long lists the later way counts.
 STYLES = [re.compile(rf"(?<![\w.(\[]){LABEL}{mark}") for mark in ("-", ":", r"\)", r"\.")]  # A-  A:  A)  A.
-STYLES += [re.compile(rf"(?<!\w){one}{LABEL}{two}") for one, two in (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))]
+STYLES += [re.compile(rf"(?<!\w){one}{LABEL}{two}[.:]?") for one, two in (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))]
 # What may stand before the first label of a line: a bullet, a word as in "Option A:"
 LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
 
@@ -95,7 +96,8 @@ def marks_of(text: str, style: re.Pattern):
         before = text[text.rfind("\n", 0, match.start(1)) + 1 : match.start(1)].rstrip("([< ")
         at_line_start = LINE_START.fullmatch(before + " ") is not None
         bare = match[0].lstrip()[0] not in "([<"
-        number = match[1].isdigit() and text[match.end() : match.end() + 1].isdigit()  # 2:30, 12.5
+        behind = text[match.end() : match.end() + 1]
+        number = bare and match[1].isdigit() and match[0][-1] in ".:" and behind.isdigit()  # 2:30, 12.5
         dash_or_small = match[0].endswith("-") or match[1].islower()  # in a line these are words
         if not number and (at_line_start or not (bare and dash_or_small)):
             yield Mark(match[1].upper(), match.end() - len(match[0].lstrip()), match.end(), at_line_start)
@@ -215,7 +217,7 @@ WRAPPED = re.compile(r"(?<!\w)[(\[{<]\s*(\w{1,2})\s*[)\]}>]")  # (A) [A] {A} <A>
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
 CUES |= {"therefore", "thus", "with", "say"}
 BEHIND = ("is", "because", "since", "as", "and", "or")  # words that may follow a bare label
-TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might".split())
+TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than"}
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
 
@@ -291,7 +293,7 @@ def label_mentions(span: str, options: dict[str, str]) -> list[Mention]:
 def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
     """Whether a letter or number without brackets is meant as a label: True, False for one that only stands beside
     others, as the second of "A and B", None for an article or a number of another kind."""
-    if word.isdigit() and (re.search(r"[\d][.,:]$|[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
+    if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
     first = not re.search(r"\w", before)
     if first and not re.search(r"\w", behind):

@@ -16,7 +16,7 @@ from dataset.index import Selection, read_records, spread
 from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
-from rewards import Sample, is_correct, reference_answer, sample_from_record
+from rewards import Sample, accuracy, check_solution, is_correct, reference_answer, sample_from_record
 from rollouts import Rollout, row, sample
 from runlog import progress
 
@@ -67,7 +67,7 @@ def check_answer(number, record):
     """UserError, naming the sample, if its right answer cannot be read."""
     try:
         read_turns(record, "record")  # raises for what is no conversation at all
-        is_correct("", sample_from_record(record))
+        check_solution(record)
     except UserError as error:
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
@@ -138,7 +138,7 @@ def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="n
                 text = processor.backend.decode(completion.ids, skip_special_tokens=True)
                 finite = all(map(math.isfinite, completion.logprobs))
                 answers[number] = in_words(asked, text)
-                right += (is_right := finite and is_correct(text, asked))
+                right += (is_right := accuracy(text, asked) if finite else 0.0)
                 lost += not finite
                 if number < EVAL_SHOWN:
                     rows.append(shown(run.step, number, example, completion, text, is_right, decode_token))
@@ -194,8 +194,9 @@ def evaluate_controls(run, model, processor, records, plain):
 def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
     """A completion's text -> (true answer's words, the model's, count of options)."""
     letters = reference_answer(sample), extract_answer(text, sample.options)
-    true, said = (sample.options.get(letter, letter) or NO_ANSWER for letter in letters)
-    return true, said, len(sample.options)
+    true, said = (sample.options.get(letter) or letter or NO_ANSWER for letter in letters)
+    options = sum(map(bool, sample.options.values()))  # those with words: of an unread list nobody knows how many
+    return true, true if is_correct(text, sample) else said, options
 
 
 def wilson(right: int, count: int) -> list[float]:

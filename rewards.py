@@ -331,6 +331,11 @@ class Reward:
         """Entries of `Sample.context` it reads."""
         return getattr(self.fn, "needs", ())
 
+    def prepare(self, texts: list[str], sample: Sample) -> None:
+        """Before a group is scored: a server is asked for all of it at once."""
+        if hasattr(self.fn, "prepare"):
+            self.fn.prepare(texts, sample)
+
     def __call__(self, text: str, sample: Sample) -> float:
         """The unweighted reward. Raises UserError with its name and the completion if it fails or is not finite."""
         missing = [fact for fact in self.needs if fact not in sample.context]
@@ -498,11 +503,12 @@ def main() -> None:
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{cfg.file}: line {number} is no object with a record and a completion") from None
         try:
-            sample = sample_from_record(record)
-            known = {key: row[key] for key in ("n_tokens", "max_tokens", "truncated", "context") if key in row}
-            print(json.dumps(score(rewards, text, replace(sample, **known))))
+            check_solution(record)
         except UserError as error:
             print(json.dumps({"refused": str(error)}, ensure_ascii=False))
+            continue
+        known = {key: row[key] for key in ("n_tokens", "max_tokens", "truncated") if key in row}
+        print(json.dumps(score(rewards, text, replace(sample_from_record(record), **known))))
     for reward in rewards:
         if isinstance(reward.fn, ServerJudge):
             print(f"judge: {dict(reward.fn.client.counts)}", file=sys.stderr)

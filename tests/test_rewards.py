@@ -1,5 +1,7 @@
 """Rewards: every way an answer can be written, every way a reward can go wrong."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_client import Server, completion
 
 import rewards
 from answers import extract_answer, parse_options
@@ -294,6 +297,42 @@ def test_group_context_feeds_temporal():
         reward("(A)", Sample(QUESTION, "(A)"))
 
 
+def test_temporal_without_frames_to_shuffle(caplog):
+    """Text, a picture, a clip of two frames: 0, named once, and the run goes on."""
+    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
+    rewards.warned.clear()
+    sample = Sample(QUESTION, "(A)")
+    sample.context = rewards.group_context(sample, ["(A)", "(B)"], None)
+    assert [score(load_rewards("temporal"), text, sample) for text in ("(A)", "(B)")] == [{"temporal": 0}] * 2
+    assert caplog.text.count("no frames can be shuffled") == 1
+
+
+def test_temporal_of_a_typed_reward():
+    sample = Sample("How long?", "10", problem_type="regression")
+    sample.context = rewards.group_context(sample, ["9", "5"], ["0"])
+    assert sample.context == {"accuracy": pytest.approx(0.7), "shuffled_accuracy": 0}
+    assert rewards.temporal("9", sample) == pytest.approx(0.27)
+
+
+def test_totals_that_differ_by_rounding_are_equal():
+    chosen = load_rewards("accuracy,format,length", [0.1, 0.2, 1])
+    assert 0.1 + 0.2 != 0.3 and 0.1 * 3 != 0.3
+    components = [dict(accuracy=1, format=1, length=0), dict(accuracy=0, format=0, length=0.3)]
+    components += [dict(accuracy=3, format=0, length=0), dict(accuracy=0, format=0, length=0.1 + 0.2)]
+    assert {total(chosen, each) for each in components} == {0.3}
+
+
+def test_unread_list_is_logged_once(caplog):
+    rewards.warned.clear()
+    for _ in range(2):
+        sample = Sample("Options:\nA left\nB right", "right")
+        assert sample.options == {} and is_correct("right", sample)
+    assert caplog.text.count("no list of options could be read, so the question counts as open") == 1
+    letters = Sample("Where?", "B")
+    assert is_correct("(B) right", letters) and not is_correct("A or B", letters) and not is_correct("A", letters)
+    assert "only letters are compared" in caplog.text
+
+
 def test_parts_apart_and_total():
     chosen = load_rewards("accuracy, format", [1, 0.2])
     parts = score(chosen, "<think>x</think><answer>(B)</answer>", PLAIN)
@@ -313,6 +352,13 @@ def user_file(tmp_path):
         "def infinite(text, sample):\n    return math.inf\n"
         "def words(text, sample):\n    return '1'\n"
         "def nothing(text, sample):\n    pass\n"
+        "def source(text, sample):\n    return sample.record['source'] == text\n"
+        "def narrow(text):\n    return 1.0\n"
+        "def trl(completions, source, **kwargs):\n"
+        "    return [float(text == s) for text, s in zip(completions, source, strict=True)]\n"
+        "def trl_chat(prompts, completions, solution):\n    return [len(c[0]['content']) for c in completions]\n"
+        "def trl_none(completions, **kwargs):\n    return [None]\n"
+        "def trl_two(completions, **kwargs):\n    return [1.0, 2.0]\n"
     )
     return file
 
@@ -321,6 +367,84 @@ def test_user_reward(user_file):
     chosen = load_rewards(f"accuracy,{user_file}:short", [1, 0.5])
     assert [reward.name for reward in chosen] == ["accuracy", "short"]
     assert score(chosen, "(A)", PLAIN) == {"accuracy": 1.0, "short": 1.0}
+
+
+RECORD = {"question": QUESTION, "answer": "(A)", "source": "a"}
+
+
+@pytest.mark.parametrize("name, value", [("source", 1), ("trl", 1), ("trl_chat", 1), ("trl_none", 0)])
+def test_rewards_of_both_kinds_see_the_record(user_file, name, value):
+    """The own kind through sample.record, TRL's as columns; its completions are text or messages."""
+    chosen = load_rewards(f"{user_file}:{name}")
+    rewards.try_rewards(chosen, RECORD)
+    assert score(chosen, "a", rewards.sample_from_record(RECORD)) == {name: value}
+    talk = {"prompt": [{"role": "user", "content": QUESTION}], "solution": "(A)", "source": "a"}
+    assert score(load_rewards(f"{user_file}:trl_chat"), "abc", rewards.sample_from_record(talk)) == {"trl_chat": 3}
+
+
+@pytest.mark.parametrize("name", ["fails", "trl_two", "source"])
+def test_first_record_shows_a_mistake(user_file, name):
+    with pytest.raises(UserError, match=f"reward {name} raised"):
+        rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
+
+
+def test_command(tmp_path):
+    """Records of any form, a completion each -> every component; what cannot be judged is refused in its line."""
+    rows = [{"record": RECORD, "completion": "<think>x</think><answer>(A)</answer>"}, {**RECORD, "completion": "(B)"}]
+    rows += [{"record": {"problem": "?", "solution": "x", "problem_type": "dance"}, "completion": "x"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; rewards.main(); print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    *lines, torch = done.stdout.splitlines()
+    assert [json.loads(line) for line in lines[:2]] == [
+        {"accuracy": 1, "format": 1, "repetition": 0}, {"accuracy": 0, "format": 0, "repetition": 0}
+    ]  # fmt: skip
+    assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "False"
+    wrong = subprocess.run([sys.executable, rewards.__file__, "no.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no file no.jsonl" in wrong.stderr
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """(script of the server) -> (it, a judge that asks it quickly)."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
+
+    def start(*script):
+        server = Server(*script)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        (reward,) = load_rewards("judge")
+        reward.fn.client.first_wait, reward.fn.client.tries = 0.01, 3
+        return server, reward
+
+    return start
+
+
+def test_server_judge(judged):
+    """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
+    sample = Sample("Why?", "It is cold.")
+    server, judge = judged(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
+    with server:
+        assert judge("<answer>Frost</answer>", sample) == 0.5
+        assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
+        assert judge("<think>x</think>", sample) == 0, "nothing was said"
+        assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
+        assert judge.fn.client.counts["scored"] == 2 and judge.fn.client.counts["not scored"] == 1
+        message = server.requests[0][2]["messages"][0]["content"]
+        assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
+    server, judge = judged(500)
+    with server:
+        judge.prepare(["<answer>Frost</answer>", "Cold"], sample)
+        assert judge("Cold", sample) == 1 and not server.requests, "from the disk"
+        with pytest.raises(UserError, match="no response.*HTTP 500"):
+            judge("Snow", sample)
+
+
+def test_server_judge_needs_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        load_rewards("judge")
 
 
 @pytest.mark.parametrize("name", ["fails", "nan", "infinite", "words", "nothing"])
@@ -346,6 +470,7 @@ def test_bad_reward_stops_with_its_name_and_the_completion(user_file, name):
         ("nowhere.py:fn", None, "no file nowhere.py"),
         ("FILE:shrt", None, "nearest is 'short'"),
         ("FILE:math", None, "no reward 'math'"),
+        ("FILE:narrow", None, r"signature is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
     ],
 )
 def test_bad_spec(user_file, spec, weights, message):
