@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from answers import after_thinking, answer_span, fold, last_block, normalise, plain
@@ -29,33 +30,26 @@ class Judge(NamedTuple):
         return self.read(block or answer_span(text) or "")
 
 
-# -- Numbers
-
 # "-1,200.50e3": a sign, digits with commas as thousands or none, a fraction, a power of ten
 NUMBER = r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?"
 UNIT = r"%|[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h"
 
 
 def read_number(text: str) -> tuple[float, str] | None:
-    """"3.50", "1,200", "-7 %" or "5 m" -> (number, unit); None for anything else, also for words before a number."""
+    """A text such as "3.50", "1,200", "-7 %" or "5 m" -> (number, unit); else None, also for words before it."""
     match = re.fullmatch(rf"({NUMBER})\s*({UNIT})\.?", plain(text), re.IGNORECASE)
     value = float(match[1].replace(",", "")) if match else math.nan
     return (value, match[2].casefold()) if math.isfinite(value) else None
 
 
-def same_unit(said: tuple[float, str], true: tuple[float, str]) -> bool:
-    """The unit may be left out, but no other one given."""
-    return said[1] in ("", true[1])
-
-
 def equal_number(said: tuple[float, str], true: tuple[float, str]) -> float:
     """1 for the same number to two places, as Video-R1 compares them, else 0."""
-    return float(same_unit(said, true) and round(said[0], 2) == round(true[0], 2))
+    return float(said[1] in ("", true[1]) and round(said[0], 2) == round(true[0], 2))
 
 
 def relative_error(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """|said - true| / |true|; infinite for another unit, and for anything but 0 where 0 is true."""
-    if not same_unit(said, true):
+    """|said - true| / |true|; infinite for another unit, which may be left out, and for all but 0 where 0 is true."""
+    if said[1] not in ("", true[1]):
         return math.inf
     difference = abs(said[0] - true[0])
     return difference / abs(true[0]) if true[0] else math.inf if difference else 0.0
@@ -66,17 +60,11 @@ def closeness(said: tuple[float, str], true: tuple[float, str]) -> float:
     return 1 - min(1.0, relative_error(said, true))
 
 
-# VSI-Bench: numpy.linspace(0.5, 0.95, 10), bit for bit
-CONFIDENCES = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(9)] + [0.95]
-
-
 def mean_relative_accuracy(said: tuple[float, str], true: tuple[float, str]) -> float:
     """The share of VSI-Bench's ten limits that the relative error keeps to."""
     error = relative_error(said, true)
-    return sum(error <= 1 - confidence for confidence in CONFIDENCES) / len(CONFIDENCES)
-
-
-# -- Text
+    confidences = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(9)] + [0.95]  # numpy.linspace(0.5, 0.95, 10) bit for bit
+    return sum(error <= 1 - confidence for confidence in confidences) / 10
 
 
 def read_text(text: str) -> str | None:
@@ -88,7 +76,7 @@ def same_text(said: str, true: str) -> float:
     if normalise(said) == normalise(true):
         return 1.0
     numbers = read_number(said), read_number(true)
-    return float(None not in numbers and same_unit(*numbers) and numbers[0][0] == numbers[1][0])
+    return float(None not in numbers and relative_error(*numbers) == 0)
 
 
 def word_accuracy(said: str, true: str) -> float:
@@ -103,8 +91,10 @@ def word_accuracy(said: str, true: str) -> float:
     return max(0.0, 1 - distances[-1] / len(true))
 
 
-# A word is letters and digits, of any script; each Chinese character and kana is one
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+def read_words(text: str) -> list[str] | None:
+    """For ROUGE: runs of letters and digits of any script in lower case; each Chinese character and kana is one."""
+    spaced = re.sub(r"([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", unicodedata.normalize("NFC", text))
+    return re.findall(r"[^\W_]+", spaced.casefold()) or None
 
 
 def f1(common: int, said: int, true: int) -> float:
@@ -127,28 +117,22 @@ def rouge_l(said: list[str], true: list[str]) -> float:
     return f1(lengths[-1], len(said), len(true))
 
 
-def longest_common(said: str, true: str) -> float:
-    return rouge_l(WORD.findall(said.casefold()), WORD.findall(true.casefold()))
-
-
 def likeness(said: str, true: str) -> float:
     """The mean of ROUGE-1, ROUGE-2 and ROUGE-L (Video-R1's free-form), without stemming. The same text is 1, also of
     one word, which has no ROUGE-2. A number, a time or a name with initials is right or wrong: 12.48 is not 12.5."""
     if is_fact(true) or same_text(said, true):
         return same_text(said, true)
-    said, true = WORD.findall(said.casefold()), WORD.findall(true.casefold())
+    said, true = read_words(said) or [], read_words(true) or []
     return (rouge_n(said, true, 1) + rouge_n(said, true, 2) + rouge_l(said, true)) / 3
 
 
 def is_fact(text: str) -> bool:
-    """"12.5", "2:30", "3 m" or "J. R. Smith"."""
+    """Whether it is like "12.5", "2:30", "3 m" or "J. R. Smith"."""
     words = plain(text).split() or [""]
     number = words[0].lstrip("-+.(")[:1].isdigit() and len(words) <= 2
     initial = re.fullmatch(r"[^\W\d_]\.", words[0]) and len(words) <= 3
     return bool(number or initial)
 
-
-# -- Time spans
 
 TIME = r"[-+]?(?:[0-9]+:){0,2}[0-9]*\.?[0-9]+"  # 7.5, 1:05.5, 1:02:03
 PAIR = re.compile(rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|->|-|~|,|;)\s*({TIME})", re.IGNORECASE)
@@ -163,7 +147,7 @@ def read_time(text: str) -> float:
 
 
 def read_spans(text: str) -> list[tuple[float, float]] | None:
-    """"2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07", "[(1, 2), (4, 9)]" -> [(start, end)]; None where any number of the
+    """A text as "2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07", "[(1, 2), (4, 9)]" -> [(start, end)]; None where any number of the
     text is no part of a span, and for a span that ends before it starts."""
     text = fold(text)
     spans = [(read_time(start), read_time(end)) for start, end in PAIR.findall(text)]
@@ -211,9 +195,6 @@ def span_set_iou(said: list[tuple[float, float]], true: list[tuple[float, float]
     return both / either if either else 0.0
 
 
-# -- Boxes
-
-
 def read_json(text: str) -> Any:
     try:
         return json.loads(text.strip().strip("`").removeprefix("json"))
@@ -232,8 +213,7 @@ def to_box(value: Any) -> tuple[float, ...] | None:
 def read_box(text: str) -> tuple[float, ...] | None:
     """{"boxes": [x1, y1, x2, y2]}, or the list alone."""
     value = read_json(text)
-    return to_box(next((value[key] for key in ("boxes", "box", "bbox", "bbox_2d") if key in value), None)
-                  if isinstance(value, dict) else value)  # fmt: skip
+    return to_box(value.get("boxes") if isinstance(value, dict) else value)
 
 
 def read_track(text: str) -> dict | None:
@@ -275,8 +255,6 @@ def tube_iou(said: dict, true: dict) -> float:
     return (time + track_iou(said, boxes)) / 2
 
 
-# -- Which judge
-
 OPEN = Judge("text", read_text, same_text)
 FREE_FORM = Judge("text", read_text, likeness)
 SPAN = Judge('one time span, such as "2.5 to 7.5"', read_span, span_iou)
@@ -293,7 +271,7 @@ JUDGES = {  # None: an option, answers.py's
     "OCR": Judge("text", read_text, word_accuracy),
     "free-form": FREE_FORM,
     "open-ended": FREE_FORM,
-    "ROUGE-L": Judge("text", read_text, longest_common),
+    "ROUGE-L": Judge("text", read_words, rouge_l),
     "temporal grounding": SPAN,
     "timestamp": SPAN,
     "time span": SPAN,
@@ -308,19 +286,15 @@ JUDGES = {  # None: an option, answers.py's
 }
 
 
-def letters_of(name: str) -> str:
-    return "".join(filter(str.isalnum, name.casefold()))
-
-
-BY_LETTERS = {letters_of(name): judge for name, judge in JUDGES.items()} | {"": OPEN}
-
-
+@lru_cache
 def judge_for(problem_type: str) -> Judge | None:
     """The judge of a `problem_type`, in any case, with blanks or hyphens; None for multiple choice. "" is an open
     question: the same text, or not. UserError for an unknown one."""
-    if letters_of(problem_type) not in BY_LETTERS:
+    letters_of = lambda name: "".join(filter(str.isalnum, name.casefold()))
+    judges = {letters_of(name): judge for name, judge in JUDGES.items()} | {"": OPEN}
+    if letters_of(problem_type) not in judges:
         raise UserError(f"problem_type is {problem_type[:40]!r}, expected one of {', '.join(JUDGES)}")
-    return BY_LETTERS[letters_of(problem_type)]
+    return judges[letters_of(problem_type)]
 
 
 def is_whole(value: Any) -> bool:

@@ -25,7 +25,9 @@ def reward(kind, solution, said, **columns):
     return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['record']['problem_type']}: {case['completion'][-40:]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case['record']['problem_type']}: {case['completion'][-40:]}"
+)
 def test_case(case):
     assert accuracy(case["completion"], sample_from_record(case["record"])) == pytest.approx(case["accuracy"], abs=1e-6)
 
@@ -162,12 +164,14 @@ def test_boxes(true, said, seconds, others):
 SOLUTIONS = {"timestamp": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
 SOLUTIONS |= {"multiple choice": "B", "tracking": '{"boxes": {"1": [0, 0, 9, 9]}}', "temporal grounding": "3 to 8"}
 SOLUTIONS |= {"time span": "3 to 8", "timestamp tIoU": "3 to 8", "span set": "3 to 8"}
-SOLUTIONS |= dict.fromkeys(["spatial-temporal", "spatial-temporal grounding"], '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}')
+SOLUTIONS |= dict.fromkeys(
+    ["spatial-temporal", "spatial-temporal grounding"], '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
+)
 
 
 @pytest.mark.parametrize("kind", JUDGES)
 @settings(max_examples=25)
-@given(said=st.text(max_size=30) | st.text("0123456789.,:-e[]{}()\" to", max_size=30))
+@given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
 def test_from_0_to_1_whatever_is_said(kind, said):
     """The solution itself is 1, in any spelling of the type; hedging with it inside <think> earns nothing."""
     true = SOLUTIONS.get(kind, "12")
