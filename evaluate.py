@@ -216,7 +216,7 @@ def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
     """A completion's text -> (true answer's words, the model's, count of options)."""
     letters = reference_answer(sample), extract_answer(text, sample.options)
     true, said = (sample.options.get(letter) or letter or NO_ANSWER for letter in letters)
-    return true, said, sum(map(bool, sample.options.values()))  # of a list that could not be read nobody knows how many
+    return true, said, sum(map(bool, sample.options.values()))  # 0 where the list could not be read
 
 
 def count_right(rewards) -> int | float:

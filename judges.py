@@ -147,8 +147,8 @@ def read_time(text: str) -> float:
 
 
 def read_spans(text: str) -> list[tuple[float, float]] | None:
-    """A text such as "2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07" or "[(1, 2), (4, 9)]" -> [(start, end)]; None where any
-    number of the text is no part of a span, and for a span that ends before it starts."""
+    """A text such as "2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07" or "[(1, 2), (4, 9)]" -> [(start, end)]; None where
+    any number of the text is no part of a span, and for a span that ends before it starts."""
     text = fold(text)
     spans = [(read_time(start), read_time(end)) for start, end in PAIR.findall(text)]
     numbers = re.findall(r"[0-9]+(?:[.:][0-9]+)*", text)
