@@ -263,4 +263,5 @@ def measure(answers: dict, plain: dict) -> dict:
     flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
     changed = [before != after for before, after in pairs]
     facts = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
-    return facts | {"right": count_right(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
+    facts |= {"right": count_right(right)}
+    return facts | {"count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
