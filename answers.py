@@ -50,7 +50,8 @@ def normalise(text: str) -> str:
 LABEL = r"\s*([A-Za-z]|[0-9]{1,2})\s*"
 # The ways to write an option's label. One list keeps to one way; of equally long lists the later way counts.
 STYLES = [re.compile(rf"(?<![\w.(\[]){LABEL}{mark}") for mark in ("-", ":", r"\)", r"\.")]  # A-  A:  A)  A.
-STYLES += [re.compile(rf"(?<!\w){one}{LABEL}{two}[.:]?") for one, two in (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))]
+BRACKETS = (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))  # <A>  [A]  (A), and no f(A)
+STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two in BRACKETS]
 # What may stand before the first label of a line: a bullet, a word as in "Option A:"
 LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
 
@@ -216,7 +217,7 @@ WRAPPED = re.compile(r"(?<!\w)[(\[{<]\s*(\w{1,2})\s*[)\]}>]")  # (A) [A] {A} <A>
 # Words right before a label that say it is meant: "the answer is A", "option A", "I choose A"
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
 CUES |= {"therefore", "thus", "with", "say"}
-BEHIND = ("is", "because", "since", "as", "and", "or")  # words that may follow a bare label
+BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
 TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than"}
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
@@ -295,8 +296,8 @@ def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> 
     others, as the second of "A and B", None for an article or a number of another kind."""
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
-    first = not re.search(r"\w", before)
-    if first and not re.search(r"\w", behind):
+    first = not re.search(r"\w[^;:!?]*$", before)  # of its clause
+    if not re.search(r"\w", before) and not re.search(r"\w", behind):
         return True  # nothing else was said
     article = word in ("A", "I")
     if word.islower():

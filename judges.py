@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from answers import after_thinking, answer_span, fold, last_block, normalise, plain
@@ -210,27 +210,19 @@ def to_box(value: Any) -> tuple[float, ...] | None:
     return tuple(value) if value[0] <= value[2] and value[1] <= value[3] else None
 
 
-def read_box(text: str) -> tuple[float, ...] | None:
-    """{"boxes": [x1, y1, x2, y2]}, or the list alone."""
-    value = read_json(text)
-    return to_box(value.get("boxes") if isinstance(value, dict) else value)
+def read_boxes(text: str, timed: bool = False) -> dict | None:
+    """{"boxes": {"1": box, …}}, a list of boxes, or one box -> {key: box, None where it is none}.
 
-
-def read_track(text: str) -> dict | None:
-    """{"boxes": {"1": box, …}} or a list of boxes -> {key: box, None where it is none}."""
+    timed: with "time": its span, None where there is none.
+    """
     value = read_json(text)
-    boxes = value.get("boxes", value) if isinstance(value, dict) else value
+    value = value if isinstance(value, dict) else {"boxes": value}
+    boxes = value.get("boxes", value)
     if isinstance(boxes, list):
-        boxes = {str(i): box for i, box in enumerate(boxes, 1)}
-    return {key.strip(): to_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) and boxes else None
-
-
-def read_tube(text: str) -> dict | None:
-    """{"time": [start, end], "boxes": {…}} -> the boxes as read_track, and "time": span or None."""
-    value = read_json(text)
-    if not isinstance(value, dict):
-        return None
-    return (read_track(json.dumps({"boxes": value.get("boxes")})) or {}) | {"time": read_span(str(value.get("time")))}
+        one = len(boxes) == 4 and not isinstance(boxes[0], list)
+        boxes = {"1": boxes} if one else {str(i): box for i, box in enumerate(boxes, 1)}
+    boxes = {key.strip(): to_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) else {}
+    return (boxes | {"time": read_span(str(value.get("time")))} if timed else boxes) or None
 
 
 def box_iou(said: tuple[float, ...] | None, true: tuple[float, ...]) -> float:
@@ -243,24 +235,22 @@ def box_iou(said: tuple[float, ...] | None, true: tuple[float, ...]) -> float:
     return width * height / union if union else 0.0
 
 
-def track_iou(said: dict, true: dict) -> float:
-    """The mean over the solution's boxes; one that is not given is 0."""
-    return sum(box_iou(said.get(key), box) for key, box in true.items()) / len(true)
-
-
-def tube_iou(said: dict, true: dict) -> float:
-    """Half of it for the time span, half for the boxes of the solution."""
-    boxes = {key: box for key, box in true.items() if key != "time"}
-    time = span_iou(said["time"], true["time"]) if said["time"] else 0.0
-    return (time + track_iou(said, boxes)) / 2
+def boxes_iou(said: dict, true: dict) -> float:
+    """The mean over the solution's boxes, 0 for one that is not given; with a time, half of it is for the span."""
+    boxes = [box_iou(said.get(key), box) for key, box in true.items() if key != "time"]
+    mean = sum(boxes) / len(boxes)
+    if "time" not in true:
+        return mean
+    return (mean + (span_iou(said["time"], true["time"]) if said["time"] else 0.0)) / 2
 
 
 OPEN = Judge("text", read_text, same_text)
 FREE_FORM = Judge("text", read_text, likeness)
 SPAN = Judge('one time span, such as "2.5 to 7.5"', read_span, span_iou)
 SPANS = Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_set_iou, tag="glue")
-BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_box, box_iou)
-TUBE = Judge('{"time": [start, end], "boxes": {"1": [x1, y1, x2, y2], …}}', read_tube, tube_iou)
+BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_boxes, boxes_iou)
+TRACK = Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou)
+TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
 MRA = Judge("a number", read_number, mean_relative_accuracy)
 JUDGES = {  # None: an option, answers.py's
     "multiple choice": None,
@@ -280,7 +270,7 @@ JUDGES = {  # None: an option, answers.py's
     "glue": SPANS,
     "spatial grounding": BOX,
     "box": BOX,
-    "tracking": Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_track, track_iou),
+    "tracking": TRACK,
     "spatial-temporal grounding": TUBE,
     "spatial-temporal": TUBE,
 }

@@ -12,6 +12,8 @@ from lists import answers, lists
 from answers import parse_options
 from rewards import accuracy, sample_from_record
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "answers.jsonl").read_text().splitlines()]
 
 

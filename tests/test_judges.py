@@ -16,6 +16,8 @@ from judges import JUDGES
 from model import UserError
 from rewards import accuracy, check_solution, is_correct, sample_from_record
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "typed.jsonl").read_text().splitlines()]
 
 
