@@ -22,7 +22,7 @@ def test_case(case):
     assert accuracy(case["completion"], sample_from_record(case["record"])) == case["accuracy"]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(lists(), st.data())
 def test_list_made_by_hand(listed, data):
     question, options = listed

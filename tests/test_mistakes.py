@@ -57,7 +57,7 @@ def here(tmp_path, monkeypatch):
         (lambda: parse(Infer, ["--data_path", "x", "--controls", "reverse"]), "did you mean reversed?"),
         (lambda: parse(Adapter, ["marge", "x"]), "did you mean merge?"),
         (lambda: parse(SFT, ["--config", "configs/mien.py"]), "did you mean configs/mine.py?"),
-        (lambda: load_rewards("acuracy,format"), "nearest is 'accuracy'"),
+        (lambda: load_rewards("acuracy,format"), "did you mean accuracy?"),
         (lambda: load_rewards("my_reward.py:short"), "did you mean my_rewards.py?"),
         (lambda: find_adapter("output/vidoe_lora"), "did you mean output/video_lora?"),
         (lambda: find_adapter("output/video_lora/checkpoint-11"), "did you mean output/video_lora/checkpoint-10?"),
