@@ -138,6 +138,10 @@ def check_solution(record: dict) -> None:
     accuracy("", sample_from_record(record))
 
 
+def unreadable(sample: Sample, expected: str) -> UserError:
+    return UserError(f"dataset's answer cannot be read: {_short(sample.answer)}; expected {expected}")
+
+
 def is_correct(text: str, sample: Sample) -> bool:
     """Whether the accuracy reward is paid in full. Raises UserError when the dataset's answer cannot be read."""
     return accuracy(text, sample) > 1 - 1e-9
@@ -170,17 +174,16 @@ def accuracy(text: str, sample: Sample) -> float:
 
     Raises UserError when the dataset's answer cannot be read.
     """
-    unreadable = f"dataset's answer cannot be read: {_short(sample.answer)}"
     if sample.options:
         reference = extract_answer(sample.answer, sample.options)
         if reference is None:
-            options = ", ".join(f"({label}) {words}" for label, words in sample.options.items())
-            raise UserError(f"{unreadable}; options of its question: {options}")
+            options = ", ".join(f"({label}) {words}" for label, words in sample.options.items() if words)
+            raise unreadable(sample, f"one of the options of its question: {options}" if options else "a letter")
         return float(extract_answer(text, sample.options) == reference)
     judge = judge_for(sample.problem_type)
     true, said = judge.value(sample.answer), judge.value(text)
     if not is_whole(true):
-        raise UserError(f"{unreadable}; expected {judge.expects} for problem_type {sample.problem_type or 'none'}")
+        raise unreadable(sample, f"{judge.expects} for problem_type {sample.problem_type or 'none'}")
     if not judge.timed:
         return 0.0 if said is None else judge.score(said, true)
     duration = sample.record.get("duration")
@@ -443,7 +446,7 @@ def _from_trl(fn: Callable, parameters: dict) -> Callable:
                 values = fn(completions=[forms[form]], **columns)
                 works[:] = [form]
                 break
-            except (TypeError, KeyError, AttributeError) as caught:
+            except (TypeError, LookupError, AttributeError) as caught:
                 error = error or caught
         else:
             raise error
@@ -464,13 +467,13 @@ def main() -> None:
     if not cfg.file.is_file():
         raise UserError(f"no file {cfg.file}{nearest_path(cfg.file)}")
     rewards = load_rewards(cfg.rewards)
-    for number, line in enumerate(cfg.file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(cfg.file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            text, record = row.pop("completion"), row.get("record", row)
-        except (ValueError, KeyError, AttributeError, TypeError):
+            text, record = row.pop("completion") + "", row.get("record", row)
+        except (ValueError, LookupError, AttributeError, TypeError):
             raise UserError(f"{cfg.file}: line {number} is no object with a record and a completion") from None
         try:
             check_solution(record)
