@@ -299,17 +299,17 @@ def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> 
     first = not re.search(r"\w[^;:!?]*$", before)  # of its clause
     if not re.search(r"\w", before) and not re.search(r"\w", behind):
         return True  # nothing else was said
-    article = word in ("A", "I")
+    previous = re.findall(r"[\w']+", before.casefold())[-1:]
+    cued, article = bool(previous) and previous[0] in CUES, word in ("A", "I")
     if word.islower():
-        ended = re.match(r"[).:]", behind) if first else re.match(r"\W*$|[).:,]", behind)
+        ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
     else:
         own = [options.get(word, "")] if article else options.values()
         follows = [*BEHIND, *(plain(words) for words in own if words)]
         ended = re.match(r"\s*(?:$|[^\w\s'(])|\s+(?:" + "|".join(map(re.escape, follows)) + r")(?!\w)", behind, re.I)
     if not ended or (word == "I" and word not in options):
         return None
-    previous = re.findall(r"[\w']+", before.casefold())[-1:]
-    if first or previous and previous[0] in CUES:
+    if first or cued:
         return True
     return False if word.isupper() or word.isdigit() else None
 

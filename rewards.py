@@ -25,9 +25,9 @@ from numbers import Real
 from pathlib import Path
 
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
-from dataset.forms import read_form
 from judges import is_whole, judge_for
 from model import UserError, nearest, nearest_path
+from records import read_form
 
 ANY_LETTER = dict.fromkeys(LETTERS, "")  # the options of a question whose list is not there, or cannot be read
 log, warned = logging.getLogger("rewards"), set()
@@ -93,7 +93,7 @@ def warn_once(what: str, message: str) -> None:
 
 
 def sample_from_record(record: dict) -> Sample:
-    """A dataset record, in any of the forms of dataset/forms.py -> Sample of its last question and its answer: the
+    """A dataset record, in any of the forms of records.py -> Sample of its last question and its answer: the
     solution where that stands apart, else the last answer.
 
     Raises UserError when the record has no question or no answer, or an unknown problem_type.
@@ -105,11 +105,11 @@ def sample_from_record(record: dict) -> Sample:
         missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
     options = {letter: without_label(letter, words) for letter, words in zip(LETTERS, talk.options)}
-    return Sample(question, answer, options or None, str(record.get("problem_type") or ""), record=record)
+    return Sample(question, answer, options or None, talk.problem_type, record=record)
 
 
 def without_label(letter: str, words: str) -> str:
-    """Words such as "A. Left" or "(A) Left" -> "Left"; read_form puts a label where it sees none: there may be two."""
+    """Words such as "A. Left" or "(A) Left" -> "Left"; read_form puts a label where it sees none, so two."""
     for _ in range(2):
         words = re.sub(rf"^[(\[]?{letter}[.):\]]+\s*", "", fold(words).strip())
     return words
