@@ -39,14 +39,14 @@ from workloads import SIZES, example, model_config, workload
 import lora
 from config import GRPO
 from data import pack
-from engine import build_engine, init_distributed, leave_processes, update, use_deterministic_kernels
+from engine import build_engine, init_distributed, leave_processes, use_deterministic_kernels
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
 from rollouts import Rollout, cut, micro_batch
 from train_grpo import compare_within_groups, freeze_reference, reduce_sums, reference_pass, train_on
 from train_sft import micro_loss
-from trainer import Run
+from trainer import Run, update
 
 KINDS = ("prefill", "decode", "rollout", "sft", "grpo")
 BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
@@ -292,7 +292,7 @@ def trace(bench, step) -> None:
 
 
 def twice(args, device) -> bool:
-    """Three steps of each row that trains, from the same seed, twice: whether the adapters are equal to the last bit."""
+    """Three steps of each row that trains, from the same seed, twice: whether the adapters are equal bit for bit."""
     results, args.kinds = [], [kind for kind in args.kinds if kind in ("sft", "grpo")]
     for _ in range(2):
         bench = Bench(args, device)
@@ -315,8 +315,8 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} in {str(bench.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}; {machine}, "
-          f"torch {torch.__version__}")  # fmt: skip
+    settings = f"{args.model} in {str(bench.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
+    print(f"{settings}; {machine}, torch {torch.__version__}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))
     print(f"{'work':<30}{'who':<6}{columns}{'GiB':>8}{'x floor':>8}{'x ours':>8}")
