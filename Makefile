@@ -1,6 +1,7 @@
 # Each target does all its own set-up in .venv; a machine with Python >= 3.11 and a C compiler is enough.
 PYTHON ?= python3
 VENV   := .venv
+MINUTES ?= 20
 RUN    := $(VENV)/bin/python
 # Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
 PIP    := $(RUN) -m pip install -q --disable-pip-version-check
@@ -17,8 +18,8 @@ test: $(VENV)/dev            ## lint, then every test
 bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
 	@for b in bench/step.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
 
-chaos: $(VENV)/dev           ## mutated clips, pictures and datasets, as SFT and GRPO read them
-	$(RUN) tests/mutations.py --cases 2000 --seed 0
+chaos: $(VENV)/dev           ## runs killed and files broken on purpose, for MINUTES; the verdict as a table
+	$(RUN) tests/chaos.py --minutes $(MINUTES)
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init
