@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from dataset.batch import Example
+from data import Example
 from model.loading import ModelConfig
 from model.packed import IGNORE
 from model.rope import mrope_position_ids

@@ -29,7 +29,7 @@ EVALUATION = "--eval_samples 4 --eval_controls 0 --max_new_tokens 8 --save_steps
 SHORT = {
     "generate.py": "--num_samples 60 --overwrite",
     "train_sft.py": f"--max_steps 2 --overwrite {EVALUATION}",
-    "train_grpo.py": f"--max_steps 1 --overwrite --max_completion_length 8 --per_device_train_batch_size 16 {EVALUATION}",
+    "train_grpo.py": f"--max_steps 1 --overwrite --max_completion_length 8 {EVALUATION}",
     "bench/step.py": "--repeats 1 --prompts 1 --batch 2 --shape 8x56x56+40+8",
     "tests/chaos.py": "--kills 1 --files 3 --minutes 0.1",
 }

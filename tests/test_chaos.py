@@ -1,4 +1,4 @@
-"""A small part of tests/chaos.py: three kills of each kind, 20 broken files and datasets; and that it sees a failure."""
+"""A small part of tests/chaos.py: three kills of each kind, 20 broken files and datasets; it sees a failure."""
 
 import os
 import subprocess
