@@ -32,6 +32,7 @@ class Peer:
 
     def inputs(self, packed, batch: int) -> dict:
         """A batch of equally long samples or prompts as transformers' keyword arguments, on the device; no padding."""
+        packed = packed.to(self.bench.device)
         ids = packed.input_ids.view(batch, -1)
         return dict(
             input_ids=ids, attention_mask=torch.ones_like(ids), second_per_grid_ts=torch.ones(batch, device=ids.device),

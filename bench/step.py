@@ -110,7 +110,7 @@ class Bench:
         return 2 * n**3 / median(lambda: a @ b), 2 * x.numel() / median(lambda: y.copy_(x))
 
     def pack(self, work, count, answer=False):
-        return pack([example(self.config, work, i, answer) for i in range(count)]).to(self.device)
+        return pack([example(self.config, work, i, answer) for i in range(count)])
 
     def sync(self) -> None:
         if self.cuda:
@@ -158,7 +158,7 @@ class Bench:
                 numbers = "".join(f"{row[name]:10.4f}" for name in ("seconds", "min", "max", "floor"))
                 memory = f"{row['gib']:8.2f}" if self.cuda else f"{'-':>8}"
                 more = f"{medians[-1] / floor:8.2f}{medians[-1] / medians[0]:8.2f}"
-                print(f"{row['work']:<30}{who:<6}{numbers}{memory}{more}", flush=True)
+                print(f"{row['work']:<36}{who:<6}{numbers}{memory}{more}", flush=True)
 
 
 class Ours:
@@ -180,7 +180,7 @@ class Ours:
         return freeze_reference(self.model, self.cfg)
 
     def rollout(self, work, count: int, tokens: int):
-        prompts = self.bench.pack(work, count)
+        prompts = self.bench.pack(work, count).to(self.bench.device)
         return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
 
     def sft(self, work, batch: int):
@@ -319,7 +319,7 @@ def main(argv=None) -> int:
     print(f"{settings}; {machine}, torch {torch.__version__}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))
-    print(f"{'work':<30}{'who':<6}{columns}{'GiB':>8}{'x floor':>8}{'x ours':>8}")
+    print(f"{'work':<36}{'who':<6}{columns}{'GiB':>8}{'x floor':>8}{'x ours':>8}")
     contestants = []
     for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
         contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])

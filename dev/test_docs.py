@@ -35,19 +35,18 @@ SHORT = {
 }
 OTHER = ("source", "pip", "sbatch", "vllm", "huggingface-cli", "wandb", "tensorboard")
 LONG = {"bench/learn.py": "many minutes", "bench/loading.py": "minutes", "quickstart.py": "minutes: make quickstart"}
-MARK = "<!-- not run: "  # a comment before a block, with the reason
 
 
 def commands(page: str):
-    """(command, the error shown after it or "", why it is not run or "") in the order of a page."""
+    """(command, the error shown after it or "") in the order of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for reason, language, block in re.findall(rf"(?:{MARK}(.*?) -->\n)?^```(\w*)\n(.*?)^```", text, re.S | re.M):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
         lines = re.sub(r" *\\\n *", " ", block).splitlines()
         for line, after in zip(lines, [*lines[1:], ""]):
             if language == "bash" or line.startswith("$ "):
                 command = re.sub(r"\s+#\s.*", "", line.removeprefix("$ ")).strip()
                 if command and not command.startswith("#"):
-                    yield command, after if after.startswith("error: ") else "", reason
+                    yield command, after if after.startswith("error: ") else ""
 
 
 def why_not(command: str) -> str:
@@ -106,8 +105,8 @@ def main() -> int:
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         prepare(folder)
         for page in PAGES:
-            for command, error, reason in commands(page):
-                result, began = reason or why_not(command), time.monotonic()
+            for command, error in commands(page):
+                result, began = why_not(command), time.monotonic()
                 if not result or error:
                     words = adapted(command)
                     assignments = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
