@@ -546,10 +546,6 @@ class Loader:
             return np.arange(len(self.records))
         return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
 
-    def encode(self, i: int) -> Example | tuple[int, UserError]:
-        """Sample i, or its number and the reason why there is none."""
-        return self.samples[i]
-
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
         name = f"sample {i}"
