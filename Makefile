@@ -15,7 +15,7 @@ test: $(VENV)/dev            ## lint, then every test
 	$(RUN) -m pytest -q tests
 
 bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
-	@for b in bench/sft.py bench/rollout.py bench/grpo.py bench/data.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+	@for b in bench/sft.py bench/rollout.py bench/grpo.py bench/loading.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
 
 chaos: $(VENV)/dev           ## mutated clips, pictures and datasets, as SFT and GRPO read them
 	$(RUN) tests/mutations.py --cases 2000 --seed 0
