@@ -97,8 +97,8 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
     mode = sampler.model.training
     sampler.model.eval()
     with progress(len(records) // ranks.world_size(), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
-        examples = prompts(sampler, records, control, skipped, bar)
-        for batch in prompt_batches(examples, EVAL_TOKENS):
+        readable = prompts(sampler, records, control, skipped, bar)
+        for batch in prompt_batches(readable, EVAL_TOKENS):
             seeds = [seed + 7_919 * example.number for example in batch]
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
                 number, sample = example.number, sample_from_record(example.record)
