@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -16,12 +13,11 @@ from test_lora import COUNTS, TINY, close, hf_logits, load, logits, randomise, w
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 import lora
-from adapter_files import CONFIG, TENSORS, fit_adapter, generation_config, load_adapter, meta_model, save_adapter
+from adapter_files import CONFIG, TENSORS, generation_config, load_adapter, save_adapter
 from lora import main
 from model import UserError
 from model.packed import Packed, Segments
 
-ROOT = Path(__file__).resolve().parents[1]
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 
@@ -131,11 +127,9 @@ def test_we_load_pefts(tmp_path, options):
     [
         ({"use_dora": True}, ["use_dora", "merge it with PEFT"]),
         ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
-        ({"trainable_token_indices": [1, 2]}, ["trainable_token_indices"]),
         ({"modules_to_save": ["embed_tokens"]}, ["modules_to_save", "embed_tokens"]),
         ({"modules_to_save": ["lm_head"]}, ["lm_head"]),
         ({"target_modules": ["q_proj", "embed_tokens"]}, ["lora_embedding_A"]),
-        ({"target_modules": ["q_proj", "patch_embed.proj"]}, ["patch_embed.proj"]),
         ({"init_lora_weights": "olora"}, ["olora", "changes the base"]),
     ],
 )
@@ -160,7 +154,7 @@ def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
         close(model.logits(batch)[-2:], expected)
     main(["check", str(PEFT4), "--model_id", str(tmp_path / "base")])
     out = capsys.readouterr().out
-    assert "transformers before 4.52" in out and "every tensor matches" in out
+    assert "keys of transformers before 4.52" in out and "every tensor matches" in out
     save_adapter(model, tmp_path / "new", tmp_path / "base")  # written with the newer keys, which PEFT here looks for
     hf = load_hf(tmp_path / "base", tmp_path / "new")
     close(hf_logits(hf, model), logits(model), 1e-3)
@@ -188,16 +182,6 @@ def test_tensors_that_do_not_fit_are_named(adapter, change, words):
         load_adapter(model, adapter)
     assert all(word in str(error.value) for word in [str(adapter), "--model_id", *words]), error.value
     assert not lora.lora_layers(model) and torch.equal(logits(model), before)
-
-
-def test_a_layer_that_the_config_names_by_its_end_is_missed_too(adapter):
-    rewrite(adapter, lambda t: {key: t[key] for key in t if key not in (A, B)}, target_modules=["q_proj"])
-    with pytest.raises(UserError, match="layers.1.self_attn.q_proj.lora_A: found no tensor"):
-        fit_adapter(meta_model(TINY), adapter)
-    # PEFT's name for the adapter may be in the keys
-    default = lambda t: {key.replace(".weight", ".default.weight"): t[key] for key in t}
-    rewrite(adapter, default, exclude_modules=["layers.1.self_attn.q_proj"])
-    assert len(fit_adapter(meta_model(TINY), adapter)[1]) == sum(COUNTS.values()) - 1
 
 
 def test_files_that_are_no_adapter(adapter, tmp_path):
@@ -266,45 +250,31 @@ def test_check(trained, adapter, tmp_path, capsys):
         return capsys.readouterr().out
 
     out = check(trained[0])
-    facts = ["rank      4, alpha 8", "26 layers: llm 14, merger 2, vision 10", "19,200 numbers", "every tensor matches"]
-    assert all(fact in out for fact in [str(trained[0]), str(TINY), *facts]), out
-    assert "untrained" not in out and "keys" not in out
-    rewrite(adapter, lambda t: t | {B: torch.zeros_like(t[B])})
-    assert "untrained 1 of 26 layers" in check(adapter)
-    assert "not compared with its base" in check(adapter, "--model_id", "nowhere/at-all")
-    assert "does not load" in check(adapter, "--model_id", arithmetic_base(tmp_path / "base"))
+    facts = ["rank      4, alpha 8", "26 layers: llm 14, merger 2, vision 10", "0 of them untrained", "from 4.52"]
+    assert all(fact in out for fact in [str(trained[0]), f"every tensor matches {TINY}", *facts]), out
+    # PEFT's name for the adapter may be in the keys
+    rewrite(adapter, lambda t: {k.replace(".weight", ".default.weight"): v for k, v in (t | {B: t[B] * 0}).items()})
+    out = check(adapter)
+    assert "1 of them untrained" in out and "every tensor matches" in out
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ("", ["merge, check"]),
-        ("merg", ["did you mean merge"]),
         ("convert x", ["convert: was removed", "merge ADAPTER OUT"]),
-        ("check x --keys transformers4", ["--keys: was removed"]),
         ("check output/nowhere", ["no such folder", "output/nowhere"]),
+        ("check ADAPTER --model_id OTHER", ["is --model_id its base model"]),
         ("merge ADAPTER", ["--output_dir", "a new folder"]),
         ("merge ADAPTER NEW --model_id nowhere", ["nowhere", "no such folder"]),
-        ("merge ADAPTER NEW --model_id OTHER", ["OTHER", "is --model_id its base model"]),
+        ("merge ADAPTER NEW --model_id OTHER", ["is --model_id its base model"]),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(adapter, tmp_path, argv, words):
-    if "OTHER" in argv:
-        arithmetic_base(tmp_path / "OTHER")
+    arithmetic_base(tmp_path / "OTHER")
     before = sorted(tmp_path.rglob("*"))
     names = {"ADAPTER": adapter, "NEW": tmp_path / "NEW", "OTHER": tmp_path / "OTHER"}
     with pytest.raises(UserError) as error:
         main([str(names.get(word, word)) for word in argv.split()])
-    assert all(word in str(error.value) or word == "OTHER" for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_script_itself(trained, tmp_path):
-    """python lora.py, from another folder; --help imports no torch."""
-    script = [sys.executable, str(ROOT / "lora.py")]
-    done = subprocess.run([*script, "check", trained[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "every tensor matches" in done.stdout, done.stderr
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['lora.py', '--help']\n"
-    code += "try: runpy.run_path('lora.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--shard_gb" in done.stdout, done.stderr
