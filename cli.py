@@ -39,6 +39,9 @@ REMOVED = {
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
     "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
     "keys": CONVERT,
+    "task": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
+    "base_coordinates": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
+    "style": "balls vary in size, colour and speed, so that only motion tells the class",
 }
 
 

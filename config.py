@@ -34,8 +34,6 @@ class Generate:
     seed: int = 42  # same seed and options, same files
     overwrite: bool = False  # replace a dataset that is already in output_dir
     workers: int = 0  # processes that draw and encode; 0 = one a core
-    task: str = "direction"  # direction, or base: the questions the embedded model was made with
-    base_coordinates: bool = False  # base only: also ask for the ball's coordinates
 
     # -- Your own clips instead of drawn ones
     from_folder: str | None = None  # DIR/class/*.mp4, or DIR/train/class and DIR/val/class; clips stay where they are
@@ -46,7 +44,6 @@ class Generate:
     # -- Clips
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
-    style: str = "varied"  # varied (only motion tells the class), or plain: white ball, radius 20, 5 px a frame
     augment: str = ""  # any of blur,crop; one draw a clip, never one a frame
     augment_prob: float = 0.2  # probability that a clip is augmented
 
@@ -71,8 +68,6 @@ class Generate:
         within(self, 0, 1, "augment_prob")
         within(self, 2, 8, "num_options")
         require(bool(self.question.strip()), "question", self.question, "some text")
-        one_of(self, "style", "varied", "plain")
-        one_of(self, "task", "direction", "base")
         one_of(self, "cot_source", "auto", "trajectory", "openai")
         names_of(self, "augment", "blur", "crop")
 
@@ -527,7 +522,7 @@ IGNORED = [
         ("epsilon epsilon_high", lambda c: c.num_iterations == 1, "one update a set of rollouts: every ratio is 1"),
     ]),
     (Generate, [
-        ("num_samples task frame_size video_length style augment augment_prob", lambda c: c.from_folder is not None,
+        ("num_samples frame_size video_length augment augment_prob", lambda c: c.from_folder is not None,
          "clips of --from_folder are taken as they are"),
         ("question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),
         ("cot_source cot_model cot_workers cot_coordinates", lambda c: not c.cot, "there is no --cot"),
