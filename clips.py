@@ -18,12 +18,7 @@ DIRECTIONS = {"Left to Right": (1, 0), "Right to Left": (-1, 0), "Falling Down":
 CORNERS = {"top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1)}
 SIGNS = DIRECTIONS | CORNERS
 
-OPTIONS = {
-    "Left to Right": "(A) Left to Right",
-    "Right to Left": "(B) Right to Left",
-    "Falling Down": "(C) Falling Down",
-    "Ascending": "(D) Ascending",
-}
+OPTIONS = {label: f"({letter}) {label}" for letter, label in zip("ABCD", DIRECTIONS)}
 
 # Sizes in pixels of a 64-pixel picture; larger pictures scale them.
 RADIUS = (4.0, 20.0)
@@ -34,13 +29,9 @@ SPEED = (1.5, 2.8)
 MIN_FRAME_SIZE = 40  # pixels: as wide as the largest ball
 
 BALLS = {
-    "red": (225, 45, 45),
-    "green": (50, 190, 70),
-    "blue": (65, 110, 250),
-    "yellow": (245, 215, 50),
-    "white": (245, 245, 245),
-    "purple": (190, 80, 220),
-}
+    "red": (225, 45, 45), "green": (50, 190, 70), "blue": (65, 110, 250),
+    "yellow": (245, 215, 50), "white": (245, 245, 245), "purple": (190, 80, 220),
+}  # fmt: skip
 BACKGROUNDS = {"black": (8, 8, 8), "gray": (96, 96, 96), "navy": (18, 24, 72), "brown": (74, 44, 22)}
 
 

@@ -11,7 +11,7 @@ of the opposite class with another, equally probable, start. (A cropped training
 hints at the axis, never at the sense.)
 
 The steps: plan (labels and splits) -> worker processes draw, augment, encode -> texts -> everything moved into place at
-the end, so a killed run leaves nothing half-done and is simply started again. What is drawn and worded: clips.py.
+the end, so a killed run leaves nothing half-done. What is drawn and worded: clips.py.
 """
 
 # ruff: noqa: E402, I001
@@ -37,6 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clips
+from cli import require
 from clips import DIRECTIONS, FPS, OPTIONS, SIGNS, Clip
 from model import UserError
 from openai_client import Client, Question, ask_all
@@ -63,10 +64,8 @@ def plan(cfg: Generate, labels=tuple(DIRECTIONS), stream: int = 1) -> list[Job]:
 
     UserError where a label would be missing in a split.
     """
-    count = cfg.num_samples
-    if count < 2 * len(labels):
-        expected = f"at least {2 * len(labels)}, so that every class is in train and in val"
-        raise UserError(f"--num_samples: found {count}, expected {expected}")
+    count, least = cfg.num_samples, 2 * len(labels)
+    require(count >= least, "num_samples", count, f"at least {least}, so that every class is in train and in val")
     rng = np.random.default_rng([cfg.seed, 0])
     label = np.array([labels[i % len(labels)] for i in range(count)])[rng.permutation(count)]
     jobs = {}
@@ -167,23 +166,12 @@ def count_labels(records: dict[str, list]) -> dict:
 PROMPT = """The picture is one strip: {frames} frames of one video in time order, evenly spaced, the earliest at the \
 left.{about}
 {question}
-Compare {what} from frame to frame before you decide. Reply in exactly this form:
-<think>two or three sentences on how {changes}</think><answer>(letter) text of the option</answer>
+Compare the frames before you decide. Reply in exactly this form:
+<think>two or three sentences on what changes from frame to frame</think><answer>(letter) text of the option</answer>
 Between the think tags, do not name any option or its letter."""
-BALL = {
-    "about": " A ball that leaves a frame at one edge comes back at the opposite edge.",
-    "what": "the ball's position",
-    "changes": "the position changes",
-}
-ANYTHING = {"about": "", "what": "what is seen", "changes": "what is seen changes"}
+TORUS = " A ball that leaves a frame at one edge comes back at the opposite edge."
 STRIP_FRAMES = 8
 MAX_THINK = 1500  # characters: some 250 words; we asked for two or three sentences
-
-
-def names_letter(text: str, last: str) -> bool:
-    """Whether an option is named: "(b)", a lone capital from B on, or "option A"; a lone A may be the article."""
-    any_letter = rf"\([A-{last}a-{last.lower()}]\)|\b[B-{last}]\b"
-    return bool(re.search(any_letter + r"|\b(?i:option|answer|choice|letter)\W+(?i:is\W+)?A\b", text))
 
 
 def check_answer(text, right: str, last: str = "D") -> tuple[str | None, str]:
@@ -198,15 +186,17 @@ def check_answer(text, right: str, last: str = "D") -> tuple[str | None, str]:
         return None, "empty or too long reasoning"
     if answer != right:
         return None, "wrong option"
-    if names_letter(think, last):
+    # "(b)", a lone capital from B on, or "option A"; a lone A may be the article
+    any_letter = rf"\([A-{last}a-{last.lower()}]\)|\b[B-{last}]\b"
+    if re.search(any_letter + r"|\b(?i:option|answer|choice|letter)\W+(?i:is\W+)?A\b", think):
         return None, "option letter in the reasoning"
     return f"<think>{think}</think><answer>{answer}</answer>", ""
 
 
-def server_question(right: str, image_hash: str, image, question: str = QUESTION, words: dict = BALL) -> Question:
+def server_question(right: str, image_hash: str, image, question: str = QUESTION, about: str = TORUS) -> Question:
     """What the server is asked about one clip. right: the right option; image: a function that makes the PNG."""
     last = re.findall(r"^\(([A-Z])\)", question, re.MULTILINE)[-1]
-    prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, **words)
+    prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, about=about)
     return Question(prompt, image_hash, image, partial(check_answer, right=right, last=last))
 
 
@@ -228,17 +218,16 @@ def answers(cfg: Generate, jobs: list[Job], made, cache: Path) -> tuple[list[str
     """The answers for drawn clips, None where a clip is dropped, and what metadata.json holds about them."""
     if not cfg.cot:
         return [f"Answer: {OPTIONS[job.label]}" for job in jobs], {}
-    if not uses_server(cfg):
-        print("chains of thought: trajectory")
-        rngs = [np.random.default_rng([cfg.seed, 4, job.index]) for job in jobs]
-        pairs = zip(made, rngs, strict=True)
-        texts = [clips.explain(clip.track(), clip.label, rng, cfg.cot_coordinates) for (clip, _), rng in pairs]
-        return texts, {"source": "trajectory"}
-
-    def strip(clip):
-        return clips.strip(clips.render(clip, clips.sampled_frames(clip.length)))
-
-    return ask_server(cfg, [server_question(OPTIONS[c.label], digest, partial(strip, c)) for c, digest in made], cache)
+    if uses_server(cfg):
+        strip = lambda clip: clips.strip(clips.render(clip, clips.sampled_frames(clip.length)))
+        questions = [server_question(OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
+        return ask_server(cfg, questions, cache)
+    print("chains of thought: trajectory")
+    texts = []
+    for job, (clip, _) in zip(jobs, made, strict=True):
+        rng = np.random.default_rng([cfg.seed, 4, job.index])
+        texts.append(clips.explain(clip.track(), clip.label, rng, cfg.cot_coordinates))
+    return texts, {"source": "trajectory"}
 
 
 # -- Clips of one's own
@@ -254,7 +243,7 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
     if cfg.cot:
         strips = [partial(folders.strip_of, video, STRIP_FRAMES) for video in videos]
         questions = [
-            server_question(right, folders.file_hash(video), strip, text, ANYTHING)
+            server_question(right, folders.file_hash(video), strip, text, about="")
             for video, (text, right), strip in zip(videos, choices, strips, strict=True)
         ]
         texts, report = ask_server(cfg, questions, out / CACHE)
@@ -280,17 +269,16 @@ CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost 
 
 def check_options(cfg: Generate) -> None:
     """UserError for what config.py cannot judge: what fits in the picture, what the files can hold, where they lie."""
-    size, least = cfg.frame_size, clips.MIN_FRAME_SIZE
-    if cfg.from_folder is None and (size < least or size % 2):
+    if cfg.from_folder is None:
+        size, least = cfg.frame_size, clips.MIN_FRAME_SIZE
         expected = f"an even number (yuv420p) from {least} on, so that the ball fits"
-        raise UserError(f"--frame_size: found {size}, expected {expected}")
-    if cfg.from_folder is None and cfg.video_length < clips.SAMPLED:
+        require(size >= least and size % 2 == 0, "frame_size", size, expected)
         expected = f"at least {clips.SAMPLED} frames: in fewer the motion cannot be judged"
-        raise UserError(f"--video_length: found {cfg.video_length}, expected {expected}")
-    if cfg.from_folder is not None:
+        require(cfg.video_length >= clips.SAMPLED, "video_length", cfg.video_length, expected)
+    else:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
-        if root == out or root in out.parents or out in root.parents:
-            raise UserError(f"--output_dir {out}: overlaps --from_folder {root}; give a folder of its own")
+        apart = root != out and root not in out.parents and out not in root.parents
+        require(apart, "output_dir", cfg.output_dir, f"a folder of its own, apart from --from_folder {root}")
         if cfg.cot and not uses_server(cfg):
             known = "the path of what moves is known only for drawn clips"
             raise UserError(f"--cot with --from_folder: {known}; set OPENAI_API_KEY, or leave --cot out")

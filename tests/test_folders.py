@@ -15,7 +15,7 @@ from test_client import KEY, Server, completion
 import clips
 import folders
 import generate as G
-from config import Generate, ignored_options, parse
+from config import Generate
 from model import UserError
 from rewards import is_correct, reference_answer, sample_from_record
 
@@ -58,7 +58,7 @@ def options_of(record):
     return sample.options, sample.options[reference_answer(sample)]
 
 
-def test_every_clip_once_each_class_split_by_itself(root, capsys):
+def test_every_clip_once_each_class_split_by_itself(root):
     metadata = G.generate(options(root, split=0.75))
     out = root.parent / "set"
     assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "train.json", "val.json"]  # nothing copied
@@ -73,18 +73,10 @@ def test_every_clip_once_each_class_split_by_itself(root, capsys):
         assert len(set(choices.values())) == 4 and set(choices.values()) <= set(labels) and list(choices) == [*"ABCD"]
         assert record["conversations"][0]["value"].startswith("<video>\nWhat does the video show?\nOptions:\n(A) ")
         assert (out / record["video"]).is_file() and not os.path.isabs(record["video"])
-    assert "22 train, 8 val" in capsys.readouterr().out
-
-
-def test_options_are_shuffled_and_the_same_for_the_same_seed(root):
-    letters, first = Counter(), None
-    for seed in (1, 2, 3, 1):
-        G.generate(options(root, seed=seed, overwrite=True))
-        made = load(root) + load(root, "val")
-        first = first or made
-        letters.update(reference_answer(sample_from_record(record)) for record in made)
-    assert made == first
-    assert sum(letters.values()) == 120 and all(15 <= letters[letter] <= 50 for letter in "ABCD"), letters
+    letters = Counter(reference_answer(sample_from_record(record)) for record in train + val)
+    assert all(2 <= letters[letter] <= 15 for letter in "ABCD"), letters
+    G.generate(options(root, split=0.75, overwrite=True))
+    assert (load(root), load(root, "val")) == (train, val)
 
 
 def test_hard_negatives_are_the_nearest_names(root):
@@ -134,10 +126,12 @@ def test_train_and_val_as_kinetics_comes(root):
     (kinetics / "train").rename(kinetics / "val")
     with pytest.raises(UserError, match="found val/ but no train/"):
         G.generate(options(kinetics, overwrite=True))
-    vehicles = root.parent / "vehicles"  # a class that is called train
-    shutil.copytree(root / CLASSES[0], vehicles / "train")
-    shutil.copytree(root / CLASSES[1], vehicles / "bus")
-    assert set(G.generate(options(vehicles, overwrite=True))["counts"]["train"]) == {"train", "bus"}
+    vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
+    for name in ("train", "bus"):
+        (vehicles / name).mkdir(parents=True)
+        os.link(root / CLASSES[0] / "0.mp4", vehicles / name / "0.mp4")
+    assert G.generate(options(vehicles, overwrite=True))["counts"] == {"train": {"train": 1, "bus": 1}, "val": {}}
+    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced, no val.json is written
 
 
 def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
@@ -169,25 +163,11 @@ def test_what_is_refused(root, tmp_path, monkeypatch):
     shutil.copytree(root / "ball_rising", tmp_path / "one" / "ball_rising")
     assert "classes with readable videos: ball rising" in message(tmp_path / "one")
     for folder in (root, root / "set", root.parent):
-        assert "give a folder of its own" in message(root, output_dir=str(folder), overwrite=True)
+        assert "a folder of its own" in message(root, output_dir=str(folder), overwrite=True)
     assert sorted(path.name for path in root.iterdir()) == sorted([".git", *CLASSES])
     assert "known only for drawn clips" in message(root, cot=True)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     assert "known only for drawn clips" in message(root, cot=True, cot_source="trajectory")
-
-
-def test_classes_of_one_clip_are_for_training_and_datasets_replace_each_other(root, clip):
-    two = root.parent / "two"
-    for name in ("red", "blue"):
-        (two / name).mkdir(parents=True)
-        os.link(clip, two / name / "0.mp4")
-    out = root.parent / "set"
-    G.generate(Generate(output_dir=str(out), num_samples=8, workers=1))
-    G.generate(options(two, overwrite=True))
-    assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "train.json"]  # no empty val.json
-    assert [len(options_of(record)[0]) for record in load(root)] == [2, 2]
-    G.generate(Generate(output_dir=str(out), num_samples=8, workers=1, overwrite=True))
-    assert len(list((out / "videos").iterdir())) == 8 and (two / "red" / "0.mp4").exists()
 
 
 def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys):
@@ -214,15 +194,3 @@ def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys)
         picture = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
     shown = [picture[30:150, x : x + 100].mean() for x in range(20, picture.shape[1] - 120, picture.shape[1] // 8)]
     assert picture.shape[0] >= 160 and all(np.diff(shown) > 5), shown  # brighter with time
-
-
-def test_options_without_effect_are_named(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-    def ignored(flags):
-        return {line.split()[0] for line in ignored_options(parse(Generate, flags.split()))}
-
-    flags = "--from_folder d --num_samples 9 --augment_prob 0.1 --hard_negatives --cot_model x"
-    assert ignored(flags) == {"--num_samples", "--augment_prob", "--cot_model"}
-    assert ignored("--question ? --num_options 3") == {"--question", "--num_options"}
-    assert parse(Generate, ["--from_folder", "a/kinetics/"]).output_dir == "data/kinetics"
