@@ -32,6 +32,7 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
 CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
+DOWNLOAD = "download the files first, and name them in the records"
 REMOVED = {
     "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
     "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
@@ -42,6 +43,11 @@ REMOVED = {
     "task": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
     "base_coordinates": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
     "style": "balls vary in size, colour and speed, so that only motion tells the class",
+    "allow_outside_files": "any regular file that a record names is read",
+    "allow_remote_files": DOWNLOAD,
+    "remote_folder": DOWNLOAD,
+    "remote_max_mb": DOWNLOAD,
+    "remote_seconds": DOWNLOAD,
 }
 
 

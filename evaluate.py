@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -15,16 +14,14 @@ from tqdm import tqdm
 import ranks
 from answers import extract_answer
 from checkpoint import ROLLOUTS, append_lines
-from data import CONTROLS
-from dataset.batch import Vanished
-from dataset.index import Selection, read_records, spread
-from dataset.records import read_turns, record_name
+from data import CONTROLS, examples
 from model import UserError
 from model.decode import Sampling
+from records import Selection, read_records, read_turns, record_name, spread
 from rewards import Sample, is_correct, reference_answer, sample_from_record
 from rollouts import prompt_batches, row
 
-EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
+EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 # Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
 CHECKED_RECORDS = 10_000
@@ -118,29 +115,22 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
 
 
 def prompts(sampler, records, control, skipped, bar):
-    """This rank's records -> Examples that end where the answer begins, with their numbers, read ahead by threads.
-    Adds to `skipped` what cannot be read or judged."""
-    mine = range(ranks.rank(), len(records), ranks.world_size())
-
-    def encode(number):
+    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or judged
+    goes into `skipped`."""
+    numbers = []
+    for number in range(ranks.rank(), len(records), ranks.world_size()):
         try:
-            example = sampler.processor.encode(records[number], answer=False, control=control)
             is_correct("", sample_from_record(records[number]))  # raises where the right answer cannot be read
-            example.number = number
-            return number, example
-        except Vanished:
-            raise
+            numbers.append(number)
         except UserError as error:
-            return number, error
-
-    with ThreadPoolExecutor(max(1, sampler.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
-        for i in range(0, len(mine), EVAL_CLIPS):
-            for number, result in pool.map(encode, mine[i : i + EVAL_CLIPS]):
-                bar.update()
-                if isinstance(result, UserError):
-                    skipped[number] = str(result)
-                else:
-                    yield result
+            skipped[number] = str(error)
+            bar.update()
+    for result in examples(sampler.processor, records, numbers, control, sampler.cfg.dataloader_num_workers):
+        bar.update()
+        if isinstance(result, tuple):
+            skipped[result[0]] = str(result[1])
+        else:
+            yield result
 
 
 def shown(step, record, rollout, decode_token):

