@@ -109,14 +109,14 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
                     rows.append(shown(step, example.record, rollout, decode_token))
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
-    answers, skipped = ({k: v for each in every for k, v in each[i].items()} for i in (0, 1))
+    answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))
     rows = sorted((line for each in every for line in each[2]), key=lambda line: line["prompt"])
-    return Evaluation(dict(sorted(answers.items())), skipped, rows)
+    return Evaluation(answers, skipped, rows)
 
 
 def prompts(sampler, records, control, skipped, bar):
-    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or judged
-    goes into `skipped`."""
+    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or
+    judged goes into `skipped`."""
     numbers = []
     for number in range(ranks.rank(), len(records), ranks.world_size()):
         try:

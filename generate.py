@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clips
-from cli import require
+from checks import require
 from clips import DIRECTIONS, FPS, OPTIONS, SIGNS, Clip
 from model import UserError
 from openai_client import Client, Question, ask_all

@@ -14,11 +14,13 @@ commands are in adapter_files.py.
 """
 
 # ruff: noqa: E402
-from config import Adapter, LoraArgs, cli, parse
+from config import Adapter, LoraArgs, cli, ignored_options, parse
 
 
 def main(argv=None):
     cfg = parse(Adapter, argv)
+    for line in ignored_options(cfg):
+        print(f"note: {line}")
     from adapter_files import run_command
 
     run_command(cfg)
