@@ -48,8 +48,6 @@ class Generate(Options):
     seed: int = 42  # same seed and options, same files
     overwrite: bool = False  # replace a dataset that is already in output_dir
     workers: int = 0  # processes that draw and encode; 0 = one a core
-    task: Literal["direction", "base"] = "direction"  # direction, or base: the questions the tiny model was made with
-    base_coordinates: bool = False  # base only: also ask for the ball's coordinates
 
     # -- Your own clips instead of drawn ones
     from_folder: str | None = None  # DIR/class/*.mp4, or DIR/train/class and DIR/val/class; clips stay where they are
@@ -60,7 +58,6 @@ class Generate(Options):
     # -- Clips
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
-    style: Literal["varied", "plain"] = "varied"  # varied: only motion tells the class; plain: white ball, 5 px a frame
     augment: str = ""  # any of blur,crop; one draw a clip, never one a frame
     augment_prob: float = 0.2  # probability that a clip is augmented
 

@@ -1,10 +1,7 @@
 """The client of a server that misbehaves: nothing hangs, no answer is lost or paid for twice, no key leaks."""
 
-import errno
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -34,16 +31,17 @@ class Server:
 
     def __init__(self, *script):
         self.script, self.requests, self.lock = list(script), [], threading.Lock()
-        outer = self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            log_message = lambda *_: None
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, dict(self.headers), body))
-                    act = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
+                with server.lock:
+                    server.requests.append((self.path, dict(self.headers), body))
+                    act = server.script.pop(0) if len(server.script) > 1 else server.script[0]
                 try:
                     act(self) if callable(act) else self.say(200, act) if isinstance(act, bytes) else self.say(act)
                 except OSError:
@@ -57,9 +55,6 @@ class Server:
                 self.end_headers()
                 self.wfile.write(body)
                 self.close_connection = length is not None
-
-            def log_message(self, *_):
-                pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
@@ -103,39 +98,22 @@ def raw(*pieces, every=0.0):
     return act
 
 
-def reset(handler):
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    handler.connection.close()
-    handler.close_connection = True
-
-
-def endless(handler):
-    """A body that never ends, as fast as it is taken."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    while True:
-        handler.wfile.write(b" " * 1000)
-
-
 TROUBLE = {
-    **{str(code): code for code in (408, 409, 429, 500, 502, 503, 529)},
+    **{str(code): code for code in (408, 429, 500, 503)},
     "429 with seconds": status(429, Retry_After="1"),
-    "429 with a date": status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
     "503 with an invalid Retry-After": status(503, Retry_After="soon"),
     "no json": b"<html>busy</html>",
     "other json": b'{"error": {"message": "overloaded"}}',
     "deep json": b"[" * 50_000,
-    "empty": b"",
-    "not utf-8": b"\xff\xfe\x00",
     "no choices": b'{"choices": []}',
     "cut in the body": status(200, completion(GOOD), length=5000),
     "cut in a chunk": raw(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{"cho'),
     "hangs up": raw(),
-    "reset": reset,
     "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "endless header": raw(b"HTTP/1.1 200 OK\r\nX: ", *[b"y" * 100] * 2000),
     "bad gzip": status(200, b"not gzip", Content_Encoding="gzip"),
     "bomb": status(200, zlib.compress(b" " * (3 << 20) + completion(GOOD)), Content_Encoding="deflate"),
-    "endless": endless,
+    "endless": raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * 1000] * 100_000),
 }
 SLOW = {  # with short limits, so a busy machine may ask more often
     "silent": lambda handler: time.sleep(2),
@@ -161,15 +139,12 @@ def test_a_slow_server_is_asked_again(trouble):
         assert len(server.requests) > 1
 
 
-@pytest.mark.parametrize("name", ["503", "cut in the body", "no json"])
+@pytest.mark.parametrize("name", ["503", "cut in the body"])
 def test_trouble_that_lasts_ends_the_run_after_few_requests(tmp_path, name):
     with Server(TROUBLE[name]) as server:
-        with pytest.raises(NoAnswerError):
-            client(server.url).complete("?", b"png")
-        assert len(server.requests) == 4
         with pytest.raises(UserError, match="5 clips in a row got no response"):
             ask(server.url, tmp_path / "cache", count=40, tries=2)
-        assert len(server.requests) <= 4 + 2 * (MAX_SILENT + 3 + 3)
+        assert len(server.requests) <= 2 * (MAX_SILENT + 3 + 3)
 
 
 @pytest.mark.parametrize(
@@ -207,21 +182,6 @@ def test_unusable_answers_are_asked_again_then_dropped_and_paid_for_once(tmp_pat
         assert len(server.requests) == 3 * MAX_ASKS
 
 
-def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
-    real, calls = os.fsync, []
-
-    def fsync(handle):
-        calls.append(1)
-        if len(calls) >= 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with Server(completion(GOOD)) as server, pytest.raises(UserError, match="cache: cannot be written .No space left"):
-        ask(server.url, tmp_path / "cache", workers=1)
-    assert len(server.requests) <= 5
-
-
 def test_the_request_and_the_key(tmp_path, monkeypatch):
     """A chat completion with the picture; the key is in its header alone, whatever ~/.netrc or the server says."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
@@ -244,30 +204,24 @@ def test_the_request_and_the_key(tmp_path, monkeypatch):
             client(url, tries=1).complete("?", b"png")
 
 
-def command(folder, url):
-    flags = ["--output_dir", str(folder / "set"), "--num_samples", "24", "--cot", "--cot_source", "openai"]
-    environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, "HOME": str(folder)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment, "text": True}
-    # a shell's background jobs, and what they start, would ignore Ctrl-C
-    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, "generate.py", *flags, "--workers", "1"], preexec_fn=default, **pipes)
-
-
 def test_killed_again_and_again_no_answer_is_paid_for_twice(tmp_path):
     """The command is ended amid its questions, then run to its end: no answer that arrived is asked for again."""
-    cache = tmp_path / "set" / "cot_cache.jsonl"
+    flags = ["--output_dir", str(tmp_path / "set"), "--num_samples", "24", "--cot", "--cot_source", "openai"]
     with Server(lambda handler: (time.sleep(0.02), handler.say(200, completion(GOOD)))) as server:
-        for number in (signal.SIGKILL, signal.SIGINT, None):
-            before, running = len(server.requests), command(tmp_path, server.url)
-            while number and running.poll() is None and len(server.requests) < before + 8:
+        environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url, "HOME": str(tmp_path)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": environment, "text": True}
+        for killed in (True, False):
+            running = subprocess.Popen([sys.executable, "generate.py", *flags, "--workers", "1"], **pipes)
+            while killed and running.poll() is None and len(server.requests) < 8:
                 time.sleep(0.01)
-            if number:
-                running.send_signal(number)
-            out, err = running.communicate(timeout=300)
-            assert KEY not in out + err
+            if killed:
+                running.kill()
+            out, _ = running.communicate(timeout=300)
+            assert KEY not in out
     # the server says (A) for every clip: three classes of four have no answer
-    assert running.returncode == 2 and "too many clips were dropped" in err
-    keys = [json.loads(line)["key"] for line in cache.read_text().splitlines() if line]
+    assert running.returncode == 2 and "too many clips were dropped" in out
+    lines = (tmp_path / "set" / "cot_cache.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines if line]
     assert len(set(keys)) == 24 and len(keys) == 6 + 18 * MAX_ASKS
     assert len(server.requests) <= len(keys) + 4, "what is under way at a SIGKILL, one a worker, may be asked again"
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
