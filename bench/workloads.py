@@ -25,8 +25,8 @@ from bench.flops import head_flops, language_flops, vision_flops
 from lora import adapter_blocks, targets
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, random_model
-from model.packed import IGNORE, Packed, Segments, normalise_patches
-from model.qwen import Qwen2_5_VL
+from model.packed import IGNORE, Packed, Segments
+from model.qwen import Qwen2_5_VL, normalise_patches
 from model.rope import mrope_position_ids
 from video import Options, frame_size
 

@@ -66,10 +66,10 @@ def mrope_tables(position_ids: Tensor, config, dtype: torch.dtype) -> tuple[Tens
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 
-def vision_tables(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the tower's rotary angles: rows, columns (P,) -> two (P, 1, D/2), row half then column half."""
+def vision_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tower's rotary angles: rows and columns (2, P) -> two (P, 1, D/2), row half, column half."""
     quarter = head_dim // 4
-    exponent = torch.arange(quarter, device=rows.device, dtype=torch.float32) / quarter
+    exponent = torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter
     inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
-    angles = torch.cat([rows.float()[:, None] * inv_freq, columns.float()[:, None] * inv_freq], dim=-1)  # (P, D/2)
+    angles = torch.cat([x.float()[:, None] * inv_freq for x in positions], dim=-1)  # (P, D/2)
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
