@@ -161,7 +161,7 @@ class GroupCache:
     """Keys and values of N prompts and of their N*G completions, for every layer."""
 
     def __init__(self, model, lengths: list[int], G: int, slots: int):
-        config, weight = model.config, model.head_weight
+        config, weight = model.config, model.model.embed_tokens.weight
         self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
         like = {"device": weight.device, "dtype": weight.dtype}

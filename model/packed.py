@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.rope import vision_tables
-
 IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
 
 
@@ -105,6 +103,15 @@ class Segments:
         left = (end - lengths)[owner] <= torch.arange(len(owner), device=rows.device)
         tails = Segments.build(lengths.tolist(), self.k_lengths, True, self.kv_index)
         return tails, left.nonzero()[:, 0], (left.cumsum(0) - 1)[rows]
+
+
+def vision_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tower's rotary angles: rows and columns (2, P) -> two (P, 1, D/2), row half, column half."""
+    quarter = head_dim // 4
+    exponent = torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter
+    inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
+    angles = torch.cat([x.float()[:, None] * inv_freq for x in positions], dim=-1)  # (P, D/2)
+    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 
 def pad_positions(is_pad: Tensor, count: int) -> Tensor:

@@ -382,12 +382,12 @@ class Qwen2_5_VL(nn.Module):
 
         attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
         # what follows from lengths, grids and positions alone
-        segments, query_rows = [packed.segments], None
+        dtype, segments, query_rows = self.head_weight.dtype, [packed.segments], None
+        plan = self.plan(packed)
         if rows is not None and attention is None and self.ops.trim_last_layer:
             tails, query_rows, rows = packed.segments.tails(rows)
             segments.append(tails)
-        plan = self.plan(packed)
-        tables = mrope_tables(packed.position_ids, self.config, self.head_weight.dtype)
+        tables = mrope_tables(packed.position_ids, self.config, dtype)
 
         x = self.embed(packed, plan)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -154,7 +154,8 @@ def test_same_seed_same_rows_and_streaming():
 
 @pytest.mark.parametrize("cases", [("video", "text"), ("video",), ("video", "video")], ids=["two", "one", "equal"])
 def test_fused_decoding_equals_the_decoder_layers(cases):
-    """With adapters, prompts of one length or two, grouped heads: the same draws, and log-probs within rounding."""
+    """With adapters, prompts of one length (then each row has its own copy) or two, grouped heads: the same draws, and
+    log-probs within rounding."""
     model = random_model("grouped").eval()
     lora.inject(model, SFT(lora_rank=4, lora_alpha=8))
     torch.manual_seed(0)

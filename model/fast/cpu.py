@@ -13,6 +13,7 @@ from model.decode import Decoder, PlainDecoder
 from model.fast.portable import CPU_FLOAT32, inverse_rms
 from model.rope import mrope_tables
 
+MOST_COPIES = 1 << 20  # numbers of a layer's keys; so few are copied to every row, for calls cost more than reading
 MOST_WEIGHTS = 50_000_000  # 200 MB in float32: a larger model spends its time in its weights, and would not copy them
 
 
@@ -29,6 +30,27 @@ def fused(norm: Tensor | None, *layers: Weights) -> Tensor:
     return torch.cat(merged) if norm is None else torch.cat(merged) * norm
 
 
+class RowCache:
+    """Of few rows whose prompts are of one length: the prompt's keys and values stand before each row's own, so that a
+    step's attention is two products and a softmax. GroupCache.step is the general case."""
+
+    def __init__(self, cache, steps: int):
+        self.group, self.P = cache, cache.lengths[0]
+        rows = lambda prompt: prompt.repeat_interleave(cache.G, 0).flatten(0, 1)  # (N, K, P, D) -> (R*K, P, D)
+        longer = lambda prompt: F.pad(rows(prompt), (0, 0, 0, steps))
+        self.layers = [(longer(k), longer(v)) for k, v in zip(cache.prompt_k, cache.prompt_v)]
+
+    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (R, H, D); k, v: (R, K, D) -> (R, H, D)"""
+        (R, H, D), K, now = q.shape, k.shape[1], self.P + self.group.used
+        keys, values = self.layers[layer]
+        keys[:, now] = k.reshape(R * K, D)
+        values[:, now] = v.reshape(R * K, D)
+        q = q.reshape(R * K, H // K, D)
+        scores = torch.bmm(q.mul(D**-0.5), keys[:, : now + 1].transpose(1, 2))  # (R*K, H/K, now)
+        return torch.bmm(scores.softmax(-1), values[:, : now + 1]).view(R, H, D)
+
+
 class CpuDecoder(PlainDecoder):
     """PlainDecoder with fused weights, which are copied for this one rollout."""
 
@@ -38,7 +60,11 @@ class CpuDecoder(PlainDecoder):
         self.embedding, self.rotate = model.model.embed_tokens.weight, model.ops.rotate
         self.layers = [self.fuse_layer(layer) for layer in model.model.layers]
         self.head = model.head_weight * model.model.norm.weight
-        every = torch.arange(int(self.position.max()) + sampling.max_new_tokens)
+        steps, cache = sampling.max_new_tokens, self.cache
+        cells = len(self.position) * (max(cache.lengths) + steps) * cache.K * cache.D
+        is_small = len(set(cache.lengths)) == 1 and cells <= MOST_COPIES
+        self.attend = RowCache(cache, steps).step if is_small else cache.step
+        every = torch.arange(int(self.position.max()) + steps)
         self.cos, self.sin = mrope_tables(every.expand(3, -1), model.config, self.head.dtype)
 
     def fuse_layer(self, layer) -> tuple:
@@ -56,7 +82,7 @@ class CpuDecoder(PlainDecoder):
         for number, (qkv, bias, o, gate_up, down) in enumerate(self.layers):
             heads = F.linear(self.unit(x), qkv, bias).view(R, H + 2 * K, D)
             qk = self.rotate(heads[:, : H + K], tables)
-            out = self.cache.step(number, qk[:, :H], qk[:, H:], heads[:, H + K :])
+            out = self.attend(number, qk[:, :H], qk[:, H:], heads[:, H + K :])
             x.addmm_(out.view(R, H * D), o.T)
             gate, up = F.linear(self.unit(x), gate_up).chunk(2, dim=1)
             x.addmm_(F.silu(gate).mul_(up), down.T)

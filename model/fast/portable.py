@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adapters import Weights, aligned
+from model.adapters import ALIGN, Weights
 from model.packed import Segments
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
@@ -63,7 +63,7 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
     """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise."""
-    out = aligned(weight.shape[0]) if pad else weight.shape[0]
+    out = len(weight) + (-len(weight) % ALIGN if pad else 0)
     if tuple(weight.shape) != (out, width):
         frozen = not weight.requires_grad
         weight = padded_storage(weight, (out, width)) if frozen else widen(widen(weight, 1, width), 0, out)
