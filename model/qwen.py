@@ -359,12 +359,13 @@ class Qwen2_5_VL(nn.Module):
         plan.pads = pad_positions(is_pad, len(plan.order))
         return plan
 
-    def embed(self, packed: Packed, plan: VisionPlan | None) -> Tensor:
-        """Token embeddings with the vision tokens put at their pads: (T, C). plan: of this batch."""
+    def embed(self, packed: Packed, plan: VisionPlan | None = None) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C). plan: self.plan(packed) or None."""
         x = self.model.embed_tokens(packed.input_ids)
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
-        if plan is None:
+        if packed.patches is None:
             return x + self.no_picture(x) if self.training and trained else x
+        plan = plan or self.plan(packed)
         with torch.set_grad_enabled(trained):
             recompute = trained and self.gradient_checkpointing
             vision = self.visual(packed.patches, packed.grid_thw, plan, recompute)  # (M, C)

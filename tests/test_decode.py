@@ -100,23 +100,6 @@ def test_sampling_follows_the_exact_distribution():
     assert freedom > 20 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5 and rest < 5, (chi2, freedom, rest)
 
 
-def test_second_tokens_follow_the_exact_distribution_too():
-    """Through the cache: the second token given the most frequent first one."""
-    model = random_model("tied")
-    sequence = Sequence(model.config, [6])
-    rows = generate(model, pack_sequences([sequence]), Sampling(2, 0.5), 20_000, torch.Generator().manual_seed(2))[0]
-    first = torch.tensor([r.ids[0] for r in rows]).mode().values.item()
-    second = torch.tensor([r.ids[1] for r in rows if r.ids[0] == first])
-    hidden, _ = rows_with_answer(model, sequence, [first, 5])
-    logits = (hidden[-1] @ model.head_weight.T).detach() / 0.5
-    logits[model.config.vision_token_ids] = float("-inf")
-    expected = logits.softmax(-1) * len(second)
-    counts = torch.bincount(second, minlength=260).float()
-    big = expected >= 5
-    chi2, freedom = float(((counts - expected)[big] ** 2 / expected[big]).sum()), int(big.sum()) - 1
-    assert freedom > 3 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5, (chi2, freedom)
-
-
 def test_vision_tokens_are_never_drawn():
     model = random_model("tied")
     with torch.no_grad():

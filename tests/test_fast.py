@@ -102,33 +102,12 @@ def test_shared_prompt_equals_the_loop(groups):
     check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
 
 
-def test_shared_prompt_equals_repeated_prompts():
-    """The point of the layout: a completion beside its siblings reads as if it stood alone after its prompt."""
-    P, completions, H, D = 7, [3, 5, 1], 2, 8
-    q, k, v = (torch.randn(P + sum(completions), H, D) for _ in range(3))
-    out = portable.attention(q, k, v, Segments.shared_prompt([P], [completions]))
-    start = P
-    for n in completions:
-        rows = [*range(P), *range(start, start + n)]
-        alone = portable.attention(q[rows], k[rows], v[rows], Segments.causal([P + n]))
-        assert torch.allclose(out[rows], alone, atol=1e-6)
-        start += n
-
-
 def test_long_segments_are_padded_without_a_trace(monkeypatch):
     """What cuDNN is given, through another kernel of torch: the same numbers as the loop's, and the same gradients."""
     monkeypatch.setattr(gpu, "LONG_STEP", 16)
     monkeypatch.setattr(gpu, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
     check_attention(Segments.causal([37, 16, 20]), 4, 2, form=gpu.long_attention)
     check_attention(Segments.causal([48]), 2, 2, form=gpu.long_attention)
-
-
-def test_segments_do_not_leak():
-    q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
-    before = portable.attention(q, k, v, Segments.causal([5, 7]))
-    k[8:], v[8:] = 9.0, 9.0
-    after = portable.attention(q, k, v, Segments.causal([5, 7]))
-    assert before[:8].equal(after[:8]) and not before[8:].equal(after[8:])
 
 
 def test_a_gradient_is_the_same_bit_for_bit_every_time():

@@ -298,7 +298,7 @@ def test_prefill_fills_the_cache_as_the_plain_path_does():
     with torch.no_grad():
         # which also lays some weights out in strides
         hidden = model(prompts, plain.prefill(prompts.segments, model.ops.attention))
-        logits = SamplingCopy(model).prefill(model, prompts, model.embed(prompts, model.plan(prompts)), cache)
+        logits = SamplingCopy(model).prefill(model, prompts, model.embed(prompts), cache)
     expected = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
     assert relative(logits, expected) < 5e-2
     for n, length in enumerate(lengths):
@@ -318,7 +318,7 @@ def test_a_step_equals_the_plain_forms(shape, N, G):
     step = decoder.Step(model, N, G, cache.Lp, 128, "greedy")
     step.partial.fill_(float("nan"))
     step.begin(model, made, cache, prompts, Sampling(temperature=0.0), torch.tensor([4], device=DEVICE), None)
-    made.prefill(model, prompts, model.embed(prompts, model.plan(prompts)), cache)
+    made.prefill(model, prompts, model.embed(prompts), cache)
     for _ in range(2):
         step.ids.copy_(torch.randint(3, 200, (N * G,), generator=torch.Generator().manual_seed(1)))
         ids = step.ids.clone()

@@ -366,7 +366,7 @@ class CudaDecoder(Decoder):
         self.sampling, self.generator = sampling, generator
         truncated = 0 < sampling.top_k or sampling.top_p < 1
         mode = "greedy" if sampling.temperature == 0 else "logits" if truncated else "race"
-        x = model.embed(prompts, model.plan(prompts))  # before the copy takes what memory there is
+        x = model.embed(prompts)  # before the copy takes what memory there is
         self.copy = SamplingCopy(model)
         self.cache = GroupCache(model, lengths, G, round_up(max(1, limit - 1), OWN_BUCKET))
         banned = sorted({*model.config.vision_token_ids, *sampling.banned_ids})
