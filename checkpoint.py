@@ -3,7 +3,7 @@
     output_dir/
         run.json            config, versions, machine        best.json     step and accuracy of the best checkpoint
         metrics.jsonl       one line a step                  run.lock      held while a process trains here
-        rollouts.jsonl      completions (SFT: some answers)  data.json     a sheet of the data, for report.html
+        rollouts.jsonl      completions (SFT: some answers)  data.json     summary of the data, for report.html
         tensorboard/, wandb/       what --report_to asks for
         start_adapter/      the adapter that the run began with, if it was given one
         checkpoint-N/       adapter_config.json + adapter_model.safetensors, or a whole model in Hugging Face form
@@ -27,7 +27,7 @@ from pathlib import Path
 from model import UserError, nearest_path
 
 MANIFEST, STATE, BEST, RUN = "manifest.json", "trainer_state.json", "best.json", "run.json"
-METRICS = "metrics.jsonl"
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
 
 def sync(path):
@@ -42,10 +42,10 @@ def sync(path):
 def write_json(path, value):
     """Whole or absent, as all that a resumed run relies on."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(beside)
-    beside.rename(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
     sync(path.parent)
 
 
@@ -55,6 +55,38 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); take another checkpoint or start anew") from None
+
+
+def append_lines(path, rows):
+    """Add a line for each object to a .jsonl: all of them, or none and UserError."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, written = file.tell(), 0
+            try:
+                while written < len(text):
+                    written += file.write(text[written:])
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); the last checkpoint is intact: make room, then --resume"
+        raise UserError(f"{path}: {why}") from None
+
+
+def cut_after(path, step):
+    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        lines.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
 
 
 def sha256(path):
@@ -68,21 +100,21 @@ def write_whole(folder, fill):
     A folder that already stands there (a broken one, else nobody writes it again) is replaced.
     """
     folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        fill(beside)
-        files = sorted(p for p in beside.rglob("*") if p.is_file())
-        listed = {str(p.relative_to(beside)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        (beside / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
-        for path in [*files, beside / MANIFEST, beside]:
+        fill(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        (temporary / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
+        for path in [*files, temporary / MANIFEST, temporary]:
             sync(path)
         remove(folder)
-        beside.rename(folder)
+        temporary.rename(folder)
         sync(folder.parent)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -99,20 +131,18 @@ def what_is_broken(folder):
     """Why a checkpoint cannot be trusted, in words; None if every file of its manifest is there, byte for byte."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return f"{MANIFEST} is missing or not JSON"
-    entries = listed.values() if isinstance(listed, dict) else [None]
-    if not entries or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in entries):
-        return f"{MANIFEST} does not list files with their bytes and sha256"
-    for name, expected in listed.items():
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError):
+        return f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
+    if not expected:
+        return f"{MANIFEST} is empty"
+    for name, (size, digest) in expected.items():
         path = folder / name
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{MANIFEST} names {name!r}, which is not in this folder"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        if sha256(path) != digest:
             return f"{name} does not have the SHA-256 of the manifest"
     return None
 
@@ -125,12 +155,12 @@ def step_of(folder):
 
 def checkpoints(run_folder):
     """Its checkpoint-N folders, oldest step first, whole or not."""
-    found = [p for p in Path(run_folder).glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0]
-    return sorted(found, key=step_of)
+    folders = [p for p in Path(run_folder).glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0]
+    return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(run_folder):
-    """The newest whole checkpoint of a run, or None. A broken one is told on stderr and passed over."""
+    """The newest whole checkpoint of a run, or None. A broken one is named on stderr and passed over."""
     for folder in reversed(checkpoints(run_folder)):
         fault = what_is_broken(folder)
         if fault is None:
@@ -242,6 +272,18 @@ def save_state(state, folder):
         save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
 
 
+def save_weights(model, folder, cfg, whole):
+    """The adapter in PEFT's form, or the whole model with the small files of its base."""
+    from adapter_files import copy_small_files, save_adapter
+    from model.loading import resolve_folder, save_model
+
+    if whole:
+        save_model(model, folder)
+        copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
+    else:
+        save_adapter(model, folder, cfg.model_id)
+
+
 def load_state(engine, adamw, folder, updates):
     """Put weights and moments back. adamw: the torch optimizer that the engine was built with; updates: how many it had
     made. UserError if this model trains other tensors."""
@@ -263,8 +305,8 @@ def load_state(engine, adamw, folder, updates):
                 tensor = shard.get_tensor(name)
                 if param is None or tensor.shape != param.shape:
                     here = "nothing of that name" if param is None else list(param.shape)
-                    told = f"{file}: {name} {list(tensor.shape)}: the model trains {here}"
-                    raise UserError(f"{told}; resume with that run's flags")
+                    problem = f"{file}: {name} {list(tensor.shape)}: the model trains {here}"
+                    raise UserError(f"{problem}; resume with that run's flags")
                 if key == "weight":
                     safe_set_full_fp32_param(param, tensor.to(param.device))
                 else:

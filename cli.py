@@ -32,6 +32,7 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
 CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
+DOWNLOAD = "download the files first, and name them in the records"
 REMOVED = {
     "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
     "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
@@ -39,6 +40,11 @@ REMOVED = {
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
     "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
     "keys": CONVERT,
+    "allow_outside_files": "any regular file that a record names is read",
+    "allow_remote_files": DOWNLOAD,
+    "remote_folder": DOWNLOAD,
+    "remote_max_mb": DOWNLOAD,
+    "remote_seconds": DOWNLOAD,
 }
 
 

@@ -81,11 +81,6 @@ class Generate:
 class VideoArgs:
     # -- Video and images
     image_folder: str | None = None  # folder of the clips; none = videos/ beside data_path, else its own folder
-    allow_outside_files: bool = False  # also files outside that folder: absolute names, "..", links that lead out
-    allow_remote_files: bool = False  # also http and https addresses of public hosts, fetched once into remote_folder
-    remote_folder: str = "data/remote"  # where they are kept
-    remote_max_mb: int = 512  # MiB a remote file may have
-    remote_seconds: float = 120.0  # seconds its download may take, from the first byte sent to the last received
     fps: float = 2.0  # frames taken a second; 2 as qwen-vl-utils; giving it turns a default nframes off
     nframes: int | None = None  # frames a clip, even; none = by fps
     min_frames: int = 4  # frames, lower bound with fps; qwen-vl-utils FPS_MIN_FRAMES
@@ -100,15 +95,13 @@ class VideoArgs:
     image_resized_width: int | None = None  # pixels
     max_seq_length: int = 32768  # tokens a sample, its vision tokens included
     overlong: str = "rebudget"  # a longer sample gets fewer frames (rebudget) or is left out (drop); never cut
-    cache_mb: int = 1024  # MiB of decoded clips kept in memory; a clip is decoded once, not once an epoch
+    cache_mb: int = 1024  # MiB of decoded clips kept in memory where no worker processes decode them
 
     def check(self):
         positive(self, "fps")
         at_least(self, 2, "nframes", "min_frames", "max_frames")
         at_least(self, 1, "max_seq_length")
         at_least(self, 0, "cache_mb")
-        at_least(self, 1, "remote_max_mb")
-        positive(self, "remote_seconds")
         one_of(self, "overlong", "rebudget", "drop")
         low, high = self.min_frames, self.max_frames
         require(low <= high, "min_frames", low, f"at most max_frames {high}")
@@ -204,7 +197,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; on a CPU it does anyway
     gradient_checkpointing: bool = False  # recompute activations a block; the embedded model has no need of it
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
-    dataloader_num_workers: int = 2  # threads that decode ahead; one a core of a laptop
+    dataloader_num_workers: int = 0  # processes that decode ahead; 0 = none, and decoded clips are kept (cache_mb)
 
     # -- Batch and length
     num_train_epochs: float = 1.0  # passes over the data; may be a fraction
@@ -383,6 +376,7 @@ class Look(Asked):
     # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
     question: str = ""  # asked of each video or image, for its count of tokens; "" = the dataset's question
+    json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
 
     @property
     def text(self):
@@ -421,7 +415,7 @@ class Infer(Asked):
     max_samples: int | None = None  # evaluate only N, spread over the file by the seed; none = all
     batch_size: int = 32  # clips decoded together; sampling keeps their caches in memory
     cuda_graphs: bool = True  # passes of small batches as CUDA graphs; the first of a size takes a second to make
-    dataloader_num_workers: int = 2  # threads that read clips ahead
+    dataloader_num_workers: int = 0  # processes that read clips ahead
 
     @property
     def text(self):

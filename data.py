@@ -1,12 +1,13 @@
-"""Conversations and clips -> ids, already shifted targets, positions, patches -> packed batches.
+"""Records -> conversation -> ids, already shifted targets, positions, patches -> packed batches.
 
-    read_records(path)                 a dataset, json or jsonl (dataset/index.py)
-    Processor.encode(record)           one record -> an Example; decoded clips are kept (cache_mb)
-    pack, pack_groups, Loader          Examples -> packed batches, and in which order (dataset/batch.py)
-    python data.py FILE... [--fps 4]   what the model will see of each video, image or dataset
+    Processor.encode(record)   one record -> an Example
+    pack, pack_groups          Examples -> a packed batch without padding; in GRPO a prompt stands once for its group
+    Loader                     the micro-batches of every optimizer step, in an order of seed and epoch alone
+    examples                   prompts for evaluation and inference, in their order
+    python data.py FILE...     what the model will see of each video, image or dataset
 
-SFT, rollouts, evaluation and inference all come through here. Frames and sizes are video.py's duty.
-L tokens of a sample, T of a batch, F frames, P patches, N clips.
+SFT, rollouts, evaluation and inference all come through here. records.py reads records, video.py frames and sizes.
+L tokens of a sample, T of a batch, F frames, P patches, N clips, G completions a prompt.
 """
 
 # ruff: noqa: E402
@@ -17,41 +18,53 @@ from config import Look, cli, ignored_options, parse
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
     cli(lambda: parse(Look))
 
+import base64
+import json
 import logging
 import math
 import os
 import re
+import resource
+import signal
+import tempfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from hashlib import blake2b
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
-from dataset.batch import Example, Loader, TooLong, pack, pack_groups
-from dataset.index import read_records
-from dataset.places import Places
-from dataset.records import IMAGE_SUFFIXES, Media, Turn, read_turns, record_name
 from model import UserError, nearest_path
 from model.loading import ModelConfig, resolve_folder
-from model.qwen import IGNORE
+from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
-from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file_stamp, plan_clip, read_clip
-
-__all__ = ["Example", "Loader", "Processor", "TooLong", "load_tokenizer", "pack", "pack_groups", "read_records"]
+from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file_stamp, open_file, plan_clip, read_clip
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
 DEFAULT_SYSTEM = Turn("system", ("You are a helpful assistant.",))
 CONTROLS = ("none", "reversed", "shuffled", "blank")
+STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
+SHOWN = 8  # samples that cannot be used, named one by one
 
 log = logging.getLogger("data")
+
+
+class TooLong(UserError):
+    """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
+
+
+class MissingFileError(UserError):
+    """A whole folder of clips that was there at the start is gone: no fault of a sample, it ends the run."""
 
 
 def load_tokenizer(folder: str | Path):
@@ -71,33 +84,51 @@ def load_tokenizer(folder: str | Path):
         raise UserError(f"{folder}: no tokenizer could be loaded from it ({reason}); expected tokenizer.json") from None
 
 
+@dataclass(eq=False)
+class Example:
+    """One conversation, ready for the model."""
+
+    name: str
+    ids: np.ndarray  # (L,) int64; a clip's pad stands once per vision token
+    targets: np.ndarray  # (L,) int64: ids[i + 1] where the assistant says it, its <|im_end|> included; IGNORE elsewhere
+    position_ids: np.ndarray  # (3, L) int64
+    patches: Tensor | None  # (P, 1176) uint8; shared with the cache, never written to
+    grid_thw: list[tuple[int, int, int]]  # N grids in patches
+    second_per_grid: list[float]  # N; 0 for images
+    frame_indices: list[list[int]]  # N lists of F frame numbers, in the order shown
+    frame_times: list[list[float]]  # N lists of F seconds
+    num_vision_tokens: int
+    record: dict = field(repr=False)
+    notes: tuple[str, ...] = ()  # options that were overruled
+    number: int = -1  # of its record, where a Loader or examples() made it
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class ClipCache:
-    """Plans and patches most recently used, up to a number of bytes. Threads may share it."""
+    """Plans and patches most recently used, up to a number of bytes."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.entries: OrderedDict = OrderedDict()  # key -> (value, bytes)
-        self.lock = threading.Lock()
 
     def get(self, key):
-        with self.lock:
-            if key not in self.entries:
-                return None
-            self.entries.move_to_end(key)
-            return self.entries[key][0]
+        if key not in self.entries:
+            return None
+        self.entries.move_to_end(key)
+        return self.entries[key][0]
 
     def put(self, key, value, size: int) -> None:
-        with self.lock:
-            if size > self.limit or key in self.entries:  # another thread may have been as quick
-                return
+        if size <= self.limit:
             self.entries[key] = value, size
             self.size += size
-            while self.size > self.limit:
-                self.size -= self.entries.popitem(last=False)[1][1]
+        while self.size > self.limit:
+            self.size -= self.entries.popitem(last=False)[1][1]
 
 
 class Processor:
-    """Turns records into Examples. One for a process; its threads share the cache.
+    """Turns records into Examples.
 
     tokenizer: transformers' or a bare `tokenizers.Tokenizer`. args: a config.VideoArgs, or anything with its fields.
     """
@@ -105,31 +136,33 @@ class Processor:
     def __init__(self, tokenizer, config: ModelConfig, args):
         self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.tokenizer, self.config, self.args = tokenizer, config, args
-        self.im_start, self.im_end = self.token_id("<|im_start|>"), self.token_id("<|im_end|>")
-        for token, expected in (("<|video_pad|>", config.video_token_id), ("<|image_pad|>", config.image_token_id)):
-            found = self.token_id(token)
-            if found != expected:
-                told = f"{token} is {found} in the tokenizer, {expected} in config.json"
-                raise UserError(f"{told}; use the files of one checkpoint")
+        self.im_end = self.token_id("<|im_end|>")
+        for name in ("vision_start", "vision_end", "video_pad", "image_pad"):
+            ours, theirs = self.token_id(f"<|{name}|>"), getattr(config, f"{name.replace('_pad', '')}_token_id")
+            if ours != theirs:
+                problem = f"<|{name}|> is {ours} in the tokenizer, {theirs} in config.json"
+                raise UserError(f"{problem}; use the files of one checkpoint")
         v = config.vision
-        found, made = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size), (PATCH, TEMPORAL, MERGE)
-        assert found == made, f"config.json is for patches of {found}, video.py makes {made}"
+        theirs, ours = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size), (PATCH, TEMPORAL, MERGE)
+        assert theirs == ours, f"config.json is for patches of {theirs}, video.py makes {ours}"
         special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)
         if args.image_folder and not Path(args.image_folder).is_dir():
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
-        self.places = Places(args)
+        self.folders = media_folders(args)
+        self.folders_at_start = [folder for folder in self.folders if os.path.isdir(folder)]
+        self.inline = tempfile.TemporaryDirectory(prefix="inline_clips_")  # of clips inside their records
         self.cache = ClipCache(args.cache_mb * 2**20)
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
-        self.notes: Counter = Counter()  # options that were overruled, and how often
+        self.notes: Counter = Counter()  # kinds of overruled options, and how many samples they touched
 
     def token_id(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
+        number = self.backend.token_to_id(token)
+        if number is None:
             raise UserError(f"the tokenizer has no {token}; expected that of a Qwen2.5-VL checkpoint")
-        return found
+        return number
 
     def tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
@@ -145,128 +178,136 @@ class Processor:
         """
         assert control in CONTROLS, f"control {control!r}, expected one of {CONTROLS}"
         name = name or record_name(record)
-        pieces, plans = self.layout(record, answer, name)
-        ids, trained = self.expand(pieces, plans)
+        ids, trained, plans = self.layout(record, answer, name)
         targets = np.full(len(ids), IGNORE, np.int64)
         targets[:-1][trained[1:]] = ids[1:][trained[1:]]
         grids, seconds = [plan.grid_thw for plan in plans], [plan.second_per_grid for plan in plans]
-        clips, orders = self.read(plans, control, name)
-        return Example(
+        clips = [self.read(plan, control, f"{name} {i}") for i, plan in enumerate(plans)]
+        orders = [order[: len(plan.indices)] for plan, (_, order) in zip(plans, clips)]
+        patches = [patches for patches, _ in clips]
+        example = Example(
             name=name,
             ids=ids,
             targets=targets,
             position_ids=mrope_position_ids(ids.tolist(), grids, seconds, self.config),
-            patches=None if not clips else clips[0] if len(clips) == 1 else torch.cat(clips),
+            patches=None if not patches else patches[0] if len(patches) == 1 else torch.cat(patches),
             grid_thw=grids,
             second_per_grid=seconds,
-            frame_indices=[[plan.indices[i] for i in order] for plan, order in zip(plans, orders, strict=True)],
-            frame_times=[[plan.times[i] for i in order] for plan, order in zip(plans, orders, strict=True)],
+            frame_indices=[[plan.indices[i] for i in order] for plan, order in zip(plans, orders)],
+            frame_times=[[plan.times[i] for i in order] for plan, order in zip(plans, orders)],
             num_vision_tokens=sum(plan.num_tokens for plan in plans),
             record=record,
+            notes=tuple(note for plan in plans for note in plan.notes),
         )
-
-    def length(self, record: dict, answer: bool = True, name: str | None = None) -> int:
-        """Tokens that encode would give, without decoding more than a clip's first frame. Raises as encode does."""
-        return self.shape(record, answer, name)[1]
+        if get_worker_info() is None:  # else the process that receives it warns
+            self.warn_once(example)
+        return example
 
     def shape(self, record: dict, answer: bool = True, name: str | None = None) -> tuple[list, int, int]:
-        """(grids, tokens, those of them that are trained) that encode would give, as `length` finds them."""
-        pieces, plans = self.layout(record, answer, name or record_name(record))
-        trained = sum(len(piece) for piece, said in pieces if said and not isinstance(piece, Media))
-        return [plan.grid_thw for plan in plans], text_length(pieces) + sum(plan.num_tokens for plan in plans), trained
+        """(grids, tokens, those of them that are trained) that encode would give; it raises what encode raises. Of a
+        clip one frame is decoded."""
+        ids, trained, plans = self.layout(record, answer, name or record_name(record))
+        return [plan.grid_thw for plan in plans], len(ids), int(trained.sum())
 
-    def layout(self, record: dict, answer: bool, name: str) -> tuple[list, list[ClipPlan]]:
-        """Pieces of the chat (token ids, or a Media) with whether they are trained, and the plan of each clip."""
-        turns = spoken_turns(read_turns(record, name), answer, name)
-        pieces = self.render(turns, answer, name)
-        media = [piece for piece, _ in pieces if isinstance(piece, Media)]
+    def layout(self, record: dict, answer: bool, name: str) -> tuple[np.ndarray, np.ndarray, list[ClipPlan]]:
+        """ids (L,) int64, whether each is learned (L,) bool, and the plan of each clip."""
+        turns = chat_turns(read_turns(record, name), answer, name)
+        ids, trained = self.render(turns, answer, name)
+        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
         plans = [self.plan(item, name) for item in media]
-        return pieces, self.fit(media, plans, text_length(pieces), name)
+        plans = self.fit(media, plans, len(ids) - len(plans), name)
+        repeats = np.ones(len(ids), np.int64)  # a pad stands once for each vision token of its clip
+        is_pad = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+        repeats[is_pad] = [plan.num_tokens for plan in plans]
+        return np.repeat(ids, repeats), np.repeat(trained, repeats), plans
 
-    def render(self, turns: list[Turn], answer: bool, name: str) -> list[tuple[tuple[int, ...] | Media, bool]]:
-        """The chat template of Qwen2.5-VL. Text between two special tokens is encoded in one go, as tokenizing the
-        rendered template does; only an answer starts anew, because in generation it does too."""
-        pieces = []
+    def render(self, turns: list[Turn], answer: bool, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The chat template of Qwen2.5-VL: ids int64 with one pad a clip, and whether each is learned. An answer is
+        encoded apart from what stands before it, because in generation it is too."""
+        pieces = []  # (text, learned)
         for turn in turns:
-            text = f"{turn.role}\n"
-            pieces.append(((self.im_start,), False))
+            # Special tokens in a text would change who speaks, or stand for clips that are not there
+            if match := self.special.search(turn.text):
+                problem = f"{name}: the text holds the special token {match[0]}"
+                raise UserError(f"{problem}; remove it (clips are marked <video> or <image>)")
+            head = f"<|im_start|>{turn.role}\n"
             if turn.role == "assistant":
-                answer_ids = (*self.encode_text(self.plain(turn.text, name)), self.im_end)
-                pieces += [(self.encode_text(text), False), (answer_ids, turn.trained)]
+                pieces += [(head, False), (f"{turn.text}<|im_end|>", turn.trained), ("\n", False)]
             else:
-                for part in turn.parts:
-                    if isinstance(part, str):
-                        text += self.plain(part, name)
-                        continue
-                    pieces += [((*self.encode_text(text), self.config.vision_start_token_id), False), (part, False)]
-                    pieces.append(((self.config.vision_end_token_id,), False))
-                    text = ""
-                pieces.append(((*self.encode_text(text), self.im_end), False))
-            pieces.append((self.encode_text("\n"), False))
+                clips = (f"<|vision_start|><|{part.kind}_pad|><|vision_end|>" if isinstance(part, Media) else part
+                         for part in turn.parts)  # fmt: skip
+                pieces.append((f"{head}{''.join(clips)}<|im_end|>\n", False))
         if not answer:
-            pieces.append(((self.im_start, *self.encode_text("assistant\n")), False))
-        return pieces
-
-    def plain(self, text: str, name: str) -> str:
-        """Text without special tokens: they would change who speaks, or stand for clips that are not there."""
-        found = self.special.search(text)
-        if found:
-            told = f"{name}: the text holds the special token {found[0]}"
-            raise UserError(f"{told}; remove it (clips are marked <video> or <image>)")
-        return text
-
-    def expand(self, pieces: list, plans: list[ClipPlan]) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces -> ids (L,) int64 and whether each is the assistant's (L,) bool."""
-        ids, trained, plans = [], [], iter(plans)
-        for piece, is_answer in pieces:
-            if isinstance(piece, Media):
-                pad = self.config.video_token_id if piece.kind == "video" else self.config.image_token_id
-                piece = (pad,) * next(plans).num_tokens
-            ids += piece
-            trained += [is_answer] * len(piece)
-        return np.array(ids, np.int64), np.array(trained, bool)
+            pieces.append(("<|im_start|>assistant\n", False))
+        ids = [self.encode_text(text) for text, _ in pieces]
+        trained = np.repeat([learned for _, learned in pieces], list(map(len, ids)))
+        return np.array([i for piece in ids for i in piece], np.int64), trained
 
     # -- Clips
 
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
-        paths = tuple(self.places.locate(path, name) for path in media.paths)
+        paths = tuple(self.locate(path, name) for path in media.paths)
         options = Options.from_args(media.kind, self.args, media.options, name)
         stamp = tuple(map(file_stamp, paths))
         key = (media.kind, stamp, options, most_frames, size)
         plan = self.cache.get(key)
         if plan is None:
-            plan = plan_clip(media.kind, paths, options, most_frames, size)
-            plan = replace(plan, stamp=stamp)
+            plan = replace(plan_clip(media.kind, paths, options, most_frames, size), stamp=stamp)
             self.cache.put(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
-            for note in plan.notes:
-                self.tell(note, name)
         return plan
 
-    def read(self, plans: list[ClipPlan], control: str, name: str) -> tuple[list[Tensor], list[list[int]]]:
-        """The patches of each clip, (P, 1176) uint8, and the order of its frames."""
-        clips, orders = [], []
-        for i, plan in enumerate(plans):
-            patches = self.cache.get(plan)
-            if patches is None:
-                patches = read_clip(plan)
+    def locate(self, path: str, name: str) -> str:
+        """The file that record `name` means by path."""
+        if path.startswith("data:"):
+            return self.inline_file(path, name)
+        if "://" in path:
+            raise UserError(f"{name}: {path[:200]} is a web address; download the file and name it instead")
+        tried = [os.path.join(folder, path) for folder in self.folders]  # join leaves an absolute path as it is
+        for candidate in tried:
+            if os.path.exists(candidate):
+                return candidate
+        gone = [folder for folder in self.folders_at_start if not os.path.isdir(folder)]
+        if gone:
+            problem = f"{gone[0]}: this folder of clips was there at the start and is gone"
+            raise MissingFileError(f"{problem}; bring it back (is a disk mounted?), then --resume")
+        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
+
+    def inline_file(self, address: str, name: str) -> str:
+        """data:video/mp4;base64,… (RFC 2397, as OpenAI and ms-swift use it) as a file, written once."""
+        head, _, text = address.partition(",")
+        suffix = re.sub(r"\W", "", head.partition("/")[2].partition(";")[0])
+        path = Path(self.inline.name) / f"{blake2b(address.encode(), digest_size=16).hexdigest()}.{suffix}"
+        if not path.exists():
+            try:
+                data = base64.b64decode(text, validate=True)
+            except ValueError as error:
+                raise UserError(f"{name}: {address[:40]}… is not base64 ({error}); encode the file again") from None
+            with tempfile.NamedTemporaryFile(dir=self.inline.name, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, path)  # other workers may write the same
+        return str(path)
+
+    def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
+        """The patches of a clip, (P, 1176) uint8, and the order of its frames."""
+        patches = self.cache.get(plan)
+        if patches is None:
+            patches = read_clip(plan)
+            if get_worker_info() is None:  # a worker's patches go to shared memory, which is small in containers
                 self.cache.put(plan, patches, patches.nbytes)
-            still = plan.kind == "image" and control in ("reversed", "shuffled")
-            patches, order = apply_control(patches, plan.grid_thw, "none" if still else control, f"{name} {i}")
-            clips.append(patches)
-            orders.append(order[: len(plan.indices)])
-        return clips, orders
+        still = plan.kind == "image" and control in ("reversed", "shuffled")
+        return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
 
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
         """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""
         limit, frames = self.args.max_seq_length, [len(plan.indices) for plan in plans]
         a_step = [math.prod(plan.size) // (PATCH * MERGE) ** 2 for plan in plans]  # tokens a grid step
         steps = [plan.grid_thw[0] for plan in plans]
-        found = length = text + sum(n * s for n, s in zip(steps, a_step, strict=True))
+        whole = length = text + sum(n * s for n, s in zip(steps, a_step, strict=True))
         while length > limit:
             i = max(range(len(plans)), key=lambda i: steps[i], default=None)
             if self.args.overlong == "drop" or i is None or steps[i] == 1:
-                raise TooLong(f"{name}: {found} tokens, {text} of them text; max_seq_length is {limit}")
+                raise TooLong(f"{name}: {whole} tokens, {text} of them text; max_seq_length is {limit}")
             steps[i] -= 1
             length -= a_step[i]
         for i, plan in enumerate(plans):
@@ -275,15 +316,26 @@ class Processor:
                 self.rebudgeted[name] = f"{frames} -> {[n * TEMPORAL for n in steps]} frames for max_seq_length {limit}"
         return plans
 
-    def tell(self, note: str, name: str) -> None:
-        """Log an overruled option once, however many samples it touches."""
-        kind = re.sub(r"[\d.]+", "#", note)
-        self.notes[kind] += 1
-        if self.notes[kind] == 1:
-            log.warning("%s: %s (told once)", name, note)
+    def warn_once(self, example: Example) -> None:
+        """Log each kind of overruled option once, however many samples it touches."""
+        for note in example.notes:
+            kind = re.sub(r"[\d.]+", "#", note)
+            self.notes[kind] += 1
+            if self.notes[kind] == 1:
+                log.warning("%s: %s (said once)", example.name, note)
 
 
-def spoken_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
+def media_folders(args) -> list[str]:
+    """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder; then
+    the current folder."""
+    if args.image_folder:
+        return [args.image_folder, ""]
+    paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
+    parents = list(dict.fromkeys(Path(path).parent for path in paths if path))
+    return [str(folder) for parent in parents for folder in (parent / "videos", parent)] + [""]
+
+
+def chat_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
     """The turns to render: a system turn first; with the answers checked, or without the last one."""
     if not answer and turns[-1].role == "assistant":
         turns = turns[:-1]
@@ -300,89 +352,353 @@ def spoken_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
     return turns if turns[0].role == "system" else [DEFAULT_SYSTEM, *turns]
 
 
-def text_length(pieces: list) -> int:
-    return sum(len(piece) for piece, _ in pieces if not isinstance(piece, Media))
+# -- Examples -> packed batches
+
+
+def pack(examples: list[Example], pin: bool = False) -> Packed:
+    """Examples laid end to end, each seeing only itself. pin: pixels in memory that a GPU reads while the host goes on.
+
+    An empty list gives one untrained token: all ranks must run the same number of passes, also where all samples of one
+    were skipped.
+    """
+    if not examples:
+        zero = torch.zeros(1, dtype=torch.int64)
+        return Packed(zero, zero.expand(3, 1), Segments.causal([1]), targets=torch.full((1,), IGNORE))
+    return Packed(
+        input_ids=join(e.ids for e in examples),
+        position_ids=join((e.position_ids for e in examples), axis=1),
+        segments=Segments.causal([len(e) for e in examples]),
+        patches=join_patches(examples, pin),
+        grid_thw=[grid for e in examples for grid in e.grid_thw],
+        targets=join(e.targets for e in examples),
+        names=[e.name for e in examples],
+    )
+
+
+def pack_groups(prompts: list[Example], completions: list[list[list[int]]]) -> Packed:
+    """Each prompt once, then its completions, which attend to it: prompt_0, c_00, c_01, ..., prompt_1, ...
+
+    completions: ids of each prompt's G completions, end token included. A completion's first token is predicted by the
+    prompt's last one, so that one token is not shared: every completion's run is [last prompt token, c_1 .. c_n-1] with
+    targets c_1 .. c_n, and the shared run is the prompt without it. Positions go on as in decoding.
+    """
+    assert len(prompts) == len(completions), f"{len(prompts)} prompts, {len(completions)} groups of completions"
+    ids, positions, targets = [], [], []
+    for prompt, group in zip(prompts, completions, strict=True):
+        ids.append(prompt.ids[:-1])
+        positions.append(prompt.position_ids[:, :-1])
+        targets.append(np.full(len(prompt) - 1, IGNORE))
+        last = prompt.position_ids.max()
+        assert (prompt.position_ids[:, -1] == last).all(), f"{prompt.name}: ends within a clip, expected text"
+        for completion in group:
+            assert len(completion), f"{prompt.name}: a completion without a token"
+            ids.append(np.array([prompt.ids[-1], *completion[:-1]]))
+            positions.append(np.tile(last + np.arange(len(completion)), (3, 1)))
+            targets.append(np.array(completion))
+    return Packed(
+        input_ids=join(ids),
+        position_ids=join(positions, axis=1),
+        segments=Segments.shared_prompt([len(p) - 1 for p in prompts], [list(map(len, c)) for c in completions]),
+        patches=join_patches(prompts),
+        grid_thw=[grid for p in prompts for grid in p.grid_thw],
+        targets=join(targets),
+        names=[p.name for p in prompts],
+    )
+
+
+def join(arrays: Iterable[np.ndarray], axis: int = 0) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays), axis=axis))
+
+
+def join_patches(examples: list[Example], pin: bool = False) -> Tensor | None:
+    patches = [e.patches for e in examples if e.patches is not None]
+    if not pin or not patches:
+        return torch.cat(patches) if patches else None
+    whole = torch.empty(sum(map(len, patches)), patches[0].shape[1], dtype=patches[0].dtype, pin_memory=True)
+    return torch.cat(patches, out=whole)
+
+
+# -- Reading ahead, and order
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample i as an Example, or (i, the UserError that says why there is none)."""
+
+    def __init__(self, records: Sequence[dict], processor: Processor, answer: bool, control: str = "none"):
+        self.records, self.processor, self.answer, self.control = records, processor, answer, control
+
+    def __getitem__(self, i: int) -> Example | tuple[int, UserError]:
+        try:
+            example = self.processor.encode(self.records[i], self.answer, self.control)
+        except UserError as error:  # an exception from a worker process would come with its traceback
+            return i, error
+        example.number = i
+        return example
+
+    def read(self, numbers: Iterable[int], workers: int, ahead: int) -> Iterator[Example | tuple[int, UserError]]:
+        """The samples of these numbers, in their order; `ahead` of them are decoded in advance, if there are workers.
+
+        Workers are forked. They touch nothing of CUDA, which is up by then, share the records' buffer, and start in
+        milliseconds; a fork server would import torch and the training script in each of them, at every evaluation.
+        """
+        options = {}
+        if workers:
+            options = {"multiprocessing_context": "fork", "worker_init_fn": start_worker}
+            options["prefetch_factor"] = max(1, math.ceil(ahead / workers))
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a clip in shared memory is an open file
+        # a generator of its own: the loader draws from it, and torch's own random state must not depend on workers
+        options |= {"generator": torch.Generator(), "collate_fn": lambda sample: sample}
+        loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options)
+        for sample in loader:
+            if isinstance(sample, Example):
+                self.processor.warn_once(sample)
+            elif isinstance(sample[1], MissingFileError):
+                raise sample[1]
+            yield sample
+
+
+def start_worker(_) -> None:
+    """In a new worker: Ctrl-C and SIGTERM are for the training process, which saves and then ends its workers. Of all
+    who send SIGTERM, only it is obeyed."""
+    open_file.take(None)  # its position in the file is shared with the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def examples(
+    processor: Processor, records: Sequence[dict], numbers: Iterable[int], control: str = "none", workers: int = 0
+) -> Iterator[Example | tuple[int, UserError]]:
+    """Prompts that end where the answer begins, in the order of `numbers`; (number, why) for what cannot be read."""
+    return Samples(records, processor, False, control).read(numbers, workers, ahead=64)
+
+
+class Loader:
+    """The batches of one rank.
+
+    args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
+    dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (pack, or list).
+    answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
+
+    A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these into
+    micro-batches of at most batch_size samples; or, with pack_tokens, into as few as hold them within that many tokens
+    each. The update is the same. A sample that is broken is skipped, counted and named, and nothing takes its place:
+    after or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
+    """
+
+    def __init__(
+        self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
+        shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None,
+    ):  # fmt: skip
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.records, self.processor, self.collate, self.args = records, processor, collate, args
+        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.samples = Samples(records, processor, answer)
+        each = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.global_batch = global_batch or each * world_size
+        self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
+        self.skipped: dict[str, str] = {}
+        self.left_out = 0  # how many those are; counts of a run that is resumed included
+        self.broken = 0  # of them, those that are not only too long
+        self.last = ""  # the last broken one, and why
+        self.order = lru_cache(2)(self.order)  # the end of an epoch is read beside the start of the next
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of this many passes over the data."""
+        return max(1, math.ceil(self.steps_per_epoch * epochs - 1e-9))
+
+    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list]:
+        """The micro-batches of each step from start_step on, epoch after epoch, without end if stop_step is None."""
+        steps = (lambda: count(start_step)) if stop_step is None else (lambda: range(start_step, stop_step))
+        numbers = (i for step in steps() for part in self.share(step) for i in part)
+        ahead = STEPS_AHEAD * math.ceil(self.global_batch / self.world_size)
+        samples = self.samples.read(numbers, self.args.dataloader_num_workers, ahead)
+        for step in steps():
+            parts = [[next(samples) for _ in part] for part in self.share(step)]
+            for part in parts:
+                for sample in part:
+                    if not isinstance(sample, Example):
+                        self.skip(*sample)
+            parts = [[sample for sample in part if isinstance(sample, Example)] for part in parts]
+            if self.args.pack_tokens is not None:
+                (whole,) = parts
+                bins = fill_bins([len(example) for example in whole], self.args.pack_tokens)
+                parts = [[whole[i] for i in each] for each in bins]
+            yield [self.collate(part) for part in parts]
+
+    def share(self, step: int) -> list[list[int]]:
+        """Numbers of this rank's samples of a step, by micro-batch; with pack_tokens in one list."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        batch = self.order(epoch)[k * self.global_batch : (k + 1) * self.global_batch]  # an epoch's last may be smaller
+        parts = self.args.gradient_accumulation_steps if self.args.pack_tokens is None else 1
+        every = np.array_split(batch, parts * self.world_size)
+        return [part.tolist() for part in every[self.rank * parts : (self.rank + 1) * parts]]
+
+    def order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.records))
+        return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
+
+    def encode(self, i: int) -> Example | tuple[int, UserError]:
+        """Sample i, or its number and the reason why there is none."""
+        return self.samples[i]
+
+    def skip(self, i: int, error: UserError) -> None:
+        """Count and name a sample that is left out; UserError when too many are."""
+        name = f"sample {i}"
+        if name in self.skipped:
+            return
+        self.skipped[name] = str(error)
+        log.warning("%s skipped: %s", name, error)
+        self.left_out += 1
+        if not isinstance(error, TooLong):
+            self.broken += 1
+            self.last = f"; the last: {name}: {error}"
+        self.check_share(self.broken)  # the other ranks' come on top: the training loops sum them at every step
+        if len(self.skipped) == len(self.records):
+            raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
+
+    def check_share(self, broken: float) -> None:
+        """broken: `self.broken` summed over the ranks. UserError if it is more than max_skip_share of the samples."""
+        total, most = len(self.records), self.args.max_skip_share
+        if round(broken, 6) > most * total:  # shares of 1 / world_size add up to a count only nearly
+            raise UserError(f"{round(broken)} of {total} samples are broken, max_skip_share is {most}{self.last}")
+
+    def state(self) -> dict:
+        """What a resumed run needs to go on counting: JSON, of this rank."""
+        return {"skipped": self.skipped, "left_out": self.left_out, "broken": self.broken}
+
+    def restore(self, ranks: list[dict]) -> None:
+        """Go on counting from the states of all ranks of the run that is resumed, which may have been more or fewer."""
+        if len(ranks) == self.world_size:
+            mine = ranks[self.rank]
+            self.skipped, self.left_out, self.broken = dict(mine["skipped"]), mine["left_out"], mine["broken"]
+            return
+        self.skipped = {name: why for rank in ranks for name, why in rank["skipped"].items()}
+        for name in ("left_out", "broken"):  # everyone knows all names, so each has its share of the counts
+            setattr(self, name, sum(rank[name] for rank in ranks) / self.world_size)
+
+
+def fill_bins(lengths: list[int], budget: int) -> list[list[int]]:
+    """Numbers of the samples of each micro-batch: the fewest that hold `budget` tokens at most, the longest first, each
+    into the emptiest that has room. A sample longer than the budget stands alone."""
+    bins = max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while True:
+        filled, used = [[] for _ in range(bins)], [0] * bins
+        for i in order:
+            room = [b for b in range(bins) if not used[b] or used[b] + lengths[i] <= budget]
+            if not room:
+                break
+            b = min(room, key=used.__getitem__)
+            filled[b].append(i)
+            used[b] += lengths[i]
+        else:
+            return filled
+        bins += 1
 
 
 # -- python data.py FILE...
 
 
-def describe(name: str, processor: Processor, record: dict) -> list[str]:
-    """The lines that tell what the model will see of one record."""
-    pieces, plans = processor.layout(record, False, name)
-    lines = []
+def look_at(processor: Processor, record: dict, name: str, answer: bool = True) -> dict:
+    """What the model will see of a record; no clip is decoded whole. UserError where the record is refused."""
+    ids, _, plans = processor.layout(record, answer, name)
+    learned = [turn.text for turn in read_turns(record, name) if turn.role == "assistant" and turn.trained and answer]
+    clips, warnings = [], []
     for plan in plans:
-        lines.append(f"{', '.join(plan.paths[:2])}{' ...' if len(plan.paths) > 2 else ''}")
-        h, w = plan.source_size
-        t, rows, columns = plan.grid_thw
-        lines.append(f"  source    {plan.total_frames} frame(s), {w} x {h}, {plan.source_fps:.6g} fps")
-        lines.append(f"  frames    {len(plan.indices)}: {' '.join(map(str, plan.indices))}")
-        lines.append(f"  seconds   {' '.join(f'{s:.2f}' for s in plan.times)}")
-        grid = f"grid {t} x {rows} x {columns} patches, {plan.num_tokens} tokens"
-        lines.append(f"  size      {plan.size[1]} x {plan.size[0]}, {grid}")
-        if plan.kind == "video":
-            lines += describe_time(plan, processor.config)
-        lines += [f"  note      {note}" for note in plan.notes]
-    total = text_length(pieces) + sum(plan.num_tokens for plan in plans)
-    return [*lines, f"  prompt    {total} tokens with the question, limit {processor.args.max_seq_length}"]
+        pads = [processor.config.video_token_id] * plan.num_tokens
+        positions = mrope_position_ids(pads, [plan.grid_thw], [plan.second_per_grid], processor.config)
+        time_ids = positions[0, :: plan.num_tokens // plan.grid_thw[0]].tolist()
+        same = sum(a == b for a, b in pairwise(time_ids)) if plan.kind == "video" else 0
+        warnings += plan.notes
+        if same:
+            rate, most = TEMPORAL / plan.second_per_grid, processor.config.vision.tokens_per_second * TEMPORAL
+            rates = f"{rate:.3g} frames a second are sampled, at most {most:g} are told apart"
+            warnings.append(f"{same} grid step(s) share the time id of the one before: {rates}")
+        seconds = plan.total_frames / plan.source_fps if plan.source_fps else 0.0
+        clips.append({
+            "paths": list(plan.paths), "frames": plan.total_frames, "width": plan.source_size[1],
+            "height": plan.source_size[0], "fps": plan.source_fps, "seconds": seconds, "indices": list(plan.indices),
+            "times": list(plan.times), "time_ids": time_ids, "second_per_grid": plan.second_per_grid,
+            "size": list(plan.size), "grid_thw": list(plan.grid_thw), "tokens": plan.num_tokens,
+        })  # fmt: skip
+    return {"learned": learned, "clips": clips, "tokens": len(ids), "warnings": warnings}
 
 
-def describe_time(plan: ClipPlan, config: ModelConfig) -> list[str]:
-    ids = [config.video_token_id] * plan.num_tokens
-    positions = mrope_position_ids(ids, [plan.grid_thw], [plan.second_per_grid], config)
-    times = positions[0, :: plan.num_tokens // plan.grid_thw[0]].tolist()
-    lines = [f"  time ids  {' '.join(map(str, times))}  ({plan.second_per_grid:.4g} s a grid step)"]
-    same = sum(a == b for a, b in pairwise(times))
-    if same:
-        rate = TEMPORAL / plan.second_per_grid
-        most = config.vision.tokens_per_second * TEMPORAL
-        told = f"{rate:.3g} frames a second are sampled, at most {most:g} are told apart"
-        lines.append(f"  WARNING   {same} grid step(s) share the time id of the one before: {told}")
-    return lines
+def clip_lines(clip: dict) -> Iterator[str]:
+    t, rows, columns = clip["grid_thw"]
+    yield f"  source    {clip['frames']} frame(s), {clip['width']} x {clip['height']}, {clip['fps']:.6g} fps"
+    yield f"  frames    {len(clip['indices'])}: {' '.join(map(str, clip['indices']))}"
+    yield f"  seconds   {' '.join(f'{second:.2f}' for second in clip['times'])}"
+    grid = f"grid {t} x {rows} x {columns} patches, {clip['tokens']} tokens"
+    yield f"  size      {clip['size'][1]} x {clip['size'][0]}, {grid}"
+    if clip["second_per_grid"]:
+        yield f"  time ids  {' '.join(map(str, clip['time_ids']))}  ({clip['second_per_grid']:.4g} s a grid step)"
 
 
-SHOWN = 8  # samples that cannot be used, named one by one
+def describe_dataset(file: str, processor: Processor, results: list[dict]) -> Iterator[str]:
+    """Lengths of a dataset's samples, and which of them are refused."""
+    lengths = [result["tokens"] for result in results if "refused" not in result]
+    broken = [f"  skipped   sample {i}: {r['refused']}" for i, r in enumerate(results) if "refused" in r]
+    if not lengths:
+        raise UserError(f"{file}: none of its {len(results)} samples can be used; the first: {results[0]['refused']}")
+    low, median, high = np.percentile(lengths, (0, 50, 100))
+    spread = f"{low:.0f} to {high:.0f} a sample, median {median:.0f}"
+    yield f"{file}\n  samples   {len(lengths)}, {sum(lengths)} tokens: {spread}"
+    yield from (f"  rebudget  {name}: {frames}" for name, frames in processor.rebudgeted.items())
+    yield from broken[:SHOWN]
+    if len(broken) > SHOWN:
+        yield f"  skipped   {len(broken) - SHOWN} more"
 
 
-def describe_dataset(file: str, processor: Processor) -> list[str]:
-    """The lines that tell the lengths of a dataset's samples, and which of them are broken."""
-    args = copy(processor.args)
-    args.data_path = file
-    processor = Processor(processor.tokenizer, processor.config, args)
-    lengths, broken = [], []
-    records = read_records(file)
+def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
+    """The lines that tell of one file; with as_json, JSON: one for each record, or for the clip."""
+    is_dataset, results = file.endswith((".json", ".jsonl")), []
+    if is_dataset:
+        own = copy(processor.args)
+        own.data_path = file
+        processor.folders = media_folders(own)
+        records = read_records(file)
+    else:
+        kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
+        part = {"type": kind, "path": os.path.abspath(file)}
+        records = [{"messages": [{"role": "user", "content": [part, question]}]}]
     for i in range(len(records)):
         try:
-            lengths.append(processor.length(records[i], name=f"sample {i}"))
+            results.append(look_at(processor, records[i], f"sample {i}" if is_dataset else file, answer=is_dataset))
         except UserError as error:
-            which = "" if str(error).startswith(f"sample {i}") else f"sample {i}: "
-            broken.append(f"  skipped   {which}{error}")
-    if not lengths:
-        first = broken[0].removeprefix("  skipped   ")
-        raise UserError(f"{file}: none of its {len(records)} samples can be used; the first: {first}")
-    low, median, high = np.percentile(lengths or [0], (0, 50, 100))
-    spread = f"{low:.0f} to {high:.0f} a sample, median {median:.0f}"
-    lines = [file, f"  samples   {len(lengths)}, {sum(lengths)} tokens: {spread}"]
-    lines += [f"  rebudget  {name}: {told}" for name, told in processor.rebudgeted.items()]
-    more = [f"  skipped   {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
-    return [*lines, *broken[:SHOWN], *more]
+            if not (is_dataset or as_json):
+                raise
+            results.append({"refused": str(error)})
+    if as_json:
+        yield from map(json.dumps, results)
+    elif is_dataset:
+        yield from describe_dataset(file, processor, results)
+    else:
+        (result,) = results
+        yield file
+        yield from (line for clip in result["clips"] for line in clip_lines(clip))
+        yield from (f"  note      {note}" for note in result["warnings"])
+        yield f"  prompt    {result['tokens']} tokens with the question, limit {processor.args.max_seq_length}"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Look, argv)
     for line in ignored_options(args):
-        print(f"note: {line}")
+        print(f"note: {line}", file=sys.stderr if args.json else sys.stdout)
     folder = resolve_folder(args.model_id, args.local_files_only)
     processor = Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), args)
     for file in args.files:
-        if file.endswith((".json", ".jsonl")):
-            print("\n".join(describe_dataset(file, processor)))
-            continue
-        processor.places.allow(file)
-        is_image = file.lower().endswith(IMAGE_SUFFIXES)
-        part = {"type": "image" if is_image else "video", "path": os.path.abspath(file)}
-        record = {"messages": [{"role": "user", "content": [part, args.text]}]}
-        print("\n".join(describe(file, processor, record)))
+        for line in look_at_file(file, processor, args.json, args.text):
+            print(line)
 
 
 if __name__ == "__main__":

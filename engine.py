@@ -25,7 +25,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 
-from data import pack
 from lora import param_groups
 from model import UserError
 
@@ -191,25 +190,3 @@ def merge(ours, theirs, source):
         else:
             ours[key] = value
     return notes
-
-
-def update(engine, micro_batches, loss_of, passes):
-    """One optimizer step over this rank's micro-batches. Every rank must call it.
-
-    loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
-    passes: micro-batches of the rank that has most; this rank makes as many passes, the rest of them blank, for
-    DeepSpeed reduces gradients in every backward pass.
-    Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
-    """
-    assert len(micro_batches) <= passes, f"{len(micro_batches)} micro-batches in {passes} passes"
-    for i in range(passes):
-        engine.set_gradient_accumulation_boundary(i == passes - 1)
-        if i < len(micro_batches):
-            loss = loss_of(micro_batches[i])
-        else:
-            loss = 0.0 * engine(pack([]).to(engine.device)).sum()
-        loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
-        # the sum of losses is wanted: DeepSpeed would divide by its own accumulation, and averages over the ranks
-        engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
-    engine.step()
-    return float(engine.get_global_grad_norm()), engine.was_step_applied()

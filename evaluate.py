@@ -1,26 +1,27 @@
-"""Answer accuracy by free generation, during training: which held-out samples can be judged, how many are right, what
-is said instead, and how much of it is left when the frames are changed."""
+"""Answer accuracy by free generation, for both training loops and infer.py: which samples can be judged, how many are
+right, what is answered instead, and how much of it is left when the frames are changed."""
 
 import math
+import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from tqdm import tqdm
+
+import ranks
 from answers import extract_answer
-from data import CONTROLS
-from dataset.batch import Vanished
-from dataset.index import Selection, read_records, spread
-from dataset.records import read_turns, record_name
+from checkpoint import ROLLOUTS, append_lines
+from data import CONTROLS, examples
 from model import UserError
 from model.decode import Sampling
+from records import Selection, read_records, read_turns, record_name, spread
 from rewards import Sample, is_correct, reference_answer, sample_from_record
-from rollouts import Rollout, row, sample
-from runlog import progress
+from rollouts import prompt_batches, row
 
-EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
+EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 # Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
 CHECKED_RECORDS = 10_000
@@ -72,123 +73,133 @@ def check_answer(number, record):
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
-def prompt_batches(examples, budget):
-    """Examples in lists of at most `budget` prompt tokens (one at least)."""
-    batch, tokens = [], 0
-    for example in examples:
-        if batch and tokens + len(example) > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(example)
-        tokens += len(example)
-    if batch:
-        yield batch
-
-
-def prompts(run, processor, records, control):
-    """This rank's records -> Examples that end where the answer begins, with their numbers, read ahead by threads; what
-    cannot be read is told."""
-    mine = range(run.rank, len(records), run.world)
-
-    def encode(number):
-        try:
-            example = processor.encode(records[number], answer=False, control=control)
-            example.number = number
-            return example
-        except Vanished:
-            raise
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(max(1, run.cfg.dataloader_num_workers), thread_name_prefix="eval") as pool:
-        for i in range(0, len(mine), EVAL_CLIPS):
-            for found in pool.map(encode, mine[i : i + EVAL_CLIPS]):
-                if isinstance(found, UserError):
-                    run.say(f"evaluation: skipped: {found}")
-                else:
-                    yield found
-
-
 @dataclass
 class Evaluation:
-    """What an evaluation gave; on every rank that of all of them, but the rows."""
+    """What an evaluation gave, of all ranks."""
 
-    accuracy: float | None  # share that is right of those that could be read; None if there was none
-    count: int  # how many could be read
-    answers: dict[int, tuple]  # number of the record -> (true words, words said, count of options)
-    rows: list[dict]  # of rollouts.jsonl: some answers as they were given (rank 0)
+    answers: dict[int, tuple]  # number of the record -> (true words, words answered, count of options, right)
+    skipped: dict[int, str]  # number of the record that could not be read -> why
+    rows: list[dict]  # of rollouts.jsonl: the first answers as they were given
+
+    count = property(lambda self: len(self.answers))
+    right = property(lambda self: sum(answer[3] for answer in self.answers.values()))
+    accuracy = property(lambda self: self.right / self.count if self.count else None)
 
 
-def evaluate(run, model, processor, records, temperature=0.0, seed=0, control="none"):
-    """Free generation on records, read by rewards.py, shared over the ranks -> Evaluation.
+def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Evaluation:
+    """Free generation on records, read by rewards.py, shared over the ranks.
 
-    control: the frames as they are ("none"), "reversed", "shuffled" or "blank".
+    sampler: rollouts.Sampler. sampling: model.decode.Sampling. control: the frames as they are ("none"), "reversed",
+    "shuffled" or "blank". step: of the rows.
     """
-    stop = (processor.im_end, processor.token_id("<|endoftext|>"))
-    sampling = Sampling(run.cfg.max_new_tokens, temperature, stop_ids=stop)
-    decode_token = cache(lambda token: processor.backend.decode([token], skip_special_tokens=False))
-    answers, rows, right, lost = {}, [], 0, 0
-    model.eval()
-    with progress(len(records) // run.world, rank=run.rank, unit="clip", desc="evaluation") as bar:
-        for batch in prompt_batches(prompts(run, processor, records, control), EVAL_TOKENS):
+    decode_token = cache(lambda token: sampler.processor.backend.decode([token], skip_special_tokens=False))
+    answers, skipped, rows = {}, {}, []
+    mode = sampler.model.training
+    sampler.model.eval()
+    with progress(len(records) // ranks.world_size(), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
+        examples = prompts(sampler, records, control, skipped, bar)
+        for batch in prompt_batches(examples, EVAL_TOKENS):
             seeds = [seed + 7_919 * example.number for example in batch]
-            said = sample(run, model, batch, sampling, 1, "evaluating", seeds)
-            for example, (completion,) in zip(batch, said, strict=True):
-                number, asked = example.number, sample_from_record(example.record)
-                text = processor.backend.decode(completion.ids, skip_special_tokens=True)
-                finite = all(map(math.isfinite, completion.logprobs))
-                answers[number] = in_words(asked, text)
-                right += (is_right := finite and is_correct(text, asked))
-                lost += not finite
+            for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
+                number, sample = example.number, sample_from_record(example.record)
+                rollout = sampler.rollout(number, completion)
+                rollout.right = rollout.finite and is_correct(rollout.text, sample)
+                answers[number] = *in_words(sample, rollout.text), rollout.right
                 if number < EVAL_SHOWN:
-                    rows.append(shown(run.step, number, example, completion, text, is_right, decode_token))
-            bar.update(len(batch))
-    model.train()
-    right, lost = run.sum(right, lost)
-    everyone = run.gather((answers, rows))
-    answers = {number: answer for found, _ in everyone for number, answer in found.items()}
-    if lost:
-        told = f"evaluation: {int(lost)} of {len(answers)} answers come from logits that are not finite"
-        run.say(f"{told}: counted as wrong")
-    rows = sorted((row for _, found in everyone for row in found), key=lambda row: row["prompt"])
-    return Evaluation(right / len(answers) if answers else None, len(answers), answers, rows)
+                    rows.append(shown(step, example.record, rollout, decode_token))
+    sampler.model.train(mode)
+    every = ranks.gather((answers, skipped, rows))
+    answers, skipped = ({k: v for each in every for k, v in each[i].items()} for i in (0, 1))
+    rows = sorted((line for each in every for line in each[2]), key=lambda line: line["prompt"])
+    return Evaluation(dict(sorted(answers.items())), skipped, rows)
 
 
-def shown(step, number, example, completion, text, is_right, decode_token):
+def prompts(sampler, records, control, skipped, bar):
+    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or judged
+    goes into `skipped`."""
+    numbers = []
+    for number in range(ranks.rank(), len(records), ranks.world_size()):
+        try:
+            is_correct("", sample_from_record(records[number]))  # raises where the right answer cannot be read
+            numbers.append(number)
+        except UserError as error:
+            skipped[number] = str(error)
+            bar.update()
+    for result in examples(sampler.processor, records, numbers, control, sampler.cfg.dataloader_num_workers):
+        bar.update()
+        if isinstance(result, tuple):
+            skipped[result[0]] = str(result[1])
+        else:
+            yield result
+
+
+def shown(step, record, rollout, decode_token):
     """One answer in the words of rollouts.jsonl: a group of one."""
-    reward = float(is_right)
-    rollout = Rollout(number, completion.ids, completion.logprobs, completion.finished, text)
-    rollout.components, rollout.reward = {"accuracy": reward}, reward
-    line = row(step, example.record, rollout, decode_token)
+    rollout.reward = float(rollout.right)
+    rollout.components = {"accuracy": rollout.reward}
+    line = row(step, record, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 
-def evaluation_facts(run, model, processor, records, found, total):
-    """What metrics.jsonl keeps of an Evaluation, as report.py reads it; controls after step `total`."""
-    right = round((found.accuracy or 0) * found.count)
-    facts = {"accuracy": found.accuracy, "interval": wilson(right, found.count) if found.count else None}
-    facts |= {"count": found.count, "chance": chance(found.answers), "confusion": confusion_of(found.answers)}
-    if run.step == total and run.cfg.eval_controls:
-        facts["controls"] = evaluate_controls(run, model, processor, records, found)
-    return facts
+def progress(total, rank=0, **more):
+    """A bar with the time left, on rank 0's terminal; nothing where output goes to a file."""
+    hidden = rank > 0 or not sys.stdout.isatty()
+    return tqdm(total=total, disable=hidden or None, leave=False, dynamic_ncols=True, **more)  # None: by stderr
 
 
-def evaluate_controls(run, model, processor, records, plain):
-    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of eval_controls of the records,
-    spread over them by the seed. plain: the Evaluation of the frames as they are. It costs as much as 3 x eval_controls
-    samples of an evaluation; the clips are in the cache if it holds them."""
-    numbers, found, began = spread(range(len(records)), run.cfg.eval_controls, run.cfg.seed), {}, time.perf_counter()
-    records = Selection(records, numbers)
+# -- In the training loops
+
+
+def evaluate_and_log(run, log, held_out, sampled=False):
+    """Log answer accuracy after this step; True if it is the best so far (of equals the latest).
+
+    sampled: also at the temperature that the policy is trained at; otherwise some answers go into rollouts.jsonl.
+    """
+    cfg, began = run.cfg, time.perf_counter()
+    again = partial(evaluate, run.sampler, step=run.step)
+    greedy = Sampling(cfg.max_new_tokens, temperature=0.0, stop_ids=run.sampler.stop_ids)
+    result = again(held_out, greedy)
+    for error in result.skipped.values():
+        run.say(f"evaluation: skipped: {error}")
+    facts, words = {"eval_accuracy": result.accuracy, "eval_count": result.count}, ""
+    if sampled:
+        sampling = Sampling(cfg.max_new_tokens, cfg.temperature, stop_ids=run.sampler.stop_ids)
+        drawn = again(held_out, sampling, cfg.seed)
+        facts["eval_sampled_accuracy"] = drawn.accuracy
+        words = f" greedy, {drawn.accuracy:.1%} sampled," if result.count else ""
+    elif run.rank == 0:
+        append_lines(run.folder / ROLLOUTS, result.rows)
+    facts["eval_seconds"] = seconds = time.perf_counter() - began
+    is_best, verdict = run.compare(result.accuracy)
+    if result.count:
+        text = f"answers right: {result.accuracy:.1%}{words} of {result.count} held-out samples{verdict}"
+        run.say(f"step {run.step:>6}  {text}  ({seconds:.1f} s)")
+    interval = wilson(result.right, result.count) if result.count else None
+    facts["evaluation"] = {"accuracy": result.accuracy, "interval": interval, "count": result.count}
+    facts["evaluation"] |= {"chance": chance(result.answers), "confusion": confusion_of(result.answers)}
+    if run.step == run.total and cfg.eval_controls:
+        numbers = spread(range(len(held_out)), cfg.eval_controls, cfg.seed)
+        controls = evaluate_controls(again, greedy, held_out, numbers, result.answers)
+        facts["evaluation"]["controls"] = controls
+        words = [f"{name} {each['accuracy']:.1%}" for name, each in controls.items() if each["count"]]
+        run.say(f"step {run.step:>6}  with changed frames: {', '.join(words)} of {len(numbers)} held-out samples")
+    log.write(run.step, facts)
+    return is_best
+
+
+def evaluate_controls(evaluate, sampling, records, numbers, plain):
+    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the records of these numbers.
+
+    plain: the answers to the frames as they are. It costs as much as evaluating 3 x len(numbers) records.
+    """
+    results, records = {}, Selection(records, numbers)
     for control in CONTROLS[1:]:
-        answers = evaluate(run, model, processor, records, control=control).answers
-        found[control] = measure({numbers[k]: answer for k, answer in answers.items()}, plain.answers)
-    told = [f"{name} {facts['accuracy']:.1%}" for name, facts in found.items() if facts["count"]]
-    seconds = f"({time.perf_counter() - began:.1f} s)"
-    run.say(f"step {run.step:>6}  with changed frames: {', '.join(told)} of {len(records)} held-out samples  {seconds}")
-    return found
+        answers = evaluate(records, sampling, control=control).answers
+        results[control] = measure({numbers[k]: answer for k, answer in answers.items()}, plain)
+    return results
 
 
-# -- What answers show. A run of answers is {number of the sample: (true answer's words, the model's, count of options)}
+# -- What answers show. Answers are {number of the sample: (true answer's words, the model's, count of options, right)}
 
 
 def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
@@ -215,25 +226,25 @@ def opposite(words: str) -> str | None:
     return f"{end} to {start}" if to else OPPOSITES.get(start)
 
 
-def chance(run: dict) -> float | None:
+def chance(answers: dict) -> float | None:
     """Accuracy of blind guessing among the options; None where no question has any."""
-    return mean([1 / n for _, _, n in run.values() if n])
+    return mean([1 / n for _, _, n, _ in answers.values() if n])
 
 
-def confusion_of(run: dict) -> dict[str, Counter]:
+def confusion_of(answers: dict) -> dict[str, Counter]:
     """{true answer: {answer: count}}, in alphabetical order."""
-    found = {}
-    for true, said, _ in sorted(run.values()):
-        found.setdefault(true, Counter())[said] += 1
-    return found
+    table = {}
+    for true, answer, *_ in sorted(answers.values()):
+        table.setdefault(true, Counter())[answer] += 1
+    return table
 
 
-def measure(run: dict, plain: dict) -> dict:
-    """Accuracy of one run, and how its answers stand to those of the plain run: the share that `changed`, and the share
-    that `flipped` to the opposite, of those that have one."""
-    right = [true == said for true, said, _ in run.values()]
-    pairs = [(plain[i][1], said) for i, (_, said, _) in run.items() if i in plain]
+def measure(answers: dict, plain: dict) -> dict:
+    """Accuracy of answers under a control, and how they compare with the plain ones: the share that `changed`, and the
+    share that `flipped` to the opposite, of those that have one."""
+    right = [correct for *_, correct in answers.values()]
+    pairs = [(plain[i][1], words) for i, (_, words, *_) in answers.items() if i in plain]
     flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
     changed = [before != after for before, after in pairs]
-    found = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
-    return found | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
+    facts = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
+    return facts | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import clips
 from config import VideoArgs
-from dataset.records import read_turns
 from model import UserError, nearest_path
+from records import read_turns
 from rewards import is_correct, sample_from_record
 from video import Options, index_frames, plan_clip, read_frames
 

@@ -284,8 +284,6 @@ def dataset_of_folder(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]
             counts[video.split][video.label] += 1
     if not records["train"]:
         raise UserError(f"--from_folder {root}: no clip is left for train; see --cot_model, or leave --cot out")
-    if not root.resolve().is_relative_to(Path.cwd()):
-        notes.append("the clips lie outside the current folder: to read them, trainers need --allow_outside_files True")
     for line in [f"note: {line}" for line in notes] + [f"unreadable: {why}" for why in [*broken.values()][:20]]:
         print(line)
     if broken:

@@ -15,41 +15,37 @@ import math
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dataset.index import read_records, spread
-from dataset.records import IMAGE_SUFFIXES
+from records import IMAGE_SUFFIXES, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
-from rewards import is_correct, sample_from_record
 from checkpoint import BEST, STATE, find_adapter, read_json
 
 
 def main(argv=None):
     cfg = parse(Infer, argv)
-    adapter, told = choose_adapter(cfg)
-    for line in (told, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
+    adapter, why = choose_adapter(cfg)
+    for line in (why, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
         print(f"note: {line}")
     task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
     if cfg.data_path:
-        found = evaluate(cfg, load_model(cfg, adapter), processor, task)
+        facts = judge(cfg, load_model(cfg, adapter), processor, task)
     else:
-        example = processor.encode(task, answer=False, name=cfg.video)  # a broken clip is told before weights are read
-        found = answer(cfg, load_model(cfg, adapter), processor, example)
+        # before the weights are read: a broken clip ends here
+        example = processor.encode(task, answer=False, name=cfg.video)
+        facts = answer(cfg, load_model(cfg, adapter), processor, example)
     if cfg.json:
-        print(json.dumps({**found, "model_id": cfg.model_id, "adapter": adapter and str(adapter)}))
+        print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": adapter and str(adapter)}))
 
 
 # -- Model and adapter
 
 
 def choose_adapter(cfg):
-    """-> (folder or None, a line that tells). UserError for a --model_ckpt that is no adapter."""
+    """-> (folder or None, a line that says why). UserError for a --model_ckpt that is no adapter."""
     folder = None if cfg.model_ckpt is None else find_adapter(cfg.model_ckpt)
     if folder is None:
         why = "no adapter found under output/" if cfg.model_ckpt == "" else "no adapter, as --model_ckpt says"
@@ -57,8 +53,8 @@ def choose_adapter(cfg):
     if cfg.model_ckpt == "":
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
         if Path(base).resolve() != Path(cfg.model_id).resolve():  # where they are hub ids, this compares the ids
-            told = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
-            return None, f"{told}; give --model_id {base}, or --model_ckpt"
+            why = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
+            return None, f"{why}; give --model_id {base}, or --model_ckpt"
     return folder, f"adapter {folder}{below_start(folder)}"
 
 
@@ -74,14 +70,13 @@ def below_start(folder):
 
 def read_as_trained(cfg, adapter):
     """Take the video options of the adapter's run, or of the model's, where the command line says nothing: other frames
-    or sizes cost accuracy. Changes cfg; returns lines to tell. Checkpoints from elsewhere say nothing of this."""
+    or sizes cost accuracy. Changes cfg; returns lines to print. Checkpoints from elsewhere say nothing of this."""
     path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
     state = read_json(path) if path.exists() else {}
     trained = state.get("config", {}) if isinstance(state, dict) else None
     if not isinstance(trained, dict):
         raise UserError(f"{path}: its config is no object; take another checkpoint")
-    own = {"image_folder", "max_seq_length", "overlong", "cache_mb", "allow_outside_files", "allow_remote_files"}
-    own |= {"remote_folder", "remote_max_mb", "remote_seconds"}  # an adapter's files do not open doors
+    own = {"image_folder", "max_seq_length", "overlong", "cache_mb"}
     names = as_dict(VideoArgs()).keys() - own
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))
@@ -105,7 +100,7 @@ def load_processor(cfg):
 def load_model(cfg, adapter):
     """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
     up to rounding. In bf16 the weights here stay as they are; on a GPU the sampler makes its own merged copy, rounded
-    once (model/fast_decode.py)."""
+    once (model/fast/decoder.py)."""
     import torch
 
     from adapter_files import load_adapter
@@ -116,42 +111,25 @@ def load_model(cfg, adapter):
     can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
     model = load_model(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
-    count, told = sum(p.numel() for p in model.parameters()), "no adapter"
+    count, state = sum(p.numel() for p in model.parameters()), "no adapter"
     if adapter is not None:
         load_adapter(model, adapter)
     if names := not_finite(model):
         raise UserError(f"{adapter or cfg.model_id}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
-    if adapter is not None:
-        told = "adapter beside the weights" + (", merged into the sampler's bf16 copy" if device.type == "cuda" else "")
-        if dtype == torch.float32:
-            merge(model)
-            told = "adapter merged: in fp32 that is exact up to rounding"
-    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]} on {device}; {told}")
+    if adapter is not None and dtype == torch.float32:
+        merge(model)
+        state = "adapter merged: in fp32 that is exact up to rounding"
+    elif adapter is not None:
+        state = "adapter beside the weights" + (", merged into the sampler's copy" if device.type == "cuda" else "")
+    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]} on {device}; {state}")
     return model
 
 
-def complete(cfg, model, processor, examples, on_token=None):
-    """One (Completion, its text without the stop token) for each example."""
-    import torch
+def sampling_of(cfg, sampler):
+    from model.decode import Sampling
 
-    from data import pack
-    from model.decode import Sampling, generate
-    from memory import out_of_memory, smaller_view
-
-    device, stops = model.head_weight.device, (processor.im_end, processor.token_id("<|endoftext|>"))
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, stops)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    packed = pack(examples)
-    try:
-        groups = generate(model, packed.to(device), sampling, generator=generator, on_token=on_token)
-    except torch.OutOfMemoryError:
-        least = ["--batch_size " + str(len(examples) // 2)] if len(examples) > 1 else []
-        settings = [*least, f"--max_new_tokens {max(1, cfg.max_new_tokens // 2)}", *smaller_view(cfg)]
-        raise out_of_memory(device, "answering", [packed], settings, "nothing was lost") from None
-    if not all(math.isfinite(logprob) for (completion,) in groups for logprob in completion.logprobs):
-        told = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
-        raise UserError(f"{told}; take another checkpoint, or --bf16 False")
-    return [(completion, decode(processor, completion.ids)) for (completion,) in groups]
+    filters = cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty
+    return Sampling(cfg.max_new_tokens, *filters, stop_ids=sampler.stop_ids)
 
 
 def decode(processor, ids):
@@ -165,21 +143,21 @@ def decode(processor, ids):
 
 def clip_record(cfg):
     """The record that asks cfg.text about cfg.video: a file, or a folder of images, the frames of one clip."""
-    path, found = Path(cfg.video), cfg.video
+    path, source = Path(cfg.video), cfg.video
     if path.is_dir():
         images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
         images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
         if len(images) < 2:
             raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
-        found = [[str(p) for p in images]]
+        source = [[str(p) for p in images]]
         if len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given:
-            print(f"note: {path} has {len(images)} frames, all are taken: nframes {cfg.nframes} was not asked for")
+            print(f"note: {path} has {len(images)} frames, all are taken: --nframes {cfg.nframes} was not given")
             cfg.nframes = None
     elif not path.exists() and not cfg.image_folder:
         raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames{nearest_path(path)}")
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() else "video"
     text = cfg.text if f"<{kind}>" in cfg.text else f"<{kind}>\n{cfg.text}"
-    return {kind: found, "conversations": [{"from": "human", "value": text}]}
+    return {kind: source, "conversations": [{"from": "human", "value": text}]}
 
 
 class Stream:
@@ -201,12 +179,18 @@ class Stream:
 
 def answer(cfg, model, processor, example):
     """Stream the answer about one clip, print reasoning and final answer apart; returns the facts for --json."""
+    from rollouts import Sampler
+
     (t, h, w), indices, config = example.grid_thw[0], example.frame_indices[0], model.config
     print(f"clip: {cfg.video}: frames {' '.join(map(str, indices))}; {14 * w} x {14 * h}\nquestion: {cfg.text}\n")
-    stream, started = Stream(processor), time.perf_counter()
-    ((completion, text),) = complete(cfg, model, processor, [example], stream.add)
+    sampler, stream, started = Sampler(model, processor, cfg), Stream(processor), time.perf_counter()
+    ((completion,),) = sampler([example], sampling_of(cfg, sampler), 1, [cfg.seed], stream.add)
     seconds = time.perf_counter() - started
     stream.close()
+    if not all(map(math.isfinite, completion.logprobs)):
+        problem = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
+        raise UserError(f"{problem}; take another checkpoint, or --bf16 False")
+    text = decode(processor, completion.ids)
     thought = text.partition("<think>")[2].partition("</think>")[0].strip()  # also one that was never closed
     options = parse_options(cfg.text)
     letter = extract_answer(text, options) if options else None
@@ -227,69 +211,45 @@ def answer(cfg, model, processor, example):
 # -- A dataset
 
 
-def ask(cfg, model, processor, records, control, bar):
-    """Ask under a control -> {number: (true answer's words, the model's, count of options)}, {number: why not}."""
-    from evaluate import in_words
-
-    def read(i):
-        try:
-            sample = sample_from_record(records[i])
-            is_correct("", sample)  # raises where the dataset's own answer cannot be read
-            return i, sample, processor.encode(records[i], answer=False, control=control)
-        except UserError as error:
-            return i, None, str(error)
-
-    said, failed = {}, {}
-    with ThreadPoolExecutor(max(1, cfg.dataloader_num_workers)) as pool:
-        for start in range(0, len(records), cfg.batch_size):
-            batch = list(pool.map(read, range(len(records))[start : start + cfg.batch_size]))
-            failed |= {i: error for i, sample, error in batch if sample is None}
-            asked = [one for one in batch if one[0] not in failed]
-            answers = complete(cfg, model, processor, [example for *_, example in asked]) if asked else []
-            for (i, sample, _), (_, text) in zip(asked, answers, strict=True):
-                said[i] = in_words(sample, text)
-            bar.update(len(batch))
-    return said, failed
-
-
-def evaluate(cfg, model, processor, records):
+def judge(cfg, model, processor, records):
     """Ask every record as it is and under each control, print the tables; returns the facts for --json."""
     from data import CONTROLS
-    from evaluate import chance, confusion_of, measure
+    from evaluate import chance, confusion_of, evaluate, measure
+    from rollouts import Sampler
 
-    started, runs, failed = time.perf_counter(), {}, {}
-    controls = [c for c in CONTROLS if c == "none" or c in split_list(cfg.controls or "")]
-    with tqdm(total=len(records) * len(controls), unit="clip", disable=None, leave=False, dynamic_ncols=True) as bar:
-        for control in controls:
-            bar.set_description(control)
-            runs[control], failed[control] = ask(cfg, model, processor, records, control, bar)
-            if not runs["none"]:
-                raise UserError(f"{cfg.data_path}: none of {len(records)} can be asked; the first: {failed['none'][0]}")
-    for error in failed["none"].values():
+    started, results, sampler = time.perf_counter(), {}, Sampler(model, processor, cfg)
+    for control in CONTROLS:
+        if control == "none" or control in split_list(cfg.controls or ""):
+            results[control] = evaluate(sampler, records, sampling_of(cfg, sampler), cfg.seed, control)
+            if not results["none"].count:
+                first = next(iter(results["none"].skipped.values()))
+                raise UserError(f"{cfg.data_path}: none of {len(records)} can be asked; the first: {first}")
+    plain = results["none"]
+    for error in plain.skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
-    facts = {control: measure(run, runs["none"]) for control, run in runs.items()}
-    blind, confusion = chance(runs["none"]), confusion_of(runs["none"])
-    show(facts, failed, blind, confusion)
-    told = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(failed["none"]), "chance": blind}
-    told |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
-    return told | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
+    facts = {control: measure(result.answers, plain.answers) for control, result in results.items()}
+    blind, confusion = chance(plain.answers), confusion_of(plain.answers)
+    show(facts, results, blind, confusion)
+    whole = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(plain.skipped), "chance": blind}
+    whole |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
+    return whole | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def show(facts, failed, chance, confusion, most=8):
+def show(facts, results, chance, confusion, most=8):
     """The table of the controls, and the confusion table where it has at most so many different answers."""
 
     def share(value):
         return "-" if value is None else f"{value:.1%}"
 
     print(f"\n{'frames':<12}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
-    for control, found in facts.items():
-        name, right = {"none": "as they are"}.get(control, control), f"{found['right']}/{found['count']}"
-        if not found["count"]:
-            print(f"{name:<12}not possible: {next(iter(failed[control].values()))}")
+    for control, row in facts.items():
+        name, right = {"none": "as they are"}.get(control, control), f"{row['right']}/{row['count']}"
+        if not row["count"]:
+            print(f"{name:<12}not possible: {next(iter(results[control].skipped.values()))}")
             continue
-        interval = " to ".join(map(share, found["interval"]))
-        against = "" if control == "none" else f"{share(found['changed']):>8}{share(found['flipped']):>9}"
-        print(f"{name:<12}{right:>10}{share(found['accuracy']):>10}   {interval:<18}{against}".rstrip())
+        interval = " to ".join(map(share, row["interval"]))
+        against = "" if control == "none" else f"{share(row['changed']):>8}{share(row['flipped']):>9}"
+        print(f"{name:<12}{right:>10}{share(row['accuracy']):>10}   {interval:<18}{against}".rstrip())
     print(f"chance is {share(chance)}; changed: other than for the clip as it is; flipped: become the opposite")
     columns = sorted({said for row in confusion.values() for said in row})
     if len({*confusion, *columns}) <= most:

@@ -174,45 +174,32 @@ def summary(model, cfg, records, processor, loader, steps, world, number):
 def smaller_view(cfg):
     """Settings that give a clip fewer tokens."""
     pixels = cfg.video_max_pixels or 768 * 28 * 28  # qwen-vl-utils' bound
-    if pixels > LEAST_PIXELS:
-        yield f"--video_max_pixels {max(LEAST_PIXELS, pixels // 2)}"
     name = "max_frames" if cfg.nframes is None else "nframes"
-    if getattr(cfg, name) > 2:
-        yield f"--{name} {max(2, getattr(cfg, name) // 4 * 2)}"
-    yield f"--max_seq_length {cfg.max_seq_length // 2}"
-    yield "a smaller --model_id"
+    fewer_frames, fewer_pixels = max(2, getattr(cfg, name) // 4 * 2), max(LEAST_PIXELS, pixels // 2)
+    settings = [f"--video_max_pixels {fewer_pixels}"] if fewer_pixels < pixels else []
+    return [*settings, f"--{name} {fewer_frames}", "a smaller --model_id"]
 
 
-def settings_for_update(cfg, packs, cuda):
+def smaller_update(cfg):
     """Settings that lower an update's memory: first those that change nothing else."""
-    if not cfg.gradient_checkpointing:
-        yield "--gradient_checkpointing True"
-    largest = max(packs, key=lambda packed: len(packed.input_ids), default=None)
-    if largest is None:  # a rank that only computes along
-        yield "--pack_tokens, lowered,"
-    elif len(largest.names) > 1 or len(largest.segments.q_lengths) > 2:  # several samples, or completions of a prompt
-        yield f"--pack_tokens {max(1, len(largest.input_ids) // 2)}"
-    if cuda and not cfg.offload_optimizer:
-        yield "--offload_optimizer True"
-    yield from smaller_view(cfg)
+    recompute = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing True"]
+    packs = [f"--pack_tokens {cfg.pack_tokens // 2}" if cfg.pack_tokens else "--pack_tokens"]
+    return recompute + packs + smaller_view(cfg)
 
 
-def settings_for_sampling(cfg, count):
+def smaller_sampling(cfg, max_new_tokens):
     """Settings that lower what one prompt's completions take."""
-    if count > 1:
-        yield f"--max_completion_length {max(1, cfg.max_completion_length // 2)}"
-    else:
-        yield f"--max_new_tokens {max(1, cfg.max_new_tokens // 2)}"
-    yield from smaller_view(cfg)
+    name = "max_completion_length" if hasattr(cfg, "max_completion_length") else "max_new_tokens"
+    return [f"--{name} {max(1, max_new_tokens // 2)}", *smaller_view(cfg)]
 
 
-def out_of_memory(device, doing, packs, settings, then):
-    """The UserError. settings: an iterable of which the first two are named; then: what is left to do."""
+def out_of_memory(device, doing, packs, settings):
+    """The UserError for an OutOfMemoryError. settings: a list, of which the first two are named."""
     room = ""
     if device.type == "cuda":
         used, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         room = f" ({used / GIB:.1f} of {whole / GIB:.1f} GiB were in use at most)"
-    first, second, *_ = settings
     tokens = [len(packed.input_ids) for packed in packs]
     batch = f"{sum(tokens):,} tokens in {len(packs)} packs, the largest {max(tokens, default=0):,}"
-    return UserError(f"out of GPU memory{room} while {doing}; {batch}; {first} or {second} lowers it; {then}")
+    lower = f"{settings[0]} or {settings[1]} lowers it; checkpoints are intact"
+    return UserError(f"out of GPU memory{room} while {doing}; {batch}; {lower}")

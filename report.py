@@ -3,21 +3,8 @@
     python report.py RUN                            RUN/report.html, as the trainers write it at every evaluation
     python report.py RUN1 RUN2 … [--output FILE]    compare.html beside them: curves over each other, what differs
 
-Read from a run's folder, each only if it is there:
-    run.json         {"script", "command", "config", "versions", "machine", ...}; further keys are shown as they are
-    metrics.jsonl    one object a step, and one an evaluation: "step" and numbers; nested objects are flattened;
-                     null = not finite; "evaluation" {"accuracy", "interval", "chance",
-                     "confusion" {truth: {answer: count}}, "controls" {name: {"accuracy", "interval", …}}}
-    eval*.json       what `infer.py --data_path … --json` prints: the same keys; the newest evaluation is shown
-    rollouts.jsonl   one object a completion: "step", "prompt" (number of its group in the step), "id", "video",
-                     "question", "answer" (the reference), "completion", "reward", "rewards" {component: number},
-                     "advantage", "finished", "tokens" (texts) with their "logprobs"
-    best.json        {"step", "accuracy"} of the best checkpoint
-    data.json        {split: facts}: see reporting/dataset.py
-    metadata.json    of the dataset, beside the file that the config's data_path names: how it was generated
-
 Every text from a model, a file or a command line is escaped, and the page's policy lets nothing run or load but its own
-style and script, known by their hashes. No torch: a page must be quick to make, while training too.
+style and script, known by their hashes.
 """
 
 # ruff: noqa: E402, I001
@@ -32,61 +19,46 @@ from pathlib import Path
 from jinja2 import Environment
 
 from model import UserError
-from reporting import charts
+from reporting.charts import charts, columns
 from reporting.dataset import dataset
-from reporting.frames import clip_folders, strip
-from reporting.numbers import is_number, percent, plain, short
-from reporting.rollouts import components, rollout_cards, shown_tokens, total_reward
-from reporting.run import Run, class_accuracy, describe, evaluation, read_run
+from reporting.frames import strip
+from reporting.values import percent, plain, short
+from reporting.rollouts import before_and_after, new_cards, rollout_cards, shown_tokens
+from reporting.run import Run, describe, evaluation, read_run
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 
 
-def page(runs: list[Run]) -> str:
-    """The whole document."""
-    views = [view(index, run) for index, run in enumerate(runs)]
-    best = runs[0].best.get("step") if len(runs) == 1 else None
-    best = best if is_number(best) else None
-    columns = [(run.name, charts.columns(run.metrics) | class_accuracy(run.metrics)) for run in runs]
-    drawn, constant = charts.charts(columns, best)
-    datasets = [facts for run in {run.data_path: run for run in runs}.values() if (facts := dataset(run))]
-    present = {
-        "curves": drawn,
-        "evaluation": any(view["evaluated"] for view in views),
-        "rollouts": any(view["rollouts"] for view in views),
-        "data": datasets,
-        "setup": any(view["described"] for view in views),
-    }
-    return render(
-        runs=views,
-        charts=drawn,
-        constant=constant,
-        best=best,
-        datasets=datasets,
-        sections=[name for name, body in present.items() if body],
-        notes=[note for run in runs for note in run.notes],
-        **compare_options(runs),
-    )
+def page(run: Run) -> str:
+    """The document of one run."""
+    drawn, constant = charts([("", columns(run.metrics))])
+    views = [describe(run) | evaluation(run) | {"rollouts": rollout_cards(run.groups)}]
+    best = run.best.get("step")
+    return render(runs=views, charts=drawn, constant=constant, best=best, datasets=[dataset(run)], notes=run.notes)
 
 
-def view(index: int, run: Run) -> dict:
-    """What the template shows of one run."""
-    facts = describe(run) | evaluation(run) | {"index": index, "folders": clip_folders(run.config)}
-    facts["rollouts"] = rollout_cards(run.rollouts) if run.rollouts else {}
-    facts["evaluated"] = bool(facts["confusion"] or facts["controls"])
-    facts["described"] = bool(facts["info"] or facts["options"])
-    return facts
+def compare_page(runs: list[Run]) -> str:
+    """The document of several runs: the prompt that gained most, curves over each other. It shows no clip twice."""
+    pairs = [(k, pair) for k, run in enumerate(runs) for pair in before_and_after(run.groups)[:1]]
+    example = max(pairs, key=lambda each: each[1][1].mean - each[1][0].mean, default=None)
+    clips = {example[1][0].clip} if example else set()
+    views, curves = [], []
+    for run in runs:
+        views.append(describe(run) | evaluation(run) | {"rollouts": new_cards(run.groups, clips)})
+        series = {key: xy for key, xy in columns(run.metrics).items() if not key.startswith("class/")}
+        if {"reward", "loss"} <= set(series):  # GRPO's loss is another quantity than SFT's: on an axis of its own
+            series["policy_loss"] = series.pop("loss")
+        curves.append((run.name, series))
+    datasets = [dataset(run, clips) for run in {run.config.get("data_path"): run for run in runs}.values()]
+    values = {"notes": [note for run in runs for note in run.notes], "differ": differing_options(runs)}
+    return render(runs=views, example=example, charts=charts(curves)[0], datasets=datasets, **values)
 
 
-def compare_options(runs: list[Run]) -> dict[str, list[list[str]]]:
-    """Rows of the options that differ between runs, and of those that only some of them have."""
-    names = list(dict.fromkeys(name for run in runs for name in run.config))
-    rows = {name: [plain(run.config[name]) if name in run.config else "–" for run in runs] for name in names}
-    shared = [name for name in names if all(name in run.config for run in runs)]
-    return {
-        "differ": [[name, *rows[name]] for name in shared if len(set(rows[name])) > 1],
-        "only_some": [[name, *rows[name]] for name in names if name not in shared],
-    }
+def differing_options(runs: list[Run]) -> list[list[str]]:
+    """[name, its value in each run] of the options that all runs have and that differ."""
+    shared = [name for name in runs[0].config if all(name in run.config for run in runs)]
+    rows = [[name, *(plain(run.config[name]) for run in runs)] for name in shared]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def render(**values) -> str:
@@ -97,11 +69,9 @@ def render(**values) -> str:
         content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
         hashes.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'")
     policy = "; ".join(["default-src 'none'", "img-src data:", *hashes, "base-uri 'none'", "form-action 'none'"])
-    geometry = [charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM]
     environment = Environment(autoescape=True)
-    environment.filters |= {"percent": percent, "plain": plain, "short": short, "frames": strip}
-    environment.filters |= {"tokens": shown_tokens, "reward": total_reward, "components": components}
-    return environment.from_string(text).render(policy=policy, geometry=geometry, **values)
+    environment.filters |= {"percent": percent, "plain": plain, "short": short, "frames": strip, "tokens": shown_tokens}
+    return environment.from_string(text).render(policy=policy, **values)
 
 
 def write_report(run_folders: list[Path], output: Path) -> Path:
@@ -110,14 +80,17 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     UserError if a folder is not there or the page cannot be written; whatever a folder lacks has no section.
     """
     output = Path(output)
-    text = page([read_run(Path(folder)) for folder in run_folders])
+    runs = [read_run(Path(folder)) for folder in run_folders]
+    if len({run.name for run in runs}) < len(runs):  # a/sft and b/sft
+        for run, folder in zip(runs, run_folders):
+            run.name = str(folder)
+    text = page(runs[0]) if len(runs) == 1 else compare_page(runs)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(output)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     return output
 
@@ -125,14 +98,10 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
 def main(argv=None):
     cfg = parse(Report, argv)
     runs = [Path(run) for run in cfg.runs]
-    print(write_report(runs, cfg.output or default_output(runs)))
-
-
-def default_output(runs: list[Path]) -> Path:
-    """report.html in a run's folder; for several runs compare.html in the deepest folder that holds them all."""
-    if len(runs) == 1:
-        return runs[0] / "report.html"
-    return Path(os.path.commonpath([run.absolute().parent for run in runs])) / "compare.html"
+    output = runs[0] / "report.html"
+    if len(runs) > 1:  # the deepest folder that holds them all
+        output = Path(os.path.commonpath([run.absolute().parent for run in runs])) / "compare.html"
+    print(write_report(runs, cfg.output or output))
 
 
 if __name__ == "__main__":

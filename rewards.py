@@ -16,8 +16,8 @@ from numbers import Real
 from pathlib import Path
 
 from answers import SPECIAL, answer_span, extract_answer, parse_options, read_number, same_number
-from dataset.forms import read_form
 from model import UserError, nearest_path
+from records import read_form
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Sample:
 
 
 def sample_from_record(record: dict) -> Sample:
-    """A dataset record, in any of the forms of dataset/forms.py -> Sample of its last question and its answer: the
+    """A dataset record, in any of the forms of records.py -> Sample of its last question and its answer: the
     solution where that stands apart, else the last answer.
 
     Raises UserError when the record has no question or no answer.

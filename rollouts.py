@@ -1,26 +1,24 @@
-"""Groups of completions: sampled, scored, put on the console and into rollouts.jsonl, watched over the steps.
+"""Completions: sampled, scored, packed for the update, and written to rollouts.jsonl.
 
-train_grpo.py trains on them; evaluate.py samples groups of one.
+train_grpo.py trains on groups of them; evaluate.py and infer.py sample one a prompt.
 """
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data import pack, pack_groups
-from dataset.batch import Example
-from dataset.records import clip_name, record_name
-from memory import out_of_memory, settings_for_sampling
-from model.decode import generate
+from data import Example, pack, pack_groups
+from memory import out_of_memory, smaller_sampling
+from model.decode import Completion, Sampling, generate
 from model.packed import IGNORE, Packed
+from records import clip_name, record_name
 from rewards import Reward, group_context, is_correct, sample_from_record, score, total
-from runlog import say
 
-ROLLOUTS = "rollouts.jsonl"
 ALARM_STEPS = 10  # steps that reward and group health are watched over
 
 COLUMNS_BEFORE = (("reward", "reward", "6.3f"), ("reward_std", "+-", "5.3f"))
@@ -56,36 +54,66 @@ class Rollout:
         return self.finished or not cfg.mask_truncated_completions
 
 
-def sample(run, model, batch: list[Example], sampling, count: int, doing: str, seeds: list[int]):
-    """generate() for a list of Examples: a list of `count` Completions for each. Where memory runs out it is done in
-    two halves, each prompt sampled once, and so is whatever is as large from then on.
+class Sampler:
+    """Samples completions of Examples. Where memory runs out it is done in two halves, each prompt sampled once, and so
+    is whatever is as large from then on."""
 
-    seeds: what each prompt draws from, so in exact arithmetic halves give the same completions. (Products over fewer
-    rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
-    UserError where a single prompt is too much.
-    """
-    packed = pack(batch)
-    # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
-    tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
-    if tokens < run.max_sampled_tokens or len(batch) == 1:
-        training, own = model.training, [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
-        try:
-            return generate(model, packed.to(run.device), sampling, count, own)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                settings, then = settings_for_sampling(run.cfg, count), "the last checkpoint is intact, see --resume"
-                raise out_of_memory(run.device, f"{doing} {count} x 1 prompt", [packed], settings, then) from None
-        run.oom_retries += 1
-        run.max_sampled_tokens = tokens
-        model.ops.graphs = None  # the memory of the graphs of small passes, if there are any, is worth more now
-        model.train(training)
-        if run.device.type == "cuda":
+    def __init__(self, model, processor, cfg):
+        self.model, self.processor, self.cfg = model, processor, cfg
+        self.stop_ids = processor.im_end, processor.token_id("<|endoftext|>")
+        self.oom_retries = 0  # times that it was done in halves
+        self.max_tokens = math.inf  # as many are no longer tried at once since
+
+    def __call__(self, batch: list[Example], sampling: Sampling, count: int, seeds: list[int], on_token=None):
+        """`count` Completions of each Example, a list of lists. UserError where a single prompt is too much.
+
+        seeds: what each prompt draws from, so in exact arithmetic halves give the same completions. (Products over
+        fewer rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
+        on_token(row, id): called for every token as it is drawn.
+        """
+        device = self.model.head_weight.device
+        # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
+        tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
+        if tokens < self.max_tokens or len(batch) == 1:
+            packed, training = pack(batch), self.model.training
+            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+            try:
+                return generate(self.model, packed.to(device), sampling, count, generators, on_token)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    settings = smaller_sampling(self.cfg, sampling.max_new_tokens)
+                    raise out_of_memory(device, f"sampling {count} x 1 prompt", [packed], settings) from None
+            self.sample_less(tokens, f"{count} x {len(batch)} prompts", training)
+        half = (len(batch) + 1) // 2
+        first = self(batch[:half], sampling, count, seeds[:half], on_token)
+        return first + self(batch[half:], sampling, count, seeds[half:], on_token)
+
+    def sample_less(self, tokens, what, training):
+        """After memory ran out: free what can be freed, and remember the size."""
+        self.oom_retries += 1
+        self.max_tokens = tokens
+        self.model.ops.graphs = None  # the memory of the graphs of small passes, if there are any, is worth more now
+        self.model.train(training)
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the halves need other sizes
-        size = f"{count} x {len(batch)} prompts (at most {tokens:,} tokens)"
-        say(f"out of GPU memory while {doing} {size}: done in halves from now on")
-    half = (len(batch) + 1) // 2
-    cut = slice(None, half), slice(half, None)
-    return [group for s in cut for group in sample(run, model, batch[s], sampling, count, doing, seeds[s])]
+        tqdm.write(f"out of GPU memory while sampling {what} (at most {tokens:,} tokens): done in halves from now on")
+
+    def rollout(self, group: int, completion: Completion) -> Rollout:
+        text = self.processor.backend.decode(completion.ids, skip_special_tokens=True)
+        return Rollout(group, completion.ids, completion.logprobs, completion.finished, text)
+
+
+def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Example]]:
+    """Examples in lists of at most `budget` prompt tokens (one Example at least)."""
+    batch, tokens = [], 0
+    for example in examples:
+        if batch and tokens + len(example) > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(example)
+        tokens += len(example)
+    if batch:
+        yield batch
 
 
 def needs_shuffled(rewards: list[Reward]) -> bool:
@@ -195,8 +223,9 @@ def assign(trained: list[int], owners: list[int], world: int) -> list[list[int]]
 
 # -- Shown
 
+
 def columns(rewards: list[Reward]):
-    """Of a step's line on the console: see runlog.Log."""
+    """Of a step's line on the console: see trainer.Log."""
     components = tuple((f"reward/{reward.name}", reward.name[:8], "6.3f") for reward in rewards)
     return COLUMNS_BEFORE + components + COLUMNS_AFTER
 

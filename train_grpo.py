@@ -28,52 +28,32 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import STATE, find_adapter, read_json
-from data import Loader, Processor, load_tokenizer, read_records
-from dataset.batch import Example
-from engine import update
-from evaluate import answerable, evaluate, evaluation_facts, held_out_records, prompt_batches
+import ranks
+import trainer
+from checkpoint import ROLLOUTS, STATE, append_lines, find_adapter, read_json
+from data import Loader, read_records
+from evaluate import answerable, evaluate_and_log, held_out_records
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from lora import disabled, lora_layers, reference, reference_snapshot
-from memory import out_of_memory, settings_for_update, summary
+from memory import out_of_memory, smaller_update
 from model.decode import Sampling
-from model.loading import resolve_folder
 from model.qwen import target_logprobs
 from rewards import load_rewards
 from rollouts import (
-    ROLLOUTS,
     Alarm,
-    Rollout,
     assign,
     best_and_worst,
     columns,
     cut,
     micro_batch,
     needs_shuffled,
+    prompt_batches,
     reward_metrics,
     row,
-    sample,
     score_group,
     token_metrics,
 )
-from runlog import Log, append
-from trainer import (
-    build_model,
-    check_left_out,
-    check_numbers,
-    count_left_out,
-    describe_data,
-    dry_run,
-    finish,
-    is_due,
-    launch,
-    report,
-    save,
-    save_is_due,
-    set_learning_rates,
-    start,
-    total_steps,
-)
+from startup import build_model, dry_run, launch, start
 
 # Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
@@ -86,77 +66,52 @@ SUMS = ("fair_kl", "fair_tokens", "loss", "tokens", "ratio", "clip_low", "clip_h
 def main():
     cfg = parse(GRPO)
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    records, held_out, notes = data_of(cfg)
+    notes = follow_adapter(cfg)
+    records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
+    held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
     if cfg.dry_run:
         return dry_run(cfg, make_loader, records)
-    run = launch(cfg, records, held_out)
-    run.notes += notes
-    model = build_model(cfg, run)
+    run = launch(cfg, records, held_out, notes + left_out + held_left_out)
+    model, processor = build_model(run)
     frozen = freeze_reference(model, cfg)
-    processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     loader = make_loader(cfg, records, processor, run.rank, run.world)
-    count_left_out(run, loader)
-    total = total_steps(cfg, loader)
-    lines = [] if run.rank else list(summary(model, cfg, records, processor, loader, total, run.world, 2))
-    run.notes += notes_of(run, loader, records, held_out)
-    engine = start(run, model, total, lines)
-    describe_data(run, processor, records, held_out)
-    log, alarm = Log(run, total, columns(rewards)), Alarm(run.state.get("loop", {}).get("alarm"))
-    batches = loader.iterate(run.step, total)
-    # before the first step; and where a signal came before an evaluation
-    if held_out and (run.step == 0 or run.state.get("loop", {}).get("evaluation_due")):
-        evaluate_and_log(run, model, processor, held_out, log)
+    run.notes += notes_of(run, loader)
+    engine = start(run, model, processor, loader, records, held_out)
+    log, alarm = trainer.Log(run, columns(rewards)), Alarm(run.loop_state("alarm"))
+    evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
+    if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # a signal came before it
+        evaluate()
 
-    for step in range(run.step + 1, total + 1):
+    batches = loader.iterate(run.step, run.total)
+    for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
         (prompts,) = next(batches)
         waited = time.perf_counter() - began
 
         # sample a group of completions for each prompt and score them; then all ranks know them all
-        run.seed_step(step)
-        groups = roll_out(run, model, processor, rewards, step, prompts)
+        trainer.seed_step(run, step)
+        groups = roll_out(run, rewards, step, prompts)
         groups, owners, lengths, counts = exchange(run, groups, prompts)
         health, normalizer = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
         sampled = time.perf_counter()
 
         # update the policy with the groups that differ within themselves
-        lr = set_learning_rates(engine, cfg, step - 1, total)
-        learned = learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normalizer, step)
-        check_left_out(run, counts.pop("broken"))
+        lr = trainer.set_learning_rates(run, engine, step)
+        learned = learn(run, engine, frozen, prompts, groups, owners, lengths, normalizer, step)
+        trainer.check_left_out(run, counts.pop("broken"))
 
         run.step, seconds = step, time.perf_counter() - began
         metrics = learned | health | counts | {"lr": lr, "epoch": step / loader.steps_per_epoch}
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
-        write_rollouts(run, step, loader, groups, lengths)
+        write_rollouts(run, groups, lengths)
         log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        show(run, alarm, step, metrics, groups)
-
-        # answer accuracy, checkpoint, end
-        better, stop = False, run.stop_requested()
-        if held_out and not stop and is_due(cfg.eval_steps, step, total):
-            better = evaluate_and_log(run, model, processor, held_out, log)
-            report(run)
-            stop = run.stop_requested()
-        if better or stop or save_is_due(cfg, loader, step, total):
-            due = bool(stop) and is_due(cfg.eval_steps, step, total)
-            save(run, engine, step, {"alarm": alarm.state, "evaluation_due": due})
-        if stop:
+        show(run, alarm, metrics, groups)
+        if trainer.after_step(run, engine, evaluate, {"alarm": alarm.state}):
             break
-
-    log.close()
-    report(run)
-    finish(run, total)
+    trainer.finish(run, log)
 
 
 # -- Start
-
-
-def data_of(cfg):
-    """(records to train on, held-out ones, lines to print)"""
-    notes = follow_adapter(cfg)
-    records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
-    held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
-    return records, held_out, notes + left_out + held_left_out
 
 
 def follow_adapter(cfg):
@@ -184,11 +139,10 @@ def make_loader(cfg, records, processor, rank, world):
     return Loader(records, processor, plain, **options)
 
 
-def notes_of(run, loader, records, held_out):
+def notes_of(run, loader):
     cfg, trained = run.cfg, groups_per_step(run.cfg) * run.world
     if run.adapter is None:
         yield "no adapter to go on from: a new one on the base" if cfg.lora_enable else "trains the base itself"
-    yield f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out"
     yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations} and trains on {trained} groups of them"
 
 
@@ -210,41 +164,45 @@ def freeze_reference(model, cfg):
 # -- Sampling
 
 
-def roll_out(run, model, processor, rewards, step, prompts):
+def roll_out(run, rewards, step, prompts):
     """A group of scored completions for each of this rank's prompts."""
-    groups = sample_groups(run, model, processor, prompts, run.seeds(step, prompts))
-    shuffled = sample_shuffled(run, model, processor, prompts, rewards, step)
+    groups = sample_groups(run, prompts, seeds(run, step, prompts))
+    shuffled = [None] * len(prompts)
+    if needs_shuffled(rewards):
+        shuffled = sample_shuffled(run, step, prompts)
     for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
         score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
     return groups
 
 
-def sample_groups(run, model, processor, prompts, seeds, count=None):
+def seeds(run, step, prompts, stream=0):
+    """What each prompt of this step draws from: the same on any number of ranks. stream: 0, 1, … at one step."""
+    seed = run.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
+    return [seed + 7_919 * prompt.number for prompt in prompts]
+
+
+def sample_groups(run, prompts, seeds, count=None):
     """Completions of each prompt under the policy as it is: a list of groups of Rollouts. seeds: one a prompt, so
     that it does not matter which prompts a rank has, or samples together. count: num_generations."""
-    cfg, count = run.cfg, count or run.cfg.num_generations
-    stop = (processor.im_end, processor.token_id("<|endoftext|>"))
-    sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=stop)
+    cfg, sampler, count = run.cfg, run.sampler, count or run.cfg.num_generations
+    limit = cfg.max_completion_length
+    sampling = Sampling(limit, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
     longest = max(map(len, prompts), default=1)
     # all prompts count as long as the longest one, their completions as long as they may get
-    budget = SAMPLED_TOKENS * longest // (longest + count * cfg.max_completion_length)
+    budget = SAMPLED_TOKENS * longest // (longest + count * limit)
     groups = []
     for batch in prompt_batches(prompts, budget):
-        mine = seeds[len(groups) : len(groups) + len(batch)]
-        for completions in sample(run, model, batch, sampling, count, "sampling", mine):
-            texts = [processor.backend.decode(c.ids, skip_special_tokens=True) for c in completions]
-            pairs = zip(completions, texts, strict=True)
-            groups.append([Rollout(len(groups), c.ids, c.logprobs, c.finished, text) for c, text in pairs])
+        for completions in sampler(batch, sampling, count, seeds[len(groups) : len(groups) + len(batch)]):
+            groups.append([sampler.rollout(len(groups), completion) for completion in completions])
     return groups
 
 
-def sample_shuffled(run, model, processor, prompts, rewards, step):
-    """Texts of half as many completions of each prompt with its frames in random order; None where no reward asks."""
-    if not needs_shuffled(rewards):
-        return [None] * len(prompts)
-    examples = [processor.encode(prompt.record, answer=False, control="shuffled") for prompt in prompts]
-    seeds = run.seeds(step, prompts, stream=1)
-    groups = sample_groups(run, model, processor, examples, seeds, max(1, run.cfg.num_generations // 2))
+def sample_shuffled(run, step, prompts):
+    """Texts of half as many completions of each prompt with its frames in random order."""
+    encode = partial(run.sampler.processor.encode, answer=False, control="shuffled")
+    examples = [encode(prompt.record) for prompt in prompts]
+    count = max(1, run.cfg.num_generations // 2)
+    groups = sample_groups(run, examples, seeds(run, step, prompts, stream=1), count)
     return [[rollout.text for rollout in group] for group in groups]
 
 
@@ -253,7 +211,7 @@ def exchange(run, groups, prompts):
     prompts, and counts for metrics.jsonl: the step's one gather. A Rollout's group is its number among all."""
     loader = run.loader
     own = groups, [(prompt.number, len(prompt)) for prompt in prompts]
-    every = run.gather((*own, loader.left_out, loader.broken, run.oom_retries))
+    every = ranks.gather((*own, loader.left_out, loader.broken, run.sampler.oom_retries))
     groups = [group for rank in every for group in rank[0]]
     owners = [rank for rank, (its, *_) in enumerate(every) for _ in its]
     lengths = [prompt for rank in every for prompt in rank[1]]
@@ -301,7 +259,7 @@ def compare_within_groups(run, groups, wanted):
 # -- The update
 
 
-def learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normalizer, step):
+def learn(run, engine, frozen, prompts, groups, owners, lengths, normalizer, step):
     """KL of what was sampled, the updates with the groups that were chosen -> metrics.
 
     The KL that is logged is that over the first `fair` groups as they were sampled, a quarter as many as a step trains
@@ -316,9 +274,7 @@ def learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normali
     own = dict(zip((k for k, owner in enumerate(owners) if owner == run.rank), prompts))
     for k in shares[run.rank]:
         if k not in own:  # another rank's prompt
-            own[k] = loader.encode(lengths[k][0])
-            if not isinstance(own[k], Example):  # that rank could read it in this very step
-                raise own[k][1]
+            own[k] = run.sampler.processor.encode(run.loader.records[lengths[k][0]], answer=False)
     batches = [micro_batch(own, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
     untrained = cut([groups[k] for k in seen if owners[k] == run.rank], lengths, cfg) if frozen else []
     tokens = float(sum(len(r.ids) for k in trained for r in groups[k] if r.kept(cfg)))
@@ -329,18 +285,16 @@ def learn(run, engine, frozen, loader, prompts, groups, owners, lengths, normali
             metrics |= train_on(run, engine, batches, normalizer, step, max(map(len, passes)), sums)
     except torch.OutOfMemoryError:
         packs = [batch.packed for batch in batches]
-        settings = settings_for_update(cfg, packs, run.device.type == "cuda")
-        then = "the last checkpoint is intact, --resume goes on from it"
-        raise out_of_memory(run.device, f"training step {step}", packs, settings, then) from None
+        raise out_of_memory(run.device, f"training step {step}", packs, smaller_update(cfg)) from None
     if not tokens and not all(r.finite for group in groups for r in group):  # the model itself may be beyond repair
-        check_numbers(run, step, math.nan, math.nan, updated=False)
+        trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics | token_metrics(cfg, reduce_sums(run, sums))
 
 
 def reduce_sums(run, sums):
     """Sums over this rank's micro-batches -> over all ranks, in one reduction; "sampler_gap_max" is their maximum."""
     named = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in SUMS])
-    every = run.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
+    every = ranks.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
     return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
 
 
@@ -360,9 +314,9 @@ def train_on(run, engine, batches, normalizer, step, passes, sums):
     before = 0.0
     loss_of = partial(micro_loss, engine, run.cfg, normalizer, sums)
     for _ in range(run.cfg.num_iterations):
-        grad_norm, updated = update(engine, batches, loss_of, passes)
-        (loss,) = run.sum(float(sums["loss"]))
-        check_numbers(run, step, loss - before, grad_norm, updated)
+        grad_norm, updated = trainer.update(engine, batches, loss_of, passes)
+        (loss,) = ranks.add(float(sums["loss"]))
+        trainer.check_numbers(run, step, loss - before, grad_norm, updated)
         before = loss
     return {"grad_norm": grad_norm, "updated": updated}
 
@@ -398,39 +352,22 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
 # -- Shown
 
 
-def write_rollouts(run, step, loader, groups, lengths):
+def write_rollouts(run, groups, lengths):
     """Append every completion of the step, of all ranks, to rollouts.jsonl."""
     if run.rank:
         return
-    decode_token = cache(lambda token: loader.processor.backend.decode([token], skip_special_tokens=False))
-    records = [loader.records[number] for number, _ in lengths]
+    decode_token = cache(lambda token: run.sampler.processor.backend.decode([token], skip_special_tokens=False))
+    records = [run.loader.records[number] for number, _ in lengths]
     pairs = [(record, rollout) for record, group in zip(records, groups, strict=True) for rollout in group]
-    append(run.folder / ROLLOUTS, [row(step, record, rollout, decode_token) for record, rollout in pairs])
+    append_lines(run.folder / ROLLOUTS, [row(run.step, record, rollout, decode_token) for record, rollout in pairs])
 
 
-def show(run, alarm, step, metrics, groups):
+def show(run, alarm, metrics, groups):
     """Alarms, and every log_completions steps some completions, on the console."""
     every = run.cfg.log_completions
-    seen = best_and_worst(groups) if every and step % every == 0 else []
-    for text in [*(f"ALARM {text}" for text in alarm.look(step, metrics)), *seen]:
-        run.say(f"step {step:>6}  {text}")
-
-
-def evaluate_and_log(run, model, processor, held_out, log):
-    """Log answer accuracy after this step, greedy and sampled; True if the greedy one is the best so far (of equals the
-    latest)."""
-    began = time.perf_counter()
-    greedy = evaluate(run, model, processor, held_out)
-    sampled = evaluate(run, model, processor, held_out, run.cfg.temperature, run.cfg.seed)
-    seconds, accuracy, count = time.perf_counter() - began, greedy.accuracy, greedy.count
-    verdict = run.judged(accuracy)
-    if count and sampled.count:
-        text = f"answers right: {accuracy:.1%} greedy, {sampled.accuracy:.1%} sampled, of {count} held-out samples"
-        run.say(f"step {run.step:>6}  {text}{verdict}  ({seconds:.1f} s)")
-    facts = {"eval_accuracy": accuracy, "eval_sampled_accuracy": sampled.accuracy, "eval_count": count}
-    facts["evaluation"] = evaluation_facts(run, model, processor, held_out, greedy, log.total)
-    log.write(run.step, facts | {"eval_seconds": seconds})
-    return run.best is not None and run.best["step"] == run.step
+    seen = best_and_worst(groups) if every and run.step % every == 0 else []
+    for text in [*(f"ALARM {text}" for text in alarm.look(run.step, metrics)), *seen]:
+        run.say(f"step {run.step:>6}  {text}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 Frame sampling and sizes follow qwen-vl-utils 0.0.14 (vision_process.py), with two deliberate differences: an explicit
 max_pixels beats a default min_pixels, and the rotation that phones store in a video is applied.
-
 F frames, P patches, H and W pixels. Sizes are (H, W).
 """
 
@@ -43,11 +42,11 @@ VIDEO_PIXELS = 128 * FACTOR**2, 768 * FACTOR**2  # of one frame
 VIDEO_TOTAL_PIXELS = int(128000 * FACTOR**2 * 0.9)  # of all frames, per temporal patch
 MAX_RATIO = 200  # of the sides
 
-# Limits of a source file: a scan of a poster, 8K video, a day of surveillance
-MAX_SOURCE_IMAGE_PIXELS = 2**27
-MAX_SOURCE_VIDEO_PIXELS = 2**25
+# Limits of a source file: a scan of a poster, a day of surveillance
+MAX_SOURCE_PIXELS = 2**27
 MAX_SOURCE_SECONDS = 24 * 3600
 MAX_SOURCE_FRAMES = 30 * MAX_SOURCE_SECONDS
+OPTION_RANGE = 1e-4, 2**31  # of the numbers in a record; beyond them positions or sizes overflow
 
 THREADED_PIXELS = 1280 * 720  # smaller frames decode faster without threads
 RESIZE_BYTES = 2**20  # small frames are resized many in one call: up to this many bytes of them
@@ -67,12 +66,14 @@ class Options:
     total_pixels: int | None = None
     resized_height: int | None = None
     resized_width: int | None = None
+    video_start: float | None = None  # seconds; only the frames from here on, as qwen-vl-utils takes them
+    video_end: float | None = None
 
     @classmethod
     def from_args(cls, kind: str, args, item: dict, where: str) -> "Options":
         """The script's options (a config.VideoArgs), overruled by those of one item of a record.
 
-        UserError, beginning with `where`, for an option that is unknown, no number above 0, or contradicts another.
+        UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
         """
         sizes = ("min_pixels", "max_pixels", "resized_height", "resized_width")
         values = {name: getattr(args, f"{kind}_{name}") for name in sizes}
@@ -82,8 +83,9 @@ class Options:
             if name not in cls.__dataclass_fields__:
                 known = ", ".join(cls.__dataclass_fields__)
                 raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {known}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"{where}: {name} is {value!r}; expected a number above 0")
+            low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
         if {"fps", "nframes"} <= set(item):
             raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
         if "fps" in item:
@@ -151,9 +153,22 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     return n
 
 
-def frame_indices(total: int, n: int) -> list[int]:
-    """n frame numbers from the first to the last, evenly. In float32, as qwen-vl-utils rounds them."""
-    return torch.linspace(0, total - 1, n).round().long().tolist()
+def frame_indices(total: int, n: int, first: int = 0) -> list[int]:
+    """n of `total` frame numbers, evenly from `first` to the last. In float32, as qwen-vl-utils rounds them."""
+    return torch.linspace(first, first + total - 1, n).round().long().tolist()
+
+
+def frame_span(total: int, video_fps: float, options: Options) -> tuple[int, int]:
+    """(first frame, number of frames) from video_start to video_end, as qwen-vl-utils' calculate_video_frame_range."""
+    first, last, seconds = 0, total - 1, total / video_fps
+    if options.video_start is not None:
+        first = math.ceil(min(options.video_start, seconds) * video_fps)
+    if options.video_end is not None:
+        last = min(math.floor(min(options.video_end, seconds) * video_fps), last)
+    if first >= last and total > 1:
+        span = f"video_start {options.video_start}, video_end {options.video_end}"
+        raise UserError(f"{span}: no two frames of its {seconds:.2f} seconds lie between them")
+    return first, last - first + 1
 
 
 # ---- Which size
@@ -163,17 +178,13 @@ def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float) 
     """Multiples of 28 near (height, width) with an area within the bounds. UserError above a side ratio of 200."""
     if max(height, width) > MAX_RATIO * min(height, width):
         raise UserError(f"sides {height} x {width}: their ratio is above {MAX_RATIO}; crop it")
-    h, w = round_size(height, width)
+    h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if h * w > max_pixels:
         return shrink(height, width, max_pixels)
     if h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * beta / FACTOR) * FACTOR for side in (height, width))
     return h, w
-
-
-def round_size(height: float, width: float) -> tuple[int, int]:
-    return tuple(max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
 
 
 def shrink(height: int, width: int, max_pixels: float) -> tuple[int, int]:
@@ -185,7 +196,7 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
     """(H, W) after resizing of one frame among n, and notes on options that were overruled."""
     if options.resized_height is not None:
         wanted = options.resized_height, options.resized_width
-        h, w = round_size(*wanted)
+        h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in wanted)
         if h * w > IMAGE_PIXELS[1]:
             raise UserError(f"resized to {h} x {w}: above {IMAGE_PIXELS[1]} pixels a frame; ask for less")
         note = f"resized_height and _width {wanted} are rounded to {(h, w)}, multiples of {FACTOR}"
@@ -228,36 +239,33 @@ def file_stamp(path: str) -> tuple:
     return path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_stream(path: str, max_pixels: int) -> av.VideoStream:
+def open_stream(path: str) -> av.VideoStream:
     """The file's video stream. UserError without one, or above a limit. The caller closes stream.container."""
     file_stamp(path)
     # The absolute path and these options keep playlists, "concat:..." and "%02d" from opening anything else
-    options = {"protocol_whitelist": "file", "pattern_type": "none", "max_pixels": str(max_pixels)}
+    limit = {"max_pixels": str(MAX_SOURCE_PIXELS)}
+    options = {"protocol_whitelist": "file", "pattern_type": "none", **limit}
     try:
         container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         message = f"{path}: no readable video or image ({error.strerror})"
         raise UserError(f"{message}; it may be cut off or of another type") from None
-    try:
-        streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
-        if not streams:
-            types = ", ".join(s.type for s in container.streams) or "nothing"
-            raise UserError(f"{path}: no video in this file, found {types}; expected a video stream")
-        stream, context = streams[0], streams[0].codec_context
-        if context is None:
-            raise UserError(f"{path}: no decoder for this video's codec; convert it to h264")
-        if context.width * context.height > max_pixels:
-            found = f"{context.width} x {context.height} pixels"
-            raise UserError(f"{path}: {found}, above the limit of {max_pixels}; scale it down")
-        seconds = (container.duration or 0) / av.time_base
-        if seconds > MAX_SOURCE_SECONDS or stream.frames > MAX_SOURCE_FRAMES:
-            limit = f"above the limit of {MAX_SOURCE_SECONDS} seconds or {MAX_SOURCE_FRAMES} frames"
-            raise UserError(f"{path}: {seconds:.0f} seconds, {stream.frames} frames, {limit}; cut it")
-    except UserError:
+    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    types = ", ".join(s.type for s in container.streams) or "nothing"
+    frames, seconds = max([s.frames for s in streams], default=0), (container.duration or 0) / av.time_base
+    problem = None
+    if not streams:
+        problem = f"no video in this file, found {types}; expected a video stream"
+    elif streams[0].codec_context is None:
+        problem = "no decoder for this video's codec; convert it to h264"
+    elif seconds > MAX_SOURCE_SECONDS or frames > MAX_SOURCE_FRAMES:
+        most = f"{MAX_SOURCE_SECONDS} seconds or {MAX_SOURCE_FRAMES} frames"
+        problem = f"{seconds:.0f} seconds, {frames} frames, above the limit of {most}; cut it"
+    if problem:
         container.close()
-        raise
-    context.options = {"max_pixels": str(max_pixels)}  # a picture may be larger than the header says
-    return stream
+        raise UserError(f"{path}: {problem}")
+    streams[0].codec_context.options = limit  # a picture may be larger than the header says
+    return streams[0]
 
 
 @contextmanager
@@ -271,8 +279,7 @@ def ffmpeg_errors(path: str):
 
 
 class OpenFile(threading.local):
-    """The file that this thread indexed last, still open. A clip is planned and then read, and opening a small file
-    takes as long as decoding it."""
+    """The file that this thread indexed last, still open: opening a small file takes as long as decoding it."""
 
     stamp = stream = None
 
@@ -314,24 +321,31 @@ class FrameIndex(NamedTuple):
 def index_frames(path: str) -> FrameIndex:
     """Times and keyframes from the packet headers; one frame is decoded. UserError for a broken or cut off file."""
     open_file.take(None)
-    open_file.stamp, open_file.stream = file_stamp(path), open_stream(path, MAX_SOURCE_VIDEO_PIXELS)
+    open_file.stamp, open_file.stream = file_stamp(path), open_stream(path)
     stream = open_file.stream
+    rate, time_base = stream.average_rate or stream.guessed_rate, float(stream.time_base)
     with ffmpeg_errors(path):
         shown, keyframes = read_packets(path, stream)
         pts = sorted(t for t in shown if t is not None)
         # AVI stores no presentation times. FFmpeg makes some up; for H.264 with B-frames they are in decoding order
         made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames and pts == shown
-        if len(set(pts)) < len(shown) or not keyframes or made_up:
+        untimed = len(set(pts)) < len(shown) or not keyframes or made_up
+        if untimed:  # all frames are decoded and counted
             open_file.take(None)
-            return count_frames(path)
-        pts = pts[bisect_left(pts, keyframes[0][0]) :]  # a stream cut at its head: nothing decodes before a keyframe
-        stream.container.seek(keyframes[0][1], stream=stream)
-        frame = next(decode(stream), None)  # only a decoded frame knows its rotation
-    if frame is None or not pts:
+            stream = open_stream(path)
+            with stream.container:
+                frames = [shown_size(frame) for frame in decode(stream)]
+        else:
+            pts = pts[bisect_left(pts, keyframes[0][0]) :]  # cut at its head: nothing decodes before a keyframe
+            stream.container.seek(keyframes[0][1], stream=stream)
+            frames = [shown_size(frame) for frame in islice(decode(stream), 1)]  # only a frame knows its rotation
+    if not frames or not pts and not untimed:
         raise UserError(f"{path}: none of its {len(shown)} frames decodes; write it again")
-    time_base, rate = float(stream.time_base), stream.average_rate or stream.guessed_rate
+    if untimed:
+        fps = float(rate or 25)  # 25: FFmpeg's own guess for raw streams
+        return FrameIndex(frames[0], fps, list(range(len(frames))), 1 / fps, [])
     fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
-    return FrameIndex(shown_size(frame), fps, pts, time_base, keyframes)
+    return FrameIndex(frames[0], fps, pts, time_base, keyframes)
 
 
 def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[tuple[int, int]]]:
@@ -363,17 +377,6 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
     if matroska and end + 2 / float(stream.average_rate or stream.guessed_rate or 1) < 0.9 * seconds:
         raise UserError(f"{path}: cut off: {end:.1f} seconds, its header promises {seconds:.1f}; download it again")
     return shown, sorted(keyframes)
-
-
-def count_frames(path: str) -> FrameIndex:
-    """index_frames of a file without usable times: all frames are decoded and counted."""
-    stream = open_stream(path, MAX_SOURCE_VIDEO_PIXELS)
-    with stream.container, ffmpeg_errors(path):
-        fps = float(stream.average_rate or stream.guessed_rate or 25)  # 25: FFmpeg's own guess for raw streams
-        sizes = [shown_size(frame) for frame in decode(stream)]
-    if not sizes:
-        raise UserError(f"{path}: a video stream with 0 frames; write it again")
-    return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [])
 
 
 # ---- Pixels
@@ -428,29 +431,28 @@ def resize(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[Te
 
 def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | None, int]], size) -> list[Tensor]:
     """Frames of one video by number, each (3, *size) uint8. seeks: FrameIndex.seek of each."""
-    frames = decode_frames(path, open_file.take(file_stamp(path)), seeks, size)
+    frames = decode_frames(path, open_file.take(file_stamp(path)) or open_stream(path), seeks, size)
     if any(seek not in frames for seek in seeks):  # packets and frames do not match one to one: count frames
         seeks = [(None, i) for i in indices]
-        frames = decode_frames(path, None, seeks, size)
+        frames = decode_frames(path, open_stream(path), seeks, size)
     missing = [i for i, seek in zip(indices, seeks, strict=True) if seek not in frames]
     if missing:
-        message = f"{path}: frame {missing[0]} is announced but does not decode"
-        raise UserError(f"{message}; the file may be damaged, write it again")
+        problem = f"{path}: frame {missing[0]} is announced but does not decode"
+        raise UserError(f"{problem}; the file may be damaged, write it again")
     return [frames[seek] for seek in seeks]
 
 
-def decode_frames(path: str, stream: av.VideoStream | None, seeks: Sequence, size) -> dict[tuple, Tensor]:
-    """{seek: frame} of those of `seeks` that decode, from a file that may be open already. It is closed."""
-    stream = stream or open_stream(path, MAX_SOURCE_VIDEO_PIXELS)
+def decode_frames(path: str, stream: av.VideoStream, seeks: Sequence, size) -> dict[tuple, Tensor]:
+    """{seek: frame} of those of `seeks` that decode. The stream's file is closed."""
     scaler, decoded = VideoReformatter(), []
 
     def pictures() -> Iterator[np.ndarray]:
         for position, run in groupby(dict.fromkeys(seeks), key=itemgetter(0)):
-            wanted = {time for _, time in run}
-            missing, last = set(wanted), max(wanted)
+            missing = {time for _, time in run}
+            wanted, last = (None if position is None else set(missing)), max(missing)
             if position is not None:
                 stream.container.seek(position, stream=stream)
-            for number, frame in enumerate(decode(stream, None if position is None else wanted)):
+            for number, frame in enumerate(decode(stream, wanted)):
                 time = number if position is None else frame.pts
                 if time in missing:
                     missing.remove(time)
@@ -466,11 +468,10 @@ def decode_frames(path: str, stream: av.VideoStream | None, seeks: Sequence, siz
 
 def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
     """The first picture of an image file, (3, H, W) uint8, resized if a size is given."""
-    stream = open_stream(path, MAX_SOURCE_IMAGE_PIXELS)
+    stream = open_stream(path)
     with stream.container, ffmpeg_errors(path):
-        context = stream.codec_context
-        if context.name == "mjpeg":  # a JPEG that breaks off would end in grey; a TIFF would fail at any unknown tag
-            context.options |= {"err_detect": "explode"}
+        if stream.codec_context.name == "mjpeg":  # one that breaks off would end in grey; a TIFF would fail at any tag
+            stream.codec_context.options |= {"err_detect": "explode"}
         frame = next(decode(stream), None)
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")
@@ -479,7 +480,7 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    stream = open_stream(path, MAX_SOURCE_IMAGE_PIXELS)
+    stream = open_stream(path)
     with stream.container:
         size = stream.codec_context.height, stream.codec_context.width
     return size if all(size) else tuple(read_image(path).shape[1:])
@@ -494,61 +495,59 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     kind: "video" (one file, or one image file per frame) or "image". most_frames, size: set by the token budget of a
     sample, on top of the options. Raises UserError naming the file.
     """
-    source = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else image_size(paths[0])
+    is_file = kind == "video" and len(paths) == 1
+    source = index_frames(paths[0]) if is_file else image_size(paths[0])
     try:
-        if kind == "image":
-            h, w, notes = frame_size("image", *source, 1, options)
-            plan = ClipPlan("image", paths[:1], (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
-        elif len(paths) > 1:
-            plan = plan_frames(paths, source, options, most_frames)
-        else:
-            plan = plan_video(paths, source, options, most_frames)
+        plan = (plan_video if is_file else plan_pictures)(kind, paths, source, options, most_frames)
     except UserError as error:  # of the options, or of the picture's shape
         raise UserError(f"{paths[0]}: {error}") from None
     return plan if size is None else replace(plan, size=size)
 
 
-def plan_video(paths: tuple[str, ...], frames: FrameIndex, options: Options, most_frames: int | None) -> ClipPlan:
-    total, fps = len(frames.pts), frames.fps
-    n = smart_nframes(total, fps, options)
-    notes = []
-    by_rate = total / fps * options.fps
+def plan_video(kind: str, paths, frames: FrameIndex, options: Options, most_frames: int | None) -> ClipPlan:
+    total, fps, notes = len(frames.pts), frames.fps, []
+    first, span = frame_span(total, fps, options)
+    n = smart_nframes(span, fps, options)
+    by_rate = span / fps * options.fps
     if options.nframes is None and not n <= by_rate < n + TEMPORAL:
-        asked = f"fps {options.fps:g} asks for {by_rate:.1f} of {total} frames"
+        asked = f"fps {options.fps:g} asks for {by_rate:.1f} of {span} frames"
         notes.append(f"{asked}; min_frames and max_frames make it {n}")
     n = min(n, most_frames or n)
     h, w, size_notes = frame_size("video", *frames.size, n, options)
-    indices = tuple(frame_indices(total, n))
+    indices = tuple(frame_indices(span, n, first))
     times, seeks = tuple(map(frames.seconds, indices)), tuple(map(frames.seek, indices))
     notes = (*notes, *size_notes)
-    return ClipPlan("video", paths, indices, times, (h, w), frames.size, total, fps, n / total * fps, seeks, notes)
+    return ClipPlan(kind, paths, indices, times, (h, w), frames.size, total, fps, n / span * fps, seeks, notes)
 
 
-def plan_frames(paths: tuple[str, ...], source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
-    """A list of frames is taken whole, an odd last one repeated; nframes and max_frames thin it out evenly."""
+def plan_pictures(kind: str, paths, source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
+    """An image; or a list of frames, taken whole, an odd last one repeated. nframes and max_frames thin it out."""
     total = len(paths)
+    if (options.video_start, options.video_end) != (None, None):
+        raise UserError("video_start and video_end need one video file")
+    if kind == "image":
+        h, w, notes = frame_size(kind, *source, 1, options)
+        return ClipPlan(kind, paths, (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
     n = options.nframes or min(total, options.max_frames)
     n = min(n, most_frames or n)
     if n > total:
         raise UserError(f"nframes {n} of a list of {total} frames; expected at most {total}")
     indices = list(range(total)) if n == total else frame_indices(total, math.ceil(n / TEMPORAL) * TEMPORAL)
-    sample_fps = options.fps * len(indices) / total
+    rates = options.fps, options.fps * len(indices) / total  # of the list, and of what is taken of it
     indices += indices[-1:] * (len(indices) % TEMPORAL)
-    h, w, notes = frame_size("video", *source, len(indices), options)
+    h, w, notes = frame_size(kind, *source, len(indices), options)
     times = tuple(i / options.fps for i in indices)
-    rates = options.fps, sample_fps
-    return ClipPlan("video", paths, tuple(indices), times, (h, w), source, total, *rates, notes=tuple(notes))
+    return ClipPlan(kind, paths, tuple(indices), times, (h, w), source, total, *rates, notes=tuple(notes))
 
 
 def read_clip(plan: ClipPlan) -> Tensor:
     """The planned frames as patches: (P, 1176) uint8. Raises UserError naming the file."""
-    if plan.kind == "image":
-        frames = [read_image(plan.paths[0], plan.size)] * TEMPORAL  # an image is a clip of two equal frames
-    elif len(plan.paths) > 1:
-        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
-    else:
+    if plan.kind == "video" and len(plan.paths) == 1:
         frames = read_frames(plan.paths[0], plan.indices, plan.seeks, plan.size)
-    return to_patches(torch.stack(frames))
+    else:
+        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
+    times = TEMPORAL if plan.kind == "image" else 1  # an image is a clip of two equal frames
+    return to_patches(torch.stack(frames * times))
 
 
 def to_patches(frames: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from workloads import Bench, arguments, chosen, forward_flops, linear_flops, pee
 import lora
 from adapter_files import hf_name
 from config import GRPO
-from dataset.batch import Example, pack
+from data import Example, pack
 from engine import build_engine, init_distributed, leave_processes
 from model.decode import Sampling, generate
 from model.packed import IGNORE

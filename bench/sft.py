@@ -12,7 +12,6 @@ accumulation samples go into as few passes as --pack_tokens allows, as the train
 the measured matrix rate. The last line is one JSON object.
 """
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from workloads import Bench, arguments, chosen, linear_flops, peer_inputs, peft_
 
 import lora
 from config import SFT
-from dataset.batch import fill_bins
+from data import fill_bins
 from engine import build_engine, init_distributed, leave_processes, update
 from model.packed import IGNORE
 from train_sft import micro_loss
@@ -77,7 +76,7 @@ def passes(bench, work, samples):
     """Packed batches of so many samples, cut as the trainer cuts them."""
     tokens = work.prompt_tokens + work.completion
     sizes = [tokens] * samples
-    bins = fill_bins(list(range(samples)), sizes, sizes, bench.args.pack_tokens or math.inf, 1)
+    bins = fill_bins(sizes, bench.args.pack_tokens or sum(sizes))
     return [sft_batch(bench.config, work, len(bin), seed) for seed, bin in enumerate(bins)]
 
 

@@ -1,35 +1,24 @@
 """Facts about a dataset: counted by `dataset_summary` for data.json, shown by `dataset`.
 
-data.json is {split: facts}. Counts of classes and questions are {text: count} or [[text, count]]; tokens, frames and
-seconds are [least, median, most].
+data.json is {split: facts}. Of the facts, tokens, frames and seconds are [least, median, most].
 """
 
 import re
 import statistics
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from reporting.frames import clip_folders
-from reporting.numbers import dict_of, flatten
-from reporting.run import Run, read_object
+from answers import parse_options
+from model import UserError
+from records import record_name
+from reporting.run import Run, read_json
+from reporting.values import flatten
+from rewards import reference_answer, sample_from_record
 
 MAX_READ = 1000  # records whose text is read, evenly spread over the dataset
 MAX_MEASURED = 32  # records whose clips are opened and whose tokens are counted
 MAX_CLASSES, MAX_QUESTIONS, MAX_EXAMPLES = 40, 8, 6  # listed; more different answers than that are no classes
-
-# Key in data.json: line of the table
-RANGES = {
-    "tokens": "tokens per sample",
-    "vision_tokens": "vision tokens",
-    "answer_tokens": "answer tokens",
-    "frames": "sampled frames per clip",
-    "seconds": "clip length, seconds",
-    "source_fps": "frame rate of the file",
-}
-SIZES = {"sizes": "width x height, resized", "source_sizes": "width x height, of the file"}
-
-
-# -- Counting. These functions import the data modules when called: a page needs no torch.
 
 
 def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
@@ -48,10 +37,6 @@ def evenly_spread(records: Sequence[dict], count: int) -> list[dict]:
 
 def text_facts(records: Sequence[dict]) -> dict:
     """Classes (the words of the right answers), question templates, and an example of each class."""
-    from dataset.records import record_name
-    from model import UserError
-    from rewards import reference_answer, sample_from_record
-
     read, classes, questions, examples = evenly_spread(records, MAX_READ), Counter(), Counter(), {}
     for record in read:
         try:
@@ -66,10 +51,7 @@ def text_facts(records: Sequence[dict]) -> dict:
             examples.setdefault(name, {"id": record_name(record), "video": record["video"], "class": name})
     return {
         "samples": len(records),
-        "looked_at": len(read),
         "classes": dict(sorted(classes.items())) if len(classes) <= MAX_CLASSES else {},
-        "different_answers": len(classes),
-        "different_questions": len(questions),
         "questions": questions.most_common(MAX_QUESTIONS),
         "examples": list(examples.values())[:MAX_EXAMPLES],
     }
@@ -77,8 +59,6 @@ def text_facts(records: Sequence[dict]) -> dict:
 
 def question_template(text: str) -> str:
     """A question without its clips, its list of options and its numbers: what many questions share."""
-    from answers import parse_options
-
     text = re.sub(r"<(video|image)>", "", text)
     options = parse_options(text)
     for label, words in options.items():  # label, mark and words
@@ -89,54 +69,38 @@ def question_template(text: str) -> str:
 
 def clip_facts(records: list[dict], processor) -> dict:
     """[least, median, most] of tokens, frames and seconds; how often each size comes; records that cannot be read."""
-    from dataset.records import Media, record_name
-    from model import UserError
-
-    values = {key: [] for key in RANGES}
-    sizes, source_sizes, unreadable = Counter(), Counter(), {}
+    values, sizes, unreadable = defaultdict(list), defaultdict(Counter), {}
     for record in records:
         try:
-            segments, plans = processor.layout(record, True, record_name(record))
+            ids, trained, plans = processor.layout(record, True, record_name(record))
         except UserError as error:
             unreadable[record_name(record)] = str(error)
             continue
-        texts = [(len(segment), is_answer) for segment, is_answer in segments if not isinstance(segment, Media)]
-        vision = sum(plan.num_tokens for plan in plans)
-        values["vision_tokens"].append(vision)
-        values["tokens"].append(vision + sum(length for length, _ in texts))
-        values["answer_tokens"].append(sum(length for length, is_answer in texts if is_answer))
+        values["vision_tokens"].append(sum(plan.num_tokens for plan in plans))
+        values["tokens"].append(len(ids))
+        values["answer_tokens"].append(int(trained.sum()))
         for plan in plans:
-            sizes[f"{plan.size[1]} x {plan.size[0]}"] += 1
-            source_sizes[f"{plan.source_size[1]} x {plan.source_size[0]}"] += 1
             values["frames"].append(len(plan.indices))
+            for name, (height, width) in (("sizes", plan.size), ("source_sizes", plan.source_size)):
+                sizes[name][f"{width} x {height}"] += 1
             if plan.kind == "video":
                 values["seconds"].append(round(plan.total_frames / plan.source_fps, 3))
                 values["source_fps"].append(round(plan.source_fps, 3))
-    ranges = {key: [min(v), statistics.median(v), max(v)] for key, v in values.items() if v}
-    common = {"sizes": dict(sizes.most_common(6)), "source_sizes": dict(source_sizes.most_common(6))}
+    ranges = {key: [min(v), statistics.median(v), max(v)] for key, v in values.items()}
+    common = {name: dict(counts.most_common(6)) for name, counts in sizes.items()}
     return {"measured": len(records), "unreadable": unreadable, **ranges, **common}
 
 
-# -- Showing
-
-
-def dataset(run: Run) -> dict | None:
-    """What the section shows; None where nothing is known of the data."""
-    splits = {name: facts for name, facts in run.data.items() if isinstance(facts, dict)}
-    metadata = read_object(run.data_path.parent / "metadata.json", run.notes) if run.data_path else {}
+def dataset(run: Run, clips: Collection[str] = ()) -> dict:
+    """What the section shows, without examples whose clip is among `clips`."""
+    path = run.config.get("data_path") or ""
+    metadata = read_json(Path(path).parent / "metadata.json") if path else {}
     options = flatten({key: value for key, value in metadata.items() if key != "counts"})
-    if not splits and not metadata:
-        return None
-    counts = [dict_of(facts.get("classes")) for facts in splits.values()]
-    names = sorted({name for each in counts for name in each})
+    examples = next((facts["examples"] for facts in run.data.values() if facts["examples"]), [])
     return {
-        "path": str(run.data_path or ""),
-        "splits": splits,
-        "ranges": RANGES,
-        "sizes": SIZES,
-        "classes": {name: [each.get(name, 0) for each in counts] for name in names},
-        "most_frequent": max((n for each in counts[:1] for n in each.values()), default=1),
+        "path": path,
+        "splits": run.data,
         "options": [(key.removeprefix("options/").replace("/", " "), value) for key, value in options],
-        "examples": next((facts["examples"] for facts in splits.values() if facts.get("examples")), []),
-        "folders": clip_folders(run.config),
+        "examples": [example for example in examples if example["video"] not in clips],
+        "config": run.config,
     }

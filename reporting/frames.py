@@ -1,94 +1,72 @@
-"""Frames of clips for a page: decoded with PyAV, without torch, and kept for the next page."""
+"""Clips as the model saw them: the frames that video.py samples and resizes, as small JPEGs for the page."""
 
 import base64
 import functools
-import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 
-FRAMES = 8  # of a strip
-SIDE = 112  # pixels, longest side of a frame on the page
-MAX_PIXELS = 8192 * 8192  # of a source frame; larger ones are not decoded for a picture
-SEQUENTIAL = 120_000_000  # pixels of a whole clip up to which it is decoded from end to end; else keyframes only
+from config import SFT, as_dict
+from model import UserError
+from video import Options, plan_clip, read_clip
+
+FRAMES = 8  # shown of a clip
+SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def clip_folders(config: dict) -> list[Path]:
-    """Where the clips of a run may lie: image_folder, videos/ beside the data, beside the data."""
-    folders = [Path(config["image_folder"])] if isinstance(config.get("image_folder"), str) else []
-    for name in ("data_path", "eval_data_path"):
-        if isinstance(config.get(name), str) and config[name]:
-            folders += [Path(config[name]).parent / "videos", Path(config[name]).parent]
-    return list(dict.fromkeys(folders))
+def find_clip(name: str, config: dict) -> Path | None:
+    """In image_folder, in videos/ beside the data, beside the data."""
+    data = [Path(config[key]).parent for key in ("data_path", "eval_data_path") if config.get(key)]
+    folders = [Path(config.get("image_folder") or ""), *(folder / sub for folder in data for sub in ("videos", ""))]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def strip(video, folders: list[Path]) -> dict:
-    """{"images": [(seconds, data URL)], "error"} of a record's `video`: a file, or a list of a clip's frames."""
-    while isinstance(video, list) and len(video) == 1:
-        video = video[0]
-    names = [name for name in (video if isinstance(video, list) else [video]) if isinstance(name, str) and name]
-    images = []
+def strip(video: str | list[str] | None, config: dict) -> dict:
+    """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`: a file, or a list of images."""
+    names = video if isinstance(video, list) else [video] if video else []
+    paths = [find_clip(name, config) for name in names]
+    if None in paths:
+        return {"error": f"{names[paths.index(None)]}: no such file"}
+    if not paths:
+        return {}
+    kind = "image" if len(paths) == 1 and paths[0].suffix.lower() in IMAGES else "video"
     try:
-        for name in names[:: max(1, -(-len(names) // FRAMES))]:
-            paths = (path for path in (*(folder / name for folder in folders), Path(name)) if path.is_file())
-            path = next(paths, None)
-            if path is None:
-                return {"images": [], "error": f"{name}: no such file"}
-            images += decode(path, path.stat().st_mtime)
-    except (av.FFmpegError, OSError) as error:
-        return {"images": [], "error": f"{names[0]}: cannot be decoded ({error.strerror})"}
-    return {"images": images, "error": f"{names[0]}: no frames" if names and not images else ""}
+        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {}, names[0])
+        return sampled(kind, tuple(map(str, paths)), options, paths[0].stat().st_mtime)
+    except (UserError, OSError) as error:
+        return {"error": str(error)}
 
 
-@functools.lru_cache(512)
-def decode(path: Path, _changed: float) -> list[tuple[float, str]]:
-    """[(seconds, JPEG as data URL)] of FRAMES frames spread over the clip. Raises av.FFmpegError or OSError."""
-    # the absolute path and the whitelist keep names like "concat:..." and playlists from opening anything else
-    options = {"protocol_whitelist": "file", "pattern_type": "none"}
-    with av.open(os.path.abspath(path), timeout=5.0, options=options, metadata_errors="replace") as container:
-        if not container.streams.video:
-            return []
-        stream = container.streams.video[0]
-        pixels = stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0
-        if not 0 < pixels <= MAX_PIXELS:
-            return []
-        stream.codec_context.thread_count = 1
-        whole = 0 < stream.frames and stream.frames * pixels <= SEQUENTIAL
-        frames = evenly_spread(container, stream) if whole else keyframes(container, stream)
-        return [(float(frame.time or 0), jpeg(shrink(frame))) for frame in frames]
+@functools.lru_cache(256)
+def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict:
+    """The strip of a clip: FRAMES of its sampled frames. Raises UserError naming the file."""
+    plan = plan_clip(kind, paths, options)
+    count = len(plan.indices)
+    shown = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int).tolist()
+    few = replace(plan, indices=[plan.indices[k] for k in shown], seeks=[plan.seeks[k] for k in shown if plan.seeks])
+    pictures = [jpeg(picture) for picture in from_patches(read_clip(few).numpy(), few.grid_thw)]
+    note = f"{len(shown)} of {count} sampled frames, {plan.size[1]} x {plan.size[0]} pixels"
+    return {"images": list(zip((plan.times[k] for k in shown), pictures)), "note": note}
 
 
-def evenly_spread(container, stream):
-    """FRAMES frames of a short clip, all of which is decoded."""
-    indices = set(np.linspace(0, stream.frames - 1, min(FRAMES, stream.frames)).round().astype(int).tolist())
-    return (frame for i, frame in enumerate(container.decode(stream)) if i in indices)
-
-
-def keyframes(container, stream):
-    """Of a long clip: the keyframes at or before FRAMES evenly spread times; fewer if they share one."""
-    stream.codec_context.skip_frame = "NONKEY"
-    seen = set()
-    for at in np.linspace(0, container.duration or 0, FRAMES, endpoint=False):
-        container.seek(int(at))
-        frame = next(container.decode(stream), None)
-        if frame is not None and frame.pts not in seen:
-            seen.add(frame.pts)
-            yield frame
-
-
-def shrink(frame) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8, at most SIDE pixels a side, the right way up."""
-    scale = min(1.0, SIDE / max(frame.width, frame.height))
-    rgb = frame.reformat(max(2, int(frame.width * scale)), max(2, int(frame.height * scale)), "rgb24").to_ndarray()
-    return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
+def from_patches(patches: np.ndarray, grid_thw: tuple[int, int, int]) -> np.ndarray:
+    """(P, 1176) -> frames (F, H, W, 3) uint8: undoes video.to_patches."""
+    t, h, w = grid_thw
+    x = patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)  # cells, patches of a cell, colour, frame, pixels
+    return x.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
 
 
 def jpeg(picture: np.ndarray) -> str:
-    """(H, W, 3) uint8 as a data URL."""
+    """(H, W, 3) uint8 as a data URL, at most SIDE pixels a side."""
+    scale = min(1.0, SIDE / max(picture.shape[:2]))
     codec = av.CodecContext.create("mjpeg", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.framerate = *picture.shape[:2], "yuvj444p", 1
-    codec.options = {"qmin": "2", "qmax": "3"}
-    image = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuvj444p")
+    codec.height, codec.width = (max(2, int(side * scale)) for side in picture.shape[:2])
+    codec.pix_fmt, codec.framerate, codec.options = "yuvj444p", 1, {"qmin": "2", "qmax": "3"}
+    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+    image = image.reformat(codec.width, codec.height, "yuvj444p")
     data = b"".join(bytes(packet) for packet in [*codec.encode(image), *codec.encode(None)])
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()

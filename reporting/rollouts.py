@@ -1,124 +1,88 @@
-"""rollouts.jsonl -> the groups of completions that are shown.
+"""rollouts.jsonl -> groups of completions, and the cards of them that a page shows."""
 
-The file may be gigabytes. Only its first and its last WINDOW bytes are read, which shows before and after.
-"""
-
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.numbers import dict_of, is_number
+from reporting.values import json_lines
 
-WINDOW = 6 * 2**20  # bytes read at either end of the file
+WINDOW = 4 * 2**20  # bytes read at either end of the file, which may have gigabytes
 MAX_TOKENS = 600  # shown of one completion
 TINTS = (0.9, 0.7, 0.5, 0.3, 0.1)  # probabilities at which a token's tint deepens
 
 
 @dataclass
 class Group:
-    """The completions of one prompt at one step."""
+    """The completions of one prompt at one step, from the best to the worst."""
 
-    step: int
-    sample: str
-    lines: list[bytes]  # parsed again where they are shown: a window as objects takes ten times its bytes
-    rewards: list[float]
+    rows: list[dict]
 
-    @property
-    def ranked(self) -> list[dict]:
-        """The completions from the best to the worst."""
-        return sorted(map(json.loads, self.lines), key=total_reward, reverse=True)
-
-    mean = property(lambda self: sum(self.rewards) / len(self.rewards))
-    spread = property(lambda self: max(self.rewards) - min(self.rewards))
+    def __post_init__(self):
+        self.rows.sort(key=lambda row: row["reward"], reverse=True)
+        self.step, self.sample = self.rows[0]["step"], self.rows[0]["id"]
+        self.clip = self.rows[0]["video"]
+        self.mean = sum(row["reward"] for row in self.rows) / len(self.rows)
+        self.spread = self.rows[0]["reward"] - self.rows[-1]["reward"]
 
 
-@dataclass
-class Rollouts:
-    first: list[Group]  # from the beginning of the file
-    last: list[Group]  # from its end; the same list for a short file
-
-
-def read_rollouts(path: Path) -> Rollouts | None:
-    """None if the file is not there or holds nothing."""
+def read_groups(path: Path) -> list[Group]:
+    """Groups in the order of the file; of a long file those at its beginning and at its end. [] without a file."""
     if not path.is_file():
-        return None
+        return []
     with path.open("rb") as file:
-        first = groups_of(file.read(WINDOW).split(b"\n"))
-        size = file.seek(0, os.SEEK_END)
-        if size <= WINDOW:
-            return Rollouts(first, first) if first else None
-        file.seek(size - WINDOW)
-        last = groups_of(file.read().split(b"\n"))
-    # the group at the cut of a window is incomplete, unless it is the only one
-    return Rollouts(first[:-1] or first, last[1:] or last) if first and last else None
-
-
-def groups_of(lines) -> list[Group]:
-    """Groups in the order of the file. Lines cut at the window's edges are no JSON and left out."""
+        text = file.read(WINDOW)
+        gap = path.stat().st_size - 2 * WINDOW
+        if gap > 0:
+            file.seek(gap, os.SEEK_CUR)
+            text += b"\n"
+        text += file.read()
     groups = {}
-    for line in lines:
-        try:
-            row = dict_of(json.loads(line))
-        except ValueError:
-            continue
-        step = row["step"] if is_number(row.get("step")) else 0
-        sample = str(row.get("id", row.get("video", "")))
-        group = groups.setdefault((step, str(row.get("prompt")), sample), Group(step, sample, [], []))
-        group.lines.append(line)
-        group.rewards.append(total_reward(row))
-    return list(groups.values())
+    for row in json_lines(text)[0]:
+        groups.setdefault((row["step"], row["prompt"], row["id"]), []).append(row)
+    return [Group(rows) for rows in groups.values()]
 
 
-def components(row: dict) -> dict:
-    """The components of a completion's reward."""
-    return dict_of(row.get("rewards"))
+def before_and_after(groups: list[Group]) -> list[list[Group]]:
+    """[[a prompt's earliest group, its latest]], from the prompt that gained most to the one that gained least."""
+    early = {group.sample: group for group in reversed(groups)}
+    late = {group.sample: group for group in groups}
+    pairs = [[early[sample], late[sample]] for sample in early if late[sample].step > early[sample].step]
+    return sorted(pairs, key=lambda pair: pair[0].mean - pair[1].mean)
 
 
-def total_reward(row: dict) -> float:
-    """The total; of a row without one, the sum of its components."""
-    if is_number(row.get("reward")):
-        return row["reward"]
-    return sum(value for value in components(row).values() if is_number(value))
+def of_step(groups: list[Group], step: int) -> list[list[Group]]:
+    """The best group of a step, the worst, and the one whose rewards differ most; each is a card."""
+    ranked = sorted((group for group in groups if group.step == step), key=lambda group: -group.mean)
+    chosen = [ranked[0], ranked[-1], max(ranked, key=lambda group: group.spread)]
+    return [[group] for group in {id(group): group for group in chosen}.values()]
 
 
-# -- What is shown
-
-
-def informative(groups: list[Group], step: int) -> list[Group]:
-    """Of one step: the best group, the worst, and the one whose rewards differ most."""
-    groups = [group for group in groups if group.step == step]
-    chosen = [max(groups, key=lambda g: g.mean), min(groups, key=lambda g: g.mean), max(groups, key=lambda g: g.spread)]
-    return list({id(group): group for group in chosen}.values())
-
-
-def before_and_after(rollouts: Rollouts) -> list[list[Group]]:
-    """[[a prompt's earliest group, its latest]]: of the prompt that gained most, and of the one that gained least."""
-    early = {group.sample: group for group in reversed(rollouts.first)}
-    late = {group.sample: group for group in rollouts.last}
-    pairs = [[early[s], late[s]] for s in sorted(early) if s and s in late and late[s].step > early[s].step]
-    pairs.sort(key=lambda pair: pair[0].mean - pair[1].mean)
-    return pairs[:1] + pairs[1:][-1:]
-
-
-def rollout_cards(rollouts: Rollouts) -> dict[str, list[list[Group]]]:
+def rollout_cards(groups: list[Group]) -> dict[str, list[list[Group]]]:
     """{heading: cards}: the same prompt at two steps, the last step, the first. A card is groups of one prompt."""
-    first, last = min(group.step for group in rollouts.first), max(group.step for group in rollouts.last)
+    if not groups:
+        return {}
+    pairs, first, last = before_and_after(groups), groups[0].step, groups[-1].step
     return {
-        "The same prompt, before and after": before_and_after(rollouts),
-        "Last rollouts": [[group] for group in informative(rollouts.last, last)],
-        "First rollouts": [[group] for group in informative(rollouts.first, first)] if first < last else [],
+        "The same prompt, before and after": pairs[:1] + pairs[1:][-1:],
+        "Last rollouts": of_step(groups, last),
+        "First rollouts": of_step(groups, first) if first < last else [],
     }
 
 
-def shown_tokens(row: dict) -> list[tuple[str, int, float]]:
-    """(text, tint, probability) of each token; without tokens and log-probs the completion's text alone.
+def new_cards(groups: list[Group], clips: set[str]) -> dict[str, list[list[Group]]]:
+    """One card each: before and after, and of the last step, of clips that are not among `clips`; they are added."""
+    result = {}
+    for heading, cards in list(rollout_cards(groups).items())[:2]:
+        result[heading] = [card for card in cards if card[0].clip not in clips][:1]
+        clips.update(card[0].clip for card in result[heading])
+    return result
 
-    tint: 0 for a likely token … 5 for an unlikely one, the classes p0 … p5 of the page.
+
+def shown_tokens(row: dict) -> list[tuple[str, int, float]]:
+    """(text, tint, probability) of each token; tint: 0 for a likely token … 5 for an unlikely one, p0 … p5 of the page.
+
+    A log-prob that was not finite is null: no tint.
     """
-    tokens, logprobs = row.get("tokens"), row.get("logprobs")
-    if not (isinstance(tokens, list) and isinstance(logprobs, list) and len(tokens) == len(logprobs) > 0):
-        return [(row["completion"], 0, 1.0)] if row.get("completion") else []
-    probabilities = [math.exp(value) if is_number(value) else 1.0 for value in logprobs]
-    return [(text, sum(p < limit for limit in TINTS), p) for text, p in zip(tokens, probabilities)][:MAX_TOKENS]
+    probabilities = [1.0 if value is None else math.exp(value) for value in row["logprobs"]]
+    return [(text, sum(p < limit for limit in TINTS), p) for text, p in zip(row["tokens"], probabilities)][:MAX_TOKENS]

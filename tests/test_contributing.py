@@ -57,7 +57,7 @@ def use(folder, code):
 
 
 def test_there_are_four_and_none_is_long():
-    assert [file for _, file, _ in BLOCKS] == ["my_rewards.py", "dataset/forms.py", "bench/workloads.py", "config.py"]
+    assert [file for _, file, _ in BLOCKS] == ["my_rewards.py", "records.py", "bench/workloads.py", "config.py"]
     for _, file, text in BLOCKS:
         assert len(text.splitlines()) < 12 and len(re.findall(r"^[+-]", text, re.M)) < 10, file
     assert len(TEXT.splitlines()) <= 66  # one page
@@ -72,12 +72,12 @@ def test_the_reward(tmp_path):
 
 def test_the_data_form(copied):
     code = """
-from dataset.records import read_turns
+from records import read_turns
 question, answer = read_turns({"video": "a.mp4", "caption": "A ball falls."}, "sample 0")
 print(question.role, question.text, question.parts[0].paths, answer.role, answer.text)
 """
     expected = "user What happens? ('a.mp4',) assistant A ball falls."
-    assert use(applied(copied, "dataset/forms.py"), code).strip() == expected
+    assert use(applied(copied, "records.py"), code).strip() == expected
 
 
 def test_the_model_size(copied):

@@ -227,14 +227,12 @@ def test_an_adapter_names_code_and_other_models(adapter_folder, trace):
 
 def test_an_adapter_does_not_open_doors(adapter_folder):
     """What was trained with is taken over from an adapter's files: how clips are seen, not what may be read."""
-    config = {"nframes": 4, "allow_remote_files": True, "allow_outside_files": True, "remote_folder": "/"}
-    config |= {"image_folder": "/", "remote_max_mb": 10**9, "cache_mb": 10**9, "model_id": "evil/model"}
+    config = {"nframes": 4, "image_folder": "/", "cache_mb": 10**9, "model_id": "evil/model"}
     (adapter_folder / checkpoint.STATE).write_text(json.dumps({"config": config}))
     cfg = Infer(video="a.mp4")
     cfg.given = set()
     assert read_as_trained(cfg, adapter_folder) == ["--nframes 4, as in training"]
-    assert not cfg.allow_remote_files and not cfg.allow_outside_files and cfg.image_folder is None
-    assert cfg.remote_max_mb == 512 and cfg.model_id == "assets/tiny"
+    assert cfg.image_folder is None and cfg.cache_mb == 1024 and cfg.model_id == "assets/tiny"
 
 
 def test_what_an_adapter_says_of_clips_is_checked(adapter_folder):

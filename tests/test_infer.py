@@ -239,7 +239,7 @@ def centre(frame, axis):
 
 
 def watches(texts=OPTIONS):
-    """A stand-in for model.decode.generate that follows the bright square; a blank clip looks to it like option A."""
+    """A stand-in for rollouts.generate that follows the bright square; a blank clip looks to it like option A."""
     tokenizer = byte_level_tokenizer()
 
     def generate(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
@@ -271,8 +271,8 @@ def dataset(tmp_path_factory):
 
 
 def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("model.decode.generate", watches())
-    out, found = run(capsys, "--data_path", dataset, "--model_id", base, "--batch_size", 4)
+    monkeypatch.setattr("rollouts.generate", watches())
+    out, found = run(capsys, "--data_path", dataset, "--model_id", base)
     assert (found["right"], found["count"], found["skipped"], found["chance"]) == (9, 9, 0, 0.25)
     assert found["accuracy"] == 1.0 and found["interval"] == pytest.approx([0.7009, 1.0], abs=1e-4)
     assert found["confusion"]["Left to Right"] == {"Left to Right": 3} and len(found["confusion"]) == 4
@@ -284,7 +284,7 @@ def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
 
 
 def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("model.decode.generate", watches(["It is (A)"] * 3 + ["no idea"]))
+    monkeypatch.setattr("rollouts.generate", watches(["It is (A)"] * 3 + ["no idea"]))
     eight = dataset.with_name("eight.json")  # two of each class
     eight.write_text(json.dumps(json.loads(dataset.read_text())[:8]))
     found = run(capsys, "--data_path", eight, "--model_id", base)[1]
@@ -300,7 +300,7 @@ def test_broken_records_are_skipped_and_named(capsys, monkeypatch, here, base, d
     (here / "videos" / "2.mp4").write_bytes(b"no video")
     records.append({"video": "0.mp4", "conversations": records[0]["conversations"][:1]})
     (here / "val.json").write_text(json.dumps(records))
-    monkeypatch.setattr("model.decode.generate", watches())
+    monkeypatch.setattr("rollouts.generate", watches())
     infer.main(["--data_path", "val.json", "--model_id", str(base), "--json"])
     out, err = capsys.readouterr()
     found = json.loads(out.splitlines()[-1])
@@ -311,37 +311,37 @@ def test_broken_records_are_skipped_and_named(capsys, monkeypatch, here, base, d
         infer.main(["--data_path", "val.json", "--model_id", str(base)])
 
 
-def test_shuffling_two_frames_is_told_to_be_impossible(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("model.decode.generate", watches())
+def test_shuffling_two_frames_is_reported_as_impossible(capsys, monkeypatch, here, base, dataset):
+    monkeypatch.setattr("rollouts.generate", watches())
     out, found = run(capsys, "--data_path", dataset, "--model_id", base, "--nframes", 2, "--max_samples", 2)
     assert found["controls"]["shuffled"]["accuracy"] is None and re.search("shuffled +not possible: .*two orders", out)
     assert found["flipped"] == 1.0
 
 
 def test_reasoning_and_answer_apart(capsys, monkeypatch, here, base, clip):
-    def told(text, *flags):
-        monkeypatch.setattr("model.decode.generate", watches([text]))
+    def answers(text, *flags):
+        monkeypatch.setattr("rollouts.generate", watches([text]))
         out, found = run(capsys, clip, "--model_id", base, *flags)
         shown = out.split("\n\nreasoning: ")[1].partition("\n{")[0]
         return shown, (found["reasoning"], found["answer"], found["option"])
 
     chain = "<think>It moves,\nnot (B).\n</think><answer>(A) Left to Right</answer>"
-    assert told(chain)[0] == "It moves,\nnot (B).\nanswer: (A) Left to Right"
-    assert told(chain)[1] == ("It moves,\nnot (B).", "(A) Left to Right", "A")
-    assert told("<think>It was cut")[1] == ("It was cut", "", None)
-    assert told("Answer: D")[1] == (None, "(D) Ascending", "D")
-    assert "contradicts itself" in told("Answer: (A) Ascending")[0]
-    assert told("<answer>red</answer>", "--question", "Which colour?")[1] == (None, "red", None)
+    assert answers(chain)[0] == "It moves,\nnot (B).\nanswer: (A) Left to Right"
+    assert answers(chain)[1] == ("It moves,\nnot (B).", "(A) Left to Right", "A")
+    assert answers("<think>It was cut")[1] == ("It was cut", "", None)
+    assert answers("Answer: D")[1] == (None, "(D) Ascending", "D")
+    assert "contradicts itself" in answers("Answer: (A) Ascending")[0]
+    assert answers("<answer>red</answer>", "--question", "Which colour?")[1] == (None, "red", None)
 
 
 def test_controls_can_be_left_out(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("model.decode.generate", watches())
+    monkeypatch.setattr("rollouts.generate", watches())
     cfg = parse(Infer, ["--data_path", str(dataset), "--model_id", str(base), "--max_samples", "4"])
     processor, records = infer.load_processor(cfg), json.loads(dataset.read_text())[:4]
     lists = {None: [], "none": [], "reversed": ["reversed"], "blank,shuffled": ["shuffled", "blank"]}
     for controls, left in lists.items():
         cfg.controls = controls
-        found = infer.evaluate(cfg, infer.load_model(cfg, None), processor, records)
+        found = infer.judge(cfg, infer.load_model(cfg, None), processor, records)
         assert found["accuracy"] == 1.0 and list(found["controls"]) == left
         assert found["flipped"] == (1.0 if "reversed" in left else None)
 

@@ -12,10 +12,10 @@ from checkpoint import find_adapter
 from cli import build_parser
 from config import GRPO, SFT, Adapter, Generate, Infer, Look, LoraArgs, Report, parse
 from data import Processor, load_tokenizer
-from dataset.index import read_records
 from infer import clip_record
 from model import UserError, nearest, nearest_path
 from model.loading import resolve_folder
+from records import read_records
 from report import read_run
 from rewards import load_rewards
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dataset.records import read_turns
 from model import UserError
 from model.loading import ModelConfig
+from records import read_turns
 
 ASKED = {"question": "What is it?", "answer": "a cube"}
 COLUMNS = {

@@ -1,4 +1,4 @@
-"""The report in a real headless browser: no console errors, all of it visible, hovering, dark, phone, hostile text."""
+"""The report in a real headless browser: drawn, hovered, dark, on a phone, printed, with hostile text."""
 
 import html
 import json
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_report import grpo_run, page_of, rollout_rows, write_lines  # noqa: F401 (grpo_run is a fixture)
+from test_report import grpo_run, page_of, rollout_rows, two_runs, write_lines  # noqa: F401 (fixtures)
 
 import report
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"n
 
 @pytest.fixture
 def browse(tmp_path):
-    """(page, flags) -> (the document after its script ran, lines of the browser's console)."""
+    """(page, flags) -> (what the browser prints, lines of its console)."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     flags += ["--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
 
@@ -31,12 +31,34 @@ def browse(tmp_path):
     return open_page
 
 
-def test_everything_is_visible_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch, tmp_path):  # noqa: F811
-    boxes = "Array.from(document.querySelectorAll({}), e => e.getBoundingClientRect())"
-    visible = boxes + ".some(box => box.width > 10 && box.height > 6)"
-    selectors = ["#curves figure svg", ".legend li", "table.confusion td", "table.controls svg .bar", "header pre"]
+def evaluate(browse, monkeypatch, runs, expressions):
+    """The values of JavaScript expressions on the page of the runs, appended to its script."""
+    values = ", ".join(f"{name}: {code}" for name, code in expressions.items())
+    code = f"document.documentElement.dataset.result = JSON.stringify({{ {values} }});</script>"
+    template = runs[0] / "template.html"
+    template.write_text(report.TEMPLATE.read_text().replace("</script>", code))
+    monkeypatch.setattr(report, "TEMPLATE", template)
+    page_of(*runs)
+    text, console = browse(runs[0] / "report.html", "--dump-dom")
+    assert not console, console
+    return json.loads(html.unescape(re.search('data-result="([^"]*)"', text)[1]))
+
+
+def test_everything_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch):  # noqa: F811
+    row = {"step": 41, "loss": None, "kl": 0.4}
+    with (grpo_run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n" + json.dumps(row | {"step": 42, "loss": 0.02}) + "\n")
+    visible = "Array.from(document.querySelectorAll({}), e => e.getBoundingClientRect())"
+    visible += ".some(box => box.width > 10 && box.height > 6)"
+    selectors = [
+        "#curves figure svg .line",
+        ".legend li",
+        "table.confusion td",
+        "table.controls svg .bar",
+        "header pre",
+    ]
     selectors += ["#rollouts .strip img", "#rollouts .tokens", ".tokens i.p3", ".question", "#data td svg .bar"]
-    selectors += [".example img", "#setup table", ".tiles dd", "#theme"]
+    selectors += [".example img", "#setup table", ".tiles dd", "#theme", "svg text"]
     hover = """(() => {
       const box = charts[0].svg.getBoundingClientRect(), x = (charts[0].x(20) + 1) / WIDTH * box.width + box.left;
       const event = new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50, bubbles: true });
@@ -45,39 +67,37 @@ def test_everything_is_visible_and_hovering_shows_one_step_in_every_chart(grpo_r
     colour = "getComputedStyle(document.body).backgroundColor"
     expressions = {f"v{k}": visible.format(json.dumps(selector)) for k, selector in enumerate(selectors)}
     expressions |= {"hover": hover, "light": colour, "dark": f"(document.getElementById('theme').click(), {colour})"}
-    values = ", ".join(f"{name}: {code}" for name, code in expressions.items())
-    code = f"document.documentElement.dataset.result = JSON.stringify({{ {values} }});</script>"
-    template = tmp_path / "template.html"
-    template.write_text(report.TEMPLATE.read_text().replace("</script>", code))
-    monkeypatch.setattr(report, "TEMPLATE", template)
-    page_of(grpo_run)
-    text, console = browse(grpo_run / "report.html", "--dump-dom")
-    assert not console, console
-    result = json.loads(html.unescape(re.search('data-result="([^"]*)"', text)[1]))
-    invisible = [selector for k, selector in enumerate(selectors) if not result[f"v{k}"]]
-    assert not invisible
+    expressions["loss"] = "charts[0].svg.querySelector('.line').getAttribute('d')"
+    result = evaluate(browse, monkeypatch, [grpo_run], expressions)
+    assert not [selector for k, selector in enumerate(selectors) if not result[f"v{k}"]], "these are invisible"
     assert len(result["hover"]) >= 8 and all("step 20" in text for text in result["hover"])
     values = "\n".join(result["hover"])
-    assert re.search(r"loss\s+0\.05\b", values) and re.search(r"kl\s+0\.2\b", values)
+    assert re.search(r"loss\s+0\.05\b", values) and re.search(r"KL\s+0\.2\b", values)
     assert (result["light"], result["dark"]) == ("rgb(255, 255, 255)", "rgb(19, 21, 24)")
+    assert result["loss"].count("M") == 2 and result["loss"].endswith("h0"), "a gap, then a point alone"
 
 
-def test_nothing_is_wider_than_a_phone(grpo_run, browse, tmp_path):  # noqa: F811
-    """In a frame of 375 pixels: a headless browser's own window is not made that narrow."""
-    page_of(grpo_run)
-    frame = tmp_path / "phone.html"
-    frame.write_text(f"""<iframe id=f width=375 height=800 src="{(grpo_run / "report.html").as_uri()}"></iframe><script>
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_phone_and_paper(two_runs, browse, tmp_path, compared):  # noqa: F811
+    """A frame of 375 pixels: a headless window is not made that narrow. On paper, folded tables stay folded."""
+    runs = two_runs if compared else two_runs[1:]
+    page_of(*runs)
+    path, frame, pdf = runs[0] / "report.html", tmp_path / "phone.html", tmp_path / "page.pdf"
+    frame.write_text(f"""<iframe id=f width=375 height=800 src="{path.as_uri()}"></iframe><script>
         f.onload = () => {{ const root = f.contentDocument.documentElement;
             document.title = root.clientWidth + " shown, " + root.scrollWidth + " wide"; }};</script>""")
     text, _ = browse(frame, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=2000")
     shown, wide = map(int, re.search(r"<title>(\d+) shown, (\d+) wide", text).groups())
     assert 350 < shown <= 375 and wide <= shown
+    browse(path, f"--print-to-pdf={pdf}")
+    assert 1 < len(re.findall(rb"/Type */Page\b", pdf.read_bytes())) <= 8
+    assert "<details>" in path.read_text() and "beforeprint" not in path.read_text()
 
 
 def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):  # noqa: F811
     rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
     write_lines(grpo_run / "rollouts.jsonl", rows)
-    text = page_of(grpo_run)
+    page_of(grpo_run)
     text, console = browse(grpo_run / "report.html", "--dump-dom")
     assert not console and "<title>grpo</title>" in text and text.count("<script") == 1, console
     path = grpo_run / "report.html"

@@ -21,7 +21,7 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 @pytest.fixture(scope="module")
 def tiny():
     model = load_model(TINY).eval()
-    return model, Processor(load_tokenizer(TINY), model.config, Infer(allow_outside_files=True))
+    return model, Processor(load_tokenizer(TINY), model.config, Infer())
 
 
 def records(folder: Path, count: int) -> list[dict]:

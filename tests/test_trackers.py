@@ -1,5 +1,7 @@
-"""--report_to: TensorBoard has the numbers of metrics.jsonl; a resumed run hides what came after its checkpoint."""
+"""--report_to: the scalars of metrics.jsonl; a resumed run hides what came after its checkpoint."""
 
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 import trackers
 from config import SFT
 from model import UserError
+
+ROW = {"loss": 5.0, "note": "text", "skipped": None, "evaluation": {"accuracy": 0.5}}
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
@@ -16,16 +20,34 @@ def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     trackers.check_installed(SFT())
 
 
-def test_tensorboard_has_the_numbers(tmp_path):
+def test_tensorboard_has_the_scalars(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = SimpleNamespace(cfg=SFT(report_to="tensorboard"), folder=tmp_path, step=0, source=None)
-    for first, source, loss in ((0, None, 5.0), (2, tmp_path, 7.0)):
-        run.step, run.source = first, source
+    for run.step, run.source, loss in ((0, None, 5.0), (2, tmp_path, 7.0)):
         (tracker,) = trackers.open_trackers(run)
-        for step in range(first + 1, 5):
-            row = {"loss": loss, "note": "text", "evaluation": {"accuracy": 0.5, "confusion": {"a": {"b": 1}}}}
-            tracker.log(step, row)
+        for step in range(run.step + 1, 5):
+            tracker.log(step, ROW | {"loss": loss})
         tracker.close()
-    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(found.Tags()["scalars"]) == {"loss", "evaluation/accuracy"}, found.Tags()
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(1, 5.0), (2, 5.0), (3, 7.0), (4, 7.0)]
+    read = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert read.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(1, 5.0), (2, 5.0), (3, 7.0), (4, 7.0)]
+
+
+def test_wandb_has_config_scalars_and_page(tmp_path, monkeypatch):
+    calls = []
+    wandb = SimpleNamespace(
+        init=lambda **options: calls.append(options) or wandb,
+        log=lambda values, **options: calls.append((values, options)),
+        finish=lambda: calls.append("finish"),
+        Html=str,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run.json").write_text(json.dumps({"id": "abc", "config": {"seed": 3}}))
+    (tmp_path / "report.html").write_text("page")
+    (tracker,) = trackers.open_trackers(SimpleNamespace(cfg=SFT(report_to="wandb"), folder=tmp_path))
+    tracker.log(3, ROW)
+    tracker.close()
+    options, logged, page, last = calls
+    assert (options["id"], options["resume"], options["config"]) == ("abc", "allow", {"seed": 3})
+    assert logged == ({"loss": 5.0}, {"step": 3}) and last == "finish"
+    assert page == ({"report": str(tmp_path / "report.html")}, {})

@@ -1,115 +1,35 @@
-"""GRPO end to end on a tiny random checkpoint: what is sampled is what is trained, the reference, resuming, ranks, bad
-input. The loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
+"""GRPO end to end on a tiny random checkpoint: what is sampled is what is trained, the reference, resuming, ranks. The
+loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
 
 import json
-import math
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 from conftest import same_weights  # isort: skip (it sets the environment before torch is imported)
 import numpy as np
 import pytest
 import torch
+from runs import base, column, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
-import generate
 import train_grpo
-import trainer
-from assets.make_tiny import init
 from config import GRPO
-from data import Processor, load_tokenizer, pack, read_records
-from dataset.batch import Example
+from data import Example, Processor, load_tokenizer, pack, read_records
 from grpo import grpo_loss, loss_normalizer
 from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loading import load_model
 from model.packed import IGNORE
-from rollouts import ALARM_STEPS, Alarm, Rollout, reward_metrics
+from rollouts import ALARM_STEPS, Alarm, Rollout, Sampler, reward_metrics
 
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-ROOT = Path(__file__).resolve().parents[1]
-# Random weights write random text: these rewards differ within its groups, and can be learned.
-REWARDS = '''
-def vowels(text, sample):
-    return sum(text.count(letter) for letter in "aeiou") / max(1, len(text))
-
-def nan(text, sample):
-    return float("nan")
-
-def flat(text, sample):
-    return 0.5
-'''
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A random checkpoint with its tokenizer, 6 clips to train on, 4 held out, and rewards for its text."""
-    folder = tmp_path_factory.mktemp("grpo")
-    init(folder / "tiny")
-    monkey = pytest.MonkeyPatch()
-    flags = ["--output_dir", str(folder / "data"), "--num_samples", "10", "--split", "0.8", "--video_length", "12"]
-    monkey.setattr(sys, "argv", ["generate.py", *flags])
-    generate.main()
-    monkey.undo()
-    (folder / "rewards.py").write_text(REWARDS)
-    return folder
-
-
-def flags_for(base, output, **options):
-    given = {"model_id": base / "tiny", "data_path": base / "data/train.json", "eval_data_path": "none", "nframes": 4}
-    given |= {"model_ckpt": "none", "output_dir": output, "max_steps": 3, "num_generations": 4, "oversample": 1}
-    given |= {"per_device_train_batch_size": 16, "max_completion_length": 8, "logging_steps": 100, "log_completions": 0}
-    given |= {"rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
-    return [part for name, value in (given | options).items() for part in (f"--{name}", str(value))]
-
-
-@pytest.fixture
-def grpo(base, tmp_path, monkeypatch):
-    """grpo(name, flag=value, …) runs train_grpo in this process and returns the run's folder."""
-
-    def run(name, **options):
-        monkeypatch.setattr(sys, "argv", ["train_grpo.py", *flags_for(base, tmp_path / name, **options)])
-        try:
-            train_grpo.main()
-        finally:
-            if torch.distributed.is_initialized():
-                trainer.leave_processes()
-        return tmp_path / name
-
-    return run
-
-
-def lines(folder, file="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
-
-
-def column(folder, name):
-    return [line[name] for line in lines(folder) if name in line]
-
-
-def weights(folder):
-    state = load_file(folder / "optimizer-00000.safetensors")
-    return {name: tensor for name, tensor in state.items() if name.startswith("weight/")}
+# ruff: noqa: F811 (fixtures are imported by name)
 
 
 class OneRank:
     """As much of trainer.Run as sampling and comparing need."""
 
-    rank, world, device = 0, 1, torch.device("cpu")
-    oom_retries, max_sampled_tokens = 0, math.inf
-
-    def __init__(self, cfg):
-        self.cfg = cfg
+    def __init__(self, cfg, sampler=None):
+        self.cfg, self.sampler = cfg, sampler
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +37,7 @@ def bench(base):
     """(model with a random adapter, processor, prompts of two clips, cfg)"""
     model = load_model(base / "tiny")
     cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
-    cfg.data_path = str(base / "data/train.json")
+    cfg.data_path = str(base / "data/few.json")
     torch.manual_seed(0)
     inject(model, cfg)
     shake(model)
@@ -137,9 +57,10 @@ def sampled(bench, prompts=None, seed=0, length=8):
     """Groups of the bench's prompts with made-up advantages, all of them to be trained on."""
     model, processor, own, cfg = bench
     torch.manual_seed(seed)
-    run = OneRank(replace(cfg, max_completion_length=length))
+    cfg = replace(cfg, max_completion_length=length)
+    run = OneRank(cfg, Sampler(model, processor, cfg))
     prompts = own if prompts is None else prompts
-    groups = train_grpo.sample_groups(run, model, processor, prompts, range(seed, seed + len(prompts)))
+    groups = train_grpo.sample_groups(run, prompts, range(seed, seed + len(prompts)))
     for k, rollout in enumerate(r for group in groups for r in group):
         rollout.advantage, rollout.trained = (-1) ** k * (1 + 0.1 * k), True
     return groups
@@ -149,9 +70,6 @@ def micro_batches(prompts, groups, cfg):
     lengths = [(number, len(prompt)) for number, prompt in enumerate(prompts)]
     own = dict(enumerate(prompts))
     return [train_grpo.micro_batch(own, rollouts, cfg) for rollouts in train_grpo.cut(groups, lengths, cfg)]
-
-
-# What is trained is what was sampled
 
 
 def test_the_training_forward_gives_the_samplers_logprobs(bench):
@@ -252,9 +170,6 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
     assert seen[0] != seen[2] and [r for _, r in seen[0]] != [r for _, r in seen[2]]
 
 
-# Groups
-
-
 def rollouts_of(rewards):
     """Groups whose completions have these rewards; all texts are the same."""
     make = lambda g, r: Rollout(g, [5], [-1.0], True, "same", components={"own": r}, reward=r, right=r > 0.5)
@@ -301,9 +216,6 @@ def test_alarms():
     still, flat = Alarm(), good | {"trained_tokens": 0}
     told = [still.look(step, flat) for step in range(2 * ALARM_STEPS)]
     assert [bool(texts) for texts in told] == ([False] * (ALARM_STEPS - 1) + [True]) * 2
-
-
-# The loop
 
 
 def test_it_learns_and_tells(grpo, base, capfd):
@@ -397,9 +309,7 @@ def test_how_the_batch_is_cut_changes_nothing(grpo):
 def test_two_ranks_equal_one(grpo, base, tmp_path):
     """The same prompts and completions, one group dropped or chosen as all ranks see it, counts over all ranks."""
     options = {"max_steps": 2, "oversample": 1.75, "save_steps": 2}  # 7 prompts: the ranks' shares differ
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    flags = flags_for(base, tmp_path / "two", **options, per_device_train_batch_size=8)
-    done = subprocess.run([*launcher, "train_grpo.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = two_ranks(train_grpo, base, tmp_path / "two", **options, per_device_train_batch_size=8)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folders = grpo("one", **options), tmp_path / "two"
     names = "step", "prompt", "id", "ids", "trained"
@@ -412,56 +322,22 @@ def test_two_ranks_equal_one(grpo, base, tmp_path):
 
 
 def test_the_temporal_reward_samples_shuffled_frames_too(grpo, monkeypatch):
-    asked = []
+    seen = []
     sample = train_grpo.sample_groups
 
-    def watched(run, model, processor, prompts, seeds, count=None):
-        asked.append((count, [prompt.frame_indices[0] for prompt in prompts]))
-        return sample(run, model, processor, prompts, seeds, count)
+    def watched(run, prompts, seeds, count=None):
+        seen.append((count, [prompt.frame_indices[0] for prompt in prompts]))
+        return sample(run, prompts, seeds, count)
 
     monkeypatch.setattr(train_grpo, "sample_groups", watched)
     folder = grpo("run", rewards="temporal,accuracy", max_steps=1)
-    (all_of, ordered), (half, shuffled) = asked
+    (all_of, ordered), (half, shuffled) = seen
     assert (all_of, half) == (None, 2) and ordered != shuffled and [sorted(f) for f in shuffled] == ordered
     assert lines(folder)[0]["reward/temporal"] == 0.0
 
 
-# Bad numbers, bad input
-
-
-def nan_in(steps, real):
-    calls = []
-
-    def micro_loss(*args):
-        calls.append(args)
-        return real(*args) * (float("nan") if len(calls) in steps else 1.0)
-
-    return micro_loss
-
-
-def test_a_step_with_nan_is_told_and_skipped_and_many_stop_the_run(grpo, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train_grpo, "micro_loss", nan_in({2, *range(5, 99)}, train_grpo.micro_loss))
-    with pytest.raises(UserError, match="5 steps in a row.*checkpoint-8"):
-        grpo("run", max_steps=20, save_steps=1, save_total_limit="none")
-    kept = [weights(tmp_path / f"run/checkpoint-{i}") for i in (1, 2, 3)]
-    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
-    assert any(not torch.equal(kept[1][name], kept[2][name]) for name in kept[0])
-    assert "step 2: loss" in capfd.readouterr().out
-
-
-def test_a_reward_that_is_no_number_stops_the_run_with_its_name(grpo, base):
-    with pytest.raises(UserError, match="reward nan returned nan.*completion"):
-        grpo("run", rewards=f"{base}/rewards.py:nan")
-
-
-def test_steps_without_variance_are_no_fault(grpo, base, capfd):
-    folder = grpo("run", rewards=f"{base}/rewards.py:flat", max_steps=ALARM_STEPS)
-    assert column(folder, "updated") == [False] * ALARM_STEPS and column(folder, "no_variance") == [1.0] * ALARM_STEPS
-    assert "ALARM" in capfd.readouterr().out
-
-
 def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path, capfd):
-    records = json.loads((base / "data/train.json").read_text())
+    records = json.loads((base / "data/few.json").read_text())
     records[3]["conversations"][1]["value"] = "Answer: (E) Sideways"
     (tmp_path / "train.json").write_text(json.dumps(records))
     options = {"data_path": tmp_path / "train.json", "image_folder": base / "data/videos", "max_steps": 1}

@@ -126,6 +126,35 @@ def test_sizes(size, bounds, expected):
     assert smart_resize(*size, *bounds) == expected
 
 
+@pytest.mark.parametrize(
+    "total, fps, start, end, expected",
+    [
+        (30, 10.0, None, None, (0, 30)),
+        (30, 10.0, 1.0, 2.0, (10, 11)),  # 20 is the last
+        (30, 10.0, 1.01, None, (11, 19)),
+        (491, 22.29, 3.3, 7.7, (74, 98)),  # ceil(73.56), floor(171.63)
+        (30, 10.0, None, 99.0, (0, 30)),
+        (30, 10.0, 0, 0.1, (0, 2)),
+    ],
+)
+def test_span(total, fps, start, end, expected):
+    """As qwen-vl-utils' calculate_video_frame_range: rounded inwards, its last frame included."""
+    assert video.frame_span(total, fps, Options(video_start=start, video_end=end)) == expected
+
+
+def test_only_the_span_is_seen(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", ramp(60))
+    plan = plan_clip("video", (path,), Options(fps=4.0, video_start=2.0, video_end=4.0))
+    assert plan.indices == (20, 23, 26, 29, 31, 34, 37, 40) and (plan.times[0], plan.times[-1]) == (2.0, 4.0)
+    assert plan.second_per_grid == 2 / (8 / 21 * 10)
+    assert np.abs(brightness(plan) - np.array(plan.indices) * 255 / 59).max() < 4.2
+    for start, end in ((4.0, 2.0), (5.9, None), (99.0, None)):
+        with pytest.raises(UserError, match="a.mp4: video_start .* no two frames of its 6.00 seconds"):
+            plan_clip("video", (path,), Options(video_start=start, video_end=end))
+    with pytest.raises(UserError, match="need one video file"):
+        plan_clip("image", (write_picture(tmp_path / "a.png", ramp(1)[0]),), Options(video_start=1.0))
+
+
 # -- Options
 
 
@@ -167,8 +196,11 @@ def test_options_of_an_item_overrule_the_scripts():
     assert (of(max_pixels=900).min_pixels, of(min_pixels=9000).max_pixels) == (900, 9000)
     for item, message in (
         (dict(fp=4), "unknown video option 'fp'"),
-        (dict(fps=-1), "above 0"),
-        (dict(fps="2"), "above 0"),
+        (dict(fps=-1), "expected a number from 0.0001"),
+        (dict(fps="2"), "expected a number"),
+        (dict(nframes=10**400), "nframes is '10000"),
+        (dict(fps=1e-300), "fps is '1e-300'"),
+        (dict(min_frames=float("nan")), "min_frames is 'nan'"),
         (dict(fps=1, nframes=4), "both given"),
         (dict(min_pixels=9, max_pixels=8), "above max_pixels"),
         (dict(resized_height=28), "give both or none"),
@@ -398,14 +430,14 @@ def test_a_picture_that_breaks_off(tmp_path, name):
         read_clip(plan_clip("image", (str(path),), Options()))
 
 
-def test_sizes_above_the_limits_are_refused(tmp_path, monkeypatch):
+def test_limits_of_a_source(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", ramp(4))
     for name, value, message in (
-        ("MAX_SOURCE_VIDEO_PIXELS", 64 * 63, "64 x 64 pixels, above the limit of 4032"),
+        ("MAX_SOURCE_PIXELS", 64 * 63, "no readable video|does not decode"),
         ("MAX_SOURCE_SECONDS", 0.3, "0 seconds, 4 frames, above the limit"),
         ("MAX_SOURCE_FRAMES", 3, "0 seconds, 4 frames, above the limit"),
     ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"a.mp4: .*({message})"):
             patch.setattr(video, name, value)
             plan_clip("video", (path,), Options())
 

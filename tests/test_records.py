@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import SYSTEM, as_transformers, clips, processor, text_of, trained_text, turns  # noqa: F401 fixtures
 
-from dataset.forms import read_form
-from dataset.index import read_records
-from dataset.records import Media, clip_name, read_turns, record_name
+from data import Loader
 from model import UserError
+from records import Media, Selection, clip_name, read_form, read_records, read_turns, record_name, spread
 from rewards import accuracy, load_rewards, reference_answer, sample_from_record
 from rollouts import Rollout, row, score_group
 
@@ -31,7 +31,7 @@ def typed(*parts):
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
-# Written here after the documents that dataset/forms.py names. All of them ask QUESTION about 0.mp4 and say (B) right.
+# Written here after the documents that records.py names. All of them ask QUESTION about 0.mp4 and say (B) right.
 THINK = "<think>It goes right.</think>"
 SAME = {
     "llava": {"id": "7", "video": "0.mp4", "conversations": turns(f"<video>\n{QUESTION}", "(B) right")},
@@ -161,8 +161,8 @@ def test_several_clips_in_one_record(processor):  # noqa: F811
 
 
 def test_what_is_not_learned(processor):  # noqa: F811
-    """ms-swift's loss, OpenAI's weight, and the prompt of TRL's prompt and completion."""
-    for mark in ({"loss": False}, {"weight": 0}):
+    """The marks of ms-swift, OpenAI, LLaMA-Factory v1, and the prompt of TRL's prompt and completion."""
+    for mark in ({"loss": False}, {"loss": 0}, {"weight": 0}, {"loss_weight": 0.0}):
         messages = [*chat("Hi", "Ho"), *chat("And?", "So")]
         messages[1] |= mark
         assert trained_text(processor, processor.encode({"messages": messages})) == "So<|im_end|>"
@@ -192,7 +192,7 @@ def test_clips_inside_a_record(processor, clips):  # noqa: F811
         example = processor.encode(record)
         assert np.array_equal(example.ids, plain.ids) and torch.equal(example.patches, plain.patches)
         assert clip_name(record) is None and len(record_name(record)) <= 80
-    held = [Path(path) for plan in processor.layout(swift, True, "r")[1] for path in plan.paths]
+    held = [Path(path) for plan in processor.layout(swift, True, "r")[2] for path in plan.paths]
     assert sorted(path.suffix for path in held) == [".mp4", ".png"] and all(path.is_file() for path in held)
     file = {"type": "video_url", "video_url": {"url": f"file://{clips / '0.mp4'}"}}
     assert processor.encode({"messages": chat(typed(file, "?"), "!")}).grid_thw == [(2, 4, 4)]
@@ -200,8 +200,6 @@ def test_clips_inside_a_record(processor, clips):  # noqa: F811
 
 def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
     """Every form in one .jsonl, records of text alone among them: all can be batched together."""
-    from data import Loader
-
     text_alone = [{"messages": chat("Capital of France?", "Paris")}, {"prompt": "1+1=", "answer": 2}]
     records = [*SAME.values(), VIDEO_R1, *text_alone]
     path = tmp_path / "mixed.jsonl"
@@ -215,12 +213,18 @@ def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
 
 
 WRONG = {
-    "its keys are: conversatons, video; the nearest is LLaVA": {"conversatons": [], "video": "a"},
-    "nearest is Video-R1: problem, with options": {"problems": "?", "path": "a.mp4", "data_type": "video"},
-    "nearest is TRL prompt and completion": {"promt": "?", "completion": "!"},
+    "its keys are: conversatons, video; expected one of conversations, messages": {"conversatons": [], "video": "a"},
     "its keys are: none": {},
-    "conversations is empty": {"conversations": []},
-    "messages is a str": {"messages": "?"},
+    "conversations is '\\[\\]'; expected a list of turns": {"conversations": []},
+    "messages is '\\?'": {"messages": "?"},
+    "weight is 0.5; expected 0 or 1": {"messages": [*chat("?", "!"), {**ASSISTANT, "content": "!", "weight": 0.5}]},
+    "solution is nan; expected text or a finite number": {**VIDEO_R1, "solution": float("nan")},
+    "holds rejected_response": {"messages": chat("?", "!"), "rejected_response": "."},
+    "stand in the column image_path": {"image_path": "a.png", "question": "?", "answer": "!"},
+    "stand in the column frames": {"frames": [{"x": "a.JPG"}], "question": "?", "answer": "!"},
+    "video_start beside 0 videos": {"question": "?", "answer": "!", "video_start": 1.0},
+    "fps is '1e-300'; expected a": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1e-300}], "!")},
+    "nframes is '1000000": {"messages": chat([{"type": "video", "video": "0.mp4", "nframes": 10**400}], "!")},
     "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
     "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
     "video is '5'": {"conversations": turns("<video>", "!"), "video": 5},
@@ -230,8 +234,6 @@ WRONG = {
     "1 <image> tag.* for 2 image": {"messages": chat(typed({"type": "image"}), "!"), "images": ["a.png", "b.png"]},
     "https://a.b/c.mp4 is a web address": {"messages": chat("<video>", "!"), "videos": ["https://a.b/c.mp4"]},
     "s3://c.png is a web": {"messages": chat(typed({"type": "image_url", "image_url": {"url": "s3://c.png"}}), "!")},
-    "image is 'data:video/mp4": {"messages": chat("<image>", "!"), "images": ["data:video/mp4;base64,AAAA"]},
-    "video is 'data:,hello'": {"messages": chat("<video>", "!"), "videos": ["data:,hello"]},
     "is not base64": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,?"]},
     "does not decode": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,AAAA"]},
     "unknown role 'tool'": {"messages": [*chat("?", "!"), {"role": "tool", "content": "3"}]},
@@ -240,7 +242,8 @@ WRONG = {
     "holds tools": {"conversations": turns("?", "!"), "tools": '[{"name": "f"}]'},
     "holds audios": {"messages": chat("<audio>?", "!"), "audios": ["a.wav"]},
     "a preference": {"prompt": "?", "chosen": "!", "rejected": "."},
-    "label is false": {"prompt": "?", "completion": "!", "label": False},
+    "label is False: a rejected answer": {"prompt": "?", "completion": "!", "label": False},
+    "label is 0: a rejected answer": {"prompt": "?", "completion": "!", "label": 0},
     "data_type is 'audio'": {**VIDEO_R1, "data_type": "audio"},
     "options are left": {**VIDEO_R1, "options": "left"},
     "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
@@ -249,8 +252,6 @@ WRONG = {
     "holds None|holds 5": {"messages": [{**USER, "content": 5}]},
     "an empty turn of the user": {"messages": chat(" \n", "!")},
     "an empty answer": {"messages": chat("?", typed(""))},
-    "is half a character": {"messages": chat("\ud83d?", "!")},
-    "no file missing.mp4": {"messages": chat("<video>", "!"), "videos": ["missing.mp4"]},
     "expected the assistant's answer": {"prompt": "?", "solution": " "},
 }  # fmt: skip
 
@@ -296,23 +297,75 @@ def test_the_reader_leaves_the_record_alone():
         assert json.dumps(record) == before
 
 
-def test_copies_and_odd_files(tmp_path, caplog):
-    def told(name, data):
-        (tmp_path / name).write_bytes(data)
-        caplog.clear()
-        try:
-            return len(read_records(tmp_path / name)), [r.getMessage() for r in caplog.records]
-        except UserError as error:
-            return str(error)
+# -- Files
 
-    record = json.dumps({"id": 1, "messages": chat("?", "!")}).encode()
-    again = record.replace(b'"id": 1', b'"id": 2')
-    other = record.replace(b"!", b".")
-    count, (line,) = told("a.jsonl", b"\n".join([record, other, again, record]))
-    assert count == 4 and "2 of 4 records are there twice; sample 2 is sample 0 again" in line
-    assert told("b.json", b"[" + record + b"," + other + b"]") == (2, [])
-    assert told("c.json", b"\xef\xbb\xbf[" + record + b"]") == (1, [])  # with a byte order mark
-    assert told("d.jsonl", b"\xef\xbb\xbf" + record) == (1, [])
-    assert "is not JSON (nested too deeply)" in told("e.json", b"[" * 100_000)
-    assert "line 1 is nested too deeply" in told("f.jsonl", b'{"a":' + b"[" * 100_000)
-    assert "is not JSON" in told("g.json", b'[{"a": ' + b"1" * 5000 + b"}]")
+
+def write(path, records, separator):
+    """The records, with and without escapes, as a .json array or as .jsonl."""
+    texts = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
+    path.write_text(separator.join(texts) if path.suffix == ".jsonl" else f" [{separator.join(texts)} ]\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, separator", [("a.json", " ,\n"), ("a.json", ","), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")]
+)
+def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
+    whole = [{"i": i, "text": 'ä \u00e9\u2028 [{"},\\', "empty": {}, "list": [1, [2.5, None]]} for i in range(30)]
+    path = write(tmp_path / name, whole, separator)
+    for mark in (b"", b"\xef\xbb\xbf"):  # the second as Windows saves UTF-8
+        path.write_bytes(mark + path.read_bytes())
+        records = read_records(path)
+        assert list(records) == whole and records[-1]["i"] == 29 and len(records) == 30
+        assert isinstance(records[5:], Selection) and [r["i"] for r in records[3:12:4]] == [3, 7, 11]
+        assert len(records.data) <= path.stat().st_size  # that is all that is kept, and 8 bytes a record
+    with pytest.raises(IndexError):
+        records[30]
+    some = spread(records, 5, seed=0)
+    assert (
+        len(some) == 5 and [r["i"] for r in some] == sorted(r["i"] for r in some) and spread(records, 30, 0) is records
+    )
+
+
+NOT_JSON = {
+    "a.json": {
+        "line 1 column 1 is not JSON (expected [ ] around the records": ["hello", "", "12", '{"a": 1}\n{"a": 2}'],
+        "line 3 column 2 is not JSON (Expecting ',' or ']')": ["[\n{}\n {}]"],
+        "is not JSON": ["[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', '[{}, {"a": "' + "x" * 9000],
+        "line 1 column 5 is not JSON (Extra data)": ["[{}]]"],
+        "record 0 is nested too deeply": ['[{"a": ' + "[" * 100_000],
+        "record 0 Exceeds the limit (4300 digits)": ['[{"a": ' + "1" * 5000 + "}]"],
+        "record 1 holds half a character": ['[{}, {"a": "\\ud83d"}]'],
+        "record 1 is a int, expected an object": ["[{}, 1]"],
+        "line 2 is not UTF-8 (byte 9)": [b'[\n{"a": "\xc3"}]'],
+        "holds no records": ["[]", " [ ] "],
+    },
+    "a.jsonl": {
+        "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
+        "record 1 is a list": ["{}\n[]\n"],
+        "record 0 is nested too deeply": ['{"a":' + "[" * 100_000],
+        "record 1 holds half a character": ['{}\n{"a": "\\udc00"}'],
+        "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
+        "holds no records": ["\n\n"],
+    },
+}
+
+
+@pytest.mark.parametrize("name, message", [(name, message) for name in NOT_JSON for message in NOT_JSON[name]])
+def test_what_is_no_dataset(tmp_path, name, message):
+    for content in NOT_JSON[name][message]:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError) as caught:
+            read_records(tmp_path / name)
+        assert message in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+def test_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("fifo.jsonl", "folder.json"):
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            read_records(tmp_path / name)  # returns at once: nothing opens the fifo
+    for name in ("none.json", "zero\0.json", "x" * 300):
+        with pytest.raises(UserError, match="no such file"):
+            read_records(tmp_path / name)

@@ -1,9 +1,11 @@
-"""Examples -> packed batches; which samples go into which, on which rank, after which start."""
+"""Examples -> packed batches; which samples go into which, on which rank, after which start, by which processes."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,16 +13,9 @@ import pytest
 import test_data
 import torch
 from conftest import random_model
-from hypothesis import given
-from hypothesis import strategies as st
 from test_data import record, turns
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-
-from workloads import model_config
-
-from bench.flops import training_flops
-from dataset.batch import Loader, by_count, deal, fill_bins, pack, pack_groups
+from data import Example, Loader, MissingFileError, examples, fill_bins, pack, pack_groups
 from model import UserError
 from model.qwen import IGNORE
 
@@ -84,9 +79,9 @@ def loader_args(**changes):
     return SimpleNamespace(**{**args, "dataloader_num_workers": 0, "max_skip_share": 0.05, **changes})
 
 
-def make_loader(processor, records=None, rank=0, world_size=1, **changes):
+def make_loader(processor, records=None, rank=0, world_size=1, collate_=pack, **changes):
     records = [record(i) for i in range(10)] if records is None else records
-    return Loader(records, processor, loader_args(**changes), rank=rank, world_size=world_size)
+    return Loader(records, processor, loader_args(**changes), rank=rank, world_size=world_size, collate=collate_)
 
 
 def names(steps):
@@ -104,7 +99,7 @@ def test_an_epoch_has_every_sample_once(processor):
     assert names(ordered.iterate(0, 1)) == [[["0.mp4", "1.mp4"], ["2.mp4", "3.mp4"]]]
 
 
-def test_same_plan_for_same_seed_any_start_and_any_threads(processor):
+def test_same_plan_for_same_seed_any_start_and_any_workers(processor):
     whole = names(make_loader(processor).iterate(0, 7))
     assert names(make_loader(processor).iterate(0, 7)) == whole
     assert names(make_loader(processor).iterate(4, 7)) == whole[4:]
@@ -116,23 +111,118 @@ def test_same_plan_for_same_seed_any_start_and_any_threads(processor):
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 300])
-def test_ranks_share_one_global_batch(processor, pack_tokens):
+def test_ranks_share_one_global_batch(processor, monkeypatch, pack_tokens):
     one = names(make_loader(processor, gradient_accumulation_steps=4, pack_tokens=pack_tokens).iterate(0, 4))
-    loaders = [make_loader(processor, rank=rank, world_size=2, pack_tokens=pack_tokens) for rank in range(2)]
-    ranks = [names(loader.iterate(0, 4)) for loader in loaders]
+    read, encode = [], processor.encode
+    monkeypatch.setattr(
+        processor, "encode", lambda record, *rest: read.append(record["video"]) or encode(record, *rest)
+    )
+    opened = []
+    for rank in range(2):
+        steps = names(make_loader(processor, rank=rank, world_size=2, pack_tokens=pack_tokens).iterate(0, 4))
+        assert sorted(read) == sorted(
+            name for step in steps for micro in step for name in micro
+        )  # only its own samples
+        opened.append(steps)
+        read.clear()
+    for whole, *halves in zip(one, *opened):
+        assert sorted(sum(whole, [])) == sorted(sum(halves[0] + halves[1], []))
+        assert abs(sum(map(len, halves[0])) - sum(map(len, halves[1]))) <= 2
 
-    def flat(micros):
-        return sorted(name for micro in micros for name in micro)
 
-    for k, step in enumerate(one):
-        split = [rank[k] for rank in ranks]
-        assert len(split[0]) == len(split[1])
-        assert flat(step) == flat(split[0] + split[1])
+def test_workers_give_the_same_bits(processor):
+    """Patches in shared memory, notes of overruled options, and torch's random state as without them."""
+    records = [record(i, answer="x" * (1 + 7 * i)) for i in range(10)]
+    state = torch.get_rng_state()
+    for changes in (dict(pack_tokens=300), dict()):
+        plain = list(make_loader(processor, records, **changes).iterate(0, 5))
+        counts = dict(processor.notes)
+        shared = list(make_loader(processor, records, dataloader_num_workers=2, **changes).iterate(0, 5))
+        assert names(plain) == names(shared) and processor.notes != counts
+        for mine, theirs in zip(sum(plain, []), sum(shared, [])):
+            assert torch.equal(mine.patches, theirs.patches) and torch.equal(mine.input_ids, theirs.input_ids)
+            assert torch.equal(mine.targets, theirs.targets) and torch.equal(mine.position_ids, theirs.position_ids)
+    assert torch.equal(torch.get_rng_state(), state)
+    stream = make_loader(processor, records, collate_=list, dataloader_num_workers=2).iterate(0, 1)
+    assert all(example.patches.is_shared() for micro in next(stream) for example in micro)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_examples_are_prompts_in_order(processor, workers):
+    records = [record(i) for i in range(10)]
+    records[4] = {"video": "broken.mp4", "conversations": turns("<video>", "L")}
+    found = list(examples(processor, records, range(1, 10, 3), "reversed", workers))
+    assert [f.number if isinstance(f, Example) else f[0] for f in found] == [1, 4, 7]
+    assert "no readable video" in str(found[1][1]) and type(found[1][1]) is UserError
+    expected = processor.encode(records[7], answer=False, control="reversed")
+    assert np.array_equal(found[2].ids, expected.ids) and torch.equal(found[2].patches, expected.patches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_goes_away_ends_the_run(processor, tmp_path, workers):
+    """A disk that is no longer mounted is no fault of the samples."""
+    processor.folders = processor.folders_at_start = [str(tmp_path / "gone")]
+    with pytest.raises(MissingFileError, match="gone: this folder of clips was there at the start and is gone"):
+        list(make_loader(processor, dataloader_num_workers=workers).iterate(0, 1))
+
+
+def wait(seconds, done):
+    while not done() and (seconds := seconds - 0.1) > 0:
+        time.sleep(0.1)
+    return done()
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path[:0] = ["tests", "."]
+import torch
+from data import Samples
+class Slow:
+    notes = {}
+    def encode(self, record, *rest):
+        open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
+        time.sleep(0.05)
+        return Example()
+    def warn_once(self, example): pass
+from data import Example
+stream = Samples(range(10_000), Slow(), True)
+stream.processor.encode = lambda record, *rest: Slow.encode(Slow, record)
+Example.__init__ = lambda self: None
+caught = []
+signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+for number, _ in enumerate(stream.read(range(10_000), 2, 4)):
+    if number == 3:
+        print("reading", flush=True)
+    if len(caught) >= 2:
+        print("ended by itself", flush=True)
+        raise RuntimeError("an error of the loop")
+"""
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_signals_and_the_end_of_workers(tmp_path, how):
+    """Ctrl-C and SIGTERM reach the whole group, as from a shell or SLURM: the loop goes on, with its workers. When it
+    ends, by an error or killed, they end too."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=-1, stderr=-1, text=True,
+                               start_new_session=True)  # fmt: skip
+    assert process.stdout.readline() == "reading\n"
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(workers) == 2 and process.pid not in workers
+    if how == "kill":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "ended by itself\n"
+    assert process.wait(20) == {"raise": 1, "kill": -9}[how], process.stderr.read()
+    alive = lambda: [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+    assert wait(20, lambda: not alive()), alive()
 
 
 def test_packing_to_a_token_budget(processor):
     records = [record(i, answer="x" * (1 + 7 * i)) for i in range(10)]
-    lengths = [processor.length(r) for r in records]
+    lengths = [processor.shape(r)[1] for r in records]
     loader = make_loader(processor, records, pack_tokens=300, per_device_train_batch_size=5)
     (step,) = loader.iterate(0, 1)
     assert sorted(name for packed in step for name in packed.names) == sorted(f"{i}.mp4" for i in range(10))
@@ -142,78 +232,15 @@ def test_packing_to_a_token_budget(processor):
 
 
 def test_bins():
-    fill = lambda sizes, *rest: fill_bins([*range(len(sizes))], sizes, sizes, *rest)  # what costs its tokens
-    assert fill([5, 4, 3, 2], 7, 1) == [[0, 3], [1, 2]]
-    assert fill([9, 1, 1], 4, 1) == [[0], [1, 2]]  # one above the budget stands alone
-    assert fill([3], 4, 2) == [[0], []]  # every rank gets as many
-    assert len(fill([4] * 5, 4, 2)) == 6
-    assert fill([], 4, 2) == [[], []]
-    # the cheapest bin has no room for a sample of 5 tokens that costs little: it goes into the other
-    assert fill_bins([0, 1, 2], [9, 8, 1], [1, 4, 5], 7, 1) == [[0, 2], [1]]
-
-
-# -- Several ranks, by cost
-
-
-def drawn(rng, count):
-    """(grids, tokens, trained tokens) of samples: a few long clips, many short ones, some text."""
-    frames = np.clip(np.exp(rng.normal(2.5, 0.8, count)), 2, 64).astype(int) // 2
-    return [([(int(t), 18, 30)] if i % 8 else [], int(t) * 135 * (i % 8 > 0) + 90, 30) for i, t in enumerate(frames)]
-
-
-def plans(shapes, step, world, cost, **changes):
-    """[rank][pass][sample] as every rank's own loader plans it."""
-    sizes = SimpleNamespace(shape=lambda record, answer: shapes[record])
-    args = loader_args(gradient_accumulation_steps=16 // world, **changes)
-    ranks = range(world)
-    loaders = [Loader(range(len(shapes)), sizes, args, rank=rank, world_size=world, cost=cost) for rank in ranks]
-    return [loader.plan(step, map)[0] for loader in loaders]
-
-
-def waited(plan, costs):
-    """Share of the time, where all ranks' k-th passes end together."""
-    times = np.array([[sum(costs[i] for i in members) for members in rank] for rank in plan])
-    return 1 - times.sum() / len(plan) / times.max(0).sum()
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("pack_tokens", [None, 8192])
-def test_ranks_are_dealt_even_work(pack_tokens, world):
-    shapes, cost = drawn(np.random.default_rng(0), 320), partial(training_flops, model_config("3B"))
-    costs = [cost(*shape) for shape in shapes]
-    seen, before, after = [], [], []
-    for step in range(10):
-        came = plans(shapes, step, world, None, pack_tokens=pack_tokens)
-        dealt = plans(shapes, step, world, cost, pack_tokens=pack_tokens)
-        batch = sorted(i for rank in dealt for members in rank for i in members)
-        assert batch == sorted(i for rank in came for members in rank for i in members) and len({*batch}) == 32
-        assert len({len(rank) for rank in dealt}) == 1 and len(dealt[0]) <= len(came[0])
-        most = max(len(members) for rank in dealt for members in rank)
-        tokens = max(sum(shapes[i][1] for i in members) for rank in dealt for members in rank)
-        assert most <= 2 if pack_tokens is None else tokens <= pack_tokens
-        before, after, seen = [*before, waited(came, costs)], [*after, waited(dealt, costs)], seen + batch
-    assert sorted(seen) == [*range(320)]
-    assert np.mean(after) < 0.5 * np.mean(before)
-
-
-def test_one_rank_learns_no_cost():
-    shapes = drawn(np.random.default_rng(0), 32)
-    asked = lambda *shape: pytest.fail("one rank asked for a cost")
-    for pack_tokens in (None, 8192):
-        assert plans(shapes, 0, 1, asked, pack_tokens=pack_tokens) == plans(shapes, 0, 1, None, pack_tokens=pack_tokens)
-
-
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 4), st.integers(1, 3))
-def test_what_is_dealt(costs, ranks, most):
-    """Everything once; no micro-batch too full; all ranks as many; in no pass one is dearer than one of a pass before;
-    less is waited than the difference of the dearest and the cheapest micro-batch."""
-    bins = by_count(dict(enumerate(costs)), most, ranks)
-    sums = [sum(costs[i] for i in bin) for bin in bins]
-    dealt = deal(bins, sums, ranks)
-    assert sorted(i for bin in dealt for i in bin) == [*range(len(costs))] and max(map(len, dealt)) <= most
-    times = np.array([sum(costs[i] for i in bin) for bin in dealt]).reshape(ranks, -1)
-    assert (times[:, :-1].min(0) >= times[:, 1:].max(0)).all()
-    assert (times.max(0) - times.min(0)).sum() <= times.max() - times.min()
+    assert fill_bins([5, 4, 3, 2], 7) == [[0, 3], [1, 2]]
+    assert fill_bins([9, 1, 1], 4) == [[0], [1, 2]]  # one above the budget stands alone
+    assert fill_bins([4] * 5, 4) == [[0], [1], [2], [3], [4]] and fill_bins([], 4) == [[]]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths, budget = rng.integers(1, 60, rng.integers(1, 40)).tolist(), int(rng.integers(20, 100))
+        bins = fill_bins(lengths, budget)
+        assert sorted(i for each in bins for i in each) == [*range(len(lengths))]
+        assert all(len(each) == 1 or sum(lengths[i] for i in each) <= budget for each in bins)
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 300])
@@ -250,11 +277,16 @@ def test_a_micro_batch_of_skipped_samples_is_still_a_pass(processor):
     assert sorted(len(packed.names) for step in steps for packed in step) == [0, 0, 0, 0, 0, 1]
 
 
-def test_memory_is_bounded_by_the_prefetch(processor, monkeypatch):
-    started = []
-    encode = processor.encode
-    monkeypatch.setattr(processor, "encode", lambda *a, **k: started.append(1) or encode(*a, **k))
-    batches = make_loader(processor, dataloader_num_workers=2).iterate()
-    next(batches)
-    assert len(started) <= 4 + 2 * 4
-    batches.close()
+def test_counts_go_on_when_a_run_is_resumed(processor):
+    records = [record(i) for i in range(10)]
+    records[4] = {"video": "broken.mp4", "conversations": turns("<video>", "L")}
+    whole = make_loader(processor, records, max_skip_share=0.1)
+    list(whole.iterate(0, 3))
+    again = make_loader(processor, records, max_skip_share=0.1)
+    again.restore([whole.state()])
+    list(again.iterate(3, 6))
+    assert (again.left_out, again.broken, list(again.skipped)) == (1, 1, ["sample 4"])
+    ranks = [make_loader(processor, records, rank, 2, max_skip_share=0.1) for rank in range(2)]
+    for loader in ranks:
+        loader.restore([whole.state()])
+    assert sum(loader.broken for loader in ranks) == 1 and all("sample 4" in loader.skipped for loader in ranks)

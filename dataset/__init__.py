@@ -1,1 +1,0 @@
-"""Files to batches, behind data.py: records (json, jsonl), places, batch."""

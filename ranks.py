@@ -1,0 +1,50 @@
+"""What the processes of a run tell each other. With one process, or without torch.distributed, the values are its own.
+
+Every rank must call each of these, in the same order.
+"""
+
+import torch
+import torch.distributed as dist
+
+from model import UserError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """[value of each rank], on every rank; anything that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    every = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def gather_numbers(*values) -> torch.Tensor:
+    """Numbers of every rank, (world, len(values)) float64 on the host."""
+    own = torch.tensor(values, dtype=torch.float64)
+    if world_size() == 1:
+        return own[None]
+    own = own.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return torch.stack(every).cpu()
+
+
+def add(*values) -> list[float]:
+    """Each number summed over the ranks."""
+    return gather_numbers(*values).sum(0).tolist()
+
+
+def raise_together(message: str | None) -> None:
+    """Where any rank has a message all end with exit code 2, and the first such rank says why."""
+    every = gather(message)
+    first = next((number for number, each in enumerate(every) if each), None)
+    if first is not None:
+        raise UserError(every[first]) if rank() == first else SystemExit(2)

@@ -1,0 +1,152 @@
+"""Short runs of both training scripts on a tiny random checkpoint, for test_train_sft, test_train_grpo, test_faults."""
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401 (sets the environment before torch is imported)
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import generate
+import train_grpo
+import train_sft
+from assets.make_tiny import init
+from engine import leave_processes
+
+ROOT = Path(__file__).resolve().parents[1]
+# Random weights write random text: these rewards differ within its groups, and can be learned.
+REWARDS = """
+def vowels(text, sample):
+    return sum(text.count(letter) for letter in "aeiou") / max(1, len(text))
+
+def flat(text, sample):
+    return 0.5
+
+def nothing(text, sample):
+    return None
+
+def raises(text, sample):
+    raise KeyError("no such thing")
+
+def large(text, sample):
+    return 1e30 if sum(map(ord, text)) % 2 else 0.0
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random checkpoint with its tokenizer; 16 clips to train on (mixed.json: with 4 text-only records among them,
+    few.json: six of them), 4 held out; rewards for random text."""
+    folder = tmp_path_factory.mktemp("base")
+    init(folder / "tiny")
+    monkey = pytest.MonkeyPatch()
+    flags = ["--output_dir", str(folder / "data"), "--num_samples", "20", "--split", "0.8", "--video_length", "12"]
+    monkey.setattr(sys, "argv", ["generate.py", *flags])
+    generate.main()
+    monkey.undo()
+    records = json.loads((folder / "data/train.json").read_text())
+    (folder / "data/few.json").write_text(json.dumps(records[:6]))
+    for i in (2, 3, 9, 14):
+        turns = [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": f"{i}"}]
+        records.insert(i, {"id": f"text-{i}", "conversations": turns})
+    (folder / "data/mixed.json").write_text(json.dumps(records))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def flags_for(script, base, output, **options):
+    flags = {"model_id": base / "tiny", "eval_data_path": "none", "nframes": 4, "logging_steps": 100}
+    flags |= {"output_dir": output, "save_steps": 100, "dataloader_num_workers": 0}
+    if script is train_sft:
+        flags |= {"data_path": base / "data/mixed.json", "max_steps": 5, "per_device_train_batch_size": 8}
+    else:
+        flags |= {"data_path": base / "data/few.json", "max_steps": 3, "per_device_train_batch_size": 16}
+        flags |= {"model_ckpt": "none", "num_generations": 4, "oversample": 1, "max_completion_length": 8}
+        flags |= {"log_completions": 0, "rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
+    return [word for name, value in (flags | options).items() for word in (f"--{name}", str(value))]
+
+
+def runner(script, base, tmp_path, monkeypatch):
+    """run(name, flag=value, …) runs the script in this process and returns the run's folder."""
+
+    def run(name, **options):
+        argv = [f"{script.__name__}.py", *flags_for(script, base, tmp_path / name, **options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            script.main()
+        finally:
+            if torch.distributed.is_initialized():
+                leave_processes()
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def sft(base, tmp_path, monkeypatch):
+    return runner(train_sft, base, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def grpo(base, tmp_path, monkeypatch):
+    return runner(train_grpo, base, tmp_path, monkeypatch)
+
+
+def two_ranks(script, base, output, **options):
+    """The finished process of a run on two ranks, by torchrun; it finds a free port itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, f"{script.__name__}.py", *flags_for(script, base, output, **options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def lines(folder, file="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def column(folder, *names):
+    """Values of one name in metrics.jsonl, or tuples of several, of the lines that have the first."""
+    rows = [tuple(line[name] for name in names) for line in lines(folder) if names[0] in line]
+    return rows if len(names) > 1 else [value for (value,) in rows]
+
+
+def state(folder):
+    """{name: tensor} of a checkpoint's optimizer state."""
+    return load_file(folder / "optimizer-00000.safetensors")
+
+
+def weights(folder):
+    return {name: tensor for name, tensor in state(folder).items() if name.startswith("weight/")}
+
+
+def finite(folder):
+    """Whether the run has checkpoints, and they are finite to the last moment of AdamW."""
+    states = [state(path) for path in checkpoint.checkpoints(folder)]
+    return bool(states) and all(tensor.isfinite().all() for each in states for tensor in each.values())
+
+
+def steps_saved(folder):
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
+
+
+def release_run():
+    """After a run that ended by an error in this process: its signal handlers hold it, and it holds the lock."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, handler)
+    gc.collect()
+
+
+def times(steps, real, factor=float("nan")):
+    """micro_loss with the loss of these calls (1, 2, …) times `factor`."""
+    calls = []
+
+    def micro_loss(*args):
+        calls.append(args)
+        return real(*args) * (factor if len(calls) in steps else 1.0)
+
+    return micro_loss
