@@ -472,7 +472,7 @@ def main() -> None:
             continue
         try:
             row = json.loads(line)
-            text, record = row.pop("completion") + "", row.get("record", row)
+            text, record = row.pop("completion") + "", dict(row.get("record", row))
         except (ValueError, LookupError, AttributeError, TypeError):
             raise UserError(f"{cfg.file}: line {number} is no object with a record and a completion") from None
         try:
@@ -488,6 +488,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import cli
+    from script import cli
 
     cli(main)
