@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
 
-from model import qwen
+from model import ops, qwen
 from model.loading import ModelConfig
 from model.packed import VisionPlan
 from model.qwen import MEAN, STD, Qwen2_5_VL, normalise_patches
@@ -125,6 +125,14 @@ def test_other_weights_take_other_operations():
     assert with_plain_ops(random_model("tied")).to(torch.bfloat16).ops.linear is qwen.linear
 
 
+def test_plain_forms_everywhere_on_request(monkeypatch):
+    monkeypatch.setattr(ops, "FAST", False)
+    ops.fast_forms.cache_clear()
+    forms = vars(random_model("tied").ops)
+    ops.fast_forms.cache_clear()
+    assert all(forms[name] is form for name, form in vars(qwen.plain_ops())["plain"].items() if name != "bound")
+
+
 def test_a_batch_without_a_picture_still_gives_the_tower_gradients():
     """Zeros: ranks that train the tower must reduce the same tensors."""
     model = random_model("tied").train()
@@ -175,6 +183,7 @@ def test_window_plan_covers_every_patch_once():
     assert plan.order.sort().values.equal(torch.arange(len(plan.order)))
     assert plan.order[plan.back].equal(torch.arange(len(plan.order)))
     assert sum(plan.windows.q_lengths) == sum(plan.steps.q_lengths) == 4 * len(plan.order)
+    assert all(table.is_contiguous() and len(table) == 4 * len(plan.order) for table in plan.tables)
     assert plan.windows.q_lengths[:4] == [48, 12, 48, 12] and max(plan.windows.q_lengths) == 64  # 10x6 -> 8x6 and 2x6
 
 
