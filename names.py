@@ -209,6 +209,8 @@ COMMANDS = {
     "--resume changing the accumulation on another number of ranks": "it asks for the flags that give as many samples "
         "a step",
     "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with the values for other cards in its comments",
+    "bench/sft.py, rollout.py, grpo.py, data.py": "`python bench/step.py sft rollout grpo` (`--peer`, `--trace`, "
+        "`--twice`), `python bench/loading.py`",
     "bench: scale, scaling, big, sequence, traffic, balance, heartbeat, index, live, same_seed, vision, memory, "
     "stepcost, traced, logits": "their findings are in dev/LOG.md",
 }  # fmt: skip

@@ -61,10 +61,12 @@ class Client:
             raise UserError(f"OPENAI_API_KEY: {'not one word' if key else 'not set'}, {expected}")
         return cls(key, os.environ.get("OPENAI_BASE_URL") or cls.base_url, model)
 
-    def complete(self, prompt: str, png: bytes) -> str | None:
+    def complete(self, prompt: str, png: bytes = b"") -> str | None:
         """The text of one completion, None if it has none. NoAnswerError after `tries`; UserError if hopeless."""
-        image = {"url": "data:image/png;base64," + base64.b64encode(png).decode()}
-        content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": image}]
+        content = [{"type": "text", "text": prompt}]
+        if png:
+            image = {"url": "data:image/png;base64," + base64.b64encode(png).decode()}
+            content.append({"type": "image_url", "image_url": image})
         # max_tokens bounds the price of an answer
         body = {"model": self.model, "max_tokens": 400, "messages": [{"role": "user", "content": content}]}
         retry = Retry(self.tries - 1, backoff_factor=self.first_wait / 2, backoff_jitter=self.first_wait / 2)

@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
         (lambda: parse(Generate, ["--augment", "blurr,crop"]), "did you mean blur?"),
         (lambda: parse(Infer, ["--data_path", "x", "--controls", "reverse"]), "did you mean reversed?"),
         (lambda: parse(SFT, ["--config", "configs/mien.py"]), "did you mean configs/mine.py?"),
-        (lambda: load_rewards("acuracy,format"), "nearest is 'accuracy'"),
+        (lambda: load_rewards("acuracy,format"), "did you mean accuracy?"),
         (lambda: load_rewards("my_reward.py:short"), "did you mean my_rewards.py?"),
         (lambda: find_adapter("output/vidoe_lora"), "did you mean output/video_lora?"),
         (lambda: find_adapter("output/video_lora/checkpoint-11"), "did you mean output/video_lora/checkpoint-10?"),
