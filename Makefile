@@ -1,28 +1,32 @@
 # Each target does all its own set-up in .venv; a machine with Python >= 3.11 and a C compiler is enough.
 PYTHON ?= python3
 VENV   := .venv
+MINUTES ?= 20
 RUN    := $(VENV)/bin/python
 # Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
 PIP    := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test bench chaos tiny lock clean
+.PHONY: quickstart test test-docs bench chaos tiny lock clean
 
-quickstart: $(VENV)/run      ## the whole way on the embedded model: generate -> SFT -> GRPO -> answer
+quickstart: $(VENV)/run      ## the whole way on the tiny model: generate -> SFT -> GRPO -> answer
 	@$(RUN) quickstart.py
 
 test: $(VENV)/dev            ## lint, then every test
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -q tests
 
-bench: $(VENV)/dev           ## what this machine can measure: the embedded model on a CPU, the 3B shape on a GPU
-	@for b in bench/sft.py bench/rollout.py bench/grpo.py bench/loading.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+test-docs: $(VENV)/dev       ## run every command of README and docs that a CPU can run
+	$(RUN) dev/test_docs.py
 
-chaos: $(VENV)/dev           ## mutated clips, pictures and datasets, as SFT and GRPO read them
-	$(RUN) tests/mutations.py --cases 2000 --seed 0
+bench: $(VENV)/dev           ## what this machine can measure: the tiny model on a CPU, the 3B shape on a GPU
+	@for b in bench/step.py bench/loading.py; do echo "== $$b"; $(RUN) $$b || exit 1; done
+
+chaos: $(VENV)/dev           ## runs killed and files broken on purpose, for MINUTES; the verdict as a table
+	$(RUN) tests/chaos.py --minutes $(MINUTES)
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init
-	$(RUN) generate.py --task base --num_samples 16000 --split 0.98 --output_dir data/base --overwrite
+	$(RUN) assets/make_tiny.py clips --num_samples 16000 --split 0.98 --output_dir data/base --overwrite
 	$(RUN) train_sft.py --config configs/tiny_base.py
 	$(RUN) assets/make_tiny.py export output/tiny_base assets/tiny
 

@@ -1,10 +1,7 @@
 """What several test files share: tiny random checkpoints in four shapes, transformers as oracle, drawn clips."""
 
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many small products; threads only fight
@@ -20,36 +17,6 @@ from model import loading
 from model.loading import ModelConfig, save_model
 from model.qwen import Packed, Qwen2_5_VL, Segments
 from model.rope import mrope_position_ids
-
-CHAOS = "test_killed_stopped_moved_and_repeated_runs"  # two minutes, mostly of waiting
-beside = {}  # that test's process and where it writes
-
-
-@pytest.hookimpl(trylast=True)  # after -k has chosen
-def pytest_collection_modifyitems(config, items):
-    """The test of chaos.py begins first, beside the others, and is asked last."""
-    last = [item for item in items if item.name == CHAOS]
-    items[:] = [item for item in items if item.name != CHAOS] + last
-    if last and not config.option.collectonly:
-        out = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "tests/chaos.py", "--quick"]
-        root = Path(__file__).resolve().parents[1]
-        run = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        beside.update(run=run, out=out)
-
-
-def pytest_sessionfinish():
-    if beside and beside["run"].poll() is None:
-        os.killpg(beside["run"].pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def chaos():
-    """(exit code, output) of tests/chaos.py --quick."""
-    code = beside["run"].wait(900)
-    beside["out"].seek(0)
-    return code, beside["out"].read()
-
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

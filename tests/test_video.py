@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import video
 from config import VideoArgs
 from model import UserError
-from model.packed import normalise_patches
+from model.qwen import normalise_patches
 from video import Options, apply_control, plan_clip, read_clip, smart_nframes, smart_resize, to_patches
 
 FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"  # made with qwen-vl-utils, see NOTICE

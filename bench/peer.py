@@ -1,0 +1,139 @@
+"""The usual software on the same work: transformers + PEFT as a careful user runs them, with FlashAttention 2 and,
+where it is installed, Liger. It shares the benchmark's frozen weights.
+
+Without the flash-attn package its place is taken by the kernel that ships with torch, which is the same one; on a CPU
+attention is SDPA.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from adapter_files import hf_name
+from lora import targets
+from model.packed import IGNORE, Segments, normalise_patches
+
+
+class Peer:
+    """Made before `bench.model` gets our adapters."""
+
+    name = "peer"
+
+    def __init__(self, bench):
+        self.bench, cfg = bench, bench.cfg
+        self.plain, self.note = peer_model(bench.model)  # for sampling, as if its adapters had been merged
+        if "sft" in bench.args.kinds:
+            self.trained = peft_model(peer_model(bench.model)[0], bench.model, cfg)
+            self.params = [p for p in self.trained.parameters() if p.requires_grad]
+            betas = (cfg.adam_beta1, cfg.adam_beta2)
+            self.adamw = torch.optim.AdamW(self.params, cfg.learning_rate, betas, cfg.adam_epsilon, fused=True)
+            self.max_norm = cfg.max_grad_norm
+
+    def inputs(self, packed, batch: int) -> dict:
+        """A batch of equally long samples or prompts as transformers' keyword arguments, on the device; no padding."""
+        packed = packed.to(self.bench.device)
+        ids = packed.input_ids.view(batch, -1)
+        return dict(
+            input_ids=ids, attention_mask=torch.ones_like(ids), second_per_grid_ts=torch.ones(batch, device=ids.device),
+            mm_token_type_ids=2 * (ids == self.bench.config.video_token_id).int(),
+            pixel_values_videos=normalise_patches(packed.patches, self.bench.dtype),
+            video_grid_thw=torch.tensor(packed.grid_thw, device=ids.device),
+        )  # fmt: skip
+
+    def sft(self, work, batch: int):
+        inputs = self.inputs(self.bench.pack(work, batch, True), batch)
+        labels = inputs["input_ids"].clone()
+        labels[:, : work.prompt_tokens] = IGNORE
+
+        def step():
+            self.trained(**inputs, labels=labels, use_cache=False).loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
+            self.adamw.step()
+            self.adamw.zero_grad()
+            return float(norm)
+
+        return step
+
+    def rollout(self, work, count: int, tokens: int):
+        """generate makes `group` copies of every prompt."""
+        inputs = self.inputs(self.bench.pack(work, count), count)
+        draw = dict(do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=0)
+        draw |= dict(num_return_sequences=self.bench.args.group, max_new_tokens=tokens, min_new_tokens=tokens)
+        draw["bad_words_ids"] = [[i] for i in self.bench.config.vision_token_ids]
+        return torch.no_grad()(lambda: self.plain.generate(**inputs, **draw))
+
+
+def peer_model(model):
+    """(transformers' model on the weights of `model`, what it runs with)."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        peer = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.raw))
+    state = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    state.setdefault("lm_head.weight", model.head_weight.detach())
+    result = peer.load_state_dict(state, strict=False, assign=True)
+    assert not result.missing_keys and not result.unexpected_keys, result
+    for module in peer.modules():  # angles are buffers that no checkpoint holds: made on meta, so made again
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(module.config)
+            for name in ("inv_freq", "original_inv_freq"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(fresh, name).to(model.head_weight.device))
+    name = choose_attention(peer, model.head_weight.is_cuda)
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
+
+        apply_liger_kernel_to_qwen2_5_vl(model=peer)
+        name += ", Liger"
+    return peer.requires_grad_(False).eval(), f"peer: transformers + PEFT, {name}"
+
+
+def peft_model(peer, model, cfg):
+    """Adapters by PEFT on the layers that cfg names, in the weights' dtype (PEFT alone would take float32)."""
+    from peft import LoraConfig, get_peft_model
+
+    if cfg.gradient_checkpointing:
+        peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = [hf_name(name) for name in targets(model, cfg)]
+    config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
+    return get_peft_model(peer, config, autocast_adapter_dtype=False).train()
+
+
+def choose_attention(peer, cuda: bool) -> str:
+    """FlashAttention 2 on a GPU. Returns its name."""
+    if not cuda:
+        peer.set_attn_implementation("sdpa")
+        return "SDPA"
+    if importlib.util.find_spec("flash_attn"):
+        peer.set_attn_implementation("flash_attention_2")
+        return "FlashAttention 2"
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("flash_attention_2", flash_torch)
+    for config in (peer.config, peer.config.text_config, peer.config.vision_config):
+        config._attn_implementation = "flash_attention_2"  # set_attn_implementation would look for the package
+    return "torch's FlashAttention 2"
+
+
+def flash_torch(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **_):
+    """transformers' attention function. query (B, H, L, D), key and value (B, K, M, D) -> ((B, L, H, D), None).
+
+    The vision tower gives its windows as cu_seq_lens_q, in one row; everything else is causal and not padded.
+    """
+    from model.fast.gpu import FlashVarlen
+
+    (B, _, L, _), M = query.shape, key.shape[2]
+    if cu_seq_lens_q is None:
+        segments = equal_segments(B, L, M, query.device)
+    else:
+        windows, longest = cu_seq_lens_q.int(), int(max_length_q)
+        segments = Segments([], [], False, windows, windows, None, longest, longest, L)
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (T, H or K, D)
+    return FlashVarlen.apply(*packed, segments).unflatten(0, (B, L)), None
+
+
+@cache
+def equal_segments(B: int, L: int, M: int, device) -> Segments:
+    """B causal segments, each of L queries at the end of M keys."""
+    return Segments.build([L] * B, [M] * B, True).to(device)

@@ -1,0 +1,341 @@
+"""How long a step takes and how much memory, beside its floor and beside the usual software; random weights.
+
+    python bench/step.py                                    # on a GPU 3B and R, on a CPU the tiny model and its shape
+    python bench/step.py sft grpo --shape S R --peer        # transformers + PEFT in turns with us, in this process
+    python bench/step.py sft --shape long64 long256 long768 --repeats 1
+    python bench/step.py sft --shape 32x448x448 --batch 2   # frames x height x width
+    python bench/step.py grpo --prompts 8 --trace           # where the time goes: kernels, idle share
+    python bench/step.py sft grpo --twice                   # the same seed twice, compared bit for bit
+
+    prefill   from clip and prompt to the first token of a group
+    decode    one token for all rows, in the second half of a rollout
+    rollout   a whole rollout: every row answers with as many tokens as the shape has
+    sft       one optimizer step of train_sft.py: to the device, forward, loss, backward, clipping, AdamW
+    grpo      a step of train_grpo.py: rollout, reference, update; random rewards that differ within each group
+
+The floor is the arithmetic (bench/flops.py) at this machine's measured product rate; for a decode step the bytes at its
+copy rate: every weight once, each prompt's keys and values once, each row's own once. The last line is one JSON object.
+"""
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+import torch
+from flops import forward_flops, training_flops
+from peer import Peer
+from workloads import SIZES, example, model_config, workload
+
+import lora
+from config import GRPO
+from data import pack
+from engine import build_engine, init_distributed, leave_processes, use_deterministic_kernels
+from model.decode import Sampling, generate
+from model.fast.graphs import GraphCache
+from model.loading import random_model
+from rollouts import Rollout, cut, micro_batch
+from train_grpo import compare_within_groups, freeze_reference, reduce_sums, reference_pass, train_on
+from train_sft import micro_loss
+from trainer import Run, update
+
+KINDS = ("prefill", "decode", "rollout", "sft", "grpo")
+BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    flag = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
+    parser.add_argument("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
+    shapes = "S, R, tiny, longN, FxHxW or FxHxW+PROMPT+ANSWER (bench/workloads.py)"
+    parser.add_argument("--shape", nargs="+", default=["R" if cuda else "tiny"], help=shapes)
+    parser.add_argument("--model", default="3B" if cuda else "tiny", choices=[*SIZES, "tiny"])
+    parser.add_argument("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--pack_tokens", type=int, default=GRPO.pack_tokens, help="of a pass of GRPO's update at most")
+    parser.add_argument("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
+    parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
+    flag("--recompute", default=cuda, help="activation recomputation")
+    flag("--cuda_graphs", default=cuda)
+    flag("--peer", default=False, help="transformers + PEFT too, but for grpo")
+    flag("--trace", default=False, help="torch's profiler over one call of each row")
+    flag("--twice", default=False, help="three steps of sft and grpo from the same seed, twice")
+    flag("--deterministic", default=False, help="as the trainers' --deterministic")
+    args = parser.parse_args(argv)
+    if unknown := set(args.kinds) - set(KINDS):
+        parser.error(f"{', '.join(unknown)}: expected {', '.join(KINDS)}")
+    args.kinds = [kind for kind in KINDS if kind in args.kinds or not args.kinds]  # those that train come last
+    try:
+        args.work = {name: workload(name) for name in args.shape}
+    except ValueError as error:
+        parser.error(f"--shape: {error}")
+    return args
+
+
+class Bench:
+    """The machine, the frozen model, and the table as it grows."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.rows, self.cuda = args, device, [], device.type == "cuda"
+        self.resident = Counter()  # bytes that each contestant holds at rest
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.product_rate, self.copy_rate = self.measured_rates()
+        torch.manual_seed(0)
+        self.config = model_config(args.model)
+        self.model = random_model(self.config, self.device, self.dtype).requires_grad_(False)
+        self.model.gradient_checkpointing = args.recompute
+        self.model.ops.graphs = GraphCache() if self.cuda and args.cuda_graphs else None
+        rank = args.lora_rank
+        self.cfg = GRPO(lora_rank=rank, lora_alpha=rank, gradient_checkpointing=args.recompute, learning_rate=1e-4)
+        self.cfg.num_generations, self.cfg.pack_tokens = args.group, args.pack_tokens
+
+    def measured_rates(self) -> tuple[float, float]:
+        """Matrix products (FLOP/s) and copies (bytes/s, read + write)."""
+        n, dtype = (8192, torch.bfloat16) if self.cuda else (1024, torch.float32)
+        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        x = torch.empty((4 << 30) if self.cuda else (64 << 20), dtype=torch.uint8, device=self.device)
+        y = torch.empty_like(x)
+        median = lambda function: statistics.median([self.seconds(function) for _ in range(7)][2:])
+        return 2 * n**3 / median(lambda: a @ b), 2 * x.numel() / median(lambda: y.copy_(x))
+
+    def pack(self, work, count, answer=False):
+        return pack([example(self.config, work, i, answer) for i in range(count)])
+
+    def sync(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, function) -> float:
+        self.sync()
+        start = time.perf_counter()
+        function()
+        self.sync()
+        return time.perf_counter() - start
+
+    def call(self, who, function):
+        """(function(), highest GiB without what the others hold at rest); what stays allocated is this contestant's."""
+        if not self.cuda:
+            return function(), 0.0
+        torch.cuda.reset_peak_memory_stats()
+        before, others = torch.cuda.memory_allocated(), sum(self.resident.values()) - self.resident[who]
+        result = function()
+        self.resident[who] += torch.cuda.memory_allocated() - before
+        return result, (torch.cuda.max_memory_allocated() - others) / 2**30
+
+    def measure(self, label: str, steps: dict, floors: dict) -> None:
+        """Call the functions of {who: function} in turns and print their rows. Each returns {part: seconds}; part "" is
+        the whole. floors: {part: seconds}."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        calls = {who: [] for who in steps}
+        try:
+            for _ in range(1 + self.cuda + self.args.repeats):
+                for who, step in steps.items():
+                    calls[who].append(self.call(who, step))
+        except torch.OutOfMemoryError:
+            print(f"{label}: out of memory", flush=True)
+            return
+        for part, floor in floors.items():
+            medians = []
+            for who in steps:
+                times = [parts[part] for parts, _ in calls[who][1 + self.cuda :]]  # the first do not count
+                medians.append(statistics.median(times))
+                row = {"work": f"{label} {part}".strip(), "who": who, "seconds": medians[-1], "min": min(times)}
+                row |= {"max": max(times), "gib": max(gib for _, gib in calls[who]), "floor": floor}
+                self.rows.append(row)
+                numbers = "".join(f"{row[name]:10.4f}" for name in ("seconds", "min", "max", "floor"))
+                memory = f"{row['gib']:8.2f}" if self.cuda else f"{'-':>8}"
+                more = f"{medians[-1] / floor:8.2f}{medians[-1] / medians[0]:8.2f}"
+                print(f"{row['work']:<36}{who:<6}{numbers}{memory}{more}", flush=True)
+
+
+class Ours:
+    """The trainers' own functions as steps of each kind. What training takes is made when it is first needed."""
+
+    name = "ours"
+
+    def __init__(self, bench):
+        self.bench, self.model, self.cfg = bench, bench.model, bench.cfg
+        lora.inject(self.model, self.cfg)
+        self.model.eval()
+
+    @cached_property
+    def engine(self):
+        return build_engine(self.model, self.cfg, self.bench.device, self.bench.dtype)[0]
+
+    @cached_property
+    def frozen(self):
+        return freeze_reference(self.model, self.cfg)
+
+    def rollout(self, work, count: int, tokens: int):
+        prompts = self.bench.pack(work, count).to(self.bench.device)
+        return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
+
+    def sft(self, work, batch: int):
+        engine, packed, answers = self.engine, self.bench.pack(work, batch, answer=True), batch * work.completion
+
+        def step():
+            sums = torch.zeros(2, dtype=torch.float64, device=self.bench.device)
+            update(engine, [packed], partial(micro_loss, engine, answers, sums), 1)
+            return float(sums[0]) / answers
+
+        return step
+
+    def grpo(self, work, count: int):
+        """Its function returns the seconds of its parts."""
+        engine, frozen, bench, cfg = self.engine, self.frozen, self.bench, self.cfg
+        run = Run(cfg, "bench", Path(), bench.device, bench.dtype, "")
+        prompts = {n: example(bench.config, work, n) for n in range(count)}
+        sample, lengths = self.rollout(work, count, work.completion), [(n, work.prompt_tokens) for n in prompts]
+
+        def step():
+            cfg.per_device_train_batch_size = count * cfg.num_generations
+            bench.sync()
+            start, draw = time.perf_counter(), random.Random(0)
+            groups = [
+                [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
+                for n, group in enumerate(sample())
+            ]
+            sampled, sums = time.perf_counter(), Counter()
+            _, normalizer = compare_within_groups(run, groups, count)
+            batches = [micro_batch(prompts, part, cfg).to(bench.device) for part in cut(groups, lengths, cfg)]
+            reference_pass(run, self.model, frozen, batches, [], max(1, count // 4), sums)
+            bench.sync()
+            referred = time.perf_counter()
+            train_on(run, engine, batches, normalizer, 1, len(batches), sums)
+            reduce_sums(run, sums)
+            bench.sync()
+            end = time.perf_counter()
+            parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}
+            return {"": end - start} | parts
+
+        return step
+
+
+def step_of(contestant, kind, work, count):
+    """One step of this kind as a function that returns {part: seconds}."""
+    seconds, T = contestant.bench.seconds, work.completion
+    if kind == "grpo":
+        return contestant.grpo(work, count)
+    if kind == "decode":
+        half, whole = (contestant.rollout(work, count, tokens) for tokens in (T // 2, T))
+        return lambda: {"": max(1e-9, (seconds(whole) - seconds(half)) / (T - T // 2))}
+    tokens = {"prefill": 1, "rollout": T}
+    step = contestant.sft(work, count) if kind == "sft" else contestant.rollout(work, count, tokens[kind])
+    return lambda: {"": seconds(step)}
+
+
+def floors_of(bench, kind, work, count):
+    """{part: seconds} of `count` prompts or samples."""
+    config, grids, L, T, G = bench.config, [work.grid], work.prompt_tokens, work.completion, bench.args.group
+    compute = lambda flops: count * flops / bench.product_rate
+    move = lambda mean_own: step_bytes(bench.model, work, count, G, mean_own) / bench.copy_rate
+    prefill = compute(forward_flops(config, grids, L, head_tokens=1))
+    if kind == "sft":
+        return {"": compute(training_flops(config, grids, L + T, T, recompute=bench.args.recompute))}
+    if kind != "grpo":
+        return {"": {"prefill": prefill, "decode": move(0.75 * T), "rollout": prefill + T * move(0.5 * T)}[kind]}
+    parts = {"rollout": prefill + T * move(0.5 * T)}
+    parts["reference"] = compute(forward_flops(config, grids, L, [T] * G, G * T))
+    parts["update"] = compute(training_flops(config, grids, L, G * T, [T] * G, bench.args.recompute))
+    return {"": sum(parts.values())} | parts
+
+
+def step_bytes(model, work, N: int, G: int, mean_own: float) -> float:
+    """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
+    config, size = model.config, model.head_weight.element_size()
+    layers = sum(p.numel() for p in model.model.layers.state_dict().values())
+    merged = sum(a.block.adapters.numel() for a in lora.adapter_blocks(model) if a.block in [*model.model.layers])
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    own = token * N * (work.prompt_tokens + G * mean_own)
+    return size * (layers - merged + model.head_weight.numel() + own)  # sampling merges adapters into the weights
+
+
+def rows(bench, contestants):
+    """(label, {who: step}, floors) of each row."""
+    args = bench.args
+    for kind, (name, work) in product(args.kinds, args.work.items()):
+        for count in [args.batch or BATCH.get(name, 1)] if kind == "sft" else args.prompts:
+            label = f"{kind} {name} {count}" if kind == "sft" else f"{kind} {name} {count} x {args.group}"
+            able = contestants if kind != "grpo" else contestants[:1]
+            steps = {one.name: bench.call(one.name, partial(step_of, one, kind, work, count))[0] for one in able}
+            yield label, steps, floors_of(bench, kind, work, count)
+
+
+def trace(bench, step) -> None:
+    """One call under torch's profiler: the kernels that take most, and the share of time in which none runs."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
+        wall = bench.seconds(step)
+    order = f"self_{'cuda' if bench.cuda else 'cpu'}_time_total"
+    print(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    if bench.cuda:
+        kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        busy = last = 0.0
+        for begin, end in sorted((e.time_range.start, e.time_range.end) for e in kernels):  # microseconds; they overlap
+            busy, last = busy + max(0.0, end - max(begin, last)), max(last, end)
+        print(f"{wall:.3f} s, {len(kernels)} kernels, idle {1 - busy / 1e6 / wall:.1%}", flush=True)
+
+
+def twice(args, device) -> bool:
+    """Three steps of each row that trains, from the same seed, twice: whether the adapters are equal bit for bit."""
+    results, args.kinds = [], [kind for kind in args.kinds if kind in ("sft", "grpo")]
+    for _ in range(2):
+        bench = Bench(args, device)
+        ours = Ours(bench)
+        for _, steps, _ in rows(bench, [ours]):
+            for _ in range(3):
+                steps[ours.name]()
+        results.append([p.detach().cpu().clone() for p in bench.model.parameters() if p.requires_grad])
+    gap = max(float((a.float() - b.float()).abs().max()) for a, b in zip(*results, strict=True))
+    equal = all(map(torch.equal, *results))
+    print(f"the same seed twice: {'equal bit for bit' if equal else f'weights up to {gap:.2e} apart'}")
+    return equal
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    use_deterministic_kernels(args.deterministic)
+    device = init_distributed()
+    if args.twice:
+        return 0 if twice(args, device) else 1
+    bench = Bench(args, device)
+    machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
+    settings = f"{args.model} in {str(bench.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
+    print(f"{settings}; {machine}, torch {torch.__version__}")
+    print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
+    columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))
+    print(f"{'work':<36}{'who':<6}{columns}{'GiB':>8}{'x floor':>8}{'x ours':>8}")
+    contestants = []
+    for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
+        contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])
+    if args.peer:
+        print(contestants[1].note)
+    for label, steps, floors in rows(bench, contestants):
+        bench.measure(label, steps, floors)
+        if args.trace:
+            trace(bench, steps[Ours.name])
+    head = {"model": args.model, "machine": machine, "torch": torch.__version__, "argv": sys.argv[1:]}
+    head |= {"product_rate": bench.product_rate, "copy_rate": bench.copy_rate}
+    print(json.dumps(head | {"results": bench.rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    leave_processes()
+    sys.exit(code)
