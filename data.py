@@ -19,6 +19,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch 
     cli(lambda: parse(Look))
 
 import base64
+import ctypes
 import json
 import logging
 import math
@@ -53,6 +54,7 @@ from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
 DEFAULT_SYSTEM = Turn("system", ("You are a helpful assistant.",))
 CONTROLS = ("none", "reversed", "shuffled", "blank")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
 SHOWN = 8  # samples that cannot be used, named one by one
 
@@ -449,7 +451,8 @@ class Samples(torch.utils.data.Dataset):
 
 def start_worker(_) -> None:
     """In a new worker: Ctrl-C and SIGTERM are for the training process, which saves and then ends its workers. Of all
-    who send SIGTERM, only it is obeyed."""
+    who send SIGTERM, only it is obeyed; and where it is killed, they go with it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # torch's own watch waits for a pipe that nobody reads
     open_file.take(None)  # its position in the file is shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

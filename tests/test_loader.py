@@ -182,7 +182,9 @@ class Slow:
     def encode(self, record, *rest):
         open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
         time.sleep(0.05)
-        return Example()
+        example = Example()
+        example.ids = b"x" * 100_000  # more than a pipe holds: a worker whose reader is gone would wait for ever
+        return example
     def warn_once(self, example): pass
 from data import Example
 stream = Samples(range(10_000), Slow(), True)
