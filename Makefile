@@ -26,7 +26,7 @@ chaos: $(VENV)/dev           ## runs killed and files broken on purpose, for MIN
 
 tiny: $(VENV)/run            ## rebuild assets/tiny from nothing
 	$(RUN) assets/make_tiny.py init output/tiny_init
-	$(RUN) generate.py --task base --num_samples 16000 --split 0.98 --output_dir data/base --overwrite
+	$(RUN) assets/make_tiny.py clips --num_samples 16000 --split 0.98 --output_dir data/base --overwrite
 	$(RUN) train_sft.py --config configs/tiny_base.py
 	$(RUN) assets/make_tiny.py export output/tiny_base assets/tiny
 

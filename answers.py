@@ -1,284 +1,25 @@
-"""Text -> the options of a question, and the one that a completion settles on. No torch, no state.
+r"""Text -> the options of a question, and the one that a completion settles on. No torch, no state.
 
-How an answer is read (`extract_answer`); the rewards, the evaluation and infer.py share it:
+The rewards, the evaluation and infer.py share these rules; docs/data.md has them as a table.
   1. What stands inside <think> is ignored, also when the block was never closed.
   2. The answer stands in the last <answer> block; without one, after the last "Answer:"; without that, in the last
      line that names an option.
-  3. There, the last option named counts, by its letter, "(A)", or by its words, "Left to Right", in any case.
-  4. A letter owns the text up to the next letter: if that text names another option, as in "(A) Right to Left", the
-     answer contradicts itself and counts as none, so it is never right. So does a letter that no option has.
-  5. Two options named together, "A and B", are no answer.
+  3. There, the last option named counts: by its label, "(A)", "A.", "option a", or by its words, in any case.
+  4. A label owns the text up to the next one: if that text names another option, as in "(A) Right to Left", the answer
+     contradicts itself and counts as none, so it is never right. So does a label that no option has.
+  5. Options named together, "A and B", are no answer. An option that is denied, "not B", is not named.
 """
 
-import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
-HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ord("."), 0x3000: ord(" ")}
-LABEL = r"([A-Za-z]|[0-9]{1,2})"
-# The ways to write an option's label. One list keeps to one way.
-PAREN = re.compile(rf"(?<!\w)\(\s*{LABEL}\s*\)")  # (A)
-BRACKET = re.compile(rf"(?<!\w)\[\s*{LABEL}\s*\]")  # [A]
-BARE = [re.compile(rf"(?<![\w.]){LABEL}{mark}(?=\s|[^\W\d])") for mark in (r"\.", r"\)", ":")]  # A.  A)  A:
-LINE_START = re.compile(r"[\s\-•·]*")  # what may stand before the first label of a line: a bullet
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A label found in a question. start, end: where it stands; at_line_start: only a bullet is before it."""
-
-    label: str
-    start: int
-    end: int
-    at_line_start: bool
-
-
-def parse_options(question: str, least: int = 2) -> dict[str, str]:
-    """Question text -> {label: words} in the order given, {} where there is no list of at least `least` options.
-
-    A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
-    Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
-    parentheses must begin at A, numbers at 1: "J. Smith", "2:30" and "12.5" begin no list.
-    """
-    text = fold(question).replace("*", "")
-    lists = [options for marks in all_marks(text) for options in lists_of(text, marks, least)]
-    return max(enumerate(lists), key=lambda item: (item[1][0], item[0]), default=(0, (0, {})))[1][1]
-
-
-def all_marks(text: str) -> list[list[Mark]]:
-    """The labels of each way of writing, in the order of the text; numbers and letters apart."""
-    found = []
-    for pattern in (*reversed(BARE), BRACKET, PAREN):
-        marks = []
-        for match in pattern.finditer(text):
-            before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-            marks.append(Mark(match[1].upper(), match.start(), match.end(), bool(LINE_START.fullmatch(before))))
-        if pattern in BARE:
-            marks = [mark for mark in marks if mark.at_line_start or text[mark.start].isupper()]
-        found += [[mark for mark in marks if mark.label.isdigit()], [mark for mark in marks if mark.label.isalpha()]]
-    return found
-
-
-def lists_of(text: str, marks: list[Mark], least: int) -> list[tuple[tuple, dict[str, str]]]:
-    """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
-    found = []
-    for i, first in enumerate(marks):
-        bracketed = text[first.start] in "(["
-        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)):
-            continue
-        if least < 2 and not (bracketed and text[first.start + 1].isupper()):
-            continue  # an answer "(A) left" is an option, "12.5", "J. Smith" and "(c) 2020" are not
-        chain = [first]
-        while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
-            chain.append(following)
-        options = words_of(text, chain)
-        consecutive = all(rank(two) == rank(one) + 1 for one, two in zip(chain, chain[1:]))
-        if not bracketed and (not consecutive or asks_below(text, chain[-1]) or not text[: first.start].strip()):
-            continue  # a dialogue, chess moves, subtitles: the question comes after them, or there is none
-        dotted_in_line = text[first.end - 1] == "." and not all(mark.at_line_start for mark in chain)
-        if dotted_in_line and len(chain) < 3 and not text[: first.start].rstrip().endswith(("?", ":")):
-            continue  # "A. Smith and B. Jones meet. Who speaks?" within a sentence
-        if len(options) >= least:
-            found.append(((sum(mark.at_line_start for mark in chain), len(options)), options))
-    return found
-
-
-def asks_below(text: str, last: Mark) -> bool:
-    """Whether a question stands in a line below the last label: options without brackets stand behind the question."""
-    return any(line.rstrip().endswith("?") for line in text[last.end :].split("\n")[1:])
-
-
-def next_mark(last: Mark, marks: list[Mark], by_lines: bool) -> Mark | None:
-    """The label that follows: the next letter or number, at a line start if the list began at one and there is such a
-    label; a label of another order, as in "(C) both (A) and (B)", belongs to the option's words."""
-    later = [mark for mark in marks if mark.start > last.start]
-    if by_lines:
-        risen = [mark for mark in later if mark.at_line_start and rank(mark) > rank(last)]
-        if risen and (rank(risen[0]) == rank(last) + 1 or not follows_inline(last, later, risen[0])):
-            return risen[0]
-    return next((mark for mark in later if rank(mark) == rank(last) + 1), None)
-
-
-def follows_inline(last: Mark, later: list[Mark], limit: Mark) -> bool:
-    return any(rank(mark) == rank(last) + 1 and mark.start < limit.start for mark in later)
-
-
-def rank(mark: Mark) -> int:
-    return int(mark.label) if mark.label.isdigit() else ord(mark.label)
-
-
-def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
-    """{label: words up to the next label or the line's end}, {} if a label has no words of its own."""
-    options = {}
-    for mark, following in zip(chain, [*chain[1:], None]):
-        line_end = text.find("\n", mark.end)
-        end = min(following.start if following else len(text), line_end if line_end >= 0 else len(text))
-        if not text[mark.end : end].strip():  # the label has a line of its own, its words the next one
-            end = following.start if following else len(text)
-            end = min(end, mark.end + len(text[mark.end : end]) - len(text[mark.end : end].lstrip().partition("\n")[2]))
-        words = " ".join(text[mark.end : end].split())
-        if following and not following.at_line_start:
-            words = words.removesuffix(" or").removesuffix(" and")
-        words = words.rstrip(" ,;.") or words
-        words = words.removesuffix("?") if not following and not mark.at_line_start else words
-        if not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and"):
-            return {}
-        options[mark.label] = words
-    return options
-
-
-def after_thinking(text: str) -> str:
-    """What follows the reasoning. The opening tag may be missing (it stood in the prompt), or the closing one (cut)."""
-    text = SPECIAL.sub("", text)
-    return text.rpartition("</think>")[2].partition("<think>")[0]
-
-
-def answer_spans(text: str) -> list[str]:
-    """Where the answer may stand, the most binding place first."""
-    said = after_thinking(text)
-    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|$)", said, re.DOTALL | re.IGNORECASE)
-    if tagged:
-        return tagged[-1:]
-    # "Answer: …" or "the answer is …": to the end of the line, or the next line when nothing stands beside it.
-    named = re.findall(r"\banswer(?:\s+is\b\s*:?|\W{0,3}:)[*\s]*([^\n]*)", said, re.IGNORECASE)
-    return named[::-1] + said.strip().split("\n")[::-1]
-
-
-def answer_span(text: str) -> str | None:
-    """The answer's own words, "(A) Left to Right", without reasoning and tags; None where nothing was said."""
-    return next((span.strip() for span in answer_spans(text) if span.strip()), None)
-
-
-def extract_answer(text: str, options: dict[str, str]) -> str | None:
-    """Completion -> label of the option it settles on; without options, its answer's words, normalised.
-
-    None where there is no answer, or one that contradicts itself (module docstring, 4).
-    """
-    return cached_answer(text, tuple(options.items()))
-
-
-@lru_cache(4096)  # a group's reference and each completion are read several times a step
-def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None:
-    options = dict(options)
-    if not options:
-        return plain(answer_span(text) or "").casefold().strip(" ,;:!").rstrip(" .,;:!") or None
-    for span in answer_spans(text):
-        named, label = named_option(span, options)
-        if named:
-            return label
-    return None
-
-
-def read_number(text: str | None) -> tuple[float, str] | None:
-    """"3.50", "1,200", "-7 %" or "5 m" -> (number, unit); None for anything else, also for words before a number."""
-    sign, whole, point = r"([-+−]?)", r"([0-9][0-9,]*|)", r"(\.[0-9]+|\.|)"
-    power, unit = r"([eE][-+]?[0-9]+|)", r"([^\W\d]*|%)"
-    match = re.fullmatch(rf"{sign}{whole}{point}{power}\s*{unit}\.?", plain(text or ""))
-    if match is None or not (match[2] or match[3].strip(".")):
-        return None
-    if "," in match[2] and not re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", match[2]):  # "1,200" and no "1,2"
-        return None
-    value = float(f"{match[2].replace(',', '') or 0}{match[3]}{match[4]}")
-    return (-value if match[1] in ("-", "−") and match[1] else value, match[5]) if math.isfinite(value) else None
-
-
-def same_number(said: tuple[float, str], reference: tuple[float, str]) -> bool:
-    """Equal to two places, as Video-R1 compares them; the unit may be left out, but no other one given."""
-    return round(said[0], 2) == round(reference[0], 2) and said[1] in ("", reference[1])
-
-
-def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
-    """-> (an option is named at all, label of the last one named or None for a contradiction)."""
-    span = plain(span)
-    words = mentions_of_words(span, options)
-    labels = [match for match in labels_said(span, options) if not within_words(match, words, options)]
-    if several_named(span, labels, words):
-        return True, None
-    if not labels:
-        return bool(words), words[-1].labels[0] if words and len(words[-1].labels) == 1 else None
-    last = labels[-1]
-    label = label_of(last)
-    behind = [mention for mention in words if mention.start >= last.end()]
-    if not behind and len(labels) == 1:  # "Left to Right (A)": words right before the label are its own
-        behind = [m for m in words if m.end <= last.start() and not span[m.end : last.start()].strip(" .,:;-")]
-    agrees = label in options and all(label in mention.labels for mention in behind)
-    if len(options) == 1 and not behind:  # of a question without a list: other words are another answer
-        agrees &= not span[last.end() :].strip(" .,;:!)]")
-    return True, label if agrees else None
-
-
-@dataclass(frozen=True)
-class Mention:
-    """Words of an option in an answer. labels: the options that have these words."""
-
-    start: int
-    end: int
-    labels: list[str]
-
-
-def mentions_of_words(span: str, options: dict[str, str]) -> list[Mention]:
-    """Each mention of an option's words, in order; of overlapping ones the longest."""
-    by_words = {}
-    for label, words in options.items():
-        by_words.setdefault(plain(words).casefold(), []).append(label)
-    longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
-    if not longest_first:
-        return []
-    pattern = rf"(?<!\w)(?<!\d\.)({'|'.join(map(re.escape, longest_first))})(?!\w)(?!\.\d)"
-    return [Mention(m.start(), m.end(), by_words[m[0]]) for m in re.finditer(pattern, span.casefold())]
-
-
-def within_words(label: re.Match, words: list[Mention], options: dict[str, str]) -> bool:
-    """Whether a label is part of an option's words, as in "both (A) and (B)", or all of them, and no option's label."""
-    start, end = next(label.span(i) for i in range(1, 1 + len(label.groups())) if label[i])
-    inside = [m for m in words if m.start <= start and end <= m.end]
-    return any(m.end - m.start > len(label[0]) or label_of(label) not in options for m in inside)
-
-
-def labels_said(span: str, options: dict[str, str]) -> list[re.Match]:
-    """Labels meant as an option, in order: "(A)" or "[A]" anywhere; "A" alone, or at the start before a mark or the
-    option's words; "a" alone; "option A", "the answer is A"."""
-    numbered = all(label.isdigit() for label in options)
-    key = "[0-9]{1,2}" if numbered else "[A-Z]"
-    before, after = (r"[^\w.-]*", r"[^\w%]*") if numbered else (r"\W*", r"\W*")  # "-2" and "2 %" are no labels
-    words = "|".join(re.escape(plain(words)) for words in options.values())
-    end = rf"(?={after}$|\s*[).:,-](?!\d)|\s+(?i:{words})(?!\w))"  # so the article of "A ball rises" is no label
-    said = [
-        rf"(?<!\w)[(\[]\s*((?i:{key}))\s*[)\]]",
-        rf"^{before}({key}){end}",
-        rf"\b(?i:option|choice|answer|letter)(?:\s+is)?\s*:?\s+((?i:{key}))(?=\W*$|\s*[).:,-](?!\d))",
-        rf"\b(?i:it is|it's|choose|chose|pick|select)\s+({key})(?=\W*$|\s*[).:,-](?!\d))",
-        rf"^{before}({key})(?=\s+(?:is|because|since)\b)",
-        rf"\b(?i:so|is|then|therefore)\s+({key})(?={after}$)",
-        r"^\W*([a-z])\W*$",
-    ]
-    return list(re.finditer("|".join(said), span))
-
-
-def label_of(match: re.Match) -> str:
-    return next(group for group in match.groups() if group).upper()
-
-
-def several_named(span: str, labels: list[re.Match], words: list[Mention]) -> bool:
-    """Whether different options are named together, by labels, words or both: "A, B", "(A) left or (B) right"."""
-    named = [(label.start(), label.end(), {label_of(label)}) for label in labels]
-    named = sorted(named + [(mention.start, mention.end, set(mention.labels)) for mention in words])
-    pairs = [(one, two) for one, two in zip(named, named[1:]) if two[0] >= one[1] and not one[2] & two[2]]
-    together = any(joined(span[one[1] : two[0]]) and "(" not in span[one[1] : two[0]].strip("( ") for one, two in pairs)
-    return together or (bool(labels) and and_another(span, labels[-1]))
-
-
-def joined(between: str) -> bool:
-    """Whether two labels are named together: "(A), (B)", "(A) and (B)", "A/B"."""
-    return not between.strip(" ,/&+.;()") or between.strip(" ,/&+.;").casefold() in ("and", "or")
-
-
-def and_another(span: str, label: re.Match) -> bool:
-    """Whether a bare letter goes on behind the label: "B, A", "B/A", "A and B"."""
-    return re.match(r"\W*(?:[,/&+]|\band\b|\bor\b)\s*[(\[]?[A-Z][)\]]?\W*$", span[label.end() :]) is not None
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Full-width characters, and marks of other scripts, as ASCII
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ". "}
+HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　", '[]<><>""""--- ')
 
 
 def fold(text: str) -> str:
@@ -292,8 +33,297 @@ def plain(text: str) -> str:
     Right"."""
     text = fold(text)
     for _ in range(2):  # one may stand in the other
-        text = re.sub(r"\\(?:boxed|text|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\w)\*+|\*+(?!\w)|[`\"“”„«»$]+", "", text)
-    text = re.sub(r"(?<!\w)['‘’]|['‘’](?!\w)", "", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)
-    return " ".join(text.split()).strip()
+        text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\*\*|[`\"“”„«»$]|\\[()\[\]]", "", text)
+    text = re.sub(r"(?<!\w)['‘’*_]+|['‘’*_]+(?!\w)", "", text)  # a quote or star at a word's edge, and no "it's"
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)  # a hyphen between letters
+    return " ".join(text.split())
+
+
+def normalise(text: str) -> str:
+    """An open answer as it is compared: in any case, without the marks around it."""
+    return plain(text).casefold().strip(" ,;:!").rstrip(" .,;:!")
+
+
+# -- The options of a question
+
+LABEL = r"\s*([A-Za-z]|[0-9]{1,2})\s*"
+# The ways to write an option's label. One list keeps to one way; of equally long lists the later way counts.
+STYLES = [re.compile(rf"(?<![\w.(\[]){LABEL}{mark}") for mark in ("-", ":", r"\)", r"\.")]  # A-  A:  A)  A.
+BRACKETS = (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))  # <A>  [A]  (A), and no f(A)
+STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two in BRACKETS]
+# What may stand before the first label of a line: a bullet, a word as in "Option A:"
+LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A label found in a question. start, end: its place; at_line_start: at most a bullet or "Option" is before it."""
+
+    label: str
+    start: int
+    end: int
+    at_line_start: bool
+
+    @property
+    def rank(self) -> int:
+        return int(self.label) if self.label.isdigit() else ord(self.label)
+
+
+def parse_options(question: str, least: int = 2, loose: bool = False) -> dict[str, str]:
+    """Question text -> {label: words} in the order given, {} where there is no list of at least `least` options.
+
+    A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
+    Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
+    brackets must begin at A, numbers at 1, and stand behind the question: "J. Smith", "2:30" and "12.5" begin no list.
+    loose: the dataset's answer is a label, so a list that stands before the question counts too.
+    """
+    return dict(cached_options(question, least, loose))
+
+
+@lru_cache(1024)
+def cached_options(question: str, least: int, loose: bool) -> tuple[tuple[str, str], ...]:
+    text, lists = fold(question).replace("**", ""), []
+    for style in STYLES:
+        marks = list(marks_of(text, style))
+        for kind in (str.isdigit, str.isalpha):
+            lists += lists_of(text, [mark for mark in marks if kind(mark.label)], least, loose)
+    best = max(enumerate(lists), key=lambda item: (item[1][0], item[0]), default=(0, (0, {})))[1][1]
+    return tuple(best.items())
+
+
+def marks_of(text: str, style: re.Pattern):
+    for match in style.finditer(text):
+        before = text[text.rfind("\n", 0, match.start(1)) + 1 : match.start(1)].rstrip("([< ")
+        at_line_start = LINE_START.fullmatch(before + " ") is not None
+        bare = match[0].lstrip()[0] not in "([<"
+        behind = text[match.end() : match.end() + 1]
+        number = bare and match[1].isdigit() and match[0][-1] in ".:" and behind.isdigit()  # 2:30, 12.5
+        dash_or_small = match[0].endswith("-") or match[1].islower()  # in a line these are words
+        if not number and (at_line_start or not (bare and dash_or_small)):
+            yield Mark(match[1].upper(), match.end() - len(match[0].lstrip()), match.end(), at_line_start)
+
+
+def lists_of(text: str, marks: list[Mark], least: int, loose: bool):
+    """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
+    for i, first in enumerate(marks):
+        bracketed = text[first.start] in "([<"
+        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)):
+            continue
+        if least < 2 and not (bracketed and text[first.start + 1].isupper()):
+            continue  # an answer "(A) left" is an option, "12.5", "J. Smith" and "(c) 2020" are not
+        chain = [first]
+        while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
+            chain.append(following)
+        options = words_of(text, chain)
+        if len(options) >= least and (bracketed or loose or behind_question(text, chain)):
+            yield (sum(mark.at_line_start for mark in chain), len(options)), options
+
+
+def behind_question(text: str, chain: list[Mark]) -> bool:
+    """Whether labels without brackets are a list: a dialogue, chess moves and subtitles stand before the question, and
+    "A. Smith and B. Jones meet." is a sentence."""
+    before, below = text[: chain[0].start].strip(), text[chain[-1].end :].split("\n")[1:]
+    if not before or any(line.rstrip().endswith("?") for line in below):
+        return False
+    if any(two.rank != one.rank + 1 for one, two in zip(chain, chain[1:])):
+        return False
+    dotted = text[chain[0].end - 1] == "." and not all(mark.at_line_start for mark in chain)
+    return not dotted or len(chain) > 2 or before.endswith(("?", ":"))
+
+
+def next_mark(last: Mark, marks: list[Mark], by_lines: bool) -> Mark | None:
+    """The label that follows: the next letter or number, at a line start if the list began at one and there is such a
+    label; a label of another order, as in "(C) both (A) and (B)", belongs to the option's words."""
+    later = [mark for mark in marks if mark.start > last.start and mark.rank > last.rank]
+    next_in_order = next((mark for mark in later if mark.rank == last.rank + 1), None)
+    at_line = next((mark for mark in later if mark.at_line_start), None) if by_lines else None
+    if at_line and (at_line.rank == last.rank + 1 or not next_in_order or next_in_order.start > at_line.start):
+        return at_line
+    return next_in_order
+
+
+def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
+    """{label: words up to the next label or the line's end}, {} if a label has no words of its own."""
+    options = {}
+    for mark, following in zip(chain, [*chain[1:], None]):
+        end = following.start if following else len(text)
+        indent = len(text[mark.end : end]) - len(text[mark.end : end].lstrip())  # a label may have a line of its own
+        words = " ".join(text[mark.end : end][indent:].split("\n")[0].split())
+        if following and not following.at_line_start:
+            words = words.rstrip(" ,;/|").removesuffix(" or").removesuffix(" and")
+        if not following and not mark.at_line_start:  # the next sentence of a line is none of the option's words
+            words = re.split(r"(?<=\w\w[.?!]) (?=[A-Z])", words)[0].removesuffix("?")
+        words = words.rstrip(" ,;.") or words
+        if not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and"):
+            return {}
+        options[mark.label] = words
+    return options
+
+
+# -- Where a completion's answer stands
+
+
+def last_block(text: str, tag: str) -> str | None:
+    """What the last <tag> holds, up to its end where it was never closed; None where there is none."""
+    pieces = re.split(f"<{tag}>", text, flags=re.IGNORECASE)
+    return re.split(f"</{tag}>", pieces[-1], flags=re.IGNORECASE)[0] if len(pieces) > 1 else None
+
+
+def after_thinking(text: str) -> str:
+    """What follows the reasoning. The opening tag may be missing (it stood in the prompt), or the closing one (cut)."""
+    text = SPECIAL.sub("", text)
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def answer_spans(text: str) -> list[str]:
+    """Where the answer may stand, the most binding place first."""
+    said = after_thinking(text)
+    block = last_block(said, "answer")
+    if block is not None:
+        return [block]
+    # "Answer: …" or "the answer is …": to the end of the line, or the next line when nothing stands beside it.
+    named = re.findall(r"\banswer(?:\s+is\b|\W{0,3}:)[*:\s]*([^\n]*)", said, re.IGNORECASE)
+    return named[::-1] + said.strip().split("\n")[::-1]
+
+
+def answer_span(text: str) -> str | None:
+    """The answer's own words, "(A) Left to Right", without reasoning and tags; None where nothing was said."""
+    return next((span.strip() for span in answer_spans(text) if span.strip()), None)
+
+
+def extract_answer(text: str, options: dict[str, str]) -> str | None:
+    """Completion -> label of the option it settles on; without options, its answer's words, normalised.
+
+    None where there is no answer, or one that contradicts itself (module docstring, 4 and 5).
+    """
+    return cached_answer(text, tuple(options.items()))
+
+
+@lru_cache(4096)  # a group's reference and each completion are read several times a step
+def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None:
+    if not options:
+        return normalise(answer_span(text) or "") or None
+    for span in answer_spans(text):
+        named, label = named_option(plain(span), dict(options))
+        if named:
+            return label
+    return None
+
+
+# -- The option that an answer names
+
+WRAPPED = re.compile(r"(?<!\w)[(\[{<]\s*(\w{1,2})\s*[)\]}>]")  # (A) [A] {A} <A>
+# Words right before a label that say it is meant: "the answer is A", "option A", "I choose A"
+CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
+CUES |= {"therefore", "thus", "with", "say"}
+BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
+TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
+DENIALS = {"not", "nor", "neither", "never", "cannot", "than"}
+DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
+
+
+@dataclass(frozen=True)
+class Mention:
+    """An option named in an answer. labels: the options it may mean. sure: whether it can be the answer by itself."""
+
+    start: int
+    end: int
+    labels: set[str]
+    is_label: bool = False
+    sure: bool = True
+
+
+def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
+    """-> (an option is named at all, label of the last one named or None for a contradiction)."""
+    words = word_mentions(span, options)
+    labels = [mention for mention in label_mentions(span, options) if not within_words(mention, words, options)]
+    words = [one for one in words if not any(one.start < two.end and two.start < one.end for two in labels)]
+    named = sorted([*words, *labels], key=lambda mention: mention.start)
+    named = [mention for mention in named if not is_denied(span, mention)]
+    if any(together(span, one, two) for one, two in zip(named, named[1:])):
+        return True, None
+    last = next((mention for mention in reversed(named) if mention.is_label and mention.sure), None)
+    if last is None:
+        said = [mention for mention in named if not mention.is_label][-1:]
+        return bool(said), min(said[0].labels) if said and len(said[0].labels) == 1 else None
+    (label,) = last.labels
+    behind = [mention for mention in named if mention.start >= last.end and not mention.is_label]
+    agrees = label in options and all(label in mention.labels for mention in behind)
+    if len(options) == 1 and not behind:  # of a question without a list: other words are another answer
+        agrees &= not span[last.end :].strip(" .,;:!)]") or not options[label]
+    return True, label if agrees else None
+
+
+def word_mentions(span: str, options: dict[str, str]) -> list[Mention]:
+    """Each mention of an option's words, in order; of overlapping ones the longest."""
+    by_words = {}
+    for label, words in options.items():
+        by_words.setdefault(plain(words).casefold(), set()).add(label)
+    longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
+    if not longest_first:
+        return []
+    # not a piece of a word, nor of a number such as 12.5
+    pattern = rf"(?<!\w)(?<!\d[.,:])(?:{'|'.join(map(re.escape, longest_first))})(?!\w)(?![.,:]\d)"
+    found = re.finditer(pattern, span, re.IGNORECASE)
+    return [Mention(match.start(), match.end(), by_words.get(match[0].casefold(), set())) for match in found]
+
+
+def within_words(label: Mention, words: list[Mention], options: dict[str, str]) -> bool:
+    """Whether a label is part of an option's words, as in "both (A) and (B)", or all of them, and no option's label."""
+    inside = [mention for mention in words if mention.start <= label.start and label.end <= mention.end]
+    return any(mention.end - mention.start > label.end - label.start or not label.labels & set(options)
+               for mention in inside)  # fmt: skip
+
+
+def label_mentions(span: str, options: dict[str, str]) -> list[Mention]:
+    """Labels meant as an option: in brackets anywhere, bare where `bare_label` knows them."""
+    numbered = all(label.isdigit() for label in options)
+    is_label = lambda word: word.isdigit() if numbered else word.upper() in tuple(LETTERS)
+    wrapped = [match for match in WRAPPED.finditer(span) if is_label(match[1])]
+    mentions = [Mention(match.start(), match.end(), {match[1].upper()}, True) for match in wrapped]
+    for word in re.finditer(r"\w+", span):
+        inside = any(match.start() <= word.start() < match.end() for match in wrapped)
+        if not inside and len(word[0]) <= 2 and is_label(word[0]):
+            sure = bare_label(span[: word.start()], word[0], span[word.end() :], options)
+            if sure is not None:
+                mentions.append(Mention(word.start(), word.end(), {word[0].upper()}, True, sure))
+    return mentions
+
+
+def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
+    """Whether a letter or number without brackets is meant as a label: True, False for one that only stands beside
+    others, as the second of "A and B", None for an article or a number of another kind."""
+    if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
+        return None  # 12.5, -2, 2 %
+    first = not re.search(r"\w[^;:!?]*$", before)  # of its clause
+    if not re.search(r"\w", before) and not re.search(r"\w", behind):
+        return True  # nothing else was said
+    previous = re.findall(r"[\w']+", before.casefold())[-1:]
+    cued, article = bool(previous) and previous[0] in CUES, word in ("A", "I")
+    if word.islower():
+        ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
+    else:
+        own = [options.get(word, "")] if article else options.values()
+        follows = [*BEHIND, *(plain(words) for words in own if words)]
+        ended = re.match(r"\s*(?:$|[^\w\s'(])|\s+(?:" + "|".join(map(re.escape, follows)) + r")(?!\w)", behind, re.I)
+    if not ended or (word == "I" and word not in options):
+        return None
+    if first or cued:
+        return True
+    return False if word.isupper() or word.isdigit() else None
+
+
+def together(span: str, one: Mention, two: Mention) -> bool:
+    """Whether different options are named together: "A, B", "(A) left or (B) right", "A/B", "A (B)"."""
+    between = span[one.end : two.start]
+    joined = not re.search("[?!]", between) and set(re.findall(r"[\w']+", between.casefold())) <= TOGETHER
+    return joined and not one.labels & two.labels
+
+
+def is_denied(span: str, mention: Mention) -> bool:
+    """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
+    skip = ("the", "a", "option", "choice", "answer", "letter", "be")
+    before = [word for word in re.findall(r"[\w']+", span[: mention.start].casefold()) if word not in skip][-1:]
+    denied = bool(before) and (before[0] in DENIALS or before[0].endswith("n't"))
+    return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

@@ -1,7 +1,7 @@
-"""The drawn clips of generate.py: what is drawn, how it is augmented, its pixels, its file, and what is said about it.
+"""The drawn clips of generate.py: a ball, its pixels and its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only, for the processes
-that draw must not load torch. A module of its own, for tests, benchmarks and assets/make_tiny.py draw clips too.
+The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: the processes that
+draw do not load torch.
 """
 
 from dataclasses import dataclass, replace
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-
-from config import QUESTION
 
 FPS = 30  # frames a second of every file, as the original project's
 SAMPLED = 8  # frames, first and last included, at which positions are kept: what a model with 8 frames sees
@@ -20,31 +18,20 @@ DIRECTIONS = {"Left to Right": (1, 0), "Right to Left": (-1, 0), "Falling Down":
 CORNERS = {"top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1)}
 SIGNS = DIRECTIONS | CORNERS
 
-OPTIONS = {
-    "Left to Right": "(A) Left to Right",
-    "Right to Left": "(B) Right to Left",
-    "Falling Down": "(C) Falling Down",
-    "Ascending": "(D) Ascending",
-}
+OPTIONS = {label: f"({letter}) {label}" for letter, label in zip("ABCD", DIRECTIONS)}
 
 # Sizes in pixels of a 64-pixel picture; larger pictures scale them.
 RADIUS = (4.0, 20.0)
-SMALL, LARGE = 9.0, 14.0  # a ball below is called small, above large; between them its size is not asked
 # Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
 # sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart), which
 # --fps 1 takes.
 SPEED = (1.5, 2.8)
-PLAIN_RADIUS, PLAIN_SPEED = 20, 5  # the original project's ball, pixels and pixels a frame at any picture size
-MIN_FRAME_SIZE = 2 * PLAIN_RADIUS
+MIN_FRAME_SIZE = 40  # pixels: as wide as the largest ball
 
 BALLS = {
-    "red": (225, 45, 45),
-    "green": (50, 190, 70),
-    "blue": (65, 110, 250),
-    "yellow": (245, 215, 50),
-    "white": (245, 245, 245),
-    "purple": (190, 80, 220),
-}
+    "red": (225, 45, 45), "green": (50, 190, 70), "blue": (65, 110, 250),
+    "yellow": (245, 215, 50), "white": (245, 245, 245), "purple": (190, 80, 220),
+}  # fmt: skip
 BACKGROUNDS = {"black": (8, 8, 8), "gray": (96, 96, 96), "navy": (18, 24, 72), "brown": (74, 44, 22)}
 
 
@@ -54,7 +41,7 @@ class Track:
 
     times: np.ndarray  # (F,) seconds
     xy: np.ndarray  # (F, 2) centre of the ball
-    lap: np.ndarray  # (F, 2) int: how often the ball has left along x and y, and come back, before this time
+    lap: np.ndarray  # (F, 2) int: how often it has left along x and y, and come back, before this time
     inside: np.ndarray  # (F,) bool: is the centre within the picture
 
     def longest_run(self) -> np.ndarray:
@@ -101,7 +88,7 @@ def sampled_frames(length: int) -> np.ndarray:
 
 
 def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> Clip:
-    """A clip of the varied style: everything but the label's direction is drawn independently of the label."""
+    """A clip of this label: everything but its direction is drawn independently of the label."""
     scale = max(1.0, size / 64)
     ball, background = rng.choice(list(BALLS)), rng.choice(list(BACKGROUNDS))
     jitter = rng.uniform(-12, 12, (2, 3))
@@ -122,24 +109,6 @@ def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> C
     )
 
 
-def plain_clip(label: str, size: int, length: int, cell: int) -> Clip:
-    """The original project's ball. Its start (outside, at the entry edge) made all clips of a class the same and let a
-    still tell the class, so here it starts at one of the size * size whole positions: cell = x + size * y."""
-    velocity = tuple(float(PLAIN_SPEED * sign) for sign in SIGNS[label])
-    return Clip(
-        label,
-        size,
-        length,
-        (float(cell % size), float(cell // size)),
-        velocity,
-        float(PLAIN_RADIUS),
-        "white",
-        (255.0, 255.0, 255.0),
-        "black",
-        (0.0, 0.0, 0.0),
-    )
-
-
 def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
     """The clip with one draw of a random non-empty subset of the augmentations, the same in all its frames."""
     picked = [name for name in names if rng.random() < 0.5] or [names[rng.integers(len(names))]]
@@ -152,10 +121,8 @@ def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
             side = 1 - rng.uniform(shrink / 2, shrink)
             window = (*rng.uniform(0, clip.size * (1 - side), 2).tolist(), side)
             tried = replace(clip, crop=window)
-            if (
-                len(tried.track().longest_run()) >= min(3, len(clip.track().longest_run()))
-                and tried.track().inside.mean() >= 0.6
-            ):
+            long_enough = len(tried.track().longest_run()) >= min(3, len(clip.track().longest_run()))
+            if long_enough and tried.track().inside.mean() >= 0.6:
                 return tried
     return clip
 
@@ -235,9 +202,8 @@ ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which mean
 def positions_in_words(points: list[tuple[str, str]], form: int) -> str:
     """One of three sentences that name positions: points is [(seconds, "(x, y)")]."""
     if form == 0:
-        places = [f"{t} s at {p}" for t, p in points]
-        places[0] = places[0].replace(" s at ", " s the ball is at ")
-        return "At " + ", at ".join(places) + "."
+        (t, p), *others = points
+        return f"At {t} s the ball is at {p}" + "".join(f", at {t} s at {p}" for t, p in others) + "."
     if form == 1:
         return "The ball is at " + ", then at ".join(f"{p} at {t} s" for t, p in points) + "."
     return "I see the ball at " + ", ".join(f"{p} ({t} s)" for t, p in points) + "."
@@ -265,83 +231,15 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
     return f"<think>{' '.join(sentences)}</think><answer>{OPTIONS[label]}</answer>"
 
 
-def labels_of(task: str) -> list[str]:
-    """The labels of a task, as often as their share: base has two clips towards corners for each along an axis."""
-    return list(DIRECTIONS) if task == "direction" else [*DIRECTIONS, *CORNERS, *CORNERS]
-
-
-def some_answer(rng: np.random.Generator) -> str:
-    """An answer to the direction question about no clip in particular, in any of its forms."""
-    label = str(rng.choice(list(DIRECTIONS)))
-    if rng.random() < 0.5:
-        return f"Answer: {OPTIONS[label]}"
-    return explain(draw_clip(rng, label, 64, 30).track(), label, rng, int(rng.integers(0, 4)))
-
-
-def base_turns(clip: Clip, rng: np.random.Generator, coordinates: bool) -> list[tuple[str, str]]:
-    """Questions that need the same sight as direction does, but never direction itself: where to on a diagonal, along
-    which axis, what it looks like. The echo turn shows the words of the direction answers, for LoRA leaves their
-    embeddings frozen."""
-    if clip.label in CORNERS:
-        turns = [("Towards which corner does the ball move?", clip.label)]
-    else:
-        axis = "horizontally" if SIGNS[clip.label][0] else "vertically"
-        turns = [("Does the ball move horizontally or vertically?", axis)]
-    looks = [("What colour is the ball?", clip.ball), ("What colour is the background?", clip.background)]
-    radius = clip.radius / max(1.0, clip.size / 64)
-    if not SMALL <= radius <= LARGE:
-        looks.append(("Is the ball small or large?", "small" if radius < SMALL else "large"))
-    turns.append(looks[rng.integers(len(looks))])
-    if coordinates:
-        track = clip.track()
-        k = rng.choice(np.flatnonzero(track.inside))
-        turns.append((f"Where is the ball at {track.times[k]:.1f} s?", f"({track.xy[k, 0]:.0f}, {track.xy[k, 1]:.0f})"))
-    echo = some_answer(rng)
-    return [*turns, (f"Repeat: {echo}", echo)]
-
-
-def task_texts(count: int = 2000, seed: int = 0) -> list[str]:
-    """Texts as generate.py's tasks have them, `count` draws of each, for training a small tokenizer."""
-    rng = np.random.default_rng([seed, 3])
-    texts = [QUESTION, *(f"Answer: {option}" for option in OPTIONS.values())]
-    for k in range(count):
-        clip = draw_clip(rng, labels_of("base")[k % 12], 64, 30)
-        texts += [text for turn in base_turns(clip, rng, coordinates=True) for text in turn]
-        texts.append(some_answer(rng))
-    return texts
-
-
-# -- The picture that a server is shown
-
-# 5x8 bitmap digits, one byte a column, lowest bit at the top
-GLYPHS = {
-    "0": "3e5149453e", "1": "00427f4000", "2": "4261514946", "3": "2141454b31", "4": "1814127f10", "5": "2745454539",
-    "6": "3c4a494930", "7": "0171090503", "8": "3649494936", "9": "064949291e", ".": "0060600000", " ": "0000000000",
-    "s": "4854545420",
-}  # fmt: skip
-PAPER, INK = 255, 40  # grey levels of the page and of its letters
-GAP = 6  # pixels between frames
-
-
-def write_text(page: np.ndarray, text: str, y: int, middle: int) -> None:
-    """Inks `text`, 16 pixels high, on the (H, W, 3) page at row y, its middle at column `middle`."""
-    columns = [list(bytes.fromhex(GLYPHS[letter])) + [0] for letter in text]
-    bits = np.array(columns, np.uint8).reshape(-1)[None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    mask = np.kron(bits, np.ones((2, 2), np.uint8)).astype(bool)
-    x = middle - mask.shape[1] // 2
-    page[y : y + mask.shape[0], x : x + mask.shape[1]][mask] = INK
-
-
-def strip(frames: np.ndarray, times) -> bytes:
-    """One row of frames (F, H, W, 3) in time order with its times (F,) in seconds below, as PNG."""
-    enlarge = -(-112 // frames.shape[-2])
+def strip(frames: np.ndarray) -> bytes:
+    """Frames (F, H, W, 3) in one row, in time order, as PNG: the picture that a server is shown."""
+    enlarge, gap = -(-112 // frames.shape[-2]), 6
     frames = frames.repeat(enlarge, axis=-3).repeat(enlarge, axis=-2)
     count, height, width = frames.shape[:3]
-    page = np.full((height + 2 * GAP + 22, count * (width + GAP) + GAP, 3), PAPER, np.uint8)
+    page = np.full((height + 2 * gap, count * (width + gap) + gap, 3), 255, np.uint8)
     for k, frame in enumerate(frames):
-        x = GAP + k * (width + GAP)
-        page[GAP : GAP + height, x : x + width] = frame
-        write_text(page, f"{times[k]:.2f} s", height + 2 * GAP, x + width // 2)
+        x = gap + k * (width + gap)
+        page[gap : gap + height, x : x + width] = frame
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width, codec.pix_fmt, codec.framerate = *page.shape[:2], "rgb24", 1
     picture = av.VideoFrame.from_ndarray(page, "rgb24")

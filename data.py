@@ -19,6 +19,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch 
     cli(lambda: parse(Look))
 
 import base64
+import ctypes
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ import resource
 import signal
 import tempfile
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,7 @@ from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
 DEFAULT_SYSTEM = Turn("system", ("You are a helpful assistant.",))
 CONTROLS = ("none", "reversed", "shuffled", "blank")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
 SHOWN = 8  # samples that cannot be used, named one by one
 
@@ -106,25 +108,18 @@ class Example:
         return len(self.ids)
 
 
-class ClipCache:
-    """Plans and patches most recently used, up to a number of bytes."""
+class ClipCache(dict):
+    """Plans and patches, until so many bytes are full: with more clips than fit, some are kept for good, where a cache
+    of the most recent ones would have forgotten each before its next epoch."""
 
-    def __init__(self, limit: int):
-        self.limit, self.size = limit, 0
-        self.entries: OrderedDict = OrderedDict()  # key -> (value, bytes)
-
-    def get(self, key):
-        if key not in self.entries:
-            return None
-        self.entries.move_to_end(key)
-        return self.entries[key][0]
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
 
     def put(self, key, value, size: int) -> None:
-        if size <= self.limit:
-            self.entries[key] = value, size
-            self.size += size
-        while self.size > self.limit:
-            self.size -= self.entries.popitem(last=False)[1][1]
+        if size <= self.room:
+            self[key] = value
+            self.room -= size
 
 
 class Processor:
@@ -203,14 +198,10 @@ class Processor:
             self.warn_once(example)
         return example
 
-    def shape(self, record: dict, answer: bool = True, name: str | None = None) -> tuple[list, int, int]:
-        """(grids, tokens, those of them that are trained) that encode would give; it raises what encode raises. Of a
-        clip one frame is decoded."""
-        ids, trained, plans = self.layout(record, answer, name or record_name(record))
-        return [plan.grid_thw for plan in plans], len(ids), int(trained.sum())
-
-    def layout(self, record: dict, answer: bool, name: str) -> tuple[np.ndarray, np.ndarray, list[ClipPlan]]:
-        """ids (L,) int64, whether each is learned (L,) bool, and the plan of each clip."""
+    def layout(self, record: dict, answer: bool, name: str = "") -> tuple[np.ndarray, np.ndarray, list[ClipPlan]]:
+        """ids (L,) int64, whether each is learned (L,) bool, and the plan of each clip, of which one frame is decoded.
+        Raises what encode raises."""
+        name = name or record_name(record)
         turns = chat_turns(read_turns(record, name), answer, name)
         ids, trained = self.render(turns, answer, name)
         media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
@@ -460,7 +451,8 @@ class Samples(torch.utils.data.Dataset):
 
 def start_worker(_) -> None:
     """In a new worker: Ctrl-C and SIGTERM are for the training process, which saves and then ends its workers. Of all
-    who send SIGTERM, only it is obeyed."""
+    who send SIGTERM, only it is obeyed; and where it is killed, they go with it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # torch's own watch waits for a pipe that nobody reads
     open_file.take(None)  # its position in the file is shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -546,10 +538,6 @@ class Loader:
             return np.arange(len(self.records))
         return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
 
-    def encode(self, i: int) -> Example | tuple[int, UserError]:
-        """Sample i, or its number and the reason why there is none."""
-        return self.samples[i]
-
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
         name = f"sample {i}"
@@ -633,61 +621,68 @@ def look_at(processor: Processor, record: dict, name: str, answer: bool = True) 
     return {"learned": learned, "clips": clips, "tokens": len(ids), "warnings": warnings}
 
 
-def clip_lines(clip: dict) -> Iterator[str]:
-    t, rows, columns = clip["grid_thw"]
-    yield f"  source    {clip['frames']} frame(s), {clip['width']} x {clip['height']}, {clip['fps']:.6g} fps"
-    yield f"  frames    {len(clip['indices'])}: {' '.join(map(str, clip['indices']))}"
-    yield f"  seconds   {' '.join(f'{second:.2f}' for second in clip['times'])}"
-    grid = f"grid {t} x {rows} x {columns} patches, {clip['tokens']} tokens"
-    yield f"  size      {clip['size'][1]} x {clip['size'][0]}, {grid}"
-    if clip["second_per_grid"]:
-        yield f"  time ids  {' '.join(map(str, clip['time_ids']))}  ({clip['second_per_grid']:.4g} s a grid step)"
+def describe_clip(file: str, result: dict, limit: int) -> Iterator[str]:
+    yield file
+    for clip in result["clips"]:
+        t, rows, columns = clip["grid_thw"]
+        yield f"  source    {clip['frames']} frame(s), {clip['width']} x {clip['height']}, {clip['fps']:.6g} fps"
+        yield f"  frames    {len(clip['indices'])}: {' '.join(map(str, clip['indices']))}"
+        yield f"  seconds   {' '.join(f'{second:.2f}' for second in clip['times'])}"
+        grid = f"grid {t} x {rows} x {columns} patches, {clip['tokens']} tokens"
+        yield f"  size      {clip['size'][1]} x {clip['size'][0]}, {grid}"
+        if clip["second_per_grid"]:
+            yield f"  time ids  {' '.join(map(str, clip['time_ids']))}  ({clip['second_per_grid']:.4g} s a grid step)"
+    yield from (f"  note      {note}" for note in result["warnings"])
+    yield f"  prompt    {result['tokens']} tokens with the question, limit {limit}"
 
 
-def describe_dataset(file: str, processor: Processor, results: list[dict]) -> Iterator[str]:
+def describe_dataset(file: str, processor: Processor, results: Iterable[dict]) -> Iterator[str]:
     """Lengths of a dataset's samples, and which of them are refused."""
-    lengths = [result["tokens"] for result in results if "refused" not in result]
-    broken = [f"  skipped   sample {i}: {r['refused']}" for i, r in enumerate(results) if "refused" in r]
+    lengths, refused = [], []
+    for i, result in enumerate(results):
+        if "refused" in result:
+            refused.append(f"  skipped   sample {i}: {result['refused']}")
+        else:
+            lengths.append(result["tokens"])
     if not lengths:
-        raise UserError(f"{file}: none of its {len(results)} samples can be used; the first: {results[0]['refused']}")
+        first = refused[0].partition(": ")[2]
+        raise UserError(f"{file}: none of its {len(refused)} samples can be used; the first: {first}")
     low, median, high = np.percentile(lengths, (0, 50, 100))
     spread = f"{low:.0f} to {high:.0f} a sample, median {median:.0f}"
     yield f"{file}\n  samples   {len(lengths)}, {sum(lengths)} tokens: {spread}"
     yield from (f"  rebudget  {name}: {frames}" for name, frames in processor.rebudgeted.items())
-    yield from broken[:SHOWN]
-    if len(broken) > SHOWN:
-        yield f"  skipped   {len(broken) - SHOWN} more"
+    yield from refused[:SHOWN]
+    if len(refused) > SHOWN:
+        yield f"  skipped   {len(refused) - SHOWN} more"
 
 
 def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
     """The lines that tell of one file; with as_json, JSON: one for each record, or for the clip."""
-    is_dataset, results = file.endswith((".json", ".jsonl")), []
+    is_dataset = file.endswith((".json", ".jsonl"))
     if is_dataset:
-        own = copy(processor.args)
-        own.data_path = file
-        processor.folders = media_folders(own)
-        records = read_records(file)
+        args = copy(processor.args)
+        args.data_path, records = file, read_records(file)
+        processor.folders = media_folders(args)
     else:
         kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
         part = {"type": kind, "path": os.path.abspath(file)}
         records = [{"messages": [{"role": "user", "content": [part, question]}]}]
-    for i in range(len(records)):
-        try:
-            results.append(look_at(processor, records[i], f"sample {i}" if is_dataset else file, answer=is_dataset))
-        except UserError as error:
-            if not (is_dataset or as_json):
-                raise
-            results.append({"refused": str(error)})
+
+    def results() -> Iterator[dict]:
+        for i in range(len(records)):
+            try:
+                yield look_at(processor, records[i], f"sample {i}" if is_dataset else file, answer=is_dataset)
+            except UserError as error:
+                if not (is_dataset or as_json):
+                    raise
+                yield {"refused": str(error)}
+
     if as_json:
-        yield from map(json.dumps, results)
+        yield from map(json.dumps, results())
     elif is_dataset:
-        yield from describe_dataset(file, processor, results)
+        yield from describe_dataset(file, processor, results())
     else:
-        (result,) = results
-        yield file
-        yield from (line for clip in result["clips"] for line in clip_lines(clip))
-        yield from (f"  note      {note}" for note in result["warnings"])
-        yield f"  prompt    {result['tokens']} tokens with the question, limit {processor.args.max_seq_length}"
+        yield from describe_clip(file, next(results()), processor.args.max_seq_length)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from data import CONTROLS, examples
 from model import UserError
 from model.decode import Sampling
 from records import Selection, read_records, read_turns, record_name, spread
-from rewards import Sample, is_correct, reference_answer, sample_from_record
+from rewards import Sample, accuracy, check_solution, reference_answer, sample_from_record
 from rollouts import prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
@@ -68,7 +68,7 @@ def check_answer(number, record):
     """UserError, naming the sample, if its right answer cannot be read."""
     try:
         read_turns(record, "record")  # raises for what is no conversation at all
-        is_correct("", sample_from_record(record))
+        check_solution(record)
     except UserError as error:
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
@@ -82,7 +82,7 @@ class Evaluation:
     rows: list[dict]  # of rollouts.jsonl: the first answers as they were given
 
     count = property(lambda self: len(self.answers))
-    right = property(lambda self: sum(answer[3] for answer in self.answers.values()))
+    right = property(lambda self: count_right(answer[3] for answer in self.answers.values()))
     accuracy = property(lambda self: self.right / self.count if self.count else None)
 
 
@@ -97,30 +97,30 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
     mode = sampler.model.training
     sampler.model.eval()
     with progress(len(records) // ranks.world_size(), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
-        examples = prompts(sampler, records, control, skipped, bar)
-        for batch in prompt_batches(examples, EVAL_TOKENS):
+        readable = prompts(sampler, records, control, skipped, bar)
+        for batch in prompt_batches(readable, EVAL_TOKENS):
             seeds = [seed + 7_919 * example.number for example in batch]
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
                 number, sample = example.number, sample_from_record(example.record)
                 rollout = sampler.rollout(number, completion)
-                rollout.right = rollout.finite and is_correct(rollout.text, sample)
+                rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = *in_words(sample, rollout.text), rollout.right
                 if number < EVAL_SHOWN:
                     rows.append(shown(step, example.record, rollout, decode_token))
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
-    answers, skipped = ({k: v for each in every for k, v in each[i].items()} for i in (0, 1))
+    answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))
     rows = sorted((line for each in every for line in each[2]), key=lambda line: line["prompt"])
-    return Evaluation(dict(sorted(answers.items())), skipped, rows)
+    return Evaluation(answers, skipped, rows)
 
 
 def prompts(sampler, records, control, skipped, bar):
-    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or judged
-    goes into `skipped`."""
+    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or
+    judged goes into `skipped`."""
     numbers = []
     for number in range(ranks.rank(), len(records), ranks.world_size()):
         try:
-            is_correct("", sample_from_record(records[number]))  # raises where the right answer cannot be read
+            check_solution(records[number])
             numbers.append(number)
         except UserError as error:
             skipped[number] = str(error)
@@ -205,11 +205,17 @@ def evaluate_controls(evaluate, sampling, records, numbers, plain):
 def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
     """A completion's text -> (true answer's words, the model's, count of options)."""
     letters = reference_answer(sample), extract_answer(text, sample.options)
-    true, said = (sample.options.get(letter, letter) or NO_ANSWER for letter in letters)
-    return true, said, len(sample.options)
+    true, said = (sample.options.get(letter) or letter or NO_ANSWER for letter in letters)
+    return true, said, sum(map(bool, sample.options.values()))  # 0 where the list could not be read
 
 
-def wilson(right: int, count: int) -> list[float]:
+def count_right(rewards) -> int | float:
+    """The sum of accuracy rewards: how many are right, with fractions where a typed answer is partly right."""
+    total = sum(rewards)
+    return int(total) if total == int(total) else total
+
+
+def wilson(right: float, count: int) -> list[float]:
     """The 95 % interval of a share (Wilson, 1927) of count > 0, as [low, high]."""
     p, z2 = right / count, Z * Z / count
     middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
@@ -247,4 +253,5 @@ def measure(answers: dict, plain: dict) -> dict:
     flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
     changed = [before != after for before, after in pairs]
     facts = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
-    return facts | {"right": sum(right), "count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
+    facts |= {"right": count_right(right)}
+    return facts | {"count": len(right), "changed": mean(changed), "flipped": mean(flipped)}

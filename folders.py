@@ -8,9 +8,6 @@ from the names nearest the right one: those that share most words with it, then 
 both sets); out of twice as many as needed they are drawn at random, or else the set of options would be one for each
 class and tell it. A hint remains, for the right name lies in the middle of its neighbours: `infer.py --controls blank`
 shows how much is guessed without the clip.
-
-A clip counts as unreadable if training could not read it: the same function plans it. Not a part of generate.py, for
-this imports torch.
 """
 
 import hashlib
@@ -26,11 +23,8 @@ import torch
 from tqdm import tqdm
 
 import clips
-from config import VideoArgs
 from model import UserError, nearest_path
-from records import read_turns
-from rewards import is_correct, sample_from_record
-from video import Options, index_frames, plan_clip, read_frames
+from video import index_frames, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
 # What published copies of Kinetics call their folders
@@ -45,15 +39,6 @@ class Video:
     split: str  # train or val; "" = not yet known
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is asked of one clip."""
-
-    text: str  # with its options
-    options: list[str]  # as they stand in it, "(A) playing guitar"
-    right: str  # one of them
-
-
 # -- The clips
 
 
@@ -66,60 +51,32 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
+def videos_in(folder: Path) -> list[Path]:
+    return [path for path in entries(folder) if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()]
 
 
-def is_split(path: Path) -> bool:
-    """Whether it is train/ or val/ with classes in it; with videos in it, it is a class of that name."""
-    if path.name.lower() not in SPLITS or not path.is_dir():
-        return False
-    inside = entries(path)
-    return any(entry.is_dir() for entry in inside) and not any(map(is_video, inside))
-
-
-def find_videos(root: Path) -> tuple[list[Video], list[str]]:
-    """The clips of all classes, in order, and lines on what was passed over. UserError where there are no classes."""
-    if not root.is_dir():
-        hint = nearest_path(root)
-        raise UserError(f"--from_folder {root}: no such folder; expected one with a folder for each class{hint}")
-    splits = {path: SPLITS[path.name.lower()] for path in entries(root) if is_split(path)}
-    videos, notes = [], []
-    if splits and "train" not in splits.values():
+def list_videos(root: Path) -> list[Video]:
+    """The clips of all classes, in order. train/ and val/ are splits unless they hold videos themselves."""
+    folders = filter(Path.is_dir, entries(root))
+    named = [path for path in folders if path.name.lower() in SPLITS and not videos_in(path)]
+    splits = {path: SPLITS[path.name.lower()] for path in named}
+    if set(splits.values()) == {"val"}:
         raise UserError(f"--from_folder {root}: found {next(iter(splits)).name}/ but no train/; expected both, or none")
-    beside = [path.name for path in entries(root) if path.is_dir() and path not in splits] if splits else []
-    notes += [f"not read, for it lies beside train/: {', '.join(beside)}"] if beside else []
     if set(splits.values()) == {"train"}:
         splits = dict.fromkeys(splits, "")
-    for folder, split in (splits or {root: ""}).items():
-        for path in filter(Path.is_dir, entries(folder)):
-            videos += [Video(file, words_of(path.name), split) for file in entries(path) if is_video(file)]
-            deeper = sum(file.is_dir() for file in entries(path))
-            notes += [f"{path}: {deeper} folder(s) inside a class are not read"] if deeper else []
-        loose = sum(map(is_video, entries(folder)))
-        notes += [f"{folder}: {loose} video(s) in no class's folder are not read"] if loose else []
-    labels = sorted({video.label for video in videos})
-    if len(labels) < 2:
-        found = ", ".join(labels) or "none"
-        raise UserError(f"--from_folder {root}: classes with videos: {found}; expected two or more, DIR/class/clip.mp4")
-    return videos, notes
-
-
-def check_labels(videos: list[Video]) -> None:
-    """UserError for two classes that read alike: no answer could be judged."""
-    folders = {}
-    for video in videos:
-        folders.setdefault(video.label.casefold(), set()).add(video.path.parent.name)
-    alike = next((sorted(names) for names in folders.values() if len(names) > 1), None)
-    if alike:
-        raise UserError(f"the classes {' and '.join(alike)} read alike; rename one of the folders")
+    return [
+        Video(file, words_of(folder.name), split)
+        for parent, split in (splits or {root: ""}).items()
+        for folder in filter(Path.is_dir, entries(parent))
+        for file in videos_in(folder)
+    ]
 
 
 def why_unreadable(video: Video) -> str | None:
-    """Why training could not read it; None if it can."""
+    """Why training could not read it, None if it can: both index it by the same function."""
     try:
         str(video.path).encode()
-        plan_clip("video", (str(video.path),), Options.from_args("video", VideoArgs(), {}, video.path.name))
+        index_frames(str(video.path))
     except UnicodeEncodeError:
         return f"{os.fsencode(video.path)!r}: its name is not UTF-8; rename it"
     except UserError as error:
@@ -127,13 +84,32 @@ def why_unreadable(video: Video) -> str | None:
     return None
 
 
-def readable(videos: list[Video], workers: int) -> tuple[list[Video], dict[str, str]]:
-    """(those that can be read, {path: why not} of the others)"""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+def find_videos(cfg) -> tuple[list[Video], dict[str, str]]:
+    """(the clips that can be read, each with its split; {path: why not} of the others)"""
+    root = Path(cfg.from_folder)
+    if not root.is_dir():
+        hint = nearest_path(root)
+        raise UserError(f"--from_folder {root}: no such folder; expected one with a folder for each class{hint}")
+    try:
+        videos = list_videos(root)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
         reasons = list(tqdm(pool.map(why_unreadable, videos), "reading", len(videos), disable=None, unit="clip"))
     pairs = list(zip(videos, reasons, strict=True))
-    broken = {os.fsencode(video.path).decode("utf-8", "backslashreplace"): why for video, why in pairs if why}
-    return [video for video, why in pairs if not why], broken
+    unreadable = {os.fsencode(video.path).decode("utf-8", "backslashreplace"): why for video, why in pairs if why}
+    for why in [*unreadable.values()][:20]:
+        print(f"unreadable: {why}")
+    if unreadable:
+        print(f"{len(unreadable)} clips are unreadable; metadata.json lists them")
+    videos = [video for video, why in pairs if not why]
+    labels = sorted({video.label for video in videos})
+    if len(labels) < 2:
+        found = f"classes with readable videos: {', '.join(labels) or 'none'}"
+        raise UserError(f"--from_folder {root}: {found}; expected two or more, DIR/class/clip.mp4")
+    if not videos[0].split:
+        videos = split_by_class(videos, cfg.split, np.random.default_rng([cfg.seed, 7]))
+    return videos, unreadable
 
 
 def split_by_class(videos: list[Video], share: float, rng: np.random.Generator) -> list[Video]:
@@ -146,31 +122,6 @@ def split_by_class(videos: list[Video], share: float, rng: np.random.Generator) 
         for k, i in enumerate(rng.permutation(mine).tolist()):
             result[i] = replace(videos[i], split="train" if k < train else "val")
     return result
-
-
-def gather(cfg) -> tuple[list[Video], dict[str, str], list[str]]:
-    """(the clips that can be read, each with its split; {path: why not} of the others; notes for the user)"""
-    root = Path(cfg.from_folder)
-    try:
-        videos, notes = find_videos(root)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
-    check_labels(videos)
-    videos, broken = readable(videos, cfg.workers)
-    lost = {path.parent.name for path in map(Path, broken)} - {video.path.parent.name for video in videos}
-    notes += [f"no clip can be read of: {', '.join(sorted(lost))}"] if lost else []
-    if len({video.label for video in videos}) < 2:
-        first = next(iter(broken.values()))
-        raise UserError(f"--from_folder {root}: {len(broken)} clips unreadable, fewer than two classes left; {first}")
-    if not videos[0].split:
-        videos = split_by_class(videos, cfg.split, np.random.default_rng([cfg.seed, 7]))
-    elif "split" in getattr(cfg, "given", ()):
-        notes.append("--split has no effect: train/ and val/ are there")
-    labels = {split: {video.label for video in videos if video.split == split} for split in ("train", "val")}
-    for split, other in (("train", "val"), ("val", "train")):
-        absent = sorted(labels[other] - labels[split])
-        notes += [f"{len(absent)} class(es) have no clip in {split}: {', '.join(absent[:5])}"] if absent else []
-    return videos, broken, notes
 
 
 # -- What is asked
@@ -188,54 +139,25 @@ def likeness(a: str, b: str) -> tuple[float, float]:
 
 
 def nearest_names(label: str, labels: list[str]) -> list[str]:
-    """The other names, the most alike first."""
-    others = sorted(name for name in labels if name != label)
-    return sorted(others, key=partial(likeness, label), reverse=True)
+    """The other names, the most alike first. labels: sorted."""
+    return sorted((name for name in labels if name != label), key=partial(likeness, label), reverse=True)
 
 
-def choose(label: str, pool: list[str], wrong: int, rng: np.random.Generator) -> list[str]:
-    """The right name and `wrong` others out of the pool, shuffled."""
-    picks = rng.choice(len(pool), min(wrong, len(pool)), replace=False)
-    options = [label, *(pool[i] for i in picks)]
-    return [options[i] for i in rng.permutation(len(options))]
-
-
-def choices(cfg, videos: list[Video]) -> list[Choice]:
-    """What is asked of each clip."""
+def multiple_choice(cfg, videos: list[Video]) -> list[tuple[str, str]]:
+    """What is asked of each clip: (question with its options, the right one of them, "(A) playing guitar")."""
     labels, pools, result = sorted({video.label for video in videos}), {}, []
     wrong = cfg.num_options - 1
     for label in labels:
-        near = nearest_names(label, labels)[: 2 * wrong]
-        pools[label] = near if cfg.hard_negatives else [name for name in labels if name != label]
+        others = [name for name in labels if name != label]
+        pools[label] = nearest_names(label, labels)[: 2 * wrong] if cfg.hard_negatives else others
     for i, video in enumerate(videos):
-        options = choose(video.label, pools[video.label], wrong, np.random.default_rng([cfg.seed, 6, i]))
+        rng, pool = np.random.default_rng([cfg.seed, 6, i]), pools[video.label]
+        picks = rng.choice(len(pool), min(wrong, len(pool)), replace=False)
+        options = [video.label, *(pool[i] for i in picks)]
+        options = [options[i] for i in rng.permutation(len(options))]
         lines = [f"({letter}) {words}" for letter, words in zip("ABCDEFGH", options)]
-        text = "\n".join([cfg.question, "Options:", *lines])
-        result.append(Choice(text, lines, lines[options.index(video.label)]))
+        result.append(("\n".join([cfg.question, "Options:", *lines]), lines[options.index(video.label)]))
     return result
-
-
-def check_judged(record: dict, choice: Choice) -> None:
-    """UserError if the rewards would judge an option of the record otherwise than it is meant."""
-    read_turns(record, record["id"])
-    sample = sample_from_record(record)
-    meant = [line == choice.right for line in choice.options]
-    whole = [is_correct(line, sample) for line in choice.options]
-    by_letter = [is_correct(line[:3], sample) for line in choice.options]
-    if not whole == by_letter == meant:
-        alike = f"{record['id']}: its options cannot be told apart: {', '.join(choice.options)}"
-        raise UserError(f"{alike}; rename the classes, or put --question otherwise")
-
-
-def check_options(cfg) -> None:
-    """Raises UserError for what config.py cannot judge: where the files lie, how chains of thought are made."""
-    root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
-    if root == out or root in out.parents or out in root.parents:
-        raise UserError(f"--output_dir {out}: lies in --from_folder {root}, or that in it; give a folder of its own")
-    if cfg.cot and (cfg.cot_source == "trajectory" or not os.environ.get("OPENAI_API_KEY", "").strip()):
-        known = "the path of what moves is known only for drawn clips"
-        advice = "set OPENAI_API_KEY (and leave --cot_source at auto or openai), or leave --cot out"
-        raise UserError(f"--cot with --from_folder: {known}; {advice}")
 
 
 # -- For the server
@@ -253,4 +175,4 @@ def strip_of(video: Video, count: int) -> bytes:
     h, w = index.size
     size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
     frames = torch.stack(read_frames(str(video.path), picks, [index.seek(i) for i in picks], size))
-    return clips.strip(frames.permute(0, 2, 3, 1).numpy(), [index.seconds(i) for i in picks])
+    return clips.strip(frames.permute(0, 2, 3, 1).numpy())

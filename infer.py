@@ -243,7 +243,7 @@ def show(facts, results, chance, confusion, most=8):
 
     print(f"\n{'frames':<12}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
     for control, row in facts.items():
-        name, right = {"none": "as they are"}.get(control, control), f"{row['right']}/{row['count']}"
+        name, right = {"none": "as they are"}.get(control, control), f"{row['right']:g}/{row['count']}"
         if not row["count"]:
             print(f"{name:<12}not possible: {next(iter(results[control].skipped.values()))}")
             continue

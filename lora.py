@@ -1,8 +1,5 @@
 """LoRA: put adapters in, choose what is trained, switch them off, swap to a reference, merge.
 
-    y = x W^T + b + s · (x A^T) B^T        W (out, in) frozen, A (r, in) random, B (out, r) zero at the start
-                                           s = alpha / r, or alpha / sqrt(r) when rank-stabilised
-
     inject(model, args)                    Linear -> LoRALinear in the components that args switch on
     set_trainable(model, args)             exactly what args name has requires_grad, all else is frozen
     with disabled(model): …                the base model
@@ -12,8 +9,8 @@
     python lora.py merge ADAPTER OUT       a whole model, as transformers and vLLM load it
     python lora.py check ADAPTER           what it is, and whether it fits its base
 
-The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`. Its files, and what the
-two commands do, are in adapter_files.py.
+The layer is in model/adapters.py: all adapters of a block lie in its one parameter `adapters`. PEFT's files and the two
+commands are in adapter_files.py.
 """
 
 # ruff: noqa: E402
@@ -29,7 +26,7 @@ def main(argv=None):
     run_command(cfg)
 
 
-if __name__ == "__main__":  # before torch is imported: neither --help nor a mistake in a flag must wait for it
+if __name__ == "__main__":  # before torch is imported: --help does not wait for it
     raise SystemExit(cli(main))
 
 import re
@@ -73,15 +70,11 @@ def switches(args):
 
 
 def targets(model, args):
-    """Names of the layers that args ask to adapt. UserError for a switch, exclusion or count that matches nothing."""
+    """Names of the layers that args ask to adapt. UserError for an exclusion that matches nothing, or everything."""
     modules = dict(model.named_modules())
-    names = []
-    for component, wanted in switches(args).items():
-        prefix = COMPONENTS[component]
-        linears = [n for n, m in modules.items() if n.startswith(prefix) and isinstance(m, nn.Linear)]
-        if wanted and not linears:
-            raise UserError(f"--{component}_lora: no linear layer under {prefix}*, expected a Qwen2.5-VL model")
-        names += linears if wanted else []
+    prefixes = [COMPONENTS[component] for component, wanted in switches(args).items() if wanted]
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
     for word in args.lora_namespan_exclude:
         # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
@@ -90,24 +83,19 @@ def targets(model, args):
     names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
     if not names:
         raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
-    if args.num_lora_modules > len(names):
-        expected = f"at most {len(names)}, the number of layers"
-        raise UserError(f"--num_lora_modules: found {args.num_lora_modules}, expected {expected}")
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
-
-
-def block_of(name):
-    """The block that holds a layer: model.layers.N, visual.blocks.N or visual.merger."""
-    return re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
 
 
 def replace_linears(model, names, args, dtype):
     """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
-    blocks = {}
+    if lora_layers(model):
+        raise UserError("the model carries an adapter already; a second one would sit on top of it: merge the first")
+    blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
     for name in names:
         layer = LoRALinear(model.get_submodule(name), args)
         model.set_submodule(name, layer)
-        blocks.setdefault(block_of(name), []).append(layer)
+        block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
+        blocks.setdefault(block, []).append(layer)
     for block, layers in blocks.items():
         BlockAdapters(model.get_submodule(block), layers, args.lora_rank, dtype)
     model.lora_args = args
@@ -122,8 +110,6 @@ def inject(model, args, dtype=None):
     contradictory args, for what matches nothing, and for a model that carries an adapter already.
     """
     LoraArgs.check(args)
-    if lora_layers(model):
-        raise UserError("the model carries an adapter already; a second one would sit on top of it: merge the first")
     names = targets(model, args) if args.lora_enable else []
     replace_linears(model, names, args, dtype)
     return names
@@ -180,14 +166,13 @@ def param_groups(model, args):
 @contextmanager
 def disabled(model):
     """Inside, the adapters take no part: the base model. Not around a forward whose backward recomputes later."""
-    layers = [module for _, module in lora_layers(model)]
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
+    before = {layer: layer.enabled for _, layer in lora_layers(model)}
+    for layer in before:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
@@ -206,8 +191,7 @@ def reference(model, snapshot):
     trained = {name: parameters[name].data for name in snapshot}
     for name, tensor in snapshot.items():
         now = trained[name]
-        kept, current = (tensor.shape, tensor.dtype), (now.shape, now.dtype)
-        assert kept == current, f"{name}: {kept} in the snapshot, {current} in the model"
+        assert tensor.shape == now.shape and tensor.dtype == now.dtype, (name, tensor.shape, tensor.dtype, now.shape)
         parameters[name].data = tensor
     try:
         with torch.no_grad():

@@ -4,6 +4,7 @@ The estimate is within some percent of measured peaks (dev/LOG.md). It knows the
 patches, which parts are trained, and recomputation; the allocator's fragments it does not know.
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -133,8 +134,8 @@ def sample_sizes(records, processor, answer):
     sizes_found, left_out = [], {}
     for i in sorted({k * count // min(LOOKED_AT, count) for k in range(min(LOOKED_AT, count))}):
         try:
-            grids, tokens, _ = processor.shape(records[i], answer)
-            sizes_found.append((tokens, sum(t * h * w for t, h, w in grids)))
+            ids, _, plans = processor.layout(records[i], answer)
+            sizes_found.append((len(ids), sum(math.prod(plan.grid_thw) for plan in plans)))
         except UserError as error:
             left_out[f"sample {i}"] = str(error)
     if count and not sizes_found:

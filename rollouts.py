@@ -17,7 +17,7 @@ from memory import out_of_memory, smaller_sampling
 from model.decode import Completion, Sampling, generate
 from model.packed import IGNORE, Packed
 from records import clip_name, record_name
-from rewards import Reward, group_context, is_correct, sample_from_record, score, total
+from rewards import Reward, accuracy, group_context, sample_from_record, score, total
 
 ALARM_STEPS = 10  # steps that reward and group health are watched over
 
@@ -41,7 +41,7 @@ class Rollout:
     text: str
     components: dict[str, float] = field(default_factory=dict)  # unweighted value of each reward
     reward: float = 0.0  # their weighted sum
-    right: bool = False  # the answer is the dataset's
+    right: float = 0.0  # the accuracy reward, whether or not it is one of the components
     advantage: float = 0.0
     trained: bool = False  # its group was chosen for the update
     finite: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
@@ -124,14 +124,16 @@ def score_group(rewards: list[Reward], prompt: Example, group: list[Rollout], sh
     """Fill in components, reward and right. shuffled: texts of completions on shuffled frames, where a reward asks for
     them; limit: tokens that a completion may take. UserError where a reward fails, with its name and the completion."""
     sample = sample_from_record(prompt.record)
-    context = {}
+    context, texts = {}, [rollout.text for rollout in group]
     if any(reward.needs for reward in rewards):
-        context = group_context(sample, [rollout.text for rollout in group], shuffled)
+        context = group_context(sample, texts, shuffled)
+    for reward in rewards:
+        reward.prepare(texts, sample)
     for rollout in group:
         length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
         rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
         rollout.reward = total(rewards, rollout.components)
-        rollout.right = is_correct(rollout.text, sample)
+        rollout.right = accuracy(rollout.text, sample)
 
 
 def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str, float]:

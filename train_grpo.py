@@ -1,7 +1,7 @@
 """GRPO: sample groups of completions -> score them -> advantages in each group -> update. Read it from top to bottom.
 
     python train_grpo.py                                         goes on from the newest adapter under output/
-    deepspeed train_grpo.py --config configs/qwen_3b_grpo_24gb.py     all GPUs of the machine
+    deepspeed train_grpo.py --config configs/3b_grpo.py     all GPUs of the machine
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the model learns to give the dataset's answers. Read it from top to bottom.
 
     python train_sft.py                                        the tiny model on data/synthetic_videos
-    deepspeed train_sft.py --config configs/qwen_3b_sft_24gb.py     all GPUs of the machine
+    deepspeed train_sft.py --config configs/3b_sft.py          all GPUs of the machine
     deepspeed --num_gpus 2 train_sft.py                        two processes, on a CPU too
     python train_sft.py --output_dir output/video_lora --resume
 

@@ -1,7 +1,7 @@
-"""Makes the embedded base checkpoint, assets/tiny. `make tiny` runs the whole recipe; README tells what it took.
+"""Makes the tiny base checkpoint, assets/tiny. `make tiny` runs the whole recipe.
 
     python assets/make_tiny.py init OUT          a tokenizer and random weights
-    python generate.py --task base ...           questions about balls, none about direction
+    python assets/make_tiny.py clips ...         generate.py's options: questions about balls, none about direction
     python train_sft.py --config configs/tiny_base.py
     python assets/make_tiny.py export RUN assets/tiny      bf16 weights and tokenizer, without the rest
 
@@ -18,14 +18,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import generate
 from checkpoint import newest_checkpoint
-from clips import task_texts
-from config import cli
+from clips import CORNERS, DIRECTIONS, FPS, OPTIONS, SIGNS, Clip, draw_clip, explain
+from config import QUESTION, Generate, cli, parse
 from model import UserError
 from model.loading import ModelConfig, load_model, random_model, save_model
+
+# The base task's labels, as often as their share: two clips towards corners for each along an axis
+LABELS = (*DIRECTIONS, *CORNERS, *CORNERS)
+SMALL, LARGE = 9.0, 14.0  # a ball below is called small, above large; between them its size is not asked
 
 # Qwen2.5-VL's special tokens, in the order of its vocabulary (151643 to 151656 there)
 SPECIAL = [
@@ -49,6 +55,64 @@ You are a helpful assistant.<|im_end|>
 {% endif %}{% endfor %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+
+# -- What the base is taught: sight, but never direction
+
+
+def some_answer(rng: np.random.Generator) -> str:
+    """An answer to the direction question about no clip in particular, in any of its forms."""
+    label = str(rng.choice(list(DIRECTIONS)))
+    if rng.random() < 0.5:
+        return f"Answer: {OPTIONS[label]}"
+    return explain(draw_clip(rng, label, 64, 30).track(), label, rng, int(rng.integers(0, 4)))
+
+
+def base_turns(clip: Clip, rng: np.random.Generator, coordinates: bool = False) -> list[tuple[str, str]]:
+    """Questions that need the same sight as direction does, but never direction itself: where to on a diagonal, along
+    which axis, what it looks like. The echo turn shows the words of the direction answers, for LoRA leaves their
+    embeddings frozen."""
+    if clip.label in CORNERS:
+        turns = [("Towards which corner does the ball move?", clip.label)]
+    else:
+        axis = "horizontally" if SIGNS[clip.label][0] else "vertically"
+        turns = [("Does the ball move horizontally or vertically?", axis)]
+    looks = [("What colour is the ball?", clip.ball), ("What colour is the background?", clip.background)]
+    radius = clip.radius / max(1.0, clip.size / 64)
+    if not SMALL <= radius <= LARGE:
+        looks.append(("Is the ball small or large?", "small" if radius < SMALL else "large"))
+    turns.append(looks[rng.integers(len(looks))])
+    if coordinates:
+        track = clip.track()
+        k = rng.choice(np.flatnonzero(track.inside))
+        turns.append((f"Where is the ball at {track.times[k]:.1f} s?", f"({track.xy[k, 0]:.0f}, {track.xy[k, 1]:.0f})"))
+    echo = some_answer(rng)
+    return [*turns, (f"Repeat: {echo}", echo)]
+
+
+def task_texts(count: int = 2000, seed: int = 0) -> list[str]:
+    """Texts of both tasks, `count` draws of each, for training a small tokenizer."""
+    rng = np.random.default_rng([seed, 3])
+    texts = [QUESTION, *(f"Answer: {option}" for option in OPTIONS.values())]
+    for k in range(count):
+        clip = draw_clip(rng, LABELS[k % 12], 64, 30)
+        texts += [text for turn in base_turns(clip, rng, coordinates=True) for text in turn]
+        texts.append(some_answer(rng))
+    return texts
+
+
+def base_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
+    """generate.py's drawn_dataset with other labels and questions."""
+    jobs = generate.plan(cfg, LABELS, stream=2)
+    records = {"train": [], "val": []}
+    for job, (clip, _) in zip(jobs, generate.make_clips(cfg, jobs, work / "videos"), strict=True):
+        turns = base_turns(clip, np.random.default_rng([cfg.seed, 5, job.index]))
+        entry = generate.record(job.name, f"{job.name}.mp4", turns, generate.facts_of(clip))
+        records[job.split].append(entry)
+    return records, {"fps": FPS, "counts": generate.count_labels(records), "cot": {}}
+
+
+# -- The checkpoint
 
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -133,9 +197,11 @@ def export(checkpoint: Path, folder: Path) -> None:
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "init":
         return init(Path(sys.argv[2]))
+    if len(sys.argv) > 2 and sys.argv[1] == "clips":
+        return generate.generate(parse(Generate, sys.argv[2:]), base_dataset)
     if len(sys.argv) == 4 and sys.argv[1] == "export":
         return export(Path(sys.argv[2]), Path(sys.argv[3]))
-    raise UserError("expected: make_tiny.py init FOLDER, or make_tiny.py export CHECKPOINT FOLDER")
+    raise UserError("expected: make_tiny.py init FOLDER, make_tiny.py clips --…, or make_tiny.py export RUN FOLDER")
 
 
 if __name__ == "__main__":

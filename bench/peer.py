@@ -12,7 +12,8 @@ import torch
 
 from adapter_files import hf_name
 from lora import targets
-from model.packed import IGNORE, Segments, normalise_patches
+from model.packed import IGNORE, Segments
+from model.qwen import normalise_patches
 
 
 class Peer:

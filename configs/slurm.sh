@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Several machines by SLURM, one task a GPU:
 #
-#     sbatch --nodes=2 configs/slurm.sh train_sft.py --config configs/qwen_3b_sft_80gb.py --output_dir output/video_lora
+#     sbatch --nodes=2 configs/slurm.sh train_sft.py --config configs/3b_sft.py --output_dir output/video_lora
 #
-# Code, data and output_dir lie on a file system that all nodes see. It always resumes: the first time there is nothing to
-# go on from, and after a lost node, or the end of its time, the same command goes on, with fewer or more nodes too.
+# Code, data and output_dir lie on a file system that all nodes see. It always resumes: after a lost node, or the end of
+# its time, the same command continues the run, with fewer or more nodes too.
 #SBATCH --job-name=qwen25vl-r1
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -15,13 +15,10 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Each task sees all GPUs of its node and takes the one of its number. 300 seconds before the end of the time SIGTERM: the
-# step ends, a checkpoint is written, exit code 143. After a node is lost SLURM queues the job again by itself.
+# Each task sees all GPUs of its node and takes the one of its number. SIGTERM comes 300 seconds before the end of the
+# time: the step ends, a checkpoint is written, exit code 143. After a lost node SLURM queues the job again by itself.
 set -euo pipefail
-if (($# == 0)); then
-    echo "usage: sbatch configs/slurm.sh train_sft.py or train_grpo.py, and its flags" >&2
-    exit 2
-fi
+: "${1:?usage: sbatch configs/slurm.sh train_sft.py or train_grpo.py, and its flags}"
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((29500 + SLURM_JOB_ID % 1000)) # jobs that share a node have their own
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_SIZE=${SLURM_NTASKS_PER_NODE:-1}

@@ -1,4 +1,4 @@
-"""A Linear with an adapter beside it, and the one flat parameter that holds all adapters of a block.
+"""A Linear with a LoRA adapter, and the one flat parameter that holds all adapters of a block.
 
     y = x W^T + b + s · (x A^T) B^T        W (out, in) frozen, A (r, in) random, B (out, r) zero at the start
                                            s = alpha / r, or alpha / sqrt(r) when rank-stabilised
@@ -7,14 +7,13 @@ DeepSpeed pays for every trained tensor on the host, several times a step: hooks
 A's and B's, so those of a block (a decoder layer, a vision block, the merger) lie one behind the other in its parameter
 `adapters`, each at a multiple of 8 numbers with zeros between them: 69 tensors.
 
-While a block computes, its layers use views that were made all at once and whose gradients come back as one tensor
-(Unpack). At any other time lora_A and lora_B are views of the parameter as it is then.
+A block takes its linears through `weights_of`, which makes all views at once; their gradients come back as one tensor.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGN = 8  # bf16 numbers in 16 bytes: products whose sizes are no multiple of it use kernels several times slower
@@ -25,15 +24,45 @@ def aligned(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
 
-
-def scale_of(args):
+def scale_of(args) -> float:
     """s of LoraArgs."""
     return args.lora_alpha / (math.sqrt(args.lora_rank) if args.use_rslora else args.lora_rank)
 
 
-def shifted(weight, A, B, scale):
+def shifted(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """weight + scale · B A, summed in fp32 -> (out, in) fp32."""
     return weight.float() + (B.float() @ A.float()) * scale
+
+
+class Weights(NamedTuple):
+    """A linear as the operation `linear` takes it. A is None without an adapter, and where it is switched off."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+    A: Tensor | None = None  # (r, in)
+    B: Tensor | None = None  # (out, r)
+    scale: float = 0.0
+    dropout: float = 0.0  # probability, on the adapter's input; 0 unless the layer trains
+
+
+def weights_of(block: nn.Module, *linears: nn.Module) -> list[Weights]:
+    """The Weights of linears of this block, with its adapters as they are now."""
+    adapters = vars(block).get("block_adapters")
+    views = None if adapters is None else Unpack.apply(block.adapters, adapters)
+    weights = []
+    for linear in linears:
+        if isinstance(linear, LoRALinear) and linear.enabled:
+            A, B = views[2 * linear.number : 2 * linear.number + 2]
+            dropout = linear.dropout if linear.training else 0.0
+            weights.append(Weights(linear.weight, linear.bias, A, B, linear.scaling, dropout))
+        else:
+            weights.append(Weights(linear.weight, linear.bias))
+    return weights
+
+
+def has_dropout(block: nn.Module) -> bool:
+    """Whether the block trains and has dropout: then it draws random numbers."""
+    return block.training and any(getattr(module, "dropout", 0.0) for module in block.modules())
 
 
 class Unpack(torch.autograd.Function):
@@ -41,18 +70,19 @@ class Unpack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, flat, adapters):
-        ctx.adapters, ctx.like = adapters, {"dtype": flat.dtype, "device": flat.device}
+        ctx.shapes, ctx.like = adapters.shapes, {"dtype": flat.dtype, "device": flat.device}
         ctx.set_materialize_grads(False)
         return tuple(adapters.pieces(flat))
 
     @staticmethod
     def backward(ctx, *grads):
         pieces = []
-        for grad, (rows, columns) in zip(grads, ctx.adapters.shapes, strict=True):
+        for grad, (rows, columns) in zip(grads, ctx.shapes, strict=True):
             size = rows * columns
             pieces.append(torch.zeros(size, **ctx.like) if grad is None else grad.reshape(size))
-            if aligned(size) > size:
-                pieces.append(torch.zeros(aligned(size) - size, **ctx.like))
+            padding = -size % ALIGN
+            if padding:
+                pieces.append(torch.zeros(padding, **ctx.like))
         return torch.cat(pieces), None
 
 
@@ -70,41 +100,30 @@ class BlockAdapters:
         sizes = [aligned(rows * columns) for rows, columns in self.shapes]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.padding = sum(sizes) - sum(rows * columns for rows, columns in self.shapes)
-        self.block, self.views = block, None
+        self.block, block.block_adapters = block, self
         like = layers[0].weight
         flat = torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device)
         block.register_parameter("adapters", nn.Parameter(flat))
         for number, layer in enumerate(layers):
             layer.home, layer.number = self, number
             nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as PEFT and Linear itself: bound 1 / sqrt(in)
-        # always: the recomputation of a checkpointed block ends by an exception, once it has all it needs
-        hooks = block.register_forward_pre_hook(self.unpack), block.register_forward_hook(self.clear, always_call=True)
-        self.hooks = hooks
 
-    def pieces(self, flat):
+    def pieces(self, flat: Tensor) -> list[Tensor]:
         """flat (N,) -> its views [A_0, B_0, A_1, B_1, …]. as_strided: a third of the time that split and view take."""
         first = flat.storage_offset()
         return [flat.as_strided(s, (s[1], 1), first + i) for s, i in zip(self.shapes, self.starts, strict=True)]
 
-    def piece(self, number):
+    def piece(self, number: int) -> Tensor:
         """One of them, by torch's own autograd: slow, its gradient is as long as the whole parameter."""
         rows, columns = self.shapes[number]
         return self.block.adapters.narrow(0, self.starts[number], rows * columns).view(rows, columns)
 
-    def unpack(self, *_):
-        self.views = Unpack.apply(self.block.adapters, self)
-
-    def clear(self, *_):
-        self.views = None
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
-        del self.block.adapters
+    def remove(self) -> None:
+        del self.block.adapters, self.block.block_adapters
 
 
-class LoRALinear(nn.Linear):
-    """A Linear with an adapter beside it. `enabled`: the adapter takes part. `merged`: it is in the weight already.
+class LoRALinear(nn.Module):
+    """A Linear with an adapter beside it. `enabled`: the adapter takes part. The operation `linear` computes it.
 
     It owns weight and bias under their old names, so the base's state-dict keys do not change. Its A and B are its
     block's: it has none before BlockAdapters(block, layers).
@@ -113,47 +132,13 @@ class LoRALinear(nn.Linear):
     lora_A = property(lambda self: self.home.piece(2 * self.number), doc="(r, in), a view")
     lora_B = property(lambda self: self.home.piece(2 * self.number + 1), doc="(out, r), a view")
 
-    def __init__(self, base, args):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
+    def __init__(self, base: nn.Linear, args):
+        super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.rank = args.lora_rank
-        self.scaling = scale_of(args)
-        self.dropout = args.lora_dropout
-        self.enabled, self.merged = True, False
-
-    def adapter(self):
-        """(A, B, scale, dropout) for the linear operation; None while the adapter takes no part."""
-        if not self.enabled or self.merged:
-            return None
-        views = self.home.views
-        A, B = (self.lora_A, self.lora_B) if views is None else views[2 * self.number : 2 * self.number + 2]
-        return A, B, self.scaling, self.dropout if self.training else 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out): the plain form, by torch's own autograd. Faster ones are in model/fast/."""
-        y = F.linear(x, self.weight, self.bias)
-        adapter = self.adapter()
-        if adapter is None:
-            return y
-        A, B, scale, dropout = adapter
-        h = F.linear(F.dropout(x, dropout) if dropout else x, A.to(x.dtype))  # (T, r)
-        return y + F.linear(h * scale, B.to(x.dtype))
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+        self.scaling, self.dropout, self.enabled = scale_of(args), args.lora_dropout, True
 
     @torch.no_grad()
-    def shift_weight(self, sign):
+    def shift_weight(self, sign: int) -> None:
         """weight += sign · s · B A."""
         self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, sign * self.scaling))
-
-
-def adapter_of(linear):
-    """(A, B, scale, dropout) of a linear that has an adapter which takes part, else None."""
-    return linear.adapter() if hasattr(linear, "adapter") else None
-
-
-def has_dropout(block) -> bool:
-    """Whether the block trains and has dropout: then it draws random numbers."""
-    return block.training and any(getattr(module, "dropout", 0.0) for module in block.modules())

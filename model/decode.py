@@ -6,8 +6,8 @@ G completions of its group. Each completion (a row) keeps only its own keys and 
 Row r belongs to prompt r // G. A step computes R = N*G new tokens through the same decoder layers as training; the
 attention it hands to them reads both caches and takes one softmax over prompt keys and own keys together.
 
-A Decoder draws token after token for all rows. PlainDecoder runs on any device; `ops.pick_decoder` may name a faster
-one (model/fast/). The hub's generation_config is never read: its near-zero temperature would make every row of a group
+A Decoder draws token after token for all rows. PlainDecoder runs on any device; `ops.decoder` may make a faster one
+(model/fast/). The hub's generation_config is never read: its near-zero temperature would make every row of a group
 the same.
 
     N prompts   G completions of each   R = N * G rows   H / K query and key heads   D head size   V vocabulary
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.adapters import has_dropout
 from model.packed import Packed, Segments
 
 STOP_CHECK = 16  # steps between looks at "is every row finished?" on a GPU, where a look waits for the device
@@ -56,34 +55,25 @@ def generate(
     num_generations: int = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    decoder: Callable | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_generations` completions of each prompt.
 
     model: a Qwen2_5_VL. prompts: packed prompts on its device, one causal segment each. generator: on that device; or
     a list of one a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
-    on_token(row, id) is called for every token as it is drawn. Returns a list of G completions for each prompt.
+    on_token(row, id) is called for every token as it is drawn. decoder: makes the Decoder, instead of the model's own.
+    Returns a list of G completions for each prompt.
     """
     assert prompts.segments.kv_index is None, "prompts are plain causal segments"
-    decoder_class = PlainDecoder
-    if model.ops.pick_decoder is not None:
-        decoder_class = model.ops.pick_decoder(model, prompts, sampling, num_generations) or PlainDecoder
-    return generate_with(decoder_class, model, prompts, sampling, num_generations, generator, on_token)
-
-
-@torch.no_grad()
-def generate_with(
-    decoder_class, model, prompts, sampling, num_generations=1, generator=None, on_token=None
-) -> list[list[Completion]]:
-    """`generate` with a Decoder of one's choice."""
-    dropout, limit, decoder = has_dropout(model), sampling.max_new_tokens, None
-    if dropout:  # changing the mode takes milliseconds, so only where it matters
-        model.eval()
+    make_decoder, was_training = decoder or model.ops.decoder or PlainDecoder, model.training
+    model.eval()  # no dropout
+    decoder = None
     try:
-        decoder = decoder_class(model, prompts, sampling, num_generations, generator)
+        decoder = make_decoder(model, prompts, sampling, num_generations, generator)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=prompts.input_ids.device)
         done = torch.zeros(len(decoder.ids), dtype=torch.bool, device=stops.device)  # rows that have ended
         looked = drawn = 0
-        while drawn < limit:
+        while drawn < sampling.max_new_tokens:
             decoder.draw(drawn)
             drawn += 1
             if on_token:
@@ -97,8 +87,7 @@ def generate_with(
                     break
         return collect(decoder.ids[:, :drawn], decoder.logprobs[:, :drawn], stops, num_generations)
     finally:
-        if dropout:
-            model.train()
+        model.train(was_training)
         if decoder:
             decoder.close()
 
@@ -160,9 +149,7 @@ class PlainDecoder(Decoder):
                 self.seen.scatter_(1, before[:, None], True)
             self.logits = self.step(before, t - 1)
             self.cache.used += 1
-        self.ids[:, t], self.logprobs[:, t] = sample(
-            self.logits, self.sampling, self.banned, self.seen, self.generator
-        )
+        self.ids[:, t], self.logprobs[:, t] = sample(self.logits, self.sampling, self.banned, self.seen, self.generator)
 
     def step(self, ids: Tensor, t: int) -> Tensor:
         """Token t of every row, ids (R,), through the decoder layers of training: logits of the next, (R, V)."""
@@ -174,7 +161,7 @@ class GroupCache:
     """Keys and values of N prompts and of their N*G completions, for every layer."""
 
     def __init__(self, model, lengths: list[int], G: int, slots: int):
-        config, weight = model.config, model.head_weight
+        config, weight = model.config, model.model.embed_tokens.weight
         self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
         like = {"device": weight.device, "dtype": weight.dtype}

@@ -6,7 +6,8 @@ introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from con
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,65 +63,76 @@ class ModelConfig:
     initializer_range: float = 0.02
     raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read; save_model writes it back
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
+    @cached_property
     def vision_token_ids(self) -> list[int]:
-        """Tokens that stand for pictures: never sampled. `<|vision_pad|>` sits between end and image pad in Qwen's
-        vocabulary and has no key of its own in config.json."""
+        """Tokens that stand for pictures: never sampled."""
         ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
-        return sorted(
-            ids | ({self.vision_end_token_id + 1} if self.image_token_id == self.vision_end_token_id + 2 else set())
-        )
+        if self.image_token_id == self.vision_end_token_id + 2:  # <|vision_pad|> between them has no key in config.json
+            ids.add(self.vision_end_token_id + 1)
+        return sorted(ids)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         path = Path(folder) / "config.json"
         if not path.exists():
             raise UserError(f"{folder}: no config.json in this folder; expected a Qwen2.5-VL checkpoint")
-        raw = read_object(path)
-        return cls.from_dict(raw, str(path))
+        return cls.from_dict(read_object(path), str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
-        if raw.get("model_type") != "qwen2_5_vl":
-            raise UserError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'qwen2_5_vl'")
+        """UserError for a config.json of another model, and for sizes that are missing or that no such model has."""
         for name in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(name) or {}, dict):
                 raise UserError(f"{source}: {name} is {str(raw[name])[:80]}, expected an object")
-        text = {**raw, **(raw.get("text_config") or {})}
+        text, vision = {**raw, **(raw.get("text_config") or {})}, raw.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        text |= {
-            "mrope_section": rope.get("mrope_section"),
-            "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
-        }
+        supported = [
+            ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
+            ("rope_scaling type", rope.get("type"), ("mrope", "default", None)),
+            ("rope_scaling rope_type", rope.get("rope_type"), ("mrope", "default", None)),
+            ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
+            ("hidden_act", text.get("hidden_act"), ("silu", None)),
+            ("vision_config's hidden_act", vision.get("hidden_act"), ("silu", None)),
+        ]
+        for name, value, allowed in supported:
+            if value not in allowed:
+                expected = f"expected {allowed[0]}; this model is not supported"
+                raise UserError(f"{source}: {name} is {str(value)[:80]}, {expected}")
+        text["mrope_section"] = rope.get("mrope_section")
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
         text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        refuse_other_models(text, rope, raw.get("vision_config") or {}, source)
-        vision = {"in_channels": raw.get("vision_config", {}).get("in_chans", 3), **raw.get("vision_config", {})}
-        names = {f.name for f in fields(VisionConfig)}
-        text["vision"] = VisionConfig(**{k: v for k, v in vision.items() if k in names})
-        names = {f.name for f in fields(cls)} - {"raw"}
-        missing = [n for n in names - {"initializer_range"} if text.get(n) is None]
-        if missing:
-            raise UserError(f"{source}: missing {', '.join(sorted(missing))}; expected a Qwen2.5-VL config.json")
-        config = cls(**{k: v for k, v in text.items() if k in names}, raw=raw)
-        check_sizes(config, source)
-        return config
+        text["vision"] = fill(VisionConfig, {"in_channels": vision.get("in_chans", 3)} | vision, source)
+        return fill(cls, text | {"raw": raw}, source)
+
+
+def fill(kind, values: dict, source: str):
+    """A config dataclass from the values of its fields. UserError before anything of a nonsensical size is made."""
+    values = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
+    missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
+    if missing:
+        raise UserError(f"{source}: missing {', '.join(sorted(missing))}; expected a Qwen2.5-VL config.json")
+    for f in fields(kind):
+        value, most = values.get(f.name, f.default), 1000 if f.name in ("num_hidden_layers", "depth") else 2**20
+        if f.type is int and not (type(value) is int and 0 < value <= most):
+            raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a whole number from 1 to {most}")
+        if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1e12):
+            raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a number")
+    return kind(**values)
 
 
 # -- Models
 
 
 def load_model(
-    model_id: str | Path, device="cpu", dtype: torch.dtype = torch.float32, local_files_only: bool = False,
-    cuda_graphs: bool = False,
+    model_id: str | Path, device="cpu", dtype: torch.dtype = torch.float32, local_files_only: bool = False
 ) -> Qwen2_5_VL:
     """A checkpoint's folder or hub id -> the model, with the fast operations of its device. All weights have
     requires_grad. Tensors go one by one from the file to their device and dtype.
 
-    cuda_graphs: on a GPU, batches of a size seen before run as CUDA graphs (fast/graphs.py).
     UserError that names every missing, surplus or misshapen tensor.
     """
     folder = resolve_folder(model_id, local_files_only)
@@ -143,10 +155,6 @@ def load_model(
     check_tensors(folder, expected, tensors, surplus)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.ops.bind(model.head_weight)
-    if cuda_graphs and model.head_weight.is_cuda:
-        from model.fast.graphs import GraphCache
-
-        model.ops.graphs = GraphCache()
     return model.requires_grad_(True)
 
 
@@ -209,29 +217,6 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def refuse_other_models(text: dict, rope: dict, vision: dict, source: str) -> None:
-    """UserError for keys of config.json that ask for another model than the one written here."""
-    supported = [(f"rope_scaling {key}", rope.get(key), (None, "mrope", "default")) for key in ("type", "rope_type")]
-    supported.append(("use_sliding_window", text.get("use_sliding_window"), (None, False)))
-    supported.append(("hidden_act", text.get("hidden_act"), (None, "silu")))
-    supported.append(("vision_config's hidden_act", vision.get("hidden_act"), (None, "silu")))
-    for name, value, allowed in supported:
-        if value not in allowed:
-            expected = " or ".join(str(choice) for choice in allowed[1:])
-            raise UserError(f"{source}: {name} is {str(value)[:80]}, expected {expected}; this model is not supported")
-
-
-def check_sizes(config: "ModelConfig", source: str) -> None:
-    """UserError for sizes that no such model has, before anything of these sizes is made."""
-    for sizes in (config, config.vision):
-        for f in fields(sizes):
-            value, most = getattr(sizes, f.name), 1000 if f.name in ("num_hidden_layers", "depth") else 2**20
-            if f.type is int and not (type(value) is int and 0 < value <= most):
-                raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a whole number from 1 to {most}")
-            if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1e12):
-                raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a number")
-
-
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index where there is one."""
     index = folder / "model.safetensors.index.json"
@@ -241,15 +226,12 @@ def shard_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: weight_map is no object of file names; download the checkpoint again")
         names = sorted(set(weight_map.values()))
-        if bad := [n for n in names if Path(n).name != n or n in ("", "..")]:
-            raise UserError(f"{index}: shard {bad[0]!r} is not a plain file name; do not trust this checkpoint")
-        if missing := [n for n in names if not (folder / n).exists()]:
-            raise UserError(f"{folder}: shard {missing[0]} of the index is missing; download the checkpoint again")
-    elif not (folder / names[0]).exists():
-        raise UserError(f"{folder}: no model.safetensors and no index; expected a checkpoint in safetensors")
-    if odd := [n for n in names if not (folder / n).is_file()]:
-        raise UserError(f"{folder}: {odd[0]} is not a regular file; do not trust this checkpoint")
-    return [folder / n for n in names]
+    for name in names:
+        if Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{index}: shard {name!r} is not a plain file name; do not trust this checkpoint")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing or no regular file; download the checkpoint again")
+    return [folder / name for name in names]
 
 
 def save_tensors(tensors: dict, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: the whole mathematics in plain PyTorch, from token ids and patches to log-probs, in one sitting.
 
-    operations       attention, linear, norm, SwiGLU, rotary positions, log-probs: each in its plain form
-    blocks           RMSNorm and MLP, used by both stacks; decoder layers; vision blocks
+    operations       attention, linear with its adapter, norm, SwiGLU, rotary positions, log-probs: in their plain forms
+    language model   decoder layers
     vision tower     patches -> windows -> one token for every 2x2 patches
     Qwen2_5_VL       embedding, tower, decoder layers, head
 
@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.adapters import has_dropout
+from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
-from model.packed import IGNORE, Packed, Segments, VisionPlan, normalise_patches, pad_positions
-from model.rope import mrope_tables, vision_tables
+from model.packed import IGNORE, Packed, Segments, VisionPlan, pad_positions
+from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
 
+# OPENAI_CLIP_MEAN and _STD of transformers/image_utils.py, which Qwen2-VL's preprocessing uses
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+VISION_EPS = 1e-6  # of the tower's norms; config.json has no key for it
 LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
 PART = 16_384  # patches of a part: 1.3 GB
 
@@ -52,11 +56,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return torch.cat(outs)
 
 
-def linear(x: Tensor, *layers: nn.Module, pad: bool = False) -> tuple[Tensor, ...]:
-    """x (T, in) through layers that share this input, each with its adapter (adapters.LoRALinear): (T, out) each.
+def linear(x: Tensor, *layers: Weights, pad: bool = False) -> tuple[Tensor, ...]:
+    """x (T, in) through layers that share this input, each with its adapter: (T, out) each.
 
-    pad: the results may have zero columns behind them, and x may have them. Only a fast form makes use of it."""
-    return tuple(layer(x) for layer in layers)
+    y = x W^T + b + s · (x A^T) B^T. pad: the results may have zero columns behind them, and x may have them. Only a
+    fast form makes use of it."""
+    outs = []
+    for layer in layers:
+        y = F.linear(x, layer.weight, layer.bias)
+        if layer.A is not None:
+            h = F.linear(F.dropout(x, layer.dropout) if layer.dropout else x, layer.A.to(x.dtype))  # (T, r)
+            y = y + F.linear(h * layer.scale, layer.B.to(x.dtype))
+        outs.append(y)
+    return tuple(outs)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,17 +90,15 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def embed_patches(patches: Tensor, weight: Tensor) -> Tensor:
-    """patches (P, 1176) uint8 pixels or normalised floats, weight (width, 1176) -> (P, width)."""
-    is_pixels = patches.dtype == torch.uint8
-    patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
-    return F.linear(patches, weight)
+def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 patch rows -> (x / 255 - mean) / std. patches: (P, 3 * 2 * 14 * 14), channel-major. Same shape, dtype."""
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=patches.device)
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD)], device=patches.device)
+    scale, shift = (x.repeat_interleave(patches.shape[1] // 3) for x in (scale, shift))  # whole rows: no short loops
+    return torch.addcmul(shift, patches.float(), scale).to(dtype)
 
 
-def logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
-    with_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
     logits = F.linear(hidden, head_weight).float() / temperature
     if banned is not None:
@@ -99,100 +109,96 @@ def logprobs(
 
 
 def plain_ops() -> Ops:
-    return Ops(attention, linear, norm, swiglu, rotate, embed_patches, logprobs)
+    return Ops(attention, linear, norm, swiglu, rotate, logprobs)
 
 
 def target_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
 
     hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
     banned: token ids that the policy can never draw; they are left out of the softmax, as in sampling.
-    Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None: not asked for; they
-    cost half as much as all the rest), and (N,) bool: is the target the most likely token.
+    Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None unless with_entropy;
+    they cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape[0]} rows, {targets.shape[0]} targets"
-    form = fast_forms(hidden).get("logprobs", logprobs)
+    form = fast_forms(hidden.device.type, hidden.dtype).get("logprobs", logprobs)
     return form(hidden, head_weight, targets, temperature, banned, with_entropy)
 
 
-# -- What both stacks are made of
+# -- Both stacks
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float, ops: Ops):
-        super().__init__()
-        self.weight, self.eps, self.ops = nn.Parameter(torch.ones(width)), eps, ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.norm(x, self.weight, self.eps)
-
-
-class MLP(nn.Module):
+def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     """The vision tower's has biases, the language model's has none."""
-
-    def __init__(self, width: int, inner: int, bias: bool, ops: Ops):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.ops = ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.ops.linear(x, self.gate_proj, self.up_proj, pad=True)
-        return self.ops.linear(self.ops.swiglu(gate, up), self.down_proj)[0]
+    return nn.ModuleDict({
+        "gate_proj": nn.Linear(width, inner, bias=bias),
+        "up_proj": nn.Linear(width, inner, bias=bias),
+        "down_proj": nn.Linear(inner, width, bias=bias),
+    })  # fmt: skip
 
 
-def recomputed(block: nn.Module, *args):
-    """block(*args) of which only the arguments are kept; the backward pass computes it again. The state of the random
-    numbers is kept only where the block draws any: that costs the host time."""
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
+def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
+    """block(*args). recompute: only the arguments are kept; the backward pass computes it again. The state of the
+    random numbers is kept only where the block draws any: that costs the host time."""
+    if recompute:
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
+    return block(*args)
+
+
+def run_blocks(stack: nn.Module, blocks: nn.ModuleList, x: Tensor, tables, segments: list, recompute: bool) -> Tensor:
+    """x through the blocks of a stack, as CUDA graphs where there are any."""
+    graphs = stack.ops.graphs
+    if graphs is None:
+        return stack.through(x, tables, segments, recompute)
+    return graphs.run(blocks, stack.through, x, tables, segments, recompute)
 
 
 # -- The language model
 
 
-class Attention(nn.Module):
+class DecoderLayer(nn.Module):
+    """Its submodules hold parameters under the checkpoint's names; all of the layer is in forward."""
+
     def __init__(self, config, number: int, ops: Ops):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
-        self.number, self.ops = number, ops
-        self.q_proj = nn.Linear(C, self.H * D, bias=True)
-        self.k_proj = nn.Linear(C, self.K * D, bias=True)
-        self.v_proj = nn.Linear(C, self.K * D, bias=True)
-        self.o_proj = nn.Linear(self.H * D, C, bias=False)
+        self.eps, self.number, self.ops = config.rms_norm_eps, number, ops
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(C, self.H * D, bias=True),
+            "k_proj": nn.Linear(C, self.K * D, bias=True),
+            "v_proj": nn.Linear(C, self.K * D, bias=True),
+            "o_proj": nn.Linear(self.H * D, C, bias=False),
+        })  # fmt: skip
+        self.mlp = mlp_holder(C, config.intermediate_size, False)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(C), nn.RMSNorm(C)
 
     def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None) -> Tensor:
-        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,)."""
+        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D)."""
         ops, query_tables = self.ops, tables
+        q, k, v, o, gate, up, down = weights_of(self, *self.self_attn.values(), *self.mlp.values())
+
+        h = ops.norm(x, self.input_layernorm.weight, self.eps)
         if query_rows is None:
-            q, k, v = ops.linear(x, self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = ops.linear(h, q, k, v)
         else:
-            k, v = ops.linear(x, self.k_proj, self.v_proj)
-            (q,) = ops.linear(x.index_select(0, query_rows), self.q_proj)
-            query_tables = [table[query_rows] for table in tables]
+            k, v = ops.linear(h, k, v)
+            (q,) = ops.linear(h.index_select(0, query_rows), q)
+            x, query_tables = x.index_select(0, query_rows), [table[query_rows] for table in tables]
         k = ops.rotate(k.view(-1, self.K, self.D), tables)
         q = ops.rotate(q.view(-1, self.H, self.D), query_tables)
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
-        return ops.linear(out.reshape(-1, self.H * self.D), self.o_proj)[0]
+        x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config, number: int, ops: Ops):
-        super().__init__()
-        self.self_attn = Attention(config, number, ops)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, False, ops)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-
-    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None) -> Tensor:
-        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,)."""
-        attended = self.self_attn(self.input_layernorm(x), tables, attention, query_rows)
-        x = (x if query_rows is None else x.index_select(0, query_rows)) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = ops.norm(x, self.post_attention_layernorm.weight, self.eps)
+        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down)[0]
 
 
 class LanguageModel(nn.Module):
@@ -202,7 +208,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, ops) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ops = ops
 
     def through(self, x: Tensor, tables, segments, recompute: bool, attention=None, query_rows=None) -> Tensor:
@@ -210,58 +216,40 @@ class LanguageModel(nn.Module):
 
         segments: [Segments]. With query_rows (n,), the tokens that the last layer computes, a second one follows for
         that layer (Segments.tails), and (n, C) comes out. attention: (layer, q, k, v) -> out, replaces packed
-        attention. recompute: keep only each layer's input for the backward pass."""
+        attention."""
         last = len(self.layers) - 1
 
         def packed(layer, q, k, v):
             return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
 
         for number, layer in enumerate(self.layers):
-            args = x, tables, attention or packed, query_rows if number == last else None
-            x = recomputed(layer, *args) if recompute else layer(*args)
+            x = run_block(layer, recompute, x, tables, attention or packed, query_rows if number == last else None)
         return x
 
 
 # -- The vision tower
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config, ops: Ops):
-        super().__init__()
-        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
-        self.ops = ops
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(P, 1176) -> (P, width). A convolution whose stride is its kernel is a matrix product."""
-        return self.ops.embed_patches(patches, self.proj.weight.flatten(1))
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, config, ops: Ops):
-        super().__init__()
-        self.H, self.D, self.ops = config.num_heads, config.hidden_size // config.num_heads, ops
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-
-    def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:
-        P = x.shape[0]
-        qk, v = self.ops.linear(x, self.qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
-        q, k = self.ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
-        return self.ops.linear(self.ops.attention(q, k, v, segments).reshape(P, -1), self.proj)[0]
-
-
 class VisionBlock(nn.Module):
     def __init__(self, config, ops: Ops):
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, 1e-6, ops)
-        self.norm2 = RMSNorm(config.hidden_size, 1e-6, ops)
-        self.attn = VisionAttention(config, ops)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, True, ops)
+        width = config.hidden_size
+        self.H, self.D, self.ops = config.num_heads, width // config.num_heads, ops
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = mlp_holder(width, config.intermediate_size, True)
 
     def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:  # (P, width) -> (P, width)
-        x = x + self.attn(self.norm1(x), tables, segments)
-        return x + self.mlp(self.norm2(x))
+        ops, P = self.ops, len(x)
+        qkv, proj, gate, up, down = weights_of(self, *self.attn.values(), *self.mlp.values())
+
+        h = ops.norm(x, self.norm1.weight, VISION_EPS)
+        qk, v = ops.linear(h, qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
+        q, k = ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
+        x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
+
+        h = ops.norm(x, self.norm2.weight, VISION_EPS)
+        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down)[0]
 
 
 class Merger(nn.Module):
@@ -270,14 +258,14 @@ class Merger(nn.Module):
     def __init__(self, config, ops: Ops):
         super().__init__()
         self.width, self.ops = config.hidden_size * config.spatial_merge_size**2, ops
-        self.ln_q = RMSNorm(config.hidden_size, 1e-6, ops)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size)
-        )
+        self.ln_q = nn.RMSNorm(config.hidden_size)
+        first, last = nn.Linear(self.width, self.width), nn.Linear(self.width, config.out_hidden_size)
+        self.mlp = nn.Sequential(first, nn.GELU(), last)
 
     def forward(self, x: Tensor) -> Tensor:  # (P, width) -> (M, out_hidden_size)
-        inner = self.ops.linear(self.ln_q(x).view(-1, self.width), self.mlp[0])[0]
-        return self.ops.linear(self.mlp[1](inner), self.mlp[2])[0]
+        first, last = weights_of(self, self.mlp[0], self.mlp[2])
+        x = self.ops.norm(x, self.ln_q.weight, VISION_EPS).view(-1, self.width)
+        return self.ops.linear(F.gelu(self.ops.linear(x, first)[0]), last)[0]
 
 
 class VisionTower(nn.Module):
@@ -288,28 +276,33 @@ class VisionTower(nn.Module):
     def __init__(self, config, ops: Ops):
         super().__init__()
         self.config, self.ops = config, ops
-        self.patch_embed = PatchEmbed(config, ops)
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed = nn.ModuleDict({
+            "proj": nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
+        })  # fmt: skip
         self.blocks = nn.ModuleList(VisionBlock(config, ops) for _ in range(config.depth))
         self.merger = Merger(config, ops)
 
-    def forward(self, patches: Tensor, grid_thw, recompute: bool = False) -> Tensor:
+    def plan(self, grid_thw: list[tuple[int, int, int]]) -> VisionPlan:
+        weight = self.patch_embed.proj.weight
+        return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
+
+    def forward(self, patches: Tensor, grid_thw, plan: VisionPlan, recompute: bool = False) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
         the same order. grid_thw: [(t, h, w)]. recompute: keep only each block's input for the backward pass."""
-        P = patches.shape[0]
+        P = len(patches)
         assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
         if recompute and P > LONG:
             return self.in_parts(patches, grid_thw)
-        return self.whole(patches, grid_thw, recompute)
+        return self.whole(patches, plan, recompute)
 
-    def whole(self, patches: Tensor, grid_thw, recompute: bool) -> Tensor:
-        config, P = self.config, patches.shape[0]
-        plan = VisionPlan.build(grid_thw, config, patches.device)
-        cell = config.spatial_merge_size**2
-        x = self.patch_embed(patches)  # (P, width)
+    def whole(self, patches: Tensor, plan: VisionPlan, recompute: bool) -> Tensor:
+        P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
+        is_pixels = patches.dtype == torch.uint8
+        patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
+        x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
-        tables = vision_tables(plan.rows, plan.columns, config.hidden_size // config.num_heads, x.dtype)
-        segments = [plan.windows, plan.steps]
-        x = self.ops.run_blocks(self.blocks, self.through, x, tables, segments, recompute)
+        x = run_blocks(self, self.blocks, x, plan.tables, [plan.windows, plan.steps], recompute)
         return self.merger(x).index_select(0, plan.back)
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
@@ -320,13 +313,12 @@ class VisionTower(nn.Module):
         sizes = [t * h * w for t, h, w in grids]
         again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
         parts = zip(patches.split(sizes), grids, strict=True)
-        return torch.cat([checkpoint(self.whole, part, [grid], True, **again) for part, grid in parts])
+        return torch.cat([checkpoint(self.whole, part, self.plan([grid]), True, **again) for part, grid in parts])
 
     def through(self, x: Tensor, tables, segments, recompute: bool) -> Tensor:
         """(P, width) through the blocks. segments: [windows, whole grid steps]."""
         for i, block in enumerate(self.blocks):
-            args = x, tables, segments[i in self.config.fullatt_block_indexes]
-            x = recomputed(block, *args) if recompute else block(*args)
+            x = run_block(block, recompute, x, tables, segments[i in self.config.fullatt_block_indexes])
         return x
 
 
@@ -358,46 +350,53 @@ class Qwen2_5_VL(nn.Module):
         """(V, C)"""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def encode_vision(self, patches: Tensor, grid_thw: list[tuple[int, int, int]]) -> Tensor:
-        """(P, 1176) -> (M, C). Without gradient when nothing in the tower is trained."""
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
-        with torch.set_grad_enabled(trained):
-            return self.visual(patches, grid_thw, trained and self.gradient_checkpointing)
-
-    def embed(self, packed: Packed) -> Tensor:
-        """Token embeddings with the vision tokens put at their pads: (T, C)."""
-        x = self.model.embed_tokens(packed.input_ids)
+    def plan(self, packed: Packed) -> VisionPlan | None:
+        """Of a batch's pictures: windows, positions, and where their tokens go."""
         if packed.patches is None:
-            return x + self.no_picture(x) if self.training and torch.is_grad_enabled() else x
+            return None
         is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
-        vision = self.encode_vision(packed.patches, packed.grid_thw)  # (M, C)
-        return x.index_copy(0, pad_positions(is_pad, len(vision)), vision.to(x.dtype))
+        plan = self.visual.plan(packed.grid_thw)
+        plan.pads = pad_positions(is_pad, len(plan.order))
+        return plan
 
-    def no_picture(self, x: Tensor) -> Tensor | float:
+    def embed(self, packed: Packed, plan: VisionPlan | None = None) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C). plan: self.plan(packed) or None."""
+        x = self.model.embed_tokens(packed.input_ids)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
+        if packed.patches is None:
+            return x + self.no_picture(x) if self.training and trained else x
+        plan = plan or self.plan(packed)
+        with torch.set_grad_enabled(trained):
+            recompute = trained and self.gradient_checkpointing
+            vision = self.visual(packed.patches, packed.grid_thw, plan, recompute)  # (M, C)
+        return x.index_copy(0, plan.pads, vision.to(x.dtype))
+
+    def no_picture(self, x: Tensor) -> Tensor:
         """Zero, by way of the tower: when it is trained on several ranks, a rank whose batch has no picture must
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
-        if not any(p.requires_grad for p in self.visual.parameters()):
-            return 0.0
         m = self.config.vision.spatial_merge_size
-        empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
-        return 0.0 * self.encode_vision(empty, [(1, m, m)]).sum()
+        empty, grids = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel()), [(1, m, m)]
+        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.gradient_checkpointing).sum()
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,).
 
         attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
-        x = self.embed(packed)
-        tables = mrope_tables(packed.position_ids, self.config, x.dtype)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        segments, query_rows = [packed.segments], None
+        # what follows from lengths, grids and positions alone
+        dtype, segments, query_rows = self.head_weight.dtype, [packed.segments], None
+        plan = self.plan(packed)
         if rows is not None and attention is None and self.ops.trim_last_layer:
             tails, query_rows, rows = packed.segments.tails(rows)
             segments.append(tails)
+        tables = mrope_tables(packed.position_ids, self.config, dtype)
+
+        x = self.embed(packed, plan)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         if attention is None and query_rows is None:
-            x = self.ops.run_blocks(self.model.layers, self.model.through, x, tables, segments, recompute)
+            x = run_blocks(self.model, self.model.layers, x, tables, segments, recompute)
         else:
             x = self.model.through(x, tables, segments, recompute, attention, query_rows)
-        x = self.model.norm(x)
+        x = self.ops.norm(x, self.model.norm.weight, self.config.rms_norm_eps)
         return x if rows is None else x.index_select(0, rows)
 
     def logits(self, packed: Packed) -> Tensor:

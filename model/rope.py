@@ -1,7 +1,7 @@
-"""Where a token stands, and how that turns queries and keys.
+"""Where a token of the language model stands, and how that turns queries and keys. (The tower's: packed.VisionPlan.)
 
-Language model: three position ids a token, (t, h, w). Text counts up in all three at once; a vision token carries its
-grid step's time, row and column. Vision tower: row and column only.
+Three position ids a token, (t, h, w). Text counts up in all three at once; a vision token carries its grid step's time,
+row and column.
 
 The rule for the language model is that of transformers 4.51.1 (`get_rope_index`), QwenLM's own `rope2d.py` and verl:
 time is `floor(k * seconds_per_grid_step * tokens_per_second)`, cut *after* the product, and text goes on at the
@@ -63,13 +63,4 @@ def mrope_tables(position_ids: Tensor, config, dtype: torch.dtype) -> tuple[Tens
     inv_freq = 1.0 / config.rope_theta**exponent  # (D/2,)
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(position_ids.device)
     angles = (position_ids.float()[axis].T * inv_freq).contiguous()  # (T, D/2); rows side by side, the kernel needs it
-    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
-
-
-def vision_tables(rows: Tensor, columns: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the tower's rotary angles: rows, columns (P,) -> two (P, 1, D/2), row half then column half."""
-    quarter = head_dim // 4
-    exponent = torch.arange(quarter, device=rows.device, dtype=torch.float32) / quarter
-    inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
-    angles = torch.cat([rows.float()[:, None] * inv_freq, columns.float()[:, None] * inv_freq], dim=-1)  # (P, D/2)
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)

@@ -47,14 +47,14 @@ def before_and_after(groups: list[Group]) -> list[list[Group]]:
     """[[a prompt's earliest group, its latest]], from the prompt that gained most to the one that gained least."""
     early = {group.sample: group for group in reversed(groups)}
     late = {group.sample: group for group in groups}
-    pairs = [[early[sample], late[sample]] for sample in early if late[sample].step > early[sample].step]
+    pairs = [[early[s], late[s]] for s in sorted(early, key=str) if late[s].step > early[s].step]
     return sorted(pairs, key=lambda pair: pair[0].mean - pair[1].mean)
 
 
 def of_step(groups: list[Group], step: int) -> list[list[Group]]:
     """The best group of a step, the worst, and the one whose rewards differ most; each is a card."""
-    ranked = sorted((group for group in groups if group.step == step), key=lambda group: -group.mean)
-    chosen = [ranked[0], ranked[-1], max(ranked, key=lambda group: group.spread)]
+    groups = [group for group in groups if group.step == step]
+    chosen = [max(groups, key=lambda g: g.mean), min(groups, key=lambda g: g.mean), max(groups, key=lambda g: g.spread)]
     return [[group] for group in {id(group): group for group in chosen}.values()]
 
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -12,16 +9,15 @@ import torch
 from make_peft4_adapter import FOLDER as PEFT4
 from make_peft4_adapter import GRID, IDS, arithmetic_base, patches
 from safetensors.torch import load_file, save_file
-from test_lora import COUNTS, TINY, close, hf_logits, load, logits, randomise, with_args
+from test_lora import TINY, close, hf_logits, load, logits, randomise, with_args
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 import lora
-from adapter_files import CONFIG, TENSORS, fit_adapter, generation_config, load_adapter, meta_model, save_adapter
+from adapter_files import CONFIG, TENSORS, generation_config, load_adapter, save_adapter
 from lora import main
 from model import UserError
 from model.packed import Packed, Segments
 
-ROOT = Path(__file__).resolve().parents[1]
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 
@@ -41,21 +37,10 @@ def make_adapter(folder, **changes):
     return model
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(folder, model)"""
-    folder = tmp_path_factory.mktemp("adapter")
-    return folder, make_adapter(folder)
-
-
 @pytest.fixture
-def adapter(trained, tmp_path):
-    """A copy that the test may change."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for name in (CONFIG, TENSORS):
-        (folder / name).write_bytes((trained[0] / name).read_bytes())
-    return folder
+def adapter(tmp_path):
+    make_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 def rewrite(folder, change=lambda tensors: tensors, **config):
@@ -66,10 +51,10 @@ def rewrite(folder, change=lambda tensors: tensors, **config):
 # -- PEFT is the oracle
 
 
-VARIANTS = [{}, {"use_rslora": True, "num_lora_modules": 15}, {"lora_bias": "all", "tune_merger": True}]
-
-
-@pytest.mark.parametrize("changes", [*VARIANTS, {"lora_bias": "lora_only"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True, "num_lora_modules": 15}, {"lora_bias": "all", "tune_merger": True}],
+)
 def test_peft_loads_ours(tmp_path, changes):
     model = make_adapter(tmp_path, **changes)
     hf = load_hf(adapter=tmp_path)
@@ -81,17 +66,14 @@ def test_peft_loads_ours(tmp_path, changes):
     lora.set_trainable(again, dataclasses.replace(load_adapter(again, tmp_path), lora_bias="none"))
     tensors = dict(model.named_parameters())
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in again.named_parameters())
-    close(logits(again), logits(model), 1e-5)
     save_adapter(again, tmp_path / "again", TINY)  # what came with the adapter leaves with it
-    first, second = (load_file(folder / TENSORS) for folder in (tmp_path, tmp_path / "again"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_our_file_has_what_pefts_has(trained, tmp_path):
-    load_hf(adapter=trained[0]).save_pretrained(tmp_path)
-    ours, pefts = load_file(trained[0] / TENSORS), load_file(tmp_path / TENSORS)
-    assert ours.keys() == pefts.keys() and len(ours) == 2 * sum(COUNTS.values())
-    assert all(torch.equal(ours[key], pefts[key]) for key in ours)
+    ours = load_file(tmp_path / TENSORS)
+    saved = [load_file(tmp_path / "again" / TENSORS)]
+    if not changes:
+        hf.save_pretrained(tmp_path / "peft")
+        saved.append(load_file(tmp_path / "peft" / TENSORS))
+    for other in saved:
+        assert ours.keys() == other.keys() and all(torch.equal(ours[key], other[key]) for key in ours)
 
 
 def make_peft(folder, **options):
@@ -110,8 +92,7 @@ def make_peft(folder, **options):
     "options",
     [
         {"target_modules": "all-linear", "use_rslora": True},
-        {"target_modules": ["q_proj", "v_proj", "qkv", "down_proj"], "lora_dropout": 0.1},
-        {"target_modules": r".*(language_model.*o_proj|blocks.*gate_proj|merger\.mlp\.[02])"},
+        {"target_modules": r".*(language_model.*o_proj|blocks.*gate_proj|merger\.mlp\.[02])", "lora_dropout": 0.1},
         {"target_modules": ["v_proj", "qkv"], "bias": "lora_only"},
         {"target_modules": ["q_proj"], "modules_to_save": ["merger"]},
         {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
@@ -126,28 +107,6 @@ def test_we_load_pefts(tmp_path, options):
     assert (args.lora_rank, args.lora_alpha, args.use_rslora) == (4, 8, options.get("use_rslora", False))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"use_dora": True}, ["use_dora", "merge it with PEFT"]),
-        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
-        ({"trainable_token_indices": [1, 2]}, ["trainable_token_indices"]),
-        ({"modules_to_save": ["embed_tokens"]}, ["modules_to_save", "embed_tokens"]),
-        ({"modules_to_save": ["lm_head"]}, ["lm_head"]),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ["lora_embedding_A"]),
-        ({"target_modules": ["q_proj", "patch_embed.proj"]}, ["patch_embed.proj"]),
-        ({"init_lora_weights": "olora"}, ["olora", "changes the base"]),
-    ],
-)
-def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
-    make_peft(tmp_path, **{"target_modules": ["q_proj"]} | options)
-    model = load()
-    with pytest.raises(UserError) as error:
-        load_adapter(model, tmp_path)
-    assert all(word in str(error.value) for word in [str(tmp_path), *words]), error.value
-    assert "\n" not in str(error.value) and not lora.lora_layers(model)
-
-
 def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
     """tests/peft4 was written by PEFT 0.14.0 under transformers 4.51.3, with the logits that it gave there."""
     model = load(arithmetic_base(tmp_path / "base"))
@@ -160,7 +119,7 @@ def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
         close(model.logits(batch)[-2:], expected)
     main(["check", str(PEFT4), "--model_id", str(tmp_path / "base")])
     out = capsys.readouterr().out
-    assert "transformers before 4.52" in out and "every tensor matches" in out
+    assert "keys of transformers before 4.52" in out and "every tensor matches" in out
     save_adapter(model, tmp_path / "new", tmp_path / "base")  # written with the newer keys, which PEFT here looks for
     hf = load_hf(tmp_path / "base", tmp_path / "new")
     close(hf_logits(hf, model), logits(model), 1e-3)
@@ -170,72 +129,62 @@ def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("options", "words"),
     [
-        (lambda t: {key: t[key] for key in t if key not in (A, B)}, ["q_proj.lora_A: found no tensor"]),
-        (lambda t: {key: t[key] for key in t if key != B}, ["model.layers.1.self_attn.q_proj.lora_B: found no tensor"]),
-        (lambda t: t | {A: torch.zeros(4, 31)}, ["q_proj.lora_A: found (4, 31), expected (4, 64)"]),
-        (lambda t: t | {f"{Q}x.lora_A.weight": torch.zeros(4, 64)}, ["q_projx.lora_A", "expected none of this name"]),
-        (lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, ["lm_head"]),
-        (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.zeros(4)}, ["lora_magnitude_vector"]),
+        ({"use_dora": True}, ["use_dora", "merge it with PEFT"]),
+        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
+        ({"modules_to_save": ["embed_tokens"]}, ["modules_to_save", "embed_tokens"]),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, ["lora_embedding_A"]),
+        ({"init_lora_weights": "olora"}, ["olora", "changes the base"]),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(adapter, change, words):
-    rewrite(adapter, change)
+def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
+    make_peft(tmp_path, **{"target_modules": ["q_proj"]} | options)
     model = load()
-    before = logits(model)
     with pytest.raises(UserError) as error:
-        load_adapter(model, adapter)
-    assert all(word in str(error.value) for word in [str(adapter), "--model_id", *words]), error.value
-    assert not lora.lora_layers(model) and torch.equal(logits(model), before)
+        load_adapter(model, tmp_path)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words]), error.value
+    assert "\n" not in str(error.value) and not lora.lora_layers(model)
 
 
-def test_a_layer_that_the_config_names_by_its_end_is_missed_too(adapter):
-    rewrite(adapter, lambda t: {key: t[key] for key in t if key not in (A, B)}, target_modules=["q_proj"])
-    with pytest.raises(UserError, match="layers.1.self_attn.q_proj.lora_A: found no tensor"):
-        fit_adapter(meta_model(TINY), adapter)
-    # PEFT's name for the adapter may be in the keys
-    default = lambda t: {key.replace(".weight", ".default.weight"): t[key] for key in t}
-    rewrite(adapter, default, exclude_modules=["layers.1.self_attn.q_proj"])
-    assert len(fit_adapter(meta_model(TINY), adapter)[1]) == sum(COUNTS.values()) - 1
-
-
-def test_files_that_are_no_adapter(adapter, tmp_path):
-    model = load()
-
-    def refused(words):
-        with pytest.raises(UserError, match=words):
+def test_tensors_that_do_not_fit_are_named(adapter):
+    original, model = load_file(adapter / TENSORS), load()
+    before = logits(model)
+    for change, words in [
+        ({A: None, B: None}, "q_proj.lora_A: found no tensor"),
+        ({B: None}, "model.layers.1.self_attn.q_proj.lora_B: found no tensor"),
+        ({A: torch.zeros(4, 31)}, "q_proj.lora_A: found (4, 31), expected (4, 64)"),
+        ({f"{Q}x.lora_A.weight": torch.zeros(4, 64)}, "expected none of this name"),
+    ]:
+        tensors = {key: tensor for key, tensor in (original | change).items() if tensor is not None}
+        save_file(tensors, adapter / TENSORS)
+        with pytest.raises(UserError) as error:
             load_adapter(model, adapter)
-
-    with pytest.raises(UserError, match=CONFIG):
-        load_adapter(model, tmp_path / "nowhere")
-    rewrite(adapter, lora_alpha="8")
-    refused("lora_alpha is 8")
-    (adapter / CONFIG).write_text('{"r": 4,\n"lora_alpha": }')
-    refused("line 2")
-    (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    save_file({"base_model.model.model.visual.merger.ln_q.weight": torch.ones(32)}, adapter / TENSORS)
-    refused("no lora_A and lora_B|ln_q.weight")
-    (adapter / TENSORS).write_bytes(b"no tensors")
-    refused(TENSORS)
+        assert all(word in str(error.value) for word in [str(adapter), "--model_id", words]), error.value
+        assert not lora.lora_layers(model) and torch.equal(logits(model), before)
+    for name, text in (
+        (CONFIG, '{"r": 4,\n"lora_alpha": }'),
+        (CONFIG, '{"peft_type": "LORA"}'),
+        (TENSORS, "no tensors"),
+    ):
+        (adapter / name).write_text(text)
+        with pytest.raises(UserError, match=name):
+            load_adapter(model, adapter)
 
 
 # -- The commands
 
 
-def test_a_merged_folder_is_a_whole_model(trained, tmp_path, capsys):
+def test_a_merged_folder_is_a_whole_model(tmp_path, capsys):
     """transformers loads model, tokenizer and generation config from the folder alone; one rounding of the sum."""
-    folder, out = trained[0], tmp_path / "model"
+    folder, out = tmp_path / "adapter", tmp_path / "model"
+    model = make_adapter(folder, lora_bias="all", tune_merger=True)
     main(["merge", str(folder), str(out), "--shard_gb", "0.0001"])
     assert f"{TINY} + {folder}" in capsys.readouterr().out
     files = sorted(out.glob("*.safetensors"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    largest = max(tensor.nbytes for tensor in tensors.values())
-    assert len(files) > 3 and all(file.stat().st_size < max(100_000, largest) + 10_000 for file in files)
-    assert tensors.keys() == index["weight_map"].keys()
-    model = load()
-    load_adapter(model, folder)
+    assert len(files) > 3 and tensors.keys() == index["weight_map"].keys()
     lora.merge(model)
     assert all(tensors[name].equal(weight.to(torch.bfloat16)) for name, weight in model.state_dict().items())
     hf, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
@@ -244,67 +193,40 @@ def test_a_merged_folder_is_a_whole_model(trained, tmp_path, capsys):
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
     greedy = GenerationConfig.from_pretrained(out)
     assert not greedy.do_sample and len(greedy.eos_token_id) == 2
-    with pytest.raises(UserError, match="already holds something"):
-        main(["merge", str(folder), str(out)])
-
-
-def test_biases_and_a_merger_are_merged_too_and_the_released_sampling_is_not_kept(tmp_path):
-    model = make_adapter(tmp_path / "adapter", lora_bias="all", tune_merger=True)
-    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
-    lora.merge(model)
-    again = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(again[name].equal(tensor.to(torch.bfloat16)) for name, tensor in model.state_dict().items())
     hub = {"bos_token_id": 1, "pad_token_id": 1, "eos_token_id": [3, 1], "do_sample": True, "repetition_penalty": 1.05}
     (tmp_path / "generation_config.json").write_text(json.dumps(hub | {"temperature": 1e-6}))
     made = generation_config(tmp_path, {"eos_token_id": 9})
     assert made == {"bos_token_id": 1, "eos_token_id": [3, 1], "pad_token_id": 1, "do_sample": False}
 
 
-def test_check(trained, adapter, tmp_path, capsys):
-    def check(folder, *flags):
-        main(["check", str(folder), *map(str, flags)])
-        return capsys.readouterr().out
-
-    out = check(trained[0])
-    facts = ["rank      4, alpha 8", "26 layers: llm 14, merger 2, vision 10", "19,200 numbers", "every tensor matches"]
-    assert all(fact in out for fact in [str(trained[0]), str(TINY), *facts]), out
-    assert "untrained" not in out and "keys" not in out
-    rewrite(adapter, lambda t: t | {B: torch.zeros_like(t[B])})
-    assert "untrained 1 of 26 layers" in check(adapter)
-    assert "not compared with its base" in check(adapter, "--model_id", "nowhere/at-all")
-    assert "does not load" in check(adapter, "--model_id", arithmetic_base(tmp_path / "base"))
+def test_check(adapter, capsys):
+    main(["check", str(adapter)])
+    out = capsys.readouterr().out
+    facts = ["rank      4, alpha 8", "26 layers: llm 14, merger 2, vision 10", "0 of them untrained", "from 4.52"]
+    assert all(fact in out for fact in [str(adapter), f"every tensor matches {TINY}", *facts]), out
+    # PEFT's name for the adapter may be in the keys
+    rewrite(adapter, lambda t: {k.replace(".weight", ".default.weight"): v for k, v in (t | {B: t[B] * 0}).items()})
+    main(["check", str(adapter)])
+    out = capsys.readouterr().out
+    assert "1 of them untrained" in out and "every tensor matches" in out and len(load_file(adapter / TENSORS)) == 52
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("", ["merge, check"]),
-        ("merg", ["did you mean merge"]),
-        ("convert x", ["convert: was removed", "merge ADAPTER OUT"]),
-        ("check x --keys transformers4", ["--keys: was removed"]),
-        ("check output/nowhere", ["no such folder", "output/nowhere"]),
-        ("merge ADAPTER", ["--output_dir", "a new folder"]),
-        ("merge ADAPTER NEW --model_id nowhere", ["nowhere", "no such folder"]),
-        ("merge ADAPTER NEW --model_id OTHER", ["OTHER", "is --model_id its base model"]),
+        ("convert x", "convert: was removed"),
+        ("check output/nowhere", "no such folder"),
+        ("check ADAPTER --model_id OTHER", "is --model_id its base model"),
+        ("merge ADAPTER", "a new folder"),
+        ("merge ADAPTER NEW --model_id nowhere", "no such folder"),
+        ("merge ADAPTER NEW --model_id OTHER", "is --model_id its base model"),
+        ("merge ADAPTER OTHER", "already holds something"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(adapter, tmp_path, argv, words):
-    if "OTHER" in argv:
-        arithmetic_base(tmp_path / "OTHER")
+    arithmetic_base(tmp_path / "OTHER")
     before = sorted(tmp_path.rglob("*"))
     names = {"ADAPTER": adapter, "NEW": tmp_path / "NEW", "OTHER": tmp_path / "OTHER"}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=words) as error:
         main([str(names.get(word, word)) for word in argv.split()])
-    assert all(word in str(error.value) or word == "OTHER" for word in words) and "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_script_itself(trained, tmp_path):
-    """python lora.py, from another folder; --help imports no torch."""
-    script = [sys.executable, str(ROOT / "lora.py")]
-    done = subprocess.run([*script, "check", trained[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "every tensor matches" in done.stdout, done.stderr
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['lora.py', '--help']\n"
-    code += "try: runpy.run_path('lora.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--shard_gb" in done.stdout, done.stderr
+    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before

@@ -8,18 +8,23 @@ from torch import nn
 
 import lora
 from config import LoraArgs
-from model.adapters import BlockAdapters, LoRALinear, Unpack
+from model.adapters import BlockAdapters, LoRALinear, Unpack, weights_of
+from model.qwen import linear
 
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def adapted(linear, args, dtype=None):
+def adapted(base, args, dtype=None):
     """A layer alone in its block."""
-    block = nn.Sequential(LoRALinear(linear, args))
+    block = nn.Sequential(LoRALinear(base, args))
     BlockAdapters(block, list(block), args.lora_rank, dtype)
     return block[0]
+
+
+def output(layer, x):
+    return linear(x, *weights_of(layer.home.block, layer))[0]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -30,18 +35,18 @@ def test_layer_is_the_formula(rslora, bias):
     plain = nn.Linear(6, 5, bias=bias)
     layer = adapted(plain, args)
     x = torch.randn(2, 3, 6)
-    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(output(layer, x), plain(x))
     assert set(plain.state_dict()) == set(layer.state_dict())
     assert layer.lora_A.abs().max() <= 1 / math.sqrt(6)
     nn.init.normal_(layer.lora_B)
     scaling = 8 / 2 if rslora else 8 / 4
-    close(layer(x), plain(x) + scaling * x @ layer.lora_A.T @ layer.lora_B.T)
+    close(output(layer, x), plain(x) + scaling * x @ layer.lora_A.T @ layer.lora_B.T)
 
 
 def test_fp32_adapter_beside_bf16_weights():
     layer = adapted(nn.Linear(6, 5).bfloat16(), LoraArgs(lora_rank=2), dtype=torch.float32)
     nn.init.normal_(layer.lora_B)
-    layer(torch.randn(3, 6).bfloat16()).float().sum().backward()
+    output(layer, torch.randn(3, 6).bfloat16()).float().sum().backward()
     gradient = layer.home.block.adapters.grad
     assert gradient.dtype == torch.float32
     assert all(piece.abs().min() > 0 for piece in layer.home.pieces(gradient))
@@ -52,9 +57,9 @@ def test_dropout_only_while_training():
     layer = adapted(nn.Linear(64, 5), LoraArgs(lora_rank=2, lora_dropout=0.5))
     nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 64)
-    assert not torch.equal(layer(x), layer(x))
+    assert not torch.equal(output(layer, x), output(layer, x))
     layer.eval()
-    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(output(layer, x), output(layer, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,15 +80,12 @@ def test_unpacking_has_the_gradient_of_narrow(dtype):
     assert torch.equal(slow, fast) and fast.count_nonzero() == 15 + 18 + 21 + 24
 
 
-def test_views_live_while_their_block_computes():
+def test_weights_are_of_the_parameter_as_it_is_now():
     layer = adapted(nn.Linear(6, 5), LoraArgs(lora_rank=2))
     block, x = layer.home.block, torch.randn(3, 6)
     nn.init.normal_(layer.lora_B)
-    before = block(x)
-    assert layer.home.views is None
+    before = output(layer, x)
     block.adapters.data = 2 * block.adapters.data  # another storage, as DeepSpeed gives it
-    close(block(x), layer(x))
-    assert not torch.equal(block(x), before)
-    with pytest.raises(RuntimeError):
-        block(x.double())
-    assert layer.home.views is None
+    assert not torch.equal(output(layer, x), before)
+    layer.enabled = False
+    assert torch.equal(output(layer, x), x @ layer.weight.T + layer.bias) or weights_of(block, layer)[0].A is None

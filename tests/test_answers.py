@@ -5,12 +5,15 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from lists import answers, lists
 
 from answers import parse_options
 from rewards import accuracy, sample_from_record
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "answers.jsonl").read_text().splitlines()]
 
 
@@ -19,27 +22,22 @@ def test_case(case):
     assert accuracy(case["completion"], sample_from_record(case["record"])) == case["accuracy"]
 
 
-# A list of options is made here label by label; the label that is asked for is right, whatever rewards.py thinks.
-NOUNS = ("the red cube", "a ball", "left", "Jones", "12.5", "2:30", "both (A) and (B)", "J. Smith", "no one", "3 of 4")
-STYLES = ("({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}", "- {}. {}", "（{}）{}")
-LEADS = ("", "Subtitles:\n0:05 the man enters\n1:12 he leaves\n", "It takes 12.5 s.\nMr. J. Smith asks:\n", "J. Doe.\n")
-ANSWERS = ("{}", "({})", "{}.", "The answer is {}", "option {}", r"\boxed{{{}}}", '"{}"', "[{}]", "**{}**")
-words = st.lists(st.sampled_from(NOUNS), min_size=2, max_size=5, unique=True)
-
-
-@given(words, st.sampled_from(STYLES), st.sampled_from(LEADS), st.data())
-def test_list_made_by_hand(nouns, style, lead, data):
-    labels = "ABCDE"[: len(nouns)]
-    listed = "\n".join(style.format(label, noun) for label, noun in zip(labels, nouns, strict=True))
-    record = {"question": f"{lead}Which is it?\n{listed}"}
-    right, said = data.draw(st.sampled_from(labels)), data.draw(st.sampled_from(labels))
-    noun = nouns[labels.index(said)]
-    forms = [form.format(said) for form in ANSWERS] + [f"({said}) {noun}", f"{said}. {noun}"]
-    answer = data.draw(st.sampled_from(forms))
-    sample = sample_from_record(record | {"answer": right})
-    assert accuracy(f"<think>Not ({right}).</think><answer>{answer}</answer>", sample) == (right == said)
-    two = f"<answer>{right} and {said}</answer>" if right != said else "<answer></answer>"
-    assert accuracy(two, sample) == 0, "two labels, or none, are no answer"
+@settings(max_examples=150)
+@given(lists(), st.data())
+def test_list_made_by_hand(listed, data):
+    question, options = listed
+    right = data.draw(st.sampled_from(sorted(options)))
+    answer, named = data.draw(answers(options))
+    text = f"<think>Not ({right}).</think><answer>{answer}</answer>"
+    for record in (
+        {"question": question, "answer": right},
+        {"problem": question, "solution": f"<answer>{right}</answer>"},
+    ):
+        assert accuracy(text, sample_from_record(record)) == (named == right), parse_options(question)
+    record = {"problem": "Which is it?", "options": list(options.values()), "problem_type": "multiple choice"}
+    if named and named.isalpha():
+        sample = sample_from_record(record | {"solution": right})
+        assert accuracy(text, sample) == (named == right), "options in a column of their own"
 
 
 numbers = st.decimals(0, 1000, places=2, allow_nan=False)
@@ -83,7 +81,32 @@ def test_no_list(question):
         ("(A) both (B) and (C)\n(B) the cone\n(C) it", {"A": "both (B) and (C)", "B": "the cone", "C": "it"}),
         ("Where to?\nA、左\nB、右", {"A": "左", "B": "右"}),
         ("How many?\n1. one\n2. two", {"1": "one", "2": "two"}),
+        ("(1) yes (it does)\n(2) no", {"1": "yes (it does)", "2": "no"}),
+        ("Say (A), (B) or (C).\n (A) Left;\n (B) Right;\n (C) Up.", {"A": "Left", "B": "Right", "C": "Up"}),
+        ("Which way?\n(A) Left (B) Right\n(C) Down (D) Up", {"A": "Left", "B": "Right", "C": "Down", "D": "Up"}),
+        ("Where to?\nA:\nleft\nB:\nright", {"A": "left", "B": "right"}),
     ],
 )
 def test_list(question, options):
     assert parse_options(question) == options
+
+
+@pytest.mark.parametrize(
+    "question, answer, said, right",
+    [
+        ("A. left\nB. right\nWhich one is it?", "B", "right", 1),  # the answer shows that the list is one
+        ("Choose. A. left B. right", "B", "right", 1),
+        ("A: Hello\nB: Bye\nWhat does B say?", "Bye", "bye", 1),  # and here that it is a dialogue
+        ("A: Hello\nB: Bye\nWhat does B say?", "Bye", "B", 0),
+        ("Where to?", "B", "(B) right", 1),
+        ("Where to?", "B", "A or B", 0),
+        ("Where to?", "3.0", "3", 1),
+        ("Where to?\n(A) left\n(B) right", "B", "not (B)", 0),
+        ("Where to?\n(A) left\n(B) right", "B", "not left, right", 1),
+        ("Where to?\n(A) a cone\n(B) a cube", "B", "A cube", 1),
+        ("Where to?\n(A) cone\n(B) cube", "B", "A cube", 1),
+    ],
+)
+def test_answer(question, answer, said, right):
+    sample = sample_from_record({"question": question, "answer": answer})
+    assert accuracy(f"<answer>{said}</answer>", sample) == right

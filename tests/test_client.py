@@ -1,17 +1,12 @@
 """The client of a server that misbehaves: nothing hangs, no answer is lost or paid for twice, no key leaks."""
 
-import errno
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +15,7 @@ import pytest
 
 from generate import check_answer
 from model import UserError
-from openai_client import MAX_ASKS, MAX_SILENT, Cache, Client, Question, RetriesExhausted, ask_all
+from openai_client import MAX_ASKS, MAX_SILENT, Client, NoAnswerError, Question, ask_all
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-secret-0123456789"
@@ -36,16 +31,17 @@ class Server:
 
     def __init__(self, *script):
         self.script, self.requests, self.lock = list(script), [], threading.Lock()
-        outer = self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            log_message = lambda *_: None
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, dict(self.headers), body))
-                    act = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
+                with server.lock:
+                    server.requests.append((self.path, dict(self.headers), body))
+                    act = server.script.pop(0) if len(server.script) > 1 else server.script[0]
                 try:
                     act(self) if callable(act) else self.say(200, act) if isinstance(act, bytes) else self.say(act)
                 except OSError:
@@ -59,9 +55,6 @@ class Server:
                 self.end_headers()
                 self.wfile.write(body)
                 self.close_connection = length is not None
-
-            def log_message(self, *_):
-                pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
@@ -78,25 +71,18 @@ class Server:
 
 def client(url, **changes):
     """Quick to try again, patient in waiting: a busy machine must not be taken for a slow server."""
-    return Client(KEY, url, **dict(tries=4, first_wait=0.01, read_timeout=20.0, deadline=30.0) | changes)
-
-
-def questions(count=6):
-    check = partial(check_answer, right="(A) Left to Right")
-    return [Question(f"which way?\n{i}", f"hash{i}", lambda: b"png", check) for i in range(count)]
+    return Client(KEY, url, **dict(tries=4, first_wait=0.01, timeouts=(10.0, 20.0), deadline=30.0) | changes)
 
 
 def ask(url, path, count=6, workers=3, **changes):
+    check = partial(check_answer, right="(A) Left to Right")
+    questions = [Question(f"which way?\n{i}", f"hash{i}", lambda: b"png", check) for i in range(count)]
     asker = client(url, **changes)
-    return asker, ask_all(asker, path, questions(count), workers)
+    return asker, ask_all(asker, path, questions, workers)
 
 
 def status(code, body=b"{}", **headers):
     return lambda handler: handler.say(code, body, **headers)
-
-
-def in_seconds(seconds):
-    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
 
 def raw(*pieces, every=0.0):
@@ -112,46 +98,25 @@ def raw(*pieces, every=0.0):
     return act
 
 
-def reset(handler):
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    handler.connection.close()
-    handler.close_connection = True
-
-
-def endless(handler):
-    """A body that never ends, as fast as it is taken."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    while True:
-        handler.wfile.write(b" " * 1000)
-
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
-BOMB = zlib.compress(b" " * (3 << 20) + completion(GOOD))  # 3 kB that become 3 MB
 TROUBLE = {
-    **{str(code): code for code in (408, 409, 429, 500, 501, 502, 503, 504, 529)},
+    **{str(code): code for code in (408, 429, 500, 503)},
     "429 with seconds": status(429, Retry_After="1"),
-    "429 with a date that is over": status(429, Retry_After=in_seconds(-100)),
-    "503 with a Retry-After that is none": status(503, Retry_After="soon"),
+    "503 with an invalid Retry-After": status(503, Retry_After="soon"),
     "no json": b"<html>busy</html>",
     "other json": b'{"error": {"message": "overloaded"}}',
     "deep json": b"[" * 50_000,
-    "empty": b"",
-    "not utf-8": b"\xff\xfe\x00",
     "no choices": b'{"choices": []}',
     "cut in the body": status(200, completion(GOOD), length=5000),
     "cut in a chunk": raw(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{"cho'),
     "hangs up": raw(),
-    "reset": reset,
     "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "endless header": raw(b"HTTP/1.1 200 OK\r\nX: ", *[b"y" * 100] * 2000),
     "bad gzip": status(200, b"not gzip", Content_Encoding="gzip"),
-    "bomb": status(200, BOMB, Content_Encoding="deflate"),
-    "huge": status(200, b" " * (3 << 20) + completion(GOOD)),
-    "endless": endless,
+    "bomb": status(200, zlib.compress(b" " * (3 << 20) + completion(GOOD)), Content_Encoding="deflate"),
+    "endless": raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * 1000] * 100_000),
 }
 SLOW = {  # with short limits, so a busy machine may ask more often
     "silent": lambda handler: time.sleep(2),
-    "drips": raw(HEAD, *[b" "] * 100, every=0.1),
     "drips endlessly": raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100, every=0.1),
 }
 
@@ -164,56 +129,45 @@ def test_trouble_that_passes_loses_nothing(tmp_path, trouble):
         asker, answers = ask(server.url, tmp_path / "cache", workers=2)
         assert answers == [GOOD] * 6 and asker.counts["answers received"] == 6 and len(server.requests) == 7
         assert ask(server.url, tmp_path / "cache")[1] == answers and len(server.requests) == 7
-    assert len((tmp_path / "cache").read_text().splitlines()) == 6 and KEY not in (tmp_path / "cache").read_text()
+    assert KEY not in (tmp_path / "cache").read_text()
 
 
 @pytest.mark.parametrize("trouble", SLOW.values(), ids=SLOW)
 def test_a_slow_server_is_asked_again(trouble):
     with Server(trouble, completion(GOOD)) as server:
-        assert client(server.url, read_timeout=1.0, deadline=1.0, tries=9).complete("?", b"png") == GOOD
+        assert client(server.url, timeouts=(1.0, 1.0), deadline=1.0, tries=9).complete("?", b"png") == GOOD
         assert len(server.requests) > 1
 
 
-@pytest.mark.parametrize("name", ["503", "cut in the body", "no json", "hangs up"])
+@pytest.mark.parametrize("name", ["503", "cut in the body"])
 def test_trouble_that_lasts_ends_the_run_after_few_requests(tmp_path, name):
     with Server(TROUBLE[name]) as server:
-        with pytest.raises(RetriesExhausted):
-            client(server.url).complete("?", b"png")
-        assert len(server.requests) == 4
         with pytest.raises(UserError, match="5 clips in a row got no response"):
             ask(server.url, tmp_path / "cache", count=40, tries=2)
-        assert len(server.requests) <= 4 + 2 * (MAX_SILENT + 3 + 3)
+        assert len(server.requests) <= 2 * (MAX_SILENT + 3 + 3)
 
 
-def test_a_refused_connection_is_given_up():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(RetriesExhausted, match="ConnectionError"):
-        client(url, tries=2).complete("?", b"png")
-
-
-HOPELESS = {
-    "401": (status(401, KEY.encode()), "HTTP 401, the key was refused"),
-    "404": (status(404, f"no such\nmodel {KEY}".encode()), "HTTP 404 for model gpt-4o: no such model .key."),
-    "redirect": (status(302, Location="http://127.0.0.1:9/"), "HTTP 302, a redirect, is not followed"),
-    "quota": (status(429, b'{"error": {"code": "insufficient_quota"}}'), "no quota left"),
-    "an hour": (status(429, Retry_After="3600"), "asks to wait 3600 s"),
-    "a date in an hour": (status(503, Retry_After=in_seconds(3601)), "asks to wait [23]... s"),
-}
-
-
-@pytest.mark.parametrize("trouble, words", HOPELESS.values(), ids=HOPELESS)
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (status(401, KEY.encode()), "HTTP 401"),
+        (status(404, f"no such\nmodel {KEY}".encode()), "HTTP 404: no such model .key."),
+        (status(302, Location="http://127.0.0.1:9/"), "HTTP 302"),  # not followed: it would carry the key along
+        (status(429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
+    ],
+)
 def test_a_hopeless_answer_ends_the_run_and_a_later_run_pays_for_the_rest(tmp_path, trouble, words):
     good = completion(GOOD)
     with Server(good, good, trouble) as server, pytest.raises(UserError, match=words) as error:
         ask(server.url, tmp_path / "cache", workers=1)
     assert len(server.requests) in (3, 4) and "\n" not in str(error.value) and KEY not in str(error.value)
     with open(tmp_path / "cache", "ab") as file:
-        file.write(b'{"key": "cut by a kill')
+        file.write(b'\n{"key": "cut by a kill')
     with Server(good) as server:
         asker, answers = ask(server.url, tmp_path / "cache")
     assert answers == [GOOD] * 6 and asker.counts["from cache"] == 2 and len(server.requests) == 4
+    asker, answers = ask("http://127.0.0.1:9/v1", tmp_path / "cache")  # all are stored: nobody is asked
+    assert answers == [GOOD] * 6 and asker.counts["from cache"] == 6
 
 
 def test_unusable_answers_are_asked_again_then_dropped_and_paid_for_once(tmp_path):
@@ -226,26 +180,6 @@ def test_unusable_answers_are_asked_again_then_dropped_and_paid_for_once(tmp_pat
         assert ask(server.url, tmp_path / "cache", count=2)[1] == answers and len(server.requests) == 2 * MAX_ASKS
         ask(server.url, tmp_path / "cache", count=1, model="other")  # another model is another question
         assert len(server.requests) == 3 * MAX_ASKS
-    (tmp_path / "broken").write_text("{}\n")
-    with pytest.raises(UserError, match="broken: line 1"):
-        Cache(tmp_path / "broken")
-
-
-def test_a_full_disk_leaves_whole_answers(tmp_path, monkeypatch):
-    """The fourth answer cannot be kept: three are, none is half there, and the run ends."""
-    real, calls = os.fsync, []
-
-    def fsync(handle):
-        calls.append(1)
-        if len(calls) >= 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with Server(completion(GOOD)) as server, pytest.raises(UserError, match="cache: cannot be written .No space left"):
-        ask(server.url, tmp_path / "cache", workers=1)
-    assert len([json.loads(line) for line in (tmp_path / "cache").read_text().splitlines()]) == 3
-    assert len(server.requests) <= 5
 
 
 def test_the_request_and_the_key(tmp_path, monkeypatch):
@@ -260,45 +194,34 @@ def test_the_request_and_the_key(tmp_path, monkeypatch):
     assert body["model"] == "gpt-x" and KEY not in json.dumps([headers, body])
     text, image = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "which way?\n0"} and image["image_url"]["url"].endswith(";base64,cG5n")
-
-
-@pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "sk-é"])
-def test_an_unfit_key_or_address_is_refused_unseen(key, monkeypatch):
-    with pytest.raises(UserError) as error:
-        Client(key)
-    assert not key or key not in str(error.value)
+    for key in ("", "two words", "line\nbreak", "sk-é"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+            Client.from_env("gpt-4o")
+        assert not key or key not in str(error.value)
     for url in ("api.openai.com/v1", "ftp://x/v1", "http://", "http://[::1", "http://x:99999/"):
-        with pytest.raises(UserError, match="OPENAI_BASE_URL"):
-            Client(KEY, url)
-    monkeypatch.setenv("HTTP_PROXY", "http://[bad")
-    with pytest.raises(UserError, match="far.away: cannot be asked .Invalid"):
-        client("http://me:pass@far.away/v1").complete("?", b"png")
-
-
-def command(folder, url):
-    flags = ["--output_dir", str(folder / "set"), "--num_samples", "40", "--cot", "--cot_source", "openai"]
-    environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, "HOME": str(folder)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment, "text": True}
-    # a shell's background jobs, and what they start, would ignore Ctrl-C
-    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, "generate.py", *flags, "--workers", "1"], preexec_fn=default, **pipes)
+        with pytest.raises(NoAnswerError):
+            client(url, tries=1).complete("?", b"png")
 
 
 def test_killed_again_and_again_no_answer_is_paid_for_twice(tmp_path):
     """The command is ended amid its questions, then run to its end: no answer that arrived is asked for again."""
-    cache = tmp_path / "set" / "cot_cache.jsonl"
+    flags = ["--output_dir", str(tmp_path / "set"), "--num_samples", "24", "--cot", "--cot_source", "openai"]
     with Server(lambda handler: (time.sleep(0.02), handler.say(200, completion(GOOD)))) as server:
-        for number in (signal.SIGKILL, signal.SIGINT, None):
-            before, running = len(server.requests), command(tmp_path, server.url)
-            while number and running.poll() is None and len(server.requests) < before + 15:
+        environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url, "HOME": str(tmp_path)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": environment, "text": True}
+        for killed in (True, False):
+            running = subprocess.Popen([sys.executable, "generate.py", *flags, "--workers", "1"], **pipes)
+            while killed and running.poll() is None and len(server.requests) < 8:
                 time.sleep(0.01)
-            if number:
-                running.send_signal(number)
-            out, err = running.communicate(timeout=300)
-            assert KEY not in out + err
+            if killed:
+                running.kill()
+            out, _ = running.communicate(timeout=300)
+            assert KEY not in out
     # the server says (A) for every clip: three classes of four have no answer
-    assert running.returncode == 2 and "too many clips were dropped" in err
-    keys = [json.loads(line)["key"] for line in cache.read_text().splitlines()]
-    assert len(set(keys)) == 40 and len(keys) == 10 + 30 * MAX_ASKS
+    assert running.returncode == 2 and "too many clips were dropped" in out
+    lines = (tmp_path / "set" / "cot_cache.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines if line]
+    assert len(set(keys)) == 24 and len(keys) == 6 + 18 * MAX_ASKS
     assert len(server.requests) <= len(keys) + 4, "what is under way at a SIGKILL, one a worker, may be asked again"
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -17,7 +17,6 @@ from data import Processor, TooLong
 from model import UserError
 from model.loading import ModelConfig
 from model.packed import IGNORE
-from records import read_turns, record_name
 
 # In the order of Qwen2.5's vocabulary, from 151643 on
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]
@@ -92,7 +91,7 @@ def text_of(processor, ids):
 
 
 def length(processor, record):
-    return processor.shape(record)[1]
+    return len(processor.layout(record, True)[0])
 
 
 def trained_text(processor, example):
@@ -157,19 +156,6 @@ def test_typed_parts_and_their_options(processor):
     assert example.grid_thw == [(4, 4, 4), (2, 2, 4), (1, 2, 2)] and example.second_per_grid[1:] == [2.0, 0.0]
     beside = {"messages": [{"role": "user", "content": "<video>Where?"}, {"role": "assistant", "content": "L"}]}
     assert processor.encode({**beside, "videos": ["0.mp4"]}).grid_thw == [(2, 4, 4)]
-
-
-def test_lists_of_videos_and_of_frames():
-    def kinds(record):
-        return [part.paths for turn in read_turns(record, "r") for part in turn.parts if not isinstance(part, str)]
-
-    two = {"video": ["a.mp4", "b.mp4"], "conversations": turns("<video>\n<video>\n?", "!")}
-    assert kinds(two) == [("a.mp4",), ("b.mp4",)]
-    frames = {"video": ["a.png", "b.png"], "conversations": turns("<video>\n?", "!")}
-    assert kinds(frames) == [("a.png", "b.png")]
-    both = {"video": [["a.png", "b.png"], "file:///c.mp4"], "conversations": turns("<video> <video>", "!")}
-    assert kinds(both) == [("a.png", "b.png"), ("/c.mp4",)]
-    assert record_name({"id": 7}) == "7" and record_name(two) == "a.mp4"
 
 
 def as_transformers(tokenizer, example_messages, generation):
@@ -237,19 +223,14 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     changed = processor.encode(record(3))
     assert len(decoded) == 2 and not torch.equal(changed.patches, first.patches)
     small = Processor(processor.tokenizer, processor.config, replace(processor.args, cache_mb=0))
-    assert torch.equal(small.encode(record(3)).patches, changed.patches) and not small.cache.entries
+    assert torch.equal(small.encode(record(3)).patches, changed.patches) and not small.cache
 
 
-def test_cache_forgets_the_oldest():
+def test_the_cache_has_an_end():
     cache = data.ClipCache(100)
-    for key in "abc":
-        cache.put(key, key, 40)
-    assert [cache.get(key) for key in "abc"] == [None, "b", "c"] and cache.size == 80
-    cache.get("b")
-    cache.put("d", "d", 40)
-    cache.put("e", "e", 101)
-    assert [cache.get(key) for key in "bcde"] == ["b", None, "d", None]
-    assert cache.size == sum(size for _, size in cache.entries.values()) == 80
+    for key, size in (("a", 40), ("b", 101), ("c", 50), ("d", 11), ("e", 10)):
+        cache.put(key, key, size)
+    assert list(cache) == ["a", "c", "e"] and cache.get("d") is None and cache.room == 0
 
 
 def test_controls_leave_the_cache_alone(processor):
@@ -261,7 +242,7 @@ def test_controls_leave_the_cache_alone(processor):
         assert other.patches.shape == before.shape
     assert processor.encode(record(), control="reversed").frame_indices == [[29, 19, 10, 0]]
     assert torch.equal(processor.encode(record()).patches, before)
-    assert len(processor.cache.entries) == 2  # one plan, one clip
+    assert len(processor.cache) == 2  # one plan, one clip
 
 
 def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor):
@@ -293,44 +274,6 @@ def test_overruled_options_are_told_once(processor, caplog):
     told = [r.message for r in caplog.records]
     assert len(told) == 2 and "fps 0.5 asks for 1.5 of 30 frames" in told[0] and "max_pixels 3136" in told[1]
     assert sorted(processor.notes.values()) == [3, 3]
-
-
-# -- Wrong records
-
-WRONG = {
-    "1 <video> tag.* 2 video": {"video": ["0.mp4", "1.mp4"], "conversations": turns("<video>\nWhere?", "L")},
-    "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
-    "1 <image> tag.* 0 image": {"conversations": turns("<image>", "L")},
-    "empty answer": {"conversations": turns("?", " \n")},
-    "unknown role 'bot'": {"conversations": turns("?", "L", roles=("human", "bot"))},
-    "expected the assistant's answer": {"conversations": turns("?")},
-    "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
-    "its keys are: text, id; expected one of": {"text": "?"},
-    "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
-    "no file nothing.mp4": {"video": "nothing.mp4", "conversations": turns("<video>", "L")},
-    "a web address; download the file": {"video": "https://a.b/c.mp4", "conversations": turns("<video>", "L")},
-    "video is ''": {"video": "", "conversations": turns("<video>", "L")},
-    "a turn is a str": {"conversations": ["?"]},
-    "holds 5": {"conversations": [{"from": "human", "value": 5}]},
-    "unknown content part": {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-    "unknown video option 'speed'": {
-        "messages": [
-            {"role": "user", "content": [{"type": "video", "video": "0.mp4", "speed": 2}]},
-            {"role": "assistant", "content": "L"},
-        ]
-    },
-    "turn of the assistant; expected it in a user's": {
-        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": [{**VIDEO}]}]
-    },
-    "no readable video": {"video": "broken.mp4", "conversations": turns("<video>", "L")},
-}
-
-
-@pytest.mark.parametrize("told", WRONG)
-def test_wrong_records_say_what_is_wrong(processor, told):
-    with pytest.raises(UserError, match=told) as caught:
-        processor.encode({**WRONG[told], "id": "sample 7"}, name="sample 7")
-    assert "sample 7" in str(caught.value) or "broken.mp4" in str(caught.value)
 
 
 def test_tokenizer_and_config_must_belong_together(processor):

@@ -9,8 +9,7 @@ from test_model import CASES
 
 import lora
 from config import SFT
-from model.decode import PlainDecoder, Sampling, draw, generate, generate_with, truncate
-from model.fast import cpu
+from model.decode import PlainDecoder, Sampling, draw, generate, truncate
 from model.qwen import target_logprobs
 from model.rope import mrope_position_ids
 
@@ -101,23 +100,6 @@ def test_sampling_follows_the_exact_distribution():
     assert freedom > 20 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5 and rest < 5, (chi2, freedom, rest)
 
 
-def test_second_tokens_follow_the_exact_distribution_too():
-    """Through the cache: the second token given the most frequent first one."""
-    model = random_model("tied")
-    sequence = Sequence(model.config, [6])
-    rows = generate(model, pack_sequences([sequence]), Sampling(2, 0.5), 20_000, torch.Generator().manual_seed(2))[0]
-    first = torch.tensor([r.ids[0] for r in rows]).mode().values.item()
-    second = torch.tensor([r.ids[1] for r in rows if r.ids[0] == first])
-    hidden, _ = rows_with_answer(model, sequence, [first, 5])
-    logits = (hidden[-1] @ model.head_weight.T).detach() / 0.5
-    logits[model.config.vision_token_ids] = float("-inf")
-    expected = logits.softmax(-1) * len(second)
-    counts = torch.bincount(second, minlength=260).float()
-    big = expected >= 5
-    chi2, freedom = float(((counts - expected)[big] ** 2 / expected[big]).sum()), int(big.sum()) - 1
-    assert freedom > 3 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5, (chi2, freedom)
-
-
 def test_vision_tokens_are_never_drawn():
     model = random_model("tied")
     with torch.no_grad():
@@ -154,7 +136,7 @@ def test_same_seed_same_rows_and_streaming():
 
 
 @pytest.mark.parametrize("cases", [("video", "text"), ("video",), ("video", "video")], ids=["two", "one", "equal"])
-def test_fused_decoding_equals_the_decoder_layers(cases, monkeypatch):
+def test_fused_decoding_equals_the_decoder_layers(cases):
     """With adapters, prompts of one length (then each row has its own copy) or two, grouped heads: the same draws, and
     log-probs within rounding."""
     model = random_model("grouped").eval()
@@ -164,13 +146,10 @@ def test_fused_decoding_equals_the_decoder_layers(cases, monkeypatch):
         if name.endswith(lora.FLAT):
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     prompts = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(cases)])
-    made, init = [], cpu.RowCache.__init__
-    monkeypatch.setattr(cpu.RowCache, "__init__", lambda *args: made.append(1) or init(*args))
     results = []
-    for decoder in (cpu.CpuDecoder, PlainDecoder):
+    for decoder in (None, PlainDecoder):
         noise = torch.Generator().manual_seed(0)
-        results.append(generate_with(decoder, model, prompts, Sampling(12, 1.0), 3, noise))
-    assert len(made) == (len(set(prompts.segments.q_lengths)) == 1)
+        results.append(generate(model, prompts, Sampling(12, 1.0), 3, noise, decoder=decoder))
     for fast, slow in zip(sum(results[0], []), sum(results[1], []), strict=True):
         assert fast.ids == slow.ids
         assert torch.allclose(torch.tensor(fast.logprobs), torch.tensor(slow.logprobs), atol=1e-4, rtol=1e-4)
@@ -201,5 +180,5 @@ def test_a_failed_rollout_leaves_the_model_as_it_was():
             closed.append(True)
 
     with pytest.raises(torch.OutOfMemoryError):
-        generate_with(Failing, model, prompt, Sampling(5), 2)
+        generate(model, prompt, Sampling(5), 2, decoder=Failing)
     assert modes == [False] * 3 and model.training and closed == [True]

@@ -9,7 +9,7 @@ import torch
 from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpu import merge_plain
+from test_gpu import merge_plain, merged_by_name
 from test_model import CASES
 from torch import nn
 from torch.nn.attention import SDPBackend
@@ -17,14 +17,14 @@ from torch.nn.attention import SDPBackend
 import lora
 from config import LoraArgs
 from model import loading, qwen
-from model.adapters import adapter_of, aligned
+from model.adapters import Weights, aligned
 from model.fast import cpu, decoder, gpu, portable
 from model.fast.decoder import SamplingCopy, empty_matrices
 from model.fast.graphs import GRANULE, Plan, Replay, Room
 from model.loading import ModelConfig
 from model.qwen import Segments, target_logprobs
 
-MANY = 1 << 17  # rows that take a product of width 8 to oneDNN
+PLAIN = vars(qwen.plain_ops())
 
 
 def gradients(function, *tensors):
@@ -102,33 +102,12 @@ def test_shared_prompt_equals_the_loop(groups):
     check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
 
 
-def test_shared_prompt_equals_repeated_prompts():
-    """The point of the layout: a completion beside its siblings reads as if it stood alone after its prompt."""
-    P, completions, H, D = 7, [3, 5, 1], 2, 8
-    q, k, v = (torch.randn(P + sum(completions), H, D) for _ in range(3))
-    out = portable.attention(q, k, v, Segments.shared_prompt([P], [completions]))
-    start = P
-    for n in completions:
-        rows = [*range(P), *range(start, start + n)]
-        alone = portable.attention(q[rows], k[rows], v[rows], Segments.causal([P + n]))
-        assert torch.allclose(out[rows], alone, atol=1e-6)
-        start += n
-
-
 def test_long_segments_are_padded_without_a_trace(monkeypatch):
     """What cuDNN is given, through another kernel of torch: the same numbers as the loop's, and the same gradients."""
     monkeypatch.setattr(gpu, "LONG_STEP", 16)
     monkeypatch.setattr(gpu, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
     check_attention(Segments.causal([37, 16, 20]), 4, 2, form=gpu.long_attention)
     check_attention(Segments.causal([48]), 2, 2, form=gpu.long_attention)
-
-
-def test_segments_do_not_leak():
-    q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
-    before = portable.attention(q, k, v, Segments.causal([5, 7]))
-    k[8:], v[8:] = 9.0, 9.0
-    after = portable.attention(q, k, v, Segments.causal([5, 7]))
-    assert before[:8].equal(after[:8]) and not before[8:].equal(after[8:])
 
 
 def test_a_gradient_is_the_same_bit_for_bit_every_time():
@@ -175,7 +154,7 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
     targets = torch.randint(7, 50, (17,), generator=generator)
     weight = torch.randn(17, generator=generator)
     results = []
-    for function in (target_logprobs, portable.logprobs, qwen.logprobs):
+    for function in (target_logprobs, qwen.logprobs):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         logp, entropy, correct = function(h, w, targets, temperature, banned)
         (logp * weight).sum().backward()
@@ -198,82 +177,52 @@ def test_target_logprobs_never_holds_all_logits():
     assert max(sizes) <= head.numel()  # saved for backward: inputs and one number a row, 4096 * 40000 nowhere
 
 
-def test_pieces_cover_all_rows_in_few_sizes():
-    sizes = set()
-    for rows in range(1, 5000, 7):
-        cut = cpu.pieces(rows)
-        assert [i for s in cut for i in range(s.start, s.stop)] == list(range(rows))
-        sizes |= {s.stop - s.start for s in cut[:-1]} | {n for s in cut[-1:] if (n := s.stop - s.start) >= cpu.LEAST}
-    assert sizes == {128, 256, 512, 1024}
-
-
-def test_the_loss_at_once_equals_its_reference():
-    torch.manual_seed(0)
-    hidden, head, targets = torch.randn(200, 8), torch.randn(50, 8), torch.randint(0, 50, (200,))
-    agree(gradients(lambda h: cpu.LogprobsAtOnce.apply(h, head, targets)[0], hidden),
-          gradients(lambda h: qwen.logprobs(h, head, targets)[0], hidden), 1e-5)  # fmt: skip
-    assert cpu.LogprobsAtOnce.apply(hidden, head, targets)[1].equal(qwen.logprobs(hidden, head, targets)[2])
-
-
 # -- Products with adapters
 
 
-class Adapted(nn.Linear):
-    def __init__(self, n_in, n_out, rank, scale, bias):
-        super().__init__(n_in, n_out, bias=bias)
-        self.requires_grad_(False)
-        self.A, self.B = nn.Parameter(torch.randn(rank, n_in)), nn.Parameter(torch.randn(n_out, rank))
-        self.scale = scale
-
-    def adapter(self):
-        return self.A, self.B, self.scale, 0.0
-
-    def forward(self, x):
-        return super().forward(x) + (x @ self.A.T) @ self.B.T * self.scale
+def adapted(n_in, n_out, rank, scale, bias):
+    """Weights whose adapter alone is trained."""
+    weight, A, B = torch.randn(n_out, n_in) * n_in**-0.5, torch.randn(rank, n_in), torch.randn(n_out, rank)
+    return Weights(weight, torch.randn(n_out) if bias else None, A.requires_grad_(), B.requires_grad_(), scale)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_grouped_products_equal_plain_autograd(monkeypatch, pad, mixed):
+@pytest.mark.parametrize("rows", [1, 9, 130])
+def test_products_that_share_an_input_equal_the_plain_ones(pad, mixed, trained, rows):
     torch.manual_seed(0)
     n_out = (13, 8, 21)
-    layers = [Adapted(12, n, r, s, b) for n, r, s, b in zip(n_out, (4, 2, 3), (0.5, 2.0, 1.0), (True, False, True))]
+    layers = [adapted(12, n, r, s, b) for n, r, s, b in zip(n_out, (4, 2, 3), (0.5, 2.0, 1.0), (True, False, True))]
     if mixed:
-        layers[1] = nn.Linear(12, 8).requires_grad_(False)  # one without an adapter among them
-    x = torch.randn(9, 12)
-    weights = [torch.randn(9, aligned(n) if pad else n) for n in n_out]
-    params = [p for m in layers for p in m.parameters() if p.requires_grad]
+        layers[1] = Weights(torch.randn(8, 12), None)  # one without an adapter among them
+    if trained:
+        layers[2].weight.requires_grad_()
+        layers[2].bias.requires_grad_()
+    x = torch.randn(rows, 12)
+    weights = [torch.randn(rows, aligned(n) if pad else n) for n in n_out]
+    params = [t for layer in layers for t in layer[:4] if t is not None and t.requires_grad]
     results = []
     for fast in (True, False):
         inp = x.clone().requires_grad_()
-        if fast:
-            outs = portable.project(inp, *layers, pad=pad)
-            assert type(outs[0].grad_fn).__name__ == "ProjectBackward"
-        else:
-            outs = qwen.linear(inp, *layers)
-            outs = [portable.widen(y, 1, w.shape[1]) for y, w in zip(outs, weights)]
+        outs = portable.linear(inp, *layers, pad=pad) if fast else qwen.linear(inp, *layers)
+        assert not fast or (type(outs[0].grad_fn).__name__ == "ProjectBackward") != trained
+        outs = outs if fast else [portable.widen(y, 1, w.shape[1]) for y, w in zip(outs, weights)]
         assert [o.shape[1] for o in outs] == [w.shape[1] for w in weights]
         grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights)), [inp, *params])
         results.append([*outs, *grads])
-    for fast, slow in zip(*results):
-        assert torch.allclose(fast, slow, atol=1e-4), (fast - slow).abs().max()
+    agree(*results)
 
 
 def test_padded_columns_are_zero_and_change_nothing():
     torch.manual_seed(0)
-    up, down = Adapted(16, 13, 4, 0.5, True), Adapted(13, 16, 4, 0.5, False)
+    up, down = adapted(16, 13, 4, 0.5, True), adapted(13, 16, 4, 0.5, False)
     x = torch.randn(5, 16)
     narrow = qwen.linear(x, up)[0]
-    for wide in (portable.project_one(x, up, up.adapter(), pad=True), portable.project(x, up, pad=True)[0]):
+    for wide in (portable.linear_by_autograd(x, up, pad=True), portable.linear(x, up, pad=True)[0]):
         assert wide.shape == (5, 16) and (wide[:, 13:] == 0).all()
         assert torch.allclose(wide[:, :13], narrow, atol=1e-5)
-        assert torch.allclose(portable.project(wide, down)[0], qwen.linear(narrow, down)[0], atol=1e-4)
-
-
-def test_trained_weights_get_their_gradient():
-    layer = Adapted(6, 5, 2, 1.0, True).requires_grad_(True)
-    portable.project(torch.randn(3, 6), layer)[0].sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+        assert torch.allclose(portable.linear(wide, down)[0], qwen.linear(narrow, down)[0], atol=1e-4)
 
 
 def test_frozen_weight_is_widened_once_and_keeps_its_value():
@@ -287,51 +236,12 @@ def test_frozen_weight_is_widened_once_and_keeps_its_value():
     assert portable.padded(weight, None, 8, True)[0][:13, :4].equal(before[:, :4])
 
 
-@pytest.mark.parametrize("rows", [9, MANY])
-@pytest.mark.parametrize("trained", [False, True])
-def test_merged_products_equal_plain_autograd(rows, trained):
-    torch.manual_seed(0)
-    layers = [Adapted(8, n, r, s, b) for n, r, s, b in ((5, 4, 0.5, True), (8, 2, 2.0, False))] + [nn.Linear(8, 3)]
-    for layer in layers:
-        layer.weight.requires_grad_(trained)
-    x = torch.randn(rows, 8) / rows**0.5
-    assert cpu.large(x, layers[1].weight) == (rows == MANY and cpu.ONEDNN)
-    params = [p for m in layers for p in m.parameters() if p.requires_grad]
-    results = []
-    for fast in (True, False):
-        inp = x.clone().requires_grad_()
-        adapters = [adapter_of(m) for m in layers]
-        outs = cpu.Merged.apply(inp, *portable.flat_arguments(layers, adapters)) if fast else qwen.linear(inp, *layers)
-        grads = torch.autograd.grad(sum((o * o.detach().cos()).sum() for o in outs), [inp, *params])
-        results.append([*outs, *grads])
-    agree(*results)
-
-
-def test_adapters_are_merged_where_it_pays(monkeypatch):
-    calls, merged = [], cpu.Merged.apply
-    monkeypatch.setattr(cpu.Merged, "apply", lambda *args: calls.append(args) or merged(*args))
-    layer = Adapted(8, 16, 4, 1.0, True)
-    for rows, expected in ((16, 1), (15, 1)):  # fewer tokens than the weight has rows: Project
-        (out,) = cpu.linear(torch.randn(rows, 8), layer)
-        assert out.shape == (rows, 16) and len(calls) == expected
-
-
-@pytest.mark.parametrize("form", [portable.FORMS, cpu.FORMS, cpu.OTHER_DTYPES], ids=["portable", "cpu", "other dtypes"])
 @pytest.mark.parametrize("rows", [1, 7, 130])
-def test_norm_swiglu_rotary_and_patches_equal_the_plain_forms(form, rows):
+def test_norm_and_swiglu_equal_the_plain_forms(rows):
     torch.manual_seed(0)
     x, weight, gate, up = torch.randn(rows, 12), torch.randn(12), torch.randn(rows, 5), torch.randn(rows, 5)
-    heads, tables = torch.randn(rows, 3, 8), (torch.randn(rows, 1, 4), torch.randn(rows, 1, 4))
-    patches, kernel = torch.randint(0, 256, (rows, 1176), dtype=torch.uint8), torch.randn(6, 1176) * 0.03
-    cases = {
-        "norm": lambda op: gradients(lambda x, w: op(x, w, 1e-6), x, weight),
-        "swiglu": lambda op: gradients(op, gate, up),
-        "rotate": lambda op: gradients(lambda x: op(x, tables), heads),
-        "embed_patches": lambda op: gradients(lambda w: op(patches, w), kernel),
-    }
-    assert len(cases.keys() & form.keys()) >= 1
-    for name in cases.keys() & form.keys():
-        agree(cases[name](form[name]), cases[name](getattr(qwen, name)))
+    agree(*(gradients(lambda x, w, op=form["norm"]: op(x, w, 1e-6), x, weight) for form in (cpu.FORMS, PLAIN)))
+    agree(*(gradients(form["swiglu"], gate, up) for form in (cpu.FORMS, PLAIN)))
 
 
 # -- CUDA graphs and the sampling copy, as far as a CPU shows them
@@ -426,10 +336,10 @@ def test_matrices_find_room_or_stand_in_one_block():
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_it_holds_the_merged_weights(monkeypatch, rank):
-    def merge(linears, adapters, outs, norms=None):
-        for i, (linear, adapter, out) in enumerate(zip(linears, adapters, outs, strict=True)):
-            out.copy_(merge_plain(linear.weight, adapter, norms and norms[i]))
+def test_the_sampling_copy_holds_the_merged_weights(monkeypatch, rank):
+    def merge(layers, outs, norms=None):
+        for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
+            out.copy_(merge_plain(layer, norms and norms[i]))
 
     monkeypatch.setattr(decoder, "merge", merge)
     model = loading.random_model(ModelConfig.from_dict(config_dict("tied")), "cpu", torch.float32, seed=0)
@@ -440,12 +350,6 @@ def test_it_holds_the_merged_weights(monkeypatch, rank):
                 home.block.adapters.normal_(0, 0.05)
     copy = SamplingCopy(model)
     for layer, made, bias in zip(model.model.layers, copy.layers, copy.biases, strict=True):
-        a, m = layer.self_attn, layer.mlp
-        assert torch.equal(bias, torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]))
-        first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        wanted = {"qkv": ([a.q_proj, a.k_proj, a.v_proj], first), "o": ([a.o_proj], None)}
-        wanted |= {"gate_up": ([m.gate_proj, m.up_proj], second), "down": ([m.down_proj], None)}
-        assert list(made) == list(SamplingCopy.NAMES)
-        for name, (linears, norm) in wanted.items():
-            expected = torch.cat([merge_plain(p.weight, adapter_of(p), norm) for p in linears])
-            assert torch.equal(made[name], expected), name
+        expected = merged_by_name(layer)
+        assert list(made) == list(expected) and all(torch.equal(made[name], expected[name]) for name in made)
+        assert torch.equal(bias, torch.cat([layer.self_attn[f"{n}_proj"].bias for n in "qkv"]))

@@ -10,6 +10,7 @@ import pytest
 
 import clips as C
 import generate as G
+from assets import make_tiny
 from config import QUESTION, Generate
 from model import UserError
 
@@ -28,45 +29,31 @@ def load(folder, split="train"):
 # -- Only motion tells the class
 
 
-def fit_and_score(x, y, seed=0):
-    """Accuracy of a two-layer network (64 units, Adam, full batch) on the held-out third of x (N, D)."""
-    rng = np.random.default_rng(seed)
-    x = ((x - x.mean(0)) / (x.std(0) + 1e-6)).astype(np.float32)
-    cut = len(x) * 2 // 3
-    w = [rng.normal(0, x.shape[1] ** -0.5, (x.shape[1], 64)), rng.normal(0, 0.125, (64, 4))]
-    w = [p.astype(np.float32) for p in w]
-    m, v = [0 * p for p in w], [0 * p for p in w]
-    goal = np.eye(4, dtype=np.float32)[y[:cut]]
-    for step in range(1, 151):
-        hidden = np.maximum(x[:cut] @ w[0], 0)
-        logits = hidden @ w[1]
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        error = (p / p.sum(1, keepdims=True) - goal) / cut
-        grads = [x[:cut].T @ ((error @ w[1].T) * (hidden > 0)) + 1e-3 * w[0], hidden.T @ error + 1e-3 * w[1]]
-        for k, grad in enumerate(grads):
-            m[k], v[k] = 0.9 * m[k] + 0.1 * grad, 0.99 * v[k] + 0.01 * grad**2
-            w[k] -= 0.01 * (m[k] / (1 - 0.9**step)) / (np.sqrt(v[k] / (1 - 0.99**step)) + 1e-8)
-    return float(((np.maximum(x[cut:] @ w[0], 0) @ w[1]).argmax(1) == y[cut:]).mean())
+def probe(x, y, seed=0):
+    """Accuracy on the held-out third of x (N, D) of ridge regression on 1,000 random features."""
+    rng, cut = np.random.default_rng(seed), len(x) * 2 // 3
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    hidden = np.maximum(x @ rng.normal(0, x.shape[1] ** -0.5, (x.shape[1], 1000)) + rng.normal(0, 0.5, 1000), 0)
+    train = hidden[:cut]
+    weights = np.linalg.solve(train.T @ train + 10 * np.eye(1000), train.T @ np.eye(4)[y[:cut]])
+    return float(((hidden[cut:] @ weights).argmax(1) == y[cut:]).mean())
 
 
-def features(drawn, frames):
-    """What a probe sees of each frame, (N, F, 64 + 6): an 8x8 map of the ball, from the pixels, and its true place."""
-    rows = []
+def seen(drawn, frames):
+    """Per frame an 8x8 map of the ball, from the pixels (N, F, 64), and its place on the torus (N, F, 2)."""
+    maps = []
     for clip in drawn:
         pictures = C.render(clip, frames).astype(np.float32)
         ball = np.abs(pictures - np.asarray(clip.background_rgb, np.float32)).sum(-1)  # (F, S, S)
         coarse = ball.reshape(len(frames), 8, clip.size // 8, 8, clip.size // 8).mean((2, 4)).reshape(len(frames), 64)
-        place = clip.centres(frames) % clip.size / clip.size  # (F, 2)
-        waves = np.concatenate([np.sin(2 * np.pi * place), np.cos(2 * np.pi * place)], 1)
-        rows.append(np.concatenate([coarse / ball.max(), place, waves], 1))
-    return np.stack(rows)
+        maps.append(coarse / ball.max())
+    return np.stack(maps), np.stack([clip.centres(frames) % clip.size / clip.size for clip in drawn])
 
 
-def unordered(seen):
-    """Order-free view of (N, F, D): all features sorted over time, and how often the ball was where along x and y."""
-    visits = [np.array([np.histogram(line, 16, (0, 1))[0] for line in seen[:, :, k]]) for k in (64, 65)]
-    maps = seen[:, :, :64]
-    return np.concatenate([np.sort(seen[:, :, 64:], 1).reshape(len(seen), -1), *visits, maps.mean(1), maps.max(1)], 1)
+def unordered(maps, places):
+    """A view without order: where the ball was along x and y, and how often; its mean and largest map."""
+    visits = [np.array([np.histogram(line, 16, (0, 1))[0] for line in places[:, :, k]]) for k in (0, 1)]
+    return np.concatenate([np.sort(places, 1).reshape(len(places), -1), *visits, maps.mean(1), maps.max(1)], 1)
 
 
 def entering(clip):
@@ -83,17 +70,14 @@ def test_only_motion_tells_the_class(augment):
     drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
     y = np.array([LABELS.index(clip.label) for clip in drawn])
     frames = C.sampled_frames(cfg.video_length)
-    seen = features(drawn, frames)
-    steps = (np.diff(seen[:, :, 64:66], axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
-    stills = [fit_and_score(seen[:, k], y) for k in (0, 5)]
-    as_set, in_order = fit_and_score(unordered(seen), y), fit_and_score(steps.reshape(len(seen), -1), y)
-    assert max(stills) <= 0.35, stills
-    assert 0.40 <= as_set <= 0.60, as_set  # the axis may be known, the sense not
-    assert in_order >= 0.95, in_order
+    maps, places = seen(drawn, frames)
+    steps = (np.diff(places, axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
+    still, as_set, in_order = probe(maps[:, 0], y), probe(unordered(maps, places), y), probe(steps.reshape(2000, -1), y)
+    assert still <= 0.35 and 0.40 <= as_set <= 0.60 and in_order >= 0.95, (still, as_set, in_order)  # axis, not sense
     if not augment:
-        control = features([entering(clip) for clip in drawn], frames)
-        still, as_set = fit_and_score(control[:, 0], y), fit_and_score(unordered(control), y)
-        assert still >= 0.9 and as_set >= 0.9, (still, as_set)
+        maps, places = seen([entering(clip) for clip in drawn], frames)
+        still, as_set = probe(maps[:, 0], y), probe(unordered(maps, places), y)
+        assert still >= 0.8 and as_set >= 0.9, (still, as_set)
 
 
 def test_what_does_not_move_is_drawn_alike_and_a_reversed_clip_is_of_the_opposite_class():
@@ -112,16 +96,7 @@ def test_what_does_not_move_is_drawn_alike_and_a_reversed_clip_is_of_the_opposit
 def test_neighbours_of_eight_frames_do_not_alias(size, length):
     drawn = [C.draw_clip(np.random.default_rng(k), "top left", size, length) for k in range(200)]
     steps = np.abs(np.diff(np.stack([clip.centres(C.sampled_frames(length)) for clip in drawn]), axis=1)) / size
-    assert steps.max() < 0.25, steps.max()  # of the way round; 0.5 looks the same both ways
-    assert steps.min() > 0.05, steps.min()
-
-
-def test_the_ball_is_in_every_picture_and_wraps():
-    clip = C.draw_clip(np.random.default_rng(3), "Left to Right", 64, 30)
-    clip = replace(clip, start=(0.0, 32.0), velocity=(2.0, 0.0), radius=10.0, gradient=(0.0, 0.0))
-    first, later = C.render(clip, [0])[0], C.render(clip, [32])[0]
-    np.testing.assert_array_equal(first, later)  # 32 * 2 pixels: once round
-    np.testing.assert_array_equal(first[:, :10], first[:, -10:][:, ::-1])  # half of it at each side
+    assert 0.05 < steps.min() and steps.max() < 0.25  # of the way round; 0.5 looks the same both ways
 
 
 def test_augmentation_is_one_draw_a_clip_leaves_val_alone_and_keeps_the_motion_in_sight():
@@ -144,10 +119,9 @@ def test_augmentation_is_one_draw_a_clip_leaves_val_alone_and_keeps_the_motion_i
 # -- What is said
 
 
-@pytest.mark.parametrize("coordinates", [0, 1, 3, 8])
+@pytest.mark.parametrize("coordinates", [0, 1, 8])
 @pytest.mark.parametrize("label", LABELS)
 def test_explanations_are_true_and_pass_the_check(label, coordinates):
-    texts = set()
     for seed in range(60):
         rng = np.random.default_rng(seed)
         clip = C.draw_clip(rng, label, 64, 30)
@@ -158,17 +132,12 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
         assert len(points) == coordinates or clip.crop[2] < 1 and points or not coordinates, text
         if len(points) > 1 and "comes back" not in text:
             assert (np.sign(np.diff(np.array(points), axis=0)) == C.DIRECTIONS[label]).all(), text
-        texts.add(text)
-    assert len(texts) > 4
-    clip = replace(C.draw_clip(rng, "Left to Right", 64, 30), start=(60.0, 20.0), velocity=(2.0, 0.0))
-    assert "leaves at the right and comes back at the left" in C.explain(clip.track(), clip.label, rng, 8)
 
 
 @pytest.mark.parametrize(
     "text, why",
     [
         (f"\n{GOOD}\n", ""),
-        (GOOD.replace("</think>", "</think>\n").replace("The ball", "A ball"), ""),
         ([], "no text"),
         ("Answer: (A) Left to Right", "wrong form"),
         (GOOD + GOOD, "wrong form"),
@@ -177,8 +146,6 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
         (GOOD.replace("ball", "b" * 2000), "too long"),
         (GOOD.replace("(A) Left to Right", "(A)"), "wrong option"),
         (GOOD.replace("larger x", "option A"), "letter"),
-        (GOOD.replace("larger x", "what B says"), "letter"),
-        (GOOD.replace("larger x", "(c)"), "letter"),
     ],
 )
 def test_check_of_an_answer(text, why):
@@ -204,20 +171,6 @@ def test_a_clip_without_a_chain_of_thought_is_dropped(tmp_path, monkeypatch):
     answers = [record["conversations"][1]["value"] for record in load(tmp_path / "set")]
     assert len(answers) == 11 and all(answer.startswith("<think>") for answer in answers)
     assert not (tmp_path / "set" / "videos" / f"{lost.name}.mp4").exists()
-
-
-def test_base_never_asks_for_the_direction(tmp_path):
-    G.generate(options(tmp_path / "set", num_samples=72, task="base"))
-    asked, labels = set(), []
-    for record in load(tmp_path / "set"):
-        human, gpt = ([turn["value"] for turn in record["conversations"][k::2]] for k in (0, 1))
-        assert len(human) == len(gpt) == 3 and human[0].startswith("<video>\n") and human[2] == "Repeat: " + gpt[2]
-        assert QUESTION not in "".join(human)
-        labels.append(record["meta"]["label"])
-        assert gpt[0] == (labels[-1] if gpt[0] in C.CORNERS else record["meta"]["axis"] + "ly")
-        asked |= {human[0], human[1]}
-    assert len(asked) == 5, asked
-    assert 0.6 < np.mean([label in C.CORNERS for label in labels]) < 0.74
 
 
 # -- Files
@@ -260,27 +213,15 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
         assert answer.startswith("<think>") and answer.endswith(f"</think><answer>{right}</answer>")
 
 
-def test_plain_is_the_original_projects_ball_and_no_clip_comes_twice():
-    cfg = options("", num_samples=400, style="plain")
-    drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
-    assert len({(clip.label, clip.start) for clip in drawn}) == 400
-    frame = C.render(replace(drawn[0], start=(32, 32)), [0])[0]
-    assert frame.min() == 0 and frame.max() == 255 and abs((frame[:, :, 0] / 255).sum() - np.pi * 20**2) < 15
-    assert {max(map(abs, clip.velocity)) for clip in drawn} == {5}
-    with pytest.raises(UserError, match="only 1600 different clips"):
-        G.plan(options("", num_samples=6404, style="plain", frame_size=40))
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"split": float("nan")}, "split"),
         ({"augment": "blurr"}, "augment"),
-        ({"frame_size": 32}, "smaller than the ball"),
+        ({"frame_size": 32}, "even number .* from 40 on"),
         ({"frame_size": 65}, "even number"),
         ({"num_samples": 7}, "every class"),
         ({"video_length": 4}, "at least 8"),
-        ({"task": "base", "cot": True}, "task base"),
         ({"cot": True, "cot_source": "openai"}, "OPENAI_API_KEY: not set"),
     ],
 )
@@ -291,10 +232,20 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, changes,
     assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
 
 
-def test_a_filled_folder_is_left_alone_unless_overwrite(tmp_path):
+def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "set"
-    G.generate(options(out))
+    out.mkdir()
     (out / "mine.txt").write_text("notes")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(G, "facts_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            G.generate(options(out))
+    G.generate(options(out))
+    assert capsys.readouterr().out.endswith(f"next: python train_sft.py --data_path {out}/train.json\n")
     before = contents(out)
     with pytest.raises(UserError, match="already holds .*--overwrite"):
         G.generate(options(out, seed=9))
@@ -307,23 +258,13 @@ def test_a_filled_folder_is_left_alone_unless_overwrite(tmp_path):
         G.generate(options(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("moment", ["drawing", "moving"])
-def test_a_killed_run_is_simply_started_again(tmp_path, monkeypatch, moment):
-    whole, out = tmp_path / "whole", tmp_path / "set"
-    G.generate(options(whole))
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if moment == "drawing":
-            patch.setattr(G, "facts_of", killed)
-        else:
-            move, moved = G.os.replace, []
-            patch.setattr(G.os, "replace", lambda a, b: killed() if len(moved) == 2 else moved.append(move(a, b)))
-        with pytest.raises(KeyboardInterrupt):
-            G.generate(options(out))
-    assert not (out / "metadata.json").exists()
-    G.generate(options(out))
-    first, second = contents(whole), contents(out)
-    assert first.pop("metadata.json") and second.pop("metadata.json") and first == second
+def test_the_tiny_bases_clips_never_ask_for_the_direction(tmp_path):
+    G.generate(options(tmp_path / "set", num_samples=72), make_tiny.base_dataset)
+    labels = []
+    for record in load(tmp_path / "set"):
+        human, gpt = ([turn["value"] for turn in record["conversations"][k::2]] for k in (0, 1))
+        assert len(human) == len(gpt) == 3 and human[0].startswith("<video>\n") and human[2] == "Repeat: " + gpt[2]
+        assert QUESTION not in "".join(human)
+        labels.append(record["meta"]["label"])
+        assert gpt[0] == (labels[-1] if gpt[0] in C.CORNERS else record["meta"]["axis"] + "ly")
+    assert 0.6 < np.mean([label in C.CORNERS for label in labels]) < 0.74

@@ -11,9 +11,9 @@ from test_model import CASES
 import lora
 from config import LoraArgs
 from model import loading, qwen
-from model.adapters import adapter_of
+from model.adapters import weights_of
 from model.decode import GroupCache as PlainCache
-from model.decode import PlainDecoder, Sampling, generate, generate_with
+from model.decode import PlainDecoder, Sampling, generate
 from model.fast import decoder, gpu
 from model.fast.decoder import SamplingCopy
 from model.fast.graphs import GraphCache
@@ -28,13 +28,21 @@ DEVICE = "cuda"
 # -- Plain forms of the decoding kernels
 
 
-def merge_plain(weight, adapter=None, norm=None):
+def merge_plain(layer, norm=None):
     """The plain form of `decoder.merge`: (W + scale B A) * norm in float32, rounded once."""
-    y = weight.float()
-    if adapter is not None:
-        A, B, scale, _ = adapter
-        y = y + scale * (B.to(weight.dtype).float() @ A.to(weight.dtype).float())
-    return (y if norm is None else y * norm.float()).to(weight.dtype)
+    y, dtype = layer.weight.float(), layer.weight.dtype
+    if layer.A is not None:
+        y = y + layer.scale * (layer.B.to(dtype).float() @ layer.A.to(dtype).float())
+    return (y if norm is None else y * norm.float()).to(dtype)
+
+
+@torch.no_grad()
+def merged_by_name(layer):
+    """{name in a SamplingCopy: merged weight} of a decoder layer, by merge_plain."""
+    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    q, k, v, o, gate, up, down = weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
+    stacks = {"qkv": ((q, k, v), first), "o": ((o,), None), "gate_up": ((gate, up), second), "down": ((down,), None)}
+    return {name: torch.cat([merge_plain(w, norm) for w in stack]) for name, (stack, norm) in stacks.items()}
 
 
 def linear_plain(x, weight, bias=None, eps=None, swiglu=False, residual=None):
@@ -230,14 +238,18 @@ def relative(x, reference) -> float:
 
 
 def add_adapters(model, rank: int = 5, seed: int = 9) -> None:
-    """Adapters as the linear operation sees them, on some of the decoder's linears."""
+    """Adapters on some of the decoder's linears."""
+    args = LoraArgs(
+        lora_rank=rank, lora_alpha=0.7 * rank, vision_lora=False, merger_lora=False,
+        lora_namespan_exclude=["k_proj", "v_proj", "gate_proj"],
+    )  # fmt: skip
+    lora.inject(model, args)
     generator = torch.Generator(model.head_weight.device).manual_seed(seed)
-    for layer in model.model.layers:
-        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-            out, width = linear.weight.shape
-            made = [torch.randn(*s, generator=generator, device=DEVICE) for s in ((rank, width), (out, rank))]
-            A, B = made[0] * width**-0.5, made[1] * 0.05
-            linear.adapter = lambda A=A, B=B: (A, B, 0.7, 0.0)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            for view, std in ((layer.lora_A, layer.in_features**-0.5), (layer.lora_B, 0.05)):
+                view.copy_(torch.randn(view.shape, generator=generator, device=view.device) * std)
+    model.requires_grad_(False)
 
 
 def gpu_model(shape: str, adapters: bool = True) -> Qwen2_5_VL:
@@ -271,15 +283,8 @@ def prompts_of(model, lengths: list[int]) -> Packed:
 @pytest.mark.parametrize("shape", ["grouped", "3B"])
 def test_merged_weights_equal_the_plain_form(shape):
     model = gpu_model(shape)
-    made, layer = SamplingCopy(model), model.model.layers[1]
-    a, m = layer.self_attn, layer.mlp
-    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    plain = {
-        "qkv": [(a.q_proj, first), (a.k_proj, first), (a.v_proj, first)], "o": [(a.o_proj, None)],
-        "gate_up": [(m.gate_proj, second), (m.up_proj, second)], "down": [(m.down_proj, None)],
-    }  # fmt: skip
-    for name, parts in plain.items():
-        expected = torch.cat([merge_plain(p.weight, adapter_of(p), norm) for p, norm in parts])
+    made = SamplingCopy(model)
+    for name, expected in merged_by_name(model.model.layers[1]).items():
         assert relative(made.layers[1][name], expected) < 2e-4, name  # sums in another order, rounded the other way
         assert (made.layers[1][name] == expected).float().mean() > 0.99, name
 
@@ -348,7 +353,6 @@ def test_log_probs_are_the_training_forwards(shape, sampling):
     """As near to the float32 forward as the bf16 forward is; several prompts, with pictures, several rows each."""
     model = gpu_model(shape)
     exact = copy.deepcopy(model).float()
-    add_adapters(exact)
     sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
     groups = generate(model, pack_sequences(sequences).to(DEVICE), sampling, 4, torch.Generator(DEVICE).manual_seed(0))
     banned, ours, plain = torch.tensor(model.config.vision_token_ids, device=DEVICE), [], []
@@ -430,18 +434,20 @@ def test_a_kept_graph_sees_new_adapters_and_frees_its_copy():
     add_adapters(model)
     after = generate(model, prompt, sampling, 2)[0]
     del blocker
-    linears = [m for layer in model.model.layers for m in layer.modules() if hasattr(m, "adapter")]
-    assert torch.cuda.memory_allocated() <= held + sum(x.nbytes + 512 for m in linears for x in m.adapter()[:2])
+    adapters = [home.block.adapters for home in lora.adapter_blocks(model)]
+    assert torch.cuda.memory_allocated() <= held + sum(x.nbytes + 512 for x in adapters)
     assert before[0].ids != after[0].ids
-    slow = generate_with(PlainDecoder, model, prompt, sampling, 2)[0]
+    slow = generate(model, prompt, sampling, 2, decoder=PlainDecoder)[0]
     assert after[0].ids[0] == slow[0].ids[0]
 
 
-def test_repetition_penalty_takes_the_plain_path():
+def test_a_repetition_penalty_takes_the_plain_path():
     model = gpu_model("grouped")
     prompts = pack_sequences([Sequence(model.config, CASES["text"])]).to(DEVICE)
-    assert decoder.why_not(model, prompts, Sampling(repetition_penalty=1.1), 2) == "repetition penalty"
-    assert decoder.why_not(model, prompts, Sampling(), 2) is None
+    for penalty, expected in ((1.1, PlainDecoder), (1.0, decoder.CudaDecoder)):
+        sampling = Sampling(repetition_penalty=penalty)
+        with torch.no_grad():
+            assert type(decoder.make_decoder(model, prompts, sampling, 2, None)) is expected
 
 
 @pytest.mark.parametrize("truncated", [0, 30])

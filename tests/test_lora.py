@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Sequence, pack_sequences
-from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import lora
@@ -18,7 +17,6 @@ from model import UserError
 from model.loading import load_model, save_model
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
-ARGS = LoraArgs(lora_rank=4, lora_alpha=8)
 # 2 vision blocks (qkv, proj, gate, up, down), the merger (2 layers), 2 decoder layers of 7
 COUNTS = {"vision": 10, "merger": 2, "llm": 14}
 
@@ -68,43 +66,34 @@ def close(a, b, tolerance=1e-4):
 
 
 def with_args(**changes):
-    return dataclasses.replace(ARGS, **changes)
-
-
-def count_components(names):
-    return {component: sum(lora.part_of(name) == component for name in names) for component in COUNTS}
-
-
-# -- Where adapters go, and what is trained
-
-
-def test_every_linear_layer_of_every_component(model):
-    before, keys = logits(model), set(model.state_dict())
-    names = lora.inject(model, ARGS)
-    assert count_components(names) == COUNTS and torch.equal(logits(model), before)
-    blocks = {"model.layers.0", "model.layers.1", "visual.blocks.0", "visual.blocks.1", "visual.merger"}
-    assert set(model.state_dict()) - keys == {f"{block}.adapters" for block in blocks}
-    assert {name.rpartition(".")[0] for name, _ in lora.trainable_parameters(model)} == blocks
-    with pytest.raises(UserError, match="already"):
-        lora.inject(model, ARGS)
+    return dataclasses.replace(LoraArgs(lora_rank=4, lora_alpha=8), **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "counts"),
     [
-        ({"vision_lora": False}, [0, 2, 14]),
+        ({}, [10, 2, 14]),
         ({"tune_merger": True}, [10, 0, 14]),
         ({"llm_lora": False}, [10, 2, 0]),
         ({"num_lora_modules": 15}, [0, 1, 14]),
         ({"lora_namespan_exclude": ["lm_head", "mlp"]}, [4, 0, 8]),
-        ({"lora_enable": False, "tune_merger": True}, [0, 0, 0]),
+        ({"lora_enable": False, "freeze_vision_tower": False, "tune_merger": True}, [0, 0, 0]),
     ],
 )
-def test_switches(model, changes, counts):
-    assert list(count_components(lora.inject(model, with_args(**changes))).values()) == counts
-    trained = {name for name, _ in lora.trainable_parameters(model) if not name.endswith("adapters")}
-    merger = {name for name, _ in model.named_parameters() if name.startswith("visual.merger.")}
-    assert trained == (merger if changes.get("tune_merger") else set())
+def test_where_adapters_go_and_what_is_trained(model, changes, counts):
+    before, parameters = logits(model), dict(model.named_parameters())
+    names = lora.inject(model, with_args(**changes))
+    assert [sum(lora.part_of(name) == component for name in names) for component in COUNTS] == counts
+    assert torch.equal(logits(model), before)
+    trained = {name for name, _ in lora.trainable_parameters(model)}
+    blocks = {name.rpartition(".")[0] for name in trained if name.endswith(".adapters")}
+    assert blocks <= {"model.layers.0", "model.layers.1", "visual.blocks.0", "visual.blocks.1", "visual.merger"}
+    whole = changes.get("tune_merger", False), not changes.get("freeze_vision_tower", True), False
+    trained_whole = {c: flag for c, flag in zip(("merger", "vision", "llm"), whole)}
+    assert trained & parameters.keys() == {name for name in parameters if trained_whole[lora.part_of(name)]}
+    if names:
+        with pytest.raises(UserError, match="already"):
+            lora.inject(model, with_args())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +101,6 @@ def test_switches(model, changes, counts):
     [
         ({"lora_namespan_exclude": ["visaul"]}, "visaul"),
         ({"lora_namespan_exclude": ["layers", "visual"]}, "no layer"),
-        ({"num_lora_modules": 27}, "at most 26"),
         ({"freeze_llm": False}, "--llm_lora False"),
         ({"lora_enable": False}, "nothing is left to train"),
     ],
@@ -121,20 +109,6 @@ def test_contradictions_are_refused(model, changes, words):
     with pytest.raises(UserError, match=words):
         lora.inject(model, with_args(**changes))
     assert not lora.lora_layers(model)
-    with pytest.raises(UserError, match="visual.blocks"):
-        lora.inject(nn.ModuleDict({"model": nn.Linear(2, 2)}), ARGS)
-
-
-def test_full_and_partial_training(model):
-    nothing_frozen = {"freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True}
-    lora.set_trainable(model, LoraArgs(lora_enable=False, **nothing_frozen))
-    assert len(lora.trainable_parameters(model)) == len(list(model.parameters()))
-    lora.set_trainable(model, LoraArgs(lora_enable=False, freeze_vision_tower=False))
-    trained = {name for name, _ in lora.trainable_parameters(model)}
-    assert "visual.patch_embed.proj.weight" in trained
-    assert not any(name.startswith(("visual.merger.", "model.")) for name in trained)
-    lora.inject(model, LoraArgs(vision_lora=False, freeze_vision_tower=False))
-    assert trained < {name for name, _ in lora.trainable_parameters(model)}
 
 
 def test_biases_and_optimizer_groups(model):
@@ -142,11 +116,9 @@ def test_biases_and_optimizer_groups(model):
     biases = [name for name, _ in lora.trainable_parameters(model) if name.endswith("bias")]
     assert len(biases) == 10 and all(name.startswith("visual.blocks.") for name in biases)
     args = SFT(lora_bias="all", tune_merger=True, merger_lora=False, vision_lr=1e-4, merger_lr=1e-5, weight_decay=0.1)
-    lora.set_trainable(model, args)
-    biases = [name for name, _ in lora.trainable_parameters(model) if name.endswith("bias")]
-    assert len(biases) == 10 + 2 + 2 * 3
     model = load()
     lora.inject(model, args)
+    assert sum(name.endswith("bias") for name, _ in lora.trainable_parameters(model)) == 10 + 2 + 2 * 3
     groups = {group["name"]: group for group in lora.param_groups(model, args)}
     for component, rate in {"vision": 1e-4, "merger": 1e-5, "llm": args.learning_rate}.items():
         decays, does_not = groups.pop(component), groups.pop(f"{component} no decay")
@@ -157,7 +129,7 @@ def test_biases_and_optimizer_groups(model):
 
 
 def test_every_adapter_gets_a_gradient_and_recomputation_changes_none(model):
-    lora.inject(model, ARGS)
+    lora.inject(model, with_args())
     randomise(model)  # B = 0 would hide A's gradient
     model.train()
     gradients = []
@@ -169,9 +141,6 @@ def test_every_adapter_gets_a_gradient_and_recomputation_changes_none(model):
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-# -- Off, reference, merged
 
 
 def test_reference_is_the_start_while_training_goes_on(model):
@@ -194,7 +163,7 @@ def test_reference_is_the_start_while_training_goes_on(model):
 
 def test_disabled_is_the_base_and_merged_is_the_sum_here_and_in_transformers(model, tmp_path):
     keys, before = set(model.state_dict()), logits(model)
-    lora.inject(model, ARGS)
+    lora.inject(model, with_args())
     randomise(model)
     adapted = logits(model)
     assert (adapted - before).abs().max() > 0.1
@@ -205,6 +174,5 @@ def test_disabled_is_the_base_and_merged_is_the_sum_here_and_in_transformers(mod
     close(logits(model), adapted)
     assert set(model.state_dict()) == keys and not lora.lora_layers(model)
     save_model(model, tmp_path)
-    close(logits(load(tmp_path)), adapted)
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     close(hf_logits(hf, model), adapted)

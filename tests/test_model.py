@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
 
-from model import qwen
+from model import ops, qwen
 from model.loading import ModelConfig
-from model.packed import MEAN, STD, VisionPlan, normalise_patches
-from model.qwen import Qwen2_5_VL
+from model.packed import VisionPlan
+from model.qwen import MEAN, STD, Qwen2_5_VL, normalise_patches
 from model.rope import mrope_position_ids, mrope_tables
 
 # grids in patches: 8x8 is one whole window of 112 pixels, 4x12 and 10x6 are cut by its border, 16x8 is two windows
@@ -87,7 +87,7 @@ def test_a_long_video_in_parts_is_the_same(monkeypatch):
 
     def run():
         model.zero_grad()
-        out = model.visual(patches, grids, recompute=True)
+        out = model.visual(patches, grids, model.visual.plan(grids), recompute=True)
         out.square().sum().backward()
         return [out.detach(), *(p.grad.clone() for p in model.visual.parameters())]
 
@@ -98,7 +98,7 @@ def test_a_long_video_in_parts_is_the_same(monkeypatch):
     monkeypatch.setattr(VisionPlan, "build", partial(record, VisionPlan.build, cut))
     for a, b in zip(run(), whole, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
-    assert [(2, 8, 12)] in cut and [(1, 8, 12)] in cut and [(5, 4, 4)] in cut and grids not in cut
+    assert cut == [grids, [(2, 8, 12)], [(1, 8, 12)], [(5, 4, 4)], [(1, 8, 8)]]
 
 
 def record(function, seen, grids, *args):
@@ -120,9 +120,17 @@ def test_other_weights_take_other_operations():
     model = random_model("tied")
     fast = dict(vars(model.ops))
     low = model.to(torch.bfloat16)
-    assert low.ops.linear is not fast["linear"] and low.ops.pick_decoder is None
-    assert low.model.layers[0].mlp.ops is low.ops and low.visual.merger.ops is low.ops
+    assert low.ops.norm is not fast["norm"] and low.ops.decoder is None
+    assert low.model.layers[0].ops is low.ops and low.visual.merger.ops is low.ops
     assert with_plain_ops(random_model("tied")).to(torch.bfloat16).ops.linear is qwen.linear
+
+
+def test_plain_forms_everywhere_on_request(monkeypatch):
+    monkeypatch.setattr(ops, "FAST", False)
+    ops.fast_forms.cache_clear()
+    forms = vars(random_model("tied").ops)
+    ops.fast_forms.cache_clear()
+    assert all(forms[name] is form for name, form in vars(qwen.plain_ops())["plain"].items() if name != "bound")
 
 
 def test_a_batch_without_a_picture_still_gives_the_tower_gradients():
@@ -175,6 +183,7 @@ def test_window_plan_covers_every_patch_once():
     assert plan.order.sort().values.equal(torch.arange(len(plan.order)))
     assert plan.order[plan.back].equal(torch.arange(len(plan.order)))
     assert sum(plan.windows.q_lengths) == sum(plan.steps.q_lengths) == 4 * len(plan.order)
+    assert all(table.is_contiguous() and len(table) == 4 * len(plan.order) for table in plan.tables)
     assert plan.windows.q_lengths[:4] == [48, 12, 48, 12] and max(plan.windows.q_lengths) == 64  # 10x6 -> 8x6 and 2x6
 
 

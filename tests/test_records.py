@@ -15,8 +15,7 @@ from test_data import SYSTEM, as_transformers, clips, processor, text_of, traine
 from data import Loader
 from model import UserError
 from records import Media, Selection, clip_name, read_form, read_records, read_turns, record_name, spread
-from rewards import accuracy, load_rewards, reference_answer, sample_from_record
-from rollouts import Rollout, row, score_group
+from rewards import accuracy, reference_answer, sample_from_record
 
 QUESTION = "Where does it go?\n(A) left\n(B) right"
 USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}
@@ -91,19 +90,6 @@ def test_each_form_says_the_same(processor, form):  # noqa: F811
     assert clip_name(record) == "0.mp4" and record_name(record) in ("7", "0.mp4")
 
 
-@pytest.mark.parametrize("form", [*SAME, "video-r1"])
-def test_grpo_judges_each_form(processor, form):  # noqa: F811
-    """What train_grpo.py does with a prompt and two completions of it."""
-    record = SAME.get(form, VIDEO_R1)
-    prompt = processor.encode(record, answer=False)
-    texts = (f"{THINK}<answer>B. right</answer>", f"{THINK}<answer>(A) left</answer>")
-    group = [Rollout(0, [1, 2], [0.0, 0.0], True, text) for text in texts]
-    score_group(load_rewards("accuracy,format"), prompt, group, None, 16)
-    assert [rollout.reward for rollout in group] == [2, 1] and [rollout.right for rollout in group] == [True, False]
-    line = row(1, record, group[0], str)
-    assert line["video"].endswith("0.mp4") and "Where does it go?" in line["question"]
-
-
 VIDEO_R1 = {
     "problem_id": 2,
     "problem": "Where does it go?",
@@ -158,6 +144,10 @@ def test_several_clips_in_one_record(processor):  # noqa: F811
     ]
     tags = {"messages": chat(typed("<video>\nWhere?"), "!"), "videos": ["c.mp4"]}
     assert kinds(tags) == [("video", "c.mp4"), "Where?", "!"]
+    both = {"video": [["a.png", "b.png"], "file:///c.mp4"], "conversations": turns("<video> <video>", "!")}
+    assert kinds(both) == [("video", "a.png", "b.png"), " ", ("video", "/c.mp4"), "!"]
+    two = {"video": ["a.mp4", "b.mp4"], "conversations": turns("<video>\n<video>\n?", "!")}
+    assert kinds(two) == [("video", "a.mp4"), ("video", "b.mp4"), "?", "!"] and record_name(two) == "a.mp4"
 
 
 def test_what_is_not_learned(processor):  # noqa: F811
@@ -228,6 +218,17 @@ WRONG = {
     "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
     "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
     "video is '5'": {"conversations": turns("<video>", "!"), "video": 5},
+    "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
+    "1 <image> tag.* 0 image": {"conversations": turns("<image>", "L")},
+    "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
+    "ends with a turn of the user": {"conversations": turns("?")},
+    "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
+    "no file nothing.mp4; looked for .*check image_folder": {"video": "nothing.mp4", "conversations": turns("?", "L")},
+    "video is ''": {"video": "", "conversations": turns("<video>", "L")},
+    "a turn is a str": {"conversations": ["?"]},
+    "unknown content part": {"messages": [{**USER, "content": [{"type": "audio"}]}]},
+    "unknown video option 'speed'": {"messages": chat([{"type": "video", "video": "0.mp4", "speed": 2}], "L")},
+    "turn of the assistant; expected it in a user's": {"messages": chat("?", [{"type": "video", "video": "0.mp4"}])},
     "image is .*; expected a file name": {"conversations": turns("<image>", "!"), "image": [["a.png", "b.png"]]},
     "videos? is '\\[\\]'": {"messages": chat("<video>", "!"), "videos": [[]]},
     "3 <video> tag.* for 2 video": {"messages": chat("<video><video><video>", "!"), "videos": ["a.mp4", "b.mp4"]},

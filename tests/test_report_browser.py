@@ -12,7 +12,7 @@ from test_report import grpo_run, page_of, rollout_rows, two_runs, write_lines  
 import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-BREAK_IN = "</div></main><script>document.title = 'in'</script><img src=x onerror=\"document.title = 'in'\">"
+BREAK_IN = "</main><script>document.title = 'in'</script><img src=x onerror=\"document.title = 'in'\">"
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {BROWSERS} is installed")
 
 
@@ -31,23 +31,9 @@ def browse(tmp_path):
     return open_page
 
 
-def evaluate(browse, monkeypatch, runs, expressions):
-    """The values of JavaScript expressions on the page of the runs, appended to its script."""
-    values = ", ".join(f"{name}: {code}" for name, code in expressions.items())
-    code = f"document.documentElement.dataset.result = JSON.stringify({{ {values} }});</script>"
-    template = runs[0] / "template.html"
-    template.write_text(report.TEMPLATE.read_text().replace("</script>", code))
-    monkeypatch.setattr(report, "TEMPLATE", template)
-    page_of(*runs)
-    text, console = browse(runs[0] / "report.html", "--dump-dom")
-    assert not console, console
-    return json.loads(html.unescape(re.search('data-result="([^"]*)"', text)[1]))
-
-
-def test_everything_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch):  # noqa: F811
-    row = {"step": 41, "loss": None, "kl": 0.4}
+def test_everything_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch, tmp_path):  # noqa: F811
     with (grpo_run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n" + json.dumps(row | {"step": 42, "loss": 0.02}) + "\n")
+        file.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in ((41, None), (42, 0.02)))
     visible = "Array.from(document.querySelectorAll({}), e => e.getBoundingClientRect())"
     visible += ".some(box => box.width > 10 && box.height > 6)"
     selectors = [
@@ -57,18 +43,23 @@ def test_everything_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run
         "table.controls svg .bar",
         "header pre",
     ]
-    selectors += ["#rollouts .strip img", "#rollouts .tokens", ".tokens i.p3", ".question", "#data td svg .bar"]
-    selectors += [".example img", "#setup table", ".tiles dd", "#theme", "svg text"]
+    selectors += ["#rollouts .strip img", ".tokens i.p3", ".question", "#data td svg .bar", ".example img", "svg text"]
     hover = """(() => {
       const box = charts[0].svg.getBoundingClientRect(), x = (charts[0].x(20) + 1) / WIDTH * box.width + box.left;
-      const event = new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50, bubbles: true });
-      charts[0].svg.dispatchEvent(event);
+      charts[0].svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50 }));
       return Array.from(document.querySelectorAll("figure"), f => f.innerText); })()"""
     colour = "getComputedStyle(document.body).backgroundColor"
     expressions = {f"v{k}": visible.format(json.dumps(selector)) for k, selector in enumerate(selectors)}
     expressions |= {"hover": hover, "light": colour, "dark": f"(document.getElementById('theme').click(), {colour})"}
     expressions["loss"] = "charts[0].svg.querySelector('.line').getAttribute('d')"
-    result = evaluate(browse, monkeypatch, [grpo_run], expressions)
+    values = ", ".join(f"{name}: {code}" for name, code in expressions.items())
+    code = f"document.documentElement.dataset.result = JSON.stringify({{ {values} }});</script>"
+    (tmp_path / "template.html").write_text(report.TEMPLATE.read_text().replace("</script>", code))
+    monkeypatch.setattr(report, "TEMPLATE", tmp_path / "template.html")
+    page_of(grpo_run)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert not console, console
+    result = json.loads(html.unescape(re.search('data-result="([^"]*)"', text)[1]))
     assert not [selector for k, selector in enumerate(selectors) if not result[f"v{k}"]], "these are invisible"
     assert len(result["hover"]) >= 8 and all("step 20" in text for text in result["hover"])
     values = "\n".join(result["hover"])
@@ -97,10 +88,8 @@ def test_a_phone_and_paper(two_runs, browse, tmp_path, compared):  # noqa: F811
 def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):  # noqa: F811
     rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
     write_lines(grpo_run / "rollouts.jsonl", rows)
-    page_of(grpo_run)
+    page = page_of(grpo_run).replace("</main>", "</main><script>document.title = 'in'</script>")
+    (grpo_run / "report.html").write_text(page)
     text, console = browse(grpo_run / "report.html", "--dump-dom")
-    assert not console and "<title>grpo</title>" in text and text.count("<script") == 1, console
-    path = grpo_run / "report.html"
-    path.write_text(path.read_text().replace("</main>", "</main><script>document.title = 'in'</script>"))
-    text, console = browse(path, "--dump-dom")
-    assert "<title>in</title>" not in text and any("Content Security Policy" in line for line in console), console
+    assert "<title>grpo</title>" in text and text.count("<script") == 2
+    assert len(console) == 1 and "Content Security Policy" in console[0], console

@@ -1,4 +1,4 @@
-"""The embedded base checkpoint: what it is, that transformers loads it, and that it does not know direction yet."""
+"""The tiny base checkpoint: what it is, that transformers loads it, and that it does not know direction yet."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from clips import DIRECTIONS, draw_clip, render, write_mp4
+from clips import DIRECTIONS, OPTIONS, draw_clip, render, write_mp4
 from config import QUESTION, Infer
 from data import Processor, load_tokenizer, pack
+from generate import record
 from model.decode import Sampling, generate
 from model.loading import load_model
 from model.qwen import normalise_patches
@@ -28,21 +29,9 @@ def records(folder: Path, count: int) -> list[dict]:
     made = []
     for i in range(count):
         label = list(DIRECTIONS)[i % 4]
-        clip = draw_clip(np.random.default_rng(1000 + i), label, 64, 30)
-        write_mp4(folder / f"{i}.mp4", render(clip))
-        letter = "ABCD"[["Left to Right", "Right to Left", "Falling Down", "Ascending"].index(label)]
-        turns = [("human", f"<video>\n{QUESTION}"), ("gpt", f"Answer: ({letter}) {label}")]
-        turns = [{"from": who, "value": text} for who, text in turns]
-        made.append({"video": str(folder / f"{i}.mp4"), "conversations": turns})
+        write_mp4(folder / f"{i}.mp4", render(draw_clip(np.random.default_rng(1000 + i), label, 64, 30)))
+        made.append(record(str(i), str(folder / f"{i}.mp4"), [(QUESTION, f"Answer: {OPTIONS[label]}")], {}))
     return made
-
-
-def test_size_and_time_axis(tiny, tmp_path):
-    model, processor = tiny
-    assert sum(f.stat().st_size for f in TINY.iterdir()) < 5e6
-    example = processor.encode(records(tmp_path, 1)[0], answer=False)
-    times = example.position_ids[0, example.ids == model.config.video_token_id]
-    assert (times - times[0]).tolist() == np.repeat([0, 2, 4, 6], 4).tolist()  # neighbouring grid steps differ
 
 
 def test_transformers_loads_it_and_agrees(tiny, tmp_path):
@@ -53,6 +42,8 @@ def test_transformers_loads_it_and_agrees(tiny, tmp_path):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     example = processor.encode(records(tmp_path, 1)[0], answer=False)
+    times = example.position_ids[0, example.ids == model.config.video_token_id]
+    assert (times - times[0]).tolist() == np.repeat([0, 2, 4, 6], 4).tolist()  # neighbouring grid steps differ
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     text = text.replace("<|video_pad|>", "<|video_pad|>" * example.num_vision_tokens)
@@ -71,17 +62,13 @@ def test_transformers_loads_it_and_agrees(tiny, tmp_path):
     assert (ours - reference).abs().max() < 1e-4
 
 
-def test_it_was_never_taught_direction(tiny, tmp_path):
+def test_it_is_small_and_was_never_taught_direction(tiny, tmp_path):
     """It knows corners and answers with one; the direction question is what SFT teaches."""
     model, processor = tiny
+    assert sum(f.stat().st_size for f in TINY.iterdir()) < 5e6
+    assert json.loads((TINY / "config.json").read_text())["vision_config"]["tokens_per_second"] == 8
     samples = records(tmp_path, 32)
     prompts = pack([processor.encode(r, answer=False) for r in samples])
     rows = generate(model, prompts, Sampling(12, 0.0, stop_ids=(processor.im_end,)))
     texts = [processor.backend.decode(row.ids, skip_special_tokens=True) for (row,) in rows]
     assert sum(is_correct(t, sample_from_record(r)) for t, r in zip(texts, samples)) <= 13, texts  # 40 %
-
-
-def test_config_is_that_of_the_architecture():
-    config = json.loads((TINY / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
-    assert config["vision_config"]["tokens_per_second"] == 8

@@ -352,7 +352,7 @@ def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path,
     [
         ({"num_generations": 1}, "num_generations: found 1.*at least 2"),
         ({"num_generations": 5}, "num_generations: found 5.*= 16"),
-        ({"rewards": "acuracy"}, "no reward 'acuracy'.*nearest is 'accuracy'"),
+        ({"rewards": "acuracy"}, "no reward 'acuracy'.*did you mean accuracy"),
         ({"rewards": ","}, "at least one name"),
         ({"model_ckpt": "nowhere/checkpoint-19"}, "checkpoint-19: no such folder"),
         ({"model_id": "nowhere/at/all"}, "nowhere/at/all: no such folder"),

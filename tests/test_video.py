@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import av
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 import video
 from config import VideoArgs
 from model import UserError
-from model.packed import normalise_patches
+from model.qwen import normalise_patches
 from video import Options, apply_control, plan_clip, read_clip, smart_nframes, smart_resize, to_patches
 
 FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"  # made with qwen-vl-utils, see NOTICE
@@ -84,15 +83,9 @@ def test_equals_qwen_vl_utils(case):
     "total, fps, options, expected",
     [
         (30, 30.0, dict(fps=1.0), 4),  # FPS_MIN_FRAMES
-        (30, 30.0, dict(fps=8.0), 8),
-        (23, 5.0, dict(fps=2.0), 8),
-        (491, 22.29, dict(fps=1.0), 22),
-        (491, 22.29, dict(nframes=16), 16),
         (30, 30.0, dict(nframes=7), 8),  # round(3.5) is 4
         (30, 30.0, dict(nframes=5), 4),  # round(2.5) is 2
-        (5, 30.0, dict(fps=60.0), 4),
         (3, 30.0, dict(fps=60.0), 2),
-        (100000, 25.0, dict(fps=2.0), 768),
         (100000, 25.0, dict(fps=2.0, max_frames=33), 32),
         (100, 25.0, dict(fps=1.0, min_frames=9), 10),
     ],
@@ -440,30 +433,3 @@ def test_limits_of_a_source(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"a.mp4: .*({message})"):
             patch.setattr(video, name, value)
             plan_clip("video", (path,), Options())
-
-
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def test_claims_of_12000_pixels_and_a_billion_frames(tmp_path, monkeypatch):
-    """Files of some hundred bytes. FFmpeg knows the size of these pictures only when it decodes them: max_pixels."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0))
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))))
-    screen = b"GIF89a" + struct.pack("<HHBBB", 12_000, 12_000, 0x80, 0, 0) + bytes(6)
-    (tmp_path / "a.gif").write_bytes(screen + b"," + struct.pack("<HHHHB", 0, 0, 12_000, 12_000, 0) + b"\2\2\x44\1\0;")
-    data = bytearray(Path(write_clip(tmp_path / "a.mp4", ramp(8))).read_bytes())
-    start = data.index(b"stsz")  # one size for all, and how many there are: ISO 14496-12
-    data[start + 8 : start + 16] = struct.pack(">II", 1, 10**9)
-    start = data.index(b"stts")
-    data[start + 12 : start + 16] = struct.pack(">I", 10**9)
-    (tmp_path / "a.mp4").write_bytes(data)
-    monkeypatch.setattr(video, "to_rgb", None)  # no picture comes that far
-    for name, kind, message in (
-        ("a.png", "image", "does not decode .Invalid argument"),
-        ("a.gif", "image", "does not decode .Invalid argument"),
-        ("a.gif", "video", "does not decode .Invalid argument"),
-        ("a.mp4", "video", "1000000000 frames, above the limit"),
-    ):
-        with pytest.raises(UserError, match=f"{name}: .*{message}"):
-            plan_clip(kind, (str(tmp_path / name),), Options())

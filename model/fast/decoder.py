@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adapters import adapter_of
-from model.decode import STOP_CHECK, Decoder, sample
+from model.adapters import Weights, weights_of
+from model.decode import STOP_CHECK, Decoder, PlainDecoder, sample
 from model.fast import gpu, kernels
 from model.fast.graphs import pow2, round_up
 from model.rope import mrope_tables
@@ -38,23 +38,20 @@ CHOOSE_BLOCK = 1024  # a quarter of the logits that a program of `choose` reads
 _steps: WeakKeyDictionary = WeakKeyDictionary()  # model -> {bucket: Step}, the latest last
 
 
-def pick_decoder(model, prompts, sampling, G: int):
-    """CudaDecoder where nothing forbids it, else None."""
-    return CudaDecoder if why_not(model, prompts, sampling, G) is None else None
+def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
+    """CudaDecoder for bf16 weights where its copy and caches have room, else the plain one."""
+    is_fast = model.head_weight.dtype == torch.bfloat16 and kernels.triton and sampling.repetition_penalty == 1
+    decoder = CudaDecoder if is_fast and has_room(model, prompts, sampling, G) else PlainDecoder
+    return decoder(model, prompts, sampling, G, generator)
 
 
-def why_not(model, prompts, sampling, G: int) -> str | None:
-    """What keeps a call from the fast path; None: nothing."""
-    weight = model.head_weight
-    if not weight.is_cuda or weight.dtype != torch.bfloat16 or kernels.triton is None:
-        return "not bf16 on CUDA with Triton"
-    if sampling.repetition_penalty != 1:
-        return "repetition penalty"
-    layers = model.model.layers
+def has_room(model, prompts, sampling, G: int) -> bool:
+    """Whether the copy of the weights, keys and values fit. Warns where they do not."""
+    device, layers = model.head_weight.device, model.model.layers
     need = 2 * sum(p.numel() for layer in layers for n, p in layer.named_parameters() if n.endswith("proj.weight"))
-    reserved, (free, total) = torch.cuda.memory_reserved(weight.device), torch.cuda.mem_get_info(weight.device)
-    free = min(free, torch.cuda.get_per_process_memory_fraction(weight.device) * total - reserved)
-    free += reserved - torch.cuda.memory_allocated(weight.device)
+    reserved, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+    free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - reserved)
+    free += reserved - torch.cuda.memory_allocated(device)
     config, lengths = model.config, prompts.segments.q_lengths
     slots = len(lengths) * (round_up(max(lengths), PROMPT_BUCKET) + G * round_up(sampling.max_new_tokens, OWN_BUCKET))
     need += 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots  # keys and values
@@ -62,27 +59,26 @@ def why_not(model, prompts, sampling, G: int) -> str | None:
         shortage = f"weights merged for sampling and caches take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         hint = "--offload_optimizer True frees the optimizer's, fewer prompts at a time the caches'"
         warnings.warn(f"slow decoding: {shortage}; {hint}", stacklevel=4)
-        return "memory"
-    return None
+        return False
+    return True
 
 
-def merge(linears: list, adapters: list, outs: list[Tensor], norms: list[Tensor] | None = None) -> None:
-    """outs[i] (N, K) = (W + scale B A) * norm of linears[i], summed in float32, rounded once: one launch for all of
+def merge(layers: list[Weights], outs: list[Tensor], norms: list[Tensor] | None = None) -> None:
+    """outs[i] (N, K) = (W + scale B A) * norm of layers[i], summed in float32, rounded once: one launch for all of
     them, which are alike: one linear of several layers. Their adapters have one rank and dtype, or none has one."""
-    first, weight, rows = adapters[0], linears[0].weight, []
+    A, weight, rows = layers[0].A, layers[0].weight, []
     N, K = weight.shape
-    for i, (linear, a, out) in enumerate(zip(linears, adapters, outs)):
-        assert a is None or (a[0].is_contiguous() and a[1].is_contiguous()), "an adapter is laid out in strides"
-        tensors = (linear.weight, *((linear.weight,) * 2 if a is None else a[:2]), norms[i] if norms else out, out)
-        rows.append([t.data_ptr() for t in tensors])
+    for i, (w, out) in enumerate(zip(layers, outs)):
+        assert A is None or (w.A.is_contiguous() and w.B.is_contiguous()), "an adapter is laid out in strides"
+        pair = (w.weight, w.weight) if A is None else (w.A, w.B)
+        rows.append([t.data_ptr() for t in (w.weight, *pair, norms[i] if norms else out, out)])
     align = 16 if all(address % 16 == 0 for row in rows for address in row) else weight.element_size()
     table = torch.tensor(rows).to(weight.device, non_blocking=True)
-    scales = torch.tensor([0.0 if a is None else float(a[2]) for a in adapters]).to(weight.device, non_blocking=True)
-    grid = (-(-K // 128), -(-N // 64), len(linears))
+    scales = torch.tensor([float(w.scale) for w in layers]).to(weight.device, non_blocking=True)
+    grid = (-(-K // 128), -(-N // 64), len(layers))
     kernels.merge_kernel[grid](
-        table, scales, weight, weight if first is None else first[0], N, K, weight.stride(0),
-        0 if first is None else len(first[0]), ADAPTER=first is not None, NORM=norms is not None, ALIGN=align,
-        BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8,
+        table, scales, weight, weight if A is None else A, N, K, weight.stride(0), 0 if A is None else len(A),
+        ADAPTER=A is not None, NORM=norms is not None, ALIGN=align, BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8,
     )  # fmt: skip
 
 
@@ -112,43 +108,30 @@ class SamplingCopy:
 
     @torch.no_grad()
     def __init__(self, model):
-        self.eps = model.config.rms_norm_eps
-        layers = model.model.layers
-        products = self.products(layers[:1])
-        shapes = [(sum(p[0].out_features for p in stack), stack[0][0].in_features) for stack, _ in products.values()]
+        self.eps, layers = model.config.rms_norm_eps, model.model.layers
+        weights = [weights_of(layer, *layer.self_attn.values(), *layer.mlp.values()) for layer in layers]
+        q, k, v, o, gate, up, down = zip(*weights)  # each of every layer
+        stacks = dict(zip(self.NAMES, ((q, k, v), (o,), (gate, up), (down,))))
+        norms = {
+            "qkv": [layer.input_layernorm.weight for layer in layers],
+            "gate_up": [layer.post_attention_layernorm.weight for layer in layers],
+        }
+        shapes = [(sum(len(p[0].weight) for p in stack), stack[0][0].weight.shape[1]) for stack in stacks.values()]
         allocate = model.ops.graphs and model.ops.graphs.scratch()
         made = iter(empty_matrices(shapes * len(layers), model.head_weight, allocate))
-        self.layers, self.biases = [{name: next(made) for name in products} for _ in layers], []
-        self.fill(layers)
+        self.layers = [{name: next(made) for name in self.NAMES} for _ in layers]
+        self.biases = [torch.cat([w.bias for w in qkv]) for qkv in zip(q, k, v)]
+        for name, stack in stacks.items():
+            outs = [layer[name].split([len(p[0].weight) for p in stack]) for layer in self.layers]
+            for linear, out in zip(stack, zip(*outs)):
+                self.merge_alike(linear, out, norms.get(name))
 
-    def products(self, layers) -> dict:
-        """{name: (for each of the linears laid on top of each other that of every layer, norms or None)}"""
-        attentions, mlps = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
-        of = lambda modules, *names: [[getattr(m, name) for m in modules] for name in names]
-        first = [layer.input_layernorm.weight for layer in layers]
-        second = [layer.post_attention_layernorm.weight for layer in layers]
-        return {
-            "qkv": (of(attentions, "q_proj", "k_proj", "v_proj"), first), "o": (of(attentions, "o_proj"), None),
-            "gate_up": (of(mlps, "gate_proj", "up_proj"), second), "down": (of(mlps, "down_proj"), None),
-        }  # fmt: skip
-
-    def fill(self, layers) -> None:
-        for name, (stack, norms) in self.products(layers).items():
-            sizes = [linears[0].out_features for linears in stack]
-            self.fuse(stack, norms, [layer[name].split(sizes) for layer in self.layers])
-            if name == "qkv":
-                self.biases += [torch.cat([linear.bias for linear in linears]) for linears in zip(*stack)]
-
-    def fuse(self, stack: list[list], norms, cut: list) -> None:
-        """cut: of every layer, where each of its linears goes."""
-        for i, linears in enumerate(stack):
-            adapters = [adapter_of(linear) for linear in linears]
-            kinds = [a and (len(a[0]), a[0].dtype) for a in adapters]  # some layers may have none, or others
-            kinds = [(m.weight.stride(), kind) for m, kind in zip(linears, kinds)]
-            for kind in set(kinds):
-                which = [n for n, k in enumerate(kinds) if k == kind]
-                mine = ([x[n] for n in which] for x in (linears, adapters, [c[i] for c in cut]))
-                merge(*mine, norms and [norms[n] for n in which])
+    def merge_alike(self, linear, outs, norms) -> None:
+        """One linear of every layer: some layers may have no adapter, or another."""
+        kinds = [(w.weight.stride(), None if w.A is None else (len(w.A), w.A.dtype)) for w in linear]
+        for kind in set(kinds):
+            which = [n for n, k in enumerate(kinds) if k == kind]
+            merge([linear[n] for n in which], [outs[n] for n in which], norms and [norms[n] for n in which])
 
     def prefill(self, model, prompts, x: Tensor, cache) -> Tensor:
         """The prompts through the copy, keys and values into the GroupCache: logits of each one's last token, (N, V).
@@ -165,7 +148,7 @@ class SamplingCopy:
             x.addmm_(gpu.attention(q, k, v, prompts.segments).reshape(T, H * D), w["o"].T)
             h = F.rms_norm(x, (C,), None, self.eps)
             gate, up = w["gate_up"].chunk(2)
-            x.addmm_(gpu.swiglu(F.linear(h, gate), F.linear(h, up)), w["down"].T)
+            x.addmm_(gpu.SwiGLU.apply(F.linear(h, gate), F.linear(h, up)), w["down"].T)
         last = prompts.segments.cu_q[1:].long() - 1
         return model.model.norm(x[last]) @ model.head_weight.T
 
@@ -272,9 +255,7 @@ class Step:
         kept.move_to_end(key)
         return kept[key]
 
-    def begin(
-        self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator
-    ) -> None:
+    def begin(self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator) -> None:
         """Everything that differs between calls goes into the buffers that the graph reads."""
         tensors = [model.head_weight, model.model.embed_tokens.weight]
         tensors += [cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v]

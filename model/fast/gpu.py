@@ -1,6 +1,6 @@
 """Fast forms on CUDA: FlashAttention, and Triton kernels for what costs more in memory traffic than in arithmetic.
 
-Triton comes with torch's CUDA builds. Without it rotary embedding and SwiGLU fall back to PyTorch.
+Triton comes with torch's CUDA builds. Without it rotary embedding and SwiGLU stay plain.
 """
 
 import torch
@@ -30,11 +30,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
-    return flash_attention(q, k, v, segments)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask."""
     if is_long(q, segments):
         return long_attention(q, k, v, segments)
     if segments.kv_index is not None:
@@ -65,8 +60,8 @@ def long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 
 
 class FlashVarlen(torch.autograd.Function):
-    """torch's own flash kernels under `torch.nn.attention.varlen`, called below that wrapper because the wrapper of
-    torch 2.11 refuses K < H, which the kernels themselves take."""
+    """FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask. Called below
+    `torch.nn.attention.varlen`, because that wrapper of torch 2.11 refuses K < H, which the kernels themselves take."""
 
     @staticmethod
     def forward(ctx, q, k, v, segments):
@@ -88,16 +83,12 @@ class FlashVarlen(torch.autograd.Function):
 # -- Elementwise kernels
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up: one kernel each way, instead of three and four."""
-    if triton and gate.is_contiguous() and up.is_contiguous():
-        return SwiGLU.apply(gate, up)
-    return F.silu(gate) * up
-
-
 class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, both contiguous: one kernel each way, instead of three and four."""
+
     @staticmethod
     def forward(ctx, gate, up):
+        assert gate.is_contiguous() and up.is_contiguous(), f"strides {gate.stride()} and {up.stride()}"
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         swiglu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK)
@@ -113,20 +104,33 @@ class SwiGLU(torch.autograd.Function):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """`portable.turn` as one kernel, into a new tensor. x: (T, H, D), rows may be strided, heads side by side."""
-    if triton is None:
-        return portable.turn(x, cos, sin, sign)
+    """x turned by sign times its angles, as one kernel, into a new tensor, without autograd.
+
+    x: (T, H, D), rows may be strided, heads side by side; cos, sin: (T, 1, D/2)."""
     T, H, D = x.shape
-    assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, found strides {x.stride()}"
-    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, found strides {cos.stride()}"
+    assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, not with strides {x.stride()}"
+    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, not with strides {cos.stride()}"
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
     rotary_kernel[(T, triton.cdiv(H, heads))](x, out, cos, sin, x.stride(0), H, sign, D=D, HALF=half, HEADS=heads)
     return out
 
 
+class Rotate(torch.autograd.Function):
+    """The gradient is turned back, so only the tables are kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
+
+
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    return portable.Rotate.apply(x, *tables, turn)
+    return Rotate.apply(x, *tables)
 
 
 if triton:
@@ -164,4 +168,6 @@ if triton:
         tl.store(to + D // 2, b * c + a * s, mask=inside)
 
 
-FORMS = dict(portable.FORMS, attention=attention, linear=portable.project, swiglu=swiglu, rotate=rotate)
+FORMS = dict(portable.FORMS, attention=attention)
+if triton:
+    FORMS |= dict(swiglu=SwiGLU.apply, rotate=rotate)

@@ -238,7 +238,7 @@ class GraphCache:
         plans = [Plan(s, rows) for s in segments]
         key = (
             rows, *(plan.key for plan in plans), grad, x.requires_grad, recompute, dropout,
-            *(p.data_ptr() for p in parameters), *(layer.enabled and not layer.merged for layer in layers),
+            *(p.data_ptr() for p in parameters), *(layer.enabled for layer in layers),
         )  # fmt: skip
         kept = self.kept.setdefault(blocks, OrderedDict())
         if key not in kept:

@@ -1,4 +1,4 @@
-"""Fast forms for any device, in PyTorch alone.
+"""Fast forms in PyTorch alone, for any device: few kernels, few passes over memory.
 
 Products with frozen weights and trained adapters: linears that share an input go together, in few kernels.
 
@@ -15,64 +15,44 @@ keeps one number a row (the log-sum-exp), backward computes the chunk again and 
 """
 
 import math
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adapters import adapter_of, aligned
+from model.adapters import ALIGN, Weights
 from model.packed import Segments
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
 
-def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """torch.cat that does not copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-
-
 # -- Products with adapters
 
 
-def linear(x: Tensor, *layers, pad: bool = False) -> tuple[Tensor, ...]:
-    """`linear` of qwen.py. Only a GPU gains from padding: gpu.py takes `project` itself."""
-    return project(x, *layers)
-
-
-def project(x: Tensor, *layers, pad: bool = False) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *layers: Weights, pad: bool = False) -> tuple[Tensor, ...]:
     """(T, in) through each layer: a tuple of (T, out_i).
 
-    A layer is an nn.Linear, or anything with weight, bias and `adapter()` -> (A, B, scale, dropout) or None. pad:
-    outputs come with zero columns up to the next multiple of 8, and x may have such columns; the vision tower's 3,420
-    needs it on a GPU.
+    pad: outputs come with zero columns up to the next multiple of 8, and x may have such columns; the vision tower's
+    3,420 needs it on a GPU.
     """
-    adapters = [adapter_of(layer) for layer in layers]
-    frozen = not any(p.requires_grad for m in layers for p in (m.weight, m.bias) if p is not None)
-    dropped = any(a is not None and a[3] > 0 for a in adapters)
-    if not frozen or dropped or not any(adapters):
-        return tuple(project_one(x, m, a, pad) for m, a in zip(layers, adapters))
-    return Project.apply(x, pad, *flat_arguments(layers, adapters))
+    frozen = not any(p.requires_grad for w in layers for p in (w.weight, w.bias) if p is not None)
+    if frozen and any(w.A is not None for w in layers) and not any(w.dropout for w in layers):
+        scales, tensors = [w.scale for w in layers], [t for w in layers for t in w[:4]]
+        return Project.apply(x, pad, scales, *tensors)
+    return tuple(linear_by_autograd(x, w, pad) for w in layers)
 
 
-def flat_arguments(layers, adapters) -> list:
-    """[scales, weight, bias, A, B, weight, …]: how an autograd function takes them."""
-    tensors, scales = [], []
-    for layer, adapter in zip(layers, adapters):
-        A, B, scale, _ = adapter or (None, None, 0.0, 0.0)
-        tensors += [layer.weight, layer.bias, A, B]
-        scales.append(scale)
-    return [scales, *tensors]
-
-
-def project_one(x: Tensor, layer, adapter, pad: bool = False) -> Tensor:
-    """One layer by torch's own autograd: the path of trained weights and dropout."""
+def linear_by_autograd(x: Tensor, layer: Weights, pad: bool) -> Tensor:
+    """The path of trained weights and of dropout."""
     weight, bias = padded(layer.weight, layer.bias, x.shape[-1], pad)
     y = F.linear(x, weight, bias)
-    if adapter is None:
+    if layer.A is None:
         return y
-    A, B, scale, dropout = adapter
-    h = F.linear(F.dropout(x, dropout) if dropout else x, widen(A, 1, x.shape[-1]).to(x.dtype))  # (T, r)
-    return y + F.linear(h * scale, widen(B, 0, y.shape[-1]).to(x.dtype))
+    h = F.dropout(x, layer.dropout) if layer.dropout else x
+    h = F.linear(h, widen(layer.A, 1, x.shape[-1]).to(x.dtype))  # (T, r)
+    return y + F.linear(h * layer.scale, widen(layer.B, 0, y.shape[-1]).to(x.dtype))
 
 
 def widen(x: Tensor, dim: int, size: int) -> Tensor:
@@ -83,7 +63,7 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
     """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise."""
-    out = aligned(weight.shape[0]) if pad else weight.shape[0]
+    out = len(weight) + (-len(weight) % ALIGN if pad else 0)
     if tuple(weight.shape) != (out, width):
         frozen = not weight.requires_grad
         weight = padded_storage(weight, (out, width)) if frozen else widen(widen(weight, 1, width), 0, out)
@@ -101,6 +81,11 @@ def padded_storage(x: Tensor, shape: tuple[int, ...]) -> Tensor:
             wide = widen(wide, dim, size)
         x.data = wide[tuple(slice(n) for n in x.shape)]
     return x.detach().as_strided(shape, (*shape[1:], 1))
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat that does not copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
@@ -153,7 +138,51 @@ class Project(torch.autograd.Function):
         return d_x, None, None, *d_tensors
 
 
-# -- Attention and rotary positions
+# -- Norm and SwiGLU
+
+
+class RMSNorm(torch.autograd.Function):
+    """F.rms_norm in float32, which torch differentiates on a CPU as eight steps."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, r = ctx.saved_tensors
+        unit = x * r
+        d_weight = (g * unit).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, None
+        g = g * weight
+        along = torch.linalg.vecdot(g, unit).div_(-x.shape[-1])[:, None]
+        return g.addcmul_(unit, along).mul_(r), d_weight, None
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row, (T, 1)"""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up; only gate and up are kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(g)
+        return torch.ops.aten.silu_backward(g * up, gate), d_up
+
+
+# -- Attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -164,13 +193,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         return q
     if H != K:  # grouped queries: repeat here, because SDPA's own flag keeps the CPU from its fused kernel
         k, v = (x[:, :, None].expand(-1, -1, H // K, -1).reshape(-1, H, D) for x in (k, v))
+    if segments.dense is None:
+        segments.dense = [Bucket.build(segments, members, q.device) for members in similar_lengths(segments)]
 
     def take(x: Tensor, rows: Tensor | None) -> Tensor:
         # not x[rows]: on a CPU its gradient adds up a row's many uses in any order, and takes ten times as long
         return x if rows is None else x.index_select(0, rows.flatten())
 
     outs, positions = [], []
-    for bucket in segments.buckets(q.device):
+    for bucket in segments.dense:
         b, n, m = bucket.shape
         qb = take(q, bucket.q_index).view(b, n, H, D).transpose(1, 2)
         kb = take(k, bucket.k_index).view(b, m, H, D).transpose(1, 2)
@@ -185,44 +216,73 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return torch.empty_like(q).index_copy(0, torch.cat(positions), torch.cat(outs))
 
 
-class Rotate(torch.autograd.Function):
-    """turn(x, cos, sin, sign): x turned by sign times its angles. The gradient is turned back, so only the tables are
-    kept for it."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, turn):
-        ctx.save_for_backward(cos, sin)
-        ctx.turn = turn
-        return turn(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None, None
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x turned by sign times its angles, without autograd. x: (T, H, D); cos, sin: (T, 1, D/2)."""
-    sin = sin if sign > 0 else -sin
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+def similar_lengths(segments: Segments) -> list[list[int]]:
+    """Segment numbers in groups of nearly equal size, so that padding at most doubles a group's query-key area."""
+    sizes = list(zip(segments.q_lengths, segments.k_lengths))
+    groups: list[list[int]] = []
+    area = max_q = max_k = 0
+    for s in sorted(range(len(sizes)), key=sizes.__getitem__):
+        q, k = sizes[s]
+        if q == 0:
+            continue
+        padded = max(max_q, q) * max(max_k, k)
+        if groups and padded * (len(groups[-1]) + 1) <= 2 * (area + q * k):
+            groups[-1].append(s)
+            area, max_q, max_k = area + q * k, max(max_q, q), max(max_k, k)
+        else:
+            groups.append([s])
+            area, max_q, max_k = q * k, q, k
+    return groups
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    return Rotate.apply(x, *tables, turn)
+@dataclass(eq=False)
+class Bucket:
+    """A group of segments as one dense attention: (b, H, q, D) against (b, H, k, D)."""
+
+    q_index: Tensor | None  # (b, q) int64 packed query of each slot (padding repeats token 0); None = all of T in order
+    k_index: Tensor | None  # (b, k) int64 packed key of each slot, likewise
+    mask: Tensor | None  # (b, 1, q, k) bool, True = may attend; None = everything
+    valid: Tensor | None  # (b * q,) bool, which slots are real queries; None = all
+    shape: tuple[int, int, int]  # b, q, k
+    is_causal: bool  # plain square causal mask, given to SDPA as a flag instead of a mask
+
+    @classmethod
+    def build(cls, segments: Segments, members: list[int], device) -> "Bucket":
+        q_start = [0, *accumulate(segments.q_lengths)]
+        k_start = [0, *accumulate(segments.k_lengths)]
+        q_len = torch.tensor([segments.q_lengths[s] for s in members])
+        k_len = torch.tensor([segments.k_lengths[s] for s in members])
+        q, k = int(q_len.max()), int(k_len.max())
+        uniform = bool((q_len == q).all()) and bool((k_len == k).all())
+        q_slot, k_slot = torch.arange(q), torch.arange(k)
+        q_valid = q_slot < q_len[:, None]  # (b, q)
+        k_valid = k_slot < k_len[:, None]  # (b, k)
+        q_index = (torch.tensor([q_start[s] for s in members])[:, None] + q_slot) * q_valid
+        k_index = (torch.tensor([k_start[s] for s in members])[:, None] + k_slot) * k_valid
+        if segments.kv_index is not None:
+            k_index = segments.kv_index.cpu()[k_index]
+        square_causal = segments.is_causal and uniform and q == k
+        mask = None
+        if not uniform or (segments.is_causal and not square_causal):
+            mask = k_valid[:, None, :].expand(-1, q, -1)
+            if segments.is_causal:  # aligned at the ends: query i of n sees keys up to k_len - n + i
+                last = q_slot[None, :] + (k_len - q_len)[:, None]  # (b, q)
+                mask = mask & (k_slot <= last[..., None])
+            mask = mask[:, None].to(device)  # (b, 1, q, k)
+        whole = uniform and members == list(range(len(segments.q_lengths)))  # packed order is already the dense order
+        valid = None if uniform else q_valid.flatten().to(device)
+        return cls(
+            None if whole else q_index.to(device),
+            None if whole and segments.kv_index is None else k_index.to(device),
+            mask, valid, (len(members), q, k), square_causal,
+        )  # fmt: skip
 
 
 # -- Log-probs
 
 
-def logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None,
-    with_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    return TargetLogprobs.apply(hidden, head_weight, targets, temperature, banned, with_entropy, F.linear)
-
-
-def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None, product) -> Tensor:
-    logits = product(hidden, head_weight).float()  # (n, V)
+def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
+    logits = F.linear(hidden, head_weight).float()  # (n, V)
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
@@ -231,17 +291,15 @@ def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """product(x, weight) -> x weight^T, without autograd."""
-
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, banned, with_entropy, product):
+    def forward(ctx, hidden, head_weight, targets, temperature, banned, with_entropy):
         N, V = hidden.shape[0], head_weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * V))
         logprobs, entropy, lse = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
         correct = torch.empty(N, dtype=torch.bool, device=hidden.device)
         for i in range(0, N, rows):
             s = slice(i, i + rows)
-            logits = chunk_logits(hidden[s], head_weight, temperature, banned, product)
+            logits = chunk_logits(hidden[s], head_weight, temperature, banned)
             lse[s] = logits.logsumexp(-1)
             chosen = logits.gather(1, targets[s, None])[:, 0]
             logprobs[s] = chosen - lse[s]
@@ -250,27 +308,28 @@ class TargetLogprobs(torch.autograd.Function):
                 logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
                 entropy[s] = -logp.exp().mul_(logp).sum(-1)
         ctx.save_for_backward(hidden, head_weight, targets, lse)
-        ctx.options = temperature, banned, rows, product
+        ctx.options = temperature, banned, rows
         ctx.mark_non_differentiable(entropy, correct)
         return logprobs, entropy if with_entropy else None, correct
 
     @staticmethod
     def backward(ctx, grad, _entropy, _correct):
         hidden, head_weight, targets, lse = ctx.saved_tensors
-        temperature, banned, rows, product = ctx.options
+        temperature, banned, rows = ctx.options
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head_weight, dtype=torch.float32) if need_head else None
         for i in range(0, hidden.shape[0], rows):
             s = slice(i, i + rows)
-            d = chunk_logits(hidden[s], head_weight, temperature, banned, product).sub_(lse[s, None]).exp_().neg_()
+            d = chunk_logits(hidden[s], head_weight, temperature, banned).sub_(lse[s, None]).exp_().neg_()
             d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
             d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
             if need_hidden:
-                d_hidden[s] = product(d, head_weight.T)
+                d_hidden[s] = d @ head_weight
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
-        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 5
+        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 4
 
 
-FORMS = dict(attention=attention, linear=linear, rotate=rotate, logprobs=logprobs)
+FORMS = dict(attention=attention, linear=linear, logprobs=TargetLogprobs.apply)
+CPU_FLOAT32 = dict(FORMS, norm=RMSNorm.apply, swiglu=SwiGLU.apply, trim_last_layer=True)

@@ -1,0 +1,135 @@
+"""How fast clips become Examples: clips per second and CPU time a clip, without and with worker processes.
+
+    python bench/loading.py                          # drawn clips: 64x64 of one second, 640x360 h264 of ten
+    python bench/loading.py a.mp4 b.mkv --fps 4      # files of one's own
+    python bench/loading.py --peer                   # also qwen-vl-utils with decord and torchcodec, where installed
+
+Ours goes from file to token ids, positions and patch rows; the peer from file to resized frames. Both choose the same
+frames and sizes. CPU time counts this process and its workers. The last line is one JSON object.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import av
+import numpy as np
+import torch
+
+from clips import draw_clip, render, write_mp4
+from config import VideoArgs
+from data import Processor, examples, load_tokenizer
+from model.loading import ModelConfig
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+SMALL = {"nframes": 8, "resized_height": 56, "resized_width": 56}  # how the tiny model sees a 64x64 clip
+
+
+def draw_small(folder: Path, count: int) -> list[str]:
+    """64x64 clips of one second, as generate.py draws them."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        paths.append(folder / f"small{i}.mp4")
+        write_mp4(paths[-1], render(draw_clip(rng, "Ascending", 64, 30)))
+    return list(map(str, paths))
+
+
+def draw_large(path: Path, seconds: int = 10, fps: int = 30) -> list[str]:
+    """A 640x360 h264 film: a bright square over a sliding, noisy gradient, with ordinary keyframes and B-frames."""
+    noise = np.random.default_rng(0).integers(0, 40, (360, 640, 3))
+    ramp = np.linspace(0, 160, 640)[None, :, None] + np.linspace(0, 50, 360)[:, None, None]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for i in range(seconds * fps):
+            frame = np.roll(ramp + noise, 2 * i, axis=1).astype(np.uint8)
+            frame[100:180, (3 * i) % 560 : (3 * i) % 560 + 80] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    return [str(path)]
+
+
+def ours(options: dict, workers: int):
+    """-> function: paths -> they are read once, with so many worker processes."""
+    processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
+
+    def read(paths):
+        parts = [{"type": "video", "video": path} | options for path in paths]
+        records = [{"messages": [{"role": "user", "content": [part, "Where to?"]}]} for part in parts]
+        assert all(not isinstance(e, tuple) for e in examples(processor, records, range(len(paths)), workers=workers))
+
+    return read
+
+
+def peer(options: dict, decoder: str):
+    """-> function: paths -> they are read once by qwen-vl-utils with this decoder; or why there is none."""
+    try:
+        importlib.import_module(decoder)
+        vision_process = importlib.import_module("qwen_vl_utils.vision_process")
+    except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
+        return f"not usable here: {str(error).strip().splitlines()[0]}"
+
+    def read(paths):
+        vision_process.FORCE_QWENVL_VIDEO_READER = decoder  # what its environment variable sets, read at import
+        vision_process.get_video_reader_backend.cache_clear()
+        for path in paths:
+            _, facts = vision_process.fetch_video({"video": path} | options, return_video_metadata=True)
+            assert facts["video_backend"] == decoder, f"{facts['video_backend']} was taken, expected {decoder}"
+
+    return read
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="videos of one's own, besides the drawn ones")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second of the large ones and one's own")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--clips", type=int, default=200, help="small clips a round; a tenth as many of the others")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="qwen-vl-utils on the same files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [("64x64, 1 s", draw_small(Path(folder), 16), SMALL, args.clips)]
+        sets.append(("640x360 h264, 10 s", draw_large(Path(folder) / "large.mp4"), {"fps": args.fps}, args.clips // 10))
+        sets += [(Path(path).name[:20], [path], {"fps": args.fps}, args.clips // 10) for path in args.files]
+        print(f"{'files':<20}  {'reader':<26}  clips/s  CPU ms a clip")
+        for name, paths, options, count in sets:
+            paths = (paths * count)[: max(1, count)]
+            readers = {f"{workers} workers": ours(options, workers) for workers in args.workers}
+            decoders = ("decord", "torchcodec") if args.peer else ()
+            readers |= {f"qwen-vl-utils, {decoder}": peer(options, decoder) for decoder in decoders}
+            rounds = {who: [] for who, read in readers.items() if not isinstance(read, str)}
+            for i in range(args.repeats + 1):  # they take turns, so that a busy machine slows them alike
+                for who, times in rounds.items():
+                    wall, cpu = time.perf_counter(), cpu_seconds()
+                    readers[who](paths)
+                    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+                    times += [(len(paths) / wall, 1000 * cpu / len(paths))] * (i > 0)  # the first fills the page cache
+            for who, read in readers.items():
+                if isinstance(read, str):
+                    print(f"{name:<20}  {who:<26}  {read}")
+                    continue
+                rate, cpu = map(statistics.median, zip(*rounds[who]))
+                print(f"{name:<20}  {who:<26}  {rate:>7.1f}  {cpu:>13.2f}", flush=True)
+                results.append({"files": name, "reader": who, "clips_s": rate, "cpu_ms": cpu})
+    print(json.dumps({"bench": "loading", "cores": os.cpu_count(), "args": vars(args), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Typed answers: the published values, an independent computation of each kind, and the defects not to repeat."""
+
+import itertools
+import json
+import math
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from judges import JUDGES
+from model import UserError
+from rewards import accuracy, check_solution, is_correct, sample_from_record
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
+CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "typed.jsonl").read_text().splitlines()]
+
+
+def reward(kind, solution, said, **columns):
+    record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
+    check_solution(record)
+    return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case['record']['problem_type']}: {case['completion'][-40:]}"
+)
+def test_case(case):
+    assert accuracy(case["completion"], sample_from_record(case["record"])) == pytest.approx(case["accuracy"], abs=1e-6)
+
+
+numbers = st.decimals(-1000, 1000, places=1, allow_nan=False)
+
+
+@given(numbers, numbers)
+def test_numbers(true, said):
+    p, t = float(said), float(true)
+    error = abs(p - t) / abs(t) if t else math.inf if p else 0.0
+    assert reward("numerical", true, said) == (round(p, 2) == round(t, 2))
+    assert reward("regression", true, said) == pytest.approx(1 - min(1, error))
+    assert reward("VSI", true, said) == np.mean([error <= 1 - theta for theta in np.linspace(0.5, 0.95, 10)])
+
+
+@pytest.mark.parametrize(
+    "kind, true, said, expected",
+    [
+        ("numerical", "1200", "1,200", 1), ("numerical", "3", "3.0", 1), ("numerical", "1200", "12,00", 0),
+        ("numerical", "50 %", "50", 1), ("numerical", "50 %", "50 %", 1), ("numerical", "50", "50 %", 0),
+        ("numerical", "5 m", "5 cm", 0), ("numerical", "10", "1_0", 0), ("numerical", "1000", "1e3", 1),
+        ("numerical", "-2", "2", 0), ("numerical", "-2", "\u22122", 1), ("numerical", "12", r"\boxed{12}", 1),
+        ("regression", "4", "nan", 0), ("regression", "4", "inf", 0), ("regression", "4", "3 to 5", 0),
+        ("regression", "0", "0", 1), ("VSI", "0", "0", 1), ("VSI", "0", "1", 0), ("VSI", "100", "80", 0.6),
+        ("VSI", "1", "a distance of 1", 0), ("OCR", "a / b", "a / b", 1), ("OCR", "a", "", 0),
+        ("free-form", "left", "left", 1), ("free-form", "猫在跑", "猫在跑", 1), ("free-form", "", "", None),
+        ("free-form", "J. Smith", "J. Doe", 0), ("free-form", "12.5", "12.50", 1), ("free-form", "3 m", "4 m", 0),
+        ("multiple choice", "", "", None), ("multiple choice", "A", "A or B", 0), ("math", "1", "1", None),
+        ("numerical", "three", "3", None), ("timestamp", "8 to 3", "3 to 8", None), ("timestamp", "5", "5", None),
+        ("timestamp", "5 to 5", "5 to 5", 1), ("timestamp", "-2 to 8", "2 to 8", 0.6),
+        ("timestamp", "3 to 8", "0:03 - 0:08", 1), ("timestamp", "3 to 8", "[3.0, 8.0] seconds", 1),
+        ("timestamp", "3 to 8", "3s-8s", 1), ("timestamp", "3 to 8", "3 to 8, 4 to 9", 0),
+        ("timestamp", "3 to 8", "3 to 8 minutes", 0), ("timestamp", "3 to 8", "8 to 3", 0),
+        ("timestamp tIoU", "0 to 10", "0 to 40", 0), ("glue", "[[0, 2]]", "[(0, 1), (1, 2)]", 1),
+        ("box", "[0, 0, 2, 2]", "[2, 2, 0, 0]", 0), ("box", "[0, 0, 2, 2]", "[0, 0, NaN, 2]", 0),
+        ("box", "[0, 0, 2]", "x", None), ("tracking", '{"boxes": {"1": [2, 0, 0, 0]}}', "x", None),
+    ],
+)  # fmt: skip
+def test_by_hand(kind, true, said, expected):
+    """None: the record is refused when it is loaded, whatever is said."""
+    if expected is None:
+        with pytest.raises(UserError):
+            reward(kind, true, said, duration=10)
+    else:
+        assert reward(kind, true, said, duration=10) == pytest.approx(expected)
+
+
+words = st.lists(st.sampled_from("the red ball rolls left and a dog runs The".split()), min_size=1, max_size=7)
+
+
+def subsequence(said, true):
+    """Longest common subsequence, by its definition."""
+    for n in range(min(len(said), len(true)), 0, -1):
+        if set(itertools.combinations(said, n)) & set(itertools.combinations(true, n)):
+            return n
+    return 0
+
+
+def overlap(said, true, n):
+    said, true = ([tuple(side[i : i + n]) for i in range(len(side) - n + 1)] for side in (said, true))
+    both = sum(min(said.count(gram), true.count(gram)) for gram in set(true))
+    return 2 * both / (len(said) + len(true)) if both else 0
+
+
+def distance(said, true):
+    @cache
+    def edits(i, j):
+        if not i or not j:
+            return i + j
+        return min(edits(i - 1, j) + 1, edits(i, j - 1) + 1, edits(i - 1, j - 1) + (said[i - 1] != true[j - 1]))
+
+    return edits(len(said), len(true))
+
+
+@given(words, words)
+def test_text(true, said):
+    texts = " ".join(true), " ".join(said)
+    assert reward("OCR", *texts) == pytest.approx(max(0, 1 - distance(said, true) / len(true)))
+    true, said = texts[0].lower().split(), texts[1].lower().split()
+    longest = 2 * subsequence(said, true) / (len(said) + len(true))
+    assert reward("ROUGE-L", *texts) == pytest.approx(longest)
+    mean = (overlap(said, true, 1) + overlap(said, true, 2) + longest) / 3
+    assert reward("free-form", *texts) == pytest.approx(1 if said == true else mean)
+
+
+@given(words, words)
+def test_text_as_published(true, said):
+    rouge, jiwer = pytest.importorskip("rouge_score.rouge_scorer"), pytest.importorskip("jiwer")
+    texts = " ".join(true), " ".join(said)
+    scores = rouge.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False).score(*texts)
+    mean = np.mean([score.fmeasure for score in scores.values()])
+    assert reward("free-form", *texts) == pytest.approx(1 if texts[0].lower() == texts[1].lower() else mean)
+    assert reward("OCR", *texts) == pytest.approx(max(0, 1 - jiwer.wer(*texts)))
+
+
+spans = st.sets(st.integers(0, 20), min_size=2, max_size=2).map(lambda ends: tuple(sorted(ends)))
+
+
+@given(st.lists(spans, min_size=1, max_size=4), st.lists(spans, min_size=1, max_size=4))
+def test_spans(true, said):
+    covered = [{second for start, end in side for second in range(start, end)} for side in (true, said)]
+    iou = len(covered[0] & covered[1]) / len(covered[0] | covered[1])
+    assert reward("span set", true, said) == pytest.approx(iou)
+    (s, e), (a, b) = true[0], said[0]
+    hull = Fraction(max(0, min(e, b) - max(s, a)), max(e, b) - min(s, a))
+    assert reward("temporal grounding", [s, e], json.dumps({"time": [a, b]})) == pytest.approx(float(hull))
+    penalty = max(0, 1 - Fraction(abs(s - a), 15)) * max(0, 1 - Fraction(abs(e - b), 15))
+    assert reward("timestamp tIoU", [s, e], f"{a} to {b}", duration=15) == pytest.approx(float(hull * penalty))
+
+
+boxes = st.tuples(spans, spans).map(lambda s: [s[0][0], s[1][0], s[0][1], s[1][1]])
+tracks = st.dictionaries(st.sampled_from("1234"), boxes, min_size=1)
+
+
+def pixel_iou(said, true):
+    masks = np.zeros((2, 20, 20), bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, (said, true), strict=True):
+        mask[y1:y2, x1:x2] = True
+    return (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+
+
+@given(tracks, tracks, spans, spans)
+def test_boxes(true, said, seconds, others):
+    one, two = next(iter(true.values())), next(iter(said.values()))
+    assert reward("spatial grounding", one, json.dumps({"boxes": two})) == pytest.approx(pixel_iou(two, one))
+    mean = np.mean([pixel_iou(said[key], box) if key in said else 0 for key, box in true.items()])
+    assert reward("tracking", json.dumps({"boxes": true}), json.dumps({"boxes": said})) == pytest.approx(mean)
+    tube = [json.dumps({"time": time, "boxes": track}) for time, track in ((seconds, true), (others, said))]
+    time = reward("timestamp", list(seconds), list(others))
+    assert reward("spatial-temporal grounding", *tube) == pytest.approx((time + mean) / 2)
+
+
+SOLUTIONS = {"timestamp": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
+SOLUTIONS |= {"multiple choice": "B", "tracking": '{"boxes": {"1": [0, 0, 9, 9]}}', "temporal grounding": "3 to 8"}
+SOLUTIONS |= {"time span": "3 to 8", "timestamp tIoU": "3 to 8", "span set": "3 to 8"}
+SOLUTIONS |= dict.fromkeys(
+    ["spatial-temporal", "spatial-temporal grounding"], '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
+)
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+@settings(max_examples=25)
+@given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
+def test_from_0_to_1_whatever_is_said(kind, said):
+    """The solution itself is 1, in any spelling of the type; hedging with it inside <think> earns nothing."""
+    true = SOLUTIONS.get(kind, "12")
+    assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
+    assert reward(kind, true, true, duration=10) == 1
+    sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})
+    assert not is_correct(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)
