@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from clips import DIRECTIONS, draw_clip, render, write_mp4
-from quickstart import COT, HALF, SAMPLED, SHORT
+from quickstart import GRPO, HALF, SAMPLED, SFT, last
 
 CLIPS = ["--num_samples", 1800, "--split", 0.5556]  # 1,000 to train on, 400 to choose by, 400 to report
-OFTEN = ["--save_steps", 10, "--save_total_limit", "none", "--eval_steps", 10, "--eval_samples", 200]
+COT = "--cot --cot_source trajectory --cot_coordinates 0"
 FAR = ("speed", "radius", "ball", "background")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by seeds
 
@@ -49,23 +49,19 @@ def accuracy(adapter: Path, data: Path, *flags) -> dict:
     return json.loads(run("infer.py", "--data_path", data, "--model_ckpt", adapter, *common, *flags))
 
 
-def last(folder: Path) -> Path:
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def half_right(folder: Path, data: Path) -> Path:
     """The first checkpoint that is right half of the time, greedy by the run's metrics and sampled on the clips to
     choose by."""
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         checkpoint = folder / f"checkpoint-{row['step']}"
-        if (row.get("eval_accuracy") or 0) >= HALF and accuracy(checkpoint, data, *SAMPLED)["accuracy"] >= HALF:
+        if (row.get("eval_accuracy") or 0) >= HALF and accuracy(checkpoint, data, *SAMPLED.split())["accuracy"] >= HALF:
             return checkpoint
     raise SystemExit(f"{folder}: no checkpoint is right half of the time")
 
 
 def make_data(folder: Path, plain: bool, far: bool) -> None:
     if not (folder / "report.json").exists():
-        run("generate.py", "--output_dir", folder, "--overwrite", *CLIPS, *([] if plain else COT))
+        run("generate.py", "--output_dir", folder, "--overwrite", *CLIPS, *([] if plain else COT.split()))
         held_out = json.loads((folder / "val.json").read_text())
         (folder / "choose.json").write_text(json.dumps(held_out[:400]))
         (folder / "report.json").write_text(json.dumps(held_out[400:]))
@@ -99,18 +95,27 @@ def far_clips(folder: Path, records: list[dict]) -> None:
 def learn(seed: int, data: Path, out: Path, args) -> dict[str, dict]:
     """{run: {column: result of accuracy}} of one seed."""
     sft, grpo = out / f"sft{seed}", out / f"grpo{seed}"
-    common = ["--data_path", data / "train.json", "--eval_data_path", data / "choose.json", "--seed", seed]
-    common += ["--overwrite", "--max_new_tokens", 64]
+    common = ["--data_path", data / "train.json", "--eval_data_path", data / "choose.json"]
+    common += ["--seed", seed, "--overwrite"]
     began = time.perf_counter()
-    run("train_sft.py", *common, "--output_dir", sft, *OFTEN, *shlex.split(args.sft))
+    run("train_sft.py", *common, "--output_dir", sft, *SFT.split(), *shlex.split(args.sft))
     trained = time.perf_counter()
     adapters, seconds = {"SFT": last(sft)}, {"SFT": trained - began}
     if not args.sft_only:
         adapters["start of GRPO"] = start = half_right(sft, data / "choose.json")
         began = time.perf_counter()
-        run("train_grpo.py", *common, "--model_ckpt", start, "--output_dir", grpo, *SHORT, *shlex.split(args.grpo))
+        run(
+            "train_grpo.py",
+            *common,
+            "--model_ckpt",
+            start,
+            "--output_dir",
+            grpo,
+            *GRPO.split(),
+            *shlex.split(args.grpo),
+        )
         adapters["GRPO"], seconds["GRPO"] = last(grpo), time.perf_counter() - began
-    columns = {"greedy": ("report", []), "sampled": ("report", SAMPLED)}
+    columns = {"greedy": ("report", []), "sampled": ("report", SAMPLED.split())}
     columns |= {kind: (kind, []) for kind in FAR if args.far}
     rows = {}
     for name, adapter in adapters.items():
