@@ -68,7 +68,7 @@ def adapted(command: str) -> list[str]:
     """The words of a command as it is run here."""
     if command.startswith("make "):
         return shlex.split(command.replace("make ", "make -n ", 1))
-    released = "configs/qwen" in command
+    released = re.search(r"configs/\d+b_", command)
     command = re.sub(r"Qwen/Qwen2\.5-VL-\w+-Instruct", "assets/tiny", command)
     words = shlex.split(command)
     script = next((word for word in words if word.endswith(".py")), "")
