@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-FLAGS = ["--max_steps", "3", "--eval_data_path", "none"]
+FLAGS = ["--max_steps", "3", "--eval_data_path", "none", "--dataloader_num_workers", "1"]
 GROUPS = ["--model_ckpt", "none", "--per_device_train_batch_size", "16", "--num_generations", "4"]
 
 
