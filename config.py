@@ -302,7 +302,7 @@ class GRPO(CommonTrain):
     temperature: float = 1.0  # of sampling and of the log-probs alike
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: int = 0  # 0 = off; as top_p
-    oversample: float = 1.5  # prompts sampled a prompt trained on: groups with most reward spread stay; 1 = off
+    max_resample: int = 1  # more rounds of sampling, each with new prompts, until enough groups differ in accuracy
     rewards: str = "accuracy,format"  # names, or my_rewards.py:name, separated by commas
     # one a reward; none = 1 for all, also where rewards is given alone. What breaks the format is seldom what makes an
     # answer wrong, so it weighs less.
@@ -333,8 +333,8 @@ class GRPO(CommonTrain):
     def check(self):
         CommonTrain.check(self)
         at_least(self, 2, "num_generations")
-        at_least(self, 1, "max_completion_length", "num_iterations", "oversample")
-        at_least(self, 0, "beta", "top_k", "log_completions")
+        at_least(self, 1, "max_completion_length", "num_iterations")
+        at_least(self, 0, "beta", "top_k", "log_completions", "max_resample")
         positive(self, "temperature", "epsilon", "epsilon_high", "sampler_is_cap", "top_p")
         within(self, 0, 1, "top_p")
         one_of(self, "scale_rewards", "group", "batch", "none")

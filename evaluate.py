@@ -22,7 +22,7 @@ from dataset.records import read_turns, record_name
 from model import UserError
 from model.decode import Sampling
 from rewards import Sample, is_correct, reference_answer, sample_from_record
-from rollouts import prompt_batches, row
+from rollouts import Group, prompt_batches, row
 
 EVAL_TOKENS, EVAL_CLIPS = 16384, 64  # prompt tokens decoded together, and clips read ahead of them
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
@@ -109,7 +109,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
                 rollout.right = rollout.finite and is_correct(rollout.text, sample)
                 answers[number] = *in_words(sample, rollout.text), rollout.right
                 if number < EVAL_SHOWN:
-                    rows.append(shown(step, example.record, rollout, decode_token))
+                    rows.append(shown(step, example, rollout, decode_token))
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
     answers, skipped = ({k: v for each in every for k, v in each[i].items()} for i in (0, 1))
@@ -143,11 +143,12 @@ def prompts(sampler, records, control, skipped, bar):
                     yield result
 
 
-def shown(step, record, rollout, decode_token):
+def shown(step, example, rollout, decode_token):
     """One answer in the words of rollouts.jsonl: a group of one."""
     rollout.reward = float(rollout.right)
     rollout.components = {"accuracy": rollout.reward}
-    line = row(step, record, rollout, decode_token)
+    group = Group(example.number, len(example), [rollout])
+    line = row(step, example.record, group, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 
