@@ -14,11 +14,11 @@ CONVERT = "adapters of both key styles are read here; for use elsewhere: python 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 AT_LEAST = {
     0: "beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
-       "seed temperature top_k warmup_steps "
+       "max_resample seed temperature top_k warmup_steps "
        "weight_decay workers",
     1: "cot_workers eval_samples gradient_accumulation_steps image_max_pixels image_min_pixels "
        "image_resized_height image_resized_width logging_steps lora_rank max_completion_length max_new_tokens "
-       "max_samples max_seq_length num_iterations oversample pack_tokens per_device_train_batch_size save_steps "
+       "max_samples max_seq_length num_iterations pack_tokens per_device_train_batch_size save_steps "
        "save_total_limit video_max_pixels video_min_pixels video_resized_height video_resized_width",
     2: "max_frames min_frames nframes num_generations num_options num_samples video_length",
     16: "frame_size",

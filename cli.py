@@ -29,6 +29,7 @@ REMOVED = {
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
     "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
     "batch_size": "clips are decoded together up to 16,384 prompt tokens, fewer where memory runs out",
+    "oversample": "--max_resample N samples further prompts until enough groups differ in accuracy",
     "keys": CONVERT,
     "task": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
     "base_coordinates": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",

@@ -218,7 +218,7 @@ class GRPO(CommonTrain):
     temperature: float = 1.0  # of sampling and of the log-probs alike
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: int = 0  # 0 = off; as top_p
-    oversample: float = 1.5  # prompts sampled a prompt trained on: groups with most reward spread stay; 1 = off
+    max_resample: int = 1  # more rounds of sampling, each with new prompts, until enough groups differ in accuracy
     rewards: str = "accuracy,format"  # names, or my_rewards.py:name, separated by commas
     reward_weights: list[float] | None = field(default_factory=lambda: [1.0, 0.2])  # one a reward; none = 1 for all
     mask_truncated_completions: bool = False  # completions cut by the limit give no gradient

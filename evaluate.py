@@ -19,7 +19,7 @@ from model import UserError
 from model.decode import Sampling
 from records import Selection, read_records, read_turns, record_name, spread
 from rewards import Sample, accuracy, check_solution, reference_answer, sample_from_record
-from rollouts import prompt_batches, row
+from rollouts import Group, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
@@ -106,7 +106,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = *in_words(sample, rollout.text), rollout.right
                 if number < EVAL_SHOWN:
-                    rows.append(shown(step, example.record, rollout, decode_token))
+                    rows.append(shown(step, example, rollout, decode_token))
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
     answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))
@@ -133,11 +133,12 @@ def prompts(sampler, records, control, skipped, bar):
             yield result
 
 
-def shown(step, record, rollout, decode_token):
+def shown(step, example, rollout, decode_token):
     """One answer in the words of rollouts.jsonl: a group of one."""
     rollout.reward = float(rollout.right)
     rollout.components = {"accuracy": rollout.reward}
-    line = row(step, record, rollout, decode_token)
+    group = Group(example.number, len(example), [rollout])
+    line = row(step, example.record, group, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 

@@ -127,7 +127,7 @@ ANSWERS = {  # what to do: theirs
         "steps_per_generation generation_batch_size",
     "the reference never moves: --reference start or base": "sync_ref_model ref_model",
     "--sampler_is_cap C truncates the importance weights": "vllm_importance_sampling_correction",
-    "--oversample 1.5 samples more prompts than are trained on": "dynamic_sample",
+    "--max_resample 1 samples further prompts until enough groups differ": "dynamic_sample",
 }  # fmt: skip
 
 

@@ -43,15 +43,38 @@ class Rollout:
     reward: float = 0.0  # their weighted sum
     right: float = 0.0  # the accuracy reward, whether or not it is one of the components
     advantage: float = 0.0
-    trained: bool = False  # its group was chosen for the update
     finite: bool = field(init=False)  # the logits that it was drawn from were finite, and it could be drawn
 
     def __post_init__(self):
         self.finite = all(map(math.isfinite, self.logprobs))
 
-    def kept(self, cfg) -> bool:
+    def unmasked(self, cfg) -> bool:
         """Whether it gives a gradient where its group is trained on."""
         return self.finished or not cfg.mask_truncated_completions
+
+
+@dataclass(eq=False)
+class Group:
+    """The completions of one prompt. It is known by its number: several prompts may have the same text."""
+
+    record: int  # number of the prompt's record
+    prompt_tokens: int
+    rollouts: list[Rollout]
+    number: int = 0  # among the groups of the step
+    owner: int = 0  # rank that sampled it
+    trained: bool = False  # it is trained on in this step
+
+    def set_number(self, number: int, owner: int) -> None:
+        self.number, self.owner = number, owner
+        for rollout in self.rollouts:
+            rollout.group = number
+
+
+def differs(group: Group) -> bool:
+    """Whether its completions differ in accuracy; where no such reward is asked for, in their reward. Values that are
+    apart by rounding alone are equal."""
+    values = [rollout.components.get("accuracy", rollout.reward) for rollout in group.rollouts]
+    return max(values) - min(values) > 1e-9 * max(1.0, max(map(abs, values)))
 
 
 class Sampler:
@@ -60,6 +83,7 @@ class Sampler:
 
     def __init__(self, model, processor, cfg):
         self.model, self.processor, self.cfg = model, processor, cfg
+        self.device = model.head_weight.device
         self.stop_ids = processor.im_end, processor.token_id("<|endoftext|>")
         self.oom_retries = 0  # times that it was done in halves
         self.max_tokens = math.inf  # as many are no longer tried at once since
@@ -71,18 +95,17 @@ class Sampler:
         fewer rows may be rounded otherwise; where that moves a logit past another draw, the completion differs.)
         on_token(row, id): called for every token as it is drawn.
         """
-        device = self.model.head_weight.device
         # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
         tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
         if tokens < self.max_tokens or len(batch) == 1:
             packed, training = pack(batch), self.model.training
-            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+            generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
             try:
-                return generate(self.model, packed.to(device), sampling, count, generators, on_token)
+                return generate(self.model, packed.to(self.device), sampling, count, generators, on_token)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     settings = smaller_sampling(self.cfg, sampling.max_new_tokens)
-                    raise out_of_memory(device, f"sampling {count} x 1 prompt", [packed], settings) from None
+                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", [packed], settings) from None
             self.sample_less(tokens, f"{count} x {len(batch)} prompts", training)
         half = (len(batch) + 1) // 2
         first = self(batch[:half], sampling, count, seeds[:half], on_token)
@@ -136,15 +159,15 @@ def score_group(rewards: list[Reward], prompt: Example, group: list[Rollout], sh
         rollout.right = accuracy(rollout.text, sample)
 
 
-def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str, float]:
+def reward_metrics(groups: list[Group], spread: list[float]) -> dict[str, float]:
     """All groups of a step, and the std of rewards in each -> metrics over everything that was sampled."""
-    rows = [rollout for group in groups for rollout in group]
+    rows = [rollout for group in groups for rollout in group.rollouts]
     values = {"reward": [rollout.reward for rollout in rows]}
     values |= {f"reward/{name}": [rollout.components[name] for rollout in rows] for name in rows[0].components}
     metrics = {}
     for name, column in values.items():
         metrics |= {name: statistics.fmean(column), f"{name}_std": statistics.stdev(column)}
-    right = [statistics.fmean(rollout.right for rollout in group) for group in groups]
+    right = [statistics.fmean(rollout.right for rollout in group.rollouts) for group in groups]
     return metrics | {
         "accuracy": statistics.fmean(right),
         "all_right": right.count(1) / len(groups),
@@ -152,6 +175,7 @@ def reward_metrics(groups: list[list[Rollout]], spread: list[float]) -> dict[str
         "no_variance": spread.count(0) / len(groups),
         "group_std": statistics.fmean(spread),
         "length": statistics.fmean(len(rollout.ids) for rollout in rows),
+        "prompt_tokens": sum(group.prompt_tokens for group in groups),
         "completion_tokens": sum(len(rollout.ids) for rollout in rows),
         "truncated": statistics.fmean(not rollout.finished for rollout in rows),
         "not_finite": sum(not rollout.finite for rollout in rows),
@@ -192,34 +216,35 @@ def micro_batch(prompts: dict[int, Example], rollouts: list[Rollout], cfg) -> Mi
         completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
         group=torch.tensor([rollout.group for rollout in rollouts]),
         advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
-        keep=torch.tensor([rollout.kept(cfg) for rollout in rollouts]),
+        keep=torch.tensor([rollout.unmasked(cfg) for rollout in rollouts]),
         sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
     )
 
 
-def cut(groups: list[list[Rollout]], lengths: list[tuple[int, int]], cfg) -> list[list[Rollout]]:
+def cut(groups: list[Group], cfg) -> list[list[Rollout]]:
     """The Rollouts of each forward pass, in their order: at most per_device_train_batch_size of them and pack_tokens
-    tokens. lengths: (record, tokens) of each group's prompt."""
-    bins, size = [], 0
-    for rollout in (rollout for group in groups for rollout in group):
-        prompt = lengths[rollout.group][1]
-        cost = len(rollout.ids) + (0 if bins and bins[-1][-1].group == rollout.group else prompt)
-        full = bins and len(bins[-1]) == cfg.per_device_train_batch_size
-        if not bins or full or (cfg.pack_tokens and size + cost > cfg.pack_tokens):
-            bins.append([])
-            size, cost = 0, len(rollout.ids) + prompt
-        bins[-1].append(rollout)
-        size += cost
-    return bins
+    tokens, the prompt of a group counted once a pass."""
+    passes, size = [], 0
+    for group in groups:
+        for rollout in group.rollouts:
+            again = passes and passes[-1][-1].group == rollout.group
+            cost = len(rollout.ids) + (0 if again else group.prompt_tokens)
+            full = passes and len(passes[-1]) == cfg.per_device_train_batch_size
+            if not passes or full or (cfg.pack_tokens and size + cost > cfg.pack_tokens):
+                passes.append([])
+                size, cost = 0, len(rollout.ids) + group.prompt_tokens
+            passes[-1].append(rollout)
+            size += cost
+    return passes
 
 
-def assign(trained: list[int], owners: list[int], world: int) -> list[list[int]]:
+def assign(groups: list[Group], world: int) -> list[list[Group]]:
     """Groups to train on -> those of each rank: its own, whose clips it has decoded, but as many as any other's."""
-    shares = [[number for number in trained if owners[number] == rank] for rank in range(world)]
+    shares = [[group for group in groups if group.owner == rank] for rank in range(world)]
     while True:
         most, least = max(shares, key=len), min(shares, key=len)
         if len(most) - len(least) < 2:
-            return shares
+            return [sorted(share, key=lambda group: group.number) for share in shares]
         least.append(most.pop())
 
 
@@ -233,10 +258,10 @@ def columns(rewards: list[Reward]):
 
 
 def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
-    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates; without tokens
-    the KL of what was sampled alone."""
-    means = {} if cfg.beta == 0 else {"kl": total["fair_kl"] / max(total["fair_tokens"], 1)}
-    tokens = total["tokens"]
+    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates."""
+    means, tokens = {}, total["tokens"]
+    if cfg.beta:
+        means["kl"] = total["sampled_kl"] / max(total["sampled_tokens"], 1)
     if not tokens:
         return means
     for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
@@ -249,7 +274,7 @@ def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
     return means | {"sampler_gap_max": total["sampler_gap_max"]}
 
 
-def row(step: int, record: dict, rollout: Rollout, decode_token: Callable[[int], str]) -> dict:
+def row(step: int, record: dict, group: Group, rollout: Rollout, decode_token: Callable[[int], str]) -> dict:
     """One line of rollouts.jsonl, in the words that report.py reads. decode_token: token id -> its text."""
     sample = sample_from_record(record)
     return {
@@ -263,7 +288,7 @@ def row(step: int, record: dict, rollout: Rollout, decode_token: Callable[[int],
         "reward": rollout.reward,
         "rewards": rollout.components,
         "advantage": round(rollout.advantage, 4),
-        "trained": rollout.trained,
+        "trained": group.trained,
         "finished": rollout.finished,
         "n_tokens": len(rollout.ids),
         "ids": rollout.ids,
@@ -272,9 +297,10 @@ def row(step: int, record: dict, rollout: Rollout, decode_token: Callable[[int],
     }
 
 
-def best_and_worst(groups: list[list[Rollout]]) -> list[str]:
+def best_and_worst(groups: list[Group]) -> list[str]:
     """Two lines: completions of the group whose rewards differ most."""
-    group = max(groups, key=lambda group: max(r.reward for r in group) - min(r.reward for r in group), default=[])
+    spread = lambda rollouts: max(r.reward for r in rollouts) - min(r.reward for r in rollouts)
+    group = max((group.rollouts for group in groups), key=spread, default=[])
     lines = []
     for word, choose in (("best", max), ("worst", min)) if group else ():
         rollout = choose(group, key=lambda r: r.reward)
@@ -296,11 +322,11 @@ class Alarm:
         return [*self.standing_still(metrics), *(self.falling_back(step, metrics) if "reward" in metrics else [])]
 
     def standing_still(self, metrics):
-        """After every ALARM_STEPS steps in a row in which nothing was trained."""
-        self.state["flat"] = flat = 0 if metrics["trained_tokens"] else self.state["flat"] + 1
+        """After every ALARM_STEPS steps in a row in which rewards were equal within each group."""
+        self.state["flat"] = flat = 0 if metrics.get("no_variance", 1) < 1 else self.state["flat"] + 1
         if flat and flat % ALARM_STEPS == 0:
             right, wrong = (metrics.get(name, 0.0) for name in ("all_right", "all_wrong"))
-            text = f"for {flat} steps nothing is learned: the rewards are equal in each group, or all of it is masked"
+            text = f"for {flat} steps nothing is learned: the rewards are equal in each group"
             yield f"{text} (groups all right {right:.0%}, all wrong {wrong:.0%})"
 
     def falling_back(self, step, metrics):

@@ -66,7 +66,8 @@ def launch(cfg, records, held_out, notes=()):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
         use_deterministic_kernels(cfg.deterministic)
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
-    run = Run(cfg, Path(sys.argv[0]).stem, Path(cfg.output_dir), device, dtype, reason, lock, notes=list(notes))
+    script, folder = Path(sys.argv[0]).stem, Path(cfg.output_dir)
+    run = Run(cfg, script, folder, device, dtype, reason, ranks.rank(), ranks.world_size(), lock, notes=list(notes))
     if cfg.resume:
         find_source(run)
     assert_same_across_ranks(run, records, held_out)

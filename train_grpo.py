@@ -9,8 +9,8 @@ A clip goes through the same preprocessing and positions when its group is sampl
 sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics, rollouts.py
 the completions.
 
-Several ranks: each samples the groups of its own prompts, all completions are gathered once with their rewards, each
-rank trains on its own groups as far as that is even, and one reduction adds up what is logged.
+Several ranks: each samples the groups of its own prompts, all completions are gathered with their rewards, each rank
+trains on its own groups as far as that is even, and one reduction adds up what is logged.
 """
 
 # ruff: noqa: E402
@@ -38,13 +38,15 @@ from lora import disabled, lora_layers, reference, reference_snapshot
 from memory import out_of_memory, smaller_update
 from model.decode import Sampling
 from model.qwen import target_logprobs
-from rewards import load_rewards
+from rewards import can_shuffle, load_rewards, try_rewards
 from rollouts import (
     Alarm,
+    Group,
     assign,
     best_and_worst,
     columns,
     cut,
+    differs,
     micro_batch,
     needs_shuffled,
     prompt_batches,
@@ -59,8 +61,8 @@ from startup import build_model, dry_run, launch, start
 # (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
 SAMPLED_TOKENS = 131_072
 # What an update adds up over its micro-batches and ranks, for metrics.jsonl
-SUMS = ("fair_kl", "fair_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl", "sampler_gap",
-        "sampler_capped")  # fmt: skip
+SUMS = ("sampled_kl", "sampled_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl",
+        "sampler_gap", "sampler_capped")  # fmt: skip
 
 
 def main():
@@ -69,6 +71,7 @@ def main():
     notes = follow_adapter(cfg)
     records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
+    try_rewards(rewards, records[0])
     if cfg.dry_run:
         return dry_run(cfg, make_loader, records)
     run = launch(cfg, records, held_out, notes + left_out + held_left_out)
@@ -82,31 +85,32 @@ def main():
     if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # a signal came before it
         evaluate()
 
-    batches = loader.iterate(run.step, run.total)
+    done = {"rounds": run.loop_state("rounds") or 0}  # of sampling, each with the next prompts of the dataset
+    batches = loader.iterate(done["rounds"])
     for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
-        (prompts,) = next(batches)
-        waited = time.perf_counter() - began
-
-        # sample a group of completions for each prompt and score them; then all ranks know them all
         trainer.seed_step(run, step)
-        groups = roll_out(run, rewards, step, prompts)
-        groups, owners, lengths, counts = exchange(run, groups, prompts)
-        health, normalizer = compare_within_groups(run, groups, groups_per_step(cfg) * run.world)
+
+        # sample a group of completions for each prompt and score them, until enough groups differ within themselves
+        groups, examples, rounds, waited = sample_step(run, rewards, batches, step)
+        health, normalizer = compare_within_groups(run, groups)
         sampled = time.perf_counter()
 
-        # update the policy with the groups that differ within themselves
+        # update the policy with the groups that the step counts
         lr = trainer.set_learning_rates(run, engine, step)
-        learned = learn(run, engine, frozen, prompts, groups, owners, lengths, normalizer, step)
-        trainer.check_left_out(run, counts.pop("broken"))
+        learned = learn(run, engine, frozen, groups, examples, normalizer, step)
+        skipped, broken, retries = ranks.add(loader.left_out, loader.broken, run.sampler.oom_retries)
+        trainer.check_left_out(run, broken)
 
         run.step, seconds = step, time.perf_counter() - began
-        metrics = learned | health | counts | {"lr": lr, "epoch": step / loader.steps_per_epoch}
+        done["rounds"] += rounds
+        metrics = learned | health | {"rounds": rounds, "skipped": skipped, "oom_retries": retries, "lr": lr}
+        metrics["epoch"] = done["rounds"] / loader.steps_per_epoch
         metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
-        write_rollouts(run, groups, lengths)
+        write_rollouts(run, groups)
         log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
         show(run, alarm, metrics, groups)
-        if trainer.after_step(run, engine, evaluate, {"alarm": alarm.state}):
+        if trainer.after_step(run, engine, evaluate, done | {"alarm": alarm.state}):
             break
     trainer.finish(run, log)
 
@@ -131,19 +135,18 @@ def groups_per_step(cfg):
 
 
 def make_loader(cfg, records, processor, rank, world):
-    """This rank's prompts of each step, one list: `oversample` times as many as are trained on, in all."""
+    """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     plain = copy.copy(cfg)
     plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
-    size = math.ceil(groups_per_step(cfg) * world * cfg.oversample)
-    options = {"rank": rank, "world_size": world, "answer": False, "collate": list, "global_batch": size}
-    return Loader(records, processor, plain, **options)
+    options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
+    return Loader(records, processor, plain, global_batch=groups_per_step(cfg) * world, **options)
 
 
 def notes_of(run, loader):
-    cfg, trained = run.cfg, groups_per_step(run.cfg) * run.world
+    cfg = run.cfg
     if run.adapter is None:
         yield "no adapter to go on from: a new one on the base" if cfg.lora_enable else "trains the base itself"
-    yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations} and trains on {trained} groups of them"
+    yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations}, at most {1 + cfg.max_resample} times"
 
 
 def freeze_reference(model, cfg):
@@ -164,25 +167,51 @@ def freeze_reference(model, cfg):
 # -- Sampling
 
 
-def roll_out(run, rewards, step, prompts):
-    """A group of scored completions for each of this rank's prompts."""
-    groups = sample_groups(run, prompts, seeds(run, step, prompts))
+def sample_step(run, rewards, batches, step):
+    """Rounds of sampling until groups_per_step groups of every rank together differ in accuracy, or max_resample more
+    rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
+
+    Returns the groups of all ranks in the order of their prompts, {number of the group: Example} of this rank's, the
+    rounds, and the seconds that data was waited for.
+    """
+    wanted, groups, examples, waited = groups_per_step(run.cfg) * run.world, [], {}, 0.0
+    for number in range(1 + run.cfg.max_resample):
+        began = time.perf_counter()
+        (prompts,) = next(batches)
+        waited += time.perf_counter() - began
+        own = roll_out(run, rewards, step, number, prompts)
+        first = len(groups)
+        for rank, theirs in enumerate(ranks.gather(own)):
+            if rank == run.rank:
+                examples |= zip(range(len(groups), len(groups) + len(theirs)), prompts, strict=True)
+            for group in theirs:
+                group.set_number(len(groups), rank)
+                groups.append(group)
+        if len(groups) == first or sum(map(differs, groups)) >= wanted:  # no prompt could be read; enough
+            break
+    return groups, examples, number + 1, waited
+
+
+def roll_out(run, rewards, step, number, prompts):
+    """A Group of scored completions for each of this rank's prompts. number: of the round."""
+    cfg = run.cfg
+    groups = sample_groups(run, prompts, seeds(run, step, prompts, 2 * number))
     shuffled = [None] * len(prompts)
     if needs_shuffled(rewards):
-        shuffled = sample_shuffled(run, step, prompts)
-    for prompt, group, texts in zip(prompts, groups, shuffled, strict=True):
-        score_group(rewards, prompt, group, texts, run.cfg.max_completion_length)
-    return groups
+        shuffled = sample_shuffled(run, prompts, seeds(run, step, prompts, 2 * number + 1))
+    for prompt, rollouts, texts in zip(prompts, groups, shuffled, strict=True):
+        score_group(rewards, prompt, rollouts, texts, cfg.max_completion_length)
+    return [Group(prompt.number, len(prompt), rollouts) for prompt, rollouts in zip(prompts, groups, strict=True)]
 
 
-def seeds(run, step, prompts, stream=0):
+def seeds(run, step, prompts, stream):
     """What each prompt of this step draws from: the same on any number of ranks. stream: 0, 1, … at one step."""
     seed = run.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
     return [seed + 7_919 * prompt.number for prompt in prompts]
 
 
 def sample_groups(run, prompts, seeds, count=None):
-    """Completions of each prompt under the policy as it is: a list of groups of Rollouts. seeds: one a prompt, so
+    """Completions of each prompt under the policy as it is: a list of lists of Rollouts. seeds: one a prompt, so
     that it does not matter which prompts a rank has, or samples together. count: num_generations."""
     cfg, sampler, count = run.cfg, run.sampler, count or run.cfg.num_generations
     limit = cfg.max_completion_length
@@ -197,96 +226,77 @@ def sample_groups(run, prompts, seeds, count=None):
     return groups
 
 
-def sample_shuffled(run, step, prompts):
-    """Texts of half as many completions of each prompt with its frames in random order."""
+def sample_shuffled(run, prompts, seeds):
+    """Texts of half as many completions of each prompt with its frames in random order; None where there is no order to
+    change: a text, a picture, a clip of two frames."""
+    able = [k for k, prompt in enumerate(prompts) if can_shuffle(prompt.grid_thw)]
     encode = partial(run.sampler.processor.encode, answer=False, control="shuffled")
-    examples = [encode(prompt.record) for prompt in prompts]
-    count = max(1, run.cfg.num_generations // 2)
-    groups = sample_groups(run, examples, seeds(run, step, prompts, stream=1), count)
-    return [[rollout.text for rollout in group] for group in groups]
-
-
-def exchange(run, groups, prompts):
-    """This rank's groups -> those of all ranks in the prompts' order, the rank that sampled each, the lengths of their
-    prompts, and counts for metrics.jsonl: the step's one gather. A Rollout's group is its number among all."""
-    loader = run.loader
-    own = groups, [(prompt.number, len(prompt)) for prompt in prompts]
-    every = ranks.gather((*own, loader.left_out, loader.broken, run.sampler.oom_retries))
-    groups = [group for rank in every for group in rank[0]]
-    owners = [rank for rank, (its, *_) in enumerate(every) for _ in its]
-    lengths = [prompt for rank in every for prompt in rank[1]]
-    for number, group in enumerate(groups):
-        for rollout in group:
-            rollout.group = number
-    left_out, broken, retries = (float(sum(column)) for column in list(zip(*every))[2:])
-    prompt_tokens = float(sum(tokens for _, tokens in lengths))
-    counts = {"prompt_tokens": prompt_tokens, "skipped": left_out, "oom_retries": retries, "broken": broken}
-    return groups, owners, lengths, counts
+    examples = [encode(prompts[k].record) for k in able]
+    groups = sample_groups(run, examples, [seeds[k] for k in able], max(1, run.cfg.num_generations // 2))
+    texts = {k: [rollout.text for rollout in group] for k, group in zip(able, groups, strict=True)}
+    return [texts.get(k) for k in range(len(prompts))]
 
 
 # -- Advantages
 
 
-def compare_within_groups(run, groups, wanted):
-    """Advantages of the Rollouts of all ranks' groups; the `wanted` groups whose rewards differ most are marked as
-    trained.
+def compare_within_groups(run, groups):
+    """Advantages of all Rollouts, and which groups the step counts: as many as it has prompts in one round, those first
+    that differ in accuracy, then those that differ in their reward alone, then the rest.
 
-    A group whose rewards are all equal teaches nothing and is not trained, but it counts where the loss is divided: or
-    the last few groups that differ would get the whole step. Returns the metrics of everything that was sampled, and
-    the number that the loss is divided by.
+    The loss is divided by what is counted: or the last few groups that differ would get the whole step. With a KL every
+    counted group is trained on, for the policy may drift where rewards are equal too; without it a group whose rewards
+    are equal has no gradient. Returns the metrics of everything that was sampled, and the loss' normalizer.
     """
+    cfg = run.cfg
     if not groups:
-        return {"completion_tokens": 0, "groups_trained": 0}, 1
-    cfg, everyone = run.cfg, [rollout for group in groups for rollout in group]
+        return {"prompt_tokens": 0, "completion_tokens": 0, "groups_differing": 0, "groups_counted": 0}, 1
+    everyone = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64)
     index = torch.arange(len(groups)).repeat_interleave(cfg.num_generations)
     advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
-    wanted = std.argsort(descending=True, stable=True)[:wanted].tolist()
-    finite = [all(rollout.finite for rollout in group) for group in groups]
-    chosen = {number for number in wanted if std[number] > 0 and finite[number]}
+    for rollout, advantage in zip(everyone, advantages.tolist(), strict=True):
+        rollout.advantage = advantage
+    rank = lambda group: 0 if differs(group) else 1 if std[group.number] > 0 else 2
+    counted = sorted(groups, key=rank)[: groups_per_step(cfg) * run.world]  # of equals the first
+    for group in counted:
+        group.trained = (std[group.number] > 0 or cfg.beta > 0) and all(rollout.finite for rollout in group.rollouts)
     lost = sum(not rollout.finite for rollout in everyone)
     if lost:
         problem = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
         run.say(f"{problem}: their groups are not trained on")
-    for rollout, number, advantage in zip(everyone, index.tolist(), advantages.tolist(), strict=True):
-        rollout.advantage, rollout.trained = advantage, number in chosen
-    counted = [rollout for number in wanted for rollout in groups[number]]
-    tokens = sum(len(rollout.ids) for rollout in counted if rollout.kept(cfg))
-    normalizer = loss_normalizer(cfg.aggregation, tokens, len(counted), cfg.max_completion_length)
-    return reward_metrics(groups, std.tolist()) | {"groups_trained": len(chosen)}, normalizer
+    completions = [rollout for group in counted for rollout in group.rollouts]
+    tokens = sum(len(rollout.ids) for rollout in completions if rollout.unmasked(cfg))
+    normalizer = loss_normalizer(cfg.aggregation, tokens, len(completions), cfg.max_completion_length)
+    metrics = {"groups_counted": len(counted), "groups_differing": sum(map(differs, groups))}
+    return reward_metrics(groups, std.tolist()) | metrics, normalizer
 
 
 # -- The update
 
 
-def learn(run, engine, frozen, prompts, groups, owners, lengths, normalizer, step):
-    """KL of what was sampled, the updates with the groups that were chosen -> metrics.
-
-    The KL that is logged is that over the first `fair` groups as they were sampled, a quarter as many as a step trains
-    on: the groups trained on are no fair sample; chosen for rare outcomes, they show a KL many times too large.
-    """
+def learn(run, engine, frozen, groups, examples, normalizer, step):
+    """Updates with the groups that are trained on -> metrics. examples: {number: Example} of this rank's groups."""
     cfg, sums = run.cfg, Counter()
-    fair = max(1, groups_per_step(cfg) * run.world // 4)
-    trained = [number for number, group in enumerate(groups) if group[0].trained]
-    seen = [k for k in range(min(fair, len(groups))) if k not in trained and all(r.finite for r in groups[k])]
-    shares = assign(trained, owners, run.world)
-    passes = [cut([groups[k] for k in sorted(share)], lengths, cfg) for share in shares]
-    own = dict(zip((k for k, owner in enumerate(owners) if owner == run.rank), prompts))
-    for k in shares[run.rank]:
-        if k not in own:  # another rank's prompt
-            own[k] = run.sampler.processor.encode(run.loader.records[lengths[k][0]], answer=False)
-    batches = [micro_batch(own, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
-    untrained = cut([groups[k] for k in seen if owners[k] == run.rank], lengths, cfg) if frozen else []
-    tokens = float(sum(len(r.ids) for k in trained for r in groups[k] if r.kept(cfg)))
+    trained = [group for group in groups if group.trained]
+    shares = assign(trained, run.world)
+    passes = [cut(share, cfg) for share in shares]
+    for group in shares[run.rank]:
+        if group.number not in examples:  # another rank's prompt
+            record = run.loader.records[group.record]
+            examples[group.number] = run.sampler.processor.encode(record, answer=False)
+    batches = [micro_batch(examples, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
+    tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if r.unmasked(cfg)))
     metrics = {"grad_norm": None, "updated": False, "trained_tokens": tokens}
     try:
-        reference_pass(run, engine.module, frozen, batches, [micro_batch(own, r, cfg) for r in untrained], fair, sums)
+        reference_pass(run, engine.module, frozen, batches, sums)
         if tokens:
             metrics |= train_on(run, engine, batches, normalizer, step, max(map(len, passes)), sums)
     except torch.OutOfMemoryError:
         packs = [batch.packed for batch in batches]
         raise out_of_memory(run.device, f"training step {step}", packs, smaller_update(cfg)) from None
-    if not tokens and not all(r.finite for group in groups for r in group):  # the model itself may be beyond repair
+    lost = not all(rollout.finite for group in groups for rollout in group.rollouts)
+    if not tokens and lost:  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics | token_metrics(cfg, reduce_sums(run, sums))
 
@@ -298,15 +308,16 @@ def reduce_sums(run, sums):
     return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
 
 
-def reference_pass(run, model, frozen, batches, untrained, fair, sums):
-    """Put the reference's log-probs into the batches that are trained on, and add up the KL of the `fair` first groups,
-    of which some are in `untrained` batches."""
-    for batch in (*batches, *(batch.to(run.device) for batch in untrained)) if frozen else ():
+def reference_pass(run, model, frozen, batches, sums):
+    """Put the reference's log-probs into the batches, for the loss, and add up the KL of the policy that sampled.
+
+    Where more was sampled than is counted that is no fair sample: groups chosen because they differ show a larger KL.
+    """
+    for batch in batches if frozen else ():
         with torch.no_grad(), frozen():
             batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
-        counted = batch.group[batch.completion] < fair
-        sums["fair_kl"] += (k3(batch.ref - batch.sampler) * counted).sum().double()
-        sums["fair_tokens"] += counted.sum()
+        sums["sampled_kl"] += k3(batch.ref - batch.sampler).sum().double()
+        sums["sampled_tokens"] += len(batch.ref)
 
 
 def train_on(run, engine, batches, normalizer, step, passes, sums):
@@ -352,14 +363,14 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
 # -- Shown
 
 
-def write_rollouts(run, groups, lengths):
+def write_rollouts(run, groups):
     """Append every completion of the step, of all ranks, to rollouts.jsonl."""
     if run.rank:
         return
     decode_token = cache(lambda token: run.sampler.processor.backend.decode([token], skip_special_tokens=False))
-    records = [run.loader.records[number] for number, _ in lengths]
-    pairs = [(record, rollout) for record, group in zip(records, groups, strict=True) for rollout in group]
-    append_lines(run.folder / ROLLOUTS, [row(run.step, record, rollout, decode_token) for record, rollout in pairs])
+    pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
+    rows = [row(run.step, run.loader.records[group.record], group, rollout, decode_token) for group, rollout in pairs]
+    append_lines(run.folder / ROLLOUTS, rows)
 
 
 def show(run, alarm, metrics, groups):

@@ -46,6 +46,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
+    rank: int = 0
+    world: int = 1  # ranks
     lock: object = None  # open file: the folder is ours while it lives (rank 0)
     source: Path | None = None  # checkpoint to go on from
     adapter: Path | None = None  # adapter that the run began with
@@ -62,9 +64,6 @@ class Run:
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start
-
-    rank = property(lambda self: ranks.rank())
-    world = property(lambda self: ranks.world_size())
 
     def say(self, text):
         """A line on rank 0's console, above the progress bar if there is one."""

@@ -43,7 +43,7 @@ from engine import build_engine, init_distributed, leave_processes, use_determin
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
-from rollouts import Rollout, cut, micro_batch
+from rollouts import Group, Rollout, cut, micro_batch
 from train_grpo import compare_within_groups, freeze_reference, reduce_sums, reference_pass, train_on
 from train_sft import micro_loss
 from trainer import Run, update
@@ -198,20 +198,20 @@ class Ours:
         engine, frozen, bench, cfg = self.engine, self.frozen, self.bench, self.cfg
         run = Run(cfg, "bench", Path(), bench.device, bench.dtype, "")
         prompts = {n: example(bench.config, work, n) for n in range(count)}
-        sample, lengths = self.rollout(work, count, work.completion), [(n, work.prompt_tokens) for n in prompts]
+        sample = self.rollout(work, count, work.completion)
 
         def step():
             cfg.per_device_train_batch_size = count * cfg.num_generations
             bench.sync()
             start, draw = time.perf_counter(), random.Random(0)
-            groups = [
-                [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
-                for n, group in enumerate(sample())
-            ]
+            groups = []
+            for n, group in enumerate(sample()):
+                rollouts = [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
+                groups.append(Group(n, work.prompt_tokens, rollouts, n))
             sampled, sums = time.perf_counter(), Counter()
-            _, normalizer = compare_within_groups(run, groups, count)
-            batches = [micro_batch(prompts, part, cfg).to(bench.device) for part in cut(groups, lengths, cfg)]
-            reference_pass(run, self.model, frozen, batches, [], max(1, count // 4), sums)
+            _, normalizer = compare_within_groups(run, groups)
+            batches = [micro_batch(prompts, part, cfg).to(bench.device) for part in cut(groups, cfg)]
+            reference_pass(run, self.model, frozen, batches, sums)
             bench.sync()
             referred = time.perf_counter()
             train_on(run, engine, batches, normalizer, 1, len(batches), sums)

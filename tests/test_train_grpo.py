@@ -20,7 +20,7 @@ from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loading import load_model
 from model.packed import IGNORE
-from rollouts import ALARM_STEPS, Alarm, Rollout, Sampler, reward_metrics
+from rollouts import ALARM_STEPS, Alarm, Group, Rollout, Sampler, reward_metrics
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -29,7 +29,7 @@ class OneRank:
     """As much of trainer.Run as sampling and comparing need."""
 
     def __init__(self, cfg, sampler=None):
-        self.cfg, self.sampler = cfg, sampler
+        self.cfg, self.sampler, self.world = cfg, sampler, 1
 
 
 @pytest.fixture(scope="session")
@@ -60,16 +60,15 @@ def sampled(bench, prompts=None, seed=0, length=8):
     cfg = replace(cfg, max_completion_length=length)
     run = OneRank(cfg, Sampler(model, processor, cfg))
     prompts = own if prompts is None else prompts
-    groups = train_grpo.sample_groups(run, prompts, range(seed, seed + len(prompts)))
-    for k, rollout in enumerate(r for group in groups for r in group):
-        rollout.advantage, rollout.trained = (-1) ** k * (1 + 0.1 * k), True
+    samples = train_grpo.sample_groups(run, prompts, range(seed, seed + len(prompts)))
+    groups = [Group(k, len(prompt), rollouts, k) for k, (prompt, rollouts) in enumerate(zip(prompts, samples))]
+    for k, rollout in enumerate(r for group in groups for r in group.rollouts):
+        rollout.advantage = (-1) ** k * (1 + 0.1 * k)
     return groups
 
 
 def micro_batches(prompts, groups, cfg):
-    lengths = [(number, len(prompt)) for number, prompt in enumerate(prompts)]
-    own = dict(enumerate(prompts))
-    return [train_grpo.micro_batch(own, rollouts, cfg) for rollouts in train_grpo.cut(groups, lengths, cfg)]
+    return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts, cfg) for rollouts in train_grpo.cut(groups, cfg)]
 
 
 def test_the_training_forward_gives_the_samplers_logprobs(bench):
@@ -77,7 +76,7 @@ def test_the_training_forward_gives_the_samplers_logprobs(bench):
     groups = sampled(bench)
     (batch,) = micro_batches(prompts, groups, cfg)
     logprobs, _ = train_grpo.token_logprobs(model, model, batch, cfg)
-    assert len({rollout.text for group in groups for rollout in group}) > 4
+    assert len({rollout.text for group in groups for rollout in group.rollouts}) > 4
     assert (logprobs - batch.sampler).abs().max() < 1e-4
 
 
@@ -96,7 +95,7 @@ def repeated_form(prompt, rollouts):
 def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, split):
     model, _, prompts, cfg = bench
     groups = sampled(bench)
-    everyone = [rollout for group in groups for rollout in group]
+    everyone = [rollout for group in groups for rollout in group.rollouts]
     for k, rollout in enumerate(everyone):  # completions of different lengths
         rollout.ids, rollout.logprobs = rollout.ids[: 1 + k], rollout.logprobs[: 1 + k]
     tokens = sum(len(rollout.ids) for rollout in everyone)
@@ -116,7 +115,9 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
         batches = micro_batches(prompts, groups, replace_size(cfg, split))
         if form == "repeated":
             (batch,) = micro_batches(prompts, groups, cfg)
-            batch.packed = pack([e for p, group in zip(prompts, groups, strict=True) for e in repeated_form(p, group)])
+            batch.packed = pack(
+                [e for p, group in zip(prompts, groups, strict=True) for e in repeated_form(p, group.rollouts)]
+            )
             batch.rows = (batch.packed.targets != IGNORE).nonzero()[:, 0]
             batches = [batch]
         for batch in batches:
@@ -149,7 +150,7 @@ def test_vision_tokens_are_neither_drawn_nor_in_the_softmax(bench):
     model, _, prompts, cfg = bench
     groups = sampled(bench)
     banned = set(model.config.vision_token_ids)
-    assert not any(banned & set(rollout.ids) for group in groups for rollout in group)
+    assert not any(banned & set(rollout.ids) for group in groups for rollout in group.rollouts)
     (batch,) = micro_batches(prompts, groups, cfg)
     batch.packed.targets[batch.rows] = model.config.video_token_id
     assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] == -torch.inf).all()
@@ -164,66 +165,93 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
         examples = [processor.encode(prompt.record, answer=False, control=name) for prompt in prompts]
         groups = sampled(bench, examples, length=40)  # long enough for a weak effect of random weights to show
         for example, group in zip(examples, groups, strict=True):
-            train_grpo.score_group(rewards, example, group, None, 8)
-        seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group])
+            train_grpo.score_group(rewards, example, group.rollouts, None, 8)
+        seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group.rollouts])
     assert seen[0] == seen[1]
     assert seen[0] != seen[2] and [r for _, r in seen[0]] != [r for _, r in seen[2]]
 
 
-def rollouts_of(rewards):
-    """Groups whose completions have these rewards; all texts are the same."""
-    make = lambda g, r: Rollout(g, [5], [-1.0], True, "same", components={"own": r}, reward=r, right=r > 0.5)
-    return [[make(g, r) for r in group] for g, group in enumerate(rewards)]
+def groups_of(rewards, accuracy=None):
+    """Groups whose completions have these rewards; all texts are the same. accuracy: likewise, that component."""
+    groups = []
+    for g, values in enumerate(rewards):
+        right = accuracy[g] if accuracy else values
+        make = lambda a, r: Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5)  # noqa: B023
+        groups.append(Group(g, 3, [make(a, r) for a, r in zip(right, values)], g))
+    return groups
+
+
+def compare(groups, wanted, **options):
+    cfg = GRPO(num_generations=2, per_device_train_batch_size=2 * wanted, **options)
+    return train_grpo.compare_within_groups(OneRank(cfg), groups)
 
 
 def test_groups_are_told_apart_by_index_not_by_text():
-    groups = rollouts_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
-    metrics, normalizer = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=2)
-    found = [[r.advantage for r in group] for group in groups]
-    assert found[0] == pytest.approx([0.7070, -0.7070], abs=1e-4) and found[1] == pytest.approx(found[0], abs=1e-4)
-    assert found[2] == [0.0, 0.0]
-    assert [group[0].trained for group in groups] == [True, False, False, True]  # the widest; of equals the first
-    assert normalizer == 4 and metrics["groups_trained"] == 2 and metrics["no_variance"] == 0.25
-    assert metrics["reward"] == pytest.approx(3.625)
+    groups = groups_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
+    metrics, normalizer = compare(groups, 2, beta=0.0)
+    advantages = [[r.advantage for r in group.rollouts] for group in groups]
+    assert advantages[0] == pytest.approx([0.7070, -0.7070], abs=1e-4)
+    assert advantages[1] == pytest.approx(advantages[0], abs=1e-4) and advantages[2] == [0.0, 0.0]
+    assert [group.trained for group in groups] == [True, True, False, False]  # of those that differ the first
+    assert normalizer == 4 and metrics["groups_counted"] == 2 and metrics["groups_differing"] == 3
+    assert metrics["no_variance"] == 0.25 and metrics["reward"] == pytest.approx(3.625)
 
 
-def test_groups_without_variance_are_never_trained():
-    groups = rollouts_of([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]])
-    metrics, normalizer = train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2)), groups, wanted=3)
-    assert normalizer == 6  # but their tokens count in the mean
-    assert metrics["groups_trained"] == 0 and not any(r.trained for group in groups for r in group)
+def test_groups_that_differ_in_accuracy_go_before_those_that_differ_in_length():
+    groups = groups_of([[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]])
+    compare(groups, 3, beta=0.0)
+    assert [group.trained for group in groups] == [True, False, True, True]
+    groups = groups_of([[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]])
+    compare(groups, 2, beta=0.0)
+    assert [group.trained for group in groups] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_groups_without_variance_are_trained_for_their_kl_alone(beta):
+    groups = groups_of([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]])
+    metrics, normalizer = compare(groups, 3, beta=beta)
+    assert normalizer == 6  # their tokens count in the mean
+    assert [group.trained for group in groups] == [beta > 0] * 3
+    assert all(r.advantage == 0 for group in groups for r in group.rollouts)
     assert (metrics["all_right"], metrics["all_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
-def test_metrics_tell_each_part_apart():
+def test_metrics_report_each_component_apart():
     good, bad = {"accuracy": 1.0, "format": 0.2}, {"accuracy": 0.0, "format": 0.0}
     rollouts = [Rollout(0, [5] * 4, [], True, "", good, 1.2, True), Rollout(0, [5] * 8, [], False, "", bad)]
-    metrics = reward_metrics([rollouts], [0.85])
+    metrics = reward_metrics([Group(0, 9, rollouts)], [0.85])
     assert metrics["reward/accuracy"] == 0.5 and metrics["reward/format"] == 0.1
     assert metrics["reward_std"] == pytest.approx(0.8485, abs=1e-4)
-    assert metrics["length"] == 6 and metrics["truncated"] == 0.5 and metrics["completion_tokens"] == 12
+    assert metrics["length"] == 6 and metrics["truncated"] == 0.5
+    assert metrics["completion_tokens"] == 12 and metrics["prompt_tokens"] == 9
 
 
 def test_alarms():
     alarm = Alarm()
-    good = {"reward": 1.0, "reward_std": 0.4, "trained_tokens": 3}
+    good = {"reward": 1.0, "reward_std": 0.4, "no_variance": 0.5}
     for step in range(1, 30):
         assert alarm.look(step, good) == []
     alarm = Alarm(json.loads(json.dumps(alarm.state)))  # as in a checkpoint
     told = [alarm.look(step, good | {"reward": 0.2}) for step in range(30, 50)]
     assert [text for texts in told for text in texts][0].startswith("reward collapses")
     assert sum(map(len, told)) == 2  # not at every step
-    still, flat = Alarm(), good | {"trained_tokens": 0}
+    still, flat = Alarm(), good | {"no_variance": 1.0}
     told = [still.look(step, flat) for step in range(2 * ALARM_STEPS)]
     assert [bool(texts) for texts in told] == ([False] * (ALARM_STEPS - 1) + [True]) * 2
 
 
 def test_it_learns_and_tells(grpo, base, capfd):
-    options = {"max_steps": 16, "learning_rate": 1e-2, "oversample": 2, "log_completions": 8, "logging_steps": 8}
-    folder = grpo("run", **options, num_generations=8, per_device_train_batch_size=32, eval_steps=8, max_new_tokens=8,
+    options = {
+        "max_steps": 24,
+        "learning_rate": 2e-2,
+        "data_path": base / "data/train.json",
+        "log_completions": 8,
+        "logging_steps": 8,
+    }
+    folder = grpo("run", **options, num_generations=8, per_device_train_batch_size=32, eval_steps=12, max_new_tokens=8,
                   eval_data_path=base / "data/val.json")  # fmt: skip
     reward = column(folder, "reward")
-    assert np.mean(reward[-4:]) > np.mean(reward[:4]) + 0.025, reward  # a step's std is 0.015, the gain's 0.011
+    assert np.mean(reward[-4:]) > np.mean(reward[:4]) + 0.025, reward  # over the same 16 prompts
     rows = lines(folder)[1]
     for name in ("reward", "reward_std", "reward/vowels", "reward/vowels_std", "all_right", "all_wrong", "no_variance",
                  "length", "truncated", "kl", "clipped", "entropy", "grad_norm", "sampler_gap", "sampler_gap_max",
@@ -231,18 +259,17 @@ def test_it_learns_and_tells(grpo, base, capfd):
         assert isinstance(rows[name], float), name
     assert column(folder, "kl")[0] == pytest.approx(0, abs=1e-6) and column(folder, "kl")[-1] > 1e-3
     assert max(column(folder, "sampler_gap_max")) < 1e-4
-    assert [line["step"] for line in lines(folder) if "eval_sampled_accuracy" in line] == [0, 8, 16]
+    assert [line["step"] for line in lines(folder) if "eval_sampled_accuracy" in line] == [0, 12, 24]
 
     rollouts = lines(folder, "rollouts.jsonl")
-    assert len(rollouts) == 16 * 6 * 8  # every completion, of groups that were not trained on too
-    assert sum(row["trained"] for row in rollouts[:48]) == 32
+    assert len(rollouts) == 24 * 4 * 8  # every completion
     first = rollouts[0]
     assert first["question"].startswith("<video>") and first["video"].endswith(".mp4") and first["answer"]
     assert first["n_tokens"] == len(first["ids"]) == len(first["tokens"]) == len(first["logprobs"])
     assert first["reward"] == first["rewards"]["vowels"]
     shown = capfd.readouterr().out
     assert "best of a group: reward" in shown and "worst of a group: reward" in shown and "greedy" in shown
-    assert "step      8/16" in shown and "step      7/16" not in shown
+    assert "step      8/24" in shown and "step      7/24" not in shown
     assert (folder / "report.html").exists()
 
 
@@ -264,6 +291,29 @@ def test_resume_goes_on_bit_for_bit(grpo):
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
     kl = column(whole, "kl")
     assert kl[0] < 1e-6 and min(kl[1:]) > 1e-3
+
+
+def test_more_is_sampled_until_enough_groups_differ(grpo, base, monkeypatch):
+    """Only some prompts differ in accuracy: rounds go on until enough do; a resumed run goes on in the data."""
+    (base / "some.py").write_text("""
+def accuracy(text, sample):
+    return float(len(text)) if "3" in sample.record["id"] else 0.0
+""")
+    records = [json.loads(json.dumps(record)) for record in read_records(base / "data/train.json")][:12]
+    for k, record in enumerate(records):
+        record["id"] = f"{k}-{'3' if k % 3 else '0'}"
+    (base / "data/twelve.json").write_text(json.dumps(records))
+    options = {"data_path": base / "data/twelve.json", "rewards": f"{base}/some.py:accuracy", "max_resample": 2}
+    options |= {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
+    whole, broken = grpo("whole", **options), grpo("broken", **options)
+    assert set(column(whole, "rounds")) <= {1, 2, 3} and max(column(whole, "rounds")) > 1
+    for rounds, differing in column(whole, "rounds", "groups_differing"):
+        assert differing >= 2 or rounds == 3
+    assert column(whole, "epoch")[-1] == sum(column(whole, "rounds")) / 6
+    for step in (3, 4):
+        shutil.rmtree(broken / f"checkpoint-{step}", ignore_errors=True)
+    grpo("broken", **options, resume=True)
+    assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
 
 
 def test_the_reference_stays_as_it_was(base):
@@ -308,7 +358,7 @@ def test_how_the_batch_is_cut_changes_nothing(grpo):
 
 def test_two_ranks_equal_one(grpo, base, tmp_path):
     """The same prompts and completions, one group dropped or chosen as all ranks see it, counts over all ranks."""
-    options = {"max_steps": 2, "oversample": 1.75, "save_steps": 2}  # 7 prompts: the ranks' shares differ
+    options = {"max_steps": 2, "max_resample": 1, "save_steps": 2}  # 4 and 2 prompts
     done = two_ranks(train_grpo, base, tmp_path / "two", **options, per_device_train_batch_size=8)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folders = grpo("one", **options), tmp_path / "two"
@@ -317,7 +367,7 @@ def test_two_ranks_equal_one(grpo, base, tmp_path):
     assert one == two
     mine, theirs = (weights(folder / "checkpoint-2") for folder in folders)
     assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5
-    for name in ("reward", "kl_trained", "loss", "entropy", "grad_norm"):
+    for name in ("reward", "kl", "kl_trained", "loss", "entropy", "grad_norm"):
         assert column(folders[0], name) == pytest.approx(column(folders[1], name), abs=1e-5), name
 
 
