@@ -14,7 +14,8 @@ from tqdm import tqdm
 import ranks
 from answers import extract_answer
 from checkpoint import ROLLOUTS, append_lines
-from data import CONTROLS, examples
+from data import CONTROLS
+from loader import examples
 from model import UserError
 from model.decode import Sampling
 from records import Selection, read_records, read_turns, record_name, spread

@@ -31,9 +31,10 @@ import torch
 import ranks
 import trainer
 from checkpoint import ROLLOUTS, STATE, append_lines, find_adapter, read_json
-from data import Loader, read_records
+from data import read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
 from memory import out_of_memory, smaller_update
 from model.decode import Sampling

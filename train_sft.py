@@ -22,8 +22,9 @@ import torch
 
 import ranks
 import trainer
-from data import Loader, pack, read_records
+from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
+from loader import Loader
 from memory import out_of_memory, smaller_update
 from model.packed import IGNORE
 from model.qwen import target_logprobs
@@ -65,7 +66,8 @@ def main():
                 grad_norm, updated = trainer.update(engine, micro_batches, loss_of, passes)
         except torch.OutOfMemoryError:
             raise out_of_memory(run.device, f"training step {step}", micro_batches, smaller_update(cfg)) from None
-        loss, right = (total / answers if answers else None for total in ranks.add(*sums.tolist()))
+        loss, right = ranks.add(*sums.tolist())
+        loss, right = (loss / answers, right / answers) if answers else (None, None)
         trainer.check_left_out(run, broken)
         trainer.check_numbers(run, step, loss, grad_norm, updated)
 

@@ -270,14 +270,15 @@ def after_step(run, engine, evaluate, loop=None):
     loop: what the script wants back when the run is resumed.
     """
     cfg, step = run.cfg, run.step
-    better, evaluation_due = False, evaluate is not None and is_due(cfg.eval_steps, step, run.total)
+    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+    better, save_due = False, is_due(every, step, run.total)
+    evaluation_due = evaluate is not None and is_due(cfg.eval_steps, step, run.total)
     stop = stop_requested(run)
     if evaluation_due and not stop:
         better, evaluation_due = evaluate(), False
         write_page(run)
         stop = stop_requested(run)
-    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-    if better or stop or is_due(every, step, run.total):
+    if better or stop or save_due:
         save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due})
     return bool(stop)
 

@@ -27,7 +27,8 @@ import torch
 
 from clips import draw_clip, render, write_mp4
 from config import VideoArgs
-from data import Processor, examples, load_tokenizer
+from data import Processor, load_tokenizer
+from loader import examples
 from model.loading import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"

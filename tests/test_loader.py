@@ -15,7 +15,8 @@ import torch
 from conftest import random_model
 from test_data import record, turns
 
-from data import Example, Loader, MissingFileError, examples, fill_bins, pack, pack_groups
+from data import Example, MissingFileError, pack, pack_groups
+from loader import Loader, examples, fill_bins
 from model import UserError
 from model.qwen import IGNORE
 
@@ -176,7 +177,7 @@ KILLED = """
 import os, signal, sys, time
 sys.path[:0] = ["tests", "."]
 import torch
-from data import Samples
+from loader import Samples
 class Slow:
     notes = {}
     def encode(self, record, *rest):

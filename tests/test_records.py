@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import SYSTEM, as_transformers, clips, processor, text_of, trained_text, turns  # noqa: F401 fixtures
 
-from data import Loader
+from loader import Loader
 from model import UserError
 from records import Media, Selection, clip_name, read_form, read_records, read_turns, record_name, spread
 from rewards import accuracy, reference_answer, sample_from_record
