@@ -74,13 +74,15 @@ def append_lines(path, rows):
         raise UserError(f"{path}: {why}") from None
 
 
-def cut_after(path, step):
-    """Drop the lines of later steps from a .jsonl, and a last line cut short: the resumed run writes them again."""
+def cut_after(path, step, again=lambda row: False):
+    """Drop from a .jsonl what the resumed run writes again: the lines of later steps, a last line cut short, and of
+    this step those that `again` is true of."""
     if not path.exists():
         return
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        row = json.loads(line) if line.endswith("\n") else None
+        if row is None or row["step"] > step or (row["step"] == step and again(row)):
             break
         lines.append(line)
     temporary = path.with_name(f".{path.name}.tmp")

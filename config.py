@@ -204,7 +204,7 @@ class GRPO(CommonTrain):
 
     output_dir: str = "output/grpo_video_lora"  # the run's folder: checkpoints, metrics.jsonl, rollouts.jsonl, config
     model_ckpt: str | None = ""  # adapter to continue from; "" = the newest under output/, none = a new one on the base
-    num_train_epochs: float = 4.0  # passes over the data; 84 steps on 1000 clips, 48 prompts each
+    num_train_epochs: float = 2.6  # rounds of prompts over the data; 84 steps on 1000 clips, 32 prompts each
     per_device_train_batch_size: int = 256  # completions a micro-batch and process: 32 prompts x 8; half learns slower
     learning_rate: float = 1e-3  # AdamW's peak rate; for rank 16 on the tiny model, not measured on the 3B
     warmup_ratio: float = 0.05  # share of all steps with a rising rate

@@ -205,7 +205,7 @@ def read_form(record: dict, where: str) -> Conversation:
 def conversation_of(record: dict) -> Conversation:
     forms = [key for key in FORMS if record.get(key) is not None]
     if not forms:
-        names = ", ".join(map(str, record))[:200] or "none"
+        names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
         raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
     if len(chats := [key for key in forms if key in ("conversations", "messages", "conversation")]) > 1:
         raise UserError(f"found {' and '.join(chats)}; expected one of them")

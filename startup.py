@@ -222,8 +222,9 @@ def prepare_folder(run):
             (run.folder / name).unlink(missing_ok=True)
         for name in TRACKERS:
             shutil.rmtree(run.folder / name, ignore_errors=True)
-    for name in (METRICS, ROLLOUTS):
-        checkpoint.cut_after(run.folder / name, run.step)
+    due = run.loop_state("evaluation_due")  # its lines may be there: it was made, and the run killed before it saved
+    checkpoint.cut_after(run.folder / METRICS, run.step, lambda row: due and "evaluation" in row)
+    checkpoint.cut_after(run.folder / ROLLOUTS, run.step, lambda row: due and "advantage" not in row)
     if run.best:
         write_json(run.folder / BEST, run.best)
     else:

@@ -391,8 +391,8 @@ def against_start(run):
 
 def finish(run, log):
     """Close the log, write the page, print how the run ended; after a signal exit with 128 + its number."""
-    log.close()
     write_page(run)
+    log.close()  # W&B takes the page along
     number = stop_requested(run)
     best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
     why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""

@@ -11,7 +11,6 @@ import numpy as np
 
 from config import SFT, as_dict
 from model import UserError
-from video import Options, plan_clip, read_clip
 
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
@@ -27,6 +26,8 @@ def find_clip(name: str, config: dict) -> Path | None:
 
 def strip(video: str | list[str] | None, config: dict) -> dict:
     """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`: a file, or a list of images."""
+    from video import Options, plan_clip, read_clip  # not at the top: it imports torch, and --help must not wait
+
     names = video if isinstance(video, list) else [video] if video else []
     paths = [find_clip(name, config) for name in names]
     if None in paths:

@@ -1,4 +1,4 @@
-"""A small part of tests/chaos.py: three kills of each kind, 20 broken files and datasets; it sees a failure."""
+"""A small part of tests/chaos.py: a kill of each kind, 20 broken files and datasets; it sees a failure."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ TOOL = Path(__file__).with_name("chaos.py")
 
 
 def test_killed_runs_and_broken_files():
-    command = [sys.executable, TOOL, "--kills", "3", "--files", "20", "--minutes", "0.7", "--seed", "1"]
+    command = [sys.executable, TOOL, "--kills", "1", "--files", "20", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     rows = [line.split("|")[1:4] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +31,7 @@ def test_a_crash_and_a_hang_are_seen(chaos, tmp_path):
         raise KeyError("no such thing")
 
     assert chaos.end_of(chaos.fork(raises, tmp_path / "log")) == 1
-    assert chaos.end_of(chaos.fork(os.abort, tmp_path / "log")) == -6
+    assert chaos.end_of(chaos.fork(lambda: os.kill(os.getpid(), 9), tmp_path / "log")) == -9
     assert chaos.end_of(chaos.fork(lambda: chaos.time.sleep(60), tmp_path / "log"), seconds=0.2) is None
 
 

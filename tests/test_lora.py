@@ -91,9 +91,6 @@ def test_where_adapters_go_and_what_is_trained(model, changes, counts):
     whole = changes.get("tune_merger", False), not changes.get("freeze_vision_tower", True), False
     trained_whole = {c: flag for c, flag in zip(("merger", "vision", "llm"), whole)}
     assert trained & parameters.keys() == {name for name in parameters if trained_whole[lora.part_of(name)]}
-    if names:
-        with pytest.raises(UserError, match="already"):
-            lora.inject(model, with_args())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from runs import ROOT, base, column, flags_for, lines, sft, steps_saved, two_ranks, weights  # noqa: F401 (fixtures)
+from runs import ROOT, base, column, flags_for, lines, release_run, sft, steps_saved, two_ranks, weights  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
 import evaluate
@@ -156,6 +156,31 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monk
     assert stopped.value.code == 143 and steps_saved(folder) == [3]
     sft("run", resume=True)
     assert column(folder, "loss") == column(whole, "loss")
+
+
+def test_an_evaluation_that_a_stopped_run_owes_is_logged_once(sft, base, monkeypatch):
+    """A signal at a step whose evaluation is due; the resumed run makes it and is killed before it saves."""
+    options = {"eval_data_path": base / "data/val.json", "eval_steps": 3, "max_new_tokens": 4, "eval_controls": 0}
+    whole, check = sft("whole", **options), trainer.check_numbers
+
+    def stop_at_three(run, step, *rest):
+        check(run, step, *rest)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "check_numbers", stop_at_three)
+        with pytest.raises(SystemExit):
+            sft("run", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "seed_step", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            sft("run", **options, resume=True)
+    release_run()
+    folder = sft("run", **options, resume=True)
+    for name in ("eval_accuracy", "loss"):
+        assert column(folder, name, "step") == column(whole, name, "step")
+    assert lines(folder, "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
 
 
 def test_a_folder_with_a_run_is_refused_then_overwritten(sft, tmp_path):
