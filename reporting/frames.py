@@ -26,7 +26,7 @@ def find_clip(name: str, config: dict) -> Path | None:
 
 def strip(video: str | list[str] | None, config: dict) -> dict:
     """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`: a file, or a list of images."""
-    from video import Options, plan_clip, read_clip  # not at the top: it imports torch, and --help must not wait
+    from video import Options  # not at the top: it imports torch, and --help must not wait for that
 
     names = video if isinstance(video, list) else [video] if video else []
     paths = [find_clip(name, config) for name in names]
@@ -45,6 +45,8 @@ def strip(video: str | list[str] | None, config: dict) -> dict:
 @functools.lru_cache(256)
 def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict:
     """The strip of a clip: FRAMES of its sampled frames. Raises UserError naming the file."""
+    from video import plan_clip, read_clip
+
     plan = plan_clip(kind, paths, options)
     count = len(plan.indices)
     shown = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int).tolist()
