@@ -197,6 +197,7 @@ IGNORED = [
      "it is off in GRPO, so that the sampler is the policy that is trained"),
     ("train_grpo", "epsilon epsilon_high", lambda c: c.num_iterations == 1,
      "one update a set of rollouts: ratios are 1"),
+    ("infer", "output controls max_samples", lambda c: c.data_path is None, "it is for a dataset (--data_path)"),
     ("generate", "num_samples frame_size video_length augment augment_prob",
      lambda c: c.from_folder is not None, "clips of --from_folder are used as they are"),
     ("generate", "question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),

@@ -87,18 +87,19 @@ class Evaluation:
     accuracy = property(lambda self: self.right / self.count if self.count else None)
 
 
-def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Evaluation:
+def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(), on_answer=None) -> Evaluation:
     """Free generation on records, read by rewards.py, shared over the ranks.
 
     sampler: rollouts.Sampler. sampling: model.decode.Sampling. control: the frames as they are ("none"), "reversed",
-    "shuffled" or "blank". step: of the rows.
+    "shuffled" or "blank". step: of the rows. known: {number: answer} that need not be asked. on_answer(number, sample,
+    text, answer): called for each answer as it comes.
     """
     decode_token = cache(lambda token: sampler.processor.backend.decode([token], skip_special_tokens=False))
-    answers, skipped, rows = {}, {}, []
+    answers, skipped, rows = dict(known), {}, []
     mode = sampler.model.training
     sampler.model.eval()
     with progress(len(records) // ranks.world_size(), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
-        readable = prompts(sampler, records, control, skipped, bar)
+        readable = prompts(sampler, records, control, set(answers), skipped, bar)
         for batch in prompt_batches(readable, EVAL_TOKENS):
             seeds = [seed + 7_919 * example.number for example in batch]
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
@@ -106,6 +107,8 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
                 rollout = sampler.rollout(number, completion)
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = *in_words(sample, rollout.text), rollout.right
+                if on_answer:
+                    on_answer(number, sample, rollout.text, answers[number])
                 if number < EVAL_SHOWN:
                     rows.append(shown(step, example, rollout, decode_token))
     sampler.model.train(mode)
@@ -115,11 +118,14 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0) -> Eval
     return Evaluation(answers, skipped, rows)
 
 
-def prompts(sampler, records, control, skipped, bar):
-    """This rank's records -> Examples that end where the answer begins, with their numbers. What cannot be read or
-    judged goes into `skipped`."""
+def prompts(sampler, records, control, known, skipped, bar):
+    """This rank's records -> Examples that end where the answer begins, with their numbers, but those in `known`. What
+    cannot be read or judged goes into `skipped`."""
     numbers = []
     for number in range(ranks.rank(), len(records), ranks.world_size()):
+        if number in known:
+            bar.update()
+            continue
         try:
             check_solution(records[number])
             numbers.append(number)

@@ -2,6 +2,7 @@
 
     python infer.py video.mp4 [--question "…"]     a video, a gif, an image, or a folder of frames
     python infer.py --data_path val.json           accuracy, confusion, and both with frames reversed, shuffled, blank
+    python infer.py --data_path val.json --output predictions.jsonl     a line for each answer; goes on where it stopped
 
 The newest adapter under output/ is used if it was made for this base, and clips are read as it was trained on them.
 The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from records import IMAGE_SUFFIXES, read_records, spread
+from records import IMAGE_SUFFIXES, read_records, record_name, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
@@ -218,9 +219,11 @@ def judge(cfg, model, processor, records):
     from rollouts import Sampler
 
     started, results, sampler = time.perf_counter(), {}, Sampler(model, processor, cfg)
+    known, write = read_predictions(cfg.output, records), prediction_writer(cfg.output, records)
     for control in CONTROLS:
         if control == "none" or control in split_list(cfg.controls or ""):
-            results[control] = evaluate(sampler, records, sampling_of(cfg, sampler), cfg.seed, control)
+            file = {"known": known, "on_answer": write} if control == "none" else {}
+            results[control] = evaluate(sampler, records, sampling_of(cfg, sampler), cfg.seed, control, **file)
             if not results["none"].count:
                 first = next(iter(results["none"].skipped.values()))
                 raise UserError(f"{cfg.data_path}: none of {len(records)} can be asked; the first: {first}")
@@ -230,9 +233,71 @@ def judge(cfg, model, processor, records):
     facts = {control: measure(result.answers, plain.answers) for control, result in results.items()}
     blind, confusion = chance(plain.answers), confusion_of(plain.answers)
     show(facts, results, blind, confusion)
+    tasks = by_task(plain.answers, records)
+    for task, (right, count) in tasks.items() if len(tasks) > 1 else ():
+        print(f"{task:<24}{right:g}/{count}{right / count:>10.1%}")
     whole = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(plain.skipped), "chance": blind}
     whole |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
+    whole["tasks"] = {task: {"right": right, "count": count} for task, (right, count) in tasks.items()}
     return whole | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def task_of(sample):
+    return sample.problem_type or ("multiple choice" if sample.options else "open")
+
+
+def by_task(answers, records):
+    """{task: [sum of accuracy rewards, how many answers]}, by the records' problem_type."""
+    from rewards import sample_from_record
+
+    tasks = {}
+    for number, (*_, right) in answers.items():
+        each = tasks.setdefault(task_of(sample_from_record(records[number])), [0, 0])
+        each[0] += right
+        each[1] += 1
+    return dict(sorted(tasks.items()))
+
+
+def read_predictions(path, records):
+    """{number: answer} of the lines that an earlier run wrote, a last one cut short left out. UserError where they are
+    not of these records."""
+    known = {}
+    if path is None or not Path(path).exists():
+        return known
+    text = Path(path).read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        for row in rows:
+            record = records[row["number"]]
+            if row["id"] != record.get("id", record_name(record)):
+                raise IndexError(row["id"])
+            known[row["number"]] = row["true"], row["said"], row["options"], row["right"]
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        problem = f"--output: {path} holds other lines than predictions of these records ({error})"
+        raise UserError(f"{problem}; choose another file") from None
+    if whole != text:
+        Path(path).write_text(whole, encoding="utf-8")
+    return known
+
+
+def prediction_writer(path, records):
+    """A function that appends one answer to the file, for evaluate(); None without a file."""
+    from checkpoint import append_lines
+    from rewards import format
+
+    def write(number, sample, text, answer):
+        true, said, options, right = answer
+        record = records[number]
+        row = {"number": number, "id": record.get("id", record_name(record)), "task": task_of(sample)}
+        row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": true, "said": said}
+        row |= {"options": options, "right": right, "rewards": {"accuracy": right, "format": format(text, sample)}}
+        append_lines(path, [row])
+
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write
+    return None
 
 
 def show(facts, results, chance, confusion, most=8):

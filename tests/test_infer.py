@@ -283,6 +283,32 @@ def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
     assert re.search(r"Ascending +2 +0 +0 +0", out)
 
 
+def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch, here, base, dataset):
+    asked, watch = [], watches()
+
+    def generate(model, prompts, *rest, **more):
+        asked.extend(prompts.names)
+        return watch(model, prompts, *rest, **more)
+
+    monkeypatch.setattr("rollouts.generate", generate)
+    flags = ["--data_path", dataset, "--model_id", base, "--controls", "none", "--output", "out/predictions.jsonl"]
+    whole = run(capsys, *flags)[1]
+    path = here / "out/predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    assert [row["number"] for row in rows] == list(range(9)) and {row["task"] for row in rows} == {"multiple choice"}
+    assert rows[1]["answer"] == "Answer: (B) Right to Left" and rows[1]["said"] == "Right to Left"
+    assert rows[1]["rewards"]["accuracy"] == rows[1]["right"] == 1
+    path.write_text("".join(lines[:4]) + lines[4][:20])  # killed in its fifth line
+    asked.clear()
+    again = run(capsys, *flags)[1]
+    assert len(asked) == 5 and path.read_text() == "".join(lines)
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    path.write_text('{"number": 0, "id": "another"}\n')
+    with pytest.raises(UserError, match="--output: out/predictions.jsonl holds other lines than"):
+        run(capsys, *flags)
+
+
 def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
     monkeypatch.setattr("rollouts.generate", watches(["It is (A)"] * 3 + ["no idea"]))
     eight = dataset.with_name("eight.json")  # two of each class
