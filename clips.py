@@ -231,8 +231,8 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
     return f"<think>{' '.join(sentences)}</think><answer>{OPTIONS[label]}</answer>"
 
 
-def strip(frames: np.ndarray) -> bytes:
-    """Frames (F, H, W, 3) in one row, in time order, as PNG: the picture that a server is shown."""
+def strip(frames: np.ndarray) -> np.ndarray:
+    """Frames (F, H, W, 3) in one row, in time order: the picture (H, W, 3) that a server is shown."""
     enlarge, gap = -(-112 // frames.shape[-2]), 6
     frames = frames.repeat(enlarge, axis=-3).repeat(enlarge, axis=-2)
     count, height, width = frames.shape[:3]
@@ -240,6 +240,11 @@ def strip(frames: np.ndarray) -> bytes:
     for k, frame in enumerate(frames):
         x = gap + k * (width + gap)
         page[gap : gap + height, x : x + width] = frame
+    return page
+
+
+def png(page: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a PNG file."""
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width, codec.pix_fmt, codec.framerate = *page.shape[:2], "rgb24", 1
     picture = av.VideoFrame.from_ndarray(page, "rgb24")

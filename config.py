@@ -267,6 +267,7 @@ class Look(View):
     # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
+    preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
 
 
 @dataclass

@@ -25,7 +25,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -44,7 +44,18 @@ from model.loading import ModelConfig, resolve_folder
 from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
 from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
-from video import MERGE, PATCH, TEMPORAL, ClipPlan, Options, apply_control, file_stamp, plan_clip, read_clip
+from video import (
+    MERGE,
+    PATCH,
+    TEMPORAL,
+    ClipPlan,
+    Options,
+    apply_control,
+    file_stamp,
+    from_patches,
+    plan_clip,
+    read_clip,
+)
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
 DEFAULT_SYSTEM = Turn("system", ("You are a helpful assistant.",))
@@ -465,17 +476,21 @@ def describe_dataset(file: str, processor: Processor, results: Iterable[dict]) -
         yield f"  skipped   {len(refused) - SHOWN} more"
 
 
-def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
-    """The lines that tell of one file; with as_json, JSON: one for each record, or for the clip."""
-    is_dataset = file.endswith((".json", ".jsonl"))
-    if is_dataset:
+def records_of(file: str, processor: Processor, question: str) -> tuple[Sequence[dict], bool]:
+    """(records, whether they are a dataset's) of a dataset, or of a video or image and a question about it."""
+    if file.endswith((".json", ".jsonl")):
         args = copy(processor.args)
-        args.data_path, records = file, read_records(file)
+        args.data_path = file
         processor.folders = media_folders(args)
-    else:
-        kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
-        part = {"type": kind, "path": os.path.abspath(file)}
-        records = [{"messages": [{"role": "user", "content": [part, question]}]}]
+        return read_records(file), True
+    kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
+    part = {"type": kind, "path": os.path.abspath(file)}
+    return [{"messages": [{"role": "user", "content": [part, question]}]}], False
+
+
+def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
+    """The lines that describe one file; with as_json, JSON: one for each record, or for the clip."""
+    records, is_dataset = records_of(file, processor, question)
 
     def results() -> Iterator[dict]:
         for i in range(len(records)):
@@ -494,6 +509,28 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
         yield from describe_clip(file, next(results()), processor.args.max_seq_length)
 
 
+def write_preview(file: str, processor: Processor, question: str, path: str) -> None:
+    """A PNG of the file's frames, or those of a dataset's first record, a row for each clip. UserError without any."""
+    from clips import png, strip
+
+    record = records_of(file, processor, question)[0][0]
+    example = processor.encode(record, answer=False)
+    if example.patches is None:
+        raise UserError(f"--preview: {example.name} has no clip, expected a video or an image")
+    clips = example.patches.numpy().astype(np.uint8)
+    ends = np.cumsum([math.prod(grid) for grid in example.grid_thw])[:-1]
+    rows = [strip(from_patches(patches, grid)) for patches, grid in zip(np.split(clips, ends), example.grid_thw)]
+    page = np.full((sum(len(row) for row in rows), max(row.shape[1] for row in rows), 3), 255, np.uint8)
+    top = 0
+    for row in rows:
+        page[top : top + len(row), : row.shape[1]] = row
+        top += len(row)
+    try:
+        Path(path).write_bytes(png(page))
+    except OSError as error:
+        raise UserError(f"--preview: {path} cannot be written ({error.strerror}); choose another file") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(Look, argv)
     for line in ignored_options(args):
@@ -503,6 +540,8 @@ def main(argv: list[str] | None = None) -> None:
     for file in args.files:
         for line in look_at_file(file, processor, args.json, args.text):
             print(line)
+    if args.preview:
+        write_preview(args.files[0], processor, args.text, args.preview)
 
 
 if __name__ == "__main__":

@@ -175,4 +175,4 @@ def strip_of(video: Video, count: int) -> bytes:
     h, w = index.size
     size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
     frames = torch.stack(read_frames(str(video.path), picks, [index.seek(i) for i in picks], size))
-    return clips.strip(frames.permute(0, 2, 3, 1).numpy())
+    return clips.png(clips.strip(frames.permute(0, 2, 3, 1).numpy()))

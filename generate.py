@@ -219,7 +219,7 @@ def answers(cfg: Generate, jobs: list[Job], made, cache: Path) -> tuple[list[str
     if not cfg.cot:
         return [f"Answer: {OPTIONS[job.label]}" for job in jobs], {}
     if uses_server(cfg):
-        strip = lambda clip: clips.strip(clips.render(clip, clips.sampled_frames(clip.length)))
+        strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
         questions = [server_question(OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
         return ask_server(cfg, questions, cache)
     print("chains of thought: trajectory")

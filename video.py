@@ -558,6 +558,13 @@ def to_patches(frames: Tensor) -> Tensor:
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * TEMPORAL * PATCH * PATCH)
 
 
+def from_patches(patches: np.ndarray, grid_thw) -> np.ndarray:
+    """(P, 1176) -> frames (F, H, W, 3) uint8: undoes to_patches."""
+    t, h, w = grid_thw
+    x = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, TEMPORAL, PATCH, PATCH)
+    return x.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(TEMPORAL * t, PATCH * h, PATCH * w, 3)
+
+
 # ---- Controls for evaluation
 
 

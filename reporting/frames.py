@@ -45,7 +45,7 @@ def strip(video: str | list[str] | None, config: dict) -> dict:
 @functools.lru_cache(256)
 def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict:
     """The strip of a clip: FRAMES of its sampled frames. Raises UserError naming the file."""
-    from video import plan_clip, read_clip
+    from video import from_patches, plan_clip, read_clip
 
     plan = plan_clip(kind, paths, options)
     count = len(plan.indices)
@@ -54,13 +54,6 @@ def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict
     pictures = [jpeg(picture) for picture in from_patches(read_clip(few).numpy(), few.grid_thw)]
     note = f"{len(shown)} of {count} sampled frames, {plan.size[1]} x {plan.size[0]} pixels"
     return {"images": list(zip((plan.times[k] for k in shown), pictures)), "note": note}
-
-
-def from_patches(patches: np.ndarray, grid_thw: tuple[int, int, int]) -> np.ndarray:
-    """(P, 1176) -> frames (F, H, W, 3) uint8: undoes video.to_patches."""
-    t, h, w = grid_thw
-    x = patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)  # cells, patches of a cell, colour, frame, pixels
-    return x.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
 
 
 def jpeg(picture: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -345,3 +346,20 @@ def test_records_that_went_wrong(processor, clips, case):
         assert case["expect"].startswith("only frames between 1.0 s and 2.0 s")
         (clip,) = result["clips"]
         assert clip["indices"] == [10, 13, 17, 20] and all(1 <= time <= 2 for time in clip["times"])
+
+
+def test_a_preview_shows_the_frames_as_the_model_sees_them(tmp_path):
+    """The PNG holds every sampled frame, in its resized pixels, in order."""
+    frames = [np.full((56, 84, 3), 60 * k + 20, np.uint8) for k in range(4)]
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=2)
+        stream.height, stream.width, stream.pix_fmt = 56, 84, "bgr0"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        file.mux(stream.encode(None))
+    data.main([str(tmp_path / "clip.mkv"), "--nframes", "4", "--preview", str(tmp_path / "out.png")])
+    with av.open(str(tmp_path / "out.png")) as file:
+        page = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    row = page[len(page) // 2, :, 0].astype(int)
+    shown = [value for value, before in zip(row[1:], row[:-1]) if value != before and value < 250]
+    assert shown == [20, 80, 140, 200]

@@ -140,7 +140,7 @@ def test_frames_are_those_that_the_model_saw(tmp_path):
     write_clip(tmp_path / "a.mp4")
     options = video.Options.from_args("video", SFT(nframes=4), {}, "")
     plan = video.plan_clip("video", (str(tmp_path / "a.mp4"),), options)
-    pictures = frames.from_patches(video.read_clip(plan).numpy(), plan.grid_thw)
+    pictures = video.from_patches(video.read_clip(plan).numpy(), plan.grid_thw)
     assert pictures.shape == (4, *plan.size, 3)
     bars = [picture[..., 0].mean(0).argmax() / plan.size[1] for picture in pictures.astype(float)]
     np.testing.assert_allclose(bars, [(4 * k + 4) / 64 for k in plan.indices], atol=0.08)
