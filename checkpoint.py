@@ -80,13 +80,13 @@ def cut_after(path, step, again=lambda row: False):
     if not path.exists():
         return
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        row = json.loads(line) if line.endswith("\n") else None
+    for line in path.read_bytes().splitlines(keepends=True):  # of text it would split at U+2028 too
+        row = json.loads(line) if line.endswith(b"\n") else None
         if row is None or row["step"] > step or (row["step"] == step and again(row)):
             break
         lines.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_bytes(b"".join(lines))
     sync(temporary)
     temporary.rename(path)
 
@@ -199,7 +199,9 @@ def find_adapter(path, output="output", besides=None, script=None):
     if path == "":
         runs = {file.parents[1] for file in Path(output).rglob("checkpoint-*/adapter_config.json")}
         runs = [run for run in runs if besides is None or run.resolve() != Path(besides).resolve()]
-        runs = [run for run in runs if script and read_json(run / RUN).get("script") == script] or runs
+        runs = [run for run in runs if checkpoints(run)]
+        scripts = {run: read_json(run / RUN).get("script") if (run / RUN).exists() else None for run in runs}
+        runs = [run for run in runs if script and scripts[run] == script] or runs
         if not runs:
             return None
         return find_adapter(max(runs, key=lambda run: max(p.stat().st_mtime for p in checkpoints(run))))

@@ -295,7 +295,6 @@ class Infer(View):
     controls: str | None = "reversed,shuffled,blank"  # evaluate again with the frames in each state; none = off
     output: str | None = None  # .jsonl to write, a line for each answer as it comes; one that is there is continued
     max_samples: int | None = None  # evaluate only N, spread over the file by the seed; none = all
-    cuda_graphs: bool = True  # small batches run as CUDA graphs; the first of a size takes a second to capture
     dataloader_num_workers: int = 0  # processes that read clips ahead
 
 

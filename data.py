@@ -478,6 +478,7 @@ def describe_dataset(file: str, processor: Processor, results: Iterable[dict]) -
 
 def records_of(file: str, processor: Processor, question: str) -> tuple[Sequence[dict], bool]:
     """(records, whether they are a dataset's) of a dataset, or of a video or image and a question about it."""
+    processor.rebudgeted.clear()  # of the file before
     if file.endswith((".json", ".jsonl")):
         args = copy(processor.args)
         args.data_path = file

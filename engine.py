@@ -147,7 +147,12 @@ def deepspeed_config(cfg, device, dtype, world, count):
     }
     notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
     if cfg.deepspeed:
+        precision = {key: config[key]["enabled"] for key in ("bf16", "fp16")}
         notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
+        for key, enabled in precision.items():
+            if config[key].get("enabled") != enabled:
+                problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
+                raise UserError(f"{problem}; write auto there, and give --{key}")
     stage = config["zero_optimization"].get("stage")
     if stage not in (1, 2):
         raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {stage}, expected 1 or 2; there is no ZeRO-3")
@@ -178,13 +183,17 @@ ELSEWHERE = {
 
 
 def merge(ours, theirs, source):
-    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect."""
+    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect.
+    UserError for a value that has not the form of ours, and for another precision than the flags'."""
     notes = []
     for key, value in theirs.items():
         if value == "auto":
             continue
         if key in ELSEWHERE:
             notes.append(f"{source}: {key} has no effect: {ELSEWHERE[key]}")
+        elif value is None or (key in ours and isinstance(value, dict) != isinstance(ours[key], dict)):
+            form = "an object" if isinstance(ours.get(key), dict) else "a value"
+            raise UserError(f"{source}: {key} is {json.dumps(value)}, expected {form}; leave it out, or write auto")
         elif isinstance(value, dict):
             notes += merge(ours.setdefault(key, {}), value, source)
         else:

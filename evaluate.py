@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -60,6 +60,8 @@ def answerable(cfg, what, records, most=None):
         first = next(iter(faults.values()))
         if len(faults) > (cfg.max_skip_share if most is None else most) * looked_at:
             raise UserError(f"{found}, max_skip_share is {cfg.max_skip_share}; the first: {first}")
+        if most is None and len(faults) == len(records):
+            raise UserError(f"{found}: none is left; the first: {first}")
         names = ", ".join(f"sample {number}" for number in [*faults][:8]) + (", …" if len(faults) > 8 else "")
         return good, [f"{found}, so they are left out: {names}; {first}"]
     return good, []
@@ -108,7 +110,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = *in_words(sample, rollout.text), rollout.right
                 if on_answer:
-                    on_answer(number, sample, rollout.text, answers[number])
+                    on_answer(number, replace(sample, truncated=not rollout.finished), rollout.text, answers[number])
                 if number < EVAL_SHOWN:
                     rows.append(shown(step, example, rollout, decode_token))
     sampler.model.train(mode)

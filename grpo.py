@@ -5,7 +5,10 @@ The loss, over the tokens t of all completions i of the global batch:
     ratio  = exp(logprob - old logprob)               per token, or one a sequence: exp of the mean over its tokens
     policy = -min(ratio * A_i, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A_i)
     kl     = exp(ref - logprob) - (ref - logprob) - 1                     k3, joschu.net/blog/kl-approx.html
-    loss   = sum over tokens of (policy + beta * kl) / normalizer
+    loss   = sum over tokens of (weight * policy + beta * kl) / normalizer     aggregation "sequence": / length_i too
+
+kl is multiplied by the ratio where use_bias_correction_kl says so (see `kl_loss`), weight is 1 unless sampler_is_cap
+truncates the difference to the sampler (`sampler_weights`).
 
 It is one loss with independent knobs, named as TRL's GRPOConfig where TRL has them; what TRL calls a `loss_type` is
 here `aggregation`: "sequence" = grpo, "token" = bnpo and dapo, "constant" = dr_grpo.
@@ -48,8 +51,9 @@ def group_advantages(rewards, group, scale="group"):
 def loss_normalizer(aggregation, n_tokens, n_completions, max_completion_length):
     """The number that the loss is divided by, from counts over the *global* batch (all micro-batches, all ranks).
 
-    n_tokens: completion tokens that are trained on. n_completions: completions, those included whose tokens are masked
-    (as TRL counts them: a masked completion gives nothing, but does not make the others weigh more).
+    n_tokens: completion tokens of the groups that the step counts, masked ones left out. n_completions: their
+    completions, those included whose tokens are masked (as TRL counts them: a masked completion gives nothing, but does
+    not make the others weigh more).
     """
     assert aggregation in ("token", "sequence", "constant"), f"aggregation is {aggregation!r}"
     if aggregation == "constant":
@@ -66,7 +70,7 @@ def grpo_loss(logprobs, advantages, completion_index, normalizer, *, old_logprob
     logprobs (N,): of the completions' tokens under the policy, with gradient. completion_index (N,) int64: completion
     of each token; all tokens of a completion are in the same micro-batch. advantages (G,): one a completion.
     normalizer: of `loss_normalizer`. Each (N,) without gradient, None where not needed:
-        old_logprobs      under the policy that made the rollouts; None: this very policy, so the ratio is 1
+        old_logprobs      by the training forward before the first update; None: this very policy, so the ratio is 1
         ref_logprobs      under the frozen reference, for the KL; needed where beta > 0
         sampler_logprobs  as the sampler gave them; see `sampler_weights`
         entropy           of the policy's distribution at each token, for the metrics
@@ -137,7 +141,8 @@ def kl_loss(logprobs, ref, old, ratio, per_token, bias_correction):
     """The KL term that is differentiated, (N,).
 
     Taken alone, the gradient of k3 is that of another divergence, and grows with exp(gap). Times the ratio (TRL's
-    `use_bias_correction_kl`, arXiv 2512.02556) it is unbiased for the reverse KL: -ratio * gap, which cannot explode.
+    `use_bias_correction_kl`, arXiv 2512.02556) its gradient is an unbiased estimate of the reverse KL's and cannot
+    explode.
     """
     gap = ref - logprobs
     if not bias_correction:
@@ -152,7 +157,8 @@ def sampler_weights(old, sampler, cap):
     """Truncated importance weights: the sampler's numerics (bf16, caches, graphs) differ from the training forward's.
 
     old, sampler (N,): log-probs of the sampled tokens by the training forward and by the sampler.
-    Returns weights min(old / sampler, cap), (N,) without gradient, or 1.0 where cap is None, and metrics of the gap.
+    Returns weights min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the
+    gap.
     """
     gap = (old - sampler).detach()
     metrics = {"sampler_gap": gap.abs().sum(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}

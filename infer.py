@@ -11,6 +11,7 @@ The hub's generation_config is never read: decoding is greedy unless --temperatu
 # ruff: noqa: E402, I001
 from config import ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
 
+import hashlib
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from records import IMAGE_SUFFIXES, read_records, record_name, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
-from checkpoint import BEST, STATE, find_adapter, read_json
+from checkpoint import BEST, STATE, find_adapter, read_json, sha256
 
 
 def main(argv=None):
@@ -33,7 +34,7 @@ def main(argv=None):
     task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
     if cfg.data_path:
-        facts = judge(cfg, load_model(cfg, adapter), processor, task)
+        facts = judge(cfg, adapter, load_model(cfg, adapter), processor, task)
     else:
         # before the weights are read: a broken clip ends here
         example = processor.encode(task, answer=False, name=cfg.video)
@@ -212,14 +213,15 @@ def answer(cfg, model, processor, example):
 # -- A dataset
 
 
-def judge(cfg, model, processor, records):
+def judge(cfg, adapter, model, processor, records):
     """Ask every record as it is and under each control, print the tables; returns the facts for --json."""
     from data import CONTROLS
     from evaluate import chance, confusion_of, evaluate, measure
     from rollouts import Sampler
 
     started, results, sampler = time.perf_counter(), {}, Sampler(model, processor, cfg)
-    known, write = read_predictions(cfg.output, records), prediction_writer(cfg.output, records)
+    made = made_by(cfg, adapter)
+    known, write = read_predictions(cfg.output, records, made), prediction_writer(cfg.output, records, made)
     for control in CONTROLS:
         if control == "none" or control in split_list(cfg.controls or ""):
             file = {"known": known, "on_answer": write} if control == "none" else {}
@@ -258,30 +260,40 @@ def by_task(answers, records):
     return dict(sorted(tasks.items()))
 
 
-def read_predictions(path, records):
+def read_predictions(path, records, made_by):
     """{number: answer} of the lines that an earlier run wrote, a last one cut short left out. UserError where they are
-    not of these records."""
+    not of these records, or not made_by this model and these settings."""
     known = {}
     if path is None or not Path(path).exists():
         return known
-    text = Path(path).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    data = Path(path).read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        for row in rows:
+        for row in map(json.loads, whole.splitlines()):
             record = records[row["number"]]
-            if row["id"] != record.get("id", record_name(record)):
-                raise IndexError(row["id"])
+            if row["id"] != record.get("id", record_name(record)) or row["made_by"] != made_by:
+                raise ValueError(f"line {len(known) + 1} is of {row['id']}, by {row['made_by']}")
             known[row["number"]] = row["true"], row["said"], row["options"], row["right"]
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        problem = f"--output: {path} holds other lines than predictions of these records ({error})"
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        problem = f"--output: {path} holds other lines than predictions of these records by this model ({error})"
         raise UserError(f"{problem}; choose another file") from None
-    if whole != text:
-        Path(path).write_text(whole, encoding="utf-8")
+    if whole != data:
+        Path(path).write_bytes(whole)
+    print(f"note: {len(known)} of {len(records)} answers are taken from {path}")
     return known
 
 
-def prediction_writer(path, records):
+def made_by(cfg, adapter):
+    """What an answer depends on besides its record, for the lines of a predictions file."""
+    view = {name: value for name, value in as_dict(cfg).items() if name in as_dict(VideoArgs()) and name != "cache_mb"}
+    sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed",
+                                                      "repetition_penalty", "max_samples")}  # fmt: skip
+    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
+    settings = hashlib.sha256(repr(sorted((view | sampling).items())).encode()).hexdigest()[:16]
+    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
+
+
+def prediction_writer(path, records, made_by):
     """A function that appends one answer to the file, for evaluate(); None without a file."""
     from checkpoint import append_lines
     from rewards import format
@@ -292,7 +304,7 @@ def prediction_writer(path, records):
         row = {"number": number, "id": record.get("id", record_name(record)), "task": task_of(sample)}
         row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": true, "said": said}
         row |= {"options": options, "right": right, "rewards": {"accuracy": right, "format": format(text, sample)}}
-        append_lines(path, [row])
+        append_lines(path, [row | {"made_by": made_by}])
 
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -115,8 +115,7 @@ class Loader:
         self.global_batch = global_batch or each * world_size
         self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
         self.skipped: dict[str, str] = {}
-        self.left_out = 0  # how many those are; counts of a run that is resumed included
-        self.broken = 0  # of them, those that are not only too long
+        self.too_long: set[str] = set()  # of them, those that are not broken, but longer than max_seq_length
         self.last = ""  # the last broken one, and why
         self.order = lru_cache(2)(self.order)  # the end of an epoch is read beside the start of the next
 
@@ -163,38 +162,34 @@ class Loader:
             return
         self.skipped[name] = str(error)
         log.warning("%s skipped: %s", name, error)
-        self.left_out += 1
-        if not isinstance(error, TooLong):
-            self.broken += 1
+        if isinstance(error, TooLong):
+            self.too_long.add(name)
+        else:
             self.last = f"; the last: {name}: {error}"
-        self.check_share(self.broken)  # the other ranks' come on top: the training loops sum them at every step
+        self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.left_out
         if len(self.skipped) == len(self.records):
             raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
 
-    def check_share(self, broken: float) -> None:
-        """broken: `self.broken` summed over the ranks. UserError if it is more than max_skip_share of the samples."""
+    def check_share(self, broken: int) -> None:
+        """broken: samples of all ranks. UserError if it is more than max_skip_share of them."""
         total, most = self.total, self.args.max_skip_share
-        if round(broken, 6) > most * total:  # shares of 1 / world_size add up to a count only nearly
-            raise UserError(f"{round(broken)} of {total} samples are broken, max_skip_share is {most}{self.last}")
+        if broken > most * total:
+            raise UserError(f"{broken} of {total} samples are broken, max_skip_share is {most}{self.last}")
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""
-        return {"skipped": self.skipped, "left_out": self.left_out, "broken": self.broken}
+        return {"skipped": self.skipped, "too_long": sorted(self.too_long)}
 
     def restore(self, ranks: list[dict]) -> None:
         """Go on counting from the states of all ranks of the run that is resumed, which may have been more or fewer."""
-        if len(ranks) == self.world_size:
-            mine = ranks[self.rank]
-            self.skipped, self.left_out, self.broken = dict(mine["skipped"]), mine["left_out"], mine["broken"]
-            return
-        self.skipped = {name: why for rank in ranks for name, why in rank["skipped"].items()}
-        for name in ("left_out", "broken"):  # everyone knows all names, so each has its share of the counts
-            setattr(self, name, sum(rank[name] for rank in ranks) / self.world_size)
+        for state in ranks:
+            self.skipped |= state["skipped"]
+            self.too_long |= set(state["too_long"])
 
 
 def fill_bins(lengths: list[int], budget: int) -> list[list[int]]:
-    """Numbers of the samples of each micro-batch: the fewest that hold `budget` tokens at most, the longest first, each
-    into the emptiest that has room. A sample longer than the budget stands alone."""
+    """Numbers of the samples of each micro-batch: about as few as hold `budget` tokens at most each; the longest first,
+    each into the emptiest that has room. A sample longer than the budget stands alone."""
     bins = max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:

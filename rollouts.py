@@ -71,10 +71,13 @@ class Group:
 
 
 def differs(group: Group) -> bool:
-    """Whether its completions differ in accuracy; where no such reward is asked for, in their reward. Values that are
-    apart by rounding alone are equal."""
-    values = [rollout.components.get("accuracy", rollout.reward) for rollout in group.rollouts]
-    return max(values) - min(values) > 1e-9 * max(1.0, max(map(abs, values)))
+    """Whether its completions differ in accuracy (where that is no component: in reward), and that in the reward too,
+    which a weight of 0 may prevent. Values that are apart by rounding alone are equal."""
+    apart = lambda values: max(values) - min(values) > 1e-9 * max(1.0, max(map(abs, values)))
+    rewards = [rollout.reward for rollout in group.rollouts]
+    accuracy = [rollout.components.get("accuracy", rollout.reward) for rollout in group.rollouts]
+    finite = all(rollout.finite for rollout in group.rollouts)  # else it cannot be trained on
+    return finite and apart(rewards) and apart(accuracy)
 
 
 class Sampler:
@@ -192,7 +195,6 @@ class MicroBatch:
     packed: Packed
     rows: Tensor  # (N,) int64: packed positions that predict a completion's token
     completion: Tensor  # (N,) int64: whose token it is
-    group: Tensor  # (G,) int64: of which of the step's groups
     advantages: Tensor  # (G,) float32
     keep: Tensor  # (G,) bool: whether it gives a gradient
     sampler: Tensor  # (N,) float32: log-probs as drawn
@@ -200,7 +202,7 @@ class MicroBatch:
     old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
 
     def to(self, device):
-        names = ("packed", "rows", "completion", "group", "advantages", "keep", "sampler")
+        names = ("packed", "rows", "completion", "advantages", "keep", "sampler")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -214,7 +216,6 @@ def micro_batch(prompts: dict[int, Example], rollouts: list[Rollout], cfg) -> Mi
         packed=packed,
         rows=(packed.targets != IGNORE).nonzero()[:, 0],
         completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
-        group=torch.tensor([rollout.group for rollout in rollouts]),
         advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
         keep=torch.tensor([rollout.unmasked(cfg) for rollout in rollouts]),
         sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
@@ -260,8 +261,8 @@ def columns(rewards: list[Reward]):
 def token_metrics(cfg, total: dict[str, float]) -> dict[str, float]:
     """The sums of an update over all ranks -> means over the tokens that were trained on, and updates."""
     means, tokens = {}, total["tokens"]
-    if cfg.beta:
-        means["kl"] = total["sampled_kl"] / max(total["sampled_tokens"], 1)
+    if total["sampled_tokens"]:
+        means["kl"] = total["sampled_kl"] / total["sampled_tokens"]
     if not tokens:
         return means
     for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
@@ -323,7 +324,7 @@ class Alarm:
 
     def standing_still(self, metrics):
         """After every ALARM_STEPS steps in a row in which rewards were equal within each group."""
-        self.state["flat"] = flat = 0 if metrics.get("no_variance", 1) < 1 else self.state["flat"] + 1
+        self.state["flat"] = flat = 0 if metrics.get("no_variance", 0) < 1 else self.state["flat"] + 1
         if flat and flat % ALARM_STEPS == 0:
             right, wrong = (metrics.get(name, 0.0) for name in ("all_right", "all_wrong"))
             text = f"for {flat} steps nothing is learned: the rewards are equal in each group"

@@ -107,6 +107,7 @@ def assert_same_across_ranks(run, records, held_out):
         "checkpoint to go on from": run.source and (run.source.name, file(run.source / checkpoint.MANIFEST)),
     }
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+    run.data_hash = hashes["training data"]
     first, *_ = ranks.gather(hashes)
     differing = [name for name in hashes if hashes[name] != first[name]]
     problem = f"rank {run.rank} differs from rank 0: {', '.join(differing)}; start all with the same flags and files"
@@ -202,6 +203,8 @@ def restore(run, engine, adamw):
         engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.state["config"].get("data_path") == run.cfg.data_path:
         run.loader.restore(run.state["left_out"])
+        if run.state.get("data_hash", run.data_hash) != run.data_hash:
+            run.notes.append(f"--resume: {run.cfg.data_path} was changed since that run: other samples, another order")
     memory = run.state["memory"]
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
     limit = memory["max_sampled_tokens"]
@@ -260,7 +263,9 @@ def dry_run(cfg, make_loader, records):
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
-    adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir) if cfg.model_ckpt is not None else None
+    adapter = None
+    if cfg.model_ckpt is not None:
+        adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
     if adapter and cfg.lora_enable:
         load_adapter(model, adapter)
     else:

@@ -50,7 +50,6 @@ from rollouts import (
     differs,
     micro_batch,
     needs_shuffled,
-    prompt_batches,
     reward_metrics,
     row,
     score_group,
@@ -83,10 +82,11 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log, alarm = trainer.Log(run, columns(rewards)), Alarm(run.loop_state("alarm"))
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
-    if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # a signal came before it
+    if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # due when a signal stopped the run
         evaluate()
+        trainer.write_best(run)
 
-    done = {"rounds": run.loop_state("rounds") or 0}  # of sampling, each with the next prompts of the dataset
+    done = {"rounds": run.loop_state("rounds") or run.step}  # of sampling, each with the next prompts of the dataset
     batches = loader.iterate(done["rounds"])
     for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
@@ -100,8 +100,8 @@ def main():
         # update the policy with the groups that the step counts
         lr = trainer.set_learning_rates(run, engine, step)
         learned = learn(run, engine, frozen, groups, examples, normalizer, step)
-        skipped, broken, retries = ranks.add(loader.left_out, loader.broken, run.sampler.oom_retries)
-        trainer.check_left_out(run, broken)
+        known, retries = ranks.add(len(loader.skipped), run.sampler.oom_retries)
+        skipped = trainer.left_out(run, known)
 
         run.step, seconds = step, time.perf_counter() - began
         done["rounds"] += rounds
@@ -217,12 +217,12 @@ def sample_groups(run, prompts, seeds, count=None):
     cfg, sampler, count = run.cfg, run.sampler, count or run.cfg.num_generations
     limit = cfg.max_completion_length
     sampling = Sampling(limit, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
-    longest = max(map(len, prompts), default=1)
     # all prompts count as long as the longest one, their completions as long as they may get
-    budget = SAMPLED_TOKENS * longest // (longest + count * limit)
+    size = max(1, SAMPLED_TOKENS // (max(map(len, prompts), default=1) + count * limit))
     groups = []
-    for batch in prompt_batches(prompts, budget):
-        for completions in sampler(batch, sampling, count, seeds[len(groups) : len(groups) + len(batch)]):
+    for first in range(0, len(prompts), size):
+        batch = slice(first, first + size)
+        for completions in sampler(prompts[batch], sampling, count, seeds[batch]):
             groups.append([sampler.rollout(len(groups), completion) for completion in completions])
     return groups
 
@@ -258,8 +258,8 @@ def compare_within_groups(run, groups):
     advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
     for rollout, advantage in zip(everyone, advantages.tolist(), strict=True):
         rollout.advantage = advantage
-    rank = lambda group: 0 if differs(group) else 1 if std[group.number] > 0 else 2
-    counted = sorted(groups, key=rank)[: groups_per_step(cfg) * run.world]  # of equals the first
+    priority = lambda group: 0 if differs(group) else 1 if std[group.number] > 0 else 2
+    counted = sorted(groups, key=priority)[: groups_per_step(cfg) * run.world]  # of equals the first
     for group in counted:
         group.trained = (std[group.number] > 0 or cfg.beta > 0) and all(rollout.finite for rollout in group.rollouts)
     lost = sum(not rollout.finite for rollout in everyone)
@@ -286,10 +286,11 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
         if group.number not in examples:  # another rank's prompt
             record = run.loader.records[group.record]
             examples[group.number] = run.sampler.processor.encode(record, answer=False)
-    batches = [micro_batch(examples, rollouts, cfg).to(run.device) for rollouts in passes[run.rank]]
+    batches = [micro_batch(examples, rollouts, cfg) for rollouts in passes[run.rank]]
     tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if r.unmasked(cfg)))
     metrics = {"grad_norm": None, "updated": False, "trained_tokens": tokens}
     try:
+        batches = [batch.to(run.device) for batch in batches]
         reference_pass(run, engine.module, frozen, batches, sums)
         if tokens:
             metrics |= train_on(run, engine, batches, normalizer, step, max(map(len, passes)), sums)
@@ -323,14 +324,14 @@ def reference_pass(run, model, frozen, batches, sums):
 
 def train_on(run, engine, batches, normalizer, step, passes, sums):
     """num_iterations updates with the same rollouts. passes: of the rank that has most. Returns metrics."""
-    before = 0.0
+    before, any_updated = 0.0, False
     loss_of = partial(micro_loss, engine, run.cfg, normalizer, sums)
     for _ in range(run.cfg.num_iterations):
         grad_norm, updated = trainer.update(engine, batches, loss_of, passes)
         (loss,) = ranks.add(float(sums["loss"]))
         trainer.check_numbers(run, step, loss - before, grad_norm, updated)
-        before = loss
-    return {"grad_norm": grad_norm, "updated": updated}
+        before, any_updated = loss, any_updated or updated
+    return {"grad_norm": grad_norm, "updated": any_updated}
 
 
 def token_logprobs(forward, model, batch, cfg):

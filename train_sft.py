@@ -43,8 +43,9 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log = trainer.Log(run)
     evaluate = partial(evaluate_and_log, run, log, held_out) if held_out else None
-    if evaluate and run.loop_state("evaluation_due"):  # a signal came before it
+    if evaluate and run.loop_state("evaluation_due"):  # due when a signal stopped the run
         evaluate()
+        trainer.write_best(run)
 
     batches = loader.iterate(run.step, run.total)
     for step in range(run.step + 1, run.total + 1):
@@ -55,9 +56,9 @@ def main():
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
         trainer.seed_step(run, step)
         lr = trainer.set_learning_rates(run, engine, step)
-        own = *count(micro_batches), len(micro_batches), loader.left_out, loader.broken
-        counts = ranks.gather_numbers(*own)  # (world, 5)
-        answers, tokens, _, skipped, broken = counts.sum(0).tolist()
+        own = *count(micro_batches), len(micro_batches), len(loader.skipped)
+        counts = ranks.gather_numbers(*own)  # (world, 4)
+        answers, tokens, _, known = counts.sum(0).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
         grad_norm, updated = None, False
         try:
@@ -68,7 +69,7 @@ def main():
             raise out_of_memory(run.device, f"training step {step}", micro_batches, smaller_update(cfg)) from None
         loss, right = ranks.add(*sums.tolist())
         loss, right = (loss / answers, right / answers) if answers else (None, None)
-        trainer.check_left_out(run, broken)
+        skipped = trainer.left_out(run, known)
         trainer.check_numbers(run, step, loss, grad_norm, updated)
 
         run.step, seconds = step, time.perf_counter() - began

@@ -54,12 +54,15 @@ class Run:
     state: dict = field(default_factory=dict)  # trainer_state.json of `source`
     step: int = 0  # steps done
     total: int = 0  # steps of the whole run
+    data_hash: str = ""  # of the training data's file
     updates: int = 0  # steps that changed the weights
     best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
     start_accuracy: float | None = None  # before the first step, where that was measured
     last_accuracy: float | None = None  # of the last evaluation
     bad: int = 0  # steps in a row without an update
-    loader: object = None  # of the training data: counts what it leaves out
+    loader: object = None  # of the training data: names what it leaves out
+    known: int = 0  # left-out samples that the ranks know of, summed: see left_out()
+    left_out: int = 0
     sampler: object = None  # rollouts.Sampler
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
@@ -177,14 +180,25 @@ def check_numbers(run, step, loss, grad_norm, updated):
         raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
 
 
-def check_left_out(run, broken):
-    """End the run where too much of the data is broken. broken: the ranks' loader.broken, summed; all see the same."""
-    try:
-        run.loader.check_share(broken)
-    except UserError:
-        if run.rank:
-            raise SystemExit(2) from None  # one line is enough
-        raise
+def left_out(run, known):
+    """How many samples are left out on all ranks together; ends the run where too many are broken. Every rank must call
+    it.
+
+    known: len(loader.skipped) summed over the ranks. A sample may be known to several, so where that changed they
+    gather the names.
+    """
+    if known != run.known:
+        run.known = known
+        every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
+        names, too_long = (set().union(*column) for column in zip(*every))
+        run.left_out = len(names)
+        try:
+            run.loader.check_share(len(names - too_long))
+        except UserError:
+            if run.rank:
+                raise SystemExit(2) from None  # one line is enough
+            raise
+    return run.left_out
 
 
 # -- The log line
@@ -283,6 +297,12 @@ def after_step(run, engine, evaluate, loop=None):
     return bool(stop)
 
 
+def write_best(run):
+    """best.json, where a checkpoint was judged."""
+    if run.rank == 0 and run.best:
+        write_json(run.folder / BEST, run.best)
+
+
 def save(run, engine, loop):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
 
@@ -305,8 +325,7 @@ def save(run, engine, loop):
                 if path.exists():
                     checkpoint.sync(path)
             checkpoint.write_whole(folder, fill)
-            if run.best:
-                write_json(run.folder / BEST, run.best)
+            write_best(run)
             checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
             error = f"cannot be written ({problem}); earlier ones are intact: make room, then --resume"
@@ -328,6 +347,7 @@ def run_facts(run, engine, loop):
         "best": run.best,
         "start_accuracy": run.start_accuracy,
         "samples_per_step": samples_per_step(run),
+        "data_hash": run.data_hash,
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "left_out": ranks.gather(run.loader.state()),

@@ -31,8 +31,13 @@ def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
 
 
 def evenly_spread(records: Sequence[dict], count: int) -> list[dict]:
-    total = len(records)
-    return [records[i * total // count] for i in range(count)] if total > count else list(records)
+    total, read = len(records), []
+    for i in [i * total // count for i in range(count)] if total > count else range(total):
+        try:
+            read.append(records[i])
+        except UserError:  # its answer cannot be read; reported by the loader when it comes to this record
+            continue
+    return read
 
 
 def text_facts(records: Sequence[dict]) -> dict:

@@ -515,3 +515,11 @@ def test_cli_tells_what_a_disk_did_and_nothing_else(capsys):
     for other in (FileExistsError(errno.EEXIST, "File exists"), ConnectionResetError(), OSError("ours")):
         with pytest.raises(type(other)):  # a fault of ours keeps its traceback
             cli(lambda other=other: fail(other))
+
+
+def test_lines_that_are_written_again_are_dropped_and_no_others(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    checkpoint.append_lines(path, [{"step": step, "text": "a\u2028b\u0085c"} for step in (1, 2, 3, 4)])
+    path.write_bytes(path.read_bytes() + '{"step": 5, "text": "ü'.encode()[:-1])  # killed within a character
+    checkpoint.cut_after(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3]

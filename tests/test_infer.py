@@ -304,6 +304,8 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     again = run(capsys, *flags)[1]
     assert len(asked) == 5 and path.read_text() == "".join(lines)
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    with pytest.raises(UserError, match="by this model"):
+        run(capsys, *flags, "--max_new_tokens", 9)
     path.write_text('{"number": 0, "id": "another"}\n')
     with pytest.raises(UserError, match="--output: out/predictions.jsonl holds other lines than"):
         run(capsys, *flags)
@@ -367,7 +369,7 @@ def test_controls_can_be_left_out(capsys, monkeypatch, here, base, dataset):
     lists = {None: [], "none": [], "reversed": ["reversed"], "blank,shuffled": ["shuffled", "blank"]}
     for controls, left in lists.items():
         cfg.controls = controls
-        found = infer.judge(cfg, infer.load_model(cfg, None), processor, records)
+        found = infer.judge(cfg, None, infer.load_model(cfg, None), processor, records)
         assert found["accuracy"] == 1.0 and list(found["controls"]) == left
         assert found["flipped"] == (1.0 if "reversed" in left else None)
 

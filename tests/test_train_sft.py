@@ -107,9 +107,16 @@ def test_a_deepspeed_file_overrides_ours_and_tells_what_has_no_effect(tmp_path):
     assert config["zero_optimization"]["allgather_bucket_size"] == 4096
     assert config["zero_optimization"]["reduce_bucket_size"] == 2024
     assert [note.split(": ")[1].split()[0] for note in notes] == ["offload_param", "optimizer"]
-    path.write_text('{"zero_optimization": {"stage": 3}}')
-    with pytest.raises(UserError, match="stage"):
-        deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+    for text, words in {
+        '{"zero_optimization": {"stage": 3}}': "stage",
+        '{"bf16": {"enabled": true}}': "bf16.enabled is true in a torch.float32 run; write auto there, and give --bf16",
+        '{"gradient_clipping": null}': "gradient_clipping is null, expected a value",
+        '{"zero_optimization": 2}': "zero_optimization is 2, expected an object",
+        '{"gradient_clipping": {"value": 1}}': "gradient_clipping is .*, expected a value",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
 
 
 def test_resume_goes_on_bit_for_bit(sft):
@@ -123,6 +130,18 @@ def test_resume_goes_on_bit_for_bit(sft):
     assert column(broken, *names) == column(whole, *names)
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
         assert (whole / "checkpoint-7" / name).read_bytes() == (broken / "checkpoint-7" / name).read_bytes()
+
+
+def test_a_dataset_that_was_changed_is_named_on_resume(sft, base, tmp_path, capfd):
+    records = json.loads((base / "data/mixed.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    options = {"data_path": tmp_path / "train.json", "image_folder": base / "data/videos", "save_steps": 2}
+    sft("run", **options, max_steps=2)
+    sft("run", **options, max_steps=3, resume=True)
+    assert "was changed" not in capfd.readouterr().out
+    (tmp_path / "train.json").write_text(json.dumps(records[::-1]))
+    sft("run", **options, max_steps=4, resume=True)
+    assert "train.json was changed since that run" in capfd.readouterr().out
 
 
 def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, capfd):
