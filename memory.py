@@ -190,7 +190,8 @@ def smaller_update(cfg):
 
 def smaller_sampling(cfg, max_new_tokens):
     """Settings that lower what one prompt's completions take."""
-    name = "max_completion_length" if hasattr(cfg, "max_completion_length") else "max_new_tokens"
+    is_group = getattr(cfg, "max_completion_length", None) == max_new_tokens
+    name = "max_completion_length" if is_group else "max_new_tokens"  # the latter in an evaluation
     return [f"--{name} {max(1, max_new_tokens // 2)}", *smaller_view(cfg)]
 
 

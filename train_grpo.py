@@ -297,8 +297,8 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
     except torch.OutOfMemoryError:
         packs = [batch.packed for batch in batches]
         raise out_of_memory(run.device, f"training step {step}", packs, smaller_update(cfg)) from None
-    lost = not all(rollout.finite for group in groups for rollout in group.rollouts)
-    if not tokens and lost:  # the model itself may be beyond repair
+    usable = any(all(rollout.finite for rollout in group.rollouts) for group in groups)
+    if groups and not tokens and not usable:  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics | token_metrics(cfg, reduce_sums(run, sums))
 

@@ -79,6 +79,16 @@ def test_every_clip_once_each_class_split_by_itself(root):
     assert (load(root), load(root, "val")) == (train, val)
 
 
+def test_val_json_is_shuffled_by_the_seed(root):
+    orders = []
+    for name in ("a", "b"):
+        G.generate(options(root, split=0.5, output_dir=str(root.parent / name)))
+        records = json.loads((root.parent / name / "val.json").read_text())
+        orders.append([options_of(record)[1] for record in records])
+    assert orders[0] == orders[1] and len(set(orders[0])) == len(CLASSES)
+    assert orders[0] != sorted(orders[0]), "not class after class"
+
+
 def test_hard_negatives_are_the_nearest_names(root):
     names = [
         "playing guitar",

@@ -1,5 +1,6 @@
 """Ctrl-C, through the commands that a user types, and what the environment holds before torch is imported."""
 
+import json
 import os
 import signal
 import subprocess
@@ -52,11 +53,15 @@ def test_during_imports(script, slow):
     assert text.split("importing")[-1].strip() == "stopped by Ctrl-C", text
 
 
-def test_during_generate_and_training(tmp_path):
+def test_during_generate_infer_and_training(tmp_path):
     flags = ["--num_samples", 20000, "--frame_size", 128]
     text = interrupt(start("generate.py", "--output_dir", tmp_path / "big", *flags), "options:", seconds=3)
     assert text.strip().endswith("stopped by Ctrl-C") and not (tmp_path / "big" / "train.json").exists(), text
     assert start("generate.py", "--output_dir", tmp_path / "d", "--num_samples", 40, "--split", 0.5).wait(60) == 0
+    records = json.loads((tmp_path / "d" / "val.json").read_text())
+    (tmp_path / "d" / "many.json").write_text(json.dumps(records * 200))
+    flags = ["--data_path", tmp_path / "d" / "many.json", "--model_ckpt", "none", "--controls", "none"]
+    assert interrupt(start("infer.py", *flags), "model:", seconds=2).strip().endswith("stopped by Ctrl-C")
     run = tmp_path / "run"
     flags = ["--data_path", tmp_path / "d" / "train.json", "--output_dir", run, "--max_steps", 10000]
     process = start("train_sft.py", *flags, "--eval_steps", 3, "--eval_samples", 4, "--max_new_tokens", 4)

@@ -202,6 +202,27 @@ def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
     assert not loader.skipped and len(batch.grid_thw) == len(records) - len(text_alone)
 
 
+COLUMNS = {
+    "image_path": "a.png", "video_path": "clips/a.mp4", "img": "a", "file_name": "a.mp4", "frames": ["1.jpg", "2.jpg"],
+    "clip": "a.webm", "media": [{"path": "a.mov"}], "extra": {"source": {"file": "a.MP4"}}, "whatever": "b.TIFF",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_clip_in_a_column_that_no_form_knows_is_refused_by_name(column):
+    for record in ({"question": "?", "answer": "!"}, {"conversations": turns("?", "!")}, {"messages": chat("?", "!")}):
+        with pytest.raises(UserError, match=f"column {column}"):
+            read_turns(record | {column: COLUMNS[column]}, "sample 1")
+    harmless = {"id": "a.mp4", "source": "x", "num_frames": 8, "image_size": [3, 4], "video_id": "x1"}
+    assert len(read_turns({"question": "?", "answer": "!"} | harmless, "sample 1")) == 2
+
+
+def test_a_subset_is_spread_over_the_records_by_seed():
+    numbers = [list(spread(range(1000), 20, seed)) for seed in (1, 1, 2)]
+    assert numbers[0] == numbers[1] != numbers[2] and len(set(numbers[0])) == 20
+    assert min(numbers[0]) < 200 and max(numbers[0]) > 800 and numbers[0] != list(range(20))
+
+
 WRONG = {
     "its keys are: conversatons, video; expected one of conversations, messages": {"conversatons": [], "video": "a"},
     "its keys are: none": {},
