@@ -125,9 +125,9 @@ def fork(main, log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 (the end of a process: all of it goes into the log)
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0]:  # the process ends here, with its reason in the log
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

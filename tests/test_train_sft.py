@@ -158,15 +158,15 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, capfd)
     assert column(folder, "loss") == before and what_is_broken(folder / "checkpoint-5") is None
 
 
+def stop_at_three(run, step, *rest, check=trainer.check_numbers):
+    """trainer.check_numbers, and SIGTERM in step 3."""
+    check(run, step, *rest)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monkeypatch):
     whole = sft("whole")
-    check = trainer.check_numbers
-
-    def stop_at_three(run, step, *rest):
-        check(run, step, *rest)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "check_numbers", stop_at_three)
         with pytest.raises(SystemExit) as stopped:
@@ -180,13 +180,7 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monk
 def test_an_evaluation_that_a_stopped_run_owes_is_logged_once(sft, base, monkeypatch):
     """A signal at a step whose evaluation is due; the resumed run makes it and is killed before it saves."""
     options = {"eval_data_path": base / "data/val.json", "eval_steps": 3, "max_new_tokens": 4, "eval_controls": 0}
-    whole, check = sft("whole", **options), trainer.check_numbers
-
-    def stop_at_three(run, step, *rest):
-        check(run, step, *rest)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    whole = sft("whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "check_numbers", stop_at_three)
         with pytest.raises(SystemExit):
