@@ -26,6 +26,7 @@ other answer.
 
 import json
 import math
+import os
 import random
 import re
 import stat
@@ -42,9 +43,11 @@ ROLES["developer"] = "system"  # OpenAI's newer word
 ANSWERS = ("response", "output", "completion")
 SPACE = re.compile(r"[ \t\r\n]*")
 TAG = re.compile(r"<(video|image)>\n?")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".tga", ".jp2")
+IMAGE_SUFFIXES += (".avif", ".heic", ".heif")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 VIDEO_SUFFIXES += (".gif", ".m2ts", ".h264", ".hevc")
+NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
 # Columns that hold a picture or clip in other people's datasets, whatever their value looks like
 CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
                 for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
@@ -56,12 +59,19 @@ UNREAD = ("tools", "audio", "audios", "objects", "chat_template_kwargs", "reject
 # -- A file -> records
 
 
+class Record(dict):
+    """A record of a file. folder: the file's, where its clips are looked for first."""
+
+    folder = None
+
+
 class Records(Sequence):
-    """Records parsed when they are used. One buffer holds their text: forked workers share it, and it takes no more
-    memory than the file."""
+    """The records of one or several files, parsed when they are used. One buffer holds their text: forked workers share
+    it, and it takes no more memory than the files."""
 
     def __init__(self):
         self.data, self.ends = bytearray(), array("Q", [0])
+        self.files: list[tuple[str, float, int]] = []  # folder, weight, number of the first record
 
     def append(self, text: str) -> None:
         self.data += text.encode("utf-8")
@@ -71,11 +81,15 @@ class Records(Sequence):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        """A record; of a slice, a Selection."""
-        if isinstance(i, slice):
-            return Selection(self, range(len(self))[i])
         i = range(len(self))[i]
-        return json.loads(self.data[self.ends[i] : self.ends[i + 1]])
+        record = Record(json.loads(self.data[self.ends[i] : self.ends[i + 1]]))
+        record.folder = next(folder for folder, _, first in reversed(self.files) if first <= i)
+        return record
+
+    def shares(self) -> list[tuple[float, Sequence[int]]]:
+        """(weight, numbers of the records) of each file."""
+        firsts = [first for _, _, first in self.files] + [len(self)]
+        return [(weight, range(first, end)) for (_, weight, first), end in zip(self.files, firsts[1:])]
 
 
 class Selection(Sequence):
@@ -89,17 +103,47 @@ class Selection(Sequence):
         return len(self.numbers)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Selection(self.records, self.numbers[i], self.check)
         record = self.records[self.numbers[i]]
         if self.check:
             self.check(self.numbers[i], record)
         return record
 
+    def shares(self) -> list[tuple[float, Sequence[int]]]:
+        place = {number: i for i, number in enumerate(self.numbers)}
+        return [(weight, [place[n] for n in mine if n in place]) for weight, mine in shares(self.records)]
+
+
+def shares(records: Sequence[dict]) -> list[tuple[float, Sequence[int]]]:
+    """(weight, numbers of its records) of each file: how often an epoch of training has them."""
+    return records.shares() if isinstance(records, (Records, Selection)) else [(1.0, range(len(records)))]
+
+
+def data_files(text: str | Path) -> list[tuple[str, float]]:
+    """(path, weight) of each file of a --data_path: "train.json", or "a.json:2,b.jsonl:0.5". UserError for a weight
+    that is none. A name that exists is taken as it is, whatever colons and commas it holds."""
+    files = []
+    for item in [str(text)] if os.path.exists(text) else str(text).split(","):
+        path, _, weight = item.rpartition(":")
+        if os.path.exists(item) or not os.path.exists(path):  # no weight; or no file, which read_file() says
+            path, weight = item, "1"
+        if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
+            raise UserError(f"{item}: the weight is {weight!r}; expected a number above 0, as in {path}:2")
+        files.append((path, float(weight)))
+    return files
+
 
 def read_records(path: str | Path) -> Records:
-    """The records of a .json or .jsonl file. UserError naming file and line for what does not parse."""
-    path = Path(path)
+    """The records of a .json or .jsonl file, or of several, as data_files() takes them apart. UserError naming file and
+    line for what does not parse."""
+    records = Records()
+    for file, weight in data_files(path):
+        records.files.append((str(Path(file).parent), weight, len(records)))
+        read_file(Path(file), records)
+    return records
+
+
+def read_file(path: Path, records: Records) -> None:
+    """Append the records of one file."""
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)  # a fifo would block for good
         data = path.read_bytes() if is_file else b""
@@ -114,7 +158,7 @@ def read_records(path: str | Path) -> Records:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    records, items = Records(), line_items(text) if path.suffix == ".jsonl" else array_items(text)
+    first, items = len(records), line_items(text) if path.suffix == ".jsonl" else array_items(text)
     try:
         for record, source in items:
             if not isinstance(record, dict):
@@ -128,10 +172,9 @@ def read_records(path: str | Path) -> Records:
     except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
         names = {RecursionError: "is nested too deeply", UnicodeEncodeError: "holds half a character (\\ud800-\\udfff)"}
         why = names.get(type(error), error)
-        raise UserError(f"{path}: record {len(records)} {why}; correct or remove it") from None
-    if not len(records):
+        raise UserError(f"{path}: record {len(records) - first} {why}; correct or remove it") from None
+    if len(records) == first:
         raise UserError(f"{path}: holds no records; expected at least one")
-    return records
 
 
 def line_items(text: str) -> Iterator[tuple[object, str]]:
@@ -214,8 +257,9 @@ def conversation_of(record: dict) -> Conversation:
             raise UserError(f"holds {key}, which nothing here reads; remove it, or leave the record out")
     if record.get("chosen") is not None:
         raise UserError("a preference (chosen, rejected); expected one answer: keep the chosen one as completion")
-    if record.get("label") is not None and record["label"] in (False, 0):
-        raise UserError(f"label is {record['label']}: a rejected answer; leave it out, or rename the column")
+    for key in ("label", "kto_tag"):
+        if record.get(key) is not None and record[key] in (False, 0):
+            raise UserError(f"{key} is {record[key]}: a rejected answer; leave it out, or rename the column")
     messages, options, solution = FORMS[forms[0]](record, forms[0]), read_options(record), read_solution(record)
     if solution is not None and messages[-1].role != "assistant":
         messages.append(Message("assistant", solution))
@@ -278,8 +322,9 @@ def read_message(message, trained: bool) -> Message:
     role, content = first_of(message, "from", "role"), first_of(message, "value", "content")
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"unknown role {str(role)[:40]!r}; expected human/user, gpt/assistant or system")
-    if message.get("tool_calls"):
-        raise UserError("a tool call, which is not learned here; leave the record out")
+    for key in ("tool_calls", "thinking", "reasoning_content"):
+        if message.get(key):
+            raise UserError(f"a turn holds {key}, which is not learned here; put it into the content, or leave it out")
     if not isinstance(content, (str, list)):
         raise UserError(f"the {role}'s turn holds {str(content)[:80]}; expected text or a list of parts")
     for key in ("loss", "weight", "loss_weight"):  # of ms-swift, OpenAI, LLaMA-Factory v1
@@ -429,13 +474,11 @@ def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Med
             )
         elif role != "user":
             raise UserError(f"a video or image in a turn of the {role}; expected it in a user's turn")
-        elif kind.endswith("_url"):  # its `detail` is OpenAI's price class; options set the size here
-            yield read_media(kind[:5], first_of(part, kind, "value"))
-        elif (name := first_of(part, kind, "path")) is None:
-            yield Media(kind, ())
-        else:
-            besides = ("type", "path", "text", "video", "image")
-            yield read_media(kind, name, {k: v for k, v in part.items() if v is not None and k not in besides})
+        elif (name := first_of(part, *NAMES)) is None:
+            yield Media(kind[:5], ())
+        else:  # `detail` is OpenAI's price class; options set the size here
+            besides = (*NAMES, "type", "text", "detail")
+            yield read_media(kind[:5], name, {k: v for k, v in part.items() if v is not None and k not in besides})
 
 
 def media_pool(kind: str, names, tags: int) -> list[Media]:
