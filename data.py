@@ -71,25 +71,16 @@ class TooLong(UserError):
     """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
 
 
-class MissingFileError(UserError):
-    """A whole folder of clips that was there at the start is gone: no fault of a sample, it ends the run."""
-
-
-def load_tokenizer(folder: str | Path):
-    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what Qwen2's own
-    class makes of vocab.json and merges.txt. No class that the folder names is imported, no template of it rendered."""
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint's tokenizer.json. No class that the folder names is imported, no template of it rendered."""
     path = Path(folder) / "tokenizer.json"
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file; expected a checkpoint's tokenizer.json")
-    if not path.exists():
-        from transformers import Qwen2Tokenizer  # takes seconds to import
+    if not path.is_file():  # a fifo would block for good
+        raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2.5-VL checkpoint")
     try:
-        if path.exists():
-            return Tokenizer.from_file(str(path))
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise UserError(f"{folder}: no tokenizer could be loaded from it ({reason}); expected tokenizer.json") from None
+        raise UserError(f"{path}: no tokenizer could be loaded from it ({reason}); download it again") from None
 
 
 @dataclass(eq=False)
@@ -131,12 +122,11 @@ class ClipCache(dict):
 class Processor:
     """Turns records into Examples.
 
-    tokenizer: transformers' or a bare `tokenizers.Tokenizer`. args: a config.VideoArgs, or anything with its fields.
+    args: a config.VideoArgs, or anything with its fields.
     """
 
-    def __init__(self, tokenizer, config: ModelConfig, args):
-        self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self.tokenizer, self.config, self.args = tokenizer, config, args
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, args):
+        self.backend, self.config, self.args = tokenizer, config, args
         self.im_end = self.token_id("<|im_end|>")
         for name in ("vision_start", "vision_end", "video_pad", "image_pad"):
             ours, theirs = self.token_id(f"<|{name}|>"), getattr(config, f"{name.replace('_pad', '')}_token_id")
@@ -270,9 +260,6 @@ class Processor:
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
-        if folder and not os.path.isdir(folder):
-            problem = f"{folder}: this folder of clips was there at the start and is gone"
-            raise MissingFileError(f"{problem}; bring it back (is a disk mounted?), then --resume")
         raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
 
     def inline_file(self, address: str, name: str) -> str:

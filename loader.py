@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import Example, MissingFileError, Processor, TooLong, pack
+from data import Example, Processor, TooLong, pack
 from model import UserError
 from records import shares
 
@@ -61,8 +61,6 @@ class Samples(torch.utils.data.Dataset):
         for sample in loader:
             if isinstance(sample, Example):
                 self.processor.warn_once(sample)
-            elif isinstance(sample[1], MissingFileError):
-                raise sample[1]
             yield sample
 
 

@@ -29,10 +29,7 @@ from torch import Tensor
 
 from model import UserError
 
-# Limits of a source file: a scan of a poster, a day of surveillance
-MAX_SOURCE_PIXELS = 2**27
-MAX_SOURCE_SECONDS = 24 * 3600
-MAX_SOURCE_FRAMES = 30 * MAX_SOURCE_SECONDS
+MAX_SOURCE_PIXELS = 2**27  # of a picture in a file: a scan of a poster
 THREADED_PIXELS = 1280 * 720  # smaller frames decode faster without threads
 RESIZE_BYTES = 2**20  # small frames are resized many in one call: up to this many bytes of them
 SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of libavformat/avformat.h
@@ -90,10 +87,6 @@ def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
     stream = max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
     if any(s is not stream and (s.pix_fmt or "").startswith("gray") for s in readable):
         return None, "its transparency or depth is a stream of its own (AVIF), which is not read; convert it to png"
-    seconds, frames = (container.duration or 0) / av.time_base, stream.frames
-    if seconds > MAX_SOURCE_SECONDS or frames > MAX_SOURCE_FRAMES:
-        most = f"{MAX_SOURCE_SECONDS} seconds or {MAX_SOURCE_FRAMES} frames"
-        return None, f"{seconds:.0f} seconds, {frames} frames, above the limit of {most}; cut it"
     return stream, None
 
 

@@ -532,10 +532,10 @@ def record_name(record: dict) -> str:
 
 
 def clip_name(record: dict) -> str | None:
-    """The first file that a record names, wherever that stands; None for text alone and for clips inside the record."""
-    text = json.dumps(record, ensure_ascii=False)
-    for key in ("(?:video|image)s?", "path|url|(?:video|image)_url"):
-        found = re.search(rf'"(?:{key})": (?:\[+)?("(?!data:)(?:[^"\\]|\\.)+")', text)
-        if found:
-            return json.loads(found[1])
-    return None
+    """The first file that a record's turns name; None for text alone, clips inside the record and a refused one."""
+    try:
+        turns = turns_of(record, conversation_of(record))
+    except UserError:
+        return None
+    names = (part.paths[0] for turn in turns for part in turn.parts if isinstance(part, Media))
+    return next((name for name in names if not name.startswith("data:")), None)

@@ -131,21 +131,6 @@ def test_prompt_ends_ready_for_the_reply(processor):
     assert np.array_equal(processor.encode(unanswered, answer=False).ids, prompt.ids)
 
 
-def test_several_turns_a_system_turn_and_text_alone(processor):
-    messages = [{"from": "system", "value": "Be short."}, *turns("Hi", "Ho", "<image>\n<video>\nAnd?", "So")]
-    example = processor.encode({"video": "1.mp4", "image": "p.png", "conversations": messages})
-    assert text_of(processor, example.ids) == (
-        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>And?"
-        "<|im_end|>\n<|im_start|>assistant\nSo<|im_end|>\n"
-    )
-    assert trained_text(processor, example) == "Ho<|im_end|>So<|im_end|>"
-    assert example.grid_thw == [(1, 4, 6), (2, 4, 4)] and example.second_per_grid[0] == 0
-    assert example.patches.shape == (24 + 32, 1176)
-    text = processor.encode({"conversations": turns("Hi", "Ho")})
-    assert text.patches is None and text.grid_thw == [] and (text.position_ids == np.arange(len(text))).all()
-
-
 def test_typed_parts_and_their_options(processor):
     parts = [
         {"type": "text", "text": "First "},
@@ -227,7 +212,7 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     write_clip(clips / "3.mp4", ramp(30)[::-1])
     changed = processor.encode(record(3))
     assert len(decoded) == 2 and not torch.equal(changed.patches, first.patches)
-    small = Processor(processor.tokenizer, processor.config, replace(processor.args, cache_mb=0))
+    small = Processor(processor.backend, processor.config, replace(processor.args, cache_mb=0))
     assert torch.equal(small.encode(record(3)).patches, changed.patches) and not small.cache
 
 
@@ -284,7 +269,7 @@ def test_overruled_options_are_told_once(processor, caplog):
 def test_tokenizer_and_config_must_belong_together(processor):
     wrong = replace(processor.config, video_token_id=5)
     with pytest.raises(UserError, match="is 269 in the tokenizer, 5 in config.json"):
-        Processor(processor.tokenizer, wrong, processor.args)
+        Processor(processor.backend, wrong, processor.args)
     with pytest.raises(UserError, match="tokenizer has no <.im_end.>"):
         Processor(Tokenizer(models.BPE()), processor.config, processor.args)
 
@@ -304,9 +289,7 @@ def test_the_plan_of_a_clip(processor, clips):
     assert "56 x 56, grid 4 x 4 x 4 patches, 16 tokens" in text and "time ids  0 1 3 4" in text
     assert "share the time id" not in text
     processor.args.nframes, processor.args.fps = None, 8.0
-    assert "6 grid step(s) share the time id of the one before: 8 frames a second are" in lines_of(
-        processor, clips / "0.mp4"
-    )
+    assert "6 grid step(s) share the time id of the one before" in lines_of(processor, clips / "0.mp4")
     (result,) = lines_of(processor, clips / "0.mp4", as_json=True)
     (clip,) = result["clips"]
     facts = {key: clip[key] for key in ("frames", "width", "height", "fps", "seconds")}

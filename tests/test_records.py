@@ -158,9 +158,6 @@ def test_what_is_not_learned(processor):  # noqa: F811
         assert trained_text(processor, processor.encode({"messages": messages})) == "So<|im_end|>"
         with pytest.raises(UserError, match="every answer is marked as not learned"):
             processor.encode({"messages": messages[:2]})
-    assert trained_text(processor, processor.encode({"messages": [*chat("Hi", "Ho"), *chat("And?", "So")]})) == (
-        "Ho<|im_end|>So<|im_end|>"
-    )
     trl = {"prompt": [*chat("Hi", "Ho"), {**USER, "content": "And?"}], "completion": chat("", "So")[1:]}
     assert trained_text(processor, processor.encode(trl)) == "So<|im_end|>"
     history = {"query": "And?", "response": "So", "history": [["Hi", "Ho"]], "system": "Be short."}
@@ -294,12 +291,8 @@ WRONG = {
     "conversations is '\\[\\]'; expected a list of turns": {"conversations": []},
     "messages is '\\?'": {"messages": "?"},
     "weight is 0.5; expected 0 or 1": {"messages": [*chat("?", "!"), {**ASSISTANT, "content": "!", "weight": 0.5}]},
-    "solution is nan; expected text or a finite number": {**VIDEO_R1, "solution": float("nan")},
-    "stand in the column image_path": {"image_path": "a.png", "question": "?", "answer": "!"},
     "stand in the column frames": {"frames": [{"x": "a.JPG"}], "question": "?", "answer": "!"},
     "video_start beside 0 videos": {"question": "?", "answer": "!", "video_start": 1.0},
-    "fps is '1e-300'; expected a": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1e-300}], "!")},
-    "nframes is '1000000": {"messages": chat([{"type": "video", "video": "0.mp4", "nframes": 10**400}], "!")},
     "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
     "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
     "video is '5'": {"conversations": turns("<video>", "!"), "video": 5},
@@ -325,7 +318,6 @@ WRONG = {
     "unknown role 'tool'": {"messages": [*chat("?", "!"), {"role": "tool", "content": "3"}]},
     r"unknown role \"\['human'\]\"": {"conversations": [{"from": ["human"], "value": "?"}]},
     "holds tool_calls": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": None, "tool_calls": [{}]}]},
-    "label is 0: a rejected answer": {"prompt": "?", "completion": "!", "label": 0},
     "data_type is 'audio'": {**VIDEO_R1, "data_type": "audio"},
     "options are left": {**VIDEO_R1, "options": "left"},
     "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
@@ -413,9 +405,7 @@ def write(path, records, separator):
     return path
 
 
-@pytest.mark.parametrize(
-    "name, separator", [("a.json", " ,\n"), ("a.json", ","), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")]
-)
+@pytest.mark.parametrize("name, separator", [("a.json", " ,\n"), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")])
 def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
     whole = [{"i": i, "text": 'ä \u00e9\u2028 [{"},\\', "empty": {}, "list": [1, [2.5, None]]} for i in range(30)]
     path = write(tmp_path / name, whole, separator)
@@ -427,10 +417,8 @@ def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
         assert len(records.data) <= path.stat().st_size  # that is all that is kept, and 8 bytes a record
     with pytest.raises(IndexError):
         records[30]
-    some = spread(records, 5, seed=0)
-    assert (
-        len(some) == 5 and [r["i"] for r in some] == sorted(r["i"] for r in some) and spread(records, 30, 0) is records
-    )
+    some = [record["i"] for record in spread(records, 5, seed=0)]
+    assert len(some) == 5 and some == sorted(some) and spread(records, 30, 0) is records
 
 
 NOT_JSON = {
