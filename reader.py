@@ -205,9 +205,9 @@ def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if abs(b) > abs(a) else (frame.height, frame.width)
 
 
-def as_shown(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3) turned and mirrored as the frame's display matrix says."""
-    a, b, c, d = display_matrix(frame)
+def as_shown(rgb: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+    """(H, W, 3) turned and mirrored as a display matrix says."""
+    a, b, c, d = matrix
     if abs(b) > abs(a):
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
     return rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
@@ -269,9 +269,10 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | N
 
 def decode_frames(path: str, seeks: Sequence[tuple[int | None, int]], size) -> dict[tuple, Tensor]:
     """{seek: frame} of those of `seeks` that decode."""
-    stream, scaler, decoded = open_stream(path), VideoReformatter(), []
+    stream, scaler, decoded, matrix = open_stream(path), VideoReformatter(), [], None
 
     def pictures() -> Iterator[np.ndarray]:
+        nonlocal matrix
         for position, run in groupby(dict.fromkeys(seeks), key=itemgetter(0)):
             missing = {time for _, time in run}
             wanted, last = (None if position is None else set(missing)), max(missing)
@@ -282,7 +283,8 @@ def decode_frames(path: str, seeks: Sequence[tuple[int | None, int]], size) -> d
                 if time in missing:
                     missing.remove(time)
                     decoded.append((position, time))
-                    yield as_shown(to_rgb(frame, scaler), frame)
+                    matrix = matrix or display_matrix(frame)  # the same for all frames of a clip
+                    yield as_shown(to_rgb(frame, scaler), matrix)
                 if not missing or (time is not None and time > last):
                     break
 
