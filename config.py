@@ -265,7 +265,7 @@ class Look(View):
 
     aliases: ClassVar = {"base_model": "model_id"}
     # -- What to look at
-    files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
+    files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
     preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
 

@@ -365,7 +365,7 @@ def test_reasoning_and_answer_apart(capsys, monkeypatch, here, base, clip):
 def test_controls_can_be_left_out(capsys, monkeypatch, here, base, dataset):
     monkeypatch.setattr("rollouts.generate", watches())
     cfg = parse(Infer, ["--data_path", str(dataset), "--model_id", str(base), "--max_samples", "4"])
-    processor, records = infer.load_processor(cfg), json.loads(dataset.read_text())[:4]
+    processor, records = infer.load_processor(cfg), [*infer.read_records(dataset)][:4]
     lists = {None: [], "none": [], "reversed": ["reversed"], "blank,shuffled": ["shuffled", "blank"]}
     for controls, left in lists.items():
         cfg.controls = controls

@@ -168,17 +168,23 @@ def test_several_files_on_two_ranks_and_from_any_step(processor, two_files):
     assert drawn(3, gradient_accumulation_steps=4) == whole[3:]
 
 
-def test_a_run_over_several_files_resumes_bit_for_bit(sft, base):
-    """The same losses, and the same weights, without and with a stop in the second epoch."""
-    data = f"{base}/data/few.json:2,{base}/data/mixed.json:0.3"  # 12 + 6 an epoch
-    options = {"data_path": data, "max_steps": 4, "save_steps": 1, "save_total_limit": "none"}
-    whole, broken = sft("whole", **options), sft("broken", **options)
+def test_a_run_over_several_files_resumes_bit_for_bit(sft, base, tmp_path, capfd):
+    """The same losses, and the same weights, without and with a stop in the second epoch. A changed file is named."""
+    for name in ("few.json", "mixed.json"):
+        shutil.copy(base / "data" / name, tmp_path)
+    data = f"{tmp_path}/few.json:2,{tmp_path}/mixed.json:0.3"  # 12 + 6 an epoch
+    options = {"data_path": data, "image_folder": base / "data/videos", "save_steps": 1, "save_total_limit": "none"}
+    whole, broken = sft("whole", **options, max_steps=4), sft("broken", **options, max_steps=4)
     shutil.rmtree(broken / "checkpoint-4")
-    sft("broken", **options, resume=True)
+    sft("broken", **options, max_steps=4, resume=True)
     assert column(broken, "epoch", "loss", "grad_norm") == column(whole, "epoch", "loss", "grad_norm")
     assert column(whole, "epoch")[-1] == 4 / 3
     file = "checkpoint-4/adapter_model.safetensors"
     assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    assert "was changed" not in capfd.readouterr().out
+    (tmp_path / "mixed.json").write_text(json.dumps(json.loads((tmp_path / "mixed.json").read_text())[::-1]))
+    sft("broken", **options, max_steps=5, resume=True)
+    assert "mixed.json:0.3 was changed since that run" in capfd.readouterr().out
 
 
 def test_grpo_over_several_files(grpo, base):
