@@ -105,20 +105,6 @@ class Example:
         return len(self.ids)
 
 
-class ClipCache(dict):
-    """Plans and patches, until so many bytes are full: with more clips than fit, some are kept for good, where a cache
-    of the most recent ones would have forgotten each before its next epoch."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room = room
-
-    def put(self, key, value, size: int) -> None:
-        if size <= self.room:
-            self[key] = value
-            self.room -= size
-
-
 class Processor:
     """Turns records into Examples.
 
@@ -143,7 +129,7 @@ class Processor:
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         self.inline = tempfile.TemporaryDirectory(prefix="inline_clips_")  # of clips inside their records
-        self.cache = ClipCache(args.cache_mb * 2**20)
+        self.cache, self.cache_room = {}, args.cache_mb * 2**20  # plans and patches; bytes
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
         self.notes: Counter = Counter()  # kinds of overruled options, and how many samples they touched
 
@@ -240,7 +226,7 @@ class Processor:
         plan = self.cache.get(key)
         if plan is None:
             plan = replace(plan_clip(media.kind, media.paths, options, most_frames, size), stamp=stamp)
-            self.cache.put(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
+            self.remember(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
         return plan
 
     def locate(self, media: Media, folder: str | None, name: str) -> tuple[str, ...]:
@@ -283,9 +269,16 @@ class Processor:
         if patches is None:
             patches = read_clip(plan)
             if get_worker_info() is None:  # a worker's patches go to shared memory, which is small in containers
-                self.cache.put(plan, patches, patches.nbytes)
+                self.remember(plan, patches, patches.nbytes)
         still = plan.kind == "image" and control in ("reversed", "shuffled")
         return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
+
+    def remember(self, key, value, size: int) -> None:
+        """Until the cache is full: with more clips than fit, some are kept for good, where a cache of the most recent
+        ones would have forgotten each before its next epoch."""
+        if size <= self.cache_room:
+            self.cache[key] = value
+            self.cache_room -= size
 
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
         """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""

@@ -21,7 +21,7 @@ from data import Processor, TooLong
 from model import UserError
 from model.loading import ModelConfig
 from model.packed import IGNORE
-from video import frame_indices
+from video import ClipPlan, frame_indices
 
 # In the order of Qwen2.5's vocabulary, from 151643 on
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]
@@ -216,11 +216,12 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     assert torch.equal(small.encode(record(3)).patches, changed.patches) and not small.cache
 
 
-def test_the_cache_has_an_end():
-    cache = data.ClipCache(100)
-    for key, size in (("a", 40), ("b", 101), ("c", 50), ("d", 11), ("e", 10)):
-        cache.put(key, key, size)
-    assert list(cache) == ["a", "c", "e"] and cache.get("d") is None and cache.room == 0
+def test_the_cache_has_an_end(processor):
+    """The first clips stay; those that find no room are decoded again."""
+    processor.cache_room = 3 * 1800 + 2 * 32 * 1176  # three plans, the patches of two clips
+    for i in (0, 1, 2, 0, 3):
+        processor.encode(record(i))
+    assert [key.paths[0][-5:] for key in processor.cache if isinstance(key, ClipPlan)] == ["0.mp4", "1.mp4"]
 
 
 def test_controls_leave_the_cache_alone(processor):
