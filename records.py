@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,17 +122,13 @@ def read_records(path: str | Path) -> Records:
 
 def read_file(path: Path, records: Records) -> None:
     """Append the records of one file."""
+    if not os.path.isfile(path):  # a fifo would block for good
+        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset{nearest_path(path)}")
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)  # a fifo would block for good
-        data = path.read_bytes() if is_file else b""
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", error)
-        message = f"{path}: no such file, or not readable ({reason}); expected a .json or .jsonl dataset"
-        raise UserError(f"{message}{nearest_path(path)}") from None
-    if not is_file:
-        raise UserError(f"{path}: not a regular file; expected a .json or .jsonl dataset")
-    try:
+        data = path.read_bytes()
         text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl dataset") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
