@@ -79,6 +79,12 @@ def same_text(said: str, true: str) -> float:
     return float(None not in numbers and relative_error(*numbers) == 0)
 
 
+def read_yes_no(text: str) -> str | None:
+    """What an answer such as "Yes, it does." begins with."""
+    word = re.match("(yes|no)\\b", plain(text), re.IGNORECASE)
+    return word[1].casefold() if word else None
+
+
 def word_accuracy(said: str, true: str) -> float:
     """1 - word error rate, at least 0: words are split at blanks, case counts (Video-R1's OCR)."""
     said, true = said.split(), true.split()
@@ -254,6 +260,7 @@ TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed
 MRA = Judge("a number", read_number, mean_relative_accuracy)
 JUDGES = {  # None: an option, answers.py's
     "multiple choice": None,
+    "yes or no": Judge("yes or no", read_yes_no, same_text),
     "numerical": Judge("a number", read_number, equal_number),
     "regression": Judge("a number", read_number, closeness),
     "MRA": MRA,

@@ -164,8 +164,8 @@ def test_boxes(true, said, seconds, others):
 
 
 SOLUTIONS = {"timestamp": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
-SOLUTIONS |= {"multiple choice": "B", "tracking": '{"boxes": {"1": [0, 0, 9, 9]}}', "temporal grounding": "3 to 8"}
-SOLUTIONS |= {"time span": "3 to 8", "timestamp tIoU": "3 to 8", "span set": "3 to 8"}
+SOLUTIONS |= {"multiple choice": "B", "yes or no": "no", "tracking": '{"boxes": {"1": [0, 0, 9, 9]}}'}
+SOLUTIONS |= {"temporal grounding": "3 to 8", "time span": "3 to 8", "timestamp tIoU": "3 to 8", "span set": "3 to 8"}
 SOLUTIONS |= dict.fromkeys(
     ["spatial-temporal", "spatial-temporal grounding"], '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
 )
