@@ -16,7 +16,7 @@ import numpy as np
 
 from answers import LETTERS, extract_answer
 from evaluate import mean
-from judges import judge_for, span_iou
+from judges import judge_for
 from model import UserError, nearest_path
 from records import IMAGE_SUFFIXES, spread
 from rewards import sample_from_record, without_label
@@ -77,7 +77,8 @@ def read_question(row: dict, benchmark: dict) -> Question:
     names, span = benchmark["columns"], None
     words, kind = row[names["options"]] or [] if "options" in names else [], names.get("kind")
     options = words if isinstance(words, dict) else dict(zip(LETTERS, words))
-    options = {letter: without_label(letter, text) for letter, text in options.items()}
+    plain = {letter: without_label(letter, text) for letter, text in options.items()}
+    options = plain if all(plain[letter] != options[letter] for letter in options) else options  # else "A.M." is a word
     kind = row.get(kind, kind) or ("multiple choice" if options else "MRA")  # a column's, or the benchmark's
     if row.get("start") is not None:
         span = row["start"], row["end"]
@@ -174,8 +175,8 @@ def official_tempcompass(text: str, q: Question) -> float:
 
 def official_charades(text: str, q: Question) -> float:
     said = re.findall(r"([0-9]+\.?[0-9]*) (?:to|and) ([0-9]+\.?[0-9]*)", text)[-1:]
-    spans = [tuple(map(float, pair)) for pair in (*said, q.answer.split(" to "))]
-    return span_iou(*spans) if said else 0.0
+    starts, ends = zip(*(map(float, pair) for pair in (*said, q.answer.split(" to "))))
+    return max(0.0, min(ends) - max(starts)) / (max(ends) - min(starts)) if said else 0.0
 
 
 def official_video_mme(text: str, q: Question) -> float | None:

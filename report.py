@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def read_json(path: Path) -> dict:
 def read_lines(path: Path, window: int | None = None) -> tuple[list[dict], list[str]]:
     """(objects of a .jsonl, a note of lines that are none: a crash may cut the last). window: bytes read at either end
     of a longer file."""
-    data, rows, broken = b"", [], 0
+    data, rows = b"", []
     if path.is_file():
         with path.open("rb") as file:
             gap = path.stat().st_size - 2 * window if window else 0
@@ -96,15 +97,11 @@ def read_lines(path: Path, window: int | None = None) -> tuple[list[dict], list[
                 data = file.read(window) + b"\n"
                 file.seek(gap, os.SEEK_CUR)
             data += file.read()
-    for line in data.splitlines():
-        try:
+    for line in (lines := data.splitlines()):
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            broken += 1
-    return rows, [f"{path}: {broken} of {len(rows) + broken} lines are not JSON and are left out"] * (broken > 0)
-
-
-# -- Set-up, first numbers, evaluation, data
+    broken = len(lines) - len(rows)
+    return rows, [f"{path}: {broken} of {len(lines)} lines are not JSON and are left out"] * (broken > 0)
 
 
 def describe(run: Run) -> dict:

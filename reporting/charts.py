@@ -6,8 +6,7 @@ import re
 
 import numpy as np
 
-# Title, unit, pattern of the keys, section on the page of several runs. The first group that fits takes a key.
-# "%" groups are shares: drawn times 100.
+# Title, unit ("%": of shares, drawn times 100), pattern of the keys, section where runs are compared. The first fits.
 GROUPS = [
     ("Loss", "", r"^(?!class/).*loss$", "Training"),
     ("Accuracy", "%", r"^(?!class/|reward).*accuracy", "Results"),
@@ -32,7 +31,7 @@ GROUPS = [
     ("Memory", "GiB, peak", r"gib", "Speed and memory"),
     ("Other", "", "", "Training"),
 ]
-# On the page of several runs the first two charts of each section are shown, the others folded. These come first.
+# Of several runs two charts of each section are shown, these before others, and the rest is folded
 LEADING = ("eval_accuracy", "reward", "loss", "kl", "tokens_per_second", "gib")
 LOGARITHMIC = ("Loss", "Gradient norm", "Log-prob gap, sampler to trainer")
 ALWAYS_DRAWN = ("Loss", "Accuracy", "Accuracy by class", "Reward")  # even where nothing changes
@@ -104,9 +103,6 @@ def charts(runs: list[tuple[str, dict]]) -> tuple[list[dict], list[str]]:
             title = group[0] if len(mine) == 1 and group[0] != "Other" else label(key)[0].upper() + label(key)[1:]
             result.append(chart(title, group, series) | {"leading": key in LEADING})
     return result, [f"{label(key)} {short(value)}" for key, value in constant.items()]
-
-
-# -- Values as text
 
 
 def flatten(tree: dict, prefix: str = ""):

@@ -11,27 +11,32 @@ import numpy as np
 
 from config import SFT, as_dict
 from model import UserError
-from records import IMAGE_SUFFIXES
 
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def find_clip(name: str, config: dict) -> Path | None:
+    """In image_folder, in videos/ beside the data, beside the data."""
+    data = [Path(config[key]).parent for key in ("data_path", "eval_data_path") if config.get(key)]
+    folders = [Path(config.get("image_folder") or ""), *(folder / sub for folder in data for sub in ("videos", ""))]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def strip(video: str | list[str] | None, config: dict) -> dict:
     """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`: a file, or a list of images."""
-    from data import media_folders  # not at the top: they import torch, and --help must not wait for that
-    from video import Options
+    from video import Options  # not at the top: it imports torch, and --help must not wait for that
 
-    args, paths = SimpleNamespace(**(as_dict(SFT()) | config)), []
-    for name in video if isinstance(video, list) else [video] if video else []:
-        paths += [path for folder in media_folders(args) if (path := Path(folder) / name).is_file()][:1] or [None]
-        if paths[-1] is None:
-            return {"error": f"{name}: no such file"}
+    names = video if isinstance(video, list) else [video] if video else []
+    paths = [find_clip(name, config) for name in names]
+    if None in paths:
+        return {"error": f"{names[paths.index(None)]}: no such file"}
     if not paths:
         return {}
-    kind = "image" if len(paths) == 1 and paths[0].suffix.lower() in IMAGE_SUFFIXES else "video"
+    kind = "image" if len(paths) == 1 and paths[0].suffix.lower() in IMAGES else "video"
     try:
-        options = Options.from_args(kind, args, {}, str(paths[0]))
+        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {}, names[0])
         return sampled(kind, tuple(map(str, paths)), options, paths[0].stat().st_mtime)
     except (UserError, OSError) as error:
         return {"error": str(error)}
