@@ -71,18 +71,18 @@ def read_text(text: str) -> str | None:
     return unicodedata.normalize("NFC", text).strip() or None
 
 
+def read_yes_no(text: str) -> str | None:
+    """What an answer such as "Yes, it does." begins with."""
+    word = re.match("(yes|no)\\b", plain(text), re.IGNORECASE)
+    return word[1].casefold() if word else None
+
+
 def same_text(said: str, true: str) -> float:
     """1 for the same words without case and marks, or the same number, else 0."""
     if normalise(said) == normalise(true):
         return 1.0
     numbers = read_number(said), read_number(true)
     return float(None not in numbers and relative_error(*numbers) == 0)
-
-
-def read_yes_no(text: str) -> str | None:
-    """What an answer such as "Yes, it does." begins with."""
-    word = re.match("(yes|no)\\b", plain(text), re.IGNORECASE)
-    return word[1].casefold() if word else None
 
 
 def word_accuracy(said: str, true: str) -> float:
