@@ -74,6 +74,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def read_question(row: dict, benchmark: dict) -> Question:
+    """A row, with its file and number, by the columns that the benchmark names."""
     names, span = benchmark["columns"], None
     words, kind = row[names["options"]] or [] if "options" in names else [], names.get("kind")
     options = words if isinstance(words, dict) else dict(zip(LETTERS, words))
