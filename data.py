@@ -220,7 +220,7 @@ class Processor:
 
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
-        options = Options.from_args(media.kind, self.args, media.options, name)
+        options = Options.from_args(media.kind, self.args, media.options, name, listed=len(media.paths) > 1)
         stamp = tuple(map(file_stamp, media.paths))
         key = (media.kind, stamp, options, most_frames, size)
         plan = self.cache.get(key)

@@ -41,7 +41,6 @@ class Options:
     """How one video or image is sampled and resized. None = not set."""
 
     fps: float = 2.0  # frames a second; for a list of frames: the rate it was taken at
-    raw_fps: float | None = None  # of a list of frames: its rate, where fps says how many of them are taken
     nframes: int | None = None
     min_frames: int = 4
     max_frames: int = 768
@@ -54,8 +53,10 @@ class Options:
     video_end: float | None = None
 
     @classmethod
-    def from_args(cls, kind: str, args, item: dict, where: str) -> "Options":
+    def from_args(cls, kind: str, args, item: dict, where: str, listed: bool = False) -> "Options":
         """The script's options (a config.VideoArgs), overruled by those of one item of a record.
+
+        listed: the item is a list of frames, so its fps is their rate and may stand beside nframes.
 
         UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
         """
@@ -70,7 +71,7 @@ class Options:
             low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
-        if {"fps", "nframes"} <= set(item):
+        if {"fps", "nframes"} <= set(item) and not listed:
             raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
         if "fps" in item:
             values["nframes"] = None
@@ -263,13 +264,10 @@ def plan_video(paths, frames: FrameIndex, options: Options, most_frames: int | N
 
 
 def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
-    """A list of frames. It is taken whole, an odd last one repeated, unless nframes or max_frames thin it out; with
-    raw_fps, it is sampled as a video of that rate."""
-    total, rate = len(paths), options.raw_fps or options.fps
-    if total == 1:
-        options = replace(options, nframes=None, raw_fps=None)
+    """A list of frames, taken whole, an odd last one repeated. nframes and max_frames thin it out."""
+    total, rate = len(paths), options.fps
     first, span = frame_span(total, rate, options)
-    n = smart_nframes(span, rate, options) if options.raw_fps else options.nframes or min(span, options.max_frames)
+    n = (total > 1 and options.nframes) or min(span, options.max_frames)
     n = min(n, most_frames or n)
     if n > span:
         raise UserError(f"nframes {n} of a list of {span} frames; expected at most {span}")

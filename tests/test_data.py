@@ -350,6 +350,9 @@ def test_a_folder_of_frames_as_a_record_names_it(processor, clips, tmp_path):
     (clip,) = facts["clips"]
     assert clip["indices"] == [3, 4, 5, 6, 7, 8, 9, 9] and clip["fps"] == 3.0 and clip["frames"] == 12
     assert np.allclose(clip["times"][:7], np.arange(3, 10) / 3) and clip["paths"][0].endswith("tvqa/00001.png")
+    (tmp_path / "val.jsonl").write_text(json.dumps(ask).replace('"fps": 3.0', '"fps": 3.0, "nframes": 4'))
+    (facts,) = lines_of(processor, tmp_path / "val.jsonl", as_json=True)
+    assert facts["clips"][0]["indices"] == [3, 5, 7, 9]
     (facts,) = lines_of(processor, tmp_path / "tvqa", as_json=True)  # on the command line
     assert facts["clips"][0]["frames"] == 12 and len(facts["clips"][0]["indices"]) == 4
 

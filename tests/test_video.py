@@ -179,6 +179,7 @@ def test_options_of_an_item_overrule_the_scripts():
         (dict(fps=1e-300), "fps is '1e-300'"),
         (dict(min_frames=float("nan")), "min_frames is 'nan'"),
         (dict(fps=1, nframes=4), "both given"),
+        (dict(raw_fps=30.0), "unknown video option 'raw_fps'"),
         (dict(min_pixels=9, max_pixels=8), "above max_pixels"),
         (dict(resized_height=28), "give both or none"),
     ):
@@ -224,7 +225,7 @@ def test_a_folder_of_frames(tmp_path):
     whole = plan_clip("video", paths, Options(fps=3.0))
     assert whole.indices == tuple(range(40)) and np.allclose(whole.times, np.arange(40) / 3)
     assert whole.second_per_grid == 2 / 3 and whole.source_fps == 3.0
-    some = plan_clip("video", paths, Options(raw_fps=3.0, nframes=8, video_start=2.0, video_end=10.0))
+    some = plan_clip("video", paths, Options(fps=3.0, nframes=8, video_start=2.0, video_end=10.0))
     assert some.indices == tuple(video.frame_indices(25, 8, 6)) and some.times[0] == 2.0 and some.times[-1] == 10.0
     assert some.second_per_grid == 2 / (8 / 25 * 3)  # as of a video of that rate
     assert np.abs(brightness(some) - np.array(some.indices) * 255 / 39).max() < 2
