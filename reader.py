@@ -141,6 +141,9 @@ def index_frames(path: str) -> FrameIndex:
             rate = stream.codec_context.framerate or stream.guessed_rate
         if not untimed:
             pts = pts[bisect_left(pts, keyframes[0][0]) :]  # cut at its head: nothing decodes before a keyframe
+            mean = (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9) if pts else 0.0
+            if "matroska" in stream.container.format.name and rate and not 2 / 3 < mean / rate < 1.5 and mean:
+                rate = None  # of a slide show: its header names any rate
             stream.container.seek(keyframes[0][1], stream=stream)
             sizes = [shown_size(frame) for frame in islice(decode(stream), 1)]  # only a frame knows its rotation
     if untimed:  # all frames are decoded and counted
@@ -152,8 +155,7 @@ def index_frames(path: str) -> FrameIndex:
     if untimed:
         fps = float(rate or 25)  # 25: FFmpeg's own guess for raw streams
         return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [])
-    fps = float(rate) if rate else (len(pts) - 1) / max((pts[-1] - pts[0]) * time_base, 1e-9)
-    return FrameIndex(sizes[0], fps, pts, time_base, keyframes)
+    return FrameIndex(sizes[0], float(rate or mean), pts, time_base, keyframes)
 
 
 def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[tuple[int, int]]]:

@@ -3,6 +3,7 @@ what is not read is refused with the true reason."""
 
 import os
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -93,21 +94,28 @@ def test_a_stream_cut_at_its_head_begins_with_the_first_keyframe(tmp_path, name)
     assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
 
 
-def test_a_varying_frame_rate_is_noted(tmp_path):
-    """30 frames in a second, then 15 in three seconds: the times are the true ones, the time ids cannot be."""
-    with av.open(str(tmp_path / "a.mp4"), "w") as file:
-        stream = file.add_stream("libx264", rate=30)
+def write_at(path, codec, ticks):
+    """Frames of a ramp at these thirtieths of a second."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=30)
         stream.height = stream.width = 64
         stream.pix_fmt = "yuv420p"
-        for i, rgb in enumerate(ramp(45)):
+        for tick, rgb in zip(ticks, ramp(len(ticks))):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame.pts = i if i < 30 else 30 + (i - 30) * 6
+            frame.pts, frame.time_base = tick, Fraction(1, 30)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    plan = plan_clip("video", (str(tmp_path / "a.mp4"),), Options(nframes=6))
-    expected = [i / 30 if i < 30 else 1 + (i - 30) / 5 for i in plan.indices]
-    assert np.allclose(plan.times, expected, atol=1e-3) and plan.total_frames == 45
+    return str(path)
+
+
+def test_a_varying_frame_rate_is_noted(tmp_path):
+    """The times are the true ones; the time ids cannot be. A slide show's header names any rate."""
+    ticks = [*range(30), *range(30, 120, 6)]  # 30 frames in a second, then 15 in three seconds
+    plan = plan_clip("video", (write_at(tmp_path / "a.mp4", "libx264", ticks),), Options(nframes=6))
+    assert np.allclose(plan.times, [ticks[i] / 30 for i in plan.indices], atol=1e-3) and plan.total_frames == 45
     assert "the frame rate varies" in plan.notes[0] and "counts as one of" in plan.notes[0]
+    slides = plan_clip("video", (write_at(tmp_path / "a.webm", "libvpx-vp9", range(0, 900, 90)),), Options())
+    assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
 
 
 QUADRANTS = np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((32, 48), np.uint8))
