@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoint import MANIFEST, STATE, find_adapter, write_json, write_whole
+from checkpoint import ADAPTER, MANIFEST, STATE, find_adapter, write_json, write_whole
 from config import LoraArgs
 from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
 from model import UserError
@@ -27,7 +27,7 @@ from model.adapters import scale_of, shifted
 from model.loading import ModelConfig, module_name, read_object, resolve_folder, save_tensors, shard_files, write_shards
 from model.qwen import Qwen2_5_VL
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER
 GENERATION = "generation_config.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
 # Options of PEFT's LoraConfig that change the formula of lora.py
