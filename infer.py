@@ -35,9 +35,6 @@ from answers import answer_span, extract_answer, parse_options
 from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json
 from checkpoint import sha256, step_of
 
-# Options that a Model keeps for good
-FIXED = {"model_id", "model_ckpt", "bf16", "local_files_only"}
-
 
 class Model:
     """A trained model that answers questions about clips. Its weights are read when the first answer is wanted.
@@ -113,7 +110,7 @@ class Model:
         """The options with some of them changed for one call."""
         if not changes:
             return self.cfg
-        if fixed := FIXED & parse(Infer, as_flags(changes)).given:
+        if fixed := {"model_id", "model_ckpt", "bf16", "local_files_only"} & changes.keys():
             raise UserError(f"{min(fixed)}: cannot change from call to call; make another Model")
         cfg = parse(Infer, [*self.argv, *as_flags(changes)])
         cfg.model_id = self.cfg.model_id
@@ -194,7 +191,6 @@ class Model:
             reasoning=text.partition("<think>")[2].partition("</think>")[0].strip() or None,
             answer=f"({letter}) {options[letter]}" if letter else answer_span(text) or "",
             option=letter,
-            unsure=bool(options) and letter is None,
             finished=completion.finished,
             prompt_tokens=len(example),
             completion_tokens=len(completion.ids),
@@ -210,8 +206,7 @@ class Answer:
     text: str  # all of it
     reasoning: str | None  # what stands in <think>, also where that was never closed
     answer: str  # what it settles on: the option with its letter, or the text in <answer>; "" = nothing
-    option: str | None  # letter of that option
-    unsure: bool  # there are options, and it names none or contradicts itself
+    option: str | None  # letter of that option; None where it names none, or contradicts itself
     finished: bool  # False: cut off at max_new_tokens
     prompt_tokens: int
     completion_tokens: int
@@ -362,9 +357,8 @@ def clips_of(example, config):
     for frames, (t, h, w), seconds in facts:
         own, times = np.split(times, [t * h * w // 4])  # a token for 2 x 2 patches
         own = own.reshape(t, -1)[:, 0]  # of each grid step, as the model gets them
-        yield dict(
-            frames=frames, grid_thw=[t, h, w], second_per_grid=seconds, time_ids=(own - own[0]).tolist(),
-        )  # fmt: skip
+        time_ids = (own - own[0]).tolist()
+        yield dict(frames=frames, grid_thw=[t, h, w], second_per_grid=seconds, time_ids=time_ids)
 
 
 # -- The command
@@ -384,14 +378,10 @@ def main(argv=None):
 
 def describe(model):
     """The line about the model."""
-    network = model.network
-    weight, how = network.head_weight, "no adapter"
-    if model.adapter and weight.dtype.itemsize == 4:
-        how = "adapter merged: in fp32 that is exact up to rounding"
-    elif model.adapter:
-        how = "adapter beside the weights" + (", merged into the sampler's copy" if weight.is_cuda else "")
-    count = sum(p.numel() for p in network.parameters())
-    return f"model: {model.cfg.model_id}, {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device}; {how}"
+    parameters = list(model.network.parameters())
+    count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
+    how = "" if not model.adapter else "; adapter merged" if dtype == "float32" else "; adapter beside the weights"
+    return f"model: {model.cfg.model_id}, {count:,} parameters, {dtype} on {parameters[0].device}{how}"
 
 
 def show_answer(model):
@@ -404,22 +394,22 @@ def show_answer(model):
     ((_, h, w),), (indices,) = example.grid_thw, example.frame_indices
     print(f"clip: {cfg.video}: frames {' '.join(map(str, indices))}; {14 * w} x {14 * h}\nquestion: {model.question}\n")
     answer = model.answer(example, cfg, partial(print, end="", flush=True))
-    unsure = "   (names no option, or contradicts itself)" if answer.unsure else ""
-    print(f"\n\nreasoning: {answer.reasoning or '(none)'}\nanswer: {answer.answer or '(none)'}{unsure}")
+    unsure = parse_options(model.question) and not answer.option
+    print(f"\n\nreasoning: {answer.reasoning or '(none)'}")
+    print(f"answer: {answer.answer or '(none)'}{'   (names no option, or contradicts itself)' if unsure else ''}")
     if not answer.finished:
         print(f"note: cut off after {answer.completion_tokens} tokens; --max_new_tokens sets the limit")
     facts = asdict(answer)
     (clip,) = facts.pop("clips")
-    del facts["unsure"]
     return facts | clip
 
 
 def show_evaluation(model):
     """Evaluate --data_path, print the tables; returns the facts for --json."""
     began, cfg = time.perf_counter(), model.cfg
-    read_records(cfg.data_path)  # a file that is none ends here
+    records = read_records(cfg.data_path)  # before the weights
     print(describe(model))
-    result = model.evaluate(cfg.data_path)
+    result = model.evaluate(records)
     if result.known:
         print(f"note: {result.known} of {result.count} answers are taken from {cfg.output}")
     for error in result.skipped.values():

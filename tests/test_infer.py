@@ -438,14 +438,14 @@ def test_reasoning_and_answer_apart(monkeypatch, here, tiny, clip):
     def answer(text, question=""):
         monkeypatch.setattr("rollouts.generate", watches([text]))
         result = model.ask(clip, question)
-        return result.reasoning, result.answer, result.option, result.unsure
+        return result.reasoning, result.answer, result.option
 
     chain = "<think>It moves,\nnot (B).\n</think><answer>(A) Left to Right</answer>"
-    assert answer(chain) == ("It moves,\nnot (B).", "(A) Left to Right", "A", False)
-    assert answer("<think>It was cut") == ("It was cut", "", None, True)
-    assert answer("Answer: D") == (None, "(D) Ascending", "D", False)
-    assert answer("Answer: (A) Ascending") == (None, "(A) Ascending", None, True)  # contradicts itself
-    assert answer("<answer>red</answer>", "Which colour?") == (None, "red", None, False)
+    assert answer(chain) == ("It moves,\nnot (B).", "(A) Left to Right", "A")
+    assert answer("<think>It was cut") == ("It was cut", "", None)
+    assert answer("Answer: D") == (None, "(D) Ascending", "D")
+    assert answer("Answer: (A) Ascending") == (None, "(A) Ascending", None)  # contradicts itself
+    assert answer("<answer>red</answer>", "Which colour?") == (None, "red", None)
 
 
 def test_wilson_interval_and_opposites():
