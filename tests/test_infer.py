@@ -17,10 +17,10 @@ from runs import base, sft  # noqa: F401 (fixtures)
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import infer
-from adapter_files import load_adapter, save_adapter
+from adapter_files import save_adapter
 from checkpoint import write_whole
 from config import QUESTION, LoraArgs
-from data import load_tokenizer, look_at_file, pack
+from data import load_tokenizer, look_at_file
 from evaluate import opposite, wilson
 from infer import Model
 from lora import inject, lora_layers
@@ -227,17 +227,6 @@ def test_the_question_of_a_dataset():
     assert (most["text"], most["origin"]) == ("Where?", "the most frequent of 2 in the training data")
     assert data_question([one | {"system": "Think first."}])["system"] == "Think first."
     assert data_question([{"text": "no record"}]) is None
-
-
-def test_merged_adapter_gives_the_logits_of_the_adapter_beside(here, tiny, clip):
-    save_trained_adapter(tiny, here / "adapter")
-    model, beside = Model("adapter"), load_model(tiny)
-    packed = pack([model.example(clip)])
-    load_adapter(beside, here / "adapter")
-    assert not lora_layers(model.network)
-    if model.network.head_weight.device.type == "cpu":
-        with torch.no_grad():
-            torch.testing.assert_close(model.network.logits(packed), beside.logits(packed), rtol=0, atol=1e-3)
 
 
 def test_streamed_text_is_whole(tiny):
