@@ -299,9 +299,11 @@ def after_step(run, engine, evaluate, loop=None):
 
 
 def write_best(run):
-    """best.json, where a checkpoint was judged."""
+    """best.json, where a checkpoint was judged, and the run's own adapter: that of the best checkpoint."""
     if run.rank == 0 and run.best:
         write_json(run.folder / BEST, run.best)
+    if run.rank == 0:
+        checkpoint.link_adapter(run.folder)
 
 
 def save(run, engine, loop):
@@ -327,7 +329,6 @@ def save(run, engine, loop):
                     checkpoint.sync(path)
             checkpoint.write_whole(folder, fill)
             write_best(run)
-            checkpoint.link_adapter(run.folder)
             checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
             error = f"cannot be written ({problem}); earlier ones are intact: make room, then --resume"

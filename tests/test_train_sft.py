@@ -228,7 +228,7 @@ def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
     )
     assert steps_saved(folder) == [2, 5, 6]
     assert json.loads((folder / "best.json").read_text()) == {"step": 2, "accuracy": 0.6}
-    assert find_adapter(folder) == folder / "checkpoint-2"
+    assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == folder / "checkpoint-2"
 
 
 def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
