@@ -232,24 +232,14 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     facts["evaluation"] |= {"chance": result.chance, "confusion": result.confusion}
     if run.step == run.total and cfg.eval_controls:
         numbers = spread(range(len(held_out)), cfg.eval_controls, cfg.seed)
-        controls = evaluate_controls(again, greedy, held_out, numbers, result)
+        some = Selection(held_out, numbers)
+        plain = Evaluation({k: result.answers[n] for k, n in enumerate(numbers) if n in result.answers}, {})
+        controls = {name: again(some, greedy, control=name).facts(plain) for name in CONTROLS[1:]}
         facts["evaluation"]["controls"] = controls
         words = [f"{name} {each['accuracy']:.1%}" for name, each in controls.items() if each["count"]]
         run.say(f"step {run.step:>6}  with changed frames: {', '.join(words)} of {len(numbers)} held-out samples")
     log.write(run.step, facts)
     return is_best
-
-
-def evaluate_controls(evaluate, sampling, records, numbers, plain):
-    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the records of these numbers.
-
-    plain: the Evaluation of the frames as they are. It costs as much as evaluating 3 x len(numbers) records.
-    """
-    results, records = {}, Selection(records, numbers)
-    for control in CONTROLS[1:]:
-        answers = evaluate(records, sampling, control=control).answers
-        results[control] = Evaluation({numbers[k]: answer for k, answer in answers.items()}, {}).facts(plain)
-    return results
 
 
 # -- What answers show

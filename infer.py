@@ -18,6 +18,7 @@ from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, pa
 
 import hashlib
 import json
+import logging
 import math
 import re
 import sys
@@ -32,8 +33,9 @@ from records import IMAGE_SUFFIXES, TAG, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
-from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json
-from checkpoint import sha256, step_of
+from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json, sha256
+
+log = logging.getLogger("infer")
 
 
 class Model:
@@ -282,8 +284,8 @@ def choose_adapter(cfg):
         why = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
         return None, f"{why}; give --model_id {base}, or --model_ckpt"
     run = "the run saved last under output/" if newest else "its run"
-    best = read_json(folder.parent / BEST) if (folder.parent / BEST).exists() else {}
-    if best.get("step") != step_of(folder):
+    best = read_json(folder.parent / BEST) if best_checkpoint(folder.parent) == folder else None
+    if best is None:
         why = "as given" if Path(cfg.model_ckpt) == folder else f"the newest of {run}; none was evaluated"
     elif best.get("below_start"):
         end, start = best["accuracy"], best["start_accuracy"]
@@ -345,6 +347,8 @@ def clip_part(clip: str | Path, cfg) -> dict:
     if len(images) < 2:
         raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
     few = len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given
+    if few:
+        log.warning("%s has %d frames, all are taken: --nframes %d was not given", path, len(images), cfg.nframes)
     return {"type": "video", "path": [str(p.absolute()) for p in images]} | ({"fps": cfg.fps} if few else {})
 
 
@@ -353,12 +357,10 @@ def clips_of(example, config):
     import numpy as np
 
     times = example.position_ids[0][np.isin(example.ids, [config.video_token_id, config.image_token_id])]
-    facts = zip(example.frame_indices, example.grid_thw, example.second_per_grid, strict=True)
-    for frames, (t, h, w), seconds in facts:
+    for frames, (t, h, w), seconds in zip(example.frame_indices, example.grid_thw, example.second_per_grid):
         own, times = np.split(times, [t * h * w // 4])  # a token for 2 x 2 patches
         own = own.reshape(t, -1)[:, 0]  # of each grid step, as the model gets them
-        time_ids = (own - own[0]).tolist()
-        yield dict(frames=frames, grid_thw=[t, h, w], second_per_grid=seconds, time_ids=time_ids)
+        yield dict(frames=frames, grid_thw=[t, h, w], second_per_grid=seconds, time_ids=(own - own[0]).tolist())
 
 
 # -- The command
@@ -371,17 +373,17 @@ def main(argv=None):
         raise UserError("--video: found nothing, expected a file: python infer.py video.mp4, or --data_path val.json")
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
-    facts = show_evaluation(model) if cfg.data_path else show_answer(model)
+    facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
     if cfg.json:
         print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": model.adapter and str(model.adapter)}))
 
 
 def describe(model):
     """The line about the model."""
-    parameters = list(model.network.parameters())
-    count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
-    how = "" if not model.adapter else "; adapter merged" if dtype == "float32" else "; adapter beside the weights"
-    return f"model: {model.cfg.model_id}, {count:,} parameters, {dtype} on {parameters[0].device}{how}"
+    weight = model.network.head_weight
+    count = sum(p.numel() for name, p in model.network.named_parameters() if not name.endswith("adapters"))
+    how = "" if not model.adapter else "; adapter merged" if weight.itemsize == 4 else "; adapter beside the weights"
+    return f"model: {model.cfg.model_id}, {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device}{how}"
 
 
 def show_answer(model):
@@ -404,10 +406,9 @@ def show_answer(model):
     return facts | clip
 
 
-def show_evaluation(model):
-    """Evaluate --data_path, print the tables; returns the facts for --json."""
+def show_evaluation(model, records):
+    """Evaluate records, print the tables; returns the facts for --json."""
     began, cfg = time.perf_counter(), model.cfg
-    records = read_records(cfg.data_path)  # before the weights
     print(describe(model))
     result = model.evaluate(records)
     if result.known:

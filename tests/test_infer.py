@@ -128,7 +128,7 @@ def test_question_and_sampling(capsys, here, tiny, clip):
     assert one == again != two
 
 
-def test_image_and_folder_of_frames(capsys, here, tiny):
+def test_image_and_folder_of_frames(capsys, caplog, here, tiny):
     (here / "frames").mkdir()
     for i, frame in enumerate(frames_of("A", n=12)):  # frame10 comes after frame9
         write_frames(here / "frames" / f"frame{i}.png", frame[None], "png", format="image2")
@@ -139,7 +139,8 @@ def test_image_and_folder_of_frames(capsys, here, tiny):
     assert [Path(path).name for path in paths[8:11]] == ["frame8.png", "frame9.png", "frame10.png"]
     for i in range(5, 12):
         (here / "frames" / f"frame{i}.png").unlink()
-    assert run(capsys, "frames", *flags)[1]["frames"] == [0, 1, 2, 3, 4, 4]  # all of them: no 8 frames are there
+    assert run(capsys, "frames", *flags)[1]["frames"] == [0, 1, 2, 3, 4, 4]
+    assert "frames has 5 frames, all are taken" in caplog.text
     image = run(capsys, "frames/frame0.png", *flags)[1]
     assert image["frames"] == [0] and image["time_ids"] == [0] and image["grid_thw"][0] == 1
 
