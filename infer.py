@@ -97,8 +97,7 @@ class Model:
             first = next(iter(result.skipped.values()))
             name = data if is_file else "records"
             raise UserError(f"{name}: none of {len(records)} can be asked; the first: {first}")
-        wanted = split_list(cfg.controls or "")
-        result.controls = {name: again(name) for name in CONTROLS[1:] if name in wanted}
+        result.controls = {name: again(name) for name in CONTROLS[1:] if name in split_list(cfg.controls or "")}
         return result
 
     @property
