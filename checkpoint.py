@@ -191,10 +191,11 @@ def rotate(run_folder, limit):
 
 
 def link_adapter(run_folder):
-    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there."""
-    folder = best_checkpoint(run_folder) or checkpoints(run_folder)[-1]
-    for name in ADAPTER:
-        if (folder / name).is_file():  # not of a whole model
+    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there.
+    Nothing where there is no checkpoint yet, or whole models."""
+    folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
+    for name in ADAPTER if folder else ():
+        if (folder / name).is_file():
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
