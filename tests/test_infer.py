@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import infer
 from adapter_files import save_adapter
-from checkpoint import write_whole
+from checkpoint import link_adapter, write_whole
 from config import QUESTION, LoraArgs
 from data import load_tokenizer, look_at_file
 from evaluate import opposite, wilson
@@ -199,7 +199,9 @@ def trained_run(base, sft, tmp_path):  # noqa: F811
 
 
 def test_a_run_is_asked_what_it_was_trained_on_from_any_folder(trained_run, tiny, monkeypatch, tmp_path):
-    """And PEFT loads the run's folder: that of its newest checkpoint."""
+    """And PEFT loads the run's folder: the adapter of its newest checkpoint."""
+    link_adapter(tmp_path)  # as before a run's first checkpoint
+    assert not list(tmp_path.glob("*adapter*"))
     options = [f"({letter}) {words}" for letter, words in zip("ABCD", sorted(line[4:] for line in OPTIONS))]
     question = "\n".join(["What does the video show?", "Options:", *options])
     elsewhere = tmp_path / "ein anderer Ördner"
