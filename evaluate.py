@@ -1,6 +1,7 @@
 """Answer accuracy by free generation, for both training loops and infer.py: which samples can be judged, how many are
 right, what is answered instead, and how much of it is left when the frames are changed."""
 
+import hashlib
 import json
 import math
 import sys
@@ -15,7 +16,8 @@ from tqdm import tqdm
 
 import ranks
 from answers import extract_answer
-from checkpoint import ROLLOUTS, append_lines
+from checkpoint import ROLLOUTS, append_lines, sha256
+from config import VideoArgs, as_dict
 from data import CONTROLS
 from loader import examples
 from model import UserError
@@ -151,6 +153,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
                 number, sample = example.number, sample_from_record(example.record)
                 rollout = sampler.rollout(number, completion)
+                rollout.text = example.record.get("answer_prefix", "") + rollout.text
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = judged(sample, rollout)
                 if on_answer:
@@ -277,6 +280,15 @@ def opposite(words: str) -> str | None:
 
 
 # -- Answers in a file, for infer.py --output
+
+
+def made_by(cfg, adapter) -> dict:
+    """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
+    names = "max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
+    names = as_dict(VideoArgs()).keys() - {"cache_mb"} | set(names.split())
+    settings = hashlib.sha256(repr(sorted((name, getattr(cfg, name)) for name in names)).encode()).hexdigest()[:16]
+    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
+    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
 
 
 class Predictions:

@@ -3,6 +3,7 @@
     python infer.py video.mp4 [--question "…"]     a video, a gif, an image, or a folder of frames
     python infer.py --data_path val.json           accuracy, confusion, and both with frames reversed, shuffled, blank
     python infer.py --data_path val.json --output predictions.jsonl     a line for each answer; goes on where it stopped
+    python infer.py --benchmark mvbench DIR        a public benchmark from its own files (docs/benchmarks.md)
 
     from infer import Model
     model = Model("output/my_run", max_new_tokens=64)      # a run, a checkpoint, a whole model, or a hub id
@@ -16,7 +17,6 @@ The hub's generation_config is never read: decoding is greedy unless --temperatu
 # ruff: noqa: E402, I001
 from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: Ctrl-C
 
-import hashlib
 import json
 import logging
 import math
@@ -33,7 +33,7 @@ from records import IMAGE_SUFFIXES, TAG, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
-from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json, sha256
+from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json
 
 log = logging.getLogger("infer")
 
@@ -83,7 +83,7 @@ class Model:
         """An evaluate.Evaluation of a dataset's file, or of a list of records: accuracy, interval, by_task, confusion,
         skipped, and in `controls` the same with the frames changed (controls="none": only as they are)."""
         from data import CONTROLS
-        from evaluate import Predictions, evaluate
+        from evaluate import Predictions, evaluate, made_by
         from rollouts import Sampler
 
         is_file = isinstance(data, str | Path)
@@ -95,7 +95,7 @@ class Model:
         result = again(known=predictions.known, on_answer=predictions.write)
         if not result.count:
             first = next(iter(result.skipped.values()))
-            name = data if is_file else "records"
+            name = cfg.data_path or cfg.video or "records"
             raise UserError(f"{name}: none of {len(records)} can be asked; the first: {first}")
         result.controls = {name: again(name) for name in CONTROLS[1:] if name in split_list(cfg.controls or "")}
         return result
@@ -318,16 +318,6 @@ def read_as_trained(cfg, folder):
     return [f"--{name} {getattr(cfg, name)}, as in training" for name in taken]
 
 
-def made_by(cfg, adapter):
-    """What an answer depends on besides its record, for the lines of a predictions file."""
-    view = {name: value for name, value in as_dict(cfg).items() if name in as_dict(VideoArgs()) and name != "cache_mb"}
-    names = "max_new_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty", "max_samples"
-    settings = sorted((view | {name: getattr(cfg, name) for name in names}).items())
-    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
-    settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
-
-
 # -- Clips
 
 
@@ -369,10 +359,18 @@ def main(argv=None):
     model = Model(argv=sys.argv[1:] if argv is None else argv)
     cfg = model.cfg
     if not (cfg.video or cfg.data_path):
-        raise UserError("--video: found nothing, expected a file: python infer.py video.mp4, or --data_path val.json")
+        expected = "a file: python infer.py video.mp4, or --data_path val.json"
+        expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
+        raise UserError(f"--video: found nothing, expected {expected}")
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
-    facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
+    if cfg.benchmark:
+        from benchmarks import Task  # not at the top: it imports torch
+
+        task = Task(cfg)
+        facts = show_evaluation(model, task.records) | {"benchmark": task.report()}
+    else:
+        facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
     if cfg.json:
         print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": model.adapter and str(model.adapter)}))
 
