@@ -376,12 +376,12 @@ def main(argv=None):
 
 
 def describe(model):
-    """The line about the model."""
     from lora import lora_layers
 
     weight = model.network.head_weight
     count = sum(p.numel() for name, p in model.network.named_parameters() if not name.endswith("adapters"))
-    how = ("; adapter beside the weights" if lora_layers(model.network) else "; adapter merged") if model.adapter else ""
+    how = "beside the weights" if lora_layers(model.network) else "merged"
+    how = f"; adapter {how}" if model.adapter else ""
     return f"model: {model.cfg.model_id}, {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device}{how}"
 
 
