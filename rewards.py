@@ -27,7 +27,7 @@ from pathlib import Path
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
 from judges import is_whole, judge_for
 from model import UserError, nearest, nearest_path
-from records import read_form
+from records import first_of, read_form
 
 ANY_LETTER = dict.fromkeys(LETTERS, "")  # the options of a question whose list is not there, or cannot be read
 log, warned = logging.getLogger("rewards"), set()
@@ -119,7 +119,10 @@ def plain_text(content: str | list) -> str:
     """Of typed parts, those of text."""
     if isinstance(content, str):
         return content
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = []
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        texts.append(first_of(part, "text", "value") if is_text else part)
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
@@ -467,7 +470,11 @@ def main() -> None:
     if not cfg.file.is_file():
         raise UserError(f"no file {cfg.file}{nearest_path(cfg.file)}")
     rewards = load_rewards(cfg.rewards)
-    for number, line in enumerate(cfg.file.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = cfg.file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{cfg.file}: cannot be read as UTF-8 ({error}); save it as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

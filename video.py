@@ -63,6 +63,8 @@ class Options:
         sizes = ("min_pixels", "max_pixels", "resized_height", "resized_width")
         values = {name: getattr(args, f"{kind}_{name}") for name in sizes}
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
+        if {"fps", "sample_fps"} <= set(item):
+            raise UserError(f"{where}: fps and sample_fps are both given; give one")
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
             if name not in cls.__dataclass_fields__:
@@ -73,7 +75,7 @@ class Options:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
         if {"fps", "nframes"} <= set(item) and not listed:
             raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
-        if "fps" in item:
+        if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
         if "max_pixels" in item and values["min_pixels"] is not None:  # the item's bound beats the script's other bound
             values["min_pixels"] = min(values["min_pixels"], item["max_pixels"])
@@ -134,7 +136,7 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     n = min(max(total / video_fps * options.fps, low), high, total)
     n = math.floor(n / TEMPORAL) * TEMPORAL
     if n < TEMPORAL:
-        raise UserError(f"{total} frame(s); a video needs 2, a single picture is given as an image")
+        raise UserError(f"{total} frame(s), max_frames {options.max_frames}; a video needs 2, a picture is an image")
     return n
 
 
@@ -229,15 +231,18 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     sample, on top of the options. Raises UserError naming the file.
     """
     frames = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
-    is_file = frames is not None and len(frames.pts) > 1
-    source = frames.size if is_file else image_size(paths[0])
+    if frames is not None and frames.is_picture and len(frames.pts) == 1:
+        frames = None
+    source = image_size(paths[0]) if frames is None else frames.size
     try:
         if kind == "image":
             plan = plan_image(paths, source, options)
-        elif is_file:
-            plan = plan_video(paths, frames, options, most_frames)
-        else:
+        elif frames is None:
             plan = plan_frames(paths, source, options, most_frames)
+        elif len(frames.pts) == 1:
+            plan = replace(plan_frames(paths, source, options, most_frames), seeks=(frames.seek(0),) * TEMPORAL)
+        else:
+            plan = plan_video(paths, frames, options, most_frames)
     except UserError as error:  # of the options, or of the picture's shape
         raise UserError(f"{paths[0]}: {error}") from None
     return plan if size is None else replace(plan, size=size)
@@ -268,14 +273,14 @@ def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: i
     total, rate = len(paths), options.fps
     first, span = frame_span(total, rate, options)
     n = (total > 1 and options.nframes) or min(span, options.max_frames)
-    n = min(n, most_frames or n)
-    if n > span:
-        raise UserError(f"nframes {n} of a list of {span} frames; expected at most {span}")
+    n = min(n, span, most_frames or n)
     whole = list(range(first, first + span))
     indices = whole if n == span else frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
     sample_fps = rate * len(indices) / span
     indices += indices[-1:] * (len(indices) % TEMPORAL)
     h, w, notes = frame_size("video", *source, len(indices), options)
+    if options.nframes and total > 1 and options.nframes > span:
+        notes.append(f"nframes {options.nframes} of a list of {span} frames: all are taken")
     if total == 1:
         notes.append("one picture where a video is expected: a clip of two equal frames")
     times = tuple(i / rate for i in indices)
