@@ -37,6 +37,7 @@ SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of libavformat/avformat.h
 # What FFmpeg opens and is no media file: playlists, which name other files, and text, which it would draw
 NO_MEDIA = ("concat", "dash", "hls", "tty")
 PICTURE_BRANDS = ("avif", "avis", "heic", "heix", "heif", "mif1", "msf1")  # of pictures in an MP4's container
+COMPRESSION, ORIENTATION = 259, 274  # tags of a TIFF
 # A picture's halved chroma is interpolated, as libjpeg does; by default FFmpeg repeats it, for speed
 SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
@@ -139,15 +140,15 @@ def ends_with(path: str, mark: bytes) -> bool:
         return file.read().rstrip(b"\0").endswith(mark)
 
 
-def holds_jpeg(path: str) -> bool:
-    """Whether a TIFF's picture is compressed as a JPEG, by the tag Compression of its first directory."""
+def tiff_tags(path: str) -> dict[int, int]:
+    """{tag: its value, or the half of it that comes first} of a TIFF's first directory."""
     with open(path, "rb") as file:
         head = file.read(8)
         order = "<" if head[:2] == b"II" else ">"
         file.seek(*struct.unpack(f"{order}I", head[4:]))
         (count,) = struct.unpack(f"{order}H", file.read(2))
         entries = [struct.unpack(f"{order}HHIHH", file.read(12)) for _ in range(count)]
-    return any(tag == 259 and value in (6, 7) for tag, _, _, value, _ in entries)
+    return {tag: value for tag, _, _, value, _ in entries}
 
 
 # ---- Times of all frames
@@ -212,6 +213,9 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
     # Other containers, such as MPEG transport streams, are searched by dts. A keyframe with B-frames has an earlier dts
     # than pts, so a seek to its pts would land behind it
     by_pts = matroska or container.format.flags & SEEK_TO_PTS
+    promised = stream.frames
+    if container.format.name.startswith("mov"):  # an edit list leaves the first ones out of the index
+        promised = min(promised, len(stream.index_entries))
     time_bases = {s.index: float(s.time_base or 0) for s in container.streams}
     for packet in container.demux():
         if not packet.size:
@@ -228,8 +232,8 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
                 keyframes.append((pts, pts if by_pts or packet.dts is None else packet.dts))
     if not count:
         raise UserError(f"{path}: a video stream with 0 frames; write it again")
-    if count < 0.99 * stream.frames - 1:
-        raise UserError(f"{path}: cut off: {count} frames, its header promises {stream.frames}; download it again")
+    if count < 0.99 * promised - 1:
+        raise UserError(f"{path}: cut off: {count} frames, its header promises {promised}; download it again")
     if corrupt:
         raise UserError(f"{path}: cut off: only a part of its frame {count - 1}; download it again")
     seconds = (container.duration or 0) / av.time_base  # all that some headers promise
@@ -356,8 +360,11 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")
         if stream.codec_context.name == "tiff":
-            if holds_jpeg(path):  # FFmpeg makes it black
+            tags = tiff_tags(path)
+            if tags.get(COMPRESSION) in (6, 7):  # FFmpeg makes it black
                 raise UserError(f"{path}: a TIFF with a JPEG inside, which FFmpeg does not read; convert it to png")
+            if tags.get(ORIENTATION, 1) != 1:  # here Pillow does turn
+                raise UserError(f"{path}: a TIFF to be shown turned or mirrored, which is not done; save it upright")
             frame.color_range = ColorRange.JPEG  # which FFmpeg leaves open
         rgb = to_rgb(frame, VideoReformatter(), SMOOTH)
     return next(resize([rgb], size or rgb.shape[:2]))
