@@ -336,7 +336,8 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
         raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}); {advice}") from None
     seconds = time.monotonic() - began
     print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {seconds:.1f} s")
-    print(f"next: python train_sft.py --data_path {shlex.quote(str(out / 'train.json'))}")
+    here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last
+    print("next: python train_sft.py" + ("" if here else f" --data_path {shlex.quote(str(out / 'train.json'))}"))
     return metadata
 
 

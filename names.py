@@ -26,7 +26,7 @@ SAME = {  # ours: theirs
     "lr_scheduler_type": "lr_scheduler",
     "num_train_epochs": "epochs num_epochs",
     "max_steps": "max_train_steps",
-    "per_device_train_batch_size": "micro_batch_size per_gpu_train_batch_size",
+    "per_device_train_batch_size": "batch_size micro_batch_size per_gpu_train_batch_size",
     "max_grad_norm": "gradient_clipping clip_grad",
     "fps": "video_fps",
     "nframes": "num_frames",
@@ -127,22 +127,12 @@ ANSWERS = {  # what to do: theirs
         "steps_per_generation generation_batch_size",
     "the reference never moves: --reference start or base": "sync_ref_model ref_model",
     "--sampler_is_cap C truncates the importance weights": "vllm_importance_sampling_correction",
-    "--max_resample 1 samples further prompts until enough groups differ": "dynamic_sample",
+    "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample oversample",
+    "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
 }  # fmt: skip
-
-
-def table():
-    """{name: (kind, meaning)}: kind is same, none, value or answer, see the head of this file."""
-    result = {name: ("value", meaning) for name, meaning in BY_VALUE.items()}
-    for kind, groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS)):
-        for meaning, names in groups.items():
-            for name in names.split():
-                assert name not in result, name
-                result[name] = (kind, meaning)
-    return result
-
-
-NAMES = table()
+NAMES = {name: ("value", meaning) for name, meaning in BY_VALUE.items()}
+for _kind, _groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS)):
+    NAMES |= {name: (_kind, meaning) for meaning, names in _groups.items() for name in names.split()}
 SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()}
 
 
@@ -187,70 +177,33 @@ def suggestion(name, names):
 HEAD = """\
 # Migrating
 
-Written by `python names.py > docs/migrating.md`. Flags and commands that were removed, and what to use instead. A
-script answers each removed flag by name.
+Written by `python names.py > docs/migrating.md`: what options of other trainers, and removed ones, mean here. Options
+of the same name mean the same. These are understood too, on the command line and in a `--config` file, which may be
+theirs if it is flat (.yaml, .json, .toml). A run's first lines say what became of each.
 
-| removed | instead |
-|---|---|
-"""
-COMMANDS = {
-    "make audit": "`pip install pip-audit && pip-audit --disable-pip -r requirements.lock` lists known advisories",
-    "`lora.py convert`": "adapters of both key styles (transformers before and from 4.52) are read, the newer is "
-        "written; for use elsewhere: `python lora.py merge ADAPTER OUT`",
-    'lora.py check: "PEFT on transformers N" lines': "check names the key style, untrained layers and whether the "
-        "adapter fits its base; try it: `PeftModel.from_pretrained`",
-    "generate.py: preview.png, preview.gif": "open the clips in videos/; the report page shows clips",
-    "`rollout_halved` in metrics.jsonl": "is now `oom_retries`",
-    "`idle`, `rollout_idle`, `update_idle`, `traffic` in metrics.jsonl": "torch's profiler shows them",
-    "rollouts and clips in TensorBoard and W&B": "scalars, config and, in W&B, the report page; rollouts.jsonl and "
-        "report.html have the rest",
-    "exit code 75, heartbeats between machines": "a lost rank ends the others through its launcher, a silent one after "
-        "ten minutes",
-    "--resume changing the accumulation on another number of ranks": "it asks for the flags that give as many samples "
-        "a step",
-    "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with the values for other cards in its comments",
-    "bench/sft.py, rollout.py, grpo.py, data.py": "`python bench/step.py sft rollout grpo` (`--peer`, `--trace`, "
-        "`--twice`), `python bench/loading.py`",
-    "bench: scale, scaling, big, sequence, traffic, balance, heartbeat, index, live, same_seed, vision, memory, "
-    "stepcost, traced, logits": "their findings are in dev/LOG.md",
-}  # fmt: skip
-SEED = """
-## From the original project
-
-Every flag of its commands works under its own name: `video_generator.py` is `generate.py`, `src/training/train.py` is
-`train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is `infer.py` (`--base_model`,
-`--video_path`, `--prompt` are accepted).
-
-## From HF Trainer, TRL, LLaMA-Factory, ms-swift, 2U1's finetune
-
-Options of the same name mean the same. These others are understood too, on the command line and in a `--config` file,
-which may be theirs if it is flat (.yaml, .json, .toml). A run's first lines say what became of each.
+Every flag of the original project's commands works under its own name: `video_generator.py` is `generate.py`,
+`src/training/train.py` is `train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is
+`infer.py` (`--base_model`, `--video_path`, `--prompt` are accepted).
 
 | theirs | here |
 |---|---|
 """
 
 
-def migrating(removed):
-    """The text of docs/migrating.md. removed: {option: what to use instead}, cli.REMOVED."""
+def migrating():
+    """The text of docs/migrating.md."""
     flags = lambda names: ", ".join(f"`--{name}`" for name in names)
-    groups = {}
-    for name, meaning in removed.items():
-        groups.setdefault(meaning, []).append(name)
-    text = HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for meaning, names in groups.items())
-    text += "".join(f"| {what} | {instead} |\n" for what, instead in COMMANDS.items()) + SEED
-    text += "".join(f"| {flags(names.split())} | `--{ours}` |\n" for ours, names in SAME.items())
+    rows = [(names.split(), f"`--{ours}`") for ours, names in SAME.items()]
     groups = {}
     for name, (choices, otherwise) in BY_VALUE.items():
         groups.setdefault(otherwise, (choices, []))[1].append(name)
     for otherwise, (choices, names) in groups.items():
         pairs = [f"{value or 'empty'}: {f'`--{ours}`' if ours else 'no effect'}" for value, ours in choices.items()]
-        text += f"| {flags(names)} | {', '.join(pairs)}; else {otherwise} |\n"
-    text += "".join(f"| {flags(names.split())} | no effect: {why} |\n" for why, names in NO_EFFECT.items())
-    return text + "".join(f"| {flags(names.split())} | {answer} |\n" for answer, names in ANSWERS.items())
+        rows.append((names, f"{', '.join(pairs)}; else {otherwise}"))
+    rows += [(names.split(), f"no effect: {why}") for why, names in NO_EFFECT.items()]
+    rows += [(names.split(), answer) for answer, names in ANSWERS.items()]
+    return HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for names, meaning in rows)
 
 
 if __name__ == "__main__":
-    from cli import REMOVED
-
-    print(migrating(REMOVED), end="")
+    print(migrating(), end="")

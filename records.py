@@ -106,7 +106,7 @@ def read_records(path: str | Path) -> Records:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", error)
         message = f"{path}: no such file, or not readable ({reason}); expected a .json or .jsonl dataset"
-        raise UserError(f"{message}{nearest_path(path)}") from None
+        raise UserError(f"{message}, python generate.py makes one{nearest_path(path)}") from None
     if not is_file:
         raise UserError(f"{path}: not a regular file; expected a .json or .jsonl dataset")
     try:

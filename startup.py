@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 import checkpoint
 import ranks
 from adapter_files import CONFIG, TENSORS, load_adapter
-from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
+from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
@@ -32,6 +33,7 @@ from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, resolve_folder
 from model.qwen import Qwen2_5_VL
+from records import clip_name
 from reporting.dataset import dataset_summary
 from rollouts import Sampler
 from trackers import TRACKERS, check_installed
@@ -151,7 +153,7 @@ def build_model(run):
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
-        run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
+        run.adapter = find_adapter(cfg.model_ckpt)
     if run.adapter:
         given = load_adapter(model, run.adapter)
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
@@ -192,8 +194,24 @@ def start(run, model, processor, loader, records, held_out):
         for line in describe(run, model, summary(model, cfg, records, processor, loader, run.total, run.world, 2)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
+    run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
     return engine
+
+
+def ask_about(run, processor, record):
+    """The command that asks the run's model about a record's clip, as it can be typed; "" where it names no file."""
+    try:
+        name = clip_name(record)
+        clip = os.path.relpath(processor.locate(name, name)) if name else ""
+    except UserError:  # of a broken record: named when it is read
+        clip = ""
+    words = ["python", "infer.py", clip]
+    if Path("output").resolve() not in run.folder.resolve().parents:
+        words += ["--model_ckpt", str(run.folder)]
+    if run.cfg.model_id != type(run.cfg)().model_id:
+        words += ["--model_id", run.cfg.model_id]
+    return shlex.join(words) if clip else ""
 
 
 def restore(run, engine, adamw):
@@ -265,7 +283,7 @@ def dry_run(cfg, make_loader, records):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
     adapter = None
     if cfg.model_ckpt is not None:
-        adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+        adapter = find_adapter(cfg.model_ckpt)
     if adapter and cfg.lora_enable:
         load_adapter(model, adapter)
     else:

@@ -1,6 +1,6 @@
 """GRPO: sample groups of completions -> score them -> advantages in each group -> update. Read it from top to bottom.
 
-    python train_grpo.py                                         goes on from the newest adapter under output/
+    python train_grpo.py                                         goes on from the SFT run made last
     deepspeed train_grpo.py --config configs/3b_grpo.py     all GPUs of the machine
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
@@ -24,16 +24,16 @@ import math
 import time
 from collections import Counter
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
 import ranks
 import trainer
-from checkpoint import ROLLOUTS, STATE, append_lines, find_adapter, read_json
+from checkpoint import ROLLOUTS, append_lines
 from data import read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
 from memory import out_of_memory, smaller_update
@@ -66,15 +66,14 @@ SUMS = ("sampled_kl", "sampled_tokens", "loss", "tokens", "ratio", "clip_low", "
 
 
 def main():
-    cfg = parse(GRPO)
+    cfg = follow(parse(GRPO))
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    notes = follow_adapter(cfg)
     records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
     held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
     try_rewards(rewards, records[0])
     if cfg.dry_run:
         return dry_run(cfg, make_loader, records)
-    run = launch(cfg, records, held_out, notes + left_out + held_left_out)
+    run = launch(cfg, records, held_out, left_out + held_left_out)
     model, processor = build_model(run)
     frozen = freeze_reference(model, cfg)
     loader = make_loader(cfg, records, processor, run.rank, run.world)
@@ -117,17 +116,6 @@ def main():
 
 
 # -- Start
-
-
-def follow_adapter(cfg):
-    """Where no data is named and the default is not there: the data that the adapter was trained on. Lines to print."""
-    if "data_path" in cfg.given or Path(cfg.data_path).exists() or cfg.model_ckpt is None:
-        return []
-    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
-    if adapter is None or not (adapter / STATE).exists():
-        return []
-    cfg.data_path = read_json(adapter / STATE)["config"]["data_path"]
-    return [f"--data_path {cfg.data_path}, which the adapter was trained on"]
 
 
 def groups_per_step(cfg):

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the model learns to give the dataset's answers. Read it from top to bottom.
 
-    python train_sft.py                                        the tiny model on data/synthetic_videos
+    python train_sft.py                                        the tiny model on the dataset made last
     deepspeed train_sft.py --config configs/3b_sft.py          all GPUs of the machine
     deepspeed --num_gpus 2 train_sft.py                        two processes, on a CPU too
     python train_sft.py --output_dir output/video_lora --resume
@@ -24,6 +24,7 @@ import ranks
 import trainer
 from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
+from latest import follow
 from loader import Loader
 from memory import out_of_memory, smaller_update
 from model.packed import IGNORE
@@ -32,7 +33,7 @@ from startup import build_model, dry_run, launch, start
 
 
 def main():
-    cfg = parse(SFT)
+    cfg = follow(parse(SFT))
     records = read_records(cfg.data_path)
     held_out, notes = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
     if cfg.dry_run:

@@ -67,6 +67,7 @@ class Run:
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start
+    next_command: str = ""  # to print at the end
 
     def say(self, text):
         """A line on rank 0's console, above the progress bar if there is one."""
@@ -417,6 +418,8 @@ def finish(run, log):
     best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
     why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""
     run.say(f"{run.folder}: step {run.step} of {run.total}{best}{against_start(run)}{why}")
+    if run.next_command and not number:
+        run.say(f"next: {run.next_command}")
     for each, handler in run.handlers.items():
         signal.signal(each, handler)
     leave_processes()

@@ -16,5 +16,6 @@ dataloader_num_workers = 8
 eval_data_path = None  # no room to generate beside the optimizer; python infer.py --data_path afterwards
 
 fps = 2.0
+nframes = None
 video_min_pixels = None
 video_max_pixels = 105_840  # 252 x 420

@@ -5,7 +5,6 @@ values for other cards are in the comments.
 """
 
 model_id = "Qwen/Qwen2.5-VL-3B-Instruct"
-model_ckpt = "output/video_lora"
 learning_rate = 1e-5  # not tuned on the 3B; TRL's default is 1e-6
 adam_beta2 = 0.999
 num_train_epochs = 1
@@ -20,5 +19,6 @@ offload_optimizer = False  # 16 GB: True
 dataloader_num_workers = 8
 
 fps = 2.0
+nframes = None
 video_min_pixels = None
 video_max_pixels = 105_840  # 252 x 420

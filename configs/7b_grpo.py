@@ -5,7 +5,6 @@ A 24 GB card has no room for the sampler's copy of the decoder, 12 GiB.
 """
 
 model_id = "Qwen/Qwen2.5-VL-7B-Instruct"
-model_ckpt = "output/video_lora"
 learning_rate = 1e-5  # not tuned; TRL's default is 1e-6
 adam_beta2 = 0.999
 num_train_epochs = 1
@@ -19,5 +18,6 @@ gradient_checkpointing = True
 dataloader_num_workers = 8
 
 fps = 2.0
+nframes = None
 video_min_pixels = None
 video_max_pixels = 105_840  # 252 x 420

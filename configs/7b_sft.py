@@ -18,5 +18,6 @@ gradient_checkpointing = True
 dataloader_num_workers = 8
 
 fps = 2.0
+nframes = None
 video_min_pixels = None
 video_max_pixels = 105_840  # 252 x 420
