@@ -24,9 +24,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.runtime.compiler
 
 from lora import param_groups
 from model import UserError
+
+# Its check of the optimizer imports Muon, whose functions it gives to torch.compile: 2.5 s for what never runs here
+deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
 BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
