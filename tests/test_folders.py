@@ -77,37 +77,19 @@ def test_every_clip_once_each_class_split_by_itself(root):
     assert all(2 <= letters[letter] <= 15 for letter in "ABCD"), letters
     G.generate(options(root, split=0.75, overwrite=True))
     assert (load(root), load(root, "val")) == (train, val)
+    order = [record["meta"]["label"] for record in val]
+    assert order != sorted(order), "val.json is shuffled, not class after class"
 
 
-def test_val_json_is_shuffled_by_the_seed(root):
-    orders = []
-    for name in ("a", "b"):
-        G.generate(options(root, split=0.5, output_dir=str(root.parent / name)))
-        records = json.loads((root.parent / name / "val.json").read_text())
-        orders.append([options_of(record)[1] for record in records])
-    assert orders[0] == orders[1] and len(set(orders[0])) == len(CLASSES)
-    assert orders[0] != sorted(orders[0]), "not class after class"
-
-
-def test_hard_negatives_are_the_nearest_names(root):
-    names = [
-        "playing guitar",
-        "playing bass guitar",
-        "playing drums",
-        "strumming guitar",
-        "eating cake",
-        "play guitars",
-    ]
-    # shared of all words: 2/3, 1/3, 1/3, 0, 0; by letters "playing drums" is before "strumming guitar"
-    near = folders.nearest_names("playing guitar", names)
-    assert near[0] == "playing bass guitar" and set(near[1:3]) == {"playing drums", "strumming guitar"}
-    assert near[3:] == ["play guitars", "eating cake"]
+def test_hard_negatives_are_names_spelt_alike(root):
+    """One of the two most alike is drawn; which, differs from clip to clip, or the options would tell the class."""
     G.generate(options(root, hard_negatives=True, num_options=2))
     wrong = {}
     for record in load(root):
         choices, right = options_of(record)
         wrong.setdefault(right, set()).update(set(choices.values()) - {right})
-    assert all(names <= set(folders.nearest_names(right, sorted(wrong))[:2]) for right, names in wrong.items())
+    assert "ball falling" in wrong["ball rising"] and "ball rising" in wrong["ball falling"]
+    assert all(len(names) <= 2 for names in wrong.values()) and any(len(names) == 2 for names in wrong.values())
 
 
 def test_kinetics_names_are_judged_as_meant():
@@ -134,31 +116,27 @@ def test_train_and_val_as_kinetics_comes(root):
     shutil.rmtree(kinetics / "validation")
     assert sum(G.generate(options(kinetics, overwrite=True))["counts"]["val"].values()) == 6  # train/ alone is split
     (kinetics / "train").rename(kinetics / "val")
-    with pytest.raises(UserError, match="found val/ but no train/"):
+    with pytest.raises(UserError, match="val/ but no train/"):
         G.generate(options(kinetics, overwrite=True))
     vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
     for name in ("train", "bus"):
         (vehicles / name).mkdir(parents=True)
         os.link(root / CLASSES[0] / "0.mp4", vehicles / name / "0.mp4")
     assert G.generate(options(vehicles, overwrite=True))["counts"] == {"train": {"train": 1, "bus": 1}, "val": {}}
-    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced, no val.json is written
+    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced
 
 
 def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
-    broken = {
-        "empty.mp4": lambda path: path.write_bytes(b""),
-        "cut.mp4": lambda path: path.write_bytes(clip.read_bytes()[:900]),
-        "gone.mp4": lambda path: path.symlink_to("nowhere.mp4"),
-        "pipe.mp4": os.mkfifo,
-        b"\xff.mp4": lambda path: os.link(clip, path),
-    }
-    for name, make in broken.items():
-        make(root / "ball_rising" / os.fsdecode(name))
+    folder = root / "ball_rising"
+    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:900])
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
     metadata, out = G.generate(options(root)), capsys.readouterr().out
-    names = sorted(["\\xff.mp4", *(name for name in broken if isinstance(name, str))])
-    assert sorted(os.path.basename(path) for path in metadata["unreadable"]) == names
+    names = [os.path.basename(path) for path in metadata["unreadable"]]
+    assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
     assert sum(sum(counts.values()) for counts in metadata["counts"].values()) == 30
-    assert "5 clips are unreadable" in out and out.count("unreadable: ") == 5
+    assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
 
 
 def test_what_is_refused(root, tmp_path, monkeypatch):
