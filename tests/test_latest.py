@@ -6,7 +6,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 
@@ -24,24 +23,26 @@ SHORT = "--nframes 4 --eval_samples 8 --eval_controls 0 --max_new_tokens 8"
 REWARD = "def even(text, sample):\n    return float(len(text) % 2 == 0)\n"
 
 
-def made(root, age, name, **content):
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made(name, age=0, **content):
     """A file of JSON, so many seconds old."""
-    path = root / name
+    path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
-    os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
-    return path
+    os.utime(path, (0, path.stat().st_mtime - age))
 
 
-def test_clips_of_ones_own_in_four_commands(tmp_path, monkeypatch, capfd):
+def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     """From a folder with spaces and umlauts, without a flag for what was made: dataset, run, adapter."""
-    monkeypatch.chdir(tmp_path)
-    for number, label in enumerate(("Ball fällt", "Ball steigt", "zur Seite")):
-        folder = tmp_path / "Meine Clips" / label
+    for label, direction in {"Ball fällt": "Falling Down", "Ball steigt": "Ascending"}.items():
+        folder = Path("Meine Clips") / label
         folder.mkdir(parents=True)
         for i in range(6):
-            direction = ("Falling Down", "Ascending", "Left to Right")[number]
-            clip = clips.draw_clip(np.random.default_rng(10 * number + i), direction, 64, 12)
+            clip = clips.draw_clip(np.random.default_rng(i), direction, 64, 12)
             clips.write_mp4(folder / f"{i}.mp4", clips.render(clip))
     Path("my_rewards.py").write_text(REWARD)
 
@@ -76,63 +77,48 @@ def test_a_grpo_run_that_ends_below_its_start_says_so(tmp_path):
     better, text = run.compare(0.5)
     assert better and text == ", the best so far, but below the start's 75.0%"
     assert "50.0% at the end, 75.0% at the start: worse than the start" in against_start(run)
-    made(tmp_path, 0, "best.json", **run.best)
+    made("best.json", **run.best)
     assert "50.0% is less than the 75.0% of its start" in infer.below_start(tmp_path / "checkpoint-4")
 
 
-def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_was_made_last_is_meant_and_flags_win():
     with pytest.raises(UserError, match="python generate.py --num_samples 1400.*--from_folder DIR"):
         follow(parse(SFT, []))
-
-
-def test_what_was_made_last_is_meant_and_flags_win(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made(tmp_path, 5, "data/synthetic_videos/train.json")
-    made(tmp_path, 9, "data/older/train.json")
+    made("data/synthetic_videos/train.json", 5)
+    made("data/older/train.json", 9)
     cfg = follow(parse(SFT, []))
     assert (cfg.data_path, cfg.output_dir) == ("data/synthetic_videos/train.json", "output/video_lora")
-    made(tmp_path, 0, "data/mine/train.json")
+    made("data/mine/train.json")
     cfg = follow(parse(SFT, []))
     assert (cfg.data_path, cfg.output_dir) == ("data/mine/train.json", "output/mine_lora")
     cfg = follow(parse(SFT, ["--data_path", "x.json"]))
     assert (cfg.data_path, cfg.output_dir, cfg.notes) == ("x.json", "output/video_lora", ())
 
 
-def large(folder):
-    """A folder that says it holds a 3B."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(conftest.config_dict("tied") | {"hidden_size": 2048}))
-    return folder
-
-
-def test_grpo_takes_the_adapter_its_base_and_its_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder, base = tmp_path / "output/run/checkpoint-3", str(large(tmp_path / "base"))
-    made(tmp_path, 5, "output/run/run.json", script="train_sft", config={})
-    made(folder, 5, "trainer_state.json", config={"data_path": "data/old/train.json"})
-    made(folder, 5, "adapter_config.json", base_model_name_or_path=base)
-    made(tmp_path, 0, "data/new/train.json")
+def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
+    made("base/config.json", hidden_size=2048)  # a 3B
+    made("output/run/run.json", script="train_sft")
+    made("output/run/checkpoint-3/trainer_state.json", config={"data_path": "data/old/train.json"})
+    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base")
+    made("data/new/train.json")
     monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
     cfg = follow(parse(GRPO, []))
-    assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", base)
+    assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
     assert (cfg.learning_rate, cfg.gradient_checkpointing) == (1e-5, True)  # of a 3B
-    with pytest.raises(UserError, match=f"was made for {base}; give --model_ckpt"):
+    with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
         follow(parse(GRPO, ["--model_id", "assets/tiny"]))
     assert follow(parse(GRPO, ["--model_ckpt", "none", "--model_id", "a"])).data_path == "data/new/train.json"
 
 
-def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_sft.py"])
     theirs = {"data_path": "a.json", "max_steps": 7, "lora_rank": 8, "fps": 1.0, "nframes": None}
-    made(tmp_path, 0, "output/mine_lora/run.json", script="train_sft", config=theirs)
-    made(tmp_path, -9, "output/grpo_mine_lora/run.json", script="train_grpo", config={})
-    cfg = follow(parse(SFT, ["--resume", "--max_steps", "9"]))
+    made("output/mine_lora/run.json", 9, script="train_sft", config=theirs)
+    made("output/grpo_mine_lora/run.json", script="train_grpo", config={})
+    cfg = follow(parse(SFT, ["--resume", "--max_steps", "9", "--lora_rank", "8"]))
     assert (cfg.output_dir, cfg.data_path, cfg.max_steps, cfg.lora_rank) == ("output/mine_lora", "a.json", 9, 8)
     assert (cfg.fps, cfg.nframes) == (1.0, None)
-    assert follow(parse(SFT, ["--resume", "--lora_rank", "8"])).lora_rank == 8
     with pytest.raises(UserError, match="--lora_rank: found 4, expected 8 as in output/mine_lora: a resumed run"):
         follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
 
@@ -142,7 +128,7 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(tmp_path, mo
     [
         (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
         (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
-        (3584, "--learning_rate 1", dict(per_device_train_batch_size=16, learning_rate=1.0, pack_tokens=24_576)),
+        (3584, "--learning_rate 1", dict(per_device_train_batch_size=16, learning_rate=1.0)),
         (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None)),
         (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
