@@ -251,7 +251,7 @@ def copy_small_files(base, folder):
 
 def run_command(cfg):
     """cfg: config.Adapter."""
-    adapter = find_adapter(cfg.adapter)
+    adapter = find_adapter(cfg.model_ckpt)
     config, tensors = read_adapter(adapter)
     base = cfg.model_id or config.get("base_model_name_or_path")
     if not base:

@@ -159,8 +159,8 @@ def check_command(cfg):
     commands = ("merge", "check")
     require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
-    require(cfg.adapter is not None, "adapter", cfg.adapter, expected)
-    expected = f"a new folder to write: python lora.py merge {cfg.adapter} OUT"
+    require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)
+    expected = f"a new folder to write: python lora.py merge {cfg.model_ckpt} OUT"
     require(cfg.output_dir or cfg.command != "merge", "output_dir", cfg.output_dir, expected)
 
 

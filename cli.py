@@ -21,7 +21,7 @@ from model import UserError, nearest_path
 from names import NAMES, SYNONYMS, suggestion, translate
 
 # What --help shows, of the options that a script has; --help all shows the others too
-MAIN = """video question json files runs output command adapter model_id model_ckpt data_path eval_data_path output_dir
+MAIN = """video question json files runs output command model_id model_ckpt data_path eval_data_path output_dir
     overwrite resume dry_run rewards num_generations max_completion_length temperature beta learning_rate lora_rank
     num_train_epochs max_steps per_device_train_batch_size pack_tokens gradient_checkpointing fps nframes
     video_max_pixels eval_steps controls max_samples num_samples split from_folder
@@ -49,8 +49,7 @@ def script_of(cls):
 def resolve(cls, name, value, where):
     """(field or "", value, note) for a name that a command line or a config file gives a value. UserError, beginning
     with `where`, for a name that means nothing here."""
-    plain = name.replace("-", "_")
-    fields, plain = kinds_of(cls), cls.aliases.get(plain, plain)
+    fields, plain = kinds_of(cls), name.replace("-", "_")
     if plain in fields:
         return plain, value, ""
     if plain in NAMES and ("model_id" in fields or NAMES[plain][0] == "answer"):
@@ -60,7 +59,7 @@ def resolve(cls, name, value, where):
             raise UserError(f"{where}{name}: {error}") from None
         if not field or field in fields:
             return field, value, note
-    hint = suggestion(plain, [*fields, *cls.aliases]) or "; --help all lists them"
+    hint = suggestion(plain, fields) or "; --help all lists them"
     raise UserError(f"{where}{name}: no such option of {script_of(cls)}{hint}")
 
 
@@ -215,7 +214,7 @@ def read_argv(cls, argv):
             continue
         name, equals, value = arg[2:].partition("=")
         theirs = name.replace("-", "_")
-        plain = cls.aliases.get(theirs, SYNONYMS.get(theirs, theirs))
+        plain = SYNONYMS.get(theirs, theirs) if theirs not in kinds else theirs
         kind = str if plain in ("config", "local_rank") else kinds.get(plain)
         if not equals:
             is_switch = kind in (bool, bool | None) or (kind is None and positional)

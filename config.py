@@ -29,7 +29,6 @@ QUESTION = (
 class Options:
     """What every script's options share. A class's docstring is the example in its --help."""
 
-    aliases: ClassVar = {}  # other names of fields
     given: ClassVar = frozenset()  # names that the command line or a config file set
     notes: ClassVar = ()  # what became of other trainers' names, and which defaults the model has chosen
     check = checks.check
@@ -256,7 +255,6 @@ class View(VideoArgs):
 class Look(View):
     """python data.py clip.mp4 my/train.json"""
 
-    aliases: ClassVar = {"base_model": "model_id"}
     # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
@@ -267,7 +265,6 @@ class Look(View):
 class Infer(View):
     """python infer.py video.mp4 --question 'What happens?'"""
 
-    aliases: ClassVar = {"base_model": "model_id", "video_path": "video"}
     # -- One clip
     video: str | None = field(default=None, metadata={"positional": True})  # file to ask about (or --video_path)
     prompt: str = ""  # question under another name
@@ -295,10 +292,9 @@ class Infer(View):
 class Adapter(Options):
     """python lora.py merge output/video_lora output/merged"""
 
-    aliases: ClassVar = {"model_ckpt": "adapter"}
     # -- What to do
     command: str = field(default="", metadata={"positional": True})  # merge or check
-    adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
+    model_ckpt: str | None = field(default=None, metadata={"positional": True})  # adapter: its folder, or a run
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never contact the hub
     output_dir: str | None = field(default=None, metadata={"positional": True})  # new folder for the merged model

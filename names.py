@@ -10,7 +10,8 @@ from model import UserError, nearest
 
 SAME = {  # ours: theirs
     "model_id": "model_name_or_path model base_model",
-    "model_ckpt": "adapter_name_or_path adapters",
+    "model_ckpt": "adapter adapter_name_or_path adapters",
+    "video": "video_path",
     "data_path": "dataset",
     "eval_data_path": "eval_path eval_dataset val_dataset",
     "image_folder": "media_dir",
@@ -66,41 +67,25 @@ NO_EFFECT = {  # why: theirs
 }  # fmt: skip
 OFF = ("none", "null", "false", "")
 BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say of other values)
-    "resume_from_checkpoint": (
-        dict.fromkeys(OFF, "") | {"true": "resume=true"},
-        "a run is resumed in its own folder, from its last checkpoint: --output_dir RUN --resume True",
-    ),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), (
-        {"steps": "", "no": "eval_data_path=none"}, "evaluations come every --eval_steps N steps",
-    )),
-    "optim": (
-        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), ""), "the optimizer is AdamW",
-    ),
-    **dict.fromkeys(("torch_dtype", "dtype"), (
-        {"auto": "", "bfloat16": "bf16=true", "float16": "fp16=true", "float32": "bf16=false"},
-        "expected auto, bfloat16, float16 or float32",
-    )),
-    **dict.fromkeys(("freeze_merger", "freeze_multi_modal_projector"), (
-        {"true": "tune_merger=false", "false": "tune_merger=true"}, "expected True or False",
-    )),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), (
-        {"all": "", "all-linear": ""},
-        "--llm_lora, --vision_lora, --merger_lora and --lora_namespan_exclude choose the layers",
-    )),
-    **dict.fromkeys(("finetuning_type", "tuner_type", "train_type"), (
-        {"lora": "lora_enable=true"},
-        "training all weights is --lora_enable False --freeze_llm False --freeze_vision_tower False --tune_merger True",
-    )),
-    **dict.fromkeys(("stage", "rlhf_type"), (
-        {"sft": "", "grpo": ""}, "this repository has SFT (train_sft.py) and GRPO (train_grpo.py)",
-    )),
-    "loss_type": (
-        {"dapo": "aggregation=token", "grpo": "aggregation=sequence", "dr_grpo": "aggregation=constant"},
-        "--aggregation, --scale_rewards and --importance_sampling_level make up the loss",
-    ),
-    **dict.fromkeys(("bits", "quantization_bit", "quant_bits"), (
-        {"16": "", "none": ""}, "the base stays in bf16: quantised bases are not supported yet",
-    )),
+    "resume_from_checkpoint": (dict.fromkeys(OFF, "") | {"true": "resume=true"},
+        "a run is resumed in its own folder, from its last checkpoint: --output_dir RUN --resume True"),
+    "eval_strategy evaluation_strategy": ({"steps": "", "no": "eval_data_path=none"},
+        "evaluations come every --eval_steps N steps"),
+    "optim": (dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), ""), "the optimizer is AdamW"),
+    "torch_dtype dtype": ({"auto": "", "bfloat16": "bf16=true", "float16": "fp16=true", "float32": "bf16=false"},
+        "expected auto, bfloat16, float16 or float32"),
+    "freeze_merger freeze_multi_modal_projector": ({"true": "tune_merger=false", "false": "tune_merger=true"},
+        "expected True or False"),
+    "lora_target lora_target_modules target_modules": ({"all": "", "all-linear": ""},
+        "--llm_lora, --vision_lora, --merger_lora and --lora_namespan_exclude choose the layers"),
+    "finetuning_type tuner_type train_type": ({"lora": "lora_enable=true"},
+        "for all weights --lora_enable False --freeze_llm False --freeze_vision_tower False --tune_merger True"),
+    "stage rlhf_type": ({"sft": "", "grpo": ""},
+        "this repository has SFT (train_sft.py) and GRPO (train_grpo.py)"),
+    "loss_type": ({"dapo": "aggregation=token", "grpo": "aggregation=sequence", "dr_grpo": "aggregation=constant"},
+        "--aggregation, --scale_rewards and --importance_sampling_level make up the loss"),
+    "bits quantization_bit quant_bits": ({"16": "", "none": ""},
+        "the base stays in bf16: quantised bases are not supported yet"),
 }  # fmt: skip
 ANSWERS = {  # what to do: theirs
     "the base stays in bf16: quantised bases are not supported yet; 3B needs a 16 GB card, 7B 24 GB, see configs/":
@@ -130,7 +115,7 @@ ANSWERS = {  # what to do: theirs
     "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample oversample",
     "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
 }  # fmt: skip
-NAMES = {name: ("value", meaning) for name, meaning in BY_VALUE.items()}
+NAMES = {name: ("value", meaning) for names, meaning in BY_VALUE.items() for name in names.split()}
 for _kind, _groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS)):
     NAMES |= {name: (_kind, meaning) for meaning, names in _groups.items() for name in names.split()}
 SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()}
@@ -138,23 +123,18 @@ SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()
 
 def translate(name, value):
     """(our option or "", its value, note) for a name in NAMES. UserError for one that is answered with a sentence."""
-    kind, meaning = NAMES[name]
-    if kind == "answer" and str(value).lower() in OFF:
-        return "", None, f"--{name} {value} has no effect: it is so already"
-    if kind == "answer":
-        raise UserError(f"not an option here; {meaning}")
+    (kind, meaning), text, note = NAMES[name], str(value).lower(), f"--{name} {value} has no effect: it is so already"
     if kind == "same":
         return meaning, value, f"--{name} is --{meaning} here"
     if kind == "none":
         return "", None, f"--{name} has no effect: {meaning}"
-    choices, otherwise = meaning
-    text = str(value).lower()
+    if kind == "answer" and text not in OFF:
+        raise UserError(f"not an option here; {meaning}")
+    choices, otherwise = meaning if kind == "value" else ({text: ""}, "")
     if text not in choices:
         raise UserError(f"{value!r} is not supported; {otherwise}")
-    if not choices[text]:
-        return "", None, f"--{name} {value} has no effect: it is so already"
     option, _, ours = choices[text].partition("=")
-    return option, ours, f"--{name} {value} is --{option} {ours} here"
+    return (option, ours, f"--{name} {value} is --{option} {ours} here") if option else ("", None, note)
 
 
 def suggestion(name, names):
@@ -192,16 +172,13 @@ Every flag of the original project's commands works under its own name: `video_g
 
 def migrating():
     """The text of docs/migrating.md."""
-    flags = lambda names: ", ".join(f"`--{name}`" for name in names)
-    rows = [(names.split(), f"`--{ours}`") for ours, names in SAME.items()]
-    groups = {}
-    for name, (choices, otherwise) in BY_VALUE.items():
-        groups.setdefault(otherwise, (choices, []))[1].append(name)
-    for otherwise, (choices, names) in groups.items():
+    rows = [(names, f"`--{ours}`") for ours, names in SAME.items()]
+    for names, (choices, otherwise) in BY_VALUE.items():
         pairs = [f"{value or 'empty'}: {f'`--{ours}`' if ours else 'no effect'}" for value, ours in choices.items()]
         rows.append((names, f"{', '.join(pairs)}; else {otherwise}"))
-    rows += [(names.split(), f"no effect: {why}") for why, names in NO_EFFECT.items()]
-    rows += [(names.split(), answer) for answer, names in ANSWERS.items()]
+    rows += [(names, f"no effect: {why}") for why, names in NO_EFFECT.items()]
+    rows += [(names, answer) for answer, names in ANSWERS.items()]
+    flags = lambda names: ", ".join(f"`--{name}`" for name in names.split())
     return HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for names, meaning in rows)
 
 

@@ -33,7 +33,7 @@ SHORT = {
     "bench/step.py": "--repeats 1 --prompts 1 --batch 2 --shape 8x56x56+40+8",
     "tests/chaos.py": "--kills 1 --files 3 --minutes 0.1",
 }
-OTHER = ("source", "pip", "sbatch", "vllm", "huggingface-cli", "wandb", "tensorboard")
+OTHER = ("source", "pip", "sbatch", "vllm", "hf", "docker", "wandb", "tensorboard")
 LONG = {"bench/learn.py": "many minutes", "bench/loading.py": "minutes", "quickstart.py": "minutes: make quickstart"}
 
 
