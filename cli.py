@@ -28,6 +28,9 @@ MAIN = """video question json files runs output command model_id model_ckpt data
     num_options frame_size video_length augment cot""".split()
 
 
+as_dict = dataclasses.asdict  # all fields, as JSON can hold them
+
+
 def kinds_of(cls):
     """{field: type} of a dataclass."""
     return {f.name: f.type for f in dataclasses.fields(cls)}
@@ -102,8 +105,7 @@ def read_config(cls, path):
     if path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
         raise UserError(f"--config: {path} is a {path.suffix or 'nameless'} file, expected .py, .yaml, .json or .toml")
     try:
-        text = path.read_text(encoding="utf-8")
-        given = load_file(cls, path, text)
+        given = load_file(cls, path, text := path.read_text(encoding="utf-8"))
     except BROKEN as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path}: cannot be read: {type(error).__name__}: {reason}") from error
@@ -179,8 +181,8 @@ def documented(cls):
 
 def help_text(cls, every):
     """What --help prints: the options in MAIN, in that order; every: all of them in groups, for --help all."""
-    positional = [f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional")]
-    usage = f"python {script_of(cls)} {''.join(positional)}[--name value ...]"
+    positional = "".join(f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
+    usage = f"python {script_of(cls)} {positional}[--name value ...]"
     more = f"example: {cls.__doc__}" + ("" if every else "\n--help all lists every option")
     shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34)
     parser = argparse.ArgumentParser(usage=usage, description=more, formatter_class=shape, add_help=False)
@@ -205,10 +207,8 @@ def read_argv(cls, argv):
     while rest:
         arg = rest.pop(0)
         if arg.strip() in ("", "\\", "#"):
-            raise UserError(
-                f"found an argument {arg!r}: a backslash continues a shell line only as its very last character; "
-                "remove the blanks or the comment behind it, the lines below it were not read"
-            )
+            why = "a backslash continues a shell line only as its very last character"
+            raise UserError(f"found an argument {arg!r}: {why}; remove what stands behind it, the rest was not read")
         if not arg.startswith("--"):
             bare.append(arg)
             continue
@@ -267,11 +267,6 @@ def parse(cls, argv=None):
         follow_model(cfg)
     cfg.check()
     return cfg
-
-
-def as_dict(cfg):
-    """All fields, as JSON can hold them."""
-    return dataclasses.asdict(cfg)
 
 
 def changed(cfg):

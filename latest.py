@@ -21,12 +21,11 @@ FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lor
 def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how.
 
-    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter and, unless it is given, its base.
+    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id: the adapter's base.
     data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
     """
-    if cfg.resume:
-        take_options(cfg)
-    if cfg.model_ckpt == "":
+    resumed = cfg.resume and take_options(cfg)
+    if cfg.model_ckpt is not None and not resumed:  # a resumed run has a copy of its adapter
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -35,7 +34,8 @@ def follow(cfg):
 
 
 def take_options(cfg):
-    """The run's own, for all that was not given. UserError for a given option that a resumed run cannot change."""
+    """The run's own, for all that was not given; False where there is no run yet. UserError for a given option that a
+    resumed run cannot change."""
     if "output_dir" not in cfg.given:
         script = Path(sys.argv[0]).stem
         runs = [file.parent for file in by_age(Path("output"), RUN) if read_json(file).get("script") == script]
@@ -50,25 +50,27 @@ def take_options(cfg):
         setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
     if theirs:
         cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
+    return bool(theirs)
 
 
 def take_adapter(cfg):
-    """The newest SFT run's under output/, or None: a new one on the base."""
-    adapter = find_adapter("", besides=cfg.output_dir, script="train_sft")
+    """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
+    newest = cfg.model_ckpt == ""
+    adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
-    if adapter is None:
-        cfg.notes += ("no adapter under output/: the base gets a new one",)
+    if newest:
+        made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
+        cfg.notes += (made,)
+    base = adapter and read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
-    cfg.notes += (f"--model_ckpt {adapter}, of the run made last",)
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
-    if Path(base).resolve() == Path(cfg.model_id).resolve():
-        return
-    if "model_id" in cfg.given:
+    if "model_id" not in cfg.given:
+        cfg.model_id = base
+        cfg.notes += (f"--model_id {base}, which the adapter was made for",)
+        follow_model(cfg)
+    elif newest:
         problem = f"--model_id {cfg.model_id}: the newest adapter, {adapter}, was made for {base}"
         raise UserError(f"{problem}; give --model_ckpt FOLDER, or --model_ckpt none for a new adapter")
-    cfg.model_id = base
-    cfg.notes += (f"--model_id {base}, which that adapter was made for",)
-    follow_model(cfg)
 
 
 def take_dataset(cfg):

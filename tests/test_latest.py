@@ -106,6 +106,7 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
     assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
     assert (cfg.learning_rate, cfg.gradient_checkpointing) == (1e-5, True)  # of a 3B
+    assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
     with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
         follow(parse(GRPO, ["--model_id", "assets/tiny"]))
     assert follow(parse(GRPO, ["--model_ckpt", "none", "--model_id", "a"])).data_path == "data/new/train.json"
