@@ -80,7 +80,7 @@ def summary(result: dict, start: Path, end: Path):
     wrong = next((row for row in before if not row["right"] and row["number"] in right), None)
     if wrong:
         video = json.loads((DATA / "val.json").read_text())[wrong["number"]]["video"]
-        yield f"\nGRPO got this one right: {DATA / 'videos' / video}\n{wrong['prompt']}"
+        yield f"\nGRPO got this one right: {DATA / 'videos' / video}{wrong['prompt'].removeprefix('<video>')}"
         yield f"  at its start: {wrong['text']}\n  after GRPO:   {right[wrong['number']]['text']}"
     yield f"\nThe report, curves and clips: {result['report']}"
 
