@@ -123,18 +123,21 @@ SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()
 
 def translate(name, value):
     """(our option or "", its value, note) for a name in NAMES. UserError for one that is answered with a sentence."""
-    (kind, meaning), text, note = NAMES[name], str(value).lower(), f"--{name} {value} has no effect: it is so already"
+    kind, meaning = NAMES[name]
+    already = "", None, f"--{name} {value} has no effect: it is so already"
     if kind == "same":
         return meaning, value, f"--{name} is --{meaning} here"
     if kind == "none":
         return "", None, f"--{name} has no effect: {meaning}"
-    if kind == "answer" and text not in OFF:
+    if kind == "answer":
+        if str(value).lower() in OFF:
+            return already
         raise UserError(f"not an option here; {meaning}")
-    choices, otherwise = meaning if kind == "value" else ({text: ""}, "")
-    if text not in choices:
+    choices, otherwise = meaning
+    if str(value).lower() not in choices:
         raise UserError(f"{value!r} is not supported; {otherwise}")
-    option, _, ours = choices[text].partition("=")
-    return (option, ours, f"--{name} {value} is --{option} {ours} here") if option else ("", None, note)
+    option, _, ours = choices[str(value).lower()].partition("=")
+    return (option, ours, f"--{name} {value} is --{option} {ours} here") if option else already
 
 
 def suggestion(name, names):

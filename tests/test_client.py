@@ -99,16 +99,12 @@ def raw(*pieces, every=0.0):
 
 
 TROUBLE = {
-    "408": 408,
     "503": 503,
     "429 with seconds": status(429, Retry_After="1"),
     "503 with an invalid Retry-After": status(503, Retry_After="soon"),
     "no json": b"<html>busy</html>",
-    "deep json": b"[" * 50_000,
-    "no choices": b'{"choices": []}',
     "cut in the body": status(200, completion(GOOD), length=5000),
     "hangs up": raw(),
-    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "bomb": status(200, zlib.compress(b" " * (3 << 20) + completion(GOOD)), Content_Encoding="deflate"),
     "endless": raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * 1000] * 100_000),
 }
