@@ -2,11 +2,8 @@
 
 import gc
 import json
-import multiprocessing
-import os
-import runpy
 import signal
-import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,37 +98,11 @@ def grpo(base, tmp_path, monkeypatch):
     return runner(train_grpo, base, tmp_path, monkeypatch)
 
 
-# Forked from one process that has imported everything: a launcher's processes would each spend 6 s on that.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["runs", "torch._dynamo"])
-
-
-def rank(number, port, log, command):
-    """The process that a launcher would start as this rank of two, its output in the file `log`."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(ROOT)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
 def two_ranks(script, base, output, **options):
-    """(exit codes, what both printed) of a run on two ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log, command = base / f"{output.name}.log", [f"{script.__name__}.py", *flags_for(script, base, output, **options)]
-    log.unlink(missing_ok=True)
-    ranks = [PROCESSES.Process(target=rank, args=(i, port, log, command)) for i in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        process.kill()
-    return [process.exitcode for process in ranks], log.read_text()
+    """The finished process of a run on two ranks, by torchrun; it finds a free port itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, f"{script.__name__}.py", *flags_for(script, base, output, **options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def lines(folder, file="metrics.jsonl"):
