@@ -49,15 +49,23 @@ def type_name(kind):
         return ", ".join(typing.get_args(kind))
     if kind is bool:
         return "True or False"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("None", "none")
+    if is_union(kind):
+        return " | ".join("none" if each is type(None) else type_name(each) for each in typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def is_union(kind):
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def convert(value, kind):
     """A text, or a value of a config file, as a value of the type `kind`. ValueError, KeyError or TypeError
     where it is none."""
     inner, origin, text = typing.get_args(kind), typing.get_origin(kind), str(value)
-    if isinstance(kind, types.UnionType):
-        return None if text.lower() in ("none", "null") else convert(value, inner[0])
+    if is_union(kind):
+        if type(None) in inner and text.lower() in ("none", "null"):
+            return None
+        return text if text == "auto" and typing.Literal["auto"] in inner else convert(value, inner[0])
     if origin is list:
         return [convert(item, inner[0]) for item in (split_list(value) if isinstance(value, str) else value)]
     if isinstance(value, list | tuple | dict) or (origin is typing.Literal and text not in inner):
@@ -92,7 +100,7 @@ def check(cfg):
     for names, ok, expected in RANGES:
         for name in names.split():
             value = getattr(cfg, name, None)
-            require(value is None or ok(value), name, value, expected)
+            require(value in (None, "auto") or ok(value), name, value, expected)
     for name, words in WORDS.items():
         for word in split_list(getattr(cfg, name, None) or ""):
             hint = nearest(word, words.split())

@@ -217,8 +217,8 @@ def read_argv(cls, argv):
         plain = SYNONYMS.get(theirs, theirs) if theirs not in kinds else theirs
         kind = str if plain in ("config", "local_rank") else kinds.get(plain)
         if not equals:
-            is_switch = kind in (bool, bool | None) or (kind is None and positional)
-            words = {*BOOLS, "none"} if kind is not bool else BOOLS
+            is_switch = kind is bool or bool in typing.get_args(kind) or (kind is None and positional)
+            words = {*BOOLS, "none", "auto"} if kind is not bool else BOOLS
             if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in words):
                 value = rest.pop(0)
                 while theirs in SYNONYMS and not positional and rest and not rest[0].startswith("--"):
