@@ -207,10 +207,13 @@ def ask_about(run, processor, record):
     except UserError:  # of a broken record: named when it is read
         clip = ""
     words = ["python", "infer.py", clip]
-    if Path("output").resolve() not in run.folder.resolve().parents:
-        words += ["--model_ckpt", str(run.folder)]
-    if run.cfg.model_id != type(run.cfg)().model_id:
-        words += ["--model_id", run.cfg.model_id]
+    if not run.cfg.lora_enable:  # checkpoints are whole models
+        words += ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
+    else:
+        if Path("output").resolve() not in run.folder.resolve().parents:
+            words += ["--model_ckpt", str(run.folder)]
+        if run.cfg.model_id != type(run.cfg)().model_id:
+            words += ["--model_id", run.cfg.model_id]
     return shlex.join(words) if clip else ""
 
 

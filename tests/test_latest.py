@@ -53,7 +53,7 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [*words[1:], *flags.split()])
         script.main()
         out = capfd.readouterr().out
-        return out, out.strip().splitlines()[-1].removeprefix("next: ")
+        return out, out.strip().splitlines()[-1].partition("next")[2].strip(" :")
 
     _, command = type_in("python generate.py --from_folder 'Meine Clips'", "--workers 1")
     assert command == "python train_sft.py"
