@@ -4,13 +4,16 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from runs import ROOT, base, grpo, lines  # noqa: F401 (fixtures are imported by name)
+from runs import base, grpo, lines  # noqa: F401 (fixtures are imported by name)
 
 import generate
 import quickstart
 
 # ruff: noqa: F811
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def block(page, name):
@@ -31,7 +34,7 @@ def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypat
     rows = [row for row in lines(folder, "rollouts.jsonl") if "advantage" in row]
     assert len(rows) == 16
     for row in rows:
-        assert row["rewards"]["shortness"] == float(len(row["ids"]) < 40)
+        assert row["rewards"]["shortness"] == float(row["n_tokens"] < 40)
         thought = row["completion"].partition("<think>")[2].partition("</think>")
         assert row["rewards"]["names_motion"] == float(bool(thought[1]) and "mov" in thought[0])
 
