@@ -5,6 +5,7 @@
 Each choice is a note, a line at the start of the run. What is given by a flag or a --config file always counts.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def take_dataset(cfg):
     if "output_dir" not in cfg.given and not cfg.resume and name != "synthetic_videos":
         cfg.output_dir = cfg.output_dir.replace("video", name)  # output/video_lora is of the drawn clips
         cfg.notes += (f"--output_dir {cfg.output_dir}, after the dataset",)
+
+
+def grpo_command(adapter, model_ckpt):
+    """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
+    run = adapter and adapter.parent / RUN
+    if run and run.exists() and read_json(run).get("script") == "train_sft":
+        yield "next: " + shlex.join(["python", "train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else [])])
 
 
 def by_age(folder, name):

@@ -115,7 +115,6 @@ def test_commands_that_people_have():
         (GRPO, "--reward_weights 1", ["--reward_weights", "2 numbers"]),
         (Generate, "--split 1", ["--split", "between 0 and 1"]),
         (Generate, "--augment blur,spin", ["--augment", "'spin'", "blur, crop"]),
-        (Infer, "", ["--video", "python infer.py video.mp4"]),
         (Adapter, "convert x", ["--command", "'convert'", "merge or check"]),
         (Adapter, "merge x y --keys 1", ["--keys", "both key styles"]),
         (GRPO, "--oversample 2", ["--oversample", "--max_resample N"]),

@@ -61,10 +61,11 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     assert f"--data_path {Path('data/Meine Clips/train.json')}, the dataset made last" in out
     assert "output/Meine Clips_lora: step 2 of 2" in out
     assert command.startswith("python infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
-    out, _ = type_in(command)
-    assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out
+    out, command = type_in(command)
+    assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out and "What does the video show?" in out
+    assert command == "python train_grpo.py"
     flags = f"--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 8 {SHORT}"
-    out, command = type_in("python train_grpo.py --rewards my_rewards.py:even", flags)
+    out, command = type_in(f"{command} --rewards my_rewards.py:even", flags)
     assert "--model_ckpt output/Meine Clips_lora/checkpoint-2, of the run made last" in out
     assert command.startswith("python infer.py 'Meine Clips/")
     assert "output/grpo_Meine Clips_lora: step 1 of 1" in out
