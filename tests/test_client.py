@@ -109,6 +109,7 @@ TROUBLE = {
     "endless": raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * 1000] * 100_000),
 }
 
+
 @pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE)
 def test_trouble_that_passes_loses_nothing(tmp_path, trouble):
     """Six questions, trouble at the third request: six answers, one request more; a second run asks none."""
