@@ -68,10 +68,13 @@ class Clip:
     gradient: tuple[float, float] = (0.0, 0.0)  # relative brightness from edge to edge, along x and y
     crop: tuple[float, float, float] = (0.0, 0.0, 1.0)  # window shown: left, top (pixels), side (share of `size`)
     blur: tuple[float, float, float] = (0.0, 0.0, 0.0)  # isotropic sigma, or length and angle of a motion blur
+    moves: tuple[int, int] | None = None  # rests before and after these frames; None: moves throughout
 
     def centres(self, frames) -> np.ndarray:
         """(F, 2) float64: x, y of the ball in the given frames, not yet folded back into the picture."""
-        return np.asarray(self.start) + np.asarray(frames, np.float64)[:, None] * np.asarray(self.velocity)
+        first, last = self.moves or (0, self.length)
+        frames_moved = np.clip(np.asarray(frames, np.float64), first, last) - first
+        return np.asarray(self.start) + frames_moved[:, None] * np.asarray(self.velocity)
 
     def track(self) -> Track:
         """Positions as shown (cropped) in the SAMPLED evenly spaced frames."""
@@ -107,6 +110,15 @@ def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> C
         background_rgb=tuple((BACKGROUNDS[background] + jitter[1]).tolist()),
         gradient=tuple((rng.uniform(-0.5, 0.5, 2) * (rng.random() < 0.5)).tolist()),
     )
+
+
+def resting(clip: Clip, rng: np.random.Generator) -> Clip:
+    """The clip with a ball that rests, moves, and rests: from and to a tenth of a second, at least two of them apart,
+    each such pair equally often."""
+    tenths = range(clip.length * 10 // FPS + 1)
+    pairs = [(a, b) for a in tenths for b in tenths if a + 2 <= b]
+    first, last = pairs[rng.integers(len(pairs))]
+    return replace(clip, moves=(first * FPS // 10, last * FPS // 10))
 
 
 def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
@@ -197,6 +209,24 @@ MOTION = {
 }
 CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
 ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which means it travels {heading}.")
+
+
+def time_span(clip: Clip) -> str:
+    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"."""
+    first, last = (frame / FPS for frame in clip.moves)
+    return f"{first:.1f} to {last:.1f}"
+
+
+def distance(clip: Clip) -> str:
+    """How far a resting clip's ball moves, in pixels along its way: "36"."""
+    return f"{(clip.moves[1] - clip.moves[0]) * np.hypot(*clip.velocity):.0f}"
+
+
+# --task -> problem_type, question, answer
+TASKS = {
+    "time_span": ("time span", "When does the ball move? Answer in seconds.", time_span),
+    "distance": ("regression", "How far does the ball move? Answer in pixels.", distance),
+}
 
 
 def positions_in_words(points: list[tuple[str, str]], form: int) -> str:

@@ -56,6 +56,7 @@ class Generate(Options):
     hard_negatives: bool = False  # wrong options out of the names nearest the right one, instead of all
 
     # -- Clips
+    task: Literal["direction", "time_span", "distance"] = "direction"  # which way, when, how far the ball moves
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
     augment: str = ""  # any of blur,crop; one draw a clip, never one a frame

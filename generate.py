@@ -81,6 +81,7 @@ def clip_of(cfg: Generate, job: Job) -> Clip:
     """The job's clip: a function of the seed and the index alone, whichever process asks."""
     rng = np.random.default_rng([cfg.seed, job.stream, job.index])
     clip = clips.draw_clip(rng, job.label, cfg.frame_size, cfg.video_length)
+    clip = clip if cfg.task == "direction" else clips.resting(clip, rng)
     names = split_list(cfg.augment)
     if names and job.split == "train" and rng.random() < cfg.augment_prob:  # val stays clean
         clip = clips.augmented(clip, names, rng)
@@ -114,6 +115,11 @@ def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
     """Draws and words everything in `work`; ({split: records}, what metadata.json holds of it)."""
     jobs = plan(cfg)
     made = make_clips(cfg, jobs, work / "videos")
+    if cfg.task != "direction":
+        records = {"train": [], "val": []}
+        for job, (clip, _) in zip(jobs, made, strict=True):
+            records[job.split].append(typed_record(job.name, cfg.task, clip))
+        return records, {"fps": FPS, "counts": count_labels(records)}
     texts, report = answers(cfg, jobs, made, out / CACHE)
     records = {"train": [], "val": []}
     for job, (clip, _), text in zip(jobs, made, texts, strict=True):
@@ -135,6 +141,14 @@ def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> d
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
     turns[0]["value"] = "<video>\n" + turns[0]["value"]
     return {"id": name, "video": video, "conversations": turns, "meta": meta}
+
+
+def typed_record(name: str, task: str, clip: Clip) -> dict:
+    """One entry in Video-R1's form, whose `problem_type` says how an answer is scored."""
+    kind, question, answer = clips.TASKS[task]
+    entry = {"problem_id": name, "problem": question, "problem_type": kind, "data_type": "video"}
+    solution = f"<answer>{answer(clip)}</answer>"
+    return entry | {"path": f"{name}.mp4", "options": [], "solution": solution, "meta": facts_of(clip)}
 
 
 def facts_of(clip: Clip) -> dict:

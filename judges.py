@@ -32,7 +32,7 @@ class Judge(NamedTuple):
 
 # "-1,200.50e3": a sign, digits with commas as thousands or none, a fraction, a power of ten
 NUMBER = r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?"
-UNIT = r"%|[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h"
+UNIT = r"%|°?[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h", "°C"
 
 
 def read_number(text: str) -> tuple[float, str] | None:
@@ -135,7 +135,7 @@ def is_fact(text: str) -> bool:
 
 
 TIME = r"[-+]?(?:[0-9]+:){0,2}[0-9]*\.?[0-9]+"  # 7.5, 1:05.5, 1:02:03
-PAIR = re.compile(rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|->|-|~|,|;)\s*({TIME})", re.IGNORECASE)
+PAIR = re.compile(rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE)
 OTHER_UNIT = re.compile(r"%|\b(?:ms|min|mins|minutes?|hours?|frames?)\b", re.IGNORECASE)
 
 
@@ -225,6 +225,12 @@ def read_boxes(text: str, timed: bool = False) -> dict | None:
     return (boxes | {"time": read_span(str(value.get("time")))} if timed else boxes) or None
 
 
+def read_box(text: str) -> dict | None:
+    """The same, of exactly one box."""
+    boxes = read_boxes(text)
+    return boxes if boxes and len(boxes) == 1 else None
+
+
 def box_iou(said: tuple[float, ...] | None, true: tuple[float, ...]) -> float:
     """Area of the overlap over that of the union; 0 without a box, 1 for the same box."""
     if said is None or said == true:
@@ -248,7 +254,7 @@ OPEN = Judge("text", read_text, same_text)
 FREE_FORM = Judge("text", read_text, likeness)
 SPAN = Judge('one time span, such as "2.5 to 7.5"', read_span, span_iou)
 SPANS = Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_set_iou, tag="glue")
-BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_boxes, boxes_iou)
+BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_box, boxes_iou)
 TRACK = Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou)
 TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
 MRA = Judge("a number", read_number, mean_relative_accuracy)

@@ -83,7 +83,8 @@ def options_of(question: str, answer: str, is_choice: bool) -> dict[str, str]:
     if {"A", "B"} <= set(starts) or re.search(r"\b(options|choices)\s*:", question, re.IGNORECASE):
         warn_once("options", f"{unread} it counts as an open question")
     # a question without a list may still have an answer with label and words, "(A) Left to Right"
-    return parse_options(answer_span(answer) or "", least=1)
+    labelled = re.match(r"[(\[]([A-Z])[)\]]\s*(.+)", said)
+    return {labelled[1]: labelled[2]} if labelled else {}
 
 
 def warn_once(what: str, message: str) -> None:
