@@ -122,16 +122,18 @@ RIGHT = [
     "the ball goes right, so not (B)</think><answer>(A) Left to Right</answer>", "<answer>A</answer><think>B</think>",
     "<answer>(B) Right to Left</answer> Wait. <answer>(A) Left to Right</answer>", "( A )", "(A) left-to-right",
     "<answer>(B)? No, (A) Left to Right</answer>", "<answer>(A) Left to Right</answer> It is not (B).", "Answer: A",
-    "answer: a", "**Answer:** (A) Left to Right", "**Answer**: **A**", "Answer:\n(A) Left to Right", "(a)", "A Left to Right",
-    "The answer is A, Left to Right.", "Answer: (B)\nNo.\nAnswer: (A)", "(A) The ball moves from left to right.", "a", "A.",
-    "A - Left to Right", "LEFT TO RIGHT.", "Left to Right (A)", "A ball is seen. It moves left to right.", "A<|im_end|>\n",
-    "It could be (B) Right to Left, but it is (A)", "(B) Right to Left? No.\n(A) Left to Right",
+    "answer: a", "**Answer:** (A) Left to Right", "**Answer**: **A**", "Answer:\n(A) Left to Right", "(a)",
+    "A Left to Right", "The answer is A, Left to Right.", "Answer: (B)\nNo.\nAnswer: (A)",
+    "(A) The ball moves from left to right.", "a", "A.", "A - Left to Right", "LEFT TO RIGHT.", "Left to Right (A)",
+    "A ball is seen. It moves left to right.", "A<|im_end|>\n", "It could be (B) Right to Left, but it is (A)",
+    "(B) Right to Left? No.\n(A) Left to Right",
 ]  # fmt: skip
 WRONG = [
     "", "A ball moves.", "Right to Left", "B", "E", "(E) Left to Right", "(A) Right to Left", "Right to Left (A)",
     "<answer>(A) the ball moves right to left</answer>", "Answer: (A) Left to Right or Right to Left", "left right",
-    "<think>(A) Left to Right", "<think>(A)</think> I do not know.", "<answer></answer>", "<answer>A</answer><answer></answer>",
-    "<answer>(A) Left to Right</answer> <answer>(B) Right to Left</answer>", "<think>a</think><answer>(B)</answer><think>(A)",
+    "<think>(A) Left to Right", "<think>(A)</think> I do not know.", "<answer></answer>",
+    "<answer>A</answer><answer></answer>", "<answer>(A) Left to Right</answer> <answer>(B) Right to Left</answer>",
+    "<think>a</think><answer>(B)</answer><think>(A)",
 ]  # fmt: skip
 
 
