@@ -75,19 +75,18 @@ class Mark:
 
 
 @lru_cache(1024)
-def parse_options(question: str, loose: bool = False) -> dict[str, str]:
+def parse_options(question: str) -> dict[str, str]:
     """Question text -> {label: words} in the order given, not to be changed; {} where there is no list.
 
     A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
     Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
     brackets must begin at A, numbers at 1, and stand behind the question: "J. Smith", "2:30" and "12.5" begin no list.
-    loose: the dataset's answer is a label, so a list that stands before the question counts too.
     """
     text, lists = fold(question).replace("**", ""), []
     for style in STYLES:
         marks = list(marks_of(text, style))
         for kind in (str.isdigit, str.isalpha):
-            lists += lists_of(text, [mark for mark in marks if kind(mark.label)], loose)
+            lists += lists_of(text, [mark for mark in marks if kind(mark.label)])
     return max(reversed(lists), key=lambda each: each[0], default=(0, {}))[1]
 
 
@@ -103,7 +102,7 @@ def marks_of(text: str, style: re.Pattern):
             yield Mark(match[1].upper(), match.end() - len(match[0].lstrip()), match.end(), at_line_start)
 
 
-def lists_of(text: str, marks: list[Mark], loose: bool):
+def lists_of(text: str, marks: list[Mark]):
     """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
     for i, first in enumerate(marks):
         bracketed = text[first.start] in "([<"
@@ -113,7 +112,7 @@ def lists_of(text: str, marks: list[Mark], loose: bool):
         while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
             chain.append(following)
         options = words_of(text, chain)
-        if len(options) > 1 and (bracketed or loose or behind_question(text, chain)):
+        if len(options) > 1 and (bracketed or behind_question(text, chain)):
             yield (sum(mark.at_line_start for mark in chain), len(options)), options
 
 

@@ -178,11 +178,8 @@ def blurred(picture: np.ndarray, kernel) -> np.ndarray:
     """(F, S, S, 3) float32 -> the same, convolved; edges repeat."""
     reach, size = max(max(abs(dy), abs(dx)) for dy, dx, _ in kernel), picture.shape[1]
     padded = np.pad(picture, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-    total = sum(weight for _, _, weight in kernel)
-    out = np.zeros_like(picture)
-    for dy, dx, weight in kernel:
-        out += (weight / total) * padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
-    return out
+    shifted = lambda dy, dx: padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
+    return sum(weight * shifted(dy, dx) for dy, dx, weight in kernel) / sum(weight for _, _, weight in kernel)
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
@@ -211,22 +208,19 @@ CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows
 ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which means it travels {heading}.")
 
 
-def time_span(clip: Clip) -> str:
-    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"."""
-    first, last = (frame / FPS for frame in clip.moves)
-    return f"{first:.1f} to {last:.1f}"
-
-
-def distance(clip: Clip) -> str:
-    """How far a resting clip's ball moves, in pixels along its way: "36"."""
-    return f"{(clip.moves[1] - clip.moves[0]) * np.hypot(*clip.velocity):.0f}"
-
-
-# --task -> problem_type, question, answer
+# --task -> problem_type, question
 TASKS = {
-    "time_span": ("time span", "When does the ball move? Answer in seconds.", time_span),
-    "distance": ("regression", "How far does the ball move? Answer in pixels.", distance),
+    "time_span": ("time span", "When does the ball move? Answer in seconds."),
+    "distance": ("regression", "How far does the ball move? Answer in pixels."),
 }
+
+
+def measured(clip: Clip, task: str) -> str:
+    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"; or how far, in pixels along its way: "36"."""
+    first, last = clip.moves
+    if task == "time_span":
+        return f"{first / FPS:.1f} to {last / FPS:.1f}"
+    return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
 
 
 def positions_in_words(points: list[tuple[str, str]], form: int) -> str:

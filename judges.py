@@ -131,7 +131,9 @@ def is_fact(text: str) -> bool:
 
 
 TIME = r"[-+]?(?:[0-9]+:){0,2}[0-9]*\.?[0-9]+"  # 7.5, 1:05.5, 1:02:03
-PAIR = re.compile(rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE)
+PAIR = re.compile(
+    rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE
+)
 OTHER_UNIT = re.compile(r"%|\b(?:ms|min|mins|minutes?|hours?|frames?)\b", re.IGNORECASE)
 
 
@@ -171,7 +173,7 @@ def span_iou(said: list[tuple[float, float]], true: list[tuple[float, float]]) -
 
 
 def span_iou_by_duration(said: list[tuple[float, float]], true: list[tuple[float, float]], duration: float) -> float:
-    """Of one span each. Time-R1's: IoU x (1 - error of the start / duration) x (the same of the end), each at least 0."""
+    """Of one span each, Time-R1's: IoU x (1 - error of start / duration) x (the same of the end), each at least 0."""
     start, end = (max(0.0, 1 - abs(one - two) / duration) for one, two in zip(said[0], true[0]))
     return span_iou(said, true) * start * end
 

@@ -69,15 +69,10 @@ def options_of(question: str, answer: str, is_choice: bool) -> dict[str, str]:
     is_choice: the record says that it is multiple choice.
     """
     options, said = parse_options(question), plain(answer_span(answer) or "")
-    label = said.strip("()[]. ")
-    is_letter = len(label) == 1 and label in LETTERS
-    if not options and (is_letter or label.isdigit()):
-        before_question = parse_options(question, loose=True)
-        options = before_question if label in before_question else {}
     if options:
         return options
     unread = f"no list of options could be read in {_short(question)}, so"
-    if is_letter or is_choice:
+    if is_choice or said.strip("()[]. ") in ANY_LETTER:
         warn_once("letters", f"{unread} only letters are compared")
         return ANY_LETTER
     if re.search(r"^\W*A\b.*\n\W*B\b|\b(?:options|choices)\s*:", question, re.MULTILINE | re.IGNORECASE):
@@ -105,15 +100,10 @@ def sample_from_record(record: dict) -> Sample:
     if question is None or not answer:
         missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
-    options = {letter: without_label(letter, words) for letter, words in zip(LETTERS, talk.options)}
+    # without their labels, "A. Left" or "(A) Left"; up to two, for read_form puts one where it sees none
+    options = {letter: re.sub(rf"^(\s*[(\[]?{letter}[.):\]]+\s*){{1,2}}", "", fold(words))
+               for letter, words in zip(LETTERS, talk.options)}  # fmt: skip
     return Sample(question, answer, options or None, talk.problem_type, record=record)
-
-
-def without_label(letter: str, words: str) -> str:
-    """Words such as "A. Left" or "(A) Left" -> "Left"; read_form puts a label where it sees none, so two."""
-    for _ in range(2):
-        words = re.sub(rf"^[(\[]?{letter}[.):\]]+\s*", "", fold(words).strip())
-    return words
 
 
 def plain_text(content: str | list) -> str:

@@ -88,10 +88,8 @@ TIME = "Which?\n1. 10 s\n2. 20 s\n3. 2 s"
 @pytest.mark.parametrize(
     "question, answer, said, right",
     [
-        ("A. left\nB. right\nWhich one is it?", "B", "right", 1),  # the answer shows that the list is one
-        ("Choose. A. left B. right", "B", "right", 1),
-        ("A: Hello\nB: Bye\nWhat does B say?", "Bye", "bye", 1),  # and here that it is a dialogue
-        ("A: Hello\nB: Bye\nWhat does B say?", "Bye", "B", 0),
+        ("A. left\nB. right\nWhich one is it?", "B", "(B) right", 1),  # behind no question: the letter alone counts
+        ("A: Hello\nB: Bye\nWhat does B say?", "Bye", "B", 0),  # for it may be a dialogue
         ("Where to?", "B", "(B) right", 1), ("Where to?", "B", "A or B", 0), ("Where to?", "(A) left", "A", 1),
         (WHERE, "B", "not (B)", 0), (WHERE, "B", "not left, right", 1), (WHERE, "B", "not A but B", 1),
         (WHERE, "A", "(A) left. (B) right is wrong.", 1), (WHERE, "B", "A\nB", 0), (WHERE, "B", "A (B)", 0),
@@ -103,7 +101,8 @@ TIME = "Which?\n1. 10 s\n2. 20 s\n3. 2 s"
         (TIME, "3", "2 s", 1), (TIME, "2", "2 s", 0), (TIME, "2", "2", 1), (TIME, "2", "2.5", 0),
         ("Welche?\nA) rot\nB) grün", "B", "Die Antwort ist B", 1), ("Welche?\nA) rot\nB) grün", "B", "A oder B", 0),
         ("Laquelle ?\nA) rouge\nB) vert", "B", "La réponse est B", 1), (COLOUR, "B", "答案是B", 1),
-        (COLOUR, "B", "选B。", 1), (COLOUR, "A", "B和A", 0), (COLOUR, "B", "不是A，是B", 1), (COLOUR, "B", "A. 绿色", 0),
+        (COLOUR, "B", "选B。", 1), (COLOUR, "A", "B和A", 0), (COLOUR, "B", "不是A，是B", 1),
+        (COLOUR, "B", "A. 绿色", 0),
         ("これは？\n(A) 赤\n(B) 緑", "B", "答えはBです", 1),
         ("What is written?", "it's", "it’s", 1), ("What is written?", "its", "it's", 0), ("How many?", "7", "(7)", 1),
         ("How many?", "7", "-7", 0), ("How many?", "7", "7 or 8", 0), ("How many?", "1,000", "1000", 1),
