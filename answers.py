@@ -12,8 +12,8 @@ The rewards, the evaluation and infer.py share these rules; docs/data.md has the
 
 import re
 import unicodedata
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -60,18 +60,14 @@ STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two
 LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A label found in a question. start, end: its place; at_line_start: at most a bullet or "Option" is before it."""
 
     label: str
+    rank: int  # among labels of its kind
     start: int
     end: int
     at_line_start: bool
-
-    @property
-    def rank(self) -> int:
-        return int(self.label) if self.label.isdigit() else ord(self.label)
 
 
 @lru_cache(1024)
@@ -99,7 +95,8 @@ def marks_of(text: str, style: re.Pattern):
         number = bare and match[1].isdigit() and match[0][-1] in ".:" and behind.isdigit()  # 2:30, 12.5
         dash_or_small = match[0].endswith("-") or match[1].islower()  # in a line these are words
         if not number and (at_line_start or not (bare and dash_or_small)):
-            yield Mark(match[1].upper(), match.end() - len(match[0].lstrip()), match.end(), at_line_start)
+            label, start = match[1].upper(), match.end() - len(match[0].lstrip())
+            yield Mark(label, int(label) if label.isdigit() else ord(label), start, match.end(), at_line_start)
 
 
 def lists_of(text: str, marks: list[Mark]):
@@ -220,8 +217,7 @@ DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """An option named in an answer. labels: the options it may mean. sure: whether it can be the answer by itself."""
 
     start: int
@@ -264,7 +260,7 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         kind, text = match.lastgroup, match[match.lastgroup]
         owners = by_words.get(text.casefold(), set())
         if mentions and mentions[-1].is_label and mentions[-1].labels & owners:  # "(A) left" is one mention
-            mentions[-1] = replace(mentions[-1], end=match.end())
+            mentions[-1] = mentions[-1]._replace(end=match.end())
         elif kind == "words" and text.upper() not in options:
             mentions.append(Mention(match.start(), match.end(), owners))
         else:

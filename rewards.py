@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,7 @@ def options_of(question: str, answer: str, is_choice: bool) -> dict[str, str]:
     if is_choice or said.strip("()[]. ") in ANY_LETTER:
         warn_once("letters", f"{unread} only letters are compared")
         return ANY_LETTER
-    if re.search(r"^\W*A\b.*\n\W*B\b|\b(?:options|choices)\s*:", question, re.MULTILINE | re.IGNORECASE):
+    if re.search(r"^\W*[A1]\b.*\n\W*[B2]\b|\b(?:options|choices)\s*:", question, re.MULTILINE | re.IGNORECASE):
         warn_once("options", f"{unread} it counts as an open question")
     # a question without a list may still have an answer with label and words, "(A) Left to Right"
     labelled = re.match(r"[(\[]([A-Z])[)\]]\s*(.+)", said)
@@ -410,16 +411,16 @@ def _from_trl(fn: Callable, parameters: dict) -> Callable:
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def reward(text: str, sample: Sample) -> float:
-        columns = {"prompts": sample.question, "solution": sample.answer, **sample.record}
+        columns = {"prompts": sample.record.get("prompt", sample.question), "solution": sample.answer, **sample.record}
         columns = {key: [value] for key, value in columns.items() if takes_all or key in parameters}
         columns = {key: value for key, value in columns.items() if key not in ("prompt", "completion", "completions")}
-        messages = [{"role": "assistant", "content": text}]
-        first, second = (messages, text) if isinstance(sample.record.get("prompt"), list) else (text, messages)
+        forms = [text, [{"role": "assistant", "content": text}]]
+        first, second = reversed(forms) if isinstance(sample.record.get("prompt"), list) else forms
         try:
-            values = list(fn(completions=[first], **columns))
+            values = fn(completions=[first], **columns)
         except (TypeError, LookupError, AttributeError) as error:
             try:
-                values = list(fn(completions=[second], **columns))
+                values = fn(completions=[second], **columns)
             except (TypeError, LookupError, AttributeError):
                 raise error from None
         if len(values) != 1:
@@ -438,13 +439,13 @@ def main() -> None:
     if not cfg.file.is_file():
         raise UserError(f"no file {cfg.file}{nearest_path(cfg.file)}")
     rewards = load_rewards(cfg.rewards)
-    for number, line in enumerate(cfg.file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(cfg.file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             text, record = row.pop("completion") + "", dict(row.get("record", row))
-        except (ValueError, LookupError, AttributeError, TypeError):
+        except (ValueError, LookupError, AttributeError, TypeError):  # ValueError: no JSON, or no UTF-8
             raise UserError(f"{cfg.file}: line {number} is no object with a record and a completion") from None
         try:
             check_solution(record)
