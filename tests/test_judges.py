@@ -95,6 +95,7 @@ def test_text(true, said):
     scores = rouge.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False).score(*texts)
     mean = np.mean([score.fmeasure for score in scores.values()])
     assert reward("free-form", *texts) == pytest.approx(1 if texts[0].lower() == texts[1].lower() else mean)
+    assert reward("ROUGE-L", *texts) == pytest.approx(scores["rougeL"].fmeasure)
     assert reward("OCR", *texts) == pytest.approx(max(0, 1 - jiwer.wer(*texts)))
 
 
@@ -136,12 +137,8 @@ def test_boxes(true, said, seconds, others):
 
 
 TUBE = '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
-SOLUTIONS = {
-    "multiple choice": "B",
-    "spatial-temporal": TUBE,
-    "spatial-temporal grounding": TUBE,
-    "tracking": "[[0, 0, 9, 9]]",
-}
+SOLUTIONS = {"multiple choice": "B", "tracking": "[[0, 0, 9, 9]]"}
+SOLUTIONS |= dict.fromkeys(["spatial-temporal", "spatial-temporal grounding"], TUBE)
 SOLUTIONS |= dict.fromkeys(["timestamp", "temporal grounding", "time span", "timestamp tIoU"], "3 to 8")
 SOLUTIONS |= {"span set": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_client import Server, completion
 
 import rewards
@@ -24,12 +22,6 @@ def test_unreadable_reference():
     assert reference_answer(sample) is None
     with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
         is_correct("(A)", sample)
-
-
-@given(st.text(max_size=200))
-def test_never_raises(text):
-    for reward in load_rewards("accuracy,format,repetition,length"):
-        assert -1 <= reward(text, Sample(QUESTION, "(A)", n_tokens=len(text), max_tokens=100)) <= 1
 
 
 T, A = "<think>a</think>", "<answer>(A)</answer>"
@@ -63,25 +55,20 @@ def test_repetition():
 @pytest.mark.parametrize("true, shuffled, bonus", [(0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)])
 def test_temporal(true, shuffled, bonus):
     sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
-    assert rewards.temporal("(A)", sample) == bonus
-    assert rewards.temporal("(B)", sample) == 0
+    assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
 
 
-def test_temporal_without_frames_to_shuffle(caplog):
+def test_temporal_of_a_typed_reward_and_without_frames_to_shuffle(caplog):
     """Text, a picture, a clip of two frames: 0, named once, and the run goes on."""
-    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
-    rewards.warned.clear()
-    sample = Sample(QUESTION, "(A)")
-    sample.context = rewards.group_context(sample, ["(A)", "(B)"], None)
-    assert [score(load_rewards("temporal"), text, sample) for text in ("(A)", "(B)")] == [{"temporal": 0}] * 2
-    assert caplog.text.count("no frames can be shuffled") == 1
-
-
-def test_temporal_of_a_typed_reward():
     sample = Sample("How long?", "10", problem_type="regression")
     sample.context = rewards.group_context(sample, ["9", "5"], ["0"])
     assert sample.context == {"accuracy": pytest.approx(0.7), "shuffled_accuracy": 0}
     assert rewards.temporal("9", sample) == pytest.approx(0.27)
+    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
+    rewards.warned.clear()
+    sample.context = rewards.group_context(sample, ["9", "5"], None)
+    assert [score(load_rewards("temporal"), text, sample) for text in ("9", "5")] == [{"temporal": 0}] * 2
+    assert caplog.text.count("no frames can be shuffled") == 1
 
 
 def test_totals_that_differ_by_rounding_are_equal():
