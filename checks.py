@@ -198,7 +198,7 @@ IGNORED = [
     ("train_grpo", "epsilon epsilon_high", lambda c: c.num_iterations == 1,
      "one update a set of rollouts: ratios are 1"),
     ("infer", "output controls max_samples", lambda c: c.data_path is None, "it is for a dataset (--data_path)"),
-    ("generate", "num_samples frame_size video_length augment augment_prob",
+    ("generate", "num_samples task frame_size video_length augment augment_prob",
      lambda c: c.from_folder is not None, "clips of --from_folder are used as they are"),
     ("generate", "question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),
     ("generate", "cot_source cot_model cot_workers cot_coordinates", lambda c: not c.cot, "there is no --cot"),

@@ -9,7 +9,7 @@
 GRPO starts from the first SFT checkpoint that is right half of the time, chosen on 400 held-out clips; the accuracies
 are those on 400 others, with Wilson's 95 % interval; over seeds: the mean with Student's. output/learn/NAME keeps all.
 Of a typed record, accuracy is the mean reward: its variance is less than that of a share, so the interval is too wide.
-There GRPO starts from the first checkpoint with a mean reward of 0.6 (greedy); the best constant answer has 0.51.
+There GRPO starts from the first checkpoint with a mean reward of 0.6 (greedy); the best constant answer has 0.50.
 """
 
 import argparse
