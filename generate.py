@@ -270,6 +270,8 @@ def check_options(cfg: Generate) -> None:
         require(size >= least and size % 2 == 0, "frame_size", size, expected)
         expected = f"at least {clips.SAMPLED} frames: in fewer the motion cannot be judged"
         require(cfg.video_length >= clips.SAMPLED, "video_length", cfg.video_length, expected)
+        if cfg.cot and cfg.task != "direction":
+            raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
     else:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
         apart = root != out and root not in out.parents and out not in root.parents
@@ -277,10 +279,6 @@ def check_options(cfg: Generate) -> None:
         if cfg.cot and not uses_server(cfg):
             known = "the path of what moves is known only for drawn clips"
             raise UserError(f"--cot with --from_folder: {known}; set OPENAI_API_KEY, or leave --cot out")
-    if cfg.cot and cfg.task != "direction":
-        raise UserError(
-            f"--cot with --task {cfg.task}: chains of thought are made for --task direction; leave --cot out"
-        )
     if uses_server(cfg):
         Client.from_env(cfg.cot_model)  # for its errors, before anything is drawn
 
