@@ -164,10 +164,13 @@ def last_block(text: str, tag: str) -> str | None:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the reasoning. The opening tag may be missing (it stood in the prompt), or the closing one (cut)."""
-    text = re.sub(r"<think>.*?</think>", "", SPECIAL.sub("", text), flags=re.DOTALL | re.IGNORECASE)
-    text = re.split("</think>", text, flags=re.IGNORECASE)[-1]
-    return re.split("<think>", text, flags=re.IGNORECASE)[0]
+    """What stands outside the reasoning. The opening tag may be missing (it stood in the prompt), or the closing."""
+    before, *thoughts = re.split("<think>", SPECIAL.sub("", text), flags=re.IGNORECASE)
+    said = re.split("</think>", before, flags=re.IGNORECASE)[-1]
+    for thought in thoughts:
+        _, *after = re.split("</think>", thought, flags=re.IGNORECASE)
+        said += after[-1] if after else ""
+    return said
 
 
 def answer_spans(text: str) -> list[str]:
@@ -264,11 +267,16 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         elif kind == "words" and text.upper() not in options:
             mentions.append(Mention(match.start(), match.end(), owners))
         else:
-            is_bare = kind != "wrapped"
-            sure = bare_label(span[: match.start()], text, span[match.end() :], options) if is_bare else True
+            before, behind = text_before(span, match.start()), span[match.end() :]
+            sure = kind == "wrapped" or bare_label(before, text, behind, options)
             if sure is not None:
                 mentions.append(Mention(match.start(), match.end(), {text.upper()}, True, sure))
     return mentions
+
+
+def text_before(span: str, end: int) -> str:
+    """The last few words before a place: all of them, for each mention of "A, A, A, …", took seconds."""
+    return span[max(0, end - 60) : end]
 
 
 def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
@@ -276,7 +284,7 @@ def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> 
     others, as the second of "A and B", None for an article or a number of another kind."""
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
-    first = not re.search(r"\w[^;:!?]*$", before)  # of its clause
+    first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
     if not re.search(r"\w", before) and not re.search(r"\w", behind):
         return True  # nothing else was said
     previous = re.findall(r"[\w']+", before.casefold())[-1:]
@@ -305,6 +313,8 @@ def together(span: str, one: Mention, two: Mention) -> bool:
 def is_denied(span: str, mention: Mention) -> bool:
     """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
     skip = ("the", "a", "option", "choice", "answer", "letter", "be")
-    before = [word for word in re.findall(r"[\w']+", span[: mention.start].casefold()) if word not in skip][-1:]
+    before = [word for word in re.findall(r"[\w']+", text_before(span, mention.start).casefold()) if word not in skip][
+        -1:
+    ]
     denied = bool(before) and (before[0] in DENIALS or before[0].endswith("n't"))
     return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

@@ -130,7 +130,7 @@ def is_fact(text: str) -> bool:
     return bool(number or initial)
 
 
-TIME = r"[-+]?(?:[0-9]+:){0,2}[0-9]*\.?[0-9]+"  # 7.5, 1:05.5, 1:02:03
+TIME = r"[-+]?(?:[0-9]{1,20}:){0,2}[0-9]{0,20}\.?[0-9]{1,20}"  # 7.5, 1:05.5, 1:02:03
 PAIR = re.compile(
     rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE
 )

@@ -1,6 +1,7 @@
 """How options and answers are read: cases that went wrong once, and lists whose right label is known beforehand."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,11 @@ def test_where_the_answer_stands(text, right):
     plain = {"question": OPTIONS, "answer": "Answer: (A) Left to Right"}
     thought = plain | {"answer": "<think>From the left, not (B).</think><answer>(A) Left to Right</answer>"}
     assert [accuracy(text, sample_from_record(record)) for record in (plain, thought)] == [right, right]
+
+
+@pytest.mark.parametrize("text", ["A, " * 2000, "word B then " * 500, "((A) " * 1000, "<think>" * 2000])
+def test_a_policy_that_repeats_itself_is_read_fast(text):
+    """A group of such completions is scored at every step; each took seconds once."""
+    began = time.process_time()
+    assert accuracy(text, sample_from_record({"question": OPTIONS, "answer": "(D)"})) == 0
+    assert time.process_time() - began < 1

@@ -61,6 +61,8 @@ def test_only_motion_tells_the_class(augment):
     steps = (np.diff(places, axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
     still, as_set, in_order = probe(maps[:, 0], y), probe(unordered, y), probe(steps.reshape(2000, -1), y)
     assert still <= 0.35 and 0.40 <= as_set <= 0.60 and in_order >= 0.95, (still, as_set, in_order)
+    quarter = (places[:, 0] > 0.5) @ [1, 2]  # that the same probe sees on the same still
+    assert probe(maps[:, 0], quarter) >= 0.8 or augment, "the probe sees nothing"
 
 
 def test_a_reversed_clip_is_of_the_opposite_class():
