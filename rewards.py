@@ -308,19 +308,16 @@ SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, repetition, temp
 
 @dataclass
 class Reward:
+    """needs: entries of `Sample.context` that it reads. prepare(texts, sample): before a group is scored, so that a
+    server can be asked for all of it at once."""
+
     name: str
     fn: Callable[[str, Sample], float]
     weight: float = 1.0
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Entries of `Sample.context` it reads."""
-        return getattr(self.fn, "needs", ())
-
-    def prepare(self, texts: list[str], sample: Sample) -> None:
-        """Before a group is scored: a server is asked for all of it at once."""
-        if hasattr(self.fn, "prepare"):
-            self.fn.prepare(texts, sample)
+    def __post_init__(self):
+        self.needs = getattr(self.fn, "needs", ())
+        self.prepare = getattr(self.fn, "prepare", lambda texts, sample: None)
 
     def __call__(self, text: str, sample: Sample) -> float:
         """The unweighted reward. Raises UserError with its name and the completion if it fails or is not finite."""
@@ -335,12 +332,12 @@ class Reward:
         return float(value)
 
 
-def load_rewards(spec: str | list[str], weights: list[float] | None = None) -> list[Reward]:
+def load_rewards(spec: str, weights: list[float] | None = None) -> list[Reward]:
     """--rewards "accuracy,format,my_rewards.py:name" and one weight each (None: all 1) -> rewards in that order.
 
     Raises UserError for an unknown name and for a name given twice. config.py has counted the weights.
     """
-    names = [name.strip() for name in (spec.split(",") if isinstance(spec, str) else spec)]
+    names = [name.strip() for name in spec.split(",")]
     weights = weights or [1.0] * len(names)
     if not all(map(math.isfinite, weights)):
         raise UserError(f"--reward_weights has {weights}, expected finite numbers")
