@@ -143,13 +143,10 @@ def typed_record(name: str, task: str, clip: Clip) -> dict:
 
 
 def facts_of(clip: Clip) -> dict:
-    """`meta` of a drawn clip: what fixes its pixels, and where the ball is at the sampled times."""
+    """`meta` of a drawn clip: what fixes its pixels, and the axis that it moves along."""
     numbers = lambda value: value if value is None or isinstance(value, str) else np.round(value, 3).tolist()
-    track, meta = clip.track(), {key: numbers(value) for key, value in asdict(clip).items()}
-    meta["axis"] = {(1, 0): "horizontal", (0, 1): "vertical"}.get(tuple(map(abs, SIGNS[clip.label])), "diagonal")
-    meta["speed"] = round(float(np.hypot(*clip.velocity)), 3)
-    seen = [xy if inside else None for xy, inside in zip(track.xy.round(1).tolist(), track.inside, strict=True)]
-    return meta | {"trajectory": {"frames": clips.sampled_frames(clip.length).tolist(), "xy": seen}}
+    axis = {(1, 0): "horizontal", (0, 1): "vertical"}.get(tuple(map(abs, SIGNS[clip.label])), "diagonal")
+    return {key: numbers(value) for key, value in asdict(clip).items()} | {"axis": axis}
 
 
 def count_labels(records: dict[str, list]) -> dict:
