@@ -284,17 +284,16 @@ def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> 
     others, as the second of "A and B", None for an article or a number of another kind."""
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
-    first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
     if not re.search(r"\w", before) and not re.search(r"\w", behind):
         return True  # nothing else was said
+    first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
     previous = re.findall(r"[\w']+", before.casefold())[-1:]
-    cued, article = bool(previous) and (previous[0] in CUES or re.match(EAST_ASIAN, previous[0])), word in ("A", "I")
+    cued = bool(previous) and (previous[0] in CUES or re.match(EAST_ASIAN, previous[0]))
     if word.islower():
         ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
-    else:
-        own = [options.get(word, "")] if article else options.values()
-        follows = [*BEHIND, *(plain(words) for words in own if words)]
-        follows = "|".join(map(re.escape, follows))
+    else:  # the end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
+        own = [options.get(word, "")] if word in ("A", "I") else options.values()
+        follows = "|".join(map(re.escape, [*BEHIND, *filter(None, map(plain, own))]))
         ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
     if not ended or (word == "I" and word not in options):
         return None
