@@ -101,10 +101,13 @@ def sample_from_record(record: dict) -> Sample:
     if question is None or not answer:
         missing = "question (human or user turn)" if question is None else "answer (gpt or assistant turn, or solution)"
         raise UserError(f"record has no {missing}: {_short(str(record))}")
-    # without their labels, "A. Left" or "(A) Left"; up to two, for read_form puts one where it sees none
-    options = {letter: re.sub(rf"^(\s*[(\[]?{letter}[.):\]]+\s*){{1,2}}", "", fold(words))
-               for letter, words in zip(LETTERS, talk.options)}  # fmt: skip
+    options = {letter: without_label(letter, words) for letter, words in zip(LETTERS, talk.options)}
     return Sample(question, answer, options or None, talk.problem_type, record=record)
+
+
+def without_label(letter: str, words: str) -> str:
+    """Words such as "A. Left" or "(A) Left" -> "Left"; up to two labels, for read_form puts one where it sees none."""
+    return re.sub(rf"^(\s*[(\[]?{letter}[.):\]]+\s*){{1,2}}", "", fold(words)).strip()
 
 
 def plain_text(content: str | list) -> str:
