@@ -432,7 +432,9 @@ def test_a_disk_that_is_full_at_a_checkpoint(sft, disk, monkeypatch):
     with pytest.raises(UserError, match="checkpoint-4: cannot be written .*o space left.*earlier ones are in") as error:
         sft("run", save_steps=2, save_total_limit="none")
     folder = place / "run"
-    assert "\n" not in str(error.value) and steps_saved(folder) == [2] and not list(folder.glob(".*"))
+    assert (
+        "\n" not in str(error.value) and steps_saved(folder) == [2] and not list(folder.glob(".*"))
+    )
     assert what_is_broken(folder / "checkpoint-2") is None
     del error
     release_run()
