@@ -1,0 +1,238 @@
+"""Low-bit weights: the formats against bitsandbytes and exact arithmetic, products and gradients against those of the
+dequantised weights, Triton's kernels (by its interpreter where there is no GPU) against the plain forms."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from conftest import Sequence, config_dict, pack_sequences
+from test_model import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lora
+from config import LoraArgs
+from model import loading, qwen
+from model.adapters import Weights
+from model.decode import PlainDecoder, Sampling, generate
+from model.fast import portable, quantized
+from model.loading import ModelConfig, load_model, not_finite, save_model
+from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = [kind for kind in BASE_DTYPES if kind != "bf16"]
+SHAPES = [(1, 1), (5, 7), (13, 64), (16, 129), (40, 200), (24, 256)]
+needs_triton = pytest.mark.skipif(quantized.triton is None, reason="Triton is not installed")
+
+
+def gaussian(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# -- Formats
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_the_nearest_of_255_steps_a_row(shape):
+    w = gaussian(*shape)
+    q = quantise(w, "int8", torch.float32)
+    steps = w.double() / (w.double().abs().amax(1, keepdim=True) / 127)
+    assert q.codes.dtype == torch.int8 and q.codes.abs().amax(1).tolist() == [127] * shape[0]
+    assert (q.codes.double() - steps).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(q.dequantise(torch.float32), q.codes.float() * q.scales)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 448.0, 3e5])
+def test_fp8_has_one_power_of_two_and_is_exact_in_bf16(shape, size):
+    w = gaussian(*shape) * size
+    q = quantise(w, "fp8", torch.bfloat16)
+    scale = float(q.scales)
+    assert torch.frexp(q.scales)[0].item() == 0.5 and 224 < float(w.abs().max()) / scale <= 448
+    exact = q.codes.view(E4M3).double() * scale
+    assert torch.equal(q.dequantise(torch.bfloat16).double(), exact)
+    grid = torch.arange(0, 127, dtype=torch.uint8).view(E4M3).double() * scale  # all that are not negative
+    nearest = (w.double().abs().flatten()[:, None] - grid).abs().amin(1).view(shape)
+    assert ((w.double() - exact).abs() - nearest).abs().max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_takes_the_nearest_code_of_each_block(shape, dtype):
+    w = gaussian(*shape, dtype=dtype)
+    q = quantise(w, "nf4", torch.float32)
+    codes, again = q.nf4_codes()[:, : shape[1]], q.dequantise(torch.float32)
+    for first in range(0, shape[1], 64):
+        block = w[:, first : first + 64].float()
+        scale = block.abs().amax(1).to(torch.bfloat16).float()[:, None]
+        unit = (block / scale).clamp(-1, 1)
+        error = (unit[..., None] - NF4).abs()
+        assert (error.gather(2, codes[:, first : first + 64, None].long())[..., 0] - error.amin(2)).max() < 1e-6
+        assert torch.equal(again[:, first : first + 64], NF4[codes[:, first : first + 64].long()] * scale)
+    assert q.codes.shape == (shape[0], -(-shape[1] // 128) * 64) and q.scales.dtype == torch.bfloat16
+
+
+def test_nf4_between_two_codes_is_the_lower_and_zeros_stay():
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    w = torch.zeros(2, 64)
+    w[0, :15], w[0, 15] = middles, 1.0
+    q = quantise(w, "nf4", torch.float32)
+    assert q.nf4_codes()[0, :16].tolist() == [*range(15), 15] and q.nf4_codes()[1].tolist() == [7] * 128
+    assert not q.dequantise(torch.float32)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_codes_are_bitsandbytes(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = gaussian(96, 512, dtype=dtype)
+    w[3, 64:128] = 0
+    if dtype == torch.float32:  # scales that bfloat16 holds, as those of released weights are
+        w = w / w.view(96, 8, 64).abs().amax(2).clamp(min=1e-9).repeat_interleave(64, 1)
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    theirs = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).view(w.shape)  # the first is in the high
+    q = quantise(w, "nf4", torch.float32)
+    assert q.nf4_codes().equal(theirs) and q.scales.float().flatten().equal(state.absmax)
+    assert q.dequantise(torch.float32).equal(functional.dequantize_4bit(packed, state).float())
+
+
+@pytest.mark.parametrize("kind, level", [("int8", 0.0083), ("fp8", 0.0265), ("nf4", 0.0920)])
+def test_errors_of_gaussian_weights(kind, level):
+    """Of the weights' size; measured apart with other code."""
+    w = gaussian(256, 4096)
+    error = (quantise(w, kind, torch.float32).dequantise(torch.float32) - w).norm() / w.norm()
+    assert abs(float(error) / level - 1) < 0.05
+
+
+def test_rows_of_an_input_are_rounded_apart():
+    x = gaussian(3, 50) * torch.tensor([[1e-3], [0.0], [1e4]])
+    codes, scales = rounded_rows(x)
+    assert (codes.float().abs().amax(1) == torch.tensor([448.0, 0.0, 448.0])).all() and scales.shape == (3, 1)
+    assert ((codes.float() * scales - x).norm(dim=1) <= 0.03 * x.norm(dim=1)).all()
+
+
+# -- Products
+
+
+@pytest.mark.parametrize("kind", LOW)
+@pytest.mark.parametrize("bias", [False, True], ids=["frozen", "trained bias"])
+def test_products_and_gradients_are_those_of_the_dequantised_weights(kind, bias):
+    """Two layers on one input with adapters. fp8 on the input rounded by rows; its gradient is rounded as well."""
+    layers, plain = [], []
+    for seed, n in enumerate((24, 40)):
+        q = quantise(gaussian(n, 72, seed=seed), kind, torch.float32)
+        b = gaussian(n, seed=7).requires_grad_(bias)
+        A, B = gaussian(4, 72, seed=8).requires_grad_(), gaussian(n, 4, seed=9).requires_grad_()
+        layers.append(Weights(q, b, A, B, 0.5))
+        plain.append(Weights(q.dequantise(torch.float32), b, A, B, 0.5))
+    x = gaussian(9, 72, seed=3)
+    weights = [gaussian(9, n, seed=4) for n in (24, 40)]
+    params = [t for w in layers for t in w[1:4] if t.requires_grad]
+    results = []
+    for form, own in ((portable.linear, layers), (qwen.linear, layers), (qwen.linear, plain)):
+        inp = x.clone().requires_grad_()
+        outs = form(inp, *own)
+        grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights)), [inp, *params])
+        results.append([*outs, *grads])
+    for fast, slow, exact in zip(*results, strict=True):
+        assert (fast - slow).norm() <= (0.04 if kind == "fp8" else 1e-5) * slow.norm()
+        assert (slow - exact).norm() <= (0.04 if kind == "fp8" else 1e-6) * exact.norm()
+    assert results[0][0].allclose(results[1][0], atol=1e-4), "only the gradient of fp8 differs"
+
+
+def test_what_a_pass_keeps_for_the_backward_is_no_weight():
+    q = quantise(gaussian(512, 512), "nf4", torch.bfloat16)
+    layer = Weights(q, None, gaussian(4, 512).requires_grad_(), gaussian(512, 4).requires_grad_(), 1.0)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        portable.linear(gaussian(8, 512), layer)[0].sum().backward()
+    assert max(sizes) == 8 * 512
+
+
+@pytest.mark.parametrize("T, K, N", [(5, 2048, 11008), (513, 11008, 2048), (1, 16, 32)])
+def test_layouts_of_fp8_products_are_what_cuda_takes(T, K, N):
+    """A GPU's own checks without a GPU: operands of another layout, or of other sizes, are refused."""
+    with FakeTensorMode():
+        codes, scales = torch.empty(T, K, device="cuda").to(E4M3), torch.empty(T, 1, device="cuda")
+        weight, scale = torch.empty(N, K, device="cuda").to(E4M3), torch.empty(1, 1, device="cuda")
+        assert quantized.scaled_product(codes, scales, weight, scale).shape == (T, N)
+        columns = torch.empty(K, N, device="cuda").to(E4M3)  # the bytes of weight.t(), row by row
+        back = torch.empty(T, N, device="cuda").to(E4M3)
+        assert quantized.scaled_product(back, scales, columns, scale).shape == (T, K)
+        with pytest.raises(RuntimeError):
+            narrow = torch.empty(N, K + 4, device="cuda").to(E4M3), torch.empty(T, K + 4, device="cuda").to(E4M3)
+            quantized.scaled_product(narrow[1], scales, narrow[0], scale)
+
+
+# -- Kernels
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_equal_the_plain_forms(shape, dtype):
+    w = gaussian(*shape).to(DEVICE)
+    for kind in ("int8", "nf4"):
+        q = quantise(w, kind, dtype)
+        assert torch.equal(quantized.dequantise_by_kernel(q, dtype), q.dequantise(dtype)), kind
+    codes, scales = quantized.round_rows_by_kernel(w.to(dtype))
+    expected, expected_scales = rounded_rows(w.to(dtype))
+    assert torch.equal(scales, expected_scales)
+    apart = (codes.float() - expected.float()).abs()  # a product with the reciprocal may fall on the other side
+    assert (apart <= 0.13 * expected.float().abs()).all() and (apart > 0).float().mean() < 0.01
+
+
+# -- Models
+
+
+def model_of(kind, shape="grouped"):
+    return loading.random_model(ModelConfig.from_dict(config_dict(shape)), DEVICE, seed=0, base_dtype=kind).eval()
+
+
+@pytest.mark.parametrize("kind", LOW)
+def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
+    """Loaded tensor by tensor, the same as quantised afterwards; logits are the dequantised model's."""
+    whole = model_of("bf16")
+    save_model(whole, tmp_path)
+    loaded, made = load_model(tmp_path, DEVICE, base_dtype=kind), model_of(kind)
+    names = {f"{n}.weight" for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and n[:6] == "model."}
+    assert len(names) == 14
+    for model in (loaded, made):
+        low = quantized_weights(model)
+        assert set(low) == names and {q.kind for q in low.values()} == {kind} and model.base_dtype == kind
+        assert names.isdisjoint(dict(model.named_parameters())) and not not_finite(model)
+    for name, q in quantized_weights(loaded).items():
+        assert torch.equal(q.codes, quantized_weights(made)[name].codes)
+        loading.put(whole, name, q.dequantise(torch.float32))
+    packed = pack_sequences([Sequence(whole.config, CASES["mixed"])]).to(DEVICE)
+    logits, expected = loaded.logits(packed), whole.logits(packed)
+    assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
+
+
+def test_a_low_bit_model_moves_and_names_what_is_not_finite(tmp_path):
+    model = model_of("nf4")
+    scales = model.model.layers[0].mlp.up_proj.weight.scales
+    model.to(torch.bfloat16)
+    q = model.model.layers[0].mlp.up_proj.weight
+    assert q.dtype == torch.bfloat16 and q.scales.equal(scales) and q.codes.dtype == torch.uint8
+    scales[1, 0] = float("nan")
+    assert not_finite(model) == ["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("kind", LOW)
+@pytest.mark.parametrize("size", [1e-6, 0.05])
+def test_the_sampler_sees_the_smallest_adapter(kind, size):
+    """Log-probs of what was sampled are the training forward's, with an adapter as after one step at such a rate."""
+    model = model_of(kind)
+    lora.inject(model, LoraArgs(lora_rank=4))
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            layer.lora_B.normal_(0, size)
+    packed = pack_sequences([Sequence(model.config, CASES["video"])]).to(DEVICE)
+    rows = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0))[0]
+    again = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0), decoder=PlainDecoder)[0]
+    for row, slow in zip(rows, again):
+        assert row.ids == slow.ids
+        assert torch.allclose(torch.tensor(row.logprobs), torch.tensor(slow.logprobs), atol=1e-4)
