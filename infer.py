@@ -101,29 +101,34 @@ def load_processor(cfg):
 
 def load_model(cfg, adapter):
     """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
-    up to rounding. In bf16 the weights here stay as they are; on a GPU the sampler makes its own merged copy, rounded
-    once (model/fast/decoder.py)."""
+    up to rounding. In bf16, and beside low-bit weights, the adapter stays apart: rounding would swallow much of it."""
     import torch
 
-    from adapter_files import load_adapter
+    from adapter_files import CONFIG, load_adapter, trained_on
     from lora import merge
     from model.loading import load_model, not_finite
+    from model.quantized import quantized_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
-    model = load_model(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
-    count, state = sum(p.numel() for p in model.parameters()), "no adapter"
+    base = cfg.base_dtype
+    if base == "auto":
+        base = "bf16" if adapter is None else trained_on(read_json(adapter / CONFIG))
+    model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, base).requires_grad_(False).eval()
+    weights = [*model.parameters(), *quantized_weights(model).values()]
+    count, state = sum(weight.numel() for weight in weights), "no adapter"
     if adapter is not None:
         load_adapter(model, adapter)
     if names := not_finite(model):
         raise UserError(f"{adapter or cfg.model_id}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
-    if adapter is not None and dtype == torch.float32:
+    if adapter is not None and dtype == torch.float32 and base == "bf16":
         merge(model)
         state = "adapter merged: in fp32 that is exact up to rounding"
     elif adapter is not None:
-        state = "adapter beside the weights" + (", merged into the sampler's copy" if device.type == "cuda" else "")
-    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]} on {device}; {state}")
+        state = "adapter beside the weights"
+    kept = "" if base == "bf16" else f", decoder layers in {base}"
+    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]}{kept} on {device}; {state}")
     return model
 
 

@@ -1,8 +1,8 @@
 """What a training run does before its first step.
 
-    run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
-    model, processor = build_model(run)              base, adapter, what is trained; clips and chats
-    engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
+run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
+model, processor = build_model(run)              base, adapter, what is trained; clips and chats
+engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
 """
 
 import fcntl
@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 import ranks
-from adapter_files import CONFIG, TENSORS, load_adapter
+from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
 from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
@@ -30,7 +30,7 @@ from lora import FLAT, inject, part_of, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
+from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
 from model.qwen import Qwen2_5_VL
 from reporting.dataset import dataset_summary
 from rollouts import Sampler
@@ -129,6 +129,9 @@ def find_source(run):
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
         text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
         raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
+    base = run.state["config"].get("base_dtype", "bf16")
+    if base != cfg.base_dtype:
+        raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
     run.notes.append(f"--resume: going on from {run.source}")
     ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
     now, before = as_dict(cfg), run.state["config"]
@@ -147,13 +150,17 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg = run.cfg
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
     if run.adapter:
         given = load_adapter(model, run.adapter)
+        if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
+            run.notes.append(
+                f"adapter of {run.adapter}: trained on a {base} base, goes on with --base_dtype {cfg.base_dtype}"
+            )
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:

@@ -1,7 +1,9 @@
 """Low-bit weights: the formats against bitsandbytes and exact arithmetic, products and gradients against those of the
 dequantised weights, Triton's kernels (by its interpreter where there is no GPU) against the plain forms."""
 
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,17 +12,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from conftest import Sequence, config_dict, pack_sequences
+from runs import base, column, release_run, sft  # noqa: F401 (fixtures)
+from safetensors.torch import load_file
 from test_model import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import adapter_files
+import infer
 import lora
-from config import LoraArgs
-from model import loading, qwen
+from config import Infer, LoraArgs, parse
+from model import UserError, loading, qwen
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
 from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
 from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
+
+# ruff: noqa: F811 (fixtures are imported by name)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [kind for kind in BASE_DTYPES if kind != "bf16"]
@@ -236,3 +244,49 @@ def test_the_sampler_sees_the_smallest_adapter(kind, size):
     for row, slow in zip(rows, again):
         assert row.ids == slow.ids
         assert torch.allclose(torch.tensor(row.logprobs), torch.tensor(slow.logprobs), atol=1e-4)
+
+
+# -- Runs
+
+
+def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path, capsys):
+    """Adapter, state and infer.py name the base; merging leaves the original weights under it unless told otherwise."""
+    whole = sft("whole", base_dtype="nf4", max_steps=4, save_steps=2)
+    shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoint-4")
+    with pytest.raises(UserError, match="a nf4 base, got --base_dtype int8; give nf4"):
+        sft("again", base_dtype="int8", max_steps=4, resume=True)
+    release_run()
+    again = sft("again", base_dtype="nf4", max_steps=4, resume=True)
+    assert column(again, "loss") == column(whole, "loss")
+    folder = whole / "checkpoint-4"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_dtype"] == "nf4"
+    assert json.loads((folder / "trainer_state.json").read_text())["config"]["base_dtype"] == "nf4"
+    assert json.loads((whole / "run.json").read_text())["config"]["base_dtype"] == "nf4"
+    cfg = parse(Infer, ["x.mp4", "--model_id", str(base / "tiny")])
+    assert {q.kind for q in quantized_weights(infer.load_model(cfg, folder)).values()} == {"nf4"}
+    cfg.base_dtype = "bf16"
+    assert not quantized_weights(infer.load_model(cfg, folder))
+    capsys.readouterr()
+    tensors = {}
+    for kind in ("original", "quantised"):
+        lora.main(["merge", str(folder), str(tmp_path / kind), "--merge_base", kind])
+        assert f"{kind if kind == 'original' else 'nf4'} weights" in (out := capsys.readouterr().out), out
+        assert float(out.split("adapter: median ")[1].split(",")[0]) > 0.1
+        tensors[kind] = load_file(tmp_path / kind / "model.safetensors")
+    _, adapters = adapter_files.read_adapter(folder)
+    q = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_"
+    delta = 2 * adapters[q + "B.weight"] @ adapters[q + "A.weight"]  # alpha 32 over rank 16
+    name = "model.layers.0.mlp.up_proj.weight"
+    original = load_file(base / "tiny/model.safetensors")[name].float()
+    low = quantise(original, "nf4", torch.float32).dequantise(torch.float32)
+    for kind, weight in (("original", original), ("quantised", low)):
+        assert tensors[kind][name].equal((weight + delta).to(torch.bfloat16)), kind
+
+
+@pytest.mark.parametrize(
+    "flags", [{"freeze_llm": False, "llm_lora": False}, {"lora_enable": False, "tune_merger": True}]
+)
+def test_a_low_bit_base_is_not_trained_itself(sft, flags):
+    with pytest.raises(UserError, match="--base_dtype: found 'int8', expected bf16"):
+        sft("run", base_dtype="int8", **flags)
