@@ -1,8 +1,8 @@
 """What a training run does before its first step.
 
-run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
-model, processor = build_model(run)              base, adapter, what is trained; clips and chats
-engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
+    run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
+    model, processor = build_model(run)              base, adapter, what is trained; clips and chats
+    engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
 """
 
 import fcntl
@@ -31,6 +31,7 @@ from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
+from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
 from reporting.dataset import dataset_summary
 from rollouts import Sampler
@@ -158,9 +159,7 @@ def build_model(run):
     if run.adapter:
         given = load_adapter(model, run.adapter)
         if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
-            run.notes.append(
-                f"adapter of {run.adapter}: trained on a {base} base, goes on with --base_dtype {cfg.base_dtype}"
-            )
+            run.notes.append(f"the adapter was trained on a {base} base and goes on with --base_dtype {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:
@@ -270,6 +269,7 @@ def dry_run(cfg, make_loader, records):
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
+    quantise_base(model, cfg.base_dtype)
     adapter = None
     if cfg.model_ckpt is not None:
         adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
@@ -318,6 +318,7 @@ def trained_shares(model):
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
         counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
+    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{what} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for what, (some, whole) in counts.items()]
 

@@ -142,6 +142,14 @@ def put(module: nn.Module, name: str, weight: "Tensor | Quantized") -> None:
     setattr(owner, leaf, weight if isinstance(weight, Quantized) else nn.Parameter(weight))
 
 
+def quantise_base(model: nn.Module, kind: str) -> None:
+    """Quantise the weights of a model that is there already; loading does it while they come."""
+    for name, p in list(model.named_parameters()):
+        if kind != "bf16" and LOW_BIT.fullmatch(name):
+            put(model, name, quantise(p, kind, p.dtype))
+    model.base_dtype = kind
+
+
 def quantized_weights(model: nn.Module) -> dict[str, Quantized]:
     """{name: weight} of what a model keeps in few bits."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}

@@ -108,11 +108,13 @@ class Project(torch.autograd.Function):
         quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
         h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
+        fp8 = any(getattr(q[0], "kind", None) == "fp8" for q in quads)
+        rounded = quantized.round_rows(x) if fp8 else None  # once for all that share x
         outs, saved, first = [], [], 0
         for (weight, bias, a, b), scale in zip(quads, scales):
             w, bias = padded(weight, bias, x.shape[1], pad)
             saved += [None if isinstance(w, Quantized) else w, a, b]  # of few bits: dequantised again going back
-            y = quantized.product(x, w, bias) if isinstance(w, Quantized) else F.linear(x, w, bias)
+            y = quantized.product(x, w, bias, rounded) if isinstance(w, Quantized) else F.linear(x, w, bias)
             if a is not None:
                 y.addmm_(h[:, first : first + len(a)], widen(b, 0, w.shape[0]).to(x.dtype).T, alpha=scale)
                 first += len(a)
