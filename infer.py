@@ -109,7 +109,8 @@ def load_processor(cfg):
 
 def load_model(cfg, adapter):
     """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
-    up to rounding. In bf16, and beside low-bit weights, the adapter stays apart: rounding would swallow much of it."""
+    up to rounding. In bf16, and beside low-bit weights, the weights here stay as they are; on a GPU the sampler makes
+    its own merged copy of bf16 weights, rounded once (model/fast/decoder.py)."""
     import torch
 
     from adapter_files import CONFIG, load_adapter, trained_on
@@ -134,7 +135,8 @@ def load_model(cfg, adapter):
         merge(model)
         state = "adapter merged: in fp32 that is exact up to rounding"
     elif adapter is not None:
-        state = "adapter beside the weights"
+        is_merged = device.type == "cuda" and base == "bf16"
+        state = "adapter beside the weights" + (", merged into the sampler's copy" if is_merged else "")
     kept = "" if base == "bf16" else f", decoder layers in {base}"
     print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]}{kept} on {device}; {state}")
     return model

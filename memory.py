@@ -100,8 +100,10 @@ def sampling_bytes(config, counts, cfg, prompts, longest, group, new_tokens, num
     heads, keys = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
     cache = L * keys * prompts * (longest + group * new_tokens)
     prefill = prompts * longest * (2 * c.hidden_size + 2 * heads + keys + 3 * c.intermediate_size)
-    adapters = counts.adapters  # as the sampler reads them
-    return static_bytes(counts, cfg, 1, number) + number * (adapters + cache + prefill)
+    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
+    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
+    copy = counts.adapters if counts.low_bit else L * layer
+    return static_bytes(counts, cfg, 1, number) + number * (copy + cache + prefill)
 
 
 def estimate(model, cfg, lengths, world=1, number=2):
