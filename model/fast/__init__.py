@@ -5,5 +5,5 @@
     quantized.py  products with low-bit weights (formats: model/quantized.py)
     gpu.py        CUDA: FlashAttention, rotary and SwiGLU kernels
     graphs.py     CUDA graphs of a stack of blocks
-    decoder.py    group decoding on a GPU          kernels.py   its Triton kernels
+    decoder.py    group decoding on a GPU          kernels.py, linears.py   its Triton kernels
 """

@@ -14,7 +14,7 @@ outlives them: a rollout frees its weights, the next one makes new ones and only
 weights, and waits for the other's results only then; what it reads before `gdc_wait` nobody writes within a step.
 Each lets the next one start only after its own wait, so that never more than two are under way.
 
-decoder.py launches them. Their plain forms are in tests/test_gpu.py.
+decoder.py launches them. Their plain forms are in qwen.py, or in tests/test_gpu.py.
 """
 
 try:

@@ -2,11 +2,12 @@
 
     out = norm(x) W^T + b + norm(x) A^T B^T        W read once, as it is stored; B holds the adapter's scale
 
-Nothing is merged: the smallest adapter reaches the sampler, and no copy of the weights exists. The norm's weight is in
-x already (whoever wrote x put it there); what is left of the norm is one factor a row. Behind the product stand bias,
-SwiGLU or the residual sum. x A^T costs no launch of its own: the first programs of the product compute it while the
-others read weights; these look for it only when they are through with theirs. A GPU starts programs in their order, so
-nobody waits for a program that could not start.
+Into low-bit weights nothing is merged: the smallest adapter reaches the sampler, and no copy of the weights exists. (In
+bf16 decoder.py hands over merged weights without adapters, which is faster.) The norm's weight is in x already, whoever
+wrote x put it there; what is left of the norm is one factor a row. Behind the product stand bias, SwiGLU or the
+residual. x A^T costs no launch of its own: the first programs of the product compute it while the others read weights
+and look for it when they are through with theirs. A GPU starts programs in their order, so nobody waits for a program
+that could not start.
 
 nf4 is decoded by byte permutes: a table in memory, or comparisons, would take longer than reading bf16.
 """
