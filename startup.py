@@ -33,14 +33,14 @@ from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
 from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
-from reporting.dataset import dataset_summary
+from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from trackers import TRACKERS, check_installed
 from trainer import Run, samples_per_step, total_steps, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 # what --overwrite removes, beside checkpoints, START and TRACKERS
-OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html")
+OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", CONFIG, TENSORS)
 # Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
 OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "model_id", "model_ckpt", "output_dir", "deepspeed",
              "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}  # fmt: skip
@@ -183,7 +183,7 @@ def build_model(run):
 def start(run, model, processor, loader, records, held_out):
     """The engine with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     cfg = run.cfg
-    run.loader, run.total = loader, total_steps(cfg, loader)
+    run.loader, run.total, run.question = loader, total_steps(cfg, loader), data_question(records)
     run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
     engine, adamw, notes = build_engine(model, cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(cfg)]

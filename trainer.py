@@ -55,6 +55,7 @@ class Run:
     step: int = 0  # steps done
     total: int = 0  # steps of the whole run
     data_hash: str = ""  # of the training data's file
+    question: dict | None = None  # what the training data asks, for infer.py: see reporting.dataset.data_question
     updates: int = 0  # steps that changed the weights
     best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
     start_accuracy: float | None = None  # before the first step, where that was measured
@@ -298,9 +299,11 @@ def after_step(run, engine, evaluate, loop=None):
 
 
 def write_best(run):
-    """best.json, where a checkpoint was judged."""
+    """best.json, where a checkpoint was judged, and the run's own adapter: that of the best checkpoint."""
     if run.rank == 0 and run.best:
         write_json(run.folder / BEST, run.best)
+    if run.rank == 0:
+        checkpoint.link_adapter(run.folder)
 
 
 def save(run, engine, loop):
@@ -348,6 +351,7 @@ def run_facts(run, engine, loop):
         "start_accuracy": run.start_accuracy,
         "samples_per_step": samples_per_step(run),
         "data_hash": run.data_hash,
+        "question": run.question,
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "left_out": ranks.gather(run.loader.state()),

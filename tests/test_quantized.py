@@ -21,7 +21,7 @@ import adapter_files
 import infer
 import lora
 from bench.workloads import model_config
-from config import Infer, LoraArgs, parse
+from config import LoraArgs
 from memory import Counts
 from model import UserError, loading, qwen
 from model.adapters import Weights
@@ -353,10 +353,8 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     assert json.loads((folder / "adapter_config.json").read_text())["base_dtype"] == "nf4"
     assert json.loads((folder / "trainer_state.json").read_text())["config"]["base_dtype"] == "nf4"
     assert json.loads((whole / "run.json").read_text())["config"]["base_dtype"] == "nf4"
-    cfg = parse(Infer, ["x.mp4", "--model_id", str(base / "tiny")])
-    assert {q.kind for q in quantized_weights(infer.load_model(cfg, folder)).values()} == {"nf4"}
-    cfg.base_dtype = "bf16"
-    assert not quantized_weights(infer.load_model(cfg, folder))
+    assert {q.kind for q in quantized_weights(infer.Model(folder).network).values()} == {"nf4"}
+    assert not quantized_weights(infer.Model(folder, base_dtype="bf16").network)
     capsys.readouterr()
     tensors = {}
     for kind in ("original", "quantised"):

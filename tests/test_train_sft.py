@@ -20,7 +20,7 @@ import trainer
 from checkpoint import find_adapter, newest_checkpoint, what_is_broken
 from config import SFT
 from engine import deepspeed_config
-from evaluate import Evaluation
+from evaluate import Evaluation, Judged
 from model import UserError
 from model.loading import load_model
 from trainer import lr_factor
@@ -220,7 +220,7 @@ def test_two_runs_into_one_folder(tmp_path):
 
 def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
     scores = iter([2, 6, 4, 5, 1, 3])
-    answers = lambda right: {k: ("up", "up", 4, k < right) for k in range(10)}
+    answers = lambda right: {k: Judged("up", "up", 4, k < right) for k in range(10)}
     monkeypatch.setattr(evaluate, "evaluate", lambda *args, **more: Evaluation(answers(next(scores)), {}, []))
     val = base / "data/val.json"
     folder = sft(
@@ -228,7 +228,7 @@ def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
     )
     assert steps_saved(folder) == [2, 5, 6]
     assert json.loads((folder / "best.json").read_text()) == {"step": 2, "accuracy": 0.6}
-    assert find_adapter(folder) == folder / "checkpoint-2"
+    assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == folder / "checkpoint-2"
 
 
 def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
