@@ -132,7 +132,7 @@ class Model:
         """The same with other options; they share the decoded clips."""
         if cfg is self.cfg:
             return self.processor
-        processor = type(self.processor)(self.processor.tokenizer, self.processor.config, cfg)
+        processor = type(self.processor)(self.processor.backend, self.processor.config, cfg)
         processor.cache = self.processor.cache
         return processor
 
