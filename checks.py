@@ -146,6 +146,9 @@ def check_sizes(cfg):
 
 
 def check_trained(cfg):
+    if getattr(cfg, "base_dtype", "bf16") != "bf16":
+        expected = "bf16 without --lora_enable or --freeze_llm: a low-bit base is frozen, only adapters learn on it"
+        require(cfg.lora_enable and cfg.freeze_llm, "base_dtype", cfg.base_dtype, expected)
     if not cfg.lora_enable:
         trained = not cfg.freeze_llm or not cfg.freeze_vision_tower or cfg.tune_merger
         require(trained, "lora_enable", False, "True, or a component that is not frozen: nothing is left to train")
