@@ -22,7 +22,7 @@ from data import CONTROLS
 from loader import examples
 from model import UserError
 from model.decode import Sampling
-from records import Selection, read_records, read_turns, record_name, spread
+from records import Selection, data_files, read_records, read_turns, record_name, spread
 from rewards import Sample, accuracy, check_solution, format, reference_answer, sample_from_record
 from rollouts import Group, prompt_batches, row
 
@@ -40,7 +40,7 @@ def held_out_records(cfg):
     """The records that answer accuracy is measured on: [] if there are none, or not wanted."""
     path = cfg.eval_data_path
     if path == "":
-        beside = Path(cfg.data_path).with_name("val.json")
+        beside = Path(data_files(cfg.data_path)[0][0]).with_name("val.json")
         path = beside if beside.exists() else None
     return [] if path is None else spread(read_records(path), cfg.eval_samples, cfg.seed)
 

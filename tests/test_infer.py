@@ -20,9 +20,10 @@ import infer
 from adapter_files import save_adapter
 from checkpoint import link_adapter, write_whole
 from config import QUESTION, LoraArgs
-from data import load_tokenizer, look_at_file
+from data import load_tokenizer
 from evaluate import opposite, wilson
 from infer import Model
+from look import look_at_file
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
