@@ -172,6 +172,7 @@ class CommonTrain(VideoArgs, LoraArgs):
 
     # -- Log, evaluate, save
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
+    verbose: bool = False  # every number of metrics.jsonl in these lines, which otherwise have 100 columns
     report_to: str = "none"  # any of tensorboard,wandb: metrics go there too; metrics.jsonl always
     eval_steps: int = 100  # steps between evaluations by free generation; 0 = only at the end
     eval_samples: int = 400  # held-out clips an evaluation, spread over the file by the seed; 400 give +-1.4 % at 98 %

@@ -20,7 +20,7 @@ from model import UserError
 from model.decode import Sampling
 from records import Selection, read_records, read_turns, record_name, spread
 from rewards import Sample, accuracy, check_solution, reference_answer, sample_from_record
-from rollouts import Group, prompt_batches, row
+from rollouts import Group, facts_of, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
@@ -147,7 +147,7 @@ def shown(step, example, rollout, decode_token):
     rollout.reward = float(rollout.right)
     rollout.components = {"accuracy": rollout.reward}
     group = Group(example.number, len(example), [rollout])
-    line = row(step, example.record, group, rollout, decode_token)
+    line = row(step, facts_of(example.record), group, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 

@@ -60,7 +60,8 @@ class Samples(torch.utils.data.Dataset):
         loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options)
         for sample in loader:
             if isinstance(sample, Example):
-                self.processor.warn_once(sample)
+                if sample.notes:
+                    self.processor.warn_once(sample)
             elif isinstance(sample[1], MissingFileError):
                 raise sample[1]
             yield sample
@@ -166,7 +167,7 @@ class Loader:
             self.too_long.add(name)
         else:
             self.last = f"; the last: {name}: {error}"
-        self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.left_out
+        self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.count_skipped
         if len(self.skipped) == len(self.records):
             raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
 

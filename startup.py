@@ -8,7 +8,6 @@
 import fcntl
 import hashlib
 import importlib.metadata
-import math
 import os
 import platform
 import secrets
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import console
 import ranks
 from adapter_files import CONFIG, TENSORS, load_adapter
 from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
@@ -53,6 +53,7 @@ def launch(cfg, records, held_out, notes=()):
     another process trains in it.
     """
     check_installed(cfg)
+    console.show_logged_warnings()
     device = init_distributed()
     lock = message = None
     if ranks.rank() == 0:
@@ -202,13 +203,12 @@ def restore(run, engine, adamw):
     if run.state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.state["config"].get("data_path") == run.cfg.data_path:
-        run.loader.restore(run.state["left_out"])
+        run.loader.restore(run.state["skipped"])
         if run.state.get("data_hash", run.data_hash) != run.data_hash:
             run.notes.append(f"--resume: {run.cfg.data_path} was changed since that run: other samples, another order")
     memory = run.state["memory"]
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
-    limit = memory["max_sampled_tokens"]
-    run.sampler.max_tokens = math.inf if limit is None else limit
+    run.sampler.max_tokens = memory["max_sampled_tokens"]
 
 
 def prepare_folder(run):

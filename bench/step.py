@@ -43,8 +43,15 @@ from engine import build_engine, init_distributed, leave_processes, use_determin
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
-from rollouts import Group, Rollout, cut, micro_batch
-from train_grpo import compare_within_groups, freeze_reference, reduce_sums, reference_pass, train_on
+from rollouts import Group, Rollout
+from train_grpo import (
+    compare_within_groups,
+    freeze_reference,
+    micro_batch,
+    reference_pass,
+    split_micro_batches,
+    train_on,
+)
 from train_sft import micro_loss
 from trainer import Run, update
 
@@ -208,14 +215,13 @@ class Ours:
             for n, group in enumerate(sample()):
                 rollouts = [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
                 groups.append(Group(n, work.prompt_tokens, rollouts, n))
-            sampled, sums = time.perf_counter(), Counter()
-            _, normalizer = compare_within_groups(run, groups)
-            batches = [micro_batch(prompts, part, cfg).to(bench.device) for part in cut(groups, cfg)]
-            reference_pass(run, self.model, frozen, batches, sums)
+            sampled = time.perf_counter()
+            _, normalizer = compare_within_groups(run, groups, len(groups))
+            batches = [micro_batch(prompts, part).to(bench.device) for part in split_micro_batches(groups, cfg)]
+            reference_pass(run, self.model, frozen, batches, Counter())
             bench.sync()
             referred = time.perf_counter()
-            train_on(run, engine, batches, normalizer, 1, len(batches), sums)
-            reduce_sums(run, sums)
+            train_on(run, engine, None, batches, normalizer, 1, len(batches))
             bench.sync()
             end = time.perf_counter()
             parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}

@@ -39,8 +39,9 @@ def read_groups(path: Path) -> list[Group]:
         text += file.read()
     groups = {}
     for row in json_lines(text)[0]:
-        groups.setdefault((row["step"], row["prompt"], row["id"]), []).append(row)
-    return [Group(rows) for rows in groups.values()]
+        rows = groups.setdefault((row["step"], row["prompt"], row["id"]), [])
+        rows.append(rows[0] | row if rows else row)  # clip, question and answer stand in the first of a group
+    return [Group(rows) for rows in groups.values() if "question" in rows[0]]
 
 
 def before_and_after(groups: list[Group]) -> list[list[Group]]:
@@ -82,7 +83,9 @@ def new_cards(groups: list[Group], clips: set[str]) -> dict[str, list[list[Group
 def shown_tokens(row: dict) -> list[tuple[str, int, float]]:
     """(text, tint, probability) of each token; tint: 0 for a likely token … 5 for an unlikely one, p0 … p5 of the page.
 
-    A log-prob that was not finite is null: no tint.
+    A log-prob that was not finite is null: no tint. Most rows of GRPO come without tokens: the text, untinted.
     """
+    if "tokens" not in row:
+        return [(row["completion"], 0, 1.0)]
     probabilities = [1.0 if value is None else math.exp(value) for value in row["logprobs"]]
     return [(text, sum(p < limit for limit in TINTS), p) for text, p in zip(row["tokens"], probabilities)][:MAX_TOKENS]
