@@ -201,7 +201,7 @@ class GroupSampler:
 
     def sample_shuffled(self, prompts: list[Example], seeds: list[int]) -> list[list[str] | None]:
         """Texts of half as many completions of each prompt with its frames in random order; None where there is no
-        order to change: a text, a picture, a clip of two frames."""
+        order to change: a text, an image, a clip of two frames."""
         able = [k for k, prompt in enumerate(prompts) if can_shuffle(prompt.grid_thw)]
         encode = self.run.sampler.processor.encode
         examples = [encode(prompts[k].record, answer=False, control="shuffled") for k in able]
@@ -344,7 +344,7 @@ class Alarm:
         self.state["flat"] = flat = 0 if metrics.get("no_variance", 0) < 1 else self.state["flat"] + 1
         if flat and flat % ALARM_STEPS == 0:
             right, wrong = (metrics.get(name, 0.0) for name in ("all_right", "all_wrong"))
-            text = f"for {flat} steps nothing is learned: the rewards are equal in each group"
+            text = f"nothing to learn for {flat} steps: the rewards are equal in each group"
             yield f"{text} (groups all right {right:.0%}, all wrong {wrong:.0%})"
 
     def falling_back(self, step, metrics):

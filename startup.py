@@ -189,7 +189,7 @@ def start(run, model, processor, loader, records, held_out):
             prepare_folder(run)
         except OSError as error:
             problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{problem}; make room, or choose another --output_dir") from None
+            raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
         for line in describe(run, model, summary(model, cfg, records, processor, loader, run.total, run.world, 2)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
@@ -232,7 +232,6 @@ def prepare_folder(run):
         write_json(run.folder / BEST, run.best)
     else:
         (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
-    checkpoint.rotate(run.folder, run.cfg.save_total_limit)  # a run killed after its last checkpoint had not come to it
     known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
     facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}

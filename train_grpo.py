@@ -51,7 +51,7 @@ SUMS = ("sampled_kl", "sampled_tokens", "loss", "tokens", "ratio", "clip_low", "
 
 
 # Of the console's line: name in metrics.jsonl, heading, format
-COLUMNS = (("reward", "reward", ".3f"), ("accuracy", "accuracy", ".1%"), ("kl", "kl", ".1e"), ("length", "len", ".1f"))
+COLUMNS = (("reward", "reward", ".3f"), ("accuracy", "acc", ".1%"), ("kl", "kl", ".1e"), ("length", "len", ".1f"))
 
 
 def main():
@@ -71,9 +71,9 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log, alarm = trainer.Log(run, COLUMNS), Alarm(run.loop_state("alarm"))
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
-    if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # due when a signal stopped the run
-        evaluate()
-        trainer.write_best(run)
+    trainer.before_first_step(run, engine, evaluate, judge_start=True)
+    if run.start_accuracy == 1:
+        run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
     rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
     sampler, wanted = GroupSampler(run, rewards, loader.iterate(rounds), rounds), groups_per_step(cfg) * run.world

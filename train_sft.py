@@ -46,9 +46,7 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log = trainer.Log(run, COLUMNS)
     evaluate = partial(evaluate_and_log, run, log, held_out) if held_out else None
-    if evaluate and run.loop_state("evaluation_due"):  # due when a signal stopped the run
-        evaluate()
-        trainer.write_best(run)
+    trainer.before_first_step(run, engine, evaluate)
 
     batches = loader.iterate(run.step, run.total)
     for step in range(run.step + 1, run.total + 1):

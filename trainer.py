@@ -285,39 +285,51 @@ def is_due(every, step, total):
     return step == total or (every > 0 and step % every == 0)
 
 
+def save_is_due(run):
+    cfg = run.cfg
+    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+    return is_due(every, run.step, run.total)
+
+
+def before_first_step(run, engine, evaluate, judge_start=False):
+    """Evaluate the start, where that is wanted, or what a signal left undone: the run is then as if it had not come."""
+    if evaluate and run.loop_state("evaluation_due"):
+        if evaluate() or save_is_due(run):
+            save(run, engine, run.state["loop"] | {"evaluation_due": False})
+        return
+    if evaluate and judge_start and run.step == 0:
+        evaluate()
+    if run.rank == 0:  # a run killed after its last checkpoint had not come to it
+        checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+
+
 def after_step(run, engine, evaluate, loop=None):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
 
     evaluate(): logs answer accuracy and returns whether it is the best so far; None where there is nothing to judge.
     loop: what the script wants back when the run is resumed.
     """
-    cfg, step = run.cfg, run.step
-    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-    better, save_due = False, is_due(every, step, run.total)
-    evaluation_due = evaluate is not None and is_due(cfg.eval_steps, step, run.total)
+    better, evaluation_due = False, evaluate is not None and is_due(run.cfg.eval_steps, run.step, run.total)
     stop = stop_requested(run)
     if evaluation_due and not stop:
         better, evaluation_due = evaluate(), False
         write_page(run)
         stop = stop_requested(run)
-    if better or stop or save_due:
-        save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due})
+    if better or stop or save_is_due(run):
+        only_for_stop = not better and not save_is_due(run)
+        save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due}, stop, only_for_stop)
     return bool(stop)
 
 
-def write_best(run):
-    """best.json, where a checkpoint was judged."""
-    if run.rank == 0 and run.best:
-        write_json(run.folder / BEST, run.best)
-
-
-def save(run, engine, loop):
+def save(run, engine, loop, stop=False, only_for_stop=False):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
 
+    stop: a signal came; what is deleted depends on an evaluation that may be due, so it waits for the resumed run.
+    only_for_stop: without the signal there would be no checkpoint here.
     A full disk ends the run with one line; the earlier checkpoints are intact.
     """
     folder, error = run.folder / f"checkpoint-{run.step}", None
-    facts = run_facts(run, engine, loop)
+    facts = run_facts(run, engine, loop) | {"only_for_stop": only_for_stop}
     state = checkpoint.optimizer_state(engine, run.updates)
 
     def fill(temporary):
@@ -333,10 +345,12 @@ def save(run, engine, loop):
                 if path.exists():
                     checkpoint.sync(path)
             checkpoint.write_whole(folder, fill)
-            write_best(run)
-            checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+            if run.best:
+                write_json(run.folder / BEST, run.best)
+            if not stop:
+                checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
-            error = f"cannot be written ({problem}); earlier ones are intact: make room, then --resume"
+            error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
         except NotFiniteError as problem:
             error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
     for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it

@@ -72,30 +72,33 @@ def flags_for(script, base, output, **options):
     return [word for name, value in (flags | options).items() for word in (f"--{name}", str(value))]
 
 
-def runner(script, base, tmp_path, monkeypatch):
-    """run(name, flag=value, …) runs the script in this process and returns the run's folder."""
-
-    def run(name, **options):
-        argv = [f"{script.__name__}.py", *flags_for(script, base, tmp_path / name, **options)]
-        monkeypatch.setattr(sys, "argv", argv)
+def execute(script, base, output, **options):
+    """Run the script in this process; returns the run's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags_for(script, base, output, **options)])
         try:
             script.main()
         finally:
             if torch.distributed.is_initialized():
                 leave_processes()
-        return tmp_path / name
+    return output
 
-    return run
+
+@pytest.fixture(scope="session")
+def whole(base):
+    """The SFT run that others are compared with: five steps, each with its checkpoint. Copy it before changing it."""
+    return execute(train_sft, base, base / "whole", save_steps=1, save_total_limit="none")
 
 
 @pytest.fixture
-def sft(base, tmp_path, monkeypatch):
-    return runner(train_sft, base, tmp_path, monkeypatch)
+def sft(base, tmp_path):
+    """sft(name, flag=value, …) -> the run's folder."""
+    return lambda name, **options: execute(train_sft, base, tmp_path / name, **options)
 
 
 @pytest.fixture
-def grpo(base, tmp_path, monkeypatch):
-    return runner(train_grpo, base, tmp_path, monkeypatch)
+def grpo(base, tmp_path):
+    return lambda name, **options: execute(train_grpo, base, tmp_path / name, **options)
 
 
 def two_ranks(script, base, output, **options):
