@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -68,5 +69,7 @@ def next_command(run, stop_signal):
     model = ["--model_id", cfg.model_id, "--model_ckpt", str(run.folder)]
     if not cfg.lora_enable:
         model = ["--model_id", f"{run.folder}/checkpoint-{run.step}", "--model_ckpt", "none"]
-    script, data = ("train_grpo", cfg.data_path) if run.script == "train_sft" else ("infer", cfg.data_path)
-    return shlex.join(["python", f"{script}.py", *model, "--data_path", data])
+    if run.script == "train_sft":
+        return shlex.join(["python", "train_grpo.py", *model, "--data_path", cfg.data_path])
+    held_out = cfg.eval_data_path or Path(cfg.data_path).with_name("val.json")
+    return shlex.join(["python", "infer.py", *model, "--data_path", str(held_out)])

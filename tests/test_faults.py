@@ -291,7 +291,7 @@ def test_a_reward_that_is_no_number_ends_the_run_in_one_line(grpo, base, name, w
 
 @pytest.mark.parametrize("scale", ["group", "none"])
 def test_the_largest_reward_there_may_be(grpo, base, scale, capfd):
-    """Scaled, it is a reward like any other; unscaled, its gradient overflows and the step is told and skipped."""
+    """Scaled, it is a reward like any other; unscaled, its gradient overflows and the step is reported and skipped."""
     folder = grpo("run", rewards=f"{base}/rewards.py:large", scale_rewards=scale, save_steps=1, max_steps=3)
     rows = lines(folder, "rollouts.jsonl")
     assert {row["reward"] for row in rows} == {0.0, 1e30} and all(math.isfinite(row["advantage"]) for row in rows)
@@ -499,7 +499,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch, written):
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_cli_tells_what_a_disk_did_and_nothing_else(capsys):
+def test_cli_reports_what_a_disk_did_and_nothing_else(capsys):
     def fail(error):
         raise error
 
