@@ -35,7 +35,8 @@ def closing_lines(run, stop_signal):
     """What the run came to, against its start; where to read on; the next command."""
     stopped = f", stopped by {signal.Signals(stop_signal).name}" if stop_signal else ""
     yield f"{run.folder}: step {run.step} of {run.total}{stopped}"
-    rows = [json.loads(line) for line in (run.folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    text = (run.folder / METRICS).read_text(encoding="utf-8") if (run.folder / METRICS).exists() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
     name = "reward" if run.script == "train_grpo" else "loss"
     values = [row[name] for row in rows if row.get(name) is not None]
     results = [f"{name} {values[0]:.4g} in the first step, {values[-1]:.4g} in the last"] if values else []
@@ -64,8 +65,7 @@ def against_start(run):
 def next_command(run, stop_signal):
     cfg = run.cfg
     if stop_signal:
-        words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-        return shlex.join(["python", sys.argv[0], *words, "--resume"])
+        return "the same command with --resume, and without --overwrite"
     model = ["--model_id", cfg.model_id, "--model_ckpt", str(run.folder)]
     if not cfg.lora_enable:
         model = ["--model_id", f"{run.folder}/checkpoint-{run.step}", "--model_ckpt", "none"]
