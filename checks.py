@@ -107,6 +107,7 @@ def check(cfg):
         require(not (cfg.question and cfg.prompt), "prompt", cfg.prompt, "to stand alone: --question says the same")
         require(not (cfg.video and cfg.data_path), "data_path", cfg.data_path, "to stand alone: one clip or a dataset")
         expected = "a file: python infer.py video.mp4, or --data_path val.json"
+        expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
         require(cfg.video or cfg.data_path, "video", cfg.video, expected)
     if hasattr(cfg, "command"):
         check_command(cfg)
@@ -197,7 +198,8 @@ IGNORED = [
      "it is off in GRPO, so that the sampler is the policy that is trained"),
     ("train_grpo", "epsilon epsilon_high", lambda c: c.num_iterations == 1,
      "one update a set of rollouts: ratios are 1"),
-    ("infer", "output controls max_samples", lambda c: c.data_path is None, "it is for a dataset (--data_path)"),
+    ("infer", "output controls max_samples", lambda c: not (c.data_path or c.benchmark),
+     "it is for a dataset (--data_path)"),
     ("generate", "num_samples frame_size video_length augment augment_prob",
      lambda c: c.from_folder is not None, "clips of --from_folder are used as they are"),
     ("generate", "question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),

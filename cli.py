@@ -46,7 +46,7 @@ MAIN = """video question json files runs output command adapter model_id model_c
     overwrite resume dry_run rewards num_generations max_completion_length temperature beta learning_rate lora_rank
     num_train_epochs max_steps per_device_train_batch_size pack_tokens gradient_checkpointing fps nframes
     video_max_pixels eval_steps controls max_samples num_samples split from_folder
-    num_options frame_size video_length augment cot""".split()
+    num_options frame_size video_length augment cot benchmark""".split()
 
 
 def kinds_of(cls):

@@ -278,7 +278,7 @@ class Infer(View):
     aliases: ClassVar = {"base_model": "model_id", "video_path": "video"}
     # -- One clip
     video: str | None = field(default=None, metadata={"positional": True})  # file to ask about (or --video_path)
-    prompt: str = ""  # question under another name
+    prompt: str = ""  # question under another name; of a benchmark: official (its own) or video-r1
     json: bool = False  # last line: one JSON object
 
     # -- Adapter and sampling
@@ -293,6 +293,7 @@ class Infer(View):
 
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked
+    benchmark: str | None = None  # a public one, its folder behind it: --benchmark mvbench DIR; docs/benchmarks.md
     controls: str | None = "reversed,shuffled,blank"  # evaluate again with the frames in each state; none = off
     output: str | None = None  # .jsonl to write, a line for each answer as it comes; one that is there is continued
     max_samples: int | None = None  # evaluate only N, spread over the file by the seed; none = all

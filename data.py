@@ -207,7 +207,7 @@ class Processor:
         Raises what encode raises."""
         name = name or record_name(record)
         turns = chat_turns(read_turns(record, name), answer, name)
-        ids, trained = self.render(turns, answer, name)
+        ids, trained = self.render(turns, answer, name, record.get("answer_prefix", ""))
         media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
         plans = [self.plan(item, name) for item in media]
         plans = self.fit(media, plans, len(ids) - len(plans), name)
@@ -216,9 +216,9 @@ class Processor:
         repeats[is_pad] = [plan.num_tokens for plan in plans]
         return np.repeat(ids, repeats), np.repeat(trained, repeats), plans
 
-    def render(self, turns: list[Turn], answer: bool, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def render(self, turns: list[Turn], answer: bool, name: str, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
         """The chat template of Qwen2.5-VL: ids int64 with one pad a clip, and whether each is learned. An answer is
-        encoded apart from what stands before it, because in generation it is too."""
+        encoded apart from what stands before it, because in generation it is too. prefix: what a reply begins with."""
         pieces = []  # (text, learned)
         for turn in turns:
             # Special tokens in a text would change who speaks, or stand for clips that are not there
@@ -233,7 +233,7 @@ class Processor:
                          for part in turn.parts)  # fmt: skip
                 pieces.append((f"{head}{''.join(clips)}<|im_end|>\n", False))
         if not answer:
-            pieces.append(("<|im_start|>assistant\n", False))
+            pieces.append((f"<|im_start|>assistant\n{prefix}", False))
         ids = [self.encode_text(text) for text, _ in pieces]
         trained = np.repeat([learned for _, learned in pieces], list(map(len, ids)))
         return np.array([i for piece in ids for i in piece], np.int64), trained

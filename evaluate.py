@@ -107,6 +107,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
                 number, sample = example.number, sample_from_record(example.record)
                 rollout = sampler.rollout(number, completion)
+                rollout.text = example.record.get("answer_prefix", "") + rollout.text
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
                 answers[number] = *in_words(sample, rollout.text), rollout.right
                 if on_answer:

@@ -3,6 +3,7 @@
     python infer.py video.mp4 [--question "…"]     a video, a gif, an image, or a folder of frames
     python infer.py --data_path val.json           accuracy, confusion, and both with frames reversed, shuffled, blank
     python infer.py --data_path val.json --output predictions.jsonl     a line for each answer; goes on where it stopped
+    python infer.py --benchmark mvbench DIR        a public benchmark from its own files (docs/benchmarks.md)
 
 The newest adapter under output/ is used if it was made for this base, and clips are read as it was trained on them.
 The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
@@ -31,10 +32,17 @@ def main(argv=None):
     adapter, why = choose_adapter(cfg)
     for line in (why, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
         print(f"note: {line}")
-    task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
+    if cfg.benchmark:
+        from benchmarks import Task  # not at the top: it imports torch
+
+        benchmark = Task(cfg)
+        task = benchmark.records
+    else:
+        task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
     processor = load_processor(cfg)
-    if cfg.data_path:
+    if cfg.data_path or cfg.benchmark:
         facts = judge(cfg, adapter, load_model(cfg, adapter), processor, task)
+        facts |= {"benchmark": benchmark.report()} if cfg.benchmark else {}
     else:
         # before the weights are read: a broken clip ends here
         example = processor.encode(task, answer=False, name=cfg.video)
@@ -228,7 +236,8 @@ def judge(cfg, adapter, model, processor, records):
             results[control] = evaluate(sampler, records, sampling_of(cfg, sampler), cfg.seed, control, **file)
             if not results["none"].count:
                 first = next(iter(results["none"].skipped.values()))
-                raise UserError(f"{cfg.data_path}: none of {len(records)} can be asked; the first: {first}")
+                what = f"{cfg.data_path or cfg.video}: none of {len(records)} can be asked"
+                raise UserError(f"{what}; the first: {first}")
     plain = results["none"]
     for error in plain.skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
@@ -286,8 +295,8 @@ def read_predictions(path, records, made_by):
 def made_by(cfg, adapter):
     """What an answer depends on besides its record, for the lines of a predictions file."""
     view = {name: value for name, value in as_dict(cfg).items() if name in as_dict(VideoArgs()) and name != "cache_mb"}
-    sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed",
-                                                      "repetition_penalty", "max_samples")}  # fmt: skip
+    names = "max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
+    sampling = {name: getattr(cfg, name) for name in names.split()}
     weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
     settings = hashlib.sha256(repr(sorted((view | sampling).items())).encode()).hexdigest()[:16]
     return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}

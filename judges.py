@@ -71,6 +71,12 @@ def read_text(text: str) -> str | None:
     return unicodedata.normalize("NFC", text).strip() or None
 
 
+def read_yes_no(text: str) -> str | None:
+    """What an answer such as "Yes, it does." begins with."""
+    word = re.match("(yes|no)\\b", plain(text), re.IGNORECASE)
+    return word[1].casefold() if word else None
+
+
 def same_text(said: str, true: str) -> float:
     """1 for the same words without case and marks, or the same number, else 0."""
     if normalise(said) == normalise(true):
@@ -254,6 +260,7 @@ TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed
 MRA = Judge("a number", read_number, mean_relative_accuracy)
 JUDGES = {  # None: an option, answers.py's
     "multiple choice": None,
+    "yes or no": Judge("yes or no", read_yes_no, same_text),
     "numerical": Judge("a number", read_number, equal_number),
     "regression": Judge("a number", read_number, closeness),
     "MRA": MRA,

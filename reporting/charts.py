@@ -1,14 +1,12 @@
 """Rows of metrics.jsonl -> what a page charts: titles, legends, points. The script of assets/report.html draws them."""
 
+import json
 import math
 import re
 
 import numpy as np
 
-from reporting.values import flatten, short
-
-# Title, unit, pattern of the keys, section on the page of several runs. The first group that fits takes a key.
-# "%" groups are shares: drawn times 100.
+# Title, unit ("%": of shares, drawn times 100), pattern of the keys, section where runs are compared. The first fits.
 GROUPS = [
     ("Loss", "", r"^(?!class/).*loss$", "Training"),
     ("Accuracy", "%", r"^(?!class/|reward).*accuracy", "Results"),
@@ -33,7 +31,7 @@ GROUPS = [
     ("Memory", "GiB, peak", r"gib", "Speed and memory"),
     ("Other", "", "", "Training"),
 ]
-# On the page of several runs the first two charts of each section are shown, the others folded. These come first.
+# Of several runs two charts of each section are shown, these before others, and the rest is folded
 LEADING = ("eval_accuracy", "reward", "loss", "kl", "tokens_per_second", "gib")
 LOGARITHMIC = ("Loss", "Gradient norm", "Log-prob gap, sampler to trainer")
 ALWAYS_DRAWN = ("Loss", "Accuracy", "Accuracy by class", "Reward")  # even where nothing changes
@@ -43,24 +41,18 @@ POINTS = 400  # a longer curve is thinned to this many means, with a band from t
 
 
 def columns(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of metrics.jsonl -> {key: (steps (N,), values (N,))}, sorted. Of a step written twice the later row counts.
-
-    "class/X" is the accuracy on class X. A null is not finite (JSON has no NaN); a key with nothing else is left out.
+    """Rows of metrics.jsonl -> {key: (steps (N,), values (N,))}, sorted; of a step written twice the later row counts.
+    A null is not finite (JSON has no NaN); a key with nothing else is left out. "class/X" is the accuracy on class X.
     """
     points = {}
     for row in rows:
-        for key, value in (dict(flatten(row)) | class_accuracy(row)).items():
+        confusion = row.get("evaluation", {}).get("confusion", {})
+        shares = {f"class/{truth}": n.get(truth, 0) / sum(n.values()) for truth, n in sorted(confusion.items())}
+        for key, value in (dict(flatten(row)) | (shares if 1 < len(shares) <= COLOURS else {})).items():
             if (value is None or type(value) in (int, float)) and not NOT_CHARTED & {*key.split("/")}:
                 points.setdefault(key, {})[row["step"]] = math.nan if value is None else value
     result = {key: tuple(np.array(sorted(value_at.items()), float).T) for key, value_at in points.items()}
     return {key: (steps, values) for key, (steps, values) in result.items() if not np.isnan(values).all()}
-
-
-def class_accuracy(row: dict) -> dict[str, float]:
-    """{"class/X": accuracy on class X} of an evaluation; {} for more classes than a chart has colours."""
-    confusion = row.get("evaluation", {}).get("confusion", {})
-    shares = {f"class/{truth}": n.get(truth, 0) / sum(n.values()) for truth, n in sorted(confusion.items())}
-    return shares if 1 < len(shares) <= COLOURS else {}
 
 
 def label(key: str) -> str:
@@ -75,13 +67,9 @@ def curve(name: str, steps: np.ndarray, values: np.ndarray, colour: int) -> dict
     middle = np.minimum(np.arange(len(stretches)) * size + size // 2, len(values) - 1)
     points = [steps[middle], stretches.mean(1), *([stretches.min(1), stretches.max(1)] if size > 1 else [])]
     finite = values[np.isfinite(values)]
-    return {
-        "name": name,
-        "colour": colour % COLOURS,
-        "points": " ".join(",".join("" if v is np.ma.masked else f"{v:.6g}" for v in point) for point in zip(*points)),
-        "last": short(finite[-1]) if len(finite) else "not finite",
-        "missing": len(values) - len(finite),
-    }
+    points = " ".join(",".join("" if v is np.ma.masked else f"{v:.6g}" for v in point) for point in zip(*points))
+    facts = {"last": short(finite[-1]) if len(finite) else "not finite", "missing": len(values) - len(finite)}
+    return {"name": name, "colour": colour % COLOURS, "points": points} | facts
 
 
 def chart(title: str, group: tuple[str, str, str, str], series: list[tuple[str, np.ndarray, np.ndarray, int]]) -> dict:
@@ -115,3 +103,32 @@ def charts(runs: list[tuple[str, dict]]) -> tuple[list[dict], list[str]]:
             title = group[0] if len(mine) == 1 and group[0] != "Other" else label(key)[0].upper() + label(key)[1:]
             result.append(chart(title, group, series) | {"leading": key in LEADING})
     return result, [f"{label(key)} {short(value)}" for key, value in constant.items()]
+
+
+def flatten(tree: dict, prefix: str = ""):
+    """(key, value) of each leaf of nested objects; keys are joined with "/"."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def short(value: float) -> str:
+    """Four digits; thousands as 12.3k."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    return re.sub(r"e([+-])0*", r"e\1", f"{value:.4g}")
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def plain(value) -> str:
+    """Any JSON value as text."""
+    if isinstance(value, float):
+        return short(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,19 +1,14 @@
-"""Facts about a dataset: counted by `dataset_summary` for data.json, shown by `dataset`.
-
-data.json is {split: facts}. Of the facts, tokens, frames and seconds are [least, median, most].
-"""
+"""Facts about a dataset for data.json, {split: facts}, which a run's page shows; ranges are [least, median, most]."""
 
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from answers import parse_options
 from model import UserError
 from records import record_name
-from reporting.run import Run, read_json
-from reporting.values import flatten
 from rewards import reference_answer, sample_from_record
 
 MAX_READ = 1000  # records whose text is read, evenly spread over the dataset
@@ -23,43 +18,33 @@ MAX_CLASSES, MAX_QUESTIONS, MAX_EXAMPLES = 40, 8, 6  # listed; more different an
 
 def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
     """{split: records} -> {split: facts} for data.json; an empty split is left out. No clip is decoded whole."""
-    return {
-        name: text_facts(records) | clip_facts(evenly_spread(records, MAX_MEASURED), processor)
-        for name, records in splits.items()
-        if len(records)
-    }
+    facts = lambda records: {"samples": len(records)} | text_facts(records) | clip_facts(records, processor)
+    return {name: facts(records) for name, records in splits.items() if len(records)}
 
 
-def evenly_spread(records: Sequence[dict], count: int) -> list[dict]:
-    total, read = len(records), []
-    for i in [i * total // count for i in range(count)] if total > count else range(total):
-        try:
-            read.append(records[i])
-        except UserError:  # its answer cannot be read; reported by the loader when it comes to this record
-            continue
-    return read
+def evenly_spread(records: Sequence[dict], most: int) -> Iterator[dict]:
+    """At most so many of the records. Here and below the loader reports a UserError, when it comes to the record."""
+    count = min(most, len(records))
+    for i in range(count):
+        with suppress(UserError):
+            yield records[i * len(records) // count]
 
 
 def text_facts(records: Sequence[dict]) -> dict:
     """Classes (the words of the right answers), question templates, and an example of each class."""
-    read, classes, questions, examples = evenly_spread(records, MAX_READ), Counter(), Counter(), {}
-    for record in read:
-        try:
+    classes, questions, examples = Counter(), Counter(), {}
+    for record in evenly_spread(records, MAX_READ):
+        with suppress(UserError):
             sample = sample_from_record(record)
-        except UserError:  # reported by the loader when it comes to this record
-            continue
-        answer = reference_answer(sample)
-        name = sample.options.get(answer, answer) or sample.answer.strip()[:80]
-        classes[name] += 1
-        questions[question_template(sample.question)] += 1
-        if record.get("video"):
-            examples.setdefault(name, {"id": record_name(record), "video": record["video"], "class": name})
-    return {
-        "samples": len(records),
-        "classes": dict(sorted(classes.items())) if len(classes) <= MAX_CLASSES else {},
-        "questions": questions.most_common(MAX_QUESTIONS),
-        "examples": list(examples.values())[:MAX_EXAMPLES],
-    }
+            answer = reference_answer(sample)
+            name = sample.options.get(answer, answer) or sample.answer.strip()[:80]
+            classes[name] += 1
+            questions[question_template(sample.question)] += 1
+            if record.get("video"):
+                examples.setdefault(name, {"id": record_name(record), "video": record["video"], "class": name})
+    few = dict(sorted(classes.items())) if len(classes) <= MAX_CLASSES else {}
+    examples = list(examples.values())[:MAX_EXAMPLES]
+    return {"classes": few, "questions": questions.most_common(MAX_QUESTIONS), "examples": examples}
 
 
 def question_template(text: str) -> str:
@@ -72,9 +57,10 @@ def question_template(text: str) -> str:
     return (text[:160] + f" [{len(options)} options]" * bool(options)).strip()
 
 
-def clip_facts(records: list[dict], processor) -> dict:
+def clip_facts(records: Sequence[dict], processor) -> dict:
     """[least, median, most] of tokens, frames and seconds; how often each size comes; records that cannot be read."""
     values, sizes, unreadable = defaultdict(list), defaultdict(Counter), {}
+    records = list(evenly_spread(records, MAX_MEASURED))
     for record in records:
         try:
             ids, trained, plans = processor.layout(record, True, record_name(record))
@@ -94,18 +80,3 @@ def clip_facts(records: list[dict], processor) -> dict:
     ranges = {key: [min(v), statistics.median(v), max(v)] for key, v in values.items()}
     common = {name: dict(counts.most_common(6)) for name, counts in sizes.items()}
     return {"measured": len(records), "unreadable": unreadable, **ranges, **common}
-
-
-def dataset(run: Run, clips: Collection[str] = ()) -> dict:
-    """What the section shows, without examples whose clip is among `clips`."""
-    path = run.config.get("data_path") or ""
-    metadata = read_json(Path(path).parent / "metadata.json") if path else {}
-    options = flatten({key: value for key, value in metadata.items() if key != "counts"})
-    examples = next((facts["examples"] for facts in run.data.values() if facts["examples"]), [])
-    return {
-        "path": path,
-        "splits": run.data,
-        "options": [(key.removeprefix("options/").replace("/", " "), value) for key, value in options],
-        "examples": [example for example in examples if example["video"] not in clips],
-        "config": run.config,
-    }

@@ -176,7 +176,7 @@ SOLUTIONS |= dict.fromkeys(
 @given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
 def test_from_0_to_1_whatever_is_said(kind, said):
     """The solution itself is 1, in any spelling of the type; hedging with it inside <think> earns nothing."""
-    true = SOLUTIONS.get(kind, "12")
+    true = SOLUTIONS.get(kind, "no" if kind == "yes or no" else "12")
     assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
     assert reward(kind, true, true, duration=10) == 1
     sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})

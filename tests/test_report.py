@@ -13,7 +13,7 @@ import video
 from clips import write_mp4
 from config import GRPO, SFT, as_dict
 from model import UserError
-from reporting import charts, frames, rollouts
+from reporting import charts, frames
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}{% raw %}"
 LABELS = ["Left to Right", "Right to Left"]
@@ -186,8 +186,9 @@ def test_a_long_curve_is_thinned_to_means_and_extremes():
 
 def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch):
     path = tmp_path / "rollouts.jsonl"
+    (tmp_path / "run.json").write_text("{}")
     write_lines(path, [row for step in range(50) for row in rollout_rows(step, 2, sample=f"{step % 5}")])
-    assert len(rollouts.read_groups(path)) == 50
-    monkeypatch.setattr(rollouts, "WINDOW", 5000)
-    steps = [group.step for group in rollouts.read_groups(path)]
+    assert len(report.read_run(tmp_path).groups) == 50
+    monkeypatch.setattr(report, "WINDOW", 5000)
+    steps = [group.step for group in report.read_run(tmp_path).groups]
     assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
