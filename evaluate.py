@@ -171,7 +171,7 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     greedy = Sampling(cfg.max_new_tokens, temperature=0.0, stop_ids=run.sampler.stop_ids)
     result = again(held_out, greedy)
     for error in result.skipped.values():
-        run.say(f"evaluation: skipped: {error}")
+        run.warn(f"evaluation: skipped: {error}")
     facts, words = {"eval_accuracy": result.accuracy, "eval_count": result.count}, ""
     if sampled:
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, stop_ids=run.sampler.stop_ids)

@@ -138,14 +138,6 @@ def replace_size(cfg, size):
     return other
 
 
-def test_the_prompt_stands_once_for_its_completions(bench):
-    _, _, prompts, cfg = bench
-    (batch,) = micro_batches(prompts, sampled(bench), cfg)
-    tokens = len(batch.sampler)
-    assert len(batch.packed.input_ids) == sum(map(len, prompts)) - len(prompts) + tokens
-    assert len(batch.packed.patches) == sum(len(prompt.patches) for prompt in prompts)
-
-
 def test_vision_tokens_are_neither_drawn_nor_in_the_softmax(bench):
     model, _, prompts, cfg = bench
     groups = sampled(bench)
