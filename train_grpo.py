@@ -76,7 +76,7 @@ def main():
         run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
     rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
-    sampler, wanted = GroupSampler(run, rewards, loader.iterate(rounds), rounds), groups_per_step(cfg) * run.world
+    sampler, wanted = GroupSampler(run, rewards, loader.iterate(rounds), rounds), loader.global_batch  # groups a step
     for step in range(run.step + 1, run.total + 1):
         began, before = time.perf_counter(), sampler.rounds
         lr = trainer.begin_step(run, engine, step)
@@ -127,7 +127,7 @@ def groups_per_step(cfg):
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     plain = copy.copy(cfg)
-    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
+    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
     return Loader(records, processor, plain, global_batch=groups_per_step(cfg) * world, **options)
 
@@ -261,7 +261,7 @@ def split_micro_batches(groups, cfg):
 
 
 def micro_batch(examples, rollouts):
-    """Rollouts, those of a group beside each other -> MicroBatch. examples: {number of the group: Example}."""
+    """Rollouts, those of a group next to each other -> MicroBatch. examples: {number of the group: Example}."""
     numbers = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
     completions = [[rollout.ids for rollout in rollouts if rollout.prompt == number] for number in numbers]
     packed = pack_groups([examples[number] for number in numbers], completions)

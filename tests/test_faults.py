@@ -36,8 +36,8 @@ def damaged(folder, name, value, to):
     shutil.copytree(folder, to)
     (file,) = [path for path in to.glob("*model.safetensors")]
     tensors = load_file(file)
-    (found,) = [key for key in tensors if name in key][:1]
-    tensors[found].view(-1)[3] = value
+    (key,) = [key for key in tensors if name in key][:1]
+    tensors[key].view(-1)[3] = value
     save_file(tensors, file, metadata={"format": "pt"})
     (to / "manifest.json").unlink(missing_ok=True)
     return to

@@ -108,7 +108,7 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
         knobs = {"beta": 0.1, "aggregation": "sequence"}
         return grpo_loss(logprobs, batch.advantages, batch.completion, normalizer, **known, **knobs)[0]
 
-    found = []
+    results = []
     for form in ("shared", "repeated"):
         model.zero_grad()
         total, offset = 0.0, 0
@@ -124,8 +124,8 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
             loss = loss_of(batch)
             loss.backward()
             total, offset = total + loss.item(), offset + len(batch.rows)
-        found.append((total, {name: p.grad.clone() for name, p in trainable_parameters(model)}))
-    (loss, gradients), (expected, reference) = found
+        results.append((total, {name: p.grad.clone() for name, p in trainable_parameters(model)}))
+    (loss, gradients), (expected, reference) = results
     assert loss == pytest.approx(expected, rel=1e-5)
     assert any(name.startswith("visual.blocks") for name in gradients)
     for name, gradient in gradients.items():
