@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoint import MANIFEST, STATE, find_adapter, write_json, write_whole
+from checkpoint import ADAPTER, MANIFEST, STATE, find_adapter, write_json, write_whole
 from config import LoraArgs
 from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
 from model import UserError
@@ -27,13 +27,13 @@ from model.adapters import scale_of, shifted
 from model.loading import ModelConfig, module_name, read_object, resolve_folder, save_tensors, shard_files, write_shards
 from model.qwen import Qwen2_5_VL
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER
 GENERATION = "generation_config.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
 # Options of PEFT's LoraConfig that change the formula of lora.py
 BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out")
 BEYOND_LORA += ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-# Values of init_lora_weights with which PEFT changes the base too: the adapter is for weights that were never saved
+# Values of init_lora_weights with which PEFT changes the base too
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -85,7 +85,7 @@ def read_adapter(folder):
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise UserError(f"adapter {folder}: no {name}, expected a folder that save_adapter or PEFT wrote")
-    config = read_object(folder / CONFIG)
+    config = {"lora_dropout": 0.0} | read_object(folder / CONFIG)
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
@@ -93,16 +93,14 @@ def read_adapter(folder):
     if config.get("peft_type") != "LORA":
         raise UserError(f'adapter {folder}: {CONFIG} has no "peft_type": "LORA"; only LoRA adapters are read')
     for name, kinds in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
-        value = config.setdefault("lora_dropout", 0.0) if name == "lora_dropout" else config.get(name)
+        value = config.get(name)
         if not isinstance(value, kinds) or not 0 <= value < 2**20:
             raise UserError(f"adapter {folder}: {name} is {str(value)[:80]} in {CONFIG}, expected a number")
-    for name in BEYOND_LORA:
-        if config.get(name):
-            option = f"{name} = {config[name]!r}"
-            raise UserError(f"adapter {folder}: {option} in {CONFIG}, expected plain LoRA; merge it with PEFT first")
-    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
-        init = f"init_lora_weights = {config['init_lora_weights']!r} changes the base too"
-        raise UserError(f"adapter {folder}: {init}; have PEFT convert it (path_initial_model_for_weight_conversion)")
+    beyond = [name for name in BEYOND_LORA if config.get(name)]
+    beyond += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)
+    if beyond:
+        option = f"{beyond[0]} = {config[beyond[0]]!r} in {CONFIG}"
+        raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
     return config, tensors
 
 
@@ -273,11 +271,11 @@ def run_command(cfg):
 def describe(adapter, config, tensors, base):
     """Print what an adapter is."""
     layers, others = split_keys(tensors)
-    components = Counter(part_of(name) for name in layers)
+    components = sorted(Counter(part_of(name) for name in layers).items())
     untrained = sum(not pair["lora_B"].any() for pair in layers.values() if "lora_B" in pair)
     new = any(key.removeprefix(PREFIX).startswith(("model.visual.", "model.language_model.")) for key in tensors)
     print(f"adapter   {adapter}, keys of transformers {'from' if new else 'before'} 4.52")
     print(f"base      {base}")
     print(f"rank      {config['r']}, alpha {config['lora_alpha']:g}, use_rslora {config.get('use_rslora', False)}")
-    print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {n}" for name, n in sorted(components.items())))
+    print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {n}" for name, n in components))
     print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")

@@ -106,9 +106,6 @@ def check(cfg):
     if hasattr(cfg, "video"):
         require(not (cfg.question and cfg.prompt), "prompt", cfg.prompt, "to stand alone: --question says the same")
         require(not (cfg.video and cfg.data_path), "data_path", cfg.data_path, "to stand alone: one clip or a dataset")
-        expected = "a file: python infer.py video.mp4, or --data_path val.json"
-        expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
-        require(cfg.video or cfg.data_path, "video", cfg.video, expected)
     if hasattr(cfg, "command"):
         check_command(cfg)
     for name in ("files", "runs"):

@@ -130,7 +130,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     # -- Model, data, run
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id; the tiny one needs neither hub nor GPU
     model_ckpt: str | None = None  # adapter to continue from: its folder, a checkpoint-N or a run; none = a new one
-    data_path: str = "data/synthetic_videos/train.json"  # json or jsonl of conversations
+    data_path: str = "data/synthetic_videos/train.json"  # json(l); a.json:2,b.json:0.5 = a twice an epoch, half of b
     eval_data_path: str | None = ""  # held-out set; "" = val.json beside data_path if it exists, none = no evaluation
     output_dir: str = "output/run"  # the run's folder: checkpoints, metrics.jsonl, config
     overwrite: bool = False  # start anew in an output_dir that already holds a run
@@ -266,7 +266,7 @@ class Look(View):
 
     aliases: ClassVar = {"base_model": "model_id"}
     # -- What to look at
-    files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
+    files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
     preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
 

@@ -32,14 +32,15 @@ from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, resolve_folder
 from model.qwen import Qwen2_5_VL
-from reporting.dataset import dataset_summary
+from records import data_files
+from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from trackers import TRACKERS, check_installed
 from trainer import Run, samples_per_step, total_steps, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 # what --overwrite removes, beside checkpoints, START and TRACKERS
-OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html")
+OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", CONFIG, TENSORS)
 # Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
 OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "model_id", "model_ckpt", "output_dir", "deepspeed",
              "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}  # fmt: skip
@@ -100,8 +101,8 @@ def assert_same_across_ranks(run, records, held_out):
     file = lambda path: sha256(path) if path and os.path.isfile(path) else None
     facts = {
         "flags": sorted((name, str(value)) for name, value in as_dict(cfg).items() if name not in OWN_FLAGS),
-        "training data": (len(records), file(cfg.data_path)),
-        "held-out data": (len(held_out), file(cfg.eval_data_path)),
+        "training data": (len(records), data_hash(cfg.data_path)),
+        "held-out data": (len(held_out), data_hash(cfg.eval_data_path or "")),
         "--deepspeed": file(cfg.deepspeed),
         "rewards": [file(name.rpartition(":")[0]) for name in getattr(cfg, "rewards", "").split(",")],
         "precision": str(run.dtype),
@@ -113,6 +114,12 @@ def assert_same_across_ranks(run, records, held_out):
     differing = [name for name in hashes if hashes[name] != first[name]]
     problem = f"rank {run.rank} differs from rank 0: {', '.join(differing)}; start all with the same flags and files"
     ranks.raise_together(problem if differing else None)
+
+
+def data_hash(text):
+    """Of the files of a --data_path and their weights; of one file alone, its own."""
+    files = [(sha256(path), weight) for path, weight in data_files(text) if os.path.isfile(path)]
+    return files[0][0] if len(files) == 1 and files[0][1] == 1 else files or None
 
 
 def find_source(run):
@@ -178,8 +185,10 @@ def build_model(run):
 def start(run, model, processor, loader, records, held_out):
     """The engine with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     cfg = run.cfg
-    run.loader, run.total = loader, total_steps(cfg, loader)
-    run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
+    run.loader, run.total, run.question = loader, total_steps(cfg, loader), data_question(records)
+    drawn = f" ({loader.epoch_size} samples)" if loader.epoch_size != len(records) else ""
+    steps = f"{loader.steps_per_epoch} steps an epoch{drawn}"
+    run.notes.append(f"{len(records)} samples, {steps}; {len(held_out)} held out")
     engine, adamw, notes = build_engine(model, cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:

@@ -127,7 +127,6 @@ def test_demo_command():
         (GRPO, "--reward_weights 1", ["--reward_weights", "2 numbers"]),
         (Generate, "--split 1", ["--split", "between 0 and 1"]),
         (Generate, "--augment blur,spin", ["--augment", "'blur,spin'", "blur, crop"]),
-        (Infer, "", ["--video", "python infer.py video.mp4"]),
         (Adapter, "convert x", ["convert: was removed"]),
         (Generate, "--num_options 9", ["at most 8"]),
         (Look, "", ["--files: found []", "python data.py clip.mp4"]),
