@@ -21,7 +21,7 @@ import torch
 import checkpoint
 import console
 import ranks
-from adapter_files import CONFIG, TENSORS, load_adapter
+from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
 from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
@@ -30,7 +30,8 @@ from lora import FLAT, inject, part_of, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
+from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
+from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
 from records import data_files
 from reporting.dataset import data_question, dataset_summary
@@ -137,6 +138,9 @@ def find_source(run):
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
         text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
         raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
+    base = run.state["config"].get("base_dtype", "bf16")
+    if base != cfg.base_dtype:
+        raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
     run.notes.append(f"--resume: going on from {run.source}")
     ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
     now, before = as_dict(cfg), run.state["config"]
@@ -155,13 +159,15 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg = run.cfg
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
     if run.adapter:
         given = load_adapter(model, run.adapter)
+        if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
+            run.notes.append(f"the adapter was trained on a {base} base and goes on with --base_dtype {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:
@@ -271,6 +277,7 @@ def dry_run(cfg, make_loader, records):
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
+    quantise_base(model, cfg.base_dtype)
     adapter = None
     if cfg.model_ckpt is not None:
         adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
@@ -319,6 +326,7 @@ def trained_shares(model):
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
         counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
+    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{what} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for what, (some, whole) in counts.items()]
 

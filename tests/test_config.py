@@ -190,7 +190,7 @@ def test_config_file_of_each_kind(tmp_path, name):
         ("a.yaml", "seed: 1\n\nlearning_rte: 1", "a.yaml: line 3: learning_rte"),
         ("a.json", '{"seed": 1,\n "learning_rte": 1}', "a.json: line 2: learning_rte"),
         ("a.toml", "[train]\nseed = 1", "a.toml: line 1: train: no such option"),
-        ("a.yml", "seed: 1\nload_in_4bit: true", "line 2: load_in_4bit: not an option here; the base stays in"),
+        ("a.yml", "seed: 1\nload_in_4bit: 4", "line 2: load_in_4bit"),
         ("a.yaml", "seed: 1\nkeys: 1", "line 2: keys: was removed"),
         ("a.py", "lora_rank = 'x'", "line 1: lora_rank: found 'x', expected int"),
         ("a.py", "lora_rank = True", "found True, expected int"),
