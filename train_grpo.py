@@ -206,7 +206,7 @@ class MicroBatch:
     old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
 
     def to(self, device):
-        names = ("packed", "rows", "completion", "advantages", "keep", "sampler")
+        names = ("packed", "completion", "advantages", "keep", "sampler")  # the model takes rows from the host
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -311,9 +311,9 @@ def reference_pass(run, model, frozen, batches, sums):
 def token_logprobs(forward, model, batch, cfg):
     """Log-probs (N,) of the completions' tokens, with gradient, and entropies (N,): as they are sampled, without the
     vision tokens. forward: the model itself, or the engine around it."""
-    banned = torch.tensor(model.config.vision_token_ids, device=batch.rows.device)
     hidden = forward(batch.packed, rows=batch.rows)  # (N, C)
-    targets = batch.packed.targets[batch.rows]
+    banned = torch.tensor(model.config.vision_token_ids, device=hidden.device)
+    targets = batch.packed.targets[batch.rows.to(hidden.device, non_blocking=True)]
     return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
 
 

@@ -91,8 +91,8 @@ def micro_loss(engine, answer_tokens, sums, packed):
     """One micro-batch's share of the loss. answer_tokens: of the global batch. Adds to sums what is logged."""
     model = engine.module
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
-    packed, rows = packed.to(engine.device), rows.to(engine.device, non_blocking=True)  # nothing waits for the GPU
-    hidden = engine(packed, rows=rows)  # (N, C)
+    packed = packed.to(engine.device)
+    hidden, rows = engine(packed, rows=rows), rows.to(engine.device, non_blocking=True)  # (N, C)
     logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
     return -logprobs.sum() / answer_tokens
