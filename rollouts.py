@@ -19,7 +19,7 @@ from data import Example, pack
 from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
-from rewards import Reward, accuracy, can_shuffle, group_context, sample_from_record, score, total
+from rewards import Reward, Sample, accuracy, can_shuffle, group_context, sample_from_record, score, total
 
 log = logging.getLogger("rollouts")
 
@@ -177,11 +177,12 @@ class GroupSampler:
         shuffled = [None] * len(prompts)
         if self.needs_shuffled:
             shuffled = self.sample_shuffled(prompts, self.prompt_seeds(step, prompts, 2 * resampled + 1))
-        for prompt, theirs, texts in zip(prompts, rollouts, shuffled, strict=True):
+        records = [prompt.record for prompt in prompts]
+        samples = score_groups(self.rewards, records, rollouts, shuffled, cfg.max_completion_length)
+        for prompt, sample, theirs in zip(prompts, samples, rollouts, strict=True):
             group = Group(prompt.number, len(prompt), theirs)
-            score_group(self.rewards, prompt.record, theirs, texts, cfg.max_completion_length)
             group.differs = group.finite and differ(theirs)
-            group.facts = facts_of(prompt.record)
+            group.facts = facts_of(prompt.record, sample)
             groups.append(group)
         return groups
 
@@ -214,20 +215,28 @@ class GroupSampler:
 # -- Rewards
 
 
-def score_group(rewards: list[Reward], record: dict, rollouts: list[Rollout], shuffled: list[str] | None, limit: int):
-    """Fill in components, reward and right. shuffled: texts of completions on shuffled frames, where a reward asks for
-    them; limit: tokens that a completion may take. UserError where a reward fails, with its name and the completion."""
-    sample = sample_from_record(record)
-    texts = [rollout.text for rollout in rollouts]
-    for rollout in rollouts:
-        rollout.right = accuracy(rollout.text, sample)
-    context = group_context(sample, texts, shuffled) if any(reward.needs for reward in rewards) else {}
-    for reward in rewards:
-        reward.prepare(texts, sample)
-    for rollout in rollouts:
-        length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
-        rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
-        rollout.reward = total(rewards, rollout.components)
+def score_groups(
+    rewards: list[Reward], records: list[dict], rollouts: list[list[Rollout]], shuffled: list, limit: int
+) -> list[Sample]:
+    """Fill in right, components and reward of each record's Rollouts; returns the records as Samples.
+
+    shuffled: texts of completions on shuffled frames for each record, where a reward needs them, else None. limit:
+    tokens that a completion may take. UserError where a reward fails, with its name and the completion.
+    """
+    samples = [sample_from_record(record) for record in records]
+    for sample, theirs in zip(samples, rollouts, strict=True):
+        for rollout in theirs:
+            rollout.right = accuracy(rollout.text, sample)
+    for sample, theirs, on_shuffled in zip(samples, rollouts, shuffled, strict=True):
+        texts = [rollout.text for rollout in theirs]
+        context = group_context(sample, texts, on_shuffled) if any(reward.needs for reward in rewards) else {}
+        for reward in rewards:
+            reward.prepare(texts, sample)
+        for rollout in theirs:
+            length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
+            rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
+            rollout.reward = total(rewards, rollout.components)
+    return samples
 
 
 def differ(rollouts: list[Rollout]) -> bool:
@@ -287,9 +296,8 @@ def reward_range(group: Group) -> float:
     return max(rewards) - min(rewards)
 
 
-def facts_of(record: dict) -> dict:
+def facts_of(record: dict, sample: Sample) -> dict:
     """What rollouts.jsonl says of a prompt."""
-    sample = sample_from_record(record)
     name = {"id": record.get("id", record_name(record)), "video": clip_name(record)}
     return name | {"question": sample.question, "answer": sample.answer}
 

@@ -20,7 +20,7 @@ from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loading import load_model
 from model.packed import IGNORE
-from rollouts import ALARM_STEPS, Alarm, Group, GroupSampler, Rollout, Sampler, differ, reward_metrics, score_group
+from rollouts import ALARM_STEPS, Alarm, Group, GroupSampler, Rollout, Sampler, differ, reward_metrics, score_groups
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -157,8 +157,8 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
     for name in ("none", "none", control):
         examples = [processor.encode(prompt.record, answer=False, control=name) for prompt in prompts]
         groups = sampled(bench, examples, length=40)  # long enough for a weak effect of random weights to show
-        for example, group in zip(examples, groups, strict=True):
-            score_group(rewards, example.record, group.rollouts, None, 8)
+        records = [example.record for example in examples]
+        score_groups(rewards, records, [group.rollouts for group in groups], [None] * len(groups), 8)
         seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group.rollouts])
     assert seen[0] == seen[1]
     assert seen[0] != seen[2] and [r for _, r in seen[0]] != [r for _, r in seen[2]]
