@@ -6,6 +6,7 @@
         rollouts.jsonl      completions (SFT: some answers)  data.json     summary of the data, for report.html
         tensorboard/, wandb/       what --report_to asks for
         start_adapter/      the adapter that the run began with, if it was given one
+        adapter_config.json, adapter_model.safetensors     links to those of the best checkpoint, else of the newest
         checkpoint-N/       adapter_config.json + adapter_model.safetensors, or a whole model in Hugging Face form
             optimizer-*.safetensors    fp32 weights and AdamW moments, whole tensors under their names: any number of
                                        ranks can read them
@@ -28,6 +29,7 @@ from model import UserError, nearest_path
 
 MANIFEST, STATE, BEST, RUN = "manifest.json", "trainer_state.json", "best.json", "run.json"
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 
 
 def sync(path):
@@ -198,6 +200,21 @@ def only_for_stop(folder):
         return False  # a broken one
 
 
+def link_adapter(run_folder):
+    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there.
+    Nothing where there is no checkpoint yet, or whole models."""
+    folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
+    for name in ADAPTER if folder else ():
+        if (folder / name).is_file():
+            temporary = run_folder / f".{name}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                temporary.symlink_to(Path(folder.name) / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(folder / name, temporary)
+            temporary.rename(run_folder / name)
+
+
 def find_adapter(path, output="output", besides=None, script=None):
     """The folder with the adapter that a user means by --model_ckpt.
 
@@ -216,7 +233,8 @@ def find_adapter(path, output="output", besides=None, script=None):
             return None
         return find_adapter(max(runs, key=lambda run: max(p.stat().st_mtime for p in checkpoints(run))))
     path = Path(path)
-    if (path / "adapter_config.json").is_file():
+    is_run = (path / RUN).is_file() and checkpoints(path)  # its own adapter is a checkpoint's: link_adapter
+    if (path / ADAPTER[0]).is_file() and not is_run:
         fault = what_is_broken(path) if (path / MANIFEST).exists() else None
         if fault:
             raise UserError(f"{path}: broken checkpoint: {fault}; take another one")

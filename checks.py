@@ -114,9 +114,6 @@ def check(cfg):
     if hasattr(cfg, "video"):
         require(not (cfg.question and cfg.prompt), "prompt", cfg.prompt, "to stand alone: --question says the same")
         require(not (cfg.video and cfg.data_path), "data_path", cfg.data_path, "to stand alone: one clip or a dataset")
-        expected = "a file: python infer.py video.mp4, or --data_path val.json"
-        expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
-        require(cfg.video or cfg.data_path, "video", cfg.video, expected)
     if hasattr(cfg, "command"):
         check_command(cfg)
     for name in ("files", "runs"):
@@ -157,6 +154,9 @@ def check_sizes(cfg):
 
 
 def check_trained(cfg):
+    if getattr(cfg, "base_dtype", "bf16") != "bf16":
+        expected = "bf16 without --lora_enable or --freeze_llm: a low-bit base is frozen, only adapters learn on it"
+        require(cfg.lora_enable and cfg.freeze_llm, "base_dtype", cfg.base_dtype, expected)
     if not cfg.lora_enable:
         trained = not cfg.freeze_llm or not cfg.freeze_vision_tower or cfg.tune_merger
         require(trained, "lora_enable", False, "True, or a component that is not frozen: nothing is left to train")
@@ -210,7 +210,7 @@ IGNORED = [
      "one update a set of rollouts: ratios are 1"),
     ("infer", "output controls max_samples", lambda c: not (c.data_path or c.benchmark),
      "it is for a dataset (--data_path)"),
-    ("generate", "num_samples frame_size video_length augment augment_prob",
+    ("generate", "num_samples task frame_size video_length augment augment_prob",
      lambda c: c.from_folder is not None, "clips of --from_folder are used as they are"),
     ("generate", "question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),
     ("generate", "cot_source cot_model cot_workers cot_coordinates", lambda c: not c.cot, "there is no --cot"),

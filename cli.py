@@ -24,7 +24,7 @@ from names import NAMES, SYNONYMS, suggestion, translate
 DOWNLOAD = "download the files first, and name them in the records"
 REMOVED = {
     "sequence_parallel": "use data parallelism; for a long video on a small card --offload_activations",
-    "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
+    "partition_weights": "--base_dtype int8 or nf4 keeps the frozen base in half or a quarter of the bytes",
     "offload_weights": "the frozen base stands whole on the card: 32B in bf16 needs an 80 GB card",
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
     "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",

@@ -56,6 +56,7 @@ class Generate(Options):
     hard_negatives: bool = False  # wrong options out of the names nearest the right one, instead of all
 
     # -- Clips
+    task: Literal["direction", "time_span", "distance"] = "direction"  # which way, when, how far the ball moves
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
     augment: str = ""  # any of blur,crop; one draw a clip, never one a frame
@@ -130,7 +131,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     # -- Model, data, run
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id; the tiny one needs neither hub nor GPU
     model_ckpt: str | None = None  # adapter to continue from: its folder, a checkpoint-N or a run; none = a new one
-    data_path: str = "data/synthetic_videos/train.json"  # json or jsonl of conversations
+    data_path: str = "data/synthetic_videos/train.json"  # json(l); a.json:2,b.json:0.5 = a twice an epoch, half of b
     eval_data_path: str | None = ""  # held-out set; "" = val.json beside data_path if it exists, none = no evaluation
     output_dir: str = "output/run"  # the run's folder: checkpoints, metrics.jsonl, config
     overwrite: bool = False  # start anew in an output_dir that already holds a run
@@ -139,6 +140,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     dry_run: bool = False  # print data, steps, parameters, memory and ignored flags, then stop; nothing is written
 
     # -- Precision, memory, DeepSpeed
+    base_dtype: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"  # the decoder's frozen linears; int8 for 3B, nf4 from 7B
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
@@ -267,7 +269,7 @@ class Look(View):
 
     aliases: ClassVar = {"base_model": "model_id"}
     # -- What to look at
-    files: list[str] = field(default_factory=list, metadata={"positional": True})  # videos, images, json, jsonl
+    files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
     preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
 
@@ -285,6 +287,7 @@ class Infer(View):
     # -- Adapter and sampling
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
+    base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = "auto"  # auto: the base that the adapter was trained on
     max_new_tokens: int = 256  # tokens; chains of thought fit
     temperature: float = 0.0  # 0 = always the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens of this mass; 1 = off
@@ -312,6 +315,7 @@ class Adapter(Options):
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never contact the hub
     output_dir: str | None = field(default=None, metadata={"positional": True})  # new folder for the merged model
+    merge_base: Literal["original", "quantised"] = "original"  # of an adapter trained on a low-bit base: merge into
     shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
 

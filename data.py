@@ -12,25 +12,27 @@ L tokens of a sample, T of a batch, F frames, P patches, N clips, G completions 
 # ruff: noqa: E402
 import sys
 
-from config import Look, cli, ignored_options, parse
+from config import Look, cli, parse
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
-    cli(lambda: parse(Look))
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):  # before torch is imported
+        cli(lambda: parse(Look))
+    import look
+
+    cli(look.main)
+    sys.exit()
 
 import base64
-import json
 import logging
 import math
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +42,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from model import UserError, nearest_path
-from model.loading import ModelConfig, resolve_folder
+from model.loading import ModelConfig
 from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
-from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from reader import file_stamp
+from records import Media, Turn, read_records, read_turns, record_name  # noqa: F401 (scripts take read_records here)
 from video import (
     MERGE,
     PATCH,
@@ -51,8 +54,7 @@ from video import (
     ClipPlan,
     Options,
     apply_control,
-    file_stamp,
-    from_patches,
+    frames_in,
     plan_clip,
     read_clip,
 )
@@ -69,25 +71,16 @@ class TooLong(UserError):
     """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
 
 
-class MissingFileError(UserError):
-    """A whole folder of clips that was there at the start is gone: no fault of a sample, it ends the run."""
-
-
-def load_tokenizer(folder: str | Path):
-    """A checkpoint's tokenizer: its tokenizer.json, which is all that transformers would read, else what Qwen2's own
-    class makes of vocab.json and merges.txt. No class that the folder names is imported, no template of it rendered."""
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint's tokenizer.json. No class that the folder names is imported, no template of it rendered."""
     path = Path(folder) / "tokenizer.json"
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file; expected a checkpoint's tokenizer.json")
-    if not path.exists():
-        from transformers import Qwen2Tokenizer  # takes seconds to import
+    if not path.is_file():  # a fifo would block for good
+        raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2.5-VL checkpoint")
     try:
-        if path.exists():
-            return Tokenizer.from_file(str(path))
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise UserError(f"{folder}: no tokenizer could be loaded from it ({reason}); expected tokenizer.json") from None
+        raise UserError(f"{path}: no tokenizer could be loaded from it ({reason}); download it again") from None
 
 
 @dataclass(eq=False)
@@ -112,29 +105,14 @@ class Example:
         return len(self.ids)
 
 
-class ClipCache(dict):
-    """Plans and patches, until so many bytes are full: with more clips than fit, some are kept for good, where a cache
-    of the most recent ones would have forgotten each before its next epoch."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room = room
-
-    def put(self, key, value, size: int) -> None:
-        if size <= self.room:
-            self[key] = value
-            self.room -= size
-
-
 class Processor:
     """Turns records into Examples.
 
-    tokenizer: transformers' or a bare `tokenizers.Tokenizer`. args: a config.VideoArgs, or anything with its fields.
+    args: a config.VideoArgs, or anything with its fields.
     """
 
-    def __init__(self, tokenizer, config: ModelConfig, args):
-        self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self.tokenizer, self.config, self.args = tokenizer, config, args
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, args):
+        self.backend, self.config, self.args = tokenizer, config, args
         self.im_end = self.token_id("<|im_end|>")
         for name in ("vision_start", "vision_end", "video_pad", "image_pad"):
             ours, theirs = self.token_id(f"<|{name}|>"), getattr(config, f"{name.replace('_pad', '')}_token_id")
@@ -150,10 +128,8 @@ class Processor:
         if args.image_folder and not Path(args.image_folder).is_dir():
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
-        self.folders = media_folders(args)
-        self.folders_at_start = [folder for folder in self.folders if os.path.isdir(folder)]
         self.inline = tempfile.TemporaryDirectory(prefix="inline_clips_")  # of clips inside their records
-        self.cache = ClipCache(args.cache_mb * 2**20)
+        self.cache, self.cache_room = {}, args.cache_mb * 2**20  # plans and patches; bytes
         self.rebudgeted: dict[str, str] = {}  # samples that got fewer frames to fit max_seq_length, and how many
         self.notes: Counter = Counter()  # kinds of overruled options, and how many samples they touched
 
@@ -208,7 +184,9 @@ class Processor:
         name = name or record_name(record)
         turns = chat_turns(read_turns(record, name), answer, name)
         ids, trained = self.render(turns, answer, name, record.get("answer_prefix", ""))
+        folder = self.args.image_folder or getattr(record, "folder", None)
         media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+        media = [replace(item, paths=self.locate(item, folder, name)) for item in media]
         plans = [self.plan(item, name) for item in media]
         plans = self.fit(media, plans, len(ids) - len(plans), name)
         repeats = np.ones(len(ids), np.int64)  # a pad stands once for each vision token of its clip
@@ -242,30 +220,32 @@ class Processor:
 
     def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
         """The plan of a clip, remembered as long as its files do not change."""
-        paths = tuple(self.locate(path, name) for path in media.paths)
-        options = Options.from_args(media.kind, self.args, media.options, name)
-        stamp = tuple(map(file_stamp, paths))
+        options = Options.from_args(media.kind, self.args, media.options, name, listed=len(media.paths) > 1)
+        stamp = tuple(map(file_stamp, media.paths))
         key = (media.kind, stamp, options, most_frames, size)
         plan = self.cache.get(key)
         if plan is None:
-            plan = replace(plan_clip(media.kind, paths, options, most_frames, size), stamp=stamp)
-            self.cache.put(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
+            plan = replace(plan_clip(media.kind, media.paths, options, most_frames, size), stamp=stamp)
+            self.remember(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
         return plan
 
-    def locate(self, path: str, name: str) -> str:
-        """The file that record `name` means by path."""
+    def locate(self, media: Media, folder: str | None, name: str) -> tuple[str, ...]:
+        """The files that record `name` means by a video or image. folder: where relative names are looked up first."""
+        paths = tuple(self.locate_file(path, folder, name) for path in media.paths)
+        is_folder = media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0])
+        return frames_in(paths[0]) if is_folder else paths
+
+    def locate_file(self, path: str, folder: str | None, name: str) -> str:
+        """In the folder's videos/, in the folder, or in the current one."""
         if path.startswith("data:"):
             return self.inline_file(path, name)
         if "://" in path:
             raise UserError(f"{name}: {path[:200]} is a web address; download the file and name it instead")
-        tried = [os.path.join(folder, path) for folder in self.folders]  # join leaves an absolute path as it is
+        # join leaves an absolute path as it is
+        tried = [path] if folder is None else [os.path.join(folder, sub, path) for sub in ("videos", "")] + [path]
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
-        gone = [folder for folder in self.folders_at_start if not os.path.isdir(folder)]
-        if gone:
-            problem = f"{gone[0]}: this folder of clips was there at the start and is gone"
-            raise MissingFileError(f"{problem}; bring it back (is a disk mounted?), then --resume")
         raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
 
     def inline_file(self, address: str, name: str) -> str:
@@ -289,9 +269,16 @@ class Processor:
         if patches is None:
             patches = read_clip(plan)
             if get_worker_info() is None:  # a worker's patches go to shared memory, which is small in containers
-                self.cache.put(plan, patches, patches.nbytes)
+                self.remember(plan, patches, patches.nbytes)
         still = plan.kind == "image" and control in ("reversed", "shuffled")
         return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
+
+    def remember(self, key, value, size: int) -> None:
+        """Until the cache is full: with more clips than fit, some are kept for good, where a cache of the most recent
+        ones would have forgotten each before its next epoch."""
+        if size <= self.cache_room:
+            self.cache[key] = value
+            self.cache_room -= size
 
     def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
         """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""
@@ -318,16 +305,6 @@ class Processor:
             self.notes[kind] += 1
             if self.notes[kind] == 1:
                 log.warning("%s: %s (said once)", example.name, note)
-
-
-def media_folders(args) -> list[str]:
-    """Where relative names of clips are looked up: image_folder, or else the dataset's videos/ and its own folder; then
-    the current folder."""
-    if args.image_folder:
-        return [args.image_folder, ""]
-    paths = [getattr(args, name, None) for name in ("data_path", "eval_data_path")]
-    parents = list(dict.fromkeys(Path(path).parent for path in paths if path))
-    return [str(folder) for parent in parents for folder in (parent / "videos", parent)] + [""]
 
 
 def chat_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
@@ -411,139 +388,3 @@ def join_patches(examples: list[Example], pin: bool = False) -> Tensor | None:
         return torch.cat(patches) if patches else None
     whole = torch.empty(sum(map(len, patches)), patches[0].shape[1], dtype=patches[0].dtype, pin_memory=True)
     return torch.cat(patches, out=whole)
-
-
-# -- python data.py FILE...
-
-
-def look_at(processor: Processor, record: dict, name: str, answer: bool = True) -> dict:
-    """What the model will see of a record; no clip is decoded whole. UserError where the record is refused."""
-    ids, _, plans = processor.layout(record, answer, name)
-    learned = [turn.text for turn in read_turns(record, name) if turn.role == "assistant" and turn.trained and answer]
-    clips, warnings = [], []
-    for plan in plans:
-        pads = [processor.config.video_token_id] * plan.num_tokens
-        positions = mrope_position_ids(pads, [plan.grid_thw], [plan.second_per_grid], processor.config)
-        time_ids = positions[0, :: plan.num_tokens // plan.grid_thw[0]].tolist()
-        same = sum(a == b for a, b in pairwise(time_ids)) if plan.kind == "video" else 0
-        warnings += plan.notes
-        if same:
-            rate, most = TEMPORAL / plan.second_per_grid, processor.config.vision.tokens_per_second * TEMPORAL
-            rates = f"{rate:.3g} frames a second are sampled, at most {most:g} are told apart"
-            warnings.append(f"{same} grid step(s) share the time id of the one before: {rates}")
-        seconds = plan.total_frames / plan.source_fps if plan.source_fps else 0.0
-        clips.append({
-            "paths": list(plan.paths), "frames": plan.total_frames, "width": plan.source_size[1],
-            "height": plan.source_size[0], "fps": plan.source_fps, "seconds": seconds, "indices": list(plan.indices),
-            "times": list(plan.times), "time_ids": time_ids, "second_per_grid": plan.second_per_grid,
-            "size": list(plan.size), "grid_thw": list(plan.grid_thw), "tokens": plan.num_tokens,
-        })  # fmt: skip
-    return {"learned": learned, "clips": clips, "tokens": len(ids), "warnings": warnings}
-
-
-def describe_clip(file: str, result: dict, limit: int) -> Iterator[str]:
-    yield file
-    for clip in result["clips"]:
-        t, rows, columns = clip["grid_thw"]
-        yield f"  source    {clip['frames']} frame(s), {clip['width']} x {clip['height']}, {clip['fps']:.6g} fps"
-        yield f"  frames    {len(clip['indices'])}: {' '.join(map(str, clip['indices']))}"
-        yield f"  seconds   {' '.join(f'{second:.2f}' for second in clip['times'])}"
-        grid = f"grid {t} x {rows} x {columns} patches, {clip['tokens']} tokens"
-        yield f"  size      {clip['size'][1]} x {clip['size'][0]}, {grid}"
-        if clip["second_per_grid"]:
-            yield f"  time ids  {' '.join(map(str, clip['time_ids']))}  ({clip['second_per_grid']:.4g} s a grid step)"
-    yield from (f"  note      {note}" for note in result["warnings"])
-    yield f"  prompt    {result['tokens']} tokens with the question, limit {limit}"
-
-
-def describe_dataset(file: str, processor: Processor, results: Iterable[dict]) -> Iterator[str]:
-    """Lengths of a dataset's samples, and which of them are refused."""
-    lengths, refused = [], []
-    for i, result in enumerate(results):
-        if "refused" in result:
-            refused.append(f"  skipped   sample {i}: {result['refused']}")
-        else:
-            lengths.append(result["tokens"])
-    if not lengths:
-        first = refused[0].partition(": ")[2]
-        raise UserError(f"{file}: none of its {len(refused)} samples can be used; the first: {first}")
-    low, median, high = np.percentile(lengths, (0, 50, 100))
-    spread = f"{low:.0f} to {high:.0f} a sample, median {median:.0f}"
-    yield f"{file}\n  samples   {len(lengths)}, {sum(lengths)} tokens: {spread}"
-    yield from (f"  rebudget  {name}: {frames}" for name, frames in processor.rebudgeted.items())
-    yield from refused[:SHOWN]
-    if len(refused) > SHOWN:
-        yield f"  skipped   {len(refused) - SHOWN} more"
-
-
-def records_of(file: str, processor: Processor, question: str) -> tuple[Sequence[dict], bool]:
-    """(records, whether they are a dataset's) of a dataset, or of a video or image and a question about it."""
-    processor.rebudgeted.clear()  # of the file before
-    if file.endswith((".json", ".jsonl")):
-        args = copy(processor.args)
-        args.data_path = file
-        processor.folders = media_folders(args)
-        return read_records(file), True
-    kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
-    part = {"type": kind, "path": os.path.abspath(file)}
-    return [{"messages": [{"role": "user", "content": [part, question]}]}], False
-
-
-def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
-    """The lines that describe one file; with as_json, JSON: one for each record, or for the clip."""
-    records, is_dataset = records_of(file, processor, question)
-
-    def results() -> Iterator[dict]:
-        for i in range(len(records)):
-            try:
-                yield look_at(processor, records[i], f"sample {i}" if is_dataset else file, answer=is_dataset)
-            except UserError as error:
-                if not (is_dataset or as_json):
-                    raise
-                yield {"refused": str(error)}
-
-    if as_json:
-        yield from map(json.dumps, results())
-    elif is_dataset:
-        yield from describe_dataset(file, processor, results())
-    else:
-        yield from describe_clip(file, next(results()), processor.args.max_seq_length)
-
-
-def write_preview(file: str, processor: Processor, question: str, path: str) -> None:
-    """A PNG of the file's frames, or those of a dataset's first record, a row for each clip. UserError without any."""
-    from clips import png, strip
-
-    record = records_of(file, processor, question)[0][0]
-    example = processor.encode(record, answer=False)
-    if example.patches is None:
-        raise UserError(f"--preview: {example.name} has no clip, expected a video or an image")
-    clips = example.patches.numpy().astype(np.uint8)
-    ends = np.cumsum([math.prod(grid) for grid in example.grid_thw])[:-1]
-    rows = [strip(from_patches(patches, grid)) for patches, grid in zip(np.split(clips, ends), example.grid_thw)]
-    page = np.full((sum(len(row) for row in rows), max(row.shape[1] for row in rows), 3), 255, np.uint8)
-    top = 0
-    for row in rows:
-        page[top : top + len(row), : row.shape[1]] = row
-        top += len(row)
-    try:
-        Path(path).write_bytes(png(page))
-    except OSError as error:
-        raise UserError(f"--preview: {path} cannot be written ({error.strerror}); choose another file") from None
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(Look, argv)
-    for line in ignored_options(args):
-        print(f"note: {line}", file=sys.stderr if args.json else sys.stdout)
-    folder = resolve_folder(args.model_id, args.local_files_only)
-    processor = Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), args)
-    for file in args.files:
-        for line in look_at_file(file, processor, args.json, args.text):
-            print(line)
-    if args.preview:
-        write_preview(args.files[0], processor, args.text, args.preview)
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -1,25 +1,29 @@
 """Answer accuracy by free generation, for both training loops and infer.py: which samples can be judged, how many are
 right, what is answered instead, and how much of it is left when the frames are changed."""
 
+import hashlib
+import json
 import math
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 import ranks
 from answers import extract_answer
-from checkpoint import ROLLOUTS, append_lines
+from checkpoint import ROLLOUTS, append_lines, sha256
+from config import VideoArgs, as_dict
 from data import CONTROLS
 from loader import examples
 from model import UserError
 from model.decode import Sampling
-from records import Selection, read_records, read_turns, record_name, spread
-from rewards import Sample, accuracy, check_solution, reference_answer, sample_from_record
+from records import Selection, data_files, read_records, read_turns, record_name, spread
+from rewards import Sample, accuracy, check_solution, format, reference_answer, sample_from_record
 from rollouts import Group, facts_of, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
@@ -36,7 +40,7 @@ def held_out_records(cfg):
     """The records that answer accuracy is measured on: [] if there are none, or not wanted."""
     path = cfg.eval_data_path
     if path == "":
-        beside = Path(cfg.data_path).with_name("val.json")
+        beside = Path(data_files(cfg.data_path)[0][0]).with_name("val.json")
         path = beside if beside.exists() else None
     return [] if path is None else spread(read_records(path), cfg.eval_samples, cfg.seed)
 
@@ -76,25 +80,67 @@ def check_answer(number, record):
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
+class Judged(NamedTuple):
+    """An answer beside the right one."""
+
+    true: str  # the right answer's words
+    said: str  # the model's
+    options: int  # how many the question has; 0 for an open one, and where they could not be read
+    right: float  # the accuracy reward
+    task: str = ""  # the record's problem_type, or "multiple choice", or "open"
+
+
 @dataclass
 class Evaluation:
-    """What an evaluation gave, of all ranks."""
+    """What an evaluation gave, of all ranks. Accuracies are None where nothing was answered."""
 
-    answers: dict[int, tuple]  # number of the record -> (true words, words answered, count of options, right)
+    answers: dict[int, Judged]  # by the number of the record
     skipped: dict[int, str]  # number of the record that could not be read -> why
-    rows: list[dict]  # of rollouts.jsonl: the first answers as they were given
+    rows: list[dict] = field(default_factory=list)  # of rollouts.jsonl: the first answers as they were given
+    controls: dict[str, "Evaluation"] = field(default_factory=dict)  # with the frames reversed, shuffled, blank
+    known: int = 0  # answers that were there before
 
     count = property(lambda self: len(self.answers))
-    right = property(lambda self: count_right(answer[3] for answer in self.answers.values()))
+    right = property(lambda self: count_right(answer.right for answer in self.answers.values()))
     accuracy = property(lambda self: self.right / self.count if self.count else None)
+    interval = property(lambda self: wilson(self.right, self.count) if self.count else None)
+
+    @property
+    def by_task(self) -> dict[str, "Evaluation"]:
+        """Each task's own answers, in alphabetical order."""
+        tasks = {}
+        for number, answer in self.answers.items():
+            tasks.setdefault(answer.task, {})[number] = answer
+        return {task: Evaluation(answers, {}) for task, answers in sorted(tasks.items())}
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of blind guessing among the options; None where no question has any."""
+        return mean([1 / answer.options for answer in self.answers.values() if answer.options])
+
+    @property
+    def confusion(self) -> dict[str, Counter]:
+        """{right answer: {answer: count}}, in alphabetical order."""
+        table = {}
+        for answer in sorted(self.answers.values()):
+            table.setdefault(answer.true, Counter())[answer.said] += 1
+        return table
+
+    def facts(self, plain: "Evaluation") -> dict:
+        """Accuracy for a log, and the share of answers that `changed` against those to the frames as they are, and that
+        `flipped` to the opposite, of those that have one."""
+        pairs = [(plain.answers[i].said, answer.said) for i, answer in self.answers.items() if i in plain.answers]
+        flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
+        facts = {"accuracy": self.accuracy, "interval": self.interval, "right": self.right, "count": self.count}
+        return facts | {"changed": mean([before != after for before, after in pairs]), "flipped": mean(flipped)}
 
 
 def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(), on_answer=None) -> Evaluation:
     """Free generation on records, read by rewards.py, shared over the ranks.
 
     sampler: rollouts.Sampler. sampling: model.decode.Sampling. control: the frames as they are ("none"), "reversed",
-    "shuffled" or "blank". step: of the rows. known: {number: answer} that need not be asked. on_answer(number, sample,
-    text, answer): called for each answer as it comes.
+    "shuffled" or "blank". step: of the rows. known: {number: Judged} that need not be asked. on_answer(number, sample,
+    text, judged): called for each answer as it comes.
     """
     decode_token = cache(lambda token: sampler.processor.backend.decode([token], skip_special_tokens=False))
     answers, skipped, rows = dict(known), {}, []
@@ -109,7 +155,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(
                 rollout = sampler.rollout(number, completion)
                 rollout.text = example.record.get("answer_prefix", "") + rollout.text
                 rollout.right = accuracy(rollout.text, sample) if rollout.finite else 0.0
-                answers[number] = *in_words(sample, rollout.text), rollout.right
+                answers[number] = judged(sample, rollout)
                 if on_answer:
                     on_answer(number, replace(sample, truncated=not rollout.finished), rollout.text, answers[number])
                 if number < EVAL_SHOWN:
@@ -118,7 +164,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, known=(
     every = ranks.gather((answers, skipped, rows))
     answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))
     rows = sorted((line for each in every for line in each[2]), key=lambda line: line["prompt"])
-    return Evaluation(answers, skipped, rows)
+    return Evaluation(answers, skipped, rows, known=len(known))
 
 
 def prompts(sampler, records, control, known, skipped, bar):
@@ -185,12 +231,13 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     if result.count:
         text = f"answers right: {result.accuracy:.1%}{words} of {result.count} held-out samples{verdict}"
         run.say(f"step {run.step:>6}  {text}  ({seconds:.1f} s)")
-    interval = wilson(result.right, result.count) if result.count else None
-    facts["evaluation"] = {"accuracy": result.accuracy, "interval": interval, "count": result.count}
-    facts["evaluation"] |= {"chance": chance(result.answers), "confusion": confusion_of(result.answers)}
+    facts["evaluation"] = {name: getattr(result, name) for name in ("accuracy", "interval", "count")}
+    facts["evaluation"] |= {"chance": result.chance, "confusion": result.confusion}
     if run.step == run.total and cfg.eval_controls:
         numbers = spread(range(len(held_out)), cfg.eval_controls, cfg.seed)
-        controls = evaluate_controls(again, greedy, held_out, numbers, result.answers)
+        some = Selection(held_out, numbers)
+        plain = Evaluation({k: result.answers[n] for k, n in enumerate(numbers) if n in result.answers}, {})
+        controls = {name: again(some, greedy, control=name).facts(plain) for name in CONTROLS[1:]}
         facts["evaluation"]["controls"] = controls
         words = [f"{name} {each['accuracy']:.1%}" for name, each in controls.items() if each["count"]]
         run.say(f"step {run.step:>6}  with changed frames: {', '.join(words)} of {len(numbers)} held-out samples")
@@ -198,26 +245,15 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     return is_best
 
 
-def evaluate_controls(evaluate, sampling, records, numbers, plain):
-    """{"reversed", "shuffled", "blank": accuracy, interval, share changed and flipped} of the records of these numbers.
-
-    plain: the answers to the frames as they are. It costs as much as evaluating 3 x len(numbers) records.
-    """
-    results, records = {}, Selection(records, numbers)
-    for control in CONTROLS[1:]:
-        answers = evaluate(records, sampling, control=control).answers
-        results[control] = measure({numbers[k]: answer for k, answer in answers.items()}, plain)
-    return results
+# -- What answers show
 
 
-# -- What answers show. Answers are {number of the sample: (true answer's words, the model's, count of options, right)}
-
-
-def in_words(sample: Sample, text: str) -> tuple[str, str, int]:
-    """A completion's text -> (true answer's words, the model's, count of options)."""
-    letters = reference_answer(sample), extract_answer(text, sample.options)
+def judged(sample: Sample, rollout) -> Judged:
+    """A rollout's answer and the right one, in words."""
+    letters = reference_answer(sample), extract_answer(rollout.text, sample.options)
     true, said = (sample.options.get(letter) or letter or NO_ANSWER for letter in letters)
-    return true, said, sum(map(bool, sample.options.values()))  # 0 where the list could not be read
+    task = sample.problem_type or ("multiple choice" if sample.options else "open")
+    return Judged(true, said, sum(map(bool, sample.options.values())), rollout.right, task)
 
 
 def count_right(rewards) -> int | float:
@@ -243,26 +279,56 @@ def opposite(words: str) -> str | None:
     return f"{end} to {start}" if to else OPPOSITES.get(start)
 
 
-def chance(answers: dict) -> float | None:
-    """Accuracy of blind guessing among the options; None where no question has any."""
-    return mean([1 / n for _, _, n, _ in answers.values() if n])
+# -- Answers in a file, for infer.py --output
 
 
-def confusion_of(answers: dict) -> dict[str, Counter]:
-    """{true answer: {answer: count}}, in alphabetical order."""
-    table = {}
-    for true, answer, *_ in sorted(answers.values()):
-        table.setdefault(true, Counter())[answer] += 1
-    return table
+def made_by(cfg, adapter) -> dict:
+    """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
+    names = "max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
+    names = as_dict(VideoArgs()).keys() - {"cache_mb"} | set(names.split())
+    settings = hashlib.sha256(repr(sorted((name, getattr(cfg, name)) for name in names)).encode()).hexdigest()[:16]
+    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
+    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
 
 
-def measure(answers: dict, plain: dict) -> dict:
-    """Accuracy of answers under a control, and how they compare with the plain ones: the share that `changed`, and the
-    share that `flipped` to the opposite, of those that have one."""
-    right = [correct for *_, correct in answers.values()]
-    pairs = [(plain[i][1], words) for i, (_, words, *_) in answers.items() if i in plain]
-    flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
-    changed = [before != after for before, after in pairs]
-    facts = {"accuracy": mean(right), "interval": wilson(sum(right), len(right)) if right else None}
-    facts |= {"right": count_right(right)}
-    return facts | {"count": len(right), "changed": mean(changed), "flipped": mean(flipped)}
+class Predictions:
+    """The answers of an evaluation in a .jsonl, a line for each as it comes; what is there already need not be asked.
+
+    path None: no file. made_by: what the answers depend on besides their records. A last line cut short is removed.
+    UserError where the lines are of other records, or made by another model or other settings.
+    """
+
+    def __init__(self, path, records, made_by: dict):
+        self.path, self.records, self.made_by = path, records, made_by
+        self.known: dict[int, Judged] = {}
+        if path is None:
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            for line in whole.splitlines():
+                self.read(json.loads(line))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            problem = f"--output: {path} holds other lines than predictions of these records by this model ({error})"
+            raise UserError(f"{problem}; choose another file") from None
+        if whole != data:
+            path.write_bytes(whole)
+
+    def read(self, row):
+        record = self.records[row["number"]]
+        if row["id"] != record.get("id", record_name(record)) or row["made_by"] != self.made_by:
+            raise ValueError(f"line {len(self.known) + 1} is of {row['id']}, by {row['made_by']}")
+        self.known[row["number"]] = Judged(row["true"], row["said"], row["options"], row["right"], row["task"])
+
+    def write(self, number, sample: Sample, text: str, judged: Judged):
+        """on_answer of evaluate()."""
+        if self.path is None:
+            return
+        record = self.records[number]
+        row = {"number": number, "id": record.get("id", record_name(record)), "task": judged.task}
+        row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": judged.true}
+        row |= {"said": judged.said, "options": judged.options, "right": judged.right}
+        row |= {"rewards": {"accuracy": judged.right, "format": format(text, sample)}, "made_by": self.made_by}
+        append_lines(self.path, [row])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import clips
 from model import UserError, nearest_path
-from video import index_frames, read_frames
+from reader import index_frames, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
 # What published copies of Kinetics call their folders

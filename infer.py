@@ -5,89 +5,311 @@
     python infer.py --data_path val.json --output predictions.jsonl     a line for each answer; goes on where it stopped
     python infer.py --benchmark mvbench DIR        a public benchmark from its own files (docs/benchmarks.md)
 
+    from infer import Model
+    model = Model("output/my_run", max_new_tokens=64)      # a run, a checkpoint, a whole model, or a hub id
+    model.ask("clip.mp4", "What happens?").answer          # or .text, .reasoning
+    model.evaluate("val.json", controls="none").accuracy
+
 The newest adapter under output/ is used if it was made for this base, and clips are read as it was trained on them.
 The hub's generation_config is never read: decoding is greedy unless --temperature says otherwise.
 """
 
 # ruff: noqa: E402, I001
-from config import ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: it handles Ctrl-C
+from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: Ctrl-C
 
-import hashlib
 import json
+import logging
 import math
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from queue import SimpleQueue
 
-from records import IMAGE_SUFFIXES, read_records, record_name, spread
+from records import IMAGE_SUFFIXES, TAG, read_records, spread
 from cli import from_file
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
-from checkpoint import BEST, STATE, find_adapter, read_json, sha256
+from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json
+
+log = logging.getLogger("infer")
 
 
-def main(argv=None):
-    cfg = parse(Infer, argv)
-    adapter, why = choose_adapter(cfg)
-    for line in (why, *read_as_trained(cfg, adapter), *ignored_options(cfg)):
-        print(f"note: {line}")
-    if cfg.benchmark:
-        from benchmarks import Task  # not at the top: it imports torch
+class Model:
+    """A trained model that answers questions about clips. Its weights are read when the first answer is wanted.
 
-        benchmark = Task(cfg)
-        task = benchmark.records
-    else:
-        task = spread(read_records(cfg.data_path), cfg.max_samples, cfg.seed) if cfg.data_path else clip_record(cfg)
-    processor = load_processor(cfg)
-    if cfg.data_path or cfg.benchmark:
-        facts = judge(cfg, adapter, load_model(cfg, adapter), processor, task)
-        facts |= {"benchmark": benchmark.report()} if cfg.benchmark else {}
-    else:
-        # before the weights are read: a broken clip ends here
-        example = processor.encode(task, answer=False, name=cfg.video)
-        facts = answer(cfg, load_model(cfg, adapter), processor, example)
-    if cfg.json:
-        print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": adapter and str(adapter)}))
+    model: a run's folder (its best checkpoint, or its newest if none was evaluated), a checkpoint, an adapter, a whole
+    model's folder, or a hub id; "" = the newest adapter under output/, else the tiny model.
+    options: those of `python infer.py --help all`, by their names there, with the same defaults; ask, stream and
+    evaluate take them too, for one call. argv: the same as words of a command line.
+    Every mistake is a UserError (model/__init__.py), a ValueError of one line.
+    """
+
+    def __init__(self, model: str | Path = "", argv=(), **options):
+        self.argv = [*argv, *as_flags(model_options(model) | options)]
+        self.cfg = parse(Infer, self.argv)
+        self.adapter, why = choose_adapter(self.cfg)
+        self.folder = Path(self.adapter or self.cfg.model_id)
+        self.notes = [why, *read_as_trained(self.cfg, self.folder)]
+        question = read_state(self.folder).get("question")
+        self.trained_on = question if isinstance(question, dict) else {}
+
+    # -- Ask
+
+    def ask(self, clips, question: str = "", on_text=None, **options) -> "Answer":
+        """The answer about one clip, or about a list of clips and images in this order.
+
+        A clip: a video, a gif, an image, or a folder of frames. question "": what the model was trained to answer.
+        on_text: called with each piece of text as it is drawn. UserError for a clip that cannot be read.
+        """
+        cfg = self.options(**options)
+        return self.answer(self.example(clips, question, cfg), cfg, on_text)
+
+    def stream(self, clips, question: str = "", **options):
+        """Yields the answer's text in pieces as they are drawn, and returns the Answer. A loop that is left early waits
+        for the rest of it."""
+        cfg, pieces = self.options(**options), SimpleQueue()
+        example = self.example(clips, question, cfg)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.answer, example, cfg, pieces.put)
+            answer.add_done_callback(lambda _: pieces.put(None))
+            yield from iter(pieces.get, None)
+        return answer.result()
+
+    def evaluate(self, data, **options):
+        """An evaluate.Evaluation of a dataset's file, or of a list of records: accuracy, interval, by_task, confusion,
+        skipped, and in `controls` the same with the frames changed (controls="none": only as they are)."""
+        from data import CONTROLS
+        from evaluate import Predictions, evaluate, made_by
+        from rollouts import Sampler
+
+        is_file = isinstance(data, str | Path)
+        cfg = self.options(**options, **({"data_path": data} if is_file else {}))
+        records = spread(read_records(data) if is_file else data, cfg.max_samples, cfg.seed)
+        sampler = Sampler(self.network, self.processor_for(cfg), cfg)
+        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
+        again = partial(evaluate, sampler, records, sampling_of(cfg, sampler), cfg.seed)
+        result = again(known=predictions.known, on_answer=predictions.write)
+        if not result.count:
+            first = next(iter(result.skipped.values()))
+            name = cfg.data_path or cfg.video or "records"
+            raise UserError(f"{name}: none of {len(records)} can be asked; the first: {first}")
+        result.controls = {name: again(name) for name in CONTROLS[1:] if name in split_list(cfg.controls or "")}
+        return result
+
+    @property
+    def question(self) -> str:
+        """What is asked where nothing else is: --question, or what the run was trained to answer."""
+        return self.cfg.text if self.cfg.question or self.cfg.prompt else self.trained_on.get("text") or QUESTION
+
+    # -- What an answer takes
+
+    def options(self, **changes) -> Infer:
+        """The options with some of them changed for one call."""
+        if not changes:
+            return self.cfg
+        if fixed := {"model_id", "model_ckpt", "bf16", "base_dtype", "local_files_only"} & changes.keys():
+            raise UserError(f"{min(fixed)}: cannot change from call to call; make another Model")
+        cfg = parse(Infer, [*self.argv, *as_flags(changes)])
+        cfg.model_id = self.cfg.model_id
+        read_as_trained(cfg, self.folder)
+        return cfg
+
+    @cached_property
+    def processor(self):
+        """The data.Processor, which makes of a record what the model sees."""
+        # not at the top: they import torch, and --help must not wait for that
+        from data import Processor, load_tokenizer
+        from model.loading import ModelConfig, resolve_folder
+
+        folder = resolve_folder(self.cfg.model_id, self.cfg.local_files_only)
+        return Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), self.cfg)
+
+    def processor_for(self, cfg):
+        """The same with other options; they share the decoded clips."""
+        if cfg is self.cfg:
+            return self.processor
+        processor = type(self.processor)(self.processor.backend, self.processor.config, cfg)
+        processor.cache = self.processor.cache
+        return processor
+
+    @cached_property
+    def network(self):
+        """The Qwen2_5_VL on its device, with its adapter.
+
+        In fp32 the adapter is added to the weights: one product a layer instead of three, equal up to rounding. In bf16
+        the weights here stay as they are, low-bit ones always; on a GPU the sampler makes its own merged copy of bf16
+        weights, rounded once (model/fast/decoder.py).
+        """
+        import torch
+
+        from adapter_files import CONFIG, load_adapter, trained_on
+        from lora import merge
+        from model.loading import load_model, not_finite
+
+        cfg, device = self.cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
+        base = cfg.base_dtype
+        if base == "auto":
+            base = trained_on(read_json(self.adapter / CONFIG)) if self.adapter else "bf16"
+        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, base).requires_grad_(False).eval()
+        if self.adapter:
+            load_adapter(model, self.adapter)
+        if names := not_finite(model):
+            raise UserError(f"{self.folder}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
+        if self.adapter and dtype == torch.float32 and base == "bf16":
+            merge(model)
+        return model
+
+    def example(self, clips, question="", cfg=None):
+        """The question about clips as a data.Example. UserError for a clip that cannot be read."""
+        cfg, question = cfg or self.cfg, question or self.question
+        clips = [clips] if isinstance(clips, str | Path) else clips
+        content = [*(clip_part(clip, cfg) for clip in clips), {"type": "text", "text": TAG.sub("", question)}]
+        messages = [{"role": "user", "content": content}]
+        if system := self.trained_on.get("system"):
+            messages = [{"role": "system", "content": system}, *messages]
+        name = ", ".join(map(str, clips)) or "the question"
+        return self.processor_for(cfg).encode({"messages": messages}, answer=False, name=name)
+
+    def answer(self, example, cfg, on_text=None) -> "Answer":
+        """The answer to an Example; on_text as in ask."""
+        from rollouts import Sampler
+
+        processor = self.processor_for(cfg)
+        sampler, pieces, began = Sampler(self.network, processor, cfg), Pieces(processor, on_text), time.perf_counter()
+        ((completion,),) = sampler([example], sampling_of(cfg, sampler), 1, [cfg.seed], on_text and pieces.add)
+        pieces.close()
+        if not all(map(math.isfinite, completion.logprobs)):
+            problem = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
+            raise UserError(f"{problem}; take another checkpoint, or --bf16 False")
+        question = example.record["messages"][-1]["content"][-1]["text"]
+        text, options = decode(processor, completion.ids), parse_options(question)
+        letter = extract_answer(text, options) if options else None
+        return Answer(
+            text=text,
+            reasoning=text.partition("<think>")[2].partition("</think>")[0].strip() or None,
+            answer=f"({letter}) {options[letter]}" if letter else answer_span(text) or "",
+            option=letter,
+            finished=completion.finished,
+            prompt_tokens=len(example),
+            completion_tokens=len(completion.ids),
+            clips=list(clips_of(example, processor.config)),
+            seconds=round(time.perf_counter() - began, 4),
+        )
 
 
-# -- Model and adapter
+@dataclass
+class Answer:
+    """What a model said."""
+
+    text: str  # all of it
+    reasoning: str | None  # what stands in <think>, also where that was never closed
+    answer: str  # what it settles on: the option with its letter, or the text in <answer>; "" = nothing
+    option: str | None  # letter of that option; None where it names none, or contradicts itself
+    finished: bool  # False: cut off at max_new_tokens
+    prompt_tokens: int
+    completion_tokens: int
+    clips: list[dict]  # of each clip frames (their numbers), grid_thw, second_per_grid, time_ids
+    seconds: float
+
+
+class Pieces:
+    """Tokens -> text, handed on as it comes. A character of several bytes may span several tokens: it waits until it is
+    whole."""
+
+    def __init__(self, processor, on_text):
+        self.processor, self.on_text, self.held = processor, on_text, []
+
+    def add(self, _row, token):
+        self.held.append(token)
+        # U+FFFD is what a decoder gives for bytes that are no character, or not yet
+        if not decode(self.processor, self.held).endswith("\ufffd"):
+            self.close()
+
+    def close(self):
+        if text := decode(self.processor, self.held):
+            self.on_text(text)
+        self.held = []
+
+
+def decode(processor, ids):
+    """Text without the tokens that end an answer; any other special token is shown."""
+    stops = processor.im_end, processor.token_id("<|endoftext|>")
+    return processor.backend.decode([i for i in ids if i not in stops], skip_special_tokens=False)
+
+
+def sampling_of(cfg, sampler):
+    from model.decode import Sampling
+
+    filters = cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty
+    return Sampling(cfg.max_new_tokens, *filters, stop_ids=sampler.stop_ids)
+
+
+# -- Which model, and how it was trained
+
+
+def as_flags(options: dict) -> list[str]:
+    """Options as words of a command line, which parse() reads and checks."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def model_options(model: str | Path) -> dict:
+    """What a Model is made of, as --model_id and --model_ckpt: see its docstring."""
+    path = Path(model)
+    if not str(model):
+        return {}
+    if checkpoints(path):  # a run, of a whole model or of an adapter
+        path = best_checkpoint(path) or newest_checkpoint(path) or path
+    if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        return {"model_id": path, "model_ckpt": None}
+    is_hub_id = str(model).count("/") == 1 and not path.parent.is_dir()
+    return {"model_id": model, "model_ckpt": None} if is_hub_id else {"model_ckpt": model}
 
 
 def choose_adapter(cfg):
-    """-> (folder or None, a line that says why). UserError for a --model_ckpt that is no adapter."""
+    """-> (folder or None, a line that says which and why). Without --model_id the base becomes the adapter's. UserError
+    for a --model_ckpt that is no adapter."""
+    newest = cfg.model_ckpt == ""
     folder = None if cfg.model_ckpt is None else find_adapter(cfg.model_ckpt)
     if folder is None:
-        why = "no adapter found under output/" if cfg.model_ckpt == "" else "no adapter, as --model_ckpt says"
-        return None, f"{why}: the base model answers"
-    if cfg.model_ckpt == "":
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
-        if Path(base).resolve() != Path(cfg.model_id).resolve():  # where they are hub ids, this compares the ids
-            why = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
-            return None, f"{why}; give --model_id {base}, or --model_ckpt"
-    return folder, f"adapter {folder}{below_start(folder)}"
+        why = "no adapter found under output/" if newest else "no adapter, as --model_ckpt says"
+        return None, f"{why}: {cfg.model_id} answers"
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
+    if "model_id" not in cfg.given:
+        cfg.model_id = base
+    elif newest and Path(base).resolve() != Path(cfg.model_id).resolve():  # of hub ids this compares the ids
+        why = f"the newest adapter, {folder}, was made for {base} and is not used with {cfg.model_id}"
+        return None, f"{why}; give --model_id {base}, or --model_ckpt"
+    run = "the run saved last under output/" if newest else "its run"
+    best = read_json(folder.parent / BEST) if best_checkpoint(folder.parent) == folder else None
+    if best is None:
+        why = "as given" if Path(cfg.model_ckpt) == folder else f"the newest of {run}; none was evaluated"
+    elif best.get("below_start"):
+        end, start = best["accuracy"], best["start_accuracy"]
+        why = f"the best of {run}, but {end:.1%} is less than the {start:.1%} of its start"
+    else:
+        why = f"the best of {run}, {best['accuracy']:.1%} of its held-out clips are right"
+    return folder, f"adapter {folder}, {why}"
 
 
-def below_start(folder):
-    """What is to say of a GRPO run whose best checkpoint answers worse than the policy that it began with."""
-    path = folder.parent / BEST
-    best = read_json(path) if path.exists() else {}
-    if not (isinstance(best, dict) and best.get("below_start") and folder.name == f"checkpoint-{best['step']}"):
-        return ""
-    end, start = best["accuracy"], best["start_accuracy"]
-    return f", the best of its run, but {end:.1%} is less than the {start:.1%} of its start"
+def read_state(folder):
+    """trainer_state.json of a checkpoint, or of the model merged from it; {} where there is none."""
+    state = read_json(folder / STATE) if (folder / STATE).exists() else {}
+    return state if isinstance(state, dict) else {"config": None}
 
 
-def read_as_trained(cfg, adapter):
-    """Take the video options of the adapter's run, or of the model's, where the command line says nothing: other frames
-    or sizes cost accuracy. Changes cfg; returns lines to print. Checkpoints from elsewhere say nothing of this."""
-    path, before = Path(adapter or cfg.model_id) / STATE, as_dict(cfg)
-    state = read_json(path) if path.exists() else {}
-    trained = state.get("config", {}) if isinstance(state, dict) else None
+def read_as_trained(cfg, folder):
+    """Take the video options of the run that a checkpoint is from, where the command line says nothing: other frames or
+    sizes cost accuracy. Changes cfg; returns lines to print. Checkpoints from elsewhere say nothing of this."""
+    path, trained, before = folder / STATE, read_state(folder).get("config", {}), as_dict(cfg)
     if not isinstance(trained, dict):
         raise UserError(f"{path}: its config is no object; take another checkpoint")
-    own = {"image_folder", "max_seq_length", "overlong", "cache_mb"}
-    names = as_dict(VideoArgs()).keys() - own
+    names = as_dict(VideoArgs()).keys() - {"image_folder", "max_seq_length", "overlong", "cache_mb"}
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))
     cfg.settle(cfg.given)
@@ -99,250 +321,135 @@ def read_as_trained(cfg, adapter):
     return [f"--{name} {getattr(cfg, name)}, as in training" for name in taken]
 
 
-def load_processor(cfg):
-    from data import Processor, load_tokenizer  # not at the top: it imports torch, and --help must not wait for that
-    from model.loading import ModelConfig, resolve_folder
-
-    folder = resolve_folder(cfg.model_id, cfg.local_files_only)
-    return Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), cfg)
+# -- Clips
 
 
-def load_model(cfg, adapter):
-    """The model on its device. In fp32 the adapter is added to the weights: one product a layer instead of three, equal
-    up to rounding. In bf16 the weights here stay as they are; on a GPU the sampler makes its own merged copy, rounded
-    once (model/fast/decoder.py)."""
-    import torch
-
-    from adapter_files import load_adapter
-    from lora import merge
-    from model.loading import load_model, not_finite
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
-    model = load_model(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
-    count, state = sum(p.numel() for p in model.parameters()), "no adapter"
-    if adapter is not None:
-        load_adapter(model, adapter)
-    if names := not_finite(model):
-        raise UserError(f"{adapter or cfg.model_id}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
-    if adapter is not None and dtype == torch.float32:
-        merge(model)
-        state = "adapter merged: in fp32 that is exact up to rounding"
-    elif adapter is not None:
-        state = "adapter beside the weights" + (", merged into the sampler's copy" if device.type == "cuda" else "")
-    print(f"model: {cfg.model_id}, {count:,} parameters, {str(dtype)[6:]} on {device}; {state}")
-    return model
+def clip_part(clip: str | Path, cfg) -> dict:
+    """A video, an image, or a folder of frames as a part of a message. Of a folder with fewer frames than a default
+    nframes all are taken."""
+    path = Path(clip)
+    if not path.is_dir():
+        if not path.exists() and not cfg.image_folder:
+            hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
+            raise UserError(f"{path}: no such file; {hint}")
+        path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
+        return {"type": "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", "path": str(path)}
+    images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
+    if len(images) < 2:
+        raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
+    few = len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given
+    if few:
+        log.warning("%s has %d frames, all are taken: --nframes %d was not given", path, len(images), cfg.nframes)
+    return {"type": "video", "path": [str(p.absolute()) for p in images]} | ({"fps": cfg.fps} if few else {})
 
 
-def sampling_of(cfg, sampler):
-    from model.decode import Sampling
+def clips_of(example, config):
+    """Yields facts about each clip of an Example."""
+    import numpy as np
 
-    filters = cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty
-    return Sampling(cfg.max_new_tokens, *filters, stop_ids=sampler.stop_ids)
-
-
-def decode(processor, ids):
-    """Text without the tokens that end an answer; any other special token is shown."""
-    stops = processor.im_end, processor.token_id("<|endoftext|>")
-    return processor.backend.decode([i for i in ids if i not in stops], skip_special_tokens=False)
+    times = example.position_ids[0][np.isin(example.ids, [config.video_token_id, config.image_token_id])]
+    for frames, (t, h, w), seconds in zip(example.frame_indices, example.grid_thw, example.second_per_grid):
+        own, times = np.split(times, [t * h * w // 4])  # a token for 2 x 2 patches
+        own = own.reshape(t, -1)[:, 0]  # of each grid step, as the model gets them
+        yield dict(frames=frames, grid_thw=[t, h, w], second_per_grid=seconds, time_ids=(own - own[0]).tolist())
 
 
-# -- One clip
+# -- The command
 
 
-def clip_record(cfg):
-    """The record that asks cfg.text about cfg.video: a file, or a folder of images, the frames of one clip."""
-    path, source = Path(cfg.video), cfg.video
-    if path.is_dir():
-        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-        images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
-        if len(images) < 2:
-            raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
-        source = [[str(p) for p in images]]
-        if len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given:
-            print(f"note: {path} has {len(images)} frames, all are taken: --nframes {cfg.nframes} was not given")
-            cfg.nframes = None
-    elif not path.exists() and not cfg.image_folder:
-        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames{nearest_path(path)}")
-    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() else "video"
-    text = cfg.text if f"<{kind}>" in cfg.text else f"<{kind}>\n{cfg.text}"
-    return {kind: source, "conversations": [{"from": "human", "value": text}]}
+def main(argv=None):
+    model = Model(argv=sys.argv[1:] if argv is None else argv)
+    cfg = model.cfg
+    if not (cfg.video or cfg.data_path):
+        expected = "a file: python infer.py video.mp4, or --data_path val.json"
+        expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
+        raise UserError(f"--video: found nothing, expected {expected}")
+    for line in (*model.notes, *ignored_options(cfg)):
+        print(f"note: {line}")
+    if cfg.benchmark:
+        from benchmarks import Task  # not at the top: it imports torch
+
+        task = Task(cfg)
+        facts = show_evaluation(model, task.records) | {"benchmark": task.report()}
+    else:
+        facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
+    if cfg.json:
+        print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": model.adapter and str(model.adapter)}))
 
 
-class Stream:
-    """Writes text as tokens come. A character of several bytes may span several tokens: it waits until it is whole."""
+def describe(model):
+    from lora import lora_layers
+    from model.quantized import quantized_weights
 
-    def __init__(self, processor):
-        self.processor, self.held = processor, []
-
-    def add(self, _row, token):
-        self.held.append(token)
-        # U+FFFD is what a decoder gives for bytes that are no character, or not yet
-        if not decode(self.processor, self.held).endswith("\ufffd"):
-            self.close()
-
-    def close(self):
-        print(decode(self.processor, self.held), end="", flush=True)
-        self.held = []
+    weight, base, low_bit = model.network.head_weight, model.network.base_dtype, quantized_weights(model.network)
+    count = sum(p.numel() for name, p in model.network.named_parameters() if not name.endswith("adapters"))
+    count += sum(w.numel() for w in low_bit.values())
+    how = "beside the weights" if lora_layers(model.network) else "merged"
+    how = f"; adapter {how}" if model.adapter else ""
+    kind = str(weight.dtype)[6:] + (f", decoder layers in {base}" if low_bit else "")
+    return f"model: {model.cfg.model_id}, {count:,} parameters, {kind} on {weight.device}{how}"
 
 
-def answer(cfg, model, processor, example):
+def show_answer(model):
     """Stream the answer about one clip, print reasoning and final answer apart; returns the facts for --json."""
-    from rollouts import Sampler
-
-    (t, h, w), indices, config = example.grid_thw[0], example.frame_indices[0], model.config
-    print(f"clip: {cfg.video}: frames {' '.join(map(str, indices))}; {14 * w} x {14 * h}\nquestion: {cfg.text}\n")
-    sampler, stream, started = Sampler(model, processor, cfg), Stream(processor), time.perf_counter()
-    ((completion,),) = sampler([example], sampling_of(cfg, sampler), 1, [cfg.seed], stream.add)
-    seconds = time.perf_counter() - started
-    stream.close()
-    if not all(map(math.isfinite, completion.logprobs)):
-        problem = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
-        raise UserError(f"{problem}; take another checkpoint, or --bf16 False")
-    text = decode(processor, completion.ids)
-    thought = text.partition("<think>")[2].partition("</think>")[0].strip()  # also one that was never closed
-    options = parse_options(cfg.text)
-    letter = extract_answer(text, options) if options else None
-    final = f"({letter}) {options[letter]}" if letter else answer_span(text) or ""
-    unsure = "   (names no option, or contradicts itself)" if options and not letter else ""
-    print(f"\n\nreasoning: {thought or '(none)'}\nanswer: {final or '(none)'}{unsure}")
-    if not completion.finished:
-        print(f"note: cut off after {len(completion.ids)} tokens; --max_new_tokens sets the limit")
-    is_pad = [i in (config.video_token_id, config.image_token_id) for i in example.ids.tolist()]
-    times = example.position_ids[0][is_pad].reshape(t, -1)[:, 0]  # of each grid step, as the model gets them
-    return dict(
-        answer=final, option=letter, reasoning=thought or None, text=text, finished=completion.finished,
-        prompt_tokens=len(example), completion_tokens=len(completion.ids), frames=indices, grid_thw=[t, h, w],
-        second_per_grid=example.second_per_grid[0], time_ids=(times - times[0]).tolist(), seconds=round(seconds, 4),
-    )  # fmt: skip
+    cfg = model.cfg
+    if not (cfg.question or cfg.prompt) and model.trained_on:
+        print(f"note: the question is {model.trained_on['origin']}; --question asks another")
+    example = model.example(cfg.video)  # before the weights are read: a broken clip ends here
+    print(describe(model))
+    ((_, h, w),), (indices,) = example.grid_thw, example.frame_indices
+    print(f"clip: {cfg.video}: frames {' '.join(map(str, indices))}; {14 * w} x {14 * h}\nquestion: {model.question}\n")
+    answer = model.answer(example, cfg, partial(print, end="", flush=True))
+    unsure = parse_options(model.question) and not answer.option
+    print(f"\n\nreasoning: {answer.reasoning or '(none)'}")
+    print(f"answer: {answer.answer or '(none)'}{'   (names no option, or contradicts itself)' if unsure else ''}")
+    if not answer.finished:
+        print(f"note: cut off after {answer.completion_tokens} tokens; --max_new_tokens sets the limit")
+    facts = asdict(answer)
+    (clip,) = facts.pop("clips")
+    return facts | clip
 
 
-# -- A dataset
-
-
-def judge(cfg, adapter, model, processor, records):
-    """Ask every record as it is and under each control, print the tables; returns the facts for --json."""
-    from data import CONTROLS
-    from evaluate import chance, confusion_of, evaluate, measure
-    from rollouts import Sampler
-
-    started, results, sampler = time.perf_counter(), {}, Sampler(model, processor, cfg)
-    made = made_by(cfg, adapter)
-    known, write = read_predictions(cfg.output, records, made), prediction_writer(cfg.output, records, made)
-    for control in CONTROLS:
-        if control == "none" or control in split_list(cfg.controls or ""):
-            file = {"known": known, "on_answer": write} if control == "none" else {}
-            results[control] = evaluate(sampler, records, sampling_of(cfg, sampler), cfg.seed, control, **file)
-            if not results["none"].count:
-                first = next(iter(results["none"].skipped.values()))
-                what = f"{cfg.data_path or cfg.video}: none of {len(records)} can be asked"
-                raise UserError(f"{what}; the first: {first}")
-    plain = results["none"]
-    for error in plain.skipped.values():
+def show_evaluation(model, records):
+    """Evaluate records, print the tables; returns the facts for --json."""
+    began, cfg = time.perf_counter(), model.cfg
+    print(describe(model))
+    result = model.evaluate(records)
+    if result.known:
+        print(f"note: {result.known} of {result.count} answers are taken from {cfg.output}")
+    for error in result.skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
-    facts = {control: measure(result.answers, plain.answers) for control, result in results.items()}
-    blind, confusion = chance(plain.answers), confusion_of(plain.answers)
-    show(facts, results, blind, confusion)
-    tasks = by_task(plain.answers, records)
-    for task, (right, count) in tasks.items() if len(tasks) > 1 else ():
-        print(f"{task:<24}{right:g}/{count}{right / count:>10.1%}")
-    whole = {"data_path": cfg.data_path, **facts.pop("none"), "skipped": len(plain.skipped), "chance": blind}
-    whole |= {key: facts.get("reversed", {}).get(key) for key in ("changed", "flipped")}
-    whole["tasks"] = {task: {"right": right, "count": count} for task, (right, count) in tasks.items()}
-    return whole | {"confusion": confusion, "controls": facts, "seconds": round(time.perf_counter() - started, 2)}
+    controls = {name: each.facts(result) for name, each in result.controls.items()}
+    print_tables(result, controls)
+    facts = {"data_path": cfg.data_path, **result.facts(result), "skipped": len(result.skipped)}
+    facts |= {"chance": result.chance, "confusion": result.confusion, "controls": controls}
+    facts |= {key: controls.get("reversed", {}).get(key) for key in ("changed", "flipped")}
+    facts["tasks"] = {task: {"right": own.right, "count": own.count} for task, own in result.by_task.items()}
+    return facts | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-def task_of(sample):
-    return sample.problem_type or ("multiple choice" if sample.options else "open")
-
-
-def by_task(answers, records):
-    """{task: [sum of accuracy rewards, how many answers]}, by the records' problem_type."""
-    from rewards import sample_from_record
-
-    tasks = {}
-    for number, (*_, right) in answers.items():
-        each = tasks.setdefault(task_of(sample_from_record(records[number])), [0, 0])
-        each[0] += right
-        each[1] += 1
-    return dict(sorted(tasks.items()))
-
-
-def read_predictions(path, records, made_by):
-    """{number: answer} of the lines that an earlier run wrote, a last one cut short left out. UserError where they are
-    not of these records, or not made_by this model and these settings."""
-    known = {}
-    if path is None or not Path(path).exists():
-        return known
-    data = Path(path).read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        for row in map(json.loads, whole.splitlines()):
-            record = records[row["number"]]
-            if row["id"] != record.get("id", record_name(record)) or row["made_by"] != made_by:
-                raise ValueError(f"line {len(known) + 1} is of {row['id']}, by {row['made_by']}")
-            known[row["number"]] = row["true"], row["said"], row["options"], row["right"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        problem = f"--output: {path} holds other lines than predictions of these records by this model ({error})"
-        raise UserError(f"{problem}; choose another file") from None
-    if whole != data:
-        Path(path).write_bytes(whole)
-    print(f"note: {len(known)} of {len(records)} answers are taken from {path}")
-    return known
-
-
-def made_by(cfg, adapter):
-    """What an answer depends on besides its record, for the lines of a predictions file."""
-    view = {name: value for name, value in as_dict(cfg).items() if name in as_dict(VideoArgs()) and name != "cache_mb"}
-    names = "max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
-    sampling = {name: getattr(cfg, name) for name in names.split()}
-    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
-    settings = hashlib.sha256(repr(sorted((view | sampling).items())).encode()).hexdigest()[:16]
-    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
-
-
-def prediction_writer(path, records, made_by):
-    """A function that appends one answer to the file, for evaluate(); None without a file."""
-    from checkpoint import append_lines
-    from rewards import format
-
-    def write(number, sample, text, answer):
-        true, said, options, right = answer
-        record = records[number]
-        row = {"number": number, "id": record.get("id", record_name(record)), "task": task_of(sample)}
-        row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": true, "said": said}
-        row |= {"options": options, "right": right, "rewards": {"accuracy": right, "format": format(text, sample)}}
-        append_lines(path, [row | {"made_by": made_by}])
-
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return write
-    return None
-
-
-def show(facts, results, chance, confusion, most=8):
-    """The table of the controls, and the confusion table where it has at most so many different answers."""
-
-    def share(value):
-        return "-" if value is None else f"{value:.1%}"
-
+def print_tables(result, controls, most=8):
+    """The controls, the confusion where there are at most so many different answers, and the tasks."""
+    share = lambda value: "-" if value is None else f"{value:.1%}"
     print(f"\n{'frames':<12}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
-    for control, row in facts.items():
-        name, right = {"none": "as they are"}.get(control, control), f"{row['right']:g}/{row['count']}"
+    for name, row in {"as they are": result.facts(result), **controls}.items():
         if not row["count"]:
-            print(f"{name:<12}not possible: {next(iter(results[control].skipped.values()))}")
+            print(f"{name:<12}not possible: {next(iter(result.controls[name].skipped.values()))}")
             continue
-        interval = " to ".join(map(share, row["interval"]))
-        against = "" if control == "none" else f"{share(row['changed']):>8}{share(row['flipped']):>9}"
+        right, interval = f"{row['right']:g}/{row['count']}", " to ".join(map(share, row["interval"]))
+        against = f"{share(row['changed']):>8}{share(row['flipped']):>9}" if name in controls else ""
         print(f"{name:<12}{right:>10}{share(row['accuracy']):>10}   {interval:<18}{against}".rstrip())
-    print(f"chance is {share(chance)}; changed: other than for the clip as it is; flipped: become the opposite")
+    print(f"chance is {share(result.chance)}; changed: other than for the clip as it is; flipped: become the opposite")
+    confusion, tasks = result.confusion, result.by_task
     columns = sorted({said for row in confusion.values() for said in row})
     if len({*confusion, *columns}) <= most:
         width = max(map(len, [*confusion, *columns, "true / said"]))
         print()
         for head, row in {"true / said": {c: c for c in columns}, **confusion}.items():
             print(f"{head:<{width}}" + "".join(f"  {row[said]:>{width}}" for said in columns))
+    for task, own in tasks.items() if len(tasks) > 1 else ():
+        print(f"{task:<24}{own.right:g}/{own.count}{own.accuracy:>10.1%}")
 
 
 if __name__ == "__main__":

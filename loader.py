@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import Example, MissingFileError, Processor, TooLong, pack
+from data import Example, Processor, TooLong, pack
 from model import UserError
-from video import open_file
+from records import shares
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -62,8 +62,6 @@ class Samples(torch.utils.data.Dataset):
             if isinstance(sample, Example):
                 if sample.notes:
                     self.processor.warn_once(sample)
-            elif isinstance(sample[1], MissingFileError):
-                raise sample[1]
             yield sample
 
 
@@ -71,7 +69,6 @@ def start_worker(_) -> None:
     """In a new worker: Ctrl-C and SIGTERM are for the training process, which saves and then ends its workers. Of all
     who send SIGTERM, only it is obeyed; and where it is killed, they go with it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # torch's own watch waits for a pipe that nobody reads
-    open_file.take(None)  # its position in the file is shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -97,6 +94,8 @@ class Loader:
     dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (pack, or list).
     answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
 
+    An epoch has each record as often as the weight of its file says: of a fraction, as many records as it makes, other
+    ones in each epoch.
     A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these into
     micro-batches of at most batch_size samples; or, with pack_tokens, into as few as hold them within that many tokens
     each. The update is the same. A sample that is broken is skipped, counted and named, and nothing takes its place:
@@ -105,16 +104,19 @@ class Loader:
 
     def __init__(
         self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
-        shuffle: bool = True, collate: Callable = pack, global_batch: int | None = None,
+        collate: Callable = pack, global_batch: int | None = None,
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
         self.total, self.pack_tokens = len(records), args.pack_tokens
-        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.rank, self.world_size = rank, world_size
         self.samples = Samples(records, processor, answer)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.global_batch = global_batch or each * world_size
-        self.steps_per_epoch = math.ceil(len(records) / self.global_batch)
+        files = ((weight, mine) for weight, mine in shares(records) if len(mine))
+        self.files = [(max(1, round(weight * len(mine))), mine) for weight, mine in files]  # how many an epoch has
+        self.epoch_size = sum(count for count, _ in self.files)
+        self.steps_per_epoch = math.ceil(self.epoch_size / self.global_batch)
         self.skipped: dict[str, str] = {}
         self.too_long: set[str] = set()  # of them, those that are not broken, but longer than max_seq_length
         self.last = ""  # the last broken one, and why
@@ -158,9 +160,13 @@ class Loader:
         return [part.tolist() for part in every[self.rank * parts : (self.rank + 1) * parts]]
 
     def order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.records))
-        return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
+        """Numbers of the records of an epoch, a pure function of seed and epoch."""
+        rng, numbers = np.random.default_rng((self.args.seed, epoch)), []
+        for size, mine in self.files:
+            numbers.append(np.tile(mine, size // len(mine)))
+            if part := size % len(mine):
+                numbers.append(rng.choice(mine, part, replace=False))
+        return rng.permutation(np.concatenate(numbers))
 
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""

@@ -13,6 +13,7 @@ import torch
 
 from lora import FLAT, part_of, sizes
 from model import UserError
+from model.quantized import quantized_weights
 from model.qwen import LONG, PART
 from model.recompute import num_pieces
 
@@ -33,6 +34,7 @@ class Counts:
     language: int = 0  # trained
     adapters: int = 0  # all, trained
     head: bool = False  # whether the head or embedding is trained
+    low_bit: int = 0  # bytes, not numbers, of weights in few bits, which are not in `base`
 
     @classmethod
     def of(cls, model):
@@ -46,6 +48,7 @@ class Counts:
                 counts.vision += numbers[name] * (part != "llm")
                 counts.tower += numbers[name] * (part == "vision")
         counts.head = model.head_weight.requires_grad
+        counts.low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
         return counts
 
     @property
@@ -98,17 +101,18 @@ def static_bytes(counts, cfg, world, number):
     """What is there all the time: weights, trained ones once more in fp32 with two moments, the reference."""
     state = 0 if cfg.offload_optimizer else 12 * counts.trained / world
     reference = number * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
-    return number * (counts.frozen + counts.trained) + state + reference
+    return number * (counts.frozen + counts.trained) + counts.low_bit + state + reference
 
 
 def sampling_bytes(config, counts, cfg, prompts, longest, group, new_tokens, number=2):
     """Peak of sampling `prompts` prompts of at most `longest` tokens, `group` completions each."""
     c, L = config, config.num_hidden_layers
     heads, keys = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
-    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
     cache = L * keys * prompts * (longest + group * new_tokens)
     prefill = prompts * longest * (2 * c.hidden_size + 2 * heads + keys + 3 * c.intermediate_size)
-    copy = L * layer  # adapters merged into a copy of the decoder's weights
+    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
+    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
+    copy = counts.adapters if counts.low_bit else L * layer
     return static_bytes(counts, cfg, 1, number) + number * (copy + cache + prefill)
 
 

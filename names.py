@@ -98,13 +98,13 @@ BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say o
         {"dapo": "aggregation=token", "grpo": "aggregation=sequence", "dr_grpo": "aggregation=constant"},
         "--aggregation, --scale_rewards and --importance_sampling_level make up the loss",
     ),
+    "load_in_4bit": ({"true": "base_dtype=nf4", "false": ""}, "expected True or False"),
+    "load_in_8bit": ({"true": "base_dtype=int8", "false": ""}, "expected True or False"),
     **dict.fromkeys(("bits", "quantization_bit", "quant_bits"), (
-        {"16": "", "none": ""}, "the base stays in bf16: quantised bases are not supported yet",
+        {"16": "", "none": "", "8": "base_dtype=int8", "4": "base_dtype=nf4"}, "--base_dtype int8, fp8 or nf4",
     )),
 }  # fmt: skip
 ANSWERS = {  # what to do: theirs
-    "the base stays in bf16: quantised bases are not supported yet; 3B needs a 16 GB card, 7B 24 GB, see configs/":
-        "load_in_4bit load_in_8bit",
     "download the dataset and give its file: --data_path FILE.json": "dataset_name",
     "split the dataset first: --eval_data_path FILE.json, or val.json beside --data_path":
         "val_size split_dataset_ratio",

@@ -1,67 +1,55 @@
-"""A dataset's file -> records, whatever trainer they were written for -> turns of text and clips. Imports no torch.
+"""A dataset's files -> records -> turns of text and clips. Imports no torch.
 
-    read_records(path)    a .json array or a .jsonl file with one object a line
+    read_records(path)    .json arrays and .jsonl files with one object a line
     read_form(record)     messages, clips, solution, options, problem_type: training, rewards and evaluation read this
     read_turns(record)    its turns, each clip in its place
 
-The forms, and the documents that they were read from:
-
-    conversations  LLaVA, 2U1 (its README, Dataset Preparation; for GRPO without tags), LLaMA-Factory sharegpt (its
-                   data/README.md): from/value or role/content; `video`, `image` or `videos`, `images`, `system`
-    messages       OpenAI (developers.openai.com, guides/vision-fine-tuning) and vLLM: parts, weight 0 = not learned
-                   ms-swift (its docs/source_en/Customization/Custom-dataset.md): tags, loss false = not learned
-                   TRL (its docs/source/dataset_formats.md): parts {"type": "image"} stand for entries of `images`
-                   LLaMA-Factory v1: parts with `value`, `loss_weight`
-    conversation   ms-swift sharegpt: [{"human": …, "assistant": …}], `system`
-    prompt         TRL: messages or text, with `completion`, which alone is learned, or `solution` for GRPO
-    problem        Video-R1 (its src/r1-v/src/open_r1/sft_video.py, without the wording of its prompt): `options`,
-                   `problem_type`, `process`, `solution`, `path`, `data_type`
-    query          ms-swift query and response; question: question and answer; instruction: Alpaca
-
-One of a list of videos may itself be a list: the frames of a clip. The other keys of a typed part are its own sampling
-options. A tag and the line break after it give way to the clip, as in Qwen's own fine-tuning; without tags, clips stand
-before the first question. `solution` or `answer` is what the rewards judge by, and what is learned where there is no
-other answer.
+forms.py knows the forms of other trainers. One of a list of videos may itself be a list: the frames of a clip. The
+other keys of a typed part are its own sampling options. A tag and the line break after it give way to the clip, as in
+Qwen's own fine-tuning; without tags, clips stand before the first question.
 """
 
 import json
-import math
+import os
 import random
 import re
-import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
+from forms import FORMS, KNOWN_COLUMNS, Conversation, first_of, read_form
 from model import UserError, nearest_path
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES["developer"] = "system"  # OpenAI's newer word
-ANSWERS = ("response", "output", "completion")
 SPACE = re.compile(r"[ \t\r\n]*")
 TAG = re.compile(r"<(video|image)>\n?")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".tga", ".jp2")
+IMAGE_SUFFIXES += (".avif", ".heic", ".heif")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 VIDEO_SUFFIXES += (".gif", ".m2ts", ".h264", ".hevc")
+NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
 # Columns that hold a picture or clip in other people's datasets, whatever their value looks like
 CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
                 for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
 CLIP_COLUMNS |= {"file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
-# Columns that change what a record means and that nothing here reads: where they hold something, the record is refused
-UNREAD = ("tools", "audio", "audios", "objects", "chat_template_kwargs", "rejected_response")
 
 
 # -- A file -> records
 
 
+class Record(dict):
+    """A record of a file. folder: the file's, where its clips are looked for first."""
+
+    folder = None
+
+
 class Records(Sequence):
-    """Records parsed when they are used. One buffer holds their text: forked workers share it, and it takes no more
-    memory than the file."""
+    """The records of one or several files, parsed when they are used. One buffer holds their text: forked workers share
+    it, and it takes no more memory than the files."""
 
     def __init__(self):
         self.data, self.ends = bytearray(), array("Q", [0])
+        self.files: list[tuple[str, float, int]] = []  # folder, weight, number of the first record
 
     def append(self, text: str) -> None:
         self.data += text.encode("utf-8")
@@ -71,11 +59,15 @@ class Records(Sequence):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        """A record; of a slice, a Selection."""
-        if isinstance(i, slice):
-            return Selection(self, range(len(self))[i])
         i = range(len(self))[i]
-        return json.loads(self.data[self.ends[i] : self.ends[i + 1]])
+        record = Record(json.loads(self.data[self.ends[i] : self.ends[i + 1]]))
+        record.folder = next(folder for folder, _, first in reversed(self.files) if first <= i)
+        return record
+
+    def shares(self) -> list[tuple[float, Sequence[int]]]:
+        """(weight, numbers of the records) of each file."""
+        firsts = [first for _, _, first in self.files] + [len(self)]
+        return [(weight, range(first, end)) for (_, weight, first), end in zip(self.files, firsts[1:])]
 
 
 class Selection(Sequence):
@@ -89,32 +81,58 @@ class Selection(Sequence):
         return len(self.numbers)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Selection(self.records, self.numbers[i], self.check)
         record = self.records[self.numbers[i]]
         if self.check:
             self.check(self.numbers[i], record)
         return record
 
+    def shares(self) -> list[tuple[float, Sequence[int]]]:
+        place = {number: i for i, number in enumerate(self.numbers)}
+        return [(weight, [place[n] for n in mine if n in place]) for weight, mine in shares(self.records)]
+
+
+def shares(records: Sequence[dict]) -> list[tuple[float, Sequence[int]]]:
+    """(weight, numbers of its records) of each file: how often an epoch of training has them."""
+    return records.shares() if isinstance(records, (Records, Selection)) else [(1.0, range(len(records)))]
+
+
+def data_files(text: str | Path) -> list[tuple[str, float]]:
+    """(path, weight) of each file of a --data_path: "train.json", or "a.json:2,b.jsonl:0.5". UserError for a weight
+    that is none. A name that exists is taken as it is, whatever colons and commas it holds."""
+    files = []
+    for item in [str(text)] if os.path.exists(text) else str(text).split(","):
+        path, _, weight = item.rpartition(":")
+        if os.path.exists(item) or not os.path.exists(path):  # no weight; or no file, which read_file() says
+            path, weight = item, "1"
+        if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
+            raise UserError(f"{item}: the weight is {weight!r}; expected a number above 0, as in {path}:2")
+        files.append((path, float(weight)))
+    return files
+
 
 def read_records(path: str | Path) -> Records:
-    """The records of a .json or .jsonl file. UserError naming file and line for what does not parse."""
-    path = Path(path)
+    """The records of a .json or .jsonl file, or of several, as data_files() takes them apart. UserError naming file and
+    line for what does not parse."""
+    records = Records()
+    for file, weight in data_files(path):
+        records.files.append((str(Path(file).parent), weight, len(records)))
+        read_file(Path(file), records)
+    return records
+
+
+def read_file(path: Path, records: Records) -> None:
+    """Append the records of one file."""
+    if not os.path.isfile(path):  # a fifo would block for good
+        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset{nearest_path(path)}")
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)  # a fifo would block for good
-        data = path.read_bytes() if is_file else b""
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", error)
-        message = f"{path}: no such file, or not readable ({reason}); expected a .json or .jsonl dataset"
-        raise UserError(f"{message}{nearest_path(path)}") from None
-    if not is_file:
-        raise UserError(f"{path}: not a regular file; expected a .json or .jsonl dataset")
-    try:
+        data = path.read_bytes()
         text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl dataset") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    records, items = Records(), line_items(text) if path.suffix == ".jsonl" else array_items(text)
+    first, items = len(records), line_items(text) if path.suffix == ".jsonl" else array_items(text)
     try:
         for record, source in items:
             if not isinstance(record, dict):
@@ -128,10 +146,9 @@ def read_records(path: str | Path) -> Records:
     except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
         names = {RecursionError: "is nested too deeply", UnicodeEncodeError: "holds half a character (\\ud800-\\udfff)"}
         why = names.get(type(error), error)
-        raise UserError(f"{path}: record {len(records)} {why}; correct or remove it") from None
-    if not len(records):
+        raise UserError(f"{path}: record {len(records) - first} {why}; correct or remove it") from None
+    if len(records) == first:
         raise UserError(f"{path}: holds no records; expected at least one")
-    return records
 
 
 def line_items(text: str) -> Iterator[tuple[object, str]]:
@@ -175,185 +192,6 @@ def spread(records: Sequence[dict], wanted: int | None, seed: int) -> Sequence[d
     return Selection(records, sorted(random.Random(seed).sample(range(len(records)), wanted)))
 
 
-# -- A record -> messages, and what stands beside them
-
-
-class Message(NamedTuple):
-    role: str  # system, user or assistant
-    content: str | list  # text, with tags in a user's turn; or typed parts
-    trained: bool = True  # of the assistant: whether it is learned
-
-
-class Conversation(NamedTuple):
-    """A record, whatever its form was."""
-
-    messages: list[Message]
-    clips: dict  # "video", "image" -> what the record names beside its messages: a name, a list of them, or None
-    solution: str | None  # where it stands apart from the messages
-    options: list[str]  # lettered, "A. Left"; [] where they are not apart from the question
-    problem_type: str  # as Video-R1 has it; "" where there is none
-
-
-def read_form(record: dict, where: str) -> Conversation:
-    """What a record says. UserError, beginning with `where`, for no known form, and for what is not learned here."""
-    try:
-        return conversation_of(record)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def conversation_of(record: dict) -> Conversation:
-    forms = [key for key in FORMS if record.get(key) is not None]
-    if not forms:
-        names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
-        raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
-    if len(chats := [key for key in forms if key in ("conversations", "messages", "conversation")]) > 1:
-        raise UserError(f"found {' and '.join(chats)}; expected one of them")
-    for key in UNREAD:
-        if record.get(key) not in (None, "", [], {}, "[]"):
-            raise UserError(f"holds {key}, which nothing here reads; remove it, or leave the record out")
-    if record.get("chosen") is not None:
-        raise UserError("a preference (chosen, rejected); expected one answer: keep the chosen one as completion")
-    if record.get("label") is not None and record["label"] in (False, 0):
-        raise UserError(f"label is {record['label']}: a rejected answer; leave it out, or rename the column")
-    messages, options, solution = FORMS[forms[0]](record, forms[0]), read_options(record), read_solution(record)
-    if solution is not None and messages[-1].role != "assistant":
-        messages.append(Message("assistant", solution))
-    system = read_text(record, "system")
-    if system and messages[0].role != "system":
-        messages.insert(0, Message("system", system))
-    return Conversation(messages, read_clips(record), solution, options, read_text(record, "problem_type") or "")
-
-
-def read_chat(record: dict, form: str) -> list[Message]:
-    return message_list(form, record[form])
-
-
-def read_pairs(record: dict, form: str) -> list[Message]:
-    """ms-swift sharegpt."""
-    pairs, chat = record[form], []
-    for pair in pairs if isinstance(pairs, list) else []:
-        says = pair.items() if isinstance(pair, dict) else []
-        chat += [{"role": role, "content": text} for role, text in says if text is not None]
-    return message_list(form, chat)
-
-
-def read_prompt(record: dict, form: str) -> list[Message]:
-    """TRL. Only the completion is learned, as with its completion_only_loss; the answers of the prompt are history."""
-    messages = message_list(form, record[form], "user", trained=False)
-    completion = record.get("completion")
-    return messages if completion is None else messages + message_list("completion", completion, "assistant")
-
-
-def read_question(record: dict, form: str) -> list[Message]:
-    """Video-R1, query and response, Alpaca: one question, with its options, and at most one answer."""
-    question = "\n".join(filter(None, (read_text(record, form), read_text(record, "input"))))
-    if options := read_options(record):
-        question = "\n".join([question.rstrip("\n"), "Options:", *options])
-    answer = next((text for key in ANSWERS if (text := read_text(record, key))), None)
-    process, solution = read_text(record, "process"), read_solution(record)
-    if answer is None and process and solution:
-        answer = f"{process}\n{solution}"  # the reasoning, then the answer in its tags
-    messages = []
-    history = record.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise UserError(f"history holds {str(pair)[:80]}; expected pairs of a question and its answer")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return [*messages, Message("user", question), *([] if answer is None else [Message("assistant", answer)])]
-
-
-def message_list(name: str, value, role: str = "", trained: bool = True) -> list[Message]:
-    """Messages as a list of objects; or, where there is a role for it, a text of that role."""
-    if role and isinstance(value, str):
-        return [Message(role, value, trained)]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{name} is {str(value)[:80]!r}; expected a list of turns")
-    return [read_message(message, trained) for message in value]
-
-
-def read_message(message, trained: bool) -> Message:
-    if not isinstance(message, dict):
-        raise UserError(f"a turn is a {type(message).__name__}, expected an object")
-    role, content = first_of(message, "from", "role"), first_of(message, "value", "content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"unknown role {str(role)[:40]!r}; expected human/user, gpt/assistant or system")
-    if message.get("tool_calls"):
-        raise UserError("a tool call, which is not learned here; leave the record out")
-    if not isinstance(content, (str, list)):
-        raise UserError(f"the {role}'s turn holds {str(content)[:80]}; expected text or a list of parts")
-    for key in ("loss", "weight", "loss_weight"):  # of ms-swift, OpenAI, LLaMA-Factory v1
-        weight = message.get(key)
-        if weight is not None and weight not in (0, 1):
-            raise UserError(f"{key} is {str(weight)[:40]}; expected 0 or 1: an answer is learned whole or not at all")
-        trained = trained and weight not in (0,)
-    return Message(ROLES[role], content, trained)
-
-
-def first_of(record: dict, *keys: str):
-    """The first value that is there: exports write null for what a record lacks."""
-    return next((record[key] for key in keys if record.get(key) is not None), None)
-
-
-def read_text(record: dict, key: str) -> str | None:
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{key} is a {type(value).__name__}, expected text")
-    return value
-
-
-def read_solution(record: dict) -> str | None:
-    """Text or a number; None where there is none."""
-    for key in ("solution", "answer"):
-        value = record.get(key)
-        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not (value is None or isinstance(value, str) or is_number):
-            raise UserError(f"{key} is {str(value)[:80]}; expected text or a finite number")
-        if value is not None and str(value).strip():
-            return str(value)
-    return None
-
-
-def read_options(record: dict) -> list[str]:
-    """["A. Left", …]. Options without letters get them."""
-    options, letters = record.get("options") or [], "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    if isinstance(options, dict):
-        options = [f"{letter}. {words}" for letter, words in options.items()]
-    if not isinstance(options, list) or not all(isinstance(x, str) for x in options) or len(options) > len(letters):
-        raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(letters)} texts")
-    lettered = all(re.match(rf"\(?{letter}[.):]", words) for words, letter in zip(options, letters))
-    return list(options) if lettered else [f"{letter}. {words}" for letter, words in zip(letters, options)]
-
-
-def read_clips(record: dict) -> dict:
-    clips = {}
-    for kind in ("video", "image"):
-        names = [key for key in (kind, f"{kind}s") if record.get(key) not in (None, [], "")]
-        if len(names) == 2:
-            raise UserError(f"found {names[0]} and {names[1]}; expected one of them")
-        clips[kind] = first_of(record, *(names or (kind, f"{kind}s")))
-    if record.get("problem") is not None and record.get("path"):
-        kind = record.get("data_type")
-        if kind not in ("video", "image"):
-            raise UserError(f"data_type is {str(kind)[:40]!r}; expected video or image beside path")
-        clips[kind] = record["path"]
-    return clips
-
-
-FORMS = {  # the key that tells a form, and what reads it; of several that would do, the first counts
-    "conversations": read_chat,
-    "messages": read_chat,
-    "conversation": read_pairs,
-    "prompt": read_prompt,
-    "problem": read_question,
-    "query": read_question,
-    "question": read_question,
-    "instruction": read_question,
-}
-KNOWN_COLUMNS = {*FORMS, *ANSWERS, "id", "problem_id", "video", "videos", "image", "images", "system", "solution"}
-KNOWN_COLUMNS |= {"answer", "options", "problem_type", "process", "path", "data_type", "input", "history"}
-
-
 # -- Messages -> turns, each clip in its place
 
 
@@ -379,16 +217,17 @@ class Turn:
 
 def read_turns(record: dict, where: str) -> list[Turn]:
     """The turns of a record. UserError, beginning with `where`, for an unknown role or form or wrong count of tags."""
+    form = read_form(record, where)
     try:
-        return turns_of(record, conversation_of(record))
+        return turns_of(record, form)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def turns_of(record: dict, talk: Conversation) -> list[Turn]:
-    tagged = any(talk.clips.values())  # in typed parts, tags are tags only where the record names clips beside them
-    turns = [Turn(m.role, tuple(parts_of(m.role, m.content, tagged)), m.trained) for m in talk.messages]
-    for kind, names in talk.clips.items():
+def turns_of(record: dict, form: Conversation) -> list[Turn]:
+    tagged = any(form.clips.values())  # in typed parts, tags are tags only where the record names clips beside them
+    turns = [Turn(m.role, tuple(parts_of(m.role, m.content, tagged)), m.trained) for m in form.messages]
+    for kind, names in form.clips.items():
         named = [part for turn in turns for part in turn.parts if isinstance(part, Media) and part.kind == kind]
         tag, tags = Media(kind, ()), sum(not part.paths for part in named)
         pool = media_pool(kind, names, tags)
@@ -429,13 +268,11 @@ def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Med
             )
         elif role != "user":
             raise UserError(f"a video or image in a turn of the {role}; expected it in a user's turn")
-        elif kind.endswith("_url"):  # its `detail` is OpenAI's price class; options set the size here
-            yield read_media(kind[:5], first_of(part, kind, "value"))
-        elif (name := first_of(part, kind, "path")) is None:
-            yield Media(kind, ())
-        else:
-            besides = ("type", "path", "text", "video", "image")
-            yield read_media(kind, name, {k: v for k, v in part.items() if v is not None and k not in besides})
+        elif (name := first_of(part, *NAMES)) is None:
+            yield Media(kind[:5], ())
+        else:  # `detail` is OpenAI's price class; options set the size here
+            besides = (*NAMES, "type", "text", "detail")
+            yield read_media(kind[:5], name, {k: v for k, v in part.items() if v is not None and k not in besides})
 
 
 def media_pool(kind: str, names, tags: int) -> list[Media]:
@@ -489,10 +326,10 @@ def record_name(record: dict) -> str:
 
 
 def clip_name(record: dict) -> str | None:
-    """The first file that a record names, wherever that stands; None for text alone and for clips inside the record."""
-    text = json.dumps(record, ensure_ascii=False)
-    for key in ("(?:video|image)s?", "path|url|(?:video|image)_url"):
-        found = re.search(rf'"(?:{key})": (?:\[+)?("(?!data:)(?:[^"\\]|\\.)+")', text)
-        if found:
-            return json.loads(found[1])
-    return None
+    """The first file that a record's turns name; None for text alone, clips inside the record and a refused one."""
+    try:
+        turns = read_turns(record, "")
+    except UserError:
+        return None
+    names = (part.paths[0] for turn in turns for part in turn.parts if isinstance(part, Media))
+    return next((name for name in names if not name.startswith("data:")), None)

@@ -23,7 +23,7 @@ import autofit
 import checkpoint
 import console
 import ranks
-from adapter_files import CONFIG, TENSORS, load_adapter
+from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
 from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
@@ -32,16 +32,18 @@ from lora import FLAT, inject, part_of, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
+from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
+from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
-from reporting.dataset import dataset_summary
+from records import data_files
+from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from trackers import TRACKERS, check_installed
 from trainer import Run, samples_per_step, total_steps, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 # what --overwrite removes, beside checkpoints, START and TRACKERS
-OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html")
+OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", CONFIG, TENSORS)
 # Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
 OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "model_id", "model_ckpt", "output_dir", "deepspeed",
              "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}  # fmt: skip
@@ -102,8 +104,8 @@ def assert_same_across_ranks(run, records, held_out):
     file = lambda path: sha256(path) if path and os.path.isfile(path) else None
     facts = {
         "flags": sorted((name, str(value)) for name, value in as_dict(cfg).items() if name not in OWN_FLAGS),
-        "training data": (len(records), file(cfg.data_path)),
-        "held-out data": (len(held_out), file(cfg.eval_data_path)),
+        "training data": (len(records), data_hash(cfg.data_path)),
+        "held-out data": (len(held_out), data_hash(cfg.eval_data_path or "")),
         "--deepspeed": file(cfg.deepspeed),
         "rewards": [file(name.rpartition(":")[0]) for name in getattr(cfg, "rewards", "").split(",")],
         "precision": str(run.dtype),
@@ -115,6 +117,12 @@ def assert_same_across_ranks(run, records, held_out):
     differing = [name for name in hashes if hashes[name] != first[name]]
     problem = f"rank {run.rank} differs from rank 0: {', '.join(differing)}; start all with the same flags and files"
     ranks.raise_together(problem if differing else None)
+
+
+def data_hash(text):
+    """Of the files of a --data_path and their weights; of one file alone, its own."""
+    files = [(sha256(path), weight) for path, weight in data_files(text) if os.path.isfile(path)]
+    return files[0][0] if len(files) == 1 and files[0][1] == 1 else files or None
 
 
 def find_source(run):
@@ -132,6 +140,9 @@ def find_source(run):
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
         text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
         raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
+    base = run.state["config"].get("base_dtype", "bf16")
+    if base != cfg.base_dtype:
+        raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
     run.notes.append(f"--resume: going on from {run.source}")
     ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
     now, before = as_dict(cfg), run.state["config"]
@@ -150,13 +161,15 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg = run.cfg
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
     if run.adapter:
         given = load_adapter(model, run.adapter)
+        if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
+            run.notes.append(f"the adapter was trained on a {base} base and goes on with --base_dtype {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:
@@ -182,8 +195,10 @@ def build_model(run):
 def start(run, model, processor, loader, records, held_out):
     """The engine with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     cfg = run.cfg
-    run.loader, run.total = loader, total_steps(cfg, loader)
-    run.notes.append(f"{len(records)} samples, {loader.steps_per_epoch} steps an epoch; {len(held_out)} held out")
+    run.loader, run.total, run.question = loader, total_steps(cfg, loader), data_question(records)
+    drawn = f" ({loader.epoch_size} samples)" if loader.epoch_size != len(records) else ""
+    steps = f"{loader.steps_per_epoch} steps an epoch{drawn}"
+    run.notes.append(f"{len(records)} samples, {steps}; {len(held_out)} held out")
     engine, adamw, notes = build_engine(model, cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
@@ -269,6 +284,7 @@ def dry_run(cfg, make_loader, records):
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
+    quantise_base(model, cfg.base_dtype)
     adapter = None
     if cfg.model_ckpt is not None:
         adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
@@ -317,6 +333,7 @@ def trained_shares(model):
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
         counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
+    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{what} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for what, (some, whole) in counts.items()]
 

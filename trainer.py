@@ -57,6 +57,7 @@ class Run:
     step: int = 0  # steps done
     total: int = 0  # steps of the whole run
     data_hash: str = ""  # of the training data's file
+    question: dict | None = None  # what the training data asks, for infer.py: see reporting.dataset.data_question
     updates: int = 0  # steps that changed the weights
     best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
     start_accuracy: float | None = None  # before the first step, where that was measured
@@ -355,6 +356,7 @@ def save(run, engine, loop, stop=False, only_for_stop=False):
             checkpoint.write_whole(folder, fill)
             if run.best:
                 write_json(run.folder / BEST, run.best)
+            checkpoint.link_adapter(run.folder)
             if not stop:
                 checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
@@ -377,6 +379,7 @@ def run_facts(run, engine, loop):
         "start_accuracy": run.start_accuracy,
         "samples_per_step": samples_per_step(run),
         "data_hash": run.data_hash,
+        "question": run.question,
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "skipped": ranks.gather(run.loader.state()),

@@ -47,6 +47,7 @@ from loader import fill_bins
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
+from model.quantized import BASE_DTYPES, quantized_weights
 from rollouts import Group, Rollout
 from train_grpo import (
     compare_within_groups,
@@ -74,6 +75,7 @@ def parse(argv=None):
     parser.add_argument("--frames", type=int, nargs="+", default=[], help="N stands for --shape longN")
     parser.add_argument("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
     parser.add_argument("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
+    parser.add_argument("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
     parser.add_argument("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
@@ -114,7 +116,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = random_model(self.config, self.device, self.dtype).requires_grad_(False)
+        self.model = random_model(self.config, self.device, self.dtype, 0, args.base_dtype).requires_grad_(False)
         graphs = self.cuda and args.cuda_graphs and not args.offload_activations
         self.model.ops.graphs, self.model.ops.offload = GraphCache() if graphs else None, args.offload_activations
         names = ("pack_tokens", "lora_rank", "offload_activations", "offload_optimizer")
@@ -295,11 +297,11 @@ def floors_of(bench, kind, work, count):
 def step_bytes(model, work, N: int, G: int, mean_own: float) -> float:
     """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
     config, size = model.config, model.head_weight.element_size()
-    layers = sum(p.numel() for p in model.model.layers.state_dict().values())
-    merged = sum(a.block.adapters.numel() for a in lora.adapter_blocks(model) if a.block in [*model.model.layers])
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     own = token * N * (work.prompt_tokens + G * mean_own)
-    return size * (layers - merged + model.head_weight.numel() + own)  # sampling merges adapters into the weights
+    return low_bit + size * (layers + model.head_weight.numel() + own)
 
 
 def rows(bench, contestants):
@@ -354,7 +356,8 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    settings = f"{args.model} in {str(bench.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
+    kind = f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}"
+    settings = f"{kind}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
     print(f"{settings}; {machine}, torch {torch.__version__}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))

@@ -1,7 +1,7 @@
 """train_grpo.py for Qwen2.5-VL-3B on one 24 GB card: continues an SFT adapter of rank 64, eight prompts x eight.
 
-Peak memory, at least, by the formula: 24 GB: 18 GiB; 16 GB: 15, with four prompts; 80 GB: 23. What is free besides keeps
-activations. The values for other cards are in the comments.
+Peak memory, at least, by the formula: 24 GB: 18 GiB; 16 GB: 15, with four prompts; 80 GB: 23. What is free besides
+keeps activations. The values for other cards are in the comments.
 """
 
 model_id = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -8,6 +8,9 @@ it, that error is expected. They run in order in a temporary clone, one page aft
     other programs    (OTHER) and packages that are not installed are not run; the table says why
     made-up names     (my_clips, my/train.json, clip.mp4, files shown as "# name.py") are made before
 
+Other python blocks are run as they stand, and last the notebooks of examples/: their cells in order, !commands by the
+same rules.
+
 Exit code 1 if any command failed.
 """
 
@@ -25,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.ipynb"))
 EVALUATION = "--eval_samples 4 --eval_controls 0 --max_new_tokens 8 --save_steps 2"
 SHORT = {
     "generate.py": "--num_samples 60 --overwrite",
@@ -41,12 +45,23 @@ def commands(page: str):
     """(command, the error shown after it or "") in the order of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        if language == "python" and not block.startswith("# "):
+            yield f"python -c {shlex.quote(block)}", ""
         lines = re.sub(r" *\\\n *", " ", block).splitlines()
         for line, after in zip(lines, [*lines[1:], ""]):
             if language == "bash" or line.startswith("$ "):
                 command = re.sub(r"\s+#\s.*", "", line.removeprefix("$ ")).strip()
                 if command and not command.startswith("#"):
                     yield command, after if after.startswith("error: ") else ""
+
+
+def notebook(path: str) -> str:
+    """The code cells of a notebook as one program."""
+    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    head = f"import subprocess, sys\nsys.path.insert(0, {str(ROOT / 'dev')!r})\nfrom test_docs import adapted\n"
+    code = re.sub(r" *\\\n *", " ", code)
+    return head + re.sub(r"(?m)^!(.*)", r'subprocess.run(adapted(f"\1"), check=True)', code)
 
 
 def why_not(command: str) -> str:
@@ -104,8 +119,9 @@ def main() -> int:
         folder = Path(scratch) / "clone"
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         prepare(folder)
-        for page in PAGES:
-            for command, error in commands(page):
+        for page in [*PAGES, *NOTEBOOKS]:
+            program = [(f"python -c {shlex.quote(notebook(page))}", "")] if page in NOTEBOOKS else commands(page)
+            for command, error in program:
                 result, began = why_not(command), time.monotonic()
                 if "package is not installed" in error:
                     result, error = ("", error) if result else ("the package is installed here", "")
@@ -121,7 +137,7 @@ def main() -> int:
                     result = f"{time.monotonic() - began:.0f} s" if right else f"FAILED, exit code {done.returncode}"
                     if not right:
                         print(f"{done.stdout[-1500:]}{done.stderr[-1500:]}\nran: {shlex.join(words)}")
-                print(f"{page:<20} {result:<32} {command[:110]}", flush=True)
+                print(f"{page:<20} {result:<32} {' '.join(command.split())[:110]}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

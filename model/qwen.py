@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan, pad_positions
+from model.quantized import Quantized, product
 from model.recompute import in_pieces, run_block
 from model.rope import mrope_tables
 
@@ -66,7 +67,8 @@ def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False)
     only the backward pass is wanted, the results may be anything. Only a fast form makes use of these two."""
     outs = []
     for layer in layers:
-        y = F.linear(x, layer.weight, layer.bias)
+        times = product if isinstance(layer.weight, Quantized) else F.linear
+        y = times(x, layer.weight, layer.bias)
         if layer.A is not None:
             h = F.linear(F.dropout(x, layer.dropout) if layer.dropout else x, layer.A.to(x.dtype))  # (T, r)
             y = y + F.linear(h * layer.scale, layer.B.to(x.dtype))
@@ -346,6 +348,7 @@ class Qwen2_5_VL(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.base_dtype = "bf16"  # or a format of quantized.py, in which the decoder layers' linears are kept
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
         self.kept_blocks = 0  # with it: of tower and layers, in this order, the last so many keep all
 

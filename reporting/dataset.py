@@ -6,14 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from answers import parse_options
+from answers import LETTERS, parse_options
 from model import UserError
-from records import record_name
-from rewards import reference_answer, sample_from_record
+from records import TAG, read_form, record_name
+from rewards import plain_text, reference_answer, sample_from_record
 
 MAX_READ = 1000  # records whose text is read, evenly spread over the dataset
 MAX_MEASURED = 32  # records whose clips are opened and whose tokens are counted
 MAX_CLASSES, MAX_QUESTIONS, MAX_EXAMPLES = 40, 8, 6  # listed; more different answers than that are no classes
+OPTION = re.compile(r"\([A-Z]\) .+")  # a line of a question, as generate.py writes it
 
 
 def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
@@ -45,6 +46,33 @@ def text_facts(records: Sequence[dict]) -> dict:
     few = dict(sorted(classes.items())) if len(classes) <= MAX_CLASSES else {}
     examples = list(examples.values())[:MAX_EXAMPLES]
     return {"classes": few, "questions": questions.most_common(MAX_QUESTIONS), "examples": examples}
+
+
+def data_question(records: Sequence[dict]) -> dict | None:
+    """{"text", "system", "origin"}: the question that a run on these records learns to answer, the system turn before
+    it ("" = none), and in words where it comes from. None where no record has a question.
+
+    It is the most frequent one. Where the questions differ in their options alone, as generate.py writes them for
+    folders of classes, it has all the options that occur.
+    """
+    asked = Counter()
+    for record in evenly_spread(records, MAX_READ):
+        with suppress(UserError):
+            first, question = read_form(record, "record").messages[0], sample_from_record(record).question
+            asked[TAG.sub("", question).strip(), plain_text(first.content) if first.role == "system" else ""] += 1
+    if not asked:
+        return None
+    (text, system), _ = asked.most_common(1)[0]
+    lines = [line for text, _ in asked for line in text.split("\n")]
+    options = sorted({line[4:] for line in lines if OPTION.fullmatch(line)})
+    stems = {tuple(line for line in text.split("\n") if not OPTION.fullmatch(line)) for text, _ in asked}
+    origin = "that of the training data"
+    if len(asked) > 1 and len(stems) == 1 and 0 < len(options) <= len(LETTERS):
+        text = "\n".join([*stems.pop(), *(f"({letter}) {words}" for letter, words in zip(LETTERS, options))])
+        origin += f", with all {len(options)} options"
+    elif len(asked) > 1:
+        origin = f"the most frequent of {len(asked)} in the training data"
+    return {"text": text, "system": system, "origin": origin}
 
 
 def question_template(text: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from config import SFT, as_dict
 from model import UserError
+from records import data_files
 
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
@@ -19,7 +20,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 def find_clip(name: str, config: dict) -> Path | None:
     """In image_folder, in videos/ beside the data, beside the data."""
-    data = [Path(config[key]).parent for key in ("data_path", "eval_data_path") if config.get(key)]
+    texts = (config.get(key) or "" for key in ("data_path", "eval_data_path"))
+    data = [Path(file).parent for text in texts for file, _ in data_files(text)]
     folders = [Path(config.get("image_folder") or ""), *(folder / sub for folder in data for sub in ("videos", ""))]
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 

@@ -77,8 +77,7 @@ def test_pickled_weights_are_not_read(model_folder, adapter_folder, trace, tmp_p
     for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "optimizer.pt"):
         torch.save({"model.embed_tokens.weight": Bomb(trace)}, model_folder / name)
     torch.save({"base_model.model.a.lora_A.weight": Bomb(trace)}, adapter_folder / "adapter_model.bin")
-    load_model(model_folder)  # beside the true ones they are not looked at
-    load_adapter(load_model(TINY), adapter_folder)
+    load_adapter(load_model(model_folder), adapter_folder)  # beside the true ones they are not looked at
     weights, adapter = model_folder / "model.safetensors", adapter_folder / "adapter_model.safetensors"
     weights.unlink(), adapter.unlink()
     assert "model.safetensors is missing" in refused(load_model, model_folder)
@@ -90,7 +89,6 @@ def test_pickled_weights_are_not_read(model_folder, adapter_folder, trace, tmp_p
 
 
 def test_code_and_templates_in_a_folder_are_not_run(model_folder, adapter_folder, trace):
-    """With tokenizer.json, and without it, where transformers reads the rest."""
     code = f"import os\nos.mkdir({str(trace)!r})\nclass Model:\n    pass\n"
     template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(trace)!r}) }}}}"
     for name in ("modeling_qwen.py", "configuration_qwen.py", "tokenization_bad.py", "__init__.py", "sitecustomize.py"):
@@ -100,26 +98,14 @@ def test_code_and_templates_in_a_folder_are_not_run(model_folder, adapter_folder
     change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
     auto = {"base_model_class": "Model", "parent_library": "modeling_qwen"}
     change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
-    before = set(sys.modules)
-    load_model(model_folder)
-    assert load_adapter(load_model(TINY), adapter_folder).lora_rank == 2
-    assert not any("qwen" in name and str(model_folder) in str(sys.modules[name]) for name in set(sys.modules) - before)
-
     (model_folder / "chat_template.jinja").write_text(template)
     bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "trust_remote_code": True}
     bad |= {"chat_template": template, "tokenizer_class": "Model", "name_or_path": "elsewhere/repo"}
     (model_folder / "tokenizer_config.json").write_text(json.dumps(bad))
-    tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
+    before = set(sys.modules)
+    assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
     assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
-    (model_folder / "tokenizer.json").unlink()
-    (model_folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
-    (model_folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    loaded = load_tokenizer(model_folder)  # Qwen2's own class, whatever the folder says
-    assert type(loaded).__module__.startswith("transformers.models.qwen2.")
-    assert loaded.backend_tokenizer.encode("up").ids == load_tokenizer(TINY).encode("up").ids
-    (model_folder / "vocab.json").write_text("[" * 100_000)
-    assert "no tokenizer could be loaded" in refused(load_tokenizer, model_folder)
+    assert not any("qwen" in name and str(model_folder) in str(sys.modules[name]) for name in set(sys.modules) - before)
     (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
     assert "tokenizer.json" in refused(load_tokenizer, model_folder)
 
@@ -167,13 +153,8 @@ def test_json_of_another_form(model_folder, adapter_folder):
         config.write_text(text, encoding="latin-1")
         assert "config" in refused(ModelConfig.from_folder, model_folder)
     model, whole = load_model(TINY), adapter.read_text()
-    for change in (
-        dict(r="x"),
-        dict(r=-1),
-        dict(r=10**12),
-        dict(lora_alpha="__import__('os')"),
-        dict(lora_dropout="x"),
-    ):
+    wrong = dict(r="x"), dict(r=-1), dict(r=10**12), dict(lora_alpha="__import__('os')"), dict(lora_dropout="x")
+    for change in wrong:
         change_json(adapter, **change)
         assert "adapter" in refused(load_adapter, model, adapter_folder)
         adapter.write_text(whole)

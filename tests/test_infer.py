@@ -1,68 +1,61 @@
-"""infer.py on drawn clips and a small random model; a dataset's tables on a stand-in that looks at the frames."""
+"""infer.py as a command and from Python, on drawn clips and a small random model; a dataset's tables on a stand-in that
+looks at the frames."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import av
 import numpy as np
+import peft
 import pytest
 import torch
-from conftest import config_dict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from runs import base, sft  # noqa: F401 (fixtures)
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import infer
-from adapter_files import load_adapter, save_adapter
-from checkpoint import write_whole
-from config import QUESTION, Infer, LoraArgs, parse
+from adapter_files import save_adapter
+from checkpoint import link_adapter, write_whole
+from config import QUESTION, LoraArgs
+from data import load_tokenizer
 from evaluate import opposite, wilson
+from infer import Model
+from look import look_at_file
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
-from model.loading import ModelConfig, load_model, random_model, save_model
+from model.loading import load_model
+from reporting.dataset import data_question
+from rewards import Sample, accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
-SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
 OPTIONS = ["(A) Left to Right", "(B) Right to Left", "(C) Falling Down", "(D) Ascending"]
 
 
-def byte_level_tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([QUESTION] * 4, trainer)
-    tokenizer.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
-    return tokenizer
+@pytest.fixture(scope="session")
+def tiny(base):  # noqa: F811
+    """A random checkpoint with its tokenizer; base: that of runs.py, which has a dataset too."""
+    return base / "tiny"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A checkpoint folder: random weights and its tokenizer."""
-    from transformers import PreTrainedTokenizerFast
-
-    folder, tokenizer = tmp_path_factory.mktemp("base"), byte_level_tokenizer()
-    raw = config_dict("tied", tokens_per_second=8, vocab=tokenizer.get_vocab_size())
-    names = ("vision_start", "vision_end", "image", "video")
-    tokens = ("vision_start", "vision_end", "image_pad", "video_pad")
-    raw |= {f"{n}_token_id": tokenizer.token_to_id(f"<|{t}|>") for n, t in zip(names, tokens, strict=True)}
-    save_model(random_model(ModelConfig.from_dict(raw), seed=3), folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
-    return folder
-
-
-def save_trained_adapter(base, folder, rank=4, named=None, extra=lambda beside: None):
-    """An adapter that changes the answers, as if trained."""
-    model = load_model(base)
+def save_trained_adapter(tiny, folder, rank=4, named=None, state=None):
+    """An adapter that changes the answers, as if trained. state: its trainer_state.json."""
+    model = load_model(tiny)
     torch.manual_seed(rank)
     inject(model, LoraArgs(lora_rank=rank, lora_alpha=8))
     with torch.no_grad():
         for _, layer in lora_layers(model):
             layer.lora_B.normal_(0, 0.3)
-    write_whole(Path(folder), lambda beside: (save_adapter(model, beside, named or base), extra(beside)))
+
+    def fill(beside):
+        save_adapter(model, beside, named or tiny)
+        if state:
+            (beside / "trainer_state.json").write_text(json.dumps(state))
+
+    write_whole(Path(folder), fill)
 
 
 def frames_of(direction, n=16, side=64):
@@ -76,29 +69,21 @@ def frames_of(direction, n=16, side=64):
     return frames
 
 
-def write_clip(path, frames):
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=len(frames), options={"crf": "10"})
+def write_frames(path, frames, codec="libx264", **options):
+    """A clip, or one frame as a picture."""
+    with av.open(str(path), "w", **options) as file:
+        stream = file.add_stream(codec, rate=len(frames))
         stream.width = stream.height = frames.shape[1]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuv420p" if codec == "libx264" else "rgb24"
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
     return path
 
 
-def write_image(path, frame):
-    with av.open(str(path), "w", format="image2") as file:
-        stream = file.add_stream("png", rate=1)
-        stream.width, stream.height, stream.pix_fmt = frame.shape[1], frame.shape[0], "rgb24"
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-    return path
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames_of("A"))
+    return write_frames(tmp_path_factory.mktemp("clip") / "clip.mp4", frames_of("A"))
 
 
 @pytest.fixture
@@ -115,118 +100,208 @@ def run(capsys, *argv):
     return out, json.loads(out.rstrip("\n").splitlines()[-1])
 
 
-def test_json_of_a_clip(capsys, here, base, clip):
-    out, found = run(capsys, clip, "--model_id", base, "--max_new_tokens", 12)
-    promised = "answer text prompt_tokens completion_tokens frames grid_thw second_per_grid time_ids seconds"
-    assert set(promised.split()) <= set(found)
-    assert found["frames"] == [0, 2, 4, 6, 9, 11, 13, 15] and found["grid_thw"] == [4, 4, 4]
-    assert found["second_per_grid"] == 0.25  # 8 frames of 1 s, two a step
-    assert found["time_ids"] == [0, 2, 4, 6]  # tokens_per_second 8
-    assert found["completion_tokens"] == 12 and not found["finished"] and "cut off after 12 tokens" in out
-    assert found["adapter"] is None and "no adapter found under output/" in out
-    assert found["text"] in out and "reasoning:" in out and "\nanswer:" in out
-    again = run(capsys, clip, "--model_id", base, "--max_new_tokens", 12)[1]
-    assert again["text"] == found["text"]  # greedy
+# -- One clip, as a command
 
 
-def test_what_is_asked(capsys, here, base, clip):
-    default = run(capsys, clip, "--model_id", base, "--max_new_tokens", 1)[1]
-    typed = run(capsys, clip, "--model_id", base, "--max_new_tokens", 1, "--prompt", QUESTION.replace("\n", "\\n"))[1]
-    assert typed["prompt_tokens"] == default["prompt_tokens"]
-    flags = ("--base_model", base, "--question", "Where?", "--max_new_tokens", 1, "--fps", 4)
-    out, other = run(capsys, "--video_path", clip, *flags)
-    assert other["prompt_tokens"] < default["prompt_tokens"] and other["grid_thw"] == [2, 4, 4]
+def test_json_of_a_clip(capsys, here, tiny, clip):
+    out, result = run(capsys, clip, "--model_id", tiny, "--max_new_tokens", 12)
+    fields = "answer option reasoning text finished prompt_tokens completion_tokens frames grid_thw second_per_grid"
+    assert set(result) == {*fields.split(), "time_ids", "seconds", "model_id", "adapter"}
+    assert result["frames"] == [0, 2, 4, 6, 9, 11, 13, 15] and result["grid_thw"] == [4, 4, 4]
+    assert result["second_per_grid"] == 0.25  # 8 frames of 1 s, two a step
+    assert result["time_ids"] == [0, 2, 4, 6]  # tokens_per_second 8
+    assert result["completion_tokens"] == 12 and not result["finished"] and "cut off after 12 tokens" in out
+    assert result["adapter"] is None and "no adapter found under output/" in out
+    assert result["text"] in out and "reasoning:" in out and "\nanswer:" in out
+    again = run(capsys, clip, "--model_id", tiny, "--max_new_tokens", 12)[1]
+    assert again["text"] == result["text"]  # greedy
+
+
+def test_question_and_sampling(capsys, here, tiny, clip):
+    flags = (clip, "--model_id", tiny, "--max_new_tokens", 16)
+    default = run(capsys, *flags)[1]
+    assert run(capsys, *flags, "--prompt", QUESTION.replace("\n", "\\n"))[1]["text"] == default["text"]
+    other = ("--base_model", tiny, "--question", "Where?", "--max_new_tokens", 1, "--fps", 4)
+    out, result = run(capsys, "--video_path", clip, *other)
+    assert result["prompt_tokens"] < default["prompt_tokens"] and result["grid_thw"] == [2, 4, 4]
     assert "question: Where?" in out
-
-
-def test_sampling_follows_the_seed(capsys, here, base, clip):
-    flags = (clip, "--model_id", base, "--max_new_tokens", 16, "--temperature", 1.5)
-    one, again, two = (run(capsys, *flags, "--seed", seed)[1]["text"] for seed in (1, 1, 2))
+    one, again, two = (run(capsys, *flags, "--temperature", 1.5, "--seed", n)[1]["text"] for n in (1, 1, 2))
     assert one == again != two
 
 
-def test_image_and_folder_of_frames(capsys, here, base):
-    frames = frames_of("A", n=12)
+def test_image_and_folder_of_frames(capsys, caplog, here, tiny):
     (here / "frames").mkdir()
-    for i, frame in enumerate(frames):
-        write_image(here / "frames" / f"frame{i}.png", frame)  # frame10 comes after frame9
-    out, found = run(capsys, "frames", "--model_id", base, "--max_new_tokens", 1)
-    assert found["frames"] == [0, 2, 3, 5, 6, 8, 9, 11] and found["grid_thw"] == [4, 4, 4]
-    record = infer.clip_record(parse(Infer, ["frames"]))
-    assert [Path(p).name for p in record["video"][0]][8:11] == ["frame8.png", "frame9.png", "frame10.png"]
+    for i, frame in enumerate(frames_of("A", n=12)):  # frame10 comes after frame9
+        write_frames(here / "frames" / f"frame{i}.png", frame[None], "png", format="image2")
+    flags = ("--model_id", tiny, "--max_new_tokens", 1)
+    result = run(capsys, "frames", *flags)[1]
+    assert result["frames"] == [0, 2, 3, 5, 6, 8, 9, 11] and result["grid_thw"] == [4, 4, 4]
+    paths = Model(model_id=tiny).example("frames").record["messages"][0]["content"][0]["path"]
+    assert [Path(path).name for path in paths[8:11]] == ["frame8.png", "frame9.png", "frame10.png"]
     for i in range(5, 12):
         (here / "frames" / f"frame{i}.png").unlink()
-    out, found = run(capsys, "frames", "--model_id", base, "--max_new_tokens", 1)
-    assert found["frames"] == [0, 1, 2, 3, 4, 4] and "has 5 frames, all are taken" in out
-    image = run(capsys, "frames/frame0.png", "--model_id", base, "--max_new_tokens", 1)[1]
+    assert run(capsys, "frames", *flags)[1]["frames"] == [0, 1, 2, 3, 4, 4]
+    assert "frames has 5 frames, all are taken" in caplog.text
+    image = run(capsys, "frames/frame0.png", *flags)[1]
     assert image["frames"] == [0] and image["time_ids"] == [0] and image["grid_thw"][0] == 1
 
 
-def test_newest_adapter_is_used_and_told(capsys, here, base, clip):
-    plain = run(capsys, clip, "--model_id", base)[1]
-    save_trained_adapter(base, here / "output/a/checkpoint-5", rank=2)
-    save_trained_adapter(base, here / "output/b/checkpoint-7", rank=4)
-    out, found = run(capsys, clip, "--model_id", base)
-    assert found["adapter"] == "output/b/checkpoint-7" and "adapter output/b/checkpoint-7" in out
-    assert "merged" in out and found["text"] != plain["text"]
-    assert run(capsys, clip, "--model_id", base, "--model_ckpt", "none")[1]["text"] == plain["text"]
-    chosen = run(capsys, clip, "--model_id", base, "--model_ckpt", "output/a")[1]
-    assert chosen["adapter"] == "output/a/checkpoint-5" and chosen["text"] not in (plain["text"], found["text"])
+def test_which_adapter_answers_and_why(capsys, here, tiny, clip):
+    plain = run(capsys, clip, "--model_id", tiny)[1]
+    save_trained_adapter(tiny, here / "output/a/checkpoint-5", rank=2)
+    save_trained_adapter(tiny, here / "output/b/checkpoint-7", rank=4)
+    out, result = run(capsys, clip)  # the tiny is the adapter's
+    assert result["adapter"] == "output/b/checkpoint-7" and result["model_id"] == str(tiny) and "merged" in out
+    assert "b/checkpoint-7, the newest of the run saved last under output/; none was evaluated" in out
+    chosen = run(capsys, clip, "--model_id", tiny, "--model_ckpt", "output/a")[1]
+    assert chosen["adapter"] == "output/a/checkpoint-5" and len({r["text"] for r in (plain, result, chosen)}) == 3
+    assert run(capsys, clip, "--model_id", tiny, "--model_ckpt", "none")[1]["text"] == plain["text"]
+    assert Model("output/b/checkpoint-7").notes == ["adapter output/b/checkpoint-7, as given"]
+    best = {"step": 7, "accuracy": 0.4}
+    (here / "output/b/best.json").write_text(json.dumps(best))
+    assert Model("output/b").notes[0].endswith("the best of its run, 40.0% of its held-out clips are right")
+    (here / "output/b/best.json").write_text(json.dumps(best | {"start_accuracy": 0.59, "below_start": True}))
+    assert Model("output/b").notes[0].endswith("the best of its run, but 40.0% is less than the 59.0% of its start")
+    save_trained_adapter(tiny, here / "output/c/checkpoint-1", named="someone/else")
+    out, result = run(capsys, clip, "--model_id", tiny, "--max_new_tokens", 1)
+    assert result["adapter"] is None and "was made for someone/else and is not used" in out
 
 
-def test_adapter_of_another_base_is_not_used_unasked(capsys, here, base, clip):
-    save_trained_adapter(base, here / "output/a/checkpoint-5", named="someone/else")
-    out, found = run(capsys, clip, "--model_id", base, "--max_new_tokens", 1)
-    assert found["adapter"] is None and "was made for someone/else and is not used" in out
-
-
-def test_clips_are_read_as_in_training(capsys, here, base, clip):
+def test_clips_are_read_as_in_training(capsys, here, tiny, clip):
     folder = here / "output/a/checkpoint-5"
     trained = {"nframes": 12, "video_max_pixels": 784, "video_min_pixels": 784, "fps": 2.0, "seed": 7}
-    state = json.dumps({"step": 5, "config": trained})
-    save_trained_adapter(base, folder, extra=lambda beside: (beside / "trainer_state.json").write_text(state))
-    out, found = run(capsys, clip, "--model_id", base, "--max_new_tokens", 1)
-    assert found["grid_thw"] == [6, 2, 2] and "--nframes 12, as in training" in out
+    save_trained_adapter(tiny, folder, state={"step": 5, "config": trained})
+    out, result = run(capsys, clip, "--max_new_tokens", 1)
+    assert result["grid_thw"] == [6, 2, 2] and "--nframes 12, as in training" in out
     flags = ("--fps", 4, "--video_min_pixels", 3136)  # what is typed wins over what conflicts with it
-    assert run(capsys, clip, "--model_id", base, "--max_new_tokens", 1, *flags)[1]["grid_thw"] == [2, 4, 4]
+    assert run(capsys, clip, "--max_new_tokens", 1, *flags)[1]["grid_thw"] == [2, 4, 4]
+    model = Model("output/a", max_new_tokens=1)
+    assert model.ask(clip, fps=4).clips[0]["grid_thw"] == [2, 2, 2]  # for one call
+    assert model.ask(clip).clips[0]["grid_thw"] == [6, 2, 2]
     (folder / "manifest.json").unlink()
     (folder / "trainer_state.json").write_text('{"global_step": 5}')  # as transformers' Trainer leaves it
-    found = run(capsys, clip, "--model_id", base, "--max_new_tokens", 1, "--model_ckpt", folder)[1]
-    assert found["adapter"] and found["grid_thw"] == [4, 4, 4]
+    result = run(capsys, clip, "--max_new_tokens", 1, "--model_ckpt", folder)[1]
+    assert result["adapter"] and result["grid_thw"] == [4, 4, 4]
 
 
-def test_merged_adapter_gives_the_logits_of_the_adapter_beside(here, base, clip):
-    save_trained_adapter(base, here / "adapter")
-    from data import pack
+@pytest.fixture
+def trained_run(base, sft, tmp_path):  # noqa: F811
+    """A run of two steps on class folders' questions; the names of its folders have blanks and umlauts."""
+    records = json.loads((base / "data/train.json").read_text())
+    for record, options in zip(records, ["ab", "cb", "dc", "ad"] * 4):
+        lines = [f"({letter}) {OPTIONS[ord(name) - ord('a')][4:]}" for letter, name in zip("AB", options)]
+        turns = "\n".join(["<video>\nWhat does the video show?\nOptions:", *lines]), lines[0]
+        record["conversations"] = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data/train.json").write_text(json.dumps(records))
+    shutil.copytree(base / "data/videos", tmp_path / "my data/videos")
+    options = {"data_path": tmp_path / "my data/train.json", "max_steps": 2, "save_steps": 1, "save_total_limit": 1}
+    return sft("Läufe von heute/erster", **options)
 
-    cfg = parse(Infer, [str(clip), "--model_id", str(base)])
-    packed = pack([infer.load_processor(cfg).encode(infer.clip_record(cfg), answer=False)])
-    beside = load_model(base)
-    load_adapter(beside, here / "adapter")
-    with torch.no_grad():
-        difference = beside.logits(packed) - infer.load_model(cfg, here / "adapter").to("cpu").logits(packed)
-    if not torch.cuda.is_available():
-        assert difference.abs().max() < 1e-3
+
+def test_a_run_is_asked_what_it_was_trained_on_from_any_folder(trained_run, tiny, monkeypatch, tmp_path):
+    """And PEFT loads the run's folder: the adapter of its newest checkpoint."""
+    link_adapter(tmp_path)  # as before a run's first checkpoint
+    assert not list(tmp_path.glob("*adapter*"))
+    options = [f"({letter}) {words}" for letter, words in zip("ABCD", sorted(line[4:] for line in OPTIONS))]
+    question = "\n".join(["What does the video show?", "Options:", *options])
+    elsewhere = tmp_path / "ein anderer Ördner"
+    elsewhere.mkdir()
+    own = Path(shutil.copy(next((tmp_path / "my data/videos").iterdir()), elsewhere / "ein Äffchen.mp4"))
+    command = [sys.executable, str(ROOT / "infer.py"), own.name, "--model_ckpt", str(trained_run), "--json"]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=100, check=True)
+    assert f"question: {question}\n" in done.stdout and "checkpoint-2, the newest of its run" in done.stdout
+    assert "the question is that of the training data, with all 4 options" in done.stdout
+    model = Model(trained_run)
+    record = {"video": str(own), "conversations": [{"from": "human", "value": f"<video>\n{question}"}]}
+    assert model.example(own).ids.tolist() == model.processor.encode(record, answer=False).ids.tolist()
+    assert model.ask(own).text == json.loads(done.stdout.splitlines()[-1])["text"]
+
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
+    tensors = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(hf, trained_run))
+    there = peft.load_peft_weights(trained_run / "checkpoint-2", device="cpu")
+    assert tensors.keys() == there.keys() and all(torch.equal(tensors[name], there[name]) for name in tensors)
 
 
-def test_streamed_text_is_whole(capsys, base):
+def test_the_question_of_a_dataset():
+    record = lambda text: {"video": "a.mp4", "conversations": [{"from": "human", "value": text}], "solution": "x"}
+    one = record("<video>\nWhere?")
+    assert data_question([one] * 3) == {"text": "Where?", "system": "", "origin": "that of the training data"}
+    most = data_question([record("Who?"), one, one])
+    assert (most["text"], most["origin"]) == ("Where?", "the most frequent of 2 in the training data")
+    assert data_question([one | {"system": "Think first."}])["system"] == "Think first."
+    assert data_question([{"text": "no record"}]) is None
+
+
+def test_streamed_text_is_whole(tiny):
     """Characters of two to four bytes, each byte a token of its own, and bytes that are no character at all."""
-    cfg = parse(Infer, ["x.mp4", "--model_id", str(base)])
-    processor = infer.load_processor(cfg)
-    text = "é ж 漢字 🎾 end"
+    processor = Model(model_id=tiny, model_ckpt=None).processor
+    text, seen = "é ж 漢字 🎾 end", []
     tokens = processor.backend.encode(text).ids
     broken = processor.backend.encode("漢").ids[:2]
     assert len(tokens) > len(text)
-    stream, seen = infer.Stream(processor), []
+    pieces = infer.Pieces(processor, seen.append)
     for token in tokens:
-        stream.add(0, token)
-        seen.append(capsys.readouterr().out)
+        pieces.add(0, token)
     assert "".join(seen) == text and not any("\ufffd" in piece for piece in seen)
+    seen.clear()
     for token in [*broken, *tokens[-2:], *broken, processor.token_id("<|im_end|>")]:
-        stream.add(0, token)
-    stream.close()
+        pieces.add(0, token)
+    pieces.close()
     ids = [*broken, *tokens[-2:], *broken]
-    assert capsys.readouterr().out == processor.backend.decode(ids, skip_special_tokens=False)
+    assert "".join(seen) == processor.backend.decode(ids, skip_special_tokens=False)
+
+
+# -- From Python
+
+
+def test_ask_from_python(capsys, here, tiny, clip):
+    save_trained_adapter(tiny, here / "output/a/checkpoint-5")
+    command = run(capsys, clip, "--max_new_tokens", 12, "--question", "Where?")[1]
+    model = Model("output/a", max_new_tokens=12)
+    answer = model.ask(str(clip), "Where?")
+    assert (answer.text, answer.completion_tokens) == (command["text"], 12) and capsys.readouterr().out == ""
+    assert model.ask(clip, "Where?", max_new_tokens=3).completion_tokens == 3
+    pieces = list(model.stream(clip, "Where?"))
+    assert len(pieces) > 1 and "".join(pieces) == answer.text
+    for _ in model.stream(clip, "Where?"):
+        break  # a loop left early leaves the model usable
+    image = write_frames(here / "image.png", frames_of("A")[:1], "png", format="image2")
+    mixed = model.ask([image, clip, clip], "What is alike?")
+    assert [each["frames"][-1] for each in mixed.clips] == [0, 15, 15] and len(mixed.clips[1]["time_ids"]) == 4
+    assert mixed.prompt_tokens == model.ask([clip, clip], "What is alike?").prompt_tokens + 4 + 2
+    assert model.ask([], "What?").clips == []  # no clip at all
+    base_alone = Model(tiny, max_new_tokens=12)  # a whole model's folder
+    assert base_alone.adapter is None and base_alone.ask(clip, "Where?").text != answer.text
+    for wrong, words in (
+        (lambda: model.ask("nowhere.mp4"), "nowhere.mp4: no such file"),
+        (lambda: list(model.stream("nowhere.mp4")), "nowhere.mp4: no such file"),
+        (lambda: model.ask(clip, temprature=1), "did you mean temperature"),
+        (lambda: model.ask(clip, temperature="hot"), "--temperature: found 'hot', expected float"),
+        (lambda: model.ask(clip, model_id="other"), "make another Model"),
+        (lambda: Model("output/b"), "output/b: no such folder, expected"),
+        (lambda: Model("nobody/nothing", local_files_only=True).processor, "nobody/nothing: .*hub"),
+        (lambda: model.evaluate([{"question": "?"}]), "none of 1 can be asked"),
+    ):
+        with pytest.raises(UserError, match=words):
+            wrong()
+
+
+def test_a_record_and_a_reward_from_python(tiny, base):  # noqa: F811
+    """The calls that README names."""
+    seen = json.loads(next(look_at_file(str(base / "data/val.json"), Model(tiny).processor, True, "")))
+    record = json.loads((base / "data/val.json").read_text())[0]
+    assert seen["learned"] == [record["conversations"][1]["value"]] and seen["clips"][0]["grid_thw"] == [4, 4, 4]
+    sample = Sample(QUESTION, "(A) Left to Right")
+    assert [accuracy(text, sample) for text in ("Left to right.", "(B)", "")] == [1, 0, 0]
+
+
+def test_notebook_is_python():
+    cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    compile("\n".join(re.sub(r"(?m)^!(.*\\\n)*.*", "pass", text) for text in code), "quickstart.ipynb", "exec")
+    assert sum(len(text.splitlines()) for text in code) <= 150
 
 
 # -- A dataset
@@ -238,12 +313,15 @@ def centre(frame, axis):
     return float(sums @ torch.arange(len(sums)).float() / sums.sum().clamp(min=1))
 
 
-def watches(texts=OPTIONS):
-    """A stand-in for rollouts.generate that follows the bright square; a blank clip looks to it like option A."""
-    tokenizer = byte_level_tokenizer()
+def watches(texts=OPTIONS, asked=None):
+    """A stand-in for rollouts.generate that follows the bright square; a blank clip looks to it like option A. asked:
+    gets the names of the samples."""
+    tokenizer = load_tokenizer(ROOT / "assets/tiny")
 
     def generate(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
         groups, start = [], 0
+        if asked is not None:
+            asked.extend(prompts.names)
         for t, h, w in prompts.grid_thw:
             x = prompts.patches[start : start + t * h * w].float()
             x = x.view(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14).mean(5)  # (T, H/28, W/28, 2, 2, frame, y, x)
@@ -263,35 +341,41 @@ def dataset(tmp_path_factory):
     (folder / "videos").mkdir()
     records = []
     for i, letter in enumerate("ABCDABCDA"):
-        write_clip(folder / "videos" / f"{i}.mp4", frames_of(letter))
+        write_frames(folder / "videos" / f"{i}.mp4", frames_of(letter))
         turns = [("human", f"<video>\n{QUESTION}"), ("gpt", f"Answer: {OPTIONS['ABCD'.index(letter)]}")]
         records.append({"video": f"{i}.mp4", "conversations": [{"from": who, "value": said} for who, said in turns]})
     (folder / "val.json").write_text(json.dumps(records))
     return folder / "val.json"
 
 
-def test_dataset_tables(capsys, monkeypatch, here, base, dataset):
+def test_dataset_tables(capsys, monkeypatch, here, tiny, dataset):
     monkeypatch.setattr("rollouts.generate", watches())
-    out, found = run(capsys, "--data_path", dataset, "--model_id", base)
-    assert (found["right"], found["count"], found["skipped"], found["chance"]) == (9, 9, 0, 0.25)
-    assert found["accuracy"] == 1.0 and found["interval"] == pytest.approx([0.7009, 1.0], abs=1e-4)
-    assert found["confusion"]["Left to Right"] == {"Left to Right": 3} and len(found["confusion"]) == 4
-    reversed_, blank = found["controls"]["reversed"], found["controls"]["blank"]
-    assert found["flipped"] == reversed_["flipped"] == reversed_["changed"] == 1.0 and reversed_["accuracy"] == 0.0
-    assert blank["right"] == 3 and set(found["controls"]) == {"reversed", "shuffled", "blank"}
+    out, result = run(capsys, "--data_path", dataset, "--model_id", tiny)
+    assert (result["right"], result["count"], result["skipped"], result["chance"]) == (9, 9, 0, 0.25)
+    assert result["accuracy"] == 1.0 and result["interval"] == pytest.approx([0.7009, 1.0], abs=1e-4)
+    assert result["confusion"]["Left to Right"] == {"Left to Right": 3} and len(result["confusion"]) == 4
+    reversed_, blank = result["controls"]["reversed"], result["controls"]["blank"]
+    assert result["flipped"] == reversed_["flipped"] == reversed_["changed"] == 1.0 and reversed_["accuracy"] == 0.0
+    assert blank["right"] == 3 and set(result["controls"]) == {"reversed", "shuffled", "blank"}
     assert "9/9" in out and "100.0%" in out and re.search(r"reversed +0/9 +0.0% .* 100.0% +100.0%", out)
-    assert re.search(r"Ascending +2 +0 +0 +0", out)
+    assert re.search(r"Ascending +2 +0 +0 +0", out) and result["tasks"] == {"multiple choice": {"right": 9, "count": 9}}
+
+    for controls, left in {None: [], "none": [], "blank,shuffled": ["shuffled", "blank"]}.items():
+        own = Model(tiny).evaluate(dataset, controls=controls, max_samples=4)
+        assert list(own.controls) == left and (own.accuracy, own.count) == (1.0, 4)
+    typed = json.loads(dataset.read_text())[:2] + [{"video": "0.mp4", "question": "Who?", "answer": "Left to right"}]
+    own = Model(tiny, image_folder=str(dataset.parent / "videos")).evaluate(typed, controls="reversed")
+    assert {task: (each.right, each.count) for task, each in own.by_task.items()} == {
+        "multiple choice": (2, 2),
+        "open": (0, 1),  # "(A) Left to Right" is no answer in plain words
+    }
+    assert own.accuracy == 2 / 3 and own.interval == wilson(2, 3) and own.controls["reversed"].right == 0
 
 
-def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch, here, base, dataset):
-    asked, watch = [], watches()
-
-    def generate(model, prompts, *rest, **more):
-        asked.extend(prompts.names)
-        return watch(model, prompts, *rest, **more)
-
-    monkeypatch.setattr("rollouts.generate", generate)
-    flags = ["--data_path", dataset, "--model_id", base, "--controls", "none", "--output", "out/predictions.jsonl"]
+def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch, here, tiny, dataset):
+    asked = []
+    monkeypatch.setattr("rollouts.generate", watches(asked=asked))
+    flags = ["--data_path", dataset, "--model_id", tiny, "--controls", "none", "--output", "out/predictions.jsonl"]
     whole = run(capsys, *flags)[1]
     path = here / "out/predictions.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -301,8 +385,8 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     assert rows[1]["rewards"]["accuracy"] == rows[1]["right"] == 1
     path.write_text("".join(lines[:4]) + lines[4][:20])  # killed in its fifth line
     asked.clear()
-    again = run(capsys, *flags)[1]
-    assert len(asked) == 5 and path.read_text() == "".join(lines)
+    out, again = run(capsys, *flags)
+    assert len(asked) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
     with pytest.raises(UserError, match="by this model"):
         run(capsys, *flags, "--max_new_tokens", 9)
@@ -311,77 +395,57 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
         run(capsys, *flags)
 
 
-def test_model_that_ignores_time_is_found_out(capsys, monkeypatch, here, base, dataset):
+def test_model_that_ignores_time_is_found_out(monkeypatch, here, tiny, dataset):
     monkeypatch.setattr("rollouts.generate", watches(["It is (A)"] * 3 + ["no idea"]))
-    eight = dataset.with_name("eight.json")  # two of each class
-    eight.write_text(json.dumps(json.loads(dataset.read_text())[:8]))
-    found = run(capsys, "--data_path", eight, "--model_id", base)[1]
-    assert found["right"] == 2 and found["confusion"]["Ascending"] == {"(no answer)": 2}
-    assert found["flipped"] == 0.0 and found["controls"]["reversed"]["changed"] == 0.5  # falling and ascending
+    records = [record | {"video": str(dataset.parent / "videos" / record["video"])}
+               for record in json.loads(dataset.read_text())[:8]]  # fmt: skip
+    result = Model(tiny).evaluate(records, controls="reversed")  # two of each class
+    assert result.right == 2 and result.confusion["Ascending"] == {"(no answer)": 2}
+    facts = result.controls["reversed"].facts(result)
+    assert facts["flipped"] == 0.0 and facts["changed"] == 0.5  # falling and ascending
 
 
-def test_broken_records_are_skipped_and_named(capsys, monkeypatch, here, base, dataset):
+def test_broken_records_and_impossible_controls_are_named(capsys, monkeypatch, here, tiny, dataset):
+    monkeypatch.setattr("rollouts.generate", watches())
     records = json.loads(dataset.read_text())[:3]
-    (here / "videos").mkdir()
-    for i in (0, 1):
-        (here / "videos" / f"{i}.mp4").write_bytes((dataset.parent / "videos" / f"{i}.mp4").read_bytes())
+    shutil.copytree(dataset.parent / "videos", here / "videos")
     (here / "videos" / "2.mp4").write_bytes(b"no video")
     records.append({"video": "0.mp4", "conversations": records[0]["conversations"][:1]})
     (here / "val.json").write_text(json.dumps(records))
-    monkeypatch.setattr("rollouts.generate", watches())
-    infer.main(["--data_path", "val.json", "--model_id", str(base), "--json"])
+    flags = ["--data_path", "val.json", "--model_id", str(tiny), "--nframes", "2", "--json"]
+    infer.main(flags)
     out, err = capsys.readouterr()
-    found = json.loads(out.splitlines()[-1])
-    assert (found["right"], found["count"], found["skipped"]) == (2, 2, 2)
+    result = json.loads(out.splitlines()[-1])
+    assert (result["right"], result["count"], result["skipped"]) == (2, 2, 2) and result["flipped"] == 1.0
     assert "2.mp4" in err and "record has no answer" in err
+    assert result["controls"]["shuffled"]["accuracy"] is None
+    assert re.search("shuffled +not possible: .*two orders", out)
     (here / "val.json").write_text(json.dumps(records[2:]))
     with pytest.raises(UserError, match="none of 2 can be asked; the first: .*2.mp4"):
-        infer.main(["--data_path", "val.json", "--model_id", str(base)])
+        infer.main(flags)
 
 
-def test_shuffling_two_frames_is_reported_as_impossible(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("rollouts.generate", watches())
-    out, found = run(capsys, "--data_path", dataset, "--model_id", base, "--nframes", 2, "--max_samples", 2)
-    assert found["controls"]["shuffled"]["accuracy"] is None and re.search("shuffled +not possible: .*two orders", out)
-    assert found["flipped"] == 1.0
+def test_reasoning_and_answer_apart(monkeypatch, here, tiny, clip):
+    model = Model(tiny)
 
-
-def test_reasoning_and_answer_apart(capsys, monkeypatch, here, base, clip):
-    def answers(text, *flags):
+    def answer(text, question=""):
         monkeypatch.setattr("rollouts.generate", watches([text]))
-        out, found = run(capsys, clip, "--model_id", base, *flags)
-        shown = out.split("\n\nreasoning: ")[1].partition("\n{")[0]
-        return shown, (found["reasoning"], found["answer"], found["option"])
+        result = model.ask(clip, question)
+        return result.reasoning, result.answer, result.option
 
     chain = "<think>It moves,\nnot (B).\n</think><answer>(A) Left to Right</answer>"
-    assert answers(chain)[0] == "It moves,\nnot (B).\nanswer: (A) Left to Right"
-    assert answers(chain)[1] == ("It moves,\nnot (B).", "(A) Left to Right", "A")
-    assert answers("<think>It was cut")[1] == ("It was cut", "", None)
-    assert answers("Answer: D")[1] == (None, "(D) Ascending", "D")
-    assert "contradicts itself" in answers("Answer: (A) Ascending")[0]
-    assert answers("<answer>red</answer>", "--question", "Which colour?")[1] == (None, "red", None)
+    assert answer(chain) == ("It moves,\nnot (B).", "(A) Left to Right", "A")
+    assert answer("<think>It was cut") == ("It was cut", "", None)
+    assert answer("Answer: D") == (None, "(D) Ascending", "D")
+    assert answer("Answer: (A) Ascending") == (None, "(A) Ascending", None)  # contradicts itself
+    assert answer("<answer>red</answer>", "Which colour?") == (None, "red", None)
 
 
-def test_controls_can_be_left_out(capsys, monkeypatch, here, base, dataset):
-    monkeypatch.setattr("rollouts.generate", watches())
-    cfg = parse(Infer, ["--data_path", str(dataset), "--model_id", str(base), "--max_samples", "4"])
-    processor, records = infer.load_processor(cfg), json.loads(dataset.read_text())[:4]
-    lists = {None: [], "none": [], "reversed": ["reversed"], "blank,shuffled": ["shuffled", "blank"]}
-    for controls, left in lists.items():
-        cfg.controls = controls
-        found = infer.judge(cfg, None, infer.load_model(cfg, None), processor, records)
-        assert found["accuracy"] == 1.0 and list(found["controls"]) == left
-        assert found["flipped"] == (1.0 if "reversed" in left else None)
-
-
-def test_wilson_interval():
+def test_wilson_interval_and_opposites():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
     table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for (right, count), interval in table.items():
         assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
-
-
-def test_opposites():
     assert opposite("Left to Right") == "right to left" and opposite("Right to Left") == "left to right"
     assert opposite("Falling Down") == "ascending" and opposite("Ascending") == "falling down"
     assert opposite("red") is None
@@ -390,47 +454,36 @@ def test_opposites():
 # -- Mistakes
 
 
-def test_mistakes_end_in_one_line(here, base, clip):
+def test_mistakes_end_in_one_line(here, tiny, clip):
     (here / "empty.mp4").write_bytes(b"")
     (here / "broken.mp4").write_bytes(Path(clip).read_bytes()[:300])
     (here / "folder").mkdir()
-    save_trained_adapter(base, here / "fits")
-    (here / "short").mkdir()
-    config = json.loads((here / "fits/adapter_config.json").read_text()) | {"r": 5}
+    save_trained_adapter(tiny, here / "short")
+    (here / "short/manifest.json").unlink()
+    config = json.loads((here / "short/adapter_config.json").read_text()) | {"r": 5}
     (here / "short/adapter_config.json").write_text(json.dumps(config))
-    (here / "short/adapter_model.safetensors").write_bytes((here / "fits/adapter_model.safetensors").read_bytes())
     mistakes = {
         ("missing.mp4",): "missing.mp4: no such file",
         ("empty.mp4",): "empty.mp4.*empty",
         ("broken.mp4",): "broken.mp4",
         ("folder",): "folder: 0 images",
-        (clip, "--model_ckpt", "short"): r"adapter short: .*lora_A: found \(4, 148\), expected \(5, 148\)",
+        (clip, "--model_ckpt", "short"): r"adapter short: .*lora_A: found \(4, \d+\), expected \(5, \d+\)",
         (clip, "--model_ckpt", "nowhere"): "nowhere: no such folder",
-        (clip, "--question", "<|im_end|>"): "special token <|im_end|>",
+        (clip, "--question", "<|im_end|>"): r"special token <\|im_end\|>",
         (clip, "--nframes", 40): "nframes 40 of a video with 16 frames",
         ("--data_path", "missing.json"): "missing.json: no such file",
-        (clip, "--model_id", "nobody/nothing", "--local_files_only", "True"): "nobody/nothing: .*hub",
         (clip, "--qestion", "?"): "did you mean question",
         (): "video",
     }
     for argv, message in mistakes.items():
-        argv = [*map(str, argv)] if "--model_id" in argv else [*map(str, argv), "--model_id", str(base)]
-        with pytest.raises(UserError, match=message.replace("|", r"\|")) as error:
-            infer.main(argv)
+        with pytest.raises(UserError, match=message) as error:
+            infer.main([*map(str, argv), "--model_id", str(tiny)])
         assert "\n" not in str(error.value), argv
 
 
-def test_as_a_command(here, base):
-    command = [sys.executable, str(ROOT / "infer.py"), "missing.mp4", "--model_id", str(base)]
+def test_as_a_command(here, tiny):
+    command = [sys.executable, str(ROOT / "infer.py"), "missing.mp4", "--model_id", str(tiny)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: missing.mp4") and done.stderr.count("\n") == 1
     code = "import sys, infer; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules), 'slow --help'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-
-
-def test_embedded_model_answers(capsys, monkeypatch, clip):
-    if not (ROOT / "assets/tiny/config.json").exists():
-        pytest.skip("no assets/tiny")
-    monkeypatch.chdir(ROOT)
-    out, found = run(capsys, clip, "--model_ckpt", "none")
-    assert found["time_ids"] == [0, 2, 4, 6] and found["completion_tokens"] > 0 and found["model_id"] == "assets/tiny"

@@ -1,6 +1,8 @@
 """Examples -> packed batches; which samples go into which, on which rank, after which start, by which processes."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,17 +12,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import test_data
 import torch
 from conftest import random_model
+from runs import column
 from test_data import record, turns
+from test_video import write_clip
 
-from data import Example, MissingFileError, pack, pack_groups
+from data import Example, pack, pack_groups
 from loader import Loader, examples, fill_bins
 from model import UserError
 from model.qwen import IGNORE
+from records import Selection, read_records
 
-clips, processor = test_data.clips, test_data.processor  # fixtures
+clips, processor, base, sft, grpo = test_data.clips, test_data.processor, runs.base, runs.sft, runs.grpo  # fixtures
 
 # -- Packing
 
@@ -96,8 +102,8 @@ def test_an_epoch_has_every_sample_once(processor):
     epochs = [[name for step in steps[k : k + 3] for micro in step for name in micro] for k in (0, 3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"{i}.mp4" for i in range(10)) and epochs[0] != epochs[1]
     assert [[len(micro) for micro in step] for step in steps[:3]] == [[2, 2], [2, 2], [1, 1]]
-    ordered = Loader(loader.records, processor, loader.args, shuffle=False)
-    assert names(ordered.iterate(0, 1)) == [[["0.mp4", "1.mp4"], ["2.mp4", "3.mp4"]]]
+    for epoch in range(3):  # of one file, numpy's permutation
+        assert loader.order(epoch).tolist() == np.random.default_rng((1, epoch)).permutation(10).tolist()
 
 
 def test_same_plan_for_same_seed_any_start_and_any_workers(processor):
@@ -111,19 +117,97 @@ def test_same_plan_for_same_seed_any_start_and_any_workers(processor):
     endless.close()
 
 
+@pytest.fixture
+def two_files(tmp_path, clips):
+    """A --data_path of two files with weights 2 and 0.4, each with a clip 0.mp4 of its own beside it."""
+    for folder, shade in (("a", 40), ("b", 200)):
+        (tmp_path / folder).mkdir()
+        write_clip(tmp_path / folder / "0.mp4", [np.full((64, 64, 3), shade, np.uint8)] * 12)
+    a = [record(0, answer=f"a{i}") for i in range(6)]
+    b = [{"id": f"b{i}", **record(0, answer=f"b{i}")} for i in range(10)]
+    (tmp_path / "a/train.json").write_text(json.dumps(a))
+    (tmp_path / "b/train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in b))
+    return f"{tmp_path}/a/train.json:2,{tmp_path}/b/train.jsonl:0.4"
+
+
+def test_an_epoch_has_each_file_as_often_as_its_weight_says(processor, two_files):
+    records = read_records(two_files)
+    loader = make_loader(processor, records)
+    assert len(records) == 16 and loader.epoch_size == 2 * 6 + 4 and loader.steps_per_epoch == 4
+    epochs = [loader.order(epoch).tolist() for epoch in range(20)]
+    for order in epochs:
+        of_b = [number for number in order if number >= 6]
+        assert sorted(number for number in order if number < 6) == sorted([*range(6)] * 2)
+        assert len(of_b) == 4 == len(set(of_b))
+    assert {number for order in epochs for number in order} == set(range(16))  # other ones of b in each epoch
+    assert [make_loader(processor, records).order(epoch).tolist() for epoch in range(20)] == epochs
+    assert make_loader(processor, records, seed=2).order(0).tolist() != epochs[0]
+    few = Selection(records, [0, 2, 5, *range(8, 13)])  # those whose answers can be read, in GRPO
+    assert make_loader(processor, few).epoch_size == 2 * 3 + 2
+    assert sorted(set(make_loader(processor, few).order(3)[:8])) <= [*range(8)]
+
+
+def test_clips_lie_beside_the_file_that_names_them(processor, two_files):
+    processor.args.image_folder = None
+    loader = make_loader(processor, read_records(two_files), collate_=list)
+    for example in (example for step in loader.iterate(0, 4) for part in step for example in part):
+        shade = 200 if example.name.startswith("b") else 40
+        assert abs(example.patches.float().mean() - shade) < 3
+    assert not loader.skipped
+
+
+def test_several_files_on_two_ranks_and_from_any_step(processor, two_files):
+    def drawn(start, rank=0, world=1, **changes):
+        loader = make_loader(processor, read_records(two_files), rank, world, collate_=list, **changes)
+        return [sorted(e.number for part in step for e in part) for step in loader.iterate(start, 8)]
+
+    processor.args.image_folder = None
+    whole = drawn(0, gradient_accumulation_steps=4)
+    halves = [drawn(0, rank, 2) for rank in range(2)]
+    assert whole == [sorted(a + b) for a, b in zip(*halves)]
+    assert drawn(3, gradient_accumulation_steps=4) == whole[3:]
+
+
+def test_a_run_over_several_files_resumes_bit_for_bit(sft, base, tmp_path, capfd):
+    """The same losses, and the same weights, without and with a stop in the second epoch. A changed file is named."""
+    for name in ("few.json", "mixed.json"):
+        shutil.copy(base / "data" / name, tmp_path)
+    data = f"{tmp_path}/few.json:2,{tmp_path}/mixed.json:0.3"  # 12 + 6 an epoch
+    options = {"data_path": data, "image_folder": base / "data/videos", "save_steps": 1, "save_total_limit": "none"}
+    whole, broken = sft("whole", **options, max_steps=4), sft("broken", **options, max_steps=4)
+    shutil.rmtree(broken / "checkpoint-4")
+    sft("broken", **options, max_steps=4, resume=True)
+    assert column(broken, "epoch", "loss", "grad_norm") == column(whole, "epoch", "loss", "grad_norm")
+    assert column(whole, "epoch")[-1] == 4 / 3
+    file = "checkpoint-4/adapter_model.safetensors"
+    assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    assert "was changed" not in capfd.readouterr().out
+    (tmp_path / "mixed.json").write_text(json.dumps(json.loads((tmp_path / "mixed.json").read_text())[::-1]))
+    sft("broken", **options, max_steps=5, resume=True)
+    assert "mixed.json:0.3 was changed since that run" in capfd.readouterr().out
+
+
+def test_grpo_over_several_files(grpo, base):
+    options = {"data_path": f"{base}/data/few.json:0.5,{base}/data/train.json:1", "save_steps": 1, "max_steps": 2}
+    whole, broken = grpo("whole", **options), grpo("broken", **options)
+    assert column(whole, "epoch") == [1 / 5, 2 / 5]  # 3 + 16 prompts, four a step
+    shutil.rmtree(broken / "checkpoint-2")
+    grpo("broken", **options, resume=True)
+    assert column(broken, "loss", "reward") == column(whole, "loss", "reward")
+    file = "checkpoint-2/adapter_model.safetensors"
+    assert (whole / file).read_bytes() == (broken / file).read_bytes()
+
+
 @pytest.mark.parametrize("pack_tokens", [None, 300])
 def test_ranks_share_one_global_batch(processor, monkeypatch, pack_tokens):
     one = names(make_loader(processor, gradient_accumulation_steps=4, pack_tokens=pack_tokens).iterate(0, 4))
     read, encode = [], processor.encode
-    monkeypatch.setattr(
-        processor, "encode", lambda record, *rest: read.append(record["video"]) or encode(record, *rest)
-    )
+    reading = lambda record, *rest: read.append(record["video"]) or encode(record, *rest)
+    monkeypatch.setattr(processor, "encode", reading)
     opened = []
     for rank in range(2):
         steps = names(make_loader(processor, rank=rank, world_size=2, pack_tokens=pack_tokens).iterate(0, 4))
-        assert sorted(read) == sorted(
-            name for step in steps for micro in step for name in micro
-        )  # only its own samples
+        assert sorted(read) == sorted(name for step in steps for micro in step for name in micro)  # only its own
         opened.append(steps)
         read.clear()
     for whole, *halves in zip(one, *opened):
@@ -157,14 +241,6 @@ def test_examples_are_prompts_in_order(processor, workers):
     assert "no readable video" in str(found[1][1]) and type(found[1][1]) is UserError
     expected = processor.encode(records[7], answer=False, control="reversed")
     assert np.array_equal(found[2].ids, expected.ids) and torch.equal(found[2].patches, expected.patches)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_goes_away_ends_the_run(processor, tmp_path, workers):
-    """A disk that is no longer mounted is no fault of the samples."""
-    processor.folders = processor.folders_at_start = [str(tmp_path / "gone")]
-    with pytest.raises(MissingFileError, match="gone: this folder of clips was there at the start and is gone"):
-        list(make_loader(processor, dataloader_num_workers=workers).iterate(0, 1))
 
 
 def wait(seconds, done):

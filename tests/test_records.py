@@ -14,7 +14,7 @@ from test_data import SYSTEM, as_transformers, clips, processor, text_of, traine
 
 from loader import Loader
 from model import UserError
-from records import Media, Selection, clip_name, read_form, read_records, read_turns, record_name, spread
+from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, spread
 from rewards import accuracy, reference_answer, sample_from_record
 
 QUESTION = "Where does it go?\n(A) left\n(B) right"
@@ -40,17 +40,13 @@ SAME = {
         "conversations": turns(f"<video>{QUESTION}", "(B) right"),
         **{"videos": ["0.mp4"], "images": [], "system": "", "tools": "[]"},
     },
-    "llama-factory messages": {"messages": chat(f"<video>{QUESTION}", "(B) right"), "videos": ["0.mp4"]},
     "ms-swift": {"messages": chat(f"<video>{QUESTION}", "(B) right"), "videos": ["0.mp4"], "solution": "B"},
     "ms-swift for GRPO": {"messages": chat(f"<video>{QUESTION}", "")[:1], "videos": ["0.mp4"], "solution": "(B) right"},
-    "ms-swift sharegpt": {
-        "conversation": [{"human": f"<video>{QUESTION}", "assistant": "(B) right"}],
-        "videos": ["0.mp4"],
-    },
+    "ms-swift sharegpt": {"conversation": [{"human": f"<video>{QUESTION}", "assistant": "(B) right"}],
+                          "videos": ["0.mp4"]},
     "ms-swift query": {"query": f"<video>{QUESTION}", "response": "(B) right", "videos": ["0.mp4"]},
     "alpaca": {"instruction": "<video>Where does it go?", "input": "(A) left\n(B) right", "output": "(B) right",
                "videos": ["0.mp4"]},
-    "trl messages": {"messages": chat(typed({"type": "video"}, QUESTION), typed("(B) right")), "videos": ["0.mp4"]},
     "trl prompt and completion": {
         "prompt": [{**USER, "content": typed({"type": "video"}, QUESTION)}],
         "completion": [{**ASSISTANT, "content": typed("(B) right")}],
@@ -158,13 +154,9 @@ def test_what_is_not_learned(processor):  # noqa: F811
         assert trained_text(processor, processor.encode({"messages": messages})) == "So<|im_end|>"
         with pytest.raises(UserError, match="every answer is marked as not learned"):
             processor.encode({"messages": messages[:2]})
-    assert trained_text(processor, processor.encode({"messages": [*chat("Hi", "Ho"), *chat("And?", "So")]})) == (
-        "Ho<|im_end|>So<|im_end|>"
-    )
     trl = {"prompt": [*chat("Hi", "Ho"), {**USER, "content": "And?"}], "completion": chat("", "So")[1:]}
     assert trained_text(processor, processor.encode(trl)) == "So<|im_end|>"
     history = {"query": "And?", "response": "So", "history": [["Hi", "Ho"]], "system": "Be short."}
-    assert trained_text(processor, processor.encode(history)) == "Ho<|im_end|>So<|im_end|>"
     assert text_of(processor, processor.encode(history).ids).startswith("<|im_start|>system\nBe short.<|im_end|>")
 
 
@@ -202,6 +194,71 @@ def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
     assert not loader.skipped and len(batch.grid_thw) == len(records) - len(text_alone)
 
 
+# One record of each layout, cut short: what is learned, or why it is refused. docs/data.md lists the same
+LAYOUTS = {
+    "Video-R1-COT": (VIDEO_R1, [f"{THINK}\n<answer>B</answer>"]),
+    "Video-R1-260k": ({**VIDEO_R1, "process": ""}, ["<answer>B</answer>"]),
+    "LLaMA-Factory alpaca_en_demo": ({"instruction": "Sum.", "input": "1 2", "output": "3"}, ["3"]),
+    "LLaMA-Factory alpaca with history": (
+        {"instruction": "?", "input": "", "output": "c", "system": "s", "history": [["a", "b"]]}, ["b", "c"],
+    ),
+    "LLaMA-Factory mllm_demo": ({"messages": chat("<image>Who?", "He"), "images": ["p.png"]}, ["He"]),
+    "LLaMA-Factory mllm_video_demo": ({"messages": chat("<video>Why?", "So"), "videos": ["0.mp4"]}, ["So"]),
+    "LLaMA-Factory mllm_audio_demo": ({"messages": chat("<audio>?", "!"), "audios": ["1.mp3"]}, "holds audios"),
+    "LLaMA-Factory glaive_toolcall": ({"conversations": turns("?", "!"), "tools": '[{"name": "f"}]'}, "holds tools"),
+    "LLaMA-Factory dpo_en_demo": ({"conversations": turns("?"), "chosen": {}, "rejected": {}}, "a preference"),
+    "LLaMA-Factory kto_en_demo": ({"messages": chat("?", "!"), "label": False}, "label is False"),
+    "LLaMA-Factory kto_tag": ({"instruction": "?", "output": "!", "kto_tag": False}, "kto_tag is False"),
+    "LLaMA-Factory c4_demo": ({"text": "A whole text."}, "no known form"),
+    "LLaMA-Factory v1_multimodal": (
+        {"messages": [
+            {**USER, "content": [{"type": "video_url", "value": "0.mp4"}, {"type": "text", "value": "?"}]},
+            {**ASSISTANT, "content": [{"type": "text", "value": "So"}], "loss_weight": 1.0},
+        ]},
+        ["So"],
+    ),
+    "LLaMA-Factory v1_dpo_demo": ({"chosen_messages": chat("?", "!"), "rejected_messages": []}, "no known form"),
+    "ms-swift pre-training": ({"messages": [{**ASSISTANT, "content": "I love"}]}, "no user's turn"),
+    "ms-swift fine-tuning": ({"messages": [*chat("a", "b"), *chat("<image>c", "d")], "images": ["p.png"]}, ["b", "d"]),
+    "ms-swift loss": (
+        {"messages": [*chat("a", "b"), {**USER, "content": "c"}, {**ASSISTANT, "content": "d", "loss": False}]}, ["b"],
+    ),
+    "ms-swift DPO": ({"messages": chat("?", "!"), "rejected_response": "."}, "holds rejected_response"),
+    "ms-swift KTO": ({"messages": chat("?", "!"), "label": True}, ["!"]),
+    "ms-swift GRPO": ({"messages": chat("?", "")[:1], "solution": "<answer>3</answer>"}, ["<answer>3</answer>"]),
+    "ms-swift classification": ({"messages": chat("?", "")[:1], "label": 1}, "ends with a turn of the user"),
+    "ms-swift grounding": (
+        {"messages": chat("<image>Find it", "<bbox>"), "images": ["p.png"], "objects": {"bbox": [[1, 2, 3, 4]]}},
+        "holds objects",
+    ),
+    "TRL language modeling": ({"messages": chat("?", "!")}, ["!"]),
+    "TRL prompt-only": ({"prompt": chat("?", "")[:1]}, "ends with a turn of the user"),
+    "TRL prompt-completion": ({"prompt": "The sky is", "completion": " blue."}, [" blue."]),
+    "TRL preference": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "a preference"),
+    "TRL unpaired preference": ({"prompt": "The sky is", "completion": " green.", "label": False}, "label is False"),
+    "TRL stepwise": ({"prompt": "?", "completions": ["a"], "labels": [True]}, "ends with a turn of the user"),
+    "TRL thinking": (
+        {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "thinking": "Hm", "content": "!"}]}, "holds thinking",
+    ),
+    "Qwen single_images": ({"image": "p.png", "conversations": turns("Is it 38?\n<image>", "Yes")}, ["Yes"]),
+    "Qwen several images": ({"image": ["p.png", "p.png"], "conversations": turns("<image>\n<image>\n?", "!")}, ["!"]),
+    "Qwen video": ({"video": "0.mp4", "conversations": turns("<video>\nWhat?", "Cars")}, ["Cars"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_read_whole_or_refused(processor, layout):  # noqa: F811
+    record, expected = LAYOUTS[layout]
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            processor.encode(record)
+        return
+    learned = trained_text(processor, processor.encode(record))
+    assert learned == "".join(f"{text}<|im_end|>" for text in expected)
+    named = json.dumps(record).count("0.mp4") + json.dumps(record).count("p.png")
+    assert len(processor.encode(record).grid_thw) == named
+
+
 COLUMNS = {
     "image_path": "a.png", "video_path": "clips/a.mp4", "img": "a", "file_name": "a.mp4", "frames": ["1.jpg", "2.jpg"],
     "clip": "a.webm", "media": [{"path": "a.mov"}], "extra": {"source": {"file": "a.MP4"}}, "whatever": "b.TIFF",
@@ -220,39 +277,29 @@ def test_a_clip_in_a_column_that_no_form_knows_is_refused_by_name(column):
 def test_a_subset_is_spread_over_the_records_by_seed():
     numbers = [list(spread(range(1000), 20, seed)) for seed in (1, 1, 2)]
     assert numbers[0] == numbers[1] != numbers[2] and len(set(numbers[0])) == 20
-    assert min(numbers[0]) < 200 and max(numbers[0]) > 800 and numbers[0] != list(range(20))
+    assert min(numbers[0]) < 200 and max(numbers[0]) > 800 and numbers[0] == sorted(numbers[0])
+    assert list(spread(range(30), 30, 0)) == [*range(30)]
 
 
 WRONG = {
     "its keys are: conversatons, video; expected one of conversations, messages": {"conversatons": [], "video": "a"},
     "its keys are: none": {},
     "conversations is '\\[\\]'; expected a list of turns": {"conversations": []},
-    "messages is '\\?'": {"messages": "?"},
     "weight is 0.5; expected 0 or 1": {"messages": [*chat("?", "!"), {**ASSISTANT, "content": "!", "weight": 0.5}]},
-    "solution is nan; expected text or a finite number": {**VIDEO_R1, "solution": float("nan")},
-    "holds rejected_response": {"messages": chat("?", "!"), "rejected_response": "."},
-    "stand in the column image_path": {"image_path": "a.png", "question": "?", "answer": "!"},
     "stand in the column frames": {"frames": [{"x": "a.JPG"}], "question": "?", "answer": "!"},
     "video_start beside 0 videos": {"question": "?", "answer": "!", "video_start": 1.0},
-    "fps is '1e-300'; expected a": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1e-300}], "!")},
-    "nframes is '1000000": {"messages": chat([{"type": "video", "video": "0.mp4", "nframes": 10**400}], "!")},
     "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
     "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
-    "video is '5'": {"conversations": turns("<video>", "!"), "video": 5},
     "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
-    "1 <image> tag.* 0 image": {"conversations": turns("<image>", "L")},
     "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
     "ends with a turn of the user": {"conversations": turns("?")},
     "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
     "no file nothing.mp4; looked for .*check image_folder": {"video": "nothing.mp4", "conversations": turns("?", "L")},
     "video is ''": {"video": "", "conversations": turns("<video>", "L")},
-    "a turn is a str": {"conversations": ["?"]},
     "unknown content part": {"messages": [{**USER, "content": [{"type": "audio"}]}]},
     "unknown video option 'speed'": {"messages": chat([{"type": "video", "video": "0.mp4", "speed": 2}], "L")},
     "turn of the assistant; expected it in a user's": {"messages": chat("?", [{"type": "video", "video": "0.mp4"}])},
     "image is .*; expected a file name": {"conversations": turns("<image>", "!"), "image": [["a.png", "b.png"]]},
-    "videos? is '\\[\\]'": {"messages": chat("<video>", "!"), "videos": [[]]},
-    "3 <video> tag.* for 2 video": {"messages": chat("<video><video><video>", "!"), "videos": ["a.mp4", "b.mp4"]},
     "1 <image> tag.* for 2 image": {"messages": chat(typed({"type": "image"}), "!"), "images": ["a.png", "b.png"]},
     "https://a.b/c.mp4 is a web address": {"messages": chat("<video>", "!"), "videos": ["https://a.b/c.mp4"]},
     "s3://c.png is a web": {"messages": chat(typed({"type": "image_url", "image_url": {"url": "s3://c.png"}}), "!")},
@@ -260,18 +307,10 @@ WRONG = {
     "does not decode": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,AAAA"]},
     "unknown role 'tool'": {"messages": [*chat("?", "!"), {"role": "tool", "content": "3"}]},
     r"unknown role \"\['human'\]\"": {"conversations": [{"from": ["human"], "value": "?"}]},
-    "a tool call": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": None, "tool_calls": [{}]}]},
-    "holds tools": {"conversations": turns("?", "!"), "tools": '[{"name": "f"}]'},
-    "holds audios": {"messages": chat("<audio>?", "!"), "audios": ["a.wav"]},
-    "a preference": {"prompt": "?", "chosen": "!", "rejected": "."},
-    "label is False: a rejected answer": {"prompt": "?", "completion": "!", "label": False},
-    "label is 0: a rejected answer": {"prompt": "?", "completion": "!", "label": 0},
+    "holds tool_calls": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": None, "tool_calls": [{}]}]},
     "data_type is 'audio'": {**VIDEO_R1, "data_type": "audio"},
     "options are left": {**VIDEO_R1, "options": "left"},
     "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
-    "problem is a int": {**VIDEO_R1, "problem": 5},
-    "history holds": {"query": "?", "response": "!", "history": [["?"]]},
-    "holds None|holds 5": {"messages": [{**USER, "content": 5}]},
     "an empty turn of the user": {"messages": chat(" \n", "!")},
     "an empty answer": {"messages": chat("?", typed(""))},
     "expected the assistant's answer": {"prompt": "?", "solution": " "},
@@ -315,11 +354,35 @@ def test_no_record_does_anything_but_load_or_be_refused(record):
 def test_the_reader_leaves_the_record_alone():
     for record in [*SAME.values(), VIDEO_R1]:
         before = json.dumps(record)
-        read_form(record, "r"), read_form(record, "r")
+        read_turns(record, "r"), sample_from_record(record)
         assert json.dumps(record) == before
 
 
 # -- Files
+
+
+def test_several_files_and_their_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("a.json", "b.jsonl", "c:3.json", "d,e.json", "f.json:2")):
+        Path(name).write_text(json.dumps({"i": i}) if name == "b.jsonl" else json.dumps([{"i": i}, {"i": i}]))
+    for text, files in (
+        ("a.json", [("a.json", 1)]),
+        ("a.json:2,b.jsonl:0.5", [("a.json", 2), ("b.jsonl", 0.5)]),
+        ("a.json,b.jsonl:3", [("a.json", 1), ("b.jsonl", 3)]),
+        ("c:3.json", [("c:3.json", 1)]),  # names that exist are taken as they are
+        ("c:3.json:2,a.json", [("c:3.json", 2), ("a.json", 1)]),
+        ("d,e.json", [("d,e.json", 1)]),
+        ("f.json:2", [("f.json:2", 1)]),
+    ):
+        assert data_files(text) == files
+    records = read_records("b.jsonl:2,a.json")
+    assert [record["i"] for record in records] == [1, 0, 0] and records[1].folder == "."
+    assert records.shares() == [(2, range(1)), (1, range(1, 3))]
+    for weight in ("0", "-1", "nan", "inf", "x", "", "1e5000"):
+        with pytest.raises(UserError, match="the weight is .*; expected a number above 0"):
+            read_records(f"a.json:{weight},b.jsonl")
+    with pytest.raises(UserError, match="b.json: no such file.*did you mean b.jsonl"):
+        read_records("a.json:2,b.json")
 
 
 def write(path, records, separator):
@@ -329,9 +392,7 @@ def write(path, records, separator):
     return path
 
 
-@pytest.mark.parametrize(
-    "name, separator", [("a.json", " ,\n"), ("a.json", ","), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")]
-)
+@pytest.mark.parametrize("name, separator", [("a.json", " ,\n"), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")])
 def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
     whole = [{"i": i, "text": 'ä \u00e9\u2028 [{"},\\', "empty": {}, "list": [1, [2.5, None]]} for i in range(30)]
     path = write(tmp_path / name, whole, separator)
@@ -339,14 +400,10 @@ def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
         path.write_bytes(mark + path.read_bytes())
         records = read_records(path)
         assert list(records) == whole and records[-1]["i"] == 29 and len(records) == 30
-        assert isinstance(records[5:], Selection) and [r["i"] for r in records[3:12:4]] == [3, 7, 11]
+        assert [r["i"] for r in Selection(records, [3, 7, 11])] == [3, 7, 11]
         assert len(records.data) <= path.stat().st_size  # that is all that is kept, and 8 bytes a record
     with pytest.raises(IndexError):
         records[30]
-    some = spread(records, 5, seed=0)
-    assert (
-        len(some) == 5 and [r["i"] for r in some] == sorted(r["i"] for r in some) and spread(records, 30, 0) is records
-    )
 
 
 NOT_JSON = {
@@ -385,9 +442,6 @@ def test_what_is_no_dataset(tmp_path, name, message):
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.jsonl")
     (tmp_path / "folder.json").mkdir()
-    for name in ("fifo.jsonl", "folder.json"):
-        with pytest.raises(UserError, match=f"{name}: not a regular file"):
-            read_records(tmp_path / name)  # returns at once: nothing opens the fifo
-    for name in ("none.json", "zero\0.json", "x" * 300):
+    for name in ("fifo.jsonl", "folder.json", "none.json", "zero\0.json", "x" * 300):
         with pytest.raises(UserError, match="no such file"):
-            read_records(tmp_path / name)
+            read_records(tmp_path / name)  # returns at once: nothing opens the fifo

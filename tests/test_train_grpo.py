@@ -43,7 +43,7 @@ def bench(base):
     shake(model)
     processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
     records = read_records(cfg.data_path)
-    return model, processor, [processor.encode(record, answer=False) for record in records[:2]], cfg
+    return model, processor, [processor.encode(record, answer=False) for record in (records[0], records[1])], cfg
 
 
 def shake(model, size=0.05, seed=0):

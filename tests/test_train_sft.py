@@ -331,7 +331,8 @@ def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base):
     options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
     folder = sft("run", **options, eval_controls=3)
     assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
-    assert read_json(folder / "best.json")["step"] in (1, 2)
+    best = folder / f"checkpoint-{read_json(folder / 'best.json')['step']}"
+    assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == best
     early, late = column(folder, "evaluation")
     labels = sorted(record["meta"]["label"] for record in json.loads((base / "data/val.json").read_text()))
     for result in (early, late):

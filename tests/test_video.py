@@ -1,8 +1,6 @@
-"""Which frames, what size, which pixels; and what a broken file says."""
+"""Which frames of a clip, at what size, and their patches. test_media.py has the files."""
 
 import json
-import os
-import struct
 from pathlib import Path
 
 import av
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reader
 import video
 from config import VideoArgs
 from model import UserError
@@ -45,18 +44,6 @@ def brightness(plan):
     return x.mean((1, 2, 4)).flatten().numpy()
 
 
-def test_a_file_still_open_from_planning_is_of_this_very_file(tmp_path):
-    """Between plan and read a file is replaced: what is read is what lies there then."""
-    dark, light = [np.full((64, 64, 3), grey, np.uint8) for grey in (20, 200)]
-    path, other = write_clip(tmp_path / "a.mp4", [dark] * 8), write_clip(tmp_path / "b.mp4", [light] * 8)
-    plan = plan_clip("video", (path,), Options())
-    assert video.open_file.stream is not None and abs(brightness(plan) - 20).max() < 3
-    assert video.open_file.stream is None and abs(brightness(plan) - 20).max() < 3  # opened again
-    plan_clip("video", (path,), Options())
-    os.replace(other, path)
-    assert abs(brightness(plan) - 200).max() < 3
-
-
 # -- Against the reference
 
 
@@ -69,7 +56,7 @@ def test_equals_qwen_vl_utils(case):
     assert (plan.total_frames, plan.source_fps) == (case["total_frames"], case["source_fps"])
     assert (plan.sample_fps, plan.second_per_grid) == (case["sample_fps"], case["second_per_grid"])
     for name, i in (("first", 0), ("last", -1)):
-        (frame,) = video.read_frames(plan.paths[0], [plan.indices[i]], [plan.seeks[i]], plan.size)
+        (frame,) = reader.read_frames(plan.paths[0], [plan.indices[i]], [plan.seeks[i]], plan.size)
         difference = np.abs(frame.numpy().astype(int) - expected[name]).mean()
         assert difference < 0.2, f"{name} frame differs by {difference} of 255"
     patches = read_clip(plan)
@@ -119,20 +106,18 @@ def test_sizes(size, bounds, expected):
     assert smart_resize(*size, *bounds) == expected
 
 
-@pytest.mark.parametrize(
-    "total, fps, start, end, expected",
-    [
-        (30, 10.0, None, None, (0, 30)),
-        (30, 10.0, 1.0, 2.0, (10, 11)),  # 20 is the last
-        (30, 10.0, 1.01, None, (11, 19)),
-        (491, 22.29, 3.3, 7.7, (74, 98)),  # ceil(73.56), floor(171.63)
-        (30, 10.0, None, 99.0, (0, 30)),
-        (30, 10.0, 0, 0.1, (0, 2)),
-    ],
-)
-def test_span(total, fps, start, end, expected):
-    """As qwen-vl-utils' calculate_video_frame_range: rounded inwards, its last frame included."""
-    assert video.frame_span(total, fps, Options(video_start=start, video_end=end)) == expected
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "spans.json").read_text()), ids=str)
+def test_spans_equal_qwen_vl_utils(case):
+    """The frames from video_start to video_end; what qwen-vl-utils refuses is refused."""
+    total, fps, options = case["total"], case["fps"], Options(**case["options"])
+    if "error" in case:
+        with pytest.raises(UserError, match="no two frames|expected 2 to"):
+            smart_nframes(video.frame_span(total, fps, options)[1], fps, options)
+        return
+    first, span = video.frame_span(total, fps, options)
+    n = smart_nframes(span, fps, options)
+    assert [first, first + span - 1, span] == case["range"] and n / span * fps == case["sample_fps"]
+    assert video.frame_indices(span, n, first) == case["indices"]
 
 
 def test_only_the_span_is_seen(tmp_path):
@@ -141,10 +126,9 @@ def test_only_the_span_is_seen(tmp_path):
     assert plan.indices == (20, 23, 26, 29, 31, 34, 37, 40) and (plan.times[0], plan.times[-1]) == (2.0, 4.0)
     assert plan.second_per_grid == 2 / (8 / 21 * 10)
     assert np.abs(brightness(plan) - np.array(plan.indices) * 255 / 59).max() < 4.2
-    for start, end in ((4.0, 2.0), (5.9, None), (99.0, None)):
-        with pytest.raises(UserError, match="a.mp4: video_start .* no two frames of its 6.00 seconds"):
-            plan_clip("video", (path,), Options(video_start=start, video_end=end))
-    with pytest.raises(UserError, match="need one video file"):
+    with pytest.raises(UserError, match="a.mp4: video_start .* no two frames of its 6.00 seconds"):
+        plan_clip("video", (path,), Options(video_start=99.0))
+    with pytest.raises(UserError, match="need a video"):
         plan_clip("image", (write_picture(tmp_path / "a.png", ramp(1)[0]),), Options(video_start=1.0))
 
 
@@ -195,6 +179,7 @@ def test_options_of_an_item_overrule_the_scripts():
         (dict(fps=1e-300), "fps is '1e-300'"),
         (dict(min_frames=float("nan")), "min_frames is 'nan'"),
         (dict(fps=1, nframes=4), "both given"),
+        (dict(raw_fps=30.0), "unknown video option 'raw_fps'"),
         (dict(min_pixels=9, max_pixels=8), "above max_pixels"),
         (dict(resized_height=28), "give both or none"),
     ):
@@ -204,88 +189,7 @@ def test_options_of_an_item_overrule_the_scripts():
         Options.from_args("video", VideoArgs(video_min_pixels=5, video_max_pixels=4), {}, "here")
 
 
-# -- Reading
-
-CONTAINERS = {
-    "h264.mp4": {},
-    "intra.mp4": dict(g="1", bf="0"),
-    "mpeg4.avi": dict(codec="mpeg4", b="4000000"),
-    "h264.mkv": {},
-    "vp9.webm": dict(codec="libvpx-vp9"),
-    "untimed.h264": {},  # packets without times: frames are counted
-    "animation.gif": dict(codec="gif", pix_fmt="rgb8"),
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_frames_are_those_asked_for(tmp_path, name):
-    path = write_clip(tmp_path / name, ramp(60), **CONTAINERS[name])
-    plan = plan_clip("video", (path,), Options(nframes=12))
-    assert plan.total_frames == 60 and plan.indices == (0, 5, 11, 16, 21, 27, 32, 38, 43, 48, 54, 59)
-    assert np.allclose(plan.times, np.array(plan.indices) / plan.source_fps, atol=0.011)
-    expected = np.array(plan.indices) * 255 / 59
-    assert np.abs(brightness(plan) - expected).max() < 4.2, (brightness(plan), expected)  # frames are 4.3 apart or more
-
-
-# MPEG transport and program streams are searched by decoding time. AVI holds no presentation times
-B_FRAMES = {
-    "short_gops.mp4": dict(g="7", bf="2"),
-    "h264.avi": dict(g="7", bf="3", sc_threshold="0"),
-    "one_keyframe.ts": dict(g="250", bf="3", sc_threshold="0"),
-    "one_keyframe_hevc.ts": dict(codec="libx265", **{"x265-params": "keyint=250:bframes=3:scenecut=0:log-level=none"}),
-    "one_keyframe.mpg": dict(codec="mpeg2video", fps=25, g="250", bf="2", b="4000000", sc_threshold="1000000000"),
-}
-
-
-def from_the_start(path):
-    """(packets, mean of every frame): FFmpeg decodes the file without a seek."""
-    with av.open(path) as file:
-        packets = [packet for packet in file.demux(video=0) if packet.size]
-    with av.open(path) as file:
-        return packets, np.array([frame.to_ndarray(format="rgb24").mean() for frame in file.decode(video=0)])
-
-
-def textured(n):
-    """As ramp, in noise: MPEG program streams are searched in steps of some kilobytes."""
-    noise = np.random.default_rng(0).integers(0, 100, (112, 112, 3), dtype=np.uint8)
-    return [noise + np.uint8(i * 155 // (n - 1)) for i in range(n)]
-
-
-@pytest.mark.parametrize("name", B_FRAMES)
-def test_frames_are_those_of_decoding_all(tmp_path, name):
-    path = write_clip(tmp_path / name, textured(60), **B_FRAMES[name])
-    packets, means = from_the_start(path)
-    keyframes = sum(packet.is_keyframe for packet in packets)
-    assert keyframes == 1 if "one_keyframe" in name else keyframes > 5
-    plan = plan_clip("video", (path,), Options(nframes=30, resized_height=112, resized_width=112))
-    assert plan.total_frames == len(means) == 60
-    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
-
-
-def test_a_stream_cut_at_its_head_begins_with_the_first_keyframe(tmp_path):
-    """As a recording of a broadcast does: keyframes at 0 and 30, and the first 188-byte packets are gone."""
-    data = Path(write_clip(tmp_path / "whole.ts", textured(60), g="30", bf="3", sc_threshold="0")).read_bytes()
-    (tmp_path / "cut.ts").write_bytes(data[len(data) // 4 // 188 * 188 :])
-    path = str(tmp_path / "cut.ts")
-    packets, means = from_the_start(path)
-    assert 30 < len(packets) < 60 and not packets[0].is_keyframe
-    plan = plan_clip("video", (path,), Options(nframes=10, resized_height=112, resized_width=112))
-    assert plan.total_frames == len(means) == 30 and plan.times[0] == 0
-    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
-
-
-def test_rotation_of_a_phone_is_applied(tmp_path):
-    top = np.concatenate([np.full((32, 96, 3), 250, np.uint8), np.zeros((32, 96, 3), np.uint8)])
-    path = Path(write_clip(tmp_path / "phone.mp4", [top] * 4))
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
-    clockwise = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # by 90 degrees
-    data[matrix : matrix + 36] = struct.pack(">9i", *clockwise)
-    path.write_bytes(data)
-    plan = plan_clip("video", (str(path),), Options(resized_height=84, resized_width=56))
-    assert plan.source_size == (96, 64)
-    frame = video.read_frames(str(path), plan.indices, plan.seeks, plan.size)[0].float()
-    assert frame[..., 30:].mean() > 230 and frame[..., :26].mean() < 20
+# -- Pictures and patches
 
 
 def write_picture(path, picture, pix_fmt="rgb24"):
@@ -311,18 +215,37 @@ def test_images_and_lists_of_frames(tmp_path):
     assert still.grid_thw == (1, 4, 4) and still.second_per_grid == 0 and brightness(still).tolist() == [127, 127]
 
 
-def test_tiff(tmp_path):
-    """With tags that FFmpeg's decoder does not know; its own encoder writes one (296, ResolutionUnit)."""
-    noise = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
-    picture = video.read_image(write_picture(tmp_path / "a.tif", noise))
-    assert np.array_equal(picture.permute(1, 2, 0).numpy(), noise)
+def test_a_folder_of_frames(tmp_path):
+    """TVQA's layout: 00001.jpg, 00002.jpg, … at three a second; and numbers without leading zeros."""
+    for i, frame in enumerate(ramp(40)):
+        write_picture(tmp_path / f"{i + 1:05}.jpg", frame)
+    (tmp_path / "._00001.jpg").write_bytes(b"what macOS leaves behind")
+    paths = video.frames_in(str(tmp_path))
+    assert [Path(path).name for path in paths] == [f"{i + 1:05}.jpg" for i in range(40)]
+    whole = plan_clip("video", paths, Options(fps=3.0))
+    assert whole.indices == tuple(range(40)) and np.allclose(whole.times, np.arange(40) / 3)
+    assert whole.second_per_grid == 2 / 3 and whole.source_fps == 3.0
+    some = plan_clip("video", paths, Options(fps=3.0, nframes=8, video_start=2.0, video_end=10.0))
+    assert some.indices == tuple(video.frame_indices(25, 8, 6)) and some.times[0] == 2.0 and some.times[-1] == 10.0
+    assert some.second_per_grid == 2 / (8 / 25 * 3)  # as of a video of that rate
+    assert np.abs(brightness(some) - np.array(some.indices) * 255 / 39).max() < 2
+    (tmp_path / "few").mkdir()
+    with pytest.raises(UserError, match="few: a folder without images"):
+        video.frames_in(str(tmp_path / "few"))
+    for i in (2, 10, 1):
+        write_picture(tmp_path / "few" / f"frame{i}.png", ramp(1)[0])
+    assert [Path(path).name for path in video.frames_in(str(tmp_path / "few"))] == [
+        *("frame1.png", "frame2.png", "frame10.png")
+    ]
 
 
-def test_transparent_pixels_lie_on_white(tmp_path):
-    rgba = np.zeros((28, 28, 4), np.uint8)
-    rgba[:14, :, 3] = 255
-    picture = video.read_image(write_picture(tmp_path / "a.png", rgba, "rgba"))
-    assert picture[:, :14].max() == 0 and picture[:, 14:].min() == 255
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.mp4"])
+def test_one_picture_where_a_video_is_expected(tmp_path, name):
+    """It is shown as a clip of two equal frames, whatever nframes says, and a note says so."""
+    write = write_picture if name != "a.mp4" else lambda path, picture: write_clip(path, [picture])
+    plan = plan_clip("video", (write(tmp_path / name, ramp(3)[1]),), Options(nframes=8))
+    assert plan.grid_thw[0] == 1 and plan.total_frames == 1 and "one picture where a video" in plan.notes[-1]
+    assert np.abs(brightness(plan) - 127).max() < 3
 
 
 def test_patches_stand_in_blocks_of_four():
@@ -355,81 +278,3 @@ def test_controls():
     assert shown(patches) == list(range(8))
     with pytest.raises(UserError, match="only two orders"):
         apply_control(patches[:4], (1, 2, 2), "shuffled", "a")
-
-
-# -- Bad input
-
-
-def broken_files(folder):
-    """{name: what its error must say}, the files written to folder."""
-    write_clip(folder / "good.mp4", ramp(30))
-    write_clip(folder / "ahead.mp4", ramp(60, 128, 128), container={"movflags": "faststart"})
-    write_clip(folder / "good.mkv", ramp(60, 128, 128))
-    write_clip(folder / "one.mp4", ramp(1))
-    write_clip(folder / "narrow.mp4", ramp(4, 2, 512))
-    cuts = (("cut.mp4", "good.mp4", 0.5), ("cut_late.mp4", "ahead.mp4", 0.8), ("cut.mkv", "good.mkv", 0.5))
-    for name, source, share in cuts:
-        data = (folder / source).read_bytes()
-        (folder / name).write_bytes(data[: int(len(data) * share)])
-    data = bytearray((folder / "ahead.mp4").read_bytes())
-    rng = np.random.default_rng(0)
-    for i in rng.integers(len(data) // 2, len(data), 300):
-        data[i] = rng.integers(256)
-    (folder / "damaged.mp4").write_bytes(data)
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("no video\n" * 99)
-    (folder / "folder.mp4").mkdir()
-    os.mkfifo(folder / "pipe.mp4")
-    with av.open(str(folder / "audio.mp4"), "w") as file:
-        stream = file.add_stream("aac", rate=8000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
-        sound.sample_rate = 8000
-        file.mux(stream.encode(sound))
-        file.mux(stream.encode())
-    with av.open(str(folder / "frameless.avi"), "w") as file:
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.height = stream.width = 64
-        stream.pix_fmt = "yuv420p"
-        file.start_encoding()
-    return {
-        "missing.mp4": "No such file",
-        "empty.mp4": "empty file",
-        "text.mp4": "no readable video",
-        "damaged.mp4": "does not decode",
-        "cut.mp4": "cut off",
-        "cut_late.mp4": "cut off: .* promises 60",
-        "cut.mkv": "cut off: .* promises 6.0",
-        "folder.mp4": "not a regular file",
-        "pipe.mp4": "not a regular file",
-        "audio.mp4": "found audio",
-        "frameless.avi": "0 frames",
-        "one.mp4": "1 frame",
-        "narrow.mp4": "ratio is above 200",
-    }
-
-
-def test_broken_files_say_what_is_wrong(tmp_path):
-    for name, message in broken_files(tmp_path).items():
-        with pytest.raises(UserError, match=message) as caught:
-            read_clip(plan_clip("video", (str(tmp_path / name),), Options()))
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
-def test_a_picture_that_breaks_off(tmp_path, name):
-    path = Path(write_picture(tmp_path / name, np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"{name}: does not decode"):
-        read_clip(plan_clip("image", (str(path),), Options()))
-
-
-def test_limits_of_a_source(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "a.mp4", ramp(4))
-    for name, value, message in (
-        ("MAX_SOURCE_PIXELS", 64 * 63, "no readable video|does not decode"),
-        ("MAX_SOURCE_SECONDS", 0.3, "0 seconds, 4 frames, above the limit"),
-        ("MAX_SOURCE_FRAMES", 3, "0 seconds, 4 frames, above the limit"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"a.mp4: .*({message})"):
-            patch.setattr(video, name, value)
-            plan_clip("video", (path,), Options())

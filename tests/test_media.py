@@ -1,0 +1,297 @@
+"""Files of every kind: the frames are those that FFmpeg gives without a seek, pictures those that Pillow opens, and
+what is not read is refused with the true reason."""
+
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from PIL import Image
+from test_video import brightness, ramp, write_clip, write_picture
+
+import reader
+from model import UserError
+from reader import index_frames, read_frames, read_image
+from video import Options, plan_clip, read_clip
+
+FIXTURES = Path(__file__).parent / "fixtures" / "media"
+
+# -- Streams
+
+CONTAINERS = {
+    "h264.mp4": {},
+    "intra.mp4": dict(g="1", bf="0"),
+    "mpeg4.avi": dict(codec="mpeg4", b="4000000"),
+    "h264.mkv": {},
+    "vp9.webm": dict(codec="libvpx-vp9"),
+    "animation.gif": dict(codec="gif", pix_fmt="rgb8"),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_frames_are_those_asked_for(tmp_path, name):
+    path = write_clip(tmp_path / name, ramp(60), **CONTAINERS[name])
+    plan = plan_clip("video", (path,), Options(nframes=12))
+    assert plan.total_frames == 60 and plan.indices == (0, 5, 11, 16, 21, 27, 32, 38, 43, 48, 54, 59)
+    assert np.allclose(plan.times, np.array(plan.indices) / plan.source_fps, atol=0.011) and not plan.notes
+    assert np.abs(brightness(plan) - np.array(plan.indices) * 255 / 59).max() < 4.2  # frames are 4.3 apart or more
+
+
+# MPEG transport and program streams are searched by decoding time. AVI holds no presentation times, a raw stream none
+HEVC = {"codec": "libx265", "x265-params": "keyint=250:bframes=3:scenecut=0:log-level=none"}
+MPEG2 = dict(codec="mpeg2video", fps=25, g="250", bf="2", b="4000000", sc_threshold="1000000000")
+B_FRAMES = {
+    "short_gops.mp4": dict(g="7", bf="2"),
+    "h264.avi": dict(g="7", bf="3", sc_threshold="0"),
+    "one_keyframe.ts": dict(g="250", bf="3", sc_threshold="0"),
+    "one_keyframe_hevc.ts": HEVC,
+    "one_keyframe.mpg": MPEG2,
+    "raw.h264": dict(fps=12),
+    "raw.hevc": HEVC | {"fps": 30},
+    "raw.m2v": MPEG2 | {"fps": 24},
+}
+
+
+def from_the_start(path):
+    """(keyframes, mean of every frame): FFmpeg decodes the file without a seek."""
+    with av.open(path) as file:
+        keyframes = [packet.is_keyframe for packet in file.demux(video=0) if packet.size]
+    with av.open(path) as file:
+        return keyframes, np.array([frame.to_ndarray(format="rgb24").mean() for frame in file.decode(video=0)])
+
+
+def textured(n):
+    """As ramp, in noise: MPEG program streams are searched in steps of some kilobytes."""
+    noise = np.random.default_rng(0).integers(0, 100, (112, 112, 3), dtype=np.uint8)
+    return [noise + np.uint8(i * 155 // (n - 1)) for i in range(n)]
+
+
+@pytest.mark.parametrize("name", B_FRAMES)
+def test_frames_are_those_of_decoding_all(tmp_path, name):
+    path = write_clip(tmp_path / name, textured(60), **B_FRAMES[name])
+    keyframes, means = from_the_start(path)
+    assert sum(keyframes) == 1 or "one_keyframe" not in name
+    plan = plan_clip("video", (path,), Options(nframes=30, resized_height=112, resized_width=112))
+    assert plan.total_frames == len(means) == 60
+    assert plan.source_fps == B_FRAMES[name].get("fps", 10)  # as it was written, in a raw stream too
+    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["cut.ts", "cut.mpg"])
+def test_a_stream_cut_at_its_head_begins_with_the_first_keyframe(tmp_path, name):
+    """As a recording of a broadcast does: keyframes at 0 and 30, and the first packets are gone."""
+    options = dict(g="30", bf="3", sc_threshold="0") if name == "cut.ts" else MPEG2 | {"g": "30"}
+    data = Path(write_clip(tmp_path / f"whole_{name}", textured(60), **options)).read_bytes()
+    packet = 188 if name == "cut.ts" else 2048
+    (tmp_path / name).write_bytes(data[len(data) // 4 // packet * packet :])
+    keyframes, means = from_the_start(str(tmp_path / name))
+    plan = plan_clip("video", (str(tmp_path / name),), Options(nframes=10, resized_height=112, resized_width=112))
+    assert not keyframes[0] and plan.total_frames == len(means) == 30 and plan.times[0] == 0
+    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+
+
+def write_at(path, codec, ticks):
+    """Frames of a ramp at these thirtieths of a second."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=30)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        for tick, rgb in zip(ticks, ramp(len(ticks))):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return str(path)
+
+
+def test_a_varying_frame_rate_is_noted(tmp_path):
+    """The times are the true ones; the time ids cannot be. A slide show's header names any rate."""
+    ticks = [*range(30), *range(30, 120, 6)]  # 30 frames in a second, then 15 in three seconds
+    plan = plan_clip("video", (write_at(tmp_path / "a.mp4", "libx264", ticks),), Options(nframes=6))
+    assert np.allclose(plan.times, [ticks[i] / 30 for i in plan.indices], atol=1e-3) and plan.total_frames == 45
+    assert "the frame rate varies" in plan.notes[0] and "counts as one of" in plan.notes[0]
+    slides = plan_clip("video", (write_at(tmp_path / "a.webm", "libvpx-vp9", range(0, 900, 90)),), Options())
+    assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
+
+
+QUADRANTS = np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((32, 48), np.uint8))
+# What a display matrix (a, b, c, d) makes of them, by its definition: (x, y) is shown at (a x + c y, b x + d y)
+MATRICES = {
+    (1, 0, 0, 1): [[0, 80], [160, 240]],
+    (-1, 0, 0, 1): [[80, 0], [240, 160]],  # mirrored left to right
+    (1, 0, 0, -1): [[160, 240], [0, 80]],  # upside down
+    (-1, 0, 0, -1): [[240, 160], [80, 0]],
+    (0, 1, -1, 0): [[160, 0], [240, 80]],  # turned clockwise, as phones write it
+    (0, -1, 1, 0): [[80, 240], [0, 160]],
+    (0, 1, 1, 0): [[0, 160], [80, 240]],  # transposed
+    (0, -1, -1, 0): [[240, 80], [160, 0]],
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_turned_and_mirrored_clips(tmp_path, matrix):
+    path = Path(write_clip(tmp_path / "phone.mp4", [np.repeat(QUADRANTS[..., None], 3, 2)] * 4))
+    data, (a, b, c, d) = bytearray(path.read_bytes()), (value << 16 for value in matrix)
+    at = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    index = index_frames(str(path))
+    assert index.size == ((64, 96) if matrix[0] else (96, 64))
+    (frame,) = read_frames(str(path), [1], [index.seek(1)], index.size)
+    h, w = index.size
+    shown = [[int(frame[0, y, x]) for x in (w // 4, 3 * w // 4)] for y in (h // 4, 3 * h // 4)]
+    assert np.abs(np.array(shown) - MATRICES[matrix]).max() < 6
+
+
+@pytest.mark.parametrize("default", [None, 0, 1])
+def test_of_several_video_streams_the_default_counts_else_the_largest(tmp_path, default):
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        streams = [file.add_stream("mpeg4", rate=10) for _ in range(2)]
+        for i, (stream, side) in enumerate(zip(streams, (32, 64))):
+            stream.height = stream.width = side
+            stream.pix_fmt, stream.disposition = "yuv420p", Disposition.default if i == default else Disposition(0)
+        for rgb in ramp(8):
+            for stream in streams:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb[: stream.height, : stream.width], "rgb24")))
+        for stream in streams:
+            file.mux(stream.encode())
+    side = {None: 64, 0: 32, 1: 64}[default]
+    assert index_frames(str(tmp_path / "a.mkv")).size == (side, side)
+
+
+# -- Pictures
+
+H, W = 120, 160
+Y, X = np.mgrid[:H, :W]
+COLOURS = np.stack([127 + 127 * np.sin(X / 9), 127 + 127 * np.sin(Y / 7 + 1), 127 + 127 * np.cos((X + Y) / 11)], -1)
+COLOURS = COLOURS.astype(np.uint8)
+FADING = np.dstack([COLOURS, (2 * X % 256).astype(np.uint8)])
+PICTURES = {  # name -> picture, options of Pillow's save, largest mean error
+    "rgb.png": (COLOURS, {}, 0),
+    "dpi.tif": (COLOURS, dict(dpi=(72, 72)), 0),
+    "a.bmp": (COLOURS, {}, 0),
+    "a.ppm": (COLOURS, {}, 0),
+    "444.jpg": (COLOURS, dict(quality=90, subsampling=0), 0.1),
+    "422.jpg": (COLOURS, dict(quality=90, subsampling=1), 0.5),
+    "420.jpg": (COLOURS, dict(quality=90, subsampling=2), 0.5),
+    "progressive.jfif": (COLOURS, dict(format="JPEG", progressive=True), 0.5),
+    "lossy.webp": (COLOURS, dict(quality=90), 0.5),
+    "420.avif": (COLOURS, dict(quality=90), 0.5),
+    "rgba.png": (FADING, {}, 0.01),
+    "alpha.webp": (FADING, dict(quality=90), 0.5),
+    "rgba.tif": (FADING, {}, 0.01),
+}
+
+
+def on_white(picture):
+    """(H, W, 3) of a Pillow image, transparent pixels laid on white."""
+    rgba = np.asarray(picture.convert("RGBA")).astype(np.float64)
+    alpha = rgba[..., 3:] / 255
+    return rgba[..., :3] * alpha + 255 * (1 - alpha)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_those_of_pillow(tmp_path, name):
+    picture, options, most = PICTURES[name]
+    Image.fromarray(picture).save(tmp_path / name, **options)
+    mine = read_image(str(tmp_path / name)).permute(1, 2, 0).numpy()
+    assert reader.image_size(str(tmp_path / name)) == mine.shape[:2] == (H, W)
+    assert np.abs(mine - on_white(Image.open(tmp_path / name))).mean() <= most + 0.5 * (picture is FADING)
+
+
+@pytest.mark.parametrize("mode, options", [("L", {}), ("LA", {}), ("P", dict(transparency=3)), ("1", {}),
+                                           ("RGB", dict(transparency=tuple(COLOURS[5, 5].tolist())))])  # fmt: skip
+def test_modes_of_png(tmp_path, mode, options):
+    Image.fromarray(FADING if mode == "LA" else COLOURS).convert(mode).save(tmp_path / "a.png", **options)
+    mine = read_image(str(tmp_path / "a.png")).permute(1, 2, 0).numpy()
+    assert np.abs(mine - on_white(Image.open(tmp_path / "a.png"))).max() <= 0.51
+
+
+def test_a_picture_is_not_turned_by_its_exif_data(tmp_path):
+    """As qwen-vl-utils opens it."""
+    exif = Image.Exif()
+    exif[274] = 6
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(COLOURS).save(tmp_path / name, exif=exif)
+        assert reader.image_size(str(tmp_path / name)) == (H, W) == tuple(read_image(str(tmp_path / name)).shape[1:])
+
+
+# -- What is refused
+
+
+def broken_files(folder):
+    """{name: what its error must say}, the files written to folder."""
+    write_clip(folder / "good.mp4", ramp(30))
+    write_clip(folder / "ahead.mp4", ramp(60, 128, 128), container={"movflags": "faststart"})
+    write_clip(folder / "good.mkv", ramp(60, 128, 128))
+    write_clip(folder / "narrow.mp4", ramp(4, 2, 512))
+    cuts = (("cut.mp4", "good.mp4", 0.5), ("cut_late.mp4", "ahead.mp4", 0.8), ("cut.mkv", "good.mkv", 0.5))
+    for name, source, share in cuts:
+        data = (folder / source).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * share)])
+    data, rng = bytearray((folder / "ahead.mp4").read_bytes()), np.random.default_rng(0)
+    for i in rng.integers(len(data) // 2, len(data), 300):
+        data[i] = rng.integers(256)
+    (folder / "damaged.mp4").write_bytes(data)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video\n" * 99)
+    os.mkfifo(folder / "pipe.mp4")
+    with av.open(str(folder / "audio.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        file.mux(stream.encode(sound))
+        file.mux(stream.encode())
+    with av.open(str(folder / "frameless.avi"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        file.start_encoding()
+    (folder / "tiled.avif").write_bytes((FIXTURES / "tiled.avif").read_bytes())  # 2 x 2 tiles, as phones write them
+    assert Image.open(folder / "tiled.avif").size == (128, 96)
+    Image.fromarray(FADING).save(folder / "alpha.avif")
+    still = Image.fromarray(COLOURS)
+    still.save(folder / "animated.webp", save_all=True, append_images=[still.rotate(90)], duration=100)
+    return {
+        "missing.mp4": "No such file",
+        "empty.mp4": "empty file",
+        "text.mp4": "no readable video",
+        "damaged.mp4": "does not decode",
+        "cut.mp4": "cut off",
+        "cut_late.mp4": "cut off: .* promises 60",
+        "cut.mkv": "cut off: .* promises 6.0",
+        "pipe.mp4": "not a regular file",
+        "audio.mp4": "found audio",
+        "frameless.avi": "0 frames",
+        "narrow.mp4": "ratio is above 200",
+        "tiled.avif": "a picture in 4 tiles",
+        "alpha.avif": "transparency or depth is a stream of its own",
+        "animated.webp": "an animated webp",
+    }
+
+
+def test_broken_files_say_what_is_wrong(tmp_path):
+    for name, message in broken_files(tmp_path).items():
+        for kind in ("video", "image") if name.endswith(("avif", "webp")) else ("video",):
+            with pytest.raises(UserError, match=message) as caught:
+                read_clip(plan_clip(kind, (str(tmp_path / name),), Options()))
+            assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_a_picture_that_breaks_off(tmp_path, name):
+    path = Path(write_picture(tmp_path / name, np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{name}: does not decode"):
+        read_clip(plan_clip("image", (str(path),), Options()))
+
+
+def test_limits_of_a_source(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4", ramp(4))
+    monkeypatch.setattr(reader, "MAX_SOURCE_PIXELS", 64 * 63)
+    with pytest.raises(UserError, match="a.mp4: (no readable video|does not decode)"):
+        plan_clip("video", (path,), Options())
