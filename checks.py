@@ -45,15 +45,23 @@ def type_name(kind):
         return ", ".join(typing.get_args(kind))
     if kind is bool:
         return "True or False"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("None", "none")
+    if is_union(kind):
+        return " | ".join("none" if each is type(None) else type_name(each) for each in typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def is_union(kind):
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def convert(value, kind):
     """A text, or an object of a config file, as a value of the type `kind`. An int is a float too, a bool is no int.
     ValueError or KeyError where it is none."""
     inner, is_text = typing.get_args(kind), isinstance(value, str)
-    if isinstance(kind, types.UnionType):
-        return None if value is None or (is_text and value.lower() in ("none", "null")) else convert(value, inner[0])
+    if is_union(kind):
+        if type(None) in inner and (value is None or (is_text and value.lower() in ("none", "null"))):
+            return None
+        return value if value == "auto" and typing.Literal["auto"] in inner else convert(value, inner[0])
     if typing.get_origin(kind) is list:
         if not isinstance(value, str | list | tuple):
             raise ValueError(value)
@@ -116,7 +124,7 @@ def check_values(cfg):
     def each(names, ok, expected):
         for name in names.split():
             value = getattr(cfg, name, None)
-            require(value is None or ok(value), name, value, expected)
+            require(value in (None, "auto") or ok(value), name, value, expected)
 
     for low, names in AT_LEAST.items():
         each(names, lambda value, low=low: value >= low, f"at least {low}")
@@ -190,6 +198,8 @@ def check_command(cfg):
 # -- Options that have no effect. Script: options, when, why
 
 IGNORED = [
+    ("train", "offload_activations", lambda c: c.gradient_checkpointing is False,
+     "it is the inputs of recomputed blocks that wait; see --gradient_checkpointing"),
     ("train", "num_train_epochs", lambda c: c.max_steps != -1, "max_steps decides"),
     ("", "fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none frees it"),
     ("train", "lora_rank lora_alpha lora_dropout lora_bias llm_lora vision_lora merger_lora model_ckpt",

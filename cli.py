@@ -23,7 +23,7 @@ from names import NAMES, SYNONYMS, suggestion, translate
 # Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
 DOWNLOAD = "download the files first, and name them in the records"
 REMOVED = {
-    "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
+    "sequence_parallel": "use data parallelism; for a long video on a small card --offload_activations",
     "partition_weights": "--base_dtype int8 or nf4 keeps the frozen base in half or a quarter of the bytes",
     "offload_weights": "the frozen base stands whole on the card: 32B in bf16 needs an 80 GB card",
     "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
@@ -209,8 +209,8 @@ def read_argv(cls, argv):
         plain = aliases.get(theirs, SYNONYMS.get(theirs, theirs))
         kind = str if plain in ("config", "local_rank") else kinds.get(plain)
         if not equals:
-            is_switch = kind in (bool, bool | None) or (kind is None and positional)
-            words = {*BOOLS, "none"} if kind is not bool else BOOLS
+            is_switch = kind is bool or bool in typing.get_args(kind) or (kind is None and positional)
+            words = {*BOOLS, "none", "auto"} if kind is not bool else BOOLS
             if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in words):
                 value = rest.pop(0)
                 while theirs in SYNONYMS and not positional and rest and not rest[0].startswith("--"):

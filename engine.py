@@ -117,6 +117,24 @@ def build_engine(model, cfg, device, dtype):
     return engine, adamw, notes
 
 
+def clear_gradients(engine):
+    """After a backward pass that did not come to its end: no trace of this step's gradients is left. Alone only: the
+    ranks would have to agree.
+
+    DeepSpeed ends a step whose gradient is not finite by throwing everything away, so it is given such a one.
+    """
+    scaler = engine.optimizer.loss_scaler
+    scale = scaler.cur_scale
+    if engine.optimizer.ready_for_gradients:  # it had begun to reduce them
+        engine.optimizer.independent_gradient_partition_epilogue()
+    engine.set_gradient_accumulation_boundary(True)
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    engine.backward(float("nan") * sum(p.flatten()[0] for p in trained), scale_wrt_gas=False)
+    engine.step()
+    scaler.cur_scale = scale
+    assert not engine.was_step_applied(), "a gradient of NaN was applied"
+
+
 def deepspeed_config(cfg, device, dtype, world, count):
     """Our ZeRO-2 settings with those of the --deepspeed file over them. count: parameters trained.
 

@@ -108,7 +108,7 @@ class Loader:
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
-        self.total = len(records)
+        self.total, self.pack_tokens = len(records), args.pack_tokens
         self.rank, self.world_size = rank, world_size
         self.samples = Samples(records, processor, answer)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -139,11 +139,17 @@ class Loader:
                     if not isinstance(sample, Example):
                         self.skip(*sample)
             parts = [[sample for sample in part if isinstance(sample, Example)] for part in parts]
-            if self.args.pack_tokens is not None:
-                (whole,) = parts
-                bins = fill_bins([len(example) for example in whole], self.args.pack_tokens)
-                parts = [[whole[i] for i in each] for each in bins]
-            yield [self.collate(part) for part in parts]
+            self.last_parts = parts
+            yield self.packs()
+
+    def packs(self) -> list:
+        """The micro-batches of the step that iterate() yielded last, within pack_tokens as it is now."""
+        parts = self.last_parts
+        if self.pack_tokens is not None:
+            whole = [example for part in parts for example in part]
+            bins = fill_bins([len(example) for example in whole], self.pack_tokens)
+            parts = [[whole[i] for i in each] for each in bins]
+        return [self.collate(part) for part in parts]
 
     def share(self, step: int) -> list[list[int]]:
         """Numbers of this rank's samples of a step, by micro-batch; with pack_tokens in one list."""

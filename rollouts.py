@@ -16,7 +16,7 @@ import torch
 import ranks
 from checkpoint import ROLLOUTS, append_lines
 from data import Example, pack
-from memory import out_of_memory, smaller_sampling
+from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
 from rewards import Reward, Sample, accuracy, can_shuffle, group_context, sample_from_record, score, total
@@ -97,8 +97,8 @@ class Sampler:
                 return generate(self.model, packed.to(self.device), sampling, count, generators, on_token)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    settings = smaller_sampling(self.cfg, sampling.max_new_tokens)
-                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", [packed], settings) from None
+                    lower = "--max_completion_length, --max_new_tokens or --nframes"
+                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", [packed], lower) from None
             self.sample_less(tokens, f"{count} x {len(batch)} prompts", training)
         half = (len(batch) + 1) // 2
         first = self(batch[:half], sampling, count, seeds[:half], on_token)

@@ -14,10 +14,12 @@ import secrets
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import autofit
 import checkpoint
 import console
 import ranks
@@ -180,8 +182,10 @@ def build_model(run):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{problem}; take another checkpoint, or download it again")
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.cuda_graphs and run.device.type == "cuda":
+    model.ops.offload = cfg.offload_activations and run.device.type == "cuda"
+    if cfg.offload_activations and not model.ops.offload:
+        run.notes.append("--offload_activations has no effect: there is no GPU to free")
+    if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
         model.ops.graphs = GraphCache(run.say)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
@@ -199,6 +203,9 @@ def start(run, model, processor, loader, records, held_out):
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
         restore(run, engine, adamw)
+    run.plan = autofit.choose(run, model, partial(autofit.sample_of, run, records, processor))
+    if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
+        loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
         try:
             prepare_folder(run)
@@ -311,7 +318,7 @@ def describe(run, model, lines):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
     yield f"  trained    {'; '.join(trained_shares(model))}"
-    packed = f", in micro-batches of at most {cfg.pack_tokens} tokens" if cfg.pack_tokens else ""
+    packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {run.total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"

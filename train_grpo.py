@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import autofit
 import ranks
 import trainer
 from checkpoint import STATE, find_adapter, read_json
@@ -38,7 +39,7 @@ from evaluate import answerable, evaluate_and_log, held_out_records
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
-from memory import out_of_memory, smaller_update
+from memory import out_of_memory
 from model.packed import IGNORE, Packed
 from model.qwen import target_logprobs
 from rewards import load_rewards, try_rewards
@@ -206,7 +207,7 @@ class MicroBatch:
     old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
 
     def to(self, device):
-        names = ("packed", "rows", "completion", "advantages", "keep", "sampler")
+        names = ("packed", "completion", "advantages", "keep", "sampler")  # the model takes rows from the host
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -215,19 +216,25 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
     cfg = run.cfg
     trained = [group for group in groups if group.trained]
     shares = assign(trained, run.world)
-    splits = [split_micro_batches(share, cfg) for share in shares]
     for group in shares[run.rank]:
         if group.number not in examples:  # another rank's prompt
             record = run.loader.records[group.record]
             examples[group.number] = run.sampler.processor.encode(record, answer=False)
-    batches = [micro_batch(examples, rollouts) for rollouts in splits[run.rank]]
     tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if not r.masked))
-    try:
-        batches = [batch.to(run.device) for batch in batches]
-        metrics = train_on(run, engine, frozen, batches, normalizer, step, max(map(len, splits)) if tokens else 0)
-    except torch.OutOfMemoryError:
-        packs = [batch.packed for batch in batches]
-        raise out_of_memory(run.device, f"training step {step}", packs, smaller_update(cfg)) from None
+    updates = run.updates
+    while True:
+        splits = [split_micro_batches(share, cfg, run.plan.pack_tokens) for share in shares]
+        batches = [micro_batch(examples, rollouts) for rollouts in splits[run.rank]]
+        most = max(map(len, splits)) if tokens else 0
+        try:
+            on_device = [batch.to(run.device) for batch in batches]
+            metrics = train_on(run, engine, frozen, on_device, normalizer, step, most)
+            break
+        except torch.OutOfMemoryError:
+            packs, on_device = [batch.packed for batch in batches], None
+            if run.updates > updates:  # with these rollouts: what it was made from is gone
+                raise out_of_memory(run.device, f"training step {step}", packs, autofit.LOWER) from None
+        autofit.shrink(run, engine, packs, step)
     if groups and not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics | {"trained_tokens": tokens}
@@ -243,16 +250,18 @@ def assign(groups, world):
         least.append(most.pop())
 
 
-def split_micro_batches(groups, cfg):
-    """The Rollouts of each micro-batch, in their order: at most per_device_train_batch_size of them and pack_tokens
-    tokens, the prompt of a group counted once a micro-batch."""
+def split_micro_batches(groups, cfg, pack_tokens):
+    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once a
+    micro-batch, or, where that is None, per_device_train_batch_size of them. A group that fits into one is not cut."""
     batches, size = [], 0
     for group in groups:
-        for rollout in group.rollouts:
+        whole = group.prompt_tokens + sum(len(rollout.ids) for rollout in group.rollouts)
+        for k, rollout in enumerate(group.rollouts):
             again = batches and batches[-1][-1].prompt == rollout.prompt
             cost = len(rollout.ids) + (0 if again else group.prompt_tokens)
-            full = batches and len(batches[-1]) == cfg.per_device_train_batch_size
-            if not batches or full or (cfg.pack_tokens and size + cost > cfg.pack_tokens):
+            full = batches and not pack_tokens and len(batches[-1]) == cfg.per_device_train_batch_size
+            needed = whole if k == 0 and pack_tokens and whole <= pack_tokens else cost
+            if not batches or full or (pack_tokens and size + needed > pack_tokens):
                 batches.append([])
                 size, cost = 0, len(rollout.ids) + group.prompt_tokens
             batches[-1].append(rollout)
@@ -311,9 +320,9 @@ def reference_pass(run, model, frozen, batches, sums):
 def token_logprobs(forward, model, batch, cfg):
     """Log-probs (N,) of the completions' tokens, with gradient, and entropies (N,): as they are sampled, without the
     vision tokens. forward: the model itself, or the engine around it."""
-    banned = torch.tensor(model.config.vision_token_ids, device=batch.rows.device)
     hidden = forward(batch.packed, rows=batch.rows)  # (N, C)
-    targets = batch.packed.targets[batch.rows]
+    banned = torch.tensor(model.config.vision_token_ids, device=hidden.device)
+    targets = batch.packed.targets[batch.rows.to(hidden.device, non_blocking=True)]
     return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
 
 

@@ -20,12 +20,12 @@ from functools import partial
 
 import torch
 
+import autofit
 import ranks
 import trainer
 from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from loader import Loader
-from memory import out_of_memory, smaller_update
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from startup import build_model, dry_run, launch, start
@@ -59,13 +59,19 @@ def main():
         counts = ranks.gather_numbers(*count_tokens(micro_batches), len(micro_batches))  # (world, 3)
         answer_tokens, tokens, _ = counts.sum(0).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
-        grad_norm, updated = None, False
-        try:
-            if answer_tokens:  # else there is nothing to learn from, on all ranks alike
+        grad_norm, updated, most = None, False, int(counts[:, 2].max())
+        while answer_tokens:  # else there is nothing to learn from, on all ranks alike
+            try:
                 loss_of = partial(micro_loss, engine, answer_tokens, sums)
-                grad_norm, updated = trainer.update(engine, micro_batches, loss_of, int(counts[:, 2].max()))
-        except torch.OutOfMemoryError:
-            raise out_of_memory(run.device, f"training step {step}", micro_batches, smaller_update(cfg)) from None
+                grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)
+                break
+            except torch.OutOfMemoryError:
+                pass  # outside of this clause nothing holds the pass's tensors any more
+            autofit.shrink(run, engine, micro_batches, step)
+            micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
+            micro_batches = loader.packs()
+            most = len(micro_batches)
+            sums.zero_()
         loss, right, seen = ranks.add(*sums.tolist(), len(loader.skipped))
         loss, right = (loss / answer_tokens, right / answer_tokens) if answer_tokens else (None, None)
         trainer.check_numbers(run, step, loss, grad_norm, updated)
@@ -91,8 +97,8 @@ def micro_loss(engine, answer_tokens, sums, packed):
     """One micro-batch's share of the loss. answer_tokens: of the global batch. Adds to sums what is logged."""
     model = engine.module
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
-    packed, rows = packed.to(engine.device), rows.to(engine.device, non_blocking=True)  # nothing waits for the GPU
-    hidden = engine(packed, rows=rows)  # (N, C)
+    packed = packed.to(engine.device)
+    hidden, rows = engine(packed, rows=rows), rows.to(engine.device, non_blocking=True)  # (N, C)
     logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
     return -logprobs.sum() / answer_tokens

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from data import pack
 from engine import leave_processes
 from evaluate import progress
 from lora import lora_layers
+from memory import out_of_memory
 from model import UserError
 from model.loading import not_finite
 from report import write_report
@@ -66,6 +67,7 @@ class Run:
     skipped_seen: int = 0  # len(loader.skipped) summed over the ranks: see count_skipped()
     skipped: int = 0  # samples that are left out
     sampler: object = None  # rollouts.Sampler
+    plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start
@@ -150,6 +152,7 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
     num_micro_batches: of the rank that has most. DeepSpeed reduces gradients in every backward pass, so this rank makes
     as many, the rest of them blank.
     Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
+    OutOfMemoryError: in a pass, before anything was updated. UserError: in the update itself.
     """
     assert len(micro_batches) <= num_micro_batches, f"{len(micro_batches)} micro-batches, at most {num_micro_batches}"
     for i in range(num_micro_batches):
@@ -161,7 +164,12 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
         loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
         # the sum of losses is wanted: DeepSpeed would divide by its own accumulation, and averages over the ranks
         engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
-    engine.step()
+    try:
+        engine.step()
+    except torch.OutOfMemoryError:
+        packs = [getattr(each, "packed", each) for each in micro_batches]
+        lower = "--offload_optimizer or --lora_rank"
+        raise out_of_memory(engine.device, "updating the weights", packs, lower) from None
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
 
 
@@ -376,6 +384,7 @@ def run_facts(run, engine, loop):
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "skipped": ranks.gather(run.loader.state()),
         "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
+        "plan": asdict(run.plan),
         "loop": loop,
         "config": as_dict(run.cfg),
     }

@@ -4,6 +4,7 @@ loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def sampled(bench, prompts=None, seed=0, length=8):
 
 
 def micro_batches(prompts, groups, cfg):
-    splits = train_grpo.split_micro_batches(groups, cfg)
+    splits = train_grpo.split_micro_batches(groups, cfg, None)
     return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts) for rollouts in splits]
 
 
@@ -336,6 +337,17 @@ def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
     assert column(grpo("off", max_steps=2, beta=0), "kl") == []
 
 
+def test_a_pack_cuts_no_group_that_fits():
+    """Prompts of 10 tokens with three completions of 5: a group takes 25."""
+    rollouts = [[Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)] for g in range(4)]
+    groups = [Group(g, 10, each) for g, each in enumerate(rollouts)]
+    split = partial(train_grpo.split_micro_batches, groups, GRPO())
+    cut = lambda tokens: [[rollout.prompt for rollout in each] for each in split(tokens)]
+    assert cut(60) == [[0] * 3 + [1] * 3, [2] * 3 + [3] * 3]  # 60 would have room for two prompts and eight completions
+    assert cut(49) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]
+    assert cut(24) == [[g] * n for g in range(4) for n in (2, 1)]
+
+
 @pytest.fixture(scope="session")
 def two_steps(base):
     """Two steps of four prompts, or two: 16 completions a round."""
@@ -356,8 +368,8 @@ def equal_runs(one, other):
 @pytest.mark.parametrize(
     "options",
     [
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "pack_tokens": "none"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "pack_tokens": "none"},
         {"pack_tokens": 150},
     ],
     ids=["accumulated", "split groups", "packed"],
