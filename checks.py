@@ -176,6 +176,8 @@ def check_command(cfg):
 # -- Options that have no effect. Script: options, when, why
 
 IGNORED = [
+    ("train", "offload_activations", lambda c: c.gradient_checkpointing is False,
+     "it is the inputs of recomputed blocks that wait; see --gradient_checkpointing"),
     ("train", "num_train_epochs", lambda c: c.max_steps != -1, "max_steps decides"),
     ("", "fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none frees it"),
     ("train", "lora_rank lora_alpha lora_dropout lora_bias llm_lora vision_lora merger_lora model_ckpt",

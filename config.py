@@ -145,7 +145,8 @@ class CommonTrain(VideoArgs, LoraArgs):
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
     deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; a CPU always does
-    gradient_checkpointing: bool = False  # recompute activations block by block; the tiny model does not need it
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # recompute activations: all, none, or the blocks that must
+    offload_activations: bool = False  # the inputs of recomputed blocks wait in CPU memory: long video on small cards
     cuda_graphs: bool = True  # small batches run as CUDA graphs; the first of a size takes a second to capture
     dataloader_num_workers: int = 0  # processes that decode ahead; 0 = none, and decoded clips are kept (cache_mb)
 
@@ -154,7 +155,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     max_steps: int = -1  # optimizer steps; -1 = by num_train_epochs
     per_device_train_batch_size: int = 32  # samples a micro-batch and process
     gradient_accumulation_steps: int = 1  # micro-batches an optimizer step
-    pack_tokens: int | None = 8192  # tokens a micro-batch at most: a step is repacked, same update; none = as given
+    pack_tokens: int | Literal["auto"] | None = "auto"  # tokens a micro-batch: a step is repacked; none = as given
 
     # -- Optimizer and schedule
     learning_rate: float = 1e-3  # AdamW's peak rate
@@ -172,6 +173,7 @@ class CommonTrain(VideoArgs, LoraArgs):
 
     # -- Log, evaluate, save
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
+    verbose: bool = False  # every number of metrics.jsonl in these lines, which otherwise have 100 columns
     report_to: str = "none"  # any of tensorboard,wandb: metrics go there too; metrics.jsonl always
     eval_steps: int = 100  # steps between evaluations by free generation; 0 = only at the end
     eval_samples: int = 400  # held-out clips an evaluation, spread over the file by the seed; 400 give +-1.4 % at 98 %

@@ -8,7 +8,6 @@
 import fcntl
 import hashlib
 import importlib.metadata
-import math
 import os
 import platform
 import secrets
@@ -16,11 +15,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import autofit
 import checkpoint
+import console
 import ranks
 from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
 from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
@@ -56,6 +58,7 @@ def launch(cfg, records, held_out, notes=()):
     another process trains in it.
     """
     check_installed(cfg)
+    console.show_logged_warnings()
     device = init_distributed()
     lock = message = None
     if ranks.rank() == 0:
@@ -180,8 +183,10 @@ def build_model(run):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{problem}; take another checkpoint, or download it again")
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.cuda_graphs and run.device.type == "cuda":
+    model.ops.offload = cfg.offload_activations and run.device.type == "cuda"
+    if cfg.offload_activations and not model.ops.offload:
+        run.notes.append("--offload_activations has no effect: there is no GPU to free")
+    if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
         model.ops.graphs = GraphCache(run.say)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
@@ -199,12 +204,15 @@ def start(run, model, processor, loader, records, held_out):
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
         restore(run, engine, adamw)
+    run.plan = autofit.choose(run, model, partial(autofit.sample_of, run, records, processor))
+    if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
+        loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
         try:
             prepare_folder(run)
         except OSError as error:
             problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{problem}; make room, or choose another --output_dir") from None
+            raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
         for line in describe(run, model, summary(model, cfg, records, processor, loader, run.total, run.world, 2)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
@@ -238,13 +246,12 @@ def restore(run, engine, adamw):
     if run.state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.state["config"].get("data_path") == run.cfg.data_path:
-        run.loader.restore(run.state["left_out"])
+        run.loader.restore(run.state["skipped"])
         if run.state.get("data_hash", run.data_hash) != run.data_hash:
             run.notes.append(f"--resume: {run.cfg.data_path} was changed since that run: other samples, another order")
     memory = run.state["memory"]
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
-    limit = memory["max_sampled_tokens"]
-    run.sampler.max_tokens = math.inf if limit is None else limit
+    run.sampler.max_tokens = memory["max_sampled_tokens"]
 
 
 def prepare_folder(run):
@@ -268,7 +275,6 @@ def prepare_folder(run):
         write_json(run.folder / BEST, run.best)
     else:
         (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
-    checkpoint.rotate(run.folder, run.cfg.save_total_limit)  # a run killed after its last checkpoint had not come to it
     known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
     facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}
@@ -333,7 +339,7 @@ def describe(run, model, lines):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
     yield f"  trained    {'; '.join(trained_shares(model))}"
-    packed = f", in micro-batches of at most {cfg.pack_tokens} tokens" if cfg.pack_tokens else ""
+    packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {run.total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"

@@ -11,10 +11,8 @@ num_train_epochs = 1
 
 num_generations = 8
 per_device_train_batch_size = 64  # 8 prompts x 8
-pack_tokens = 16_384
 max_resample = 0
 max_completion_length = 512
-gradient_checkpointing = True
 dataloader_num_workers = 8
 
 fps = 2.0

@@ -52,6 +52,6 @@ def test_it_fits_the_cards_it_names(path, gigabytes):
     world = int(match[1]) if (match := re.search(r"--num_gpus (\d)", text.split(" for ")[0])) else 1
     peak = max(memory.estimate(model, cfg, [(tokens, patches)], world).values()) / memory.GIB
     assert peak < 0.95 * gigabytes, f"{peak:.1f} GiB"
-    assert cfg.pack_tokens >= tokens + getattr(cfg, "max_completion_length", 0)
+    assert cfg.pack_tokens == cfg.gradient_checkpointing == "auto"  # the peak is the least; auto takes what is free
     stated = re.search(rf"\b{gigabytes} GB: ([\d.]+)", text.split('"""')[1])
     assert 0.7 * peak < float(stated[1]) < 1.05 * peak, f"the docstring says {stated[1]} GiB, the formula {peak:.1f}"

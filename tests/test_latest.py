@@ -15,9 +15,10 @@ import infer
 import train_grpo
 import train_sft
 from config import GRPO, SFT, parse
+from console import against_start
 from latest import follow
 from model import UserError
-from trainer import Run, against_start
+from trainer import Run
 
 SHORT = "--nframes 4 --eval_samples 8 --eval_controls 0 --max_new_tokens 8"
 REWARD = "def even(text, sample):\n    return float(len(text) % 2 == 0)\n"
@@ -104,7 +105,7 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
     cfg = follow(parse(GRPO, []))
     assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
-    assert (cfg.learning_rate, cfg.gradient_checkpointing) == (1e-5, True)  # of a 3B
+    assert (cfg.learning_rate, cfg.dataloader_num_workers) == (1e-5, 8)  # of a 3B
     assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
     with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
         follow(parse(GRPO, ["--model_id", "assets/tiny"]))

@@ -33,16 +33,16 @@ CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real v
 # -- Products with adapters
 
 
-def linear(x: Tensor, *layers: Weights, pad: bool = False) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False) -> tuple[Tensor, ...]:
     """(T, in) through each layer: a tuple of (T, out_i).
 
     pad: outputs come with zero columns up to the next multiple of 8, and x may have such columns; the vision tower's
-    3,420 needs it on a GPU.
+    3,420 needs it on a GPU. unused: only the backward pass is wanted, the outputs may hold anything.
     """
     frozen = not any(p.requires_grad for w in layers for p in (w.weight, w.bias) if p is not None)
     if frozen and any(w.A is not None for w in layers) and not any(w.dropout for w in layers):
         scales, tensors = [w.scale for w in layers], [t for w in layers for t in w[:4]]
-        return Project.apply(x, pad, scales, *tensors)
+        return Project.apply(x, pad, unused, scales, *tensors)
     return tuple(linear_by_autograd(x, w, pad) for w in layers)
 
 
@@ -104,20 +104,23 @@ class Project(torch.autograd.Function):
     """Frozen weights, adapters without dropout; gradients to x and to every A and B."""
 
     @staticmethod
-    def forward(ctx, x, pad, scales, *tensors):
+    def forward(ctx, x, pad, unused, scales, *tensors):
         quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
         h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
         fp8 = any(getattr(q[0], "kind", None) == "fp8" for q in quads)
-        rounded = quantized.round_rows(x) if fp8 else None  # once for all that share x
+        rounded = quantized.round_rows(x) if fp8 and not unused else None  # once for all that share x
         outs, saved, first = [], [], 0
         for (weight, bias, a, b), scale in zip(quads, scales):
             w, bias = padded(weight, bias, x.shape[1], pad)
             saved += [None if isinstance(w, Quantized) else w, a, b]  # of few bits: dequantised again going back
-            y = quantized.product(x, w, bias, rounded) if isinstance(w, Quantized) else F.linear(x, w, bias)
-            if a is not None:
+            if unused:
+                y = x.new_empty(len(x), w.shape[0])
+            else:
+                y = quantized.product(x, w, bias, rounded) if isinstance(w, Quantized) else F.linear(x, w, bias)
+            if a is not None and not unused:
                 y.addmm_(h[:, first : first + len(a)], widen(b, 0, w.shape[0]).to(x.dtype).T, alpha=scale)
-                first += len(a)
+            first += 0 if a is None else len(a)
             outs.append(y)
         ctx.save_for_backward(x, h, *saved)
         ctx.scales, ctx.low = scales, [q[0] for q in quads]
@@ -147,7 +150,7 @@ class Project(torch.autograd.Function):
         d_tensors = []
         for (_w, a, _b), d_b in zip(triples, d_B):
             d_tensors += [None, None, None if a is None else next(d_A).to(a.dtype), d_b]
-        return d_x, None, None, *d_tensors
+        return d_x, None, None, None, *d_tensors
 
 
 # -- Norm and SwiGLU
