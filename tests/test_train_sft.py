@@ -20,6 +20,7 @@ import startup
 import train_grpo
 import train_sft
 import trainer
+from autofit import Plan
 from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
 from config import SFT
 from engine import deepspeed_config
@@ -226,6 +227,7 @@ class Order:
         run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, "", total=12)
         run.loader = SimpleNamespace(steps_per_epoch=5, state=dict)
         run.sampler = SimpleNamespace(oom_retries=0, max_tokens=1)
+        run.plan = Plan(None, 0)
         engine = SimpleNamespace(module=None, optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
 
         def evaluate():
