@@ -1,7 +1,7 @@
 """In which order samples are read, by whom, and how they are cut into micro-batches.
 
-    Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
-    examples    prompts for evaluation and inference, in their order
+Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
+examples    prompts for evaluation and inference, in their order
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """What a training run does before its first step.
 
-    run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
-    model, processor = build_model(run)              base, adapter, what is trained; clips and chats
-    engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
+run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
+model, processor = build_model(run)              base, adapter, what is trained; clips and chats
+engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
 """
 
 import fcntl

@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 def nearest(word, choices, cutoff=0.5) -> str:
-    """"; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
+    """ "; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
     from difflib import get_close_matches
 
     close = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=cutoff)

@@ -124,6 +124,7 @@ def test_kept_blocks_offloading_and_pieces_change_no_gradient(monkeypatch, kept)
     monkeypatch.setattr(recompute, "from_host", lambda saved: moved.append(saved[0].shape) or saved[0])
     assert all(map(torch.equal, gradients(model, packed), whole))
     tower, layers = (620, 32), (182, 128)  # (P, width) and (T, C) of the blocks' inputs
+    moved = [shape for shape in moved if shape.numel()]  # torch 2.11 saves an empty tensor too
     assert moved == ([layers] * 2 + [tower] * 4)[kept:]
     monkeypatch.setattr(recompute, "PIECE", 50)
     for mine, theirs in zip(gradients(model, packed), whole, strict=True):
