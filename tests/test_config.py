@@ -115,7 +115,7 @@ def test_commands_that_people_have():
         (GRPO, "--reward_weights 1", ["--reward_weights", "2 numbers"]),
         (Generate, "--split 1", ["--split", "between 0 and 1"]),
         (Generate, "--augment blur,spin", ["--augment", "'spin'", "blur, crop"]),
-        (Adapter, "convert x", ["--command", "'convert'", "merge or check"]),
+        (Adapter, "convert x", ["lora.py convert", "was removed", "lora.py merge"]),
         (Adapter, "merge x y --keys 1", ["--keys", "both key styles"]),
         (GRPO, "--oversample 2", ["--oversample", "--max_resample N"]),
         (Look, "", ["--files: found []", "python data.py clip.mp4"]),
@@ -263,6 +263,8 @@ def test_names_of_other_trainers(name):
             field = ours.partition("=")[0]
             assert cfg.given == ({field} if field else set()) and f"--{name} {value}" in ignored_options(cfg)[0]
         assert meaning[1] in message(GRPO, [f"--{name}", "something"])
+    elif kind == "removed":
+        assert f"--{name}: was removed; {meaning}" in message(GRPO, [f"--{name}", "1"])
     else:
         assert f"--{name}: not an option here; {meaning}" in message(GRPO, [f"--{name}"])
         assert parse(GRPO, [f"--{name}", "False"]).given == set()
