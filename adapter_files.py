@@ -11,6 +11,7 @@ DoRA, ranks by pattern and the like are refused by name.
 
 import re
 import shutil
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
 from model import UserError
 from model.adapters import scale_of, shifted
 from model.loading import ModelConfig, module_name, read_object, resolve_folder, save_tensors, shard_files, write_shards
+from model.quantized import BASE_DTYPES, LOW_BIT, quantise
 from model.qwen import Qwen2_5_VL
 
 CONFIG, TENSORS = ADAPTER
@@ -73,6 +75,8 @@ def save_adapter(model, folder, base_model):
         lora_dropout=args.lora_dropout, bias=args.lora_bias, use_rslora=args.use_rslora,
         target_modules=[hf_name(name) for name in layers], inference_mode=True,
     )  # fmt: skip
+    if model.base_dtype != "bf16":  # PEFT passes over it with a warning
+        config["base_dtype"] = model.base_dtype
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / TENSORS)
@@ -102,6 +106,14 @@ def read_adapter(folder):
         option = f"{beyond[0]} = {config[beyond[0]]!r} in {CONFIG}"
         raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
     return config, tensors
+
+
+def trained_on(config):
+    """The format of the base that an adapter was trained on, by its adapter_config."""
+    kind = config.get("base_dtype", "bf16")
+    if kind not in BASE_DTYPES:
+        raise UserError(f"{CONFIG}: base_dtype is {str(kind)[:80]}, expected one of {', '.join(BASE_DTYPES)}")
+    return kind
 
 
 def split_keys(tensors):
@@ -191,9 +203,13 @@ def meta_model(base):
         return Qwen2_5_VL(ModelConfig.from_folder(base))
 
 
-def merged_tensors(base, adapter):
+def merged_tensors(base, adapter, kind="bf16", quantised=False, errors=None):
     """(name, bf16 tensor) of base + adapter, summed in fp32 and rounded once. Tensors go one by one from the base's
-    files into the new ones: the adapter and one new file are held in memory, never the model."""
+    files into the new ones: the adapter and one new file are held in memory, never the model.
+
+    kind: the format of the base that the adapter was trained on. quantised: merge into the weights as they are in it.
+    errors: a list to which |q| / |delta| of each low-bit layer is added: what quantising moved, over what was learned.
+    """
     model = meta_model(base)
     args, layers, own = fit_adapter(model, adapter)
     missing = set(model.state_dict())
@@ -205,16 +221,23 @@ def merged_tensors(base, adapter):
                     continue
                 missing.remove(name)
                 tensor = own[name] if name in own else shard.get_tensor(key)
-                if pair := layers.get(name.removesuffix(".weight")):
+                pair = layers.get(name.removesuffix(".weight"))
+                if kind != "bf16" and LOW_BIT.fullmatch(name):
+                    low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
+                    if pair:
+                        delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args)
+                        errors.append(float((tensor.float() - low).norm() / delta.norm()))
+                    tensor = low if quantised else tensor
+                if pair:
                     tensor = shifted(tensor, pair["lora_A"], pair["lora_B"], scale_of(args))
                 yield name, tensor.to(torch.bfloat16)
     if missing:
         raise UserError(f"{base}: has no tensor {min(missing)}, expected a whole model; download it again")
 
 
-def write_merged(base, adapter, folder, limit):
-    """Write base + adapter into folder. limit: bytes a file of weights."""
-    write_shards(merged_tensors(base, adapter), folder, limit)
+def write_merged(base, adapter, folder, limit, **low_bit):
+    """Write base + adapter into folder. limit: bytes a file of weights. low_bit: as merged_tensors takes it."""
+    write_shards(merged_tensors(base, adapter, **low_bit), folder, limit)
     config = read_object(base / "config.json")
     config |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config} or {"torch_dtype": "bfloat16"}
     write_json(folder / "config.json", config)
@@ -249,7 +272,7 @@ def copy_small_files(base, folder):
 
 def run_command(cfg):
     """cfg: config.Adapter."""
-    adapter = find_adapter(cfg.adapter)
+    adapter = find_adapter(cfg.model_ckpt)
     config, tensors = read_adapter(adapter)
     base = cfg.model_id or config.get("base_model_name_or_path")
     if not base:
@@ -262,10 +285,18 @@ def run_command(cfg):
     base, out = resolve_folder(base, cfg.local_files_only), Path(cfg.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {out} already holds something, expected a new folder; choose another name")
-    write_whole(out, lambda folder: write_merged(base, adapter, folder, int(cfg.shard_gb * 1e9)))
+    kind, errors = trained_on(config), []
+    if cfg.merge_base == "quantised" and kind == "bf16":
+        raise UserError("--merge_base: found quantised, expected original: the adapter was trained on a bf16 base")
+    low_bit = {"kind": kind, "quantised": cfg.merge_base == "quantised", "errors": errors}
+    write_whole(out, lambda folder: write_merged(base, adapter, folder, int(cfg.shard_gb * 1e9), **low_bit))
     files = list(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files) / 1e9
     print(f"{out}: {base} + {adapter}, {size:.3g} GB of bf16 weights in {len(files)} file(s)")
+    if errors:
+        into = f"the {kind} weights, rounded to bf16" if cfg.merge_base == "quantised" else "the original weights"
+        ratios = f"median {statistics.median(errors):.2g}, largest {max(errors):.2g} of {len(errors)} layers"
+        print(f"trained on a {kind} base, merged into {into}; quantisation error over adapter: {ratios}")
 
 
 def describe(adapter, config, tensors, base):
@@ -275,7 +306,7 @@ def describe(adapter, config, tensors, base):
     untrained = sum(not pair["lora_B"].any() for pair in layers.values() if "lora_B" in pair)
     new = any(key.removeprefix(PREFIX).startswith(("model.visual.", "model.language_model.")) for key in tensors)
     print(f"adapter   {adapter}, keys of transformers {'from' if new else 'before'} 4.52")
-    print(f"base      {base}")
+    print(f"base      {base}" + ("" if trained_on(config) == "bf16" else f", kept in {trained_on(config)}"))
     print(f"rank      {config['r']}, alpha {config['lora_alpha']:g}, use_rslora {config.get('use_rslora', False)}")
     print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {n}" for name, n in components))
     print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")

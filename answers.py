@@ -12,14 +12,17 @@ The rewards, the evaluation and infer.py share these rules; docs/data.md has the
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Full-width characters, and marks of other scripts, as ASCII
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ". "}
-HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　", '[]<><>""""--- ')
+HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　‘’", """[]<><>\"\"\"\"--- ''""")
+HALF_WIDTH |= dict.fromkeys(map(ord, "\u200b\ufeff"))  # of no width at all
+
+EAST_ASIAN = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # kana, Chinese characters, Hangul
 
 
 def fold(text: str) -> str:
@@ -35,14 +38,15 @@ def plain(text: str) -> str:
     for _ in range(2):  # one may stand in the other
         text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\*\*|[`\"“”„«»$]|\\[()\[\]]", "", text)
-    text = re.sub(r"(?<!\w)['‘’*_]+|['‘’*_]+(?!\w)", "", text)  # a quote or star at a word's edge, and no "it's"
+    text = re.sub(r"(?<!\w)['*_]+|['*_]+(?!\w)", "", text)  # a quote or star at a word's edge, and no "it's"
     text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)  # a hyphen between letters
+    text = re.sub(rf"(?<={EAST_ASIAN})(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?={EAST_ASIAN})", " ", text)  # as in 答案是B
     return " ".join(text.split())
 
 
 def normalise(text: str) -> str:
     """An open answer as it is compared: in any case, without the marks around it."""
-    return plain(text).casefold().strip(" ,;:!").rstrip(" .,;:!")
+    return plain(text).casefold().strip(" ,;:!()[]").rstrip(" .,;:!()[]")
 
 
 # -- The options of a question
@@ -56,40 +60,30 @@ STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two
 LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A label found in a question. start, end: its place; at_line_start: at most a bullet or "Option" is before it."""
 
     label: str
+    rank: int  # among labels of its kind
     start: int
     end: int
     at_line_start: bool
 
-    @property
-    def rank(self) -> int:
-        return int(self.label) if self.label.isdigit() else ord(self.label)
 
-
-def parse_options(question: str, least: int = 2, loose: bool = False) -> dict[str, str]:
-    """Question text -> {label: words} in the order given, {} where there is no list of at least `least` options.
+@lru_cache(1024)
+def parse_options(question: str) -> dict[str, str]:
+    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list.
 
     A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
     Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
     brackets must begin at A, numbers at 1, and stand behind the question: "J. Smith", "2:30" and "12.5" begin no list.
-    loose: the dataset's answer is a label, so a list that stands before the question counts too.
     """
-    return dict(cached_options(question, least, loose))
-
-
-@lru_cache(1024)
-def cached_options(question: str, least: int, loose: bool) -> tuple[tuple[str, str], ...]:
     text, lists = fold(question).replace("**", ""), []
     for style in STYLES:
         marks = list(marks_of(text, style))
         for kind in (str.isdigit, str.isalpha):
-            lists += lists_of(text, [mark for mark in marks if kind(mark.label)], least, loose)
-    best = max(enumerate(lists), key=lambda item: (item[1][0], item[0]), default=(0, (0, {})))[1][1]
-    return tuple(best.items())
+            lists += lists_of(text, [mark for mark in marks if kind(mark.label)])
+    return max(reversed(lists), key=lambda each: each[0], default=(0, {}))[1]
 
 
 def marks_of(text: str, style: re.Pattern):
@@ -101,22 +95,21 @@ def marks_of(text: str, style: re.Pattern):
         number = bare and match[1].isdigit() and match[0][-1] in ".:" and behind.isdigit()  # 2:30, 12.5
         dash_or_small = match[0].endswith("-") or match[1].islower()  # in a line these are words
         if not number and (at_line_start or not (bare and dash_or_small)):
-            yield Mark(match[1].upper(), match.end() - len(match[0].lstrip()), match.end(), at_line_start)
+            label, start = match[1].upper(), match.end() - len(match[0].lstrip())
+            yield Mark(label, int(label) if label.isdigit() else ord(label), start, match.end(), at_line_start)
 
 
-def lists_of(text: str, marks: list[Mark], least: int, loose: bool):
+def lists_of(text: str, marks: list[Mark]):
     """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
     for i, first in enumerate(marks):
         bracketed = text[first.start] in "([<"
         if not (first.label in ("A", "1") or (bracketed and first.at_line_start)):
             continue
-        if least < 2 and not (bracketed and text[first.start + 1].isupper()):
-            continue  # an answer "(A) left" is an option, "12.5", "J. Smith" and "(c) 2020" are not
         chain = [first]
         while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
             chain.append(following)
         options = words_of(text, chain)
-        if len(options) >= least and (bracketed or loose or behind_question(text, chain)):
+        if len(options) > 1 and (bracketed or behind_question(text, chain)):
             yield (sum(mark.at_line_start for mark in chain), len(options)), options
 
 
@@ -171,9 +164,13 @@ def last_block(text: str, tag: str) -> str | None:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the reasoning. The opening tag may be missing (it stood in the prompt), or the closing one (cut)."""
-    text = SPECIAL.sub("", text)
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    """What stands outside the reasoning. The opening tag may be missing (it stood in the prompt), or the closing."""
+    before, *thoughts = re.split("<think>", SPECIAL.sub("", text), flags=re.IGNORECASE)
+    said = re.split("</think>", before, flags=re.IGNORECASE)[-1]
+    for thought in thoughts:
+        _, *after = re.split("</think>", thought, flags=re.IGNORECASE)
+        said += after[-1] if after else ""
+    return said
 
 
 def answer_spans(text: str) -> list[str]:
@@ -213,18 +210,17 @@ def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None
 
 # -- The option that an answer names
 
-WRAPPED = re.compile(r"(?<!\w)[(\[{<]\s*(\w{1,2})\s*[)\]}>]")  # (A) [A] {A} <A>
-# Words right before a label that say it is meant: "the answer is A", "option A", "I choose A"
+# Words right before a label that say it is meant: "the answer is A", "option A", "ich wähle A"
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
-CUES |= {"therefore", "thus", "with", "say"}
+CUES |= set("therefore thus with say but sondern ist est es antwort réponse respuesta ответ".split())
 BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
 TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
-DENIALS = {"not", "nor", "neither", "never", "cannot", "than"}
+TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
+DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """An option named in an answer. labels: the options it may mean. sure: whether it can be the answer by itself."""
 
     start: int
@@ -236,17 +232,13 @@ class Mention:
 
 def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
     """-> (an option is named at all, label of the last one named or None for a contradiction)."""
-    words = word_mentions(span, options)
-    labels = [mention for mention in label_mentions(span, options) if not within_words(mention, words, options)]
-    words = [one for one in words if not any(one.start < two.end and two.start < one.end for two in labels)]
-    named = sorted([*words, *labels], key=lambda mention: mention.start)
-    named = [mention for mention in named if not is_denied(span, mention)]
+    named = [mention for mention in mentions_in(span, options) if not is_denied(span, mention)]
     if any(together(span, one, two) for one, two in zip(named, named[1:])):
         return True, None
     last = next((mention for mention in reversed(named) if mention.is_label and mention.sure), None)
     if last is None:
-        said = [mention for mention in named if not mention.is_label][-1:]
-        return bool(said), min(said[0].labels) if said and len(said[0].labels) == 1 else None
+        words = [mention for mention in named if not mention.is_label][-1:]
+        return bool(words), min(words[0].labels) if words and len(words[0].labels) == 1 else None
     (label,) = last.labels
     behind = [mention for mention in named if mention.start >= last.end and not mention.is_label]
     agrees = label in options and all(label in mention.labels for mention in behind)
@@ -255,40 +247,36 @@ def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
     return True, label if agrees else None
 
 
-def word_mentions(span: str, options: dict[str, str]) -> list[Mention]:
-    """Each mention of an option's words, in order; of overlapping ones the longest."""
+def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
+    """Each mention of an option, in order: by its words, the longest that fit, by a label in brackets, or by a bare
+    one. So "both (A) and (B)" is one mention where these are an option's words."""
     by_words = {}
     for label, words in options.items():
         by_words.setdefault(plain(words).casefold(), set()).add(label)
     longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
-    if not longest_first:
-        return []
-    # not a piece of a word, nor of a number such as 12.5
-    pattern = rf"(?<!\w)(?<!\d[.,:])(?:{'|'.join(map(re.escape, longest_first))})(?!\w)(?![.,:]\d)"
-    found = re.finditer(pattern, span, re.IGNORECASE)
-    return [Mention(match.start(), match.end(), by_words.get(match[0].casefold(), set())) for match in found]
-
-
-def within_words(label: Mention, words: list[Mention], options: dict[str, str]) -> bool:
-    """Whether a label is part of an option's words, as in "both (A) and (B)", or all of them, and no option's label."""
-    inside = [mention for mention in words if mention.start <= label.start and label.end <= mention.end]
-    return any(mention.end - mention.start > label.end - label.start or not label.labels & set(options)
-               for mention in inside)  # fmt: skip
-
-
-def label_mentions(span: str, options: dict[str, str]) -> list[Mention]:
-    """Labels meant as an option: in brackets anywhere, bare where `bare_label` knows them."""
-    numbered = all(label.isdigit() for label in options)
-    is_label = lambda word: word.isdigit() if numbered else word.upper() in tuple(LETTERS)
-    wrapped = [match for match in WRAPPED.finditer(span) if is_label(match[1])]
-    mentions = [Mention(match.start(), match.end(), {match[1].upper()}, True) for match in wrapped]
-    for word in re.finditer(r"\w+", span):
-        inside = any(match.start() <= word.start() < match.end() for match in wrapped)
-        if not inside and len(word[0]) <= 2 and is_label(word[0]):
-            sure = bare_label(span[: word.start()], word[0], span[word.end() :], options)
+    label = "[0-9]{1,2}" if all(map(str.isdigit, options)) else "[A-Za-z]"
+    # Words are no piece of a word, nor of a number such as 12.5
+    patterns = [rf"(?<!\w)(?<!\d[.,:])(?P<words>{'|'.join(map(re.escape, longest_first))})(?!\w)(?![.,:]\d)"]
+    patterns += [rf"(?<!\w)[(\[{{<]\s*(?P<wrapped>{label})\s*[)\]}}>]", rf"(?<!\w)(?P<bare>{label})(?!\w)"]
+    mentions = []
+    for match in re.finditer("|".join(patterns if longest_first else patterns[1:]), span, re.IGNORECASE):
+        kind, text = match.lastgroup, match[match.lastgroup]
+        owners = by_words.get(text.casefold(), set())
+        if mentions and mentions[-1].is_label and mentions[-1].labels & owners:  # "(A) left" is one mention
+            mentions[-1] = mentions[-1]._replace(end=match.end())
+        elif kind == "words" and text.upper() not in options:
+            mentions.append(Mention(match.start(), match.end(), owners))
+        else:
+            before, behind = text_before(span, match.start()), span[match.end() :]
+            sure = kind == "wrapped" or bare_label(before, text, behind, options)
             if sure is not None:
-                mentions.append(Mention(word.start(), word.end(), {word[0].upper()}, True, sure))
+                mentions.append(Mention(match.start(), match.end(), {text.upper()}, True, sure))
     return mentions
+
+
+def text_before(span: str, end: int) -> str:
+    """The last few words before a place: all of them, for each mention of "A, A, A, …", took seconds."""
+    return span[max(0, end - 60) : end]
 
 
 def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
@@ -296,17 +284,17 @@ def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> 
     others, as the second of "A and B", None for an article or a number of another kind."""
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
-    first = not re.search(r"\w[^;:!?]*$", before)  # of its clause
     if not re.search(r"\w", before) and not re.search(r"\w", behind):
         return True  # nothing else was said
+    first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
     previous = re.findall(r"[\w']+", before.casefold())[-1:]
-    cued, article = bool(previous) and previous[0] in CUES, word in ("A", "I")
+    cued = bool(previous) and (previous[0] in CUES or re.match(EAST_ASIAN, previous[0]))
     if word.islower():
         ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
-    else:
-        own = [options.get(word, "")] if article else options.values()
-        follows = [*BEHIND, *(plain(words) for words in own if words)]
-        ended = re.match(r"\s*(?:$|[^\w\s'(])|\s+(?:" + "|".join(map(re.escape, follows)) + r")(?!\w)", behind, re.I)
+    else:  # the end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
+        own = [options.get(word, "")] if word in ("A", "I") else options.values()
+        follows = "|".join(map(re.escape, [*BEHIND, *filter(None, map(plain, own))]))
+        ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
     if not ended or (word == "I" and word not in options):
         return None
     if first or cued:
@@ -324,6 +312,8 @@ def together(span: str, one: Mention, two: Mention) -> bool:
 def is_denied(span: str, mention: Mention) -> bool:
     """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
     skip = ("the", "a", "option", "choice", "answer", "letter", "be")
-    before = [word for word in re.findall(r"[\w']+", span[: mention.start].casefold()) if word not in skip][-1:]
+    before = [word for word in re.findall(r"[\w']+", text_before(span, mention.start).casefold()) if word not in skip][
+        -1:
+    ]
     denied = bool(before) and (before[0] in DENIALS or before[0].endswith("n't"))
     return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

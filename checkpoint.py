@@ -72,7 +72,7 @@ def append_lines(path, rows):
                 file.truncate(size)
                 raise
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); the last checkpoint is intact: make room, then --resume"
+        why = f"cannot be written ({error.strerror}); the last checkpoint is intact: free some space, then --resume"
         raise UserError(f"{path}: {why}") from None
 
 
@@ -181,13 +181,23 @@ def best_checkpoint(run_folder):
 
 
 def rotate(run_folder, limit):
-    """Delete the oldest checkpoints beyond `limit` (None = keep all); the best one stays and is not counted."""
-    if limit is None:
-        return
-    best = best_checkpoint(run_folder)
-    others = [folder for folder in checkpoints(run_folder) if folder != best]
-    for folder in others[:-limit]:
+    """Delete the oldest checkpoints beyond `limit` (None = keep all); the best one stays and is not counted. One that
+    was written only for a signal goes as soon as there is a newer one: however often a run was stopped, it ends with
+    the same checkpoints."""
+    best, every = best_checkpoint(run_folder), checkpoints(run_folder)
+    for folder in every[:-1]:
+        if folder != best and only_for_stop(folder):
+            remove(folder)
+    others = [folder for folder in checkpoints(run_folder) if folder != best and not only_for_stop(folder)]
+    for folder in others[:-limit] if limit else ():
         remove(folder)
+
+
+def only_for_stop(folder):
+    try:
+        return read_json(folder / STATE).get("only_for_stop", False)
+    except UserError:
+        return False  # a broken one
 
 
 def link_adapter(run_folder):
@@ -259,7 +269,7 @@ def trained(engine):
 
 
 def link_state(engine):
-    """Tell DeepSpeed where the moments of each parameter lie. It links them once, when they are first asked for, and
+    """Let DeepSpeed see where the moments of each parameter lie. It links them once, when they are first asked for, and
     then only those of one parameter group; with several groups, or new moments, it must be done again."""
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()

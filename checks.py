@@ -9,8 +9,6 @@ import typing
 
 from model import UserError, nearest
 
-# lora.py convert and --keys, which are gone
-CONVERT = "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT"
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 AT_LEAST = {
     0: "beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
@@ -23,11 +21,17 @@ AT_LEAST = {
     2: "max_frames min_frames nframes num_generations num_options num_samples video_length",
     16: "frame_size",
 }  # fmt: skip
-ABOVE_0 = "adam_epsilon epsilon epsilon_high fps learning_rate lora_alpha merger_lr num_train_epochs " \
-          "repetition_penalty sampler_is_cap shard_gb top_p vision_lr"  # fmt: skip
-AT_MOST_1 = "augment_prob max_skip_share min_lr_ratio top_p warmup_ratio"  # from 0
-BELOW_1 = "adam_beta1 adam_beta2 lora_dropout"  # from 0
-ALL_OR_SOME = "max_steps num_lora_modules"  # -1 or above 0
+RANGES = [  # options, what they may be, in words
+    ("adam_epsilon epsilon epsilon_high fps learning_rate lora_alpha merger_lr num_train_epochs repetition_penalty "
+     "sampler_is_cap shard_gb top_p vision_lr", lambda value: value > 0, "a number above 0"),
+    ("augment_prob max_skip_share min_lr_ratio top_p warmup_ratio",
+     lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    ("adam_beta1 adam_beta2 lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("max_steps num_lora_modules", lambda value: value == -1 or value > 0, "-1 (all) or a count above 0"),
+    ("split", lambda value: 0 < value < 1, "a share between 0 and 1, both excluded"),
+    ("num_options", lambda value: value <= 8, "at most 8"),
+    *((names, lambda value, low=low: value >= low, f"at least {low}") for low, names in AT_LEAST.items()),
+]  # fmt: skip
 WORDS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}
 
 
@@ -45,39 +49,39 @@ def type_name(kind):
         return ", ".join(typing.get_args(kind))
     if kind is bool:
         return "True or False"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("None", "none")
+    if is_union(kind):
+        return " | ".join("none" if each is type(None) else type_name(each) for each in typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def is_union(kind):
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def convert(value, kind):
-    """A text, or an object of a config file, as a value of the type `kind`. An int is a float too, a bool is no int.
-    ValueError or KeyError where it is none."""
-    inner, is_text = typing.get_args(kind), isinstance(value, str)
-    if isinstance(kind, types.UnionType):
-        return None if value is None or (is_text and value.lower() in ("none", "null")) else convert(value, inner[0])
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, str | list | tuple):
-            raise ValueError(value)
-        return [convert(item, inner[0]) for item in (split_list(value) if is_text else value)]
-    if typing.get_origin(kind) is typing.Literal:
-        kind = str
-        if value not in inner:
-            raise ValueError(value)
-    if kind is bool and is_text:
-        return BOOLS[value.lower()]
-    if is_text:
-        value = kind(value)
-    elif isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+    """A text, or a value of a config file, as a value of the type `kind`. ValueError, KeyError or TypeError
+    where it is none."""
+    inner, origin, text = typing.get_args(kind), typing.get_origin(kind), str(value)
+    if is_union(kind):
+        if type(None) in inner and text.lower() in ("none", "null"):
+            return None
+        return text if text == "auto" and typing.Literal["auto"] in inner else convert(value, inner[0])
+    if origin is list:
+        return [convert(item, inner[0]) for item in (split_list(value) if isinstance(value, str) else value)]
+    if isinstance(value, list | tuple | dict) or (origin is typing.Literal and text not in inner):
         raise ValueError(value)
-    if kind is float and not math.isfinite(value):
+    if kind is bool:
+        return BOOLS[text.lower()]
+    if kind is float and not math.isfinite(float(text)):
         raise ValueError(value)
-    return value
+    return text if origin is typing.Literal else kind(text)
 
 
 def typed_value(value, kind, where):
     """convert(), with a UserError that begins with `where`."""
     try:
         return convert(value, kind)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         expected = f"{'one of ' if words else ''}{type_name(kind)}{nearest(value, words)}"
         raise UserError(f"{where}: found {value!r}, expected {expected}") from None
@@ -93,7 +97,14 @@ def require(ok, name, value, expected):
 
 def check(cfg):
     """UserError for a value out of its range, and for options that contradict each other."""
-    check_values(cfg)
+    for names, ok, expected in RANGES:
+        for name in names.split():
+            value = getattr(cfg, name, None)
+            require(value in (None, "auto") or ok(value), name, value, expected)
+    for name, words in WORDS.items():
+        for word in split_list(getattr(cfg, name, None) or ""):
+            hint = nearest(word, words.split())
+            require(word in words.split(), name, word, f"names out of {', '.join(words.split())}{hint}")
     if hasattr(cfg, "fps"):
         check_sizes(cfg)
     if hasattr(cfg, "lora_enable"):
@@ -112,27 +123,6 @@ def check(cfg):
         require(getattr(cfg, name, None) != [], name, [], f"one at least: {type(cfg).__doc__}")
 
 
-def check_values(cfg):
-    def each(names, ok, expected):
-        for name in names.split():
-            value = getattr(cfg, name, None)
-            require(value is None or ok(value), name, value, expected)
-
-    for low, names in AT_LEAST.items():
-        each(names, lambda value, low=low: value >= low, f"at least {low}")
-    each(ABOVE_0, lambda value: value > 0, "a number above 0")
-    each(AT_MOST_1, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-    each(BELOW_1, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    each(ALL_OR_SOME, lambda value: value == -1 or value > 0, "-1 (all) or a count above 0")
-    each("split", lambda value: 0 < value < 1, "a share between 0 and 1, both excluded")
-    each("num_options", lambda value: value <= 8, "at most 8")
-    for name, words in WORDS.items():
-        choices = words.split()
-        wrong = [word for word in split_list(getattr(cfg, name, None) or "") if word not in choices]
-        hint = nearest(wrong[0], choices) if wrong else ""
-        each(name, lambda _, wrong=wrong: not wrong, f"names out of {', '.join(choices)}, separated by commas{hint}")
-
-
 def check_sizes(cfg):
     low, high = cfg.min_frames, cfg.max_frames
     require(low <= high, "min_frames", low, f"at most max_frames {high}")
@@ -146,47 +136,50 @@ def check_sizes(cfg):
 
 
 def check_trained(cfg):
+    whole = not cfg.freeze_llm or not cfg.freeze_vision_tower or cfg.tune_merger
+    adapted = cfg.llm_lora or cfg.vision_lora or (cfg.merger_lora and not cfg.tune_merger)
+    if getattr(cfg, "base_dtype", "bf16") != "bf16":
+        expected = "bf16 without --lora_enable or --freeze_llm: a low-bit base is frozen, only adapters learn on it"
+        require(cfg.lora_enable and cfg.freeze_llm, "base_dtype", cfg.base_dtype, expected)
     if not cfg.lora_enable:
-        trained = not cfg.freeze_llm or not cfg.freeze_vision_tower or cfg.tune_merger
-        require(trained, "lora_enable", False, "True, or a component that is not frozen: nothing is left to train")
+        require(whole, "lora_enable", False, "True, or a component that is not frozen: nothing is left to train")
         return
+    require(adapted, "lora_enable", True, "False, or one of llm_lora, vision_lora, merger_lora")
     for lora, freeze in (("llm_lora", "freeze_llm"), ("vision_lora", "freeze_vision_tower")):
-        clash = getattr(cfg, lora) and not getattr(cfg, freeze)
         expected = f"True while {lora} is on (either adapters or all its weights): add --{lora} False"
-        require(not clash, freeze, False, expected)
-    some = cfg.llm_lora or cfg.vision_lora or (cfg.merger_lora and not cfg.tune_merger)
-    require(some, "lora_enable", True, "False, or one of llm_lora, vision_lora, merger_lora")
+        require(not getattr(cfg, lora) or getattr(cfg, freeze), freeze, False, expected)
 
 
 def check_groups(cfg):
     require(cfg.temperature > 0, "temperature", cfg.temperature, "a number above 0")
     size = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    text = f"a divisor of per_device_train_batch_size x gradient_accumulation_steps = {size}: groups are whole"
-    require(size % cfg.num_generations == 0, "num_generations", cfg.num_generations, text)
+    expected = f"a divisor of per_device_train_batch_size x gradient_accumulation_steps = {size}: groups are whole"
+    require(size % cfg.num_generations == 0, "num_generations", cfg.num_generations, expected)
     frozen = cfg.lora_enable and cfg.freeze_llm and cfg.freeze_vision_tower and not cfg.tune_merger
     expected = "start: once the base's own weights are trained, no copy of them is left to compare with"
     kept = frozen and cfg.lora_bias == "none"
     require(cfg.reference == "start" or kept, "reference", cfg.reference, expected)
-    names, weights = split_list(cfg.rewards), cfg.reward_weights
-    require(bool(names), "rewards", cfg.rewards, "at least one name")
-    one_each = weights is None or len(weights) == len(names)
-    require(one_each, "reward_weights", weights, f"{len(names)} numbers, one a reward")
+    count, weights = len(split_list(cfg.rewards)), cfg.reward_weights
+    require(count, "rewards", cfg.rewards, "at least one name")
+    require(weights is None or len(weights) == count, "reward_weights", weights, f"{count} numbers, one a reward")
 
 
 def check_command(cfg):
-    if cfg.command == "convert":
-        raise UserError(f"convert: was removed; {CONVERT}")
     commands = ("merge", "check")
+    if cfg.command == "convert":
+        raise UserError("lora.py convert: was removed; both key styles are read, for use elsewhere: lora.py merge")
     require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
-    require(cfg.adapter is not None, "adapter", cfg.adapter, expected)
-    expected = f"a new folder to write: python lora.py merge {cfg.adapter} OUT"
+    require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)
+    expected = f"a new folder to write: python lora.py merge {cfg.model_ckpt} OUT"
     require(cfg.output_dir or cfg.command != "merge", "output_dir", cfg.output_dir, expected)
 
 
 # -- Options that have no effect. Script: options, when, why
 
 IGNORED = [
+    ("train", "offload_activations", lambda c: c.gradient_checkpointing is False,
+     "it is the inputs of recomputed blocks that wait; see --gradient_checkpointing"),
     ("train", "num_train_epochs", lambda c: c.max_steps != -1, "max_steps decides"),
     ("", "fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none frees it"),
     ("train", "lora_rank lora_alpha lora_dropout lora_bias llm_lora vision_lora merger_lora model_ckpt",
@@ -197,7 +190,7 @@ IGNORED = [
      "one update a set of rollouts: ratios are 1"),
     ("infer", "output controls max_samples", lambda c: not (c.data_path or c.benchmark),
      "it is for a dataset (--data_path)"),
-    ("generate", "num_samples frame_size video_length augment augment_prob",
+    ("generate", "num_samples task frame_size video_length augment augment_prob",
      lambda c: c.from_folder is not None, "clips of --from_folder are used as they are"),
     ("generate", "question num_options hard_negatives", lambda c: c.from_folder is None, "it is for --from_folder"),
     ("generate", "cot_source cot_model cot_workers cot_coordinates", lambda c: not c.cot, "there is no --cot"),
@@ -205,18 +198,10 @@ IGNORED = [
 
 
 def ignored_options(cfg):
-    """One line for each option that was given under another name or has no effect, and for each default of the tiny
-    model that is about to be used with another one."""
-    lines = list(cfg.notes)
-    script = (type(cfg).__doc__ or "").removeprefix("python ")
+    """One line for each option that was given under another name or has no effect."""
+    lines, script = list(cfg.notes), type(cfg).__doc__.removeprefix("python ")
     for start, names, applies, why in IGNORED:
         given = [name for name in names.split() if name in cfg.given]
         if given and script.startswith(start) and applies(cfg):
             lines += [f"--{name} has no effect: {why}" for name in given]
-    if hasattr(cfg, "fps") and cfg.model_id != type(cfg)().model_id:
-        if not {"nframes", "fps", "video_max_pixels", "video_resized_height"} & set(cfg.given):
-            view = f"{cfg.nframes} frames of {cfg.video_max_pixels} pixels"
-            lines.append(f"clips are read as for the tiny model, {view}: see --fps, --nframes, --video_max_pixels")
-        if hasattr(cfg, "learning_rate") and "learning_rate" not in cfg.given:
-            lines.append(f"--learning_rate {cfg.learning_rate:g} suits the tiny model; the 3B takes 2e-4")
     return lines

@@ -16,37 +16,19 @@ import types
 import typing
 from pathlib import Path
 
-from checks import BOOLS, CONVERT, type_name, typed_value
+from checks import BOOLS, type_name, typed_value
 from model import UserError, nearest_path
 from names import NAMES, SYNONYMS, suggestion, translate
 
-# Options that were there once. What to say to whoever still uses them; docs/migrating.md lists them.
-DOWNLOAD = "download the files first, and name them in the records"
-REMOVED = {
-    "sequence_parallel": "use data parallelism; for a long video on a small card --gradient_checkpointing True",
-    "partition_weights": "the frozen base stands whole on each card: 32B in bf16 needs an 80 GB card",
-    "offload_weights": "the frozen base stands whole on the card: 32B in bf16 needs an 80 GB card",
-    "rollout_rows": "each rank samples the groups of its own prompts, as many at a time as memory holds",
-    "dry_run_gib": "--dry_run True prints the memory that a run needs; compare it with the card's",
-    "batch_size": "clips are decoded together up to 16,384 prompt tokens, fewer where memory runs out",
-    "oversample": "--max_resample N samples further prompts until enough groups differ in accuracy",
-    "keys": CONVERT,
-    "task": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
-    "base_coordinates": "the tiny base's questions are drawn by: python assets/make_tiny.py clips",
-    "style": "balls vary in size, colour and speed, so that only motion tells the class",
-    "allow_outside_files": "any regular file that a record names is read",
-    "allow_remote_files": DOWNLOAD,
-    "remote_folder": DOWNLOAD,
-    "remote_max_mb": DOWNLOAD,
-    "remote_seconds": DOWNLOAD,
-}
-
 # What --help shows, of the options that a script has; --help all shows the others too
-MAIN = """video question json files runs output command adapter model_id model_ckpt data_path eval_data_path output_dir
+MAIN = """video question json files runs output command model_id model_ckpt data_path eval_data_path output_dir
     overwrite resume dry_run rewards num_generations max_completion_length temperature beta learning_rate lora_rank
     num_train_epochs max_steps per_device_train_batch_size pack_tokens gradient_checkpointing fps nframes
     video_max_pixels eval_steps controls max_samples num_samples split from_folder
     num_options frame_size video_length augment cot benchmark""".split()
+
+
+as_dict = dataclasses.asdict  # all fields, as JSON can hold them
 
 
 def kinds_of(cls):
@@ -70,21 +52,17 @@ def script_of(cls):
 def resolve(cls, name, value, where):
     """(field or "", value, note) for a name that a command line or a config file gives a value. UserError, beginning
     with `where`, for a name that means nothing here."""
-    plain = name.replace("-", "_")
-    aliases, fields = getattr(cls, "aliases", {}), kinds_of(cls)
-    plain = aliases.get(plain, plain)
+    fields, plain = kinds_of(cls), name.replace("-", "_")
     if plain in fields:
         return plain, value, ""
-    if plain in REMOVED:
-        raise UserError(f"{where}{name}: was removed; {REMOVED[plain]}")
-    if plain in NAMES and "model_id" in fields:
+    if plain in NAMES and ("model_id" in fields or NAMES[plain][0] == "answer"):
         try:
             field, value, note = translate(plain, value)
         except UserError as error:
             raise UserError(f"{where}{name}: {error}") from None
         if not field or field in fields:
             return field, value, note
-    hint = suggestion(plain, [*fields, *aliases]) or "; --help all lists them"
+    hint = suggestion(plain, fields) or "; --help all lists them"
     raise UserError(f"{where}{name}: no such option of {script_of(cls)}{hint}")
 
 
@@ -95,7 +73,8 @@ BROKEN = (SyntaxError, NameError, TypeError, ValueError, AttributeError, Arithme
 
 
 def load_file(cls, path, text):
-    """The settings in a file as {name: value}: YAML's are texts, read as on the command line."""
+    """{name: value} of a file: YAML's values are texts, read as on the command line; names with a leading _ are the
+    file's own in Python, which may also be a copy of config.py with other defaults."""
     if path.suffix == ".json":
         return json.loads(text)
     if path.suffix == ".toml":
@@ -111,18 +90,13 @@ def load_file(cls, path, text):
     if dataclasses.is_dataclass(space.get(cls.__name__)):  # a copy of config.py
         mine, theirs = as_dict(cls()), dataclasses.asdict(space[cls.__name__]())
         return {name: value for name, value in theirs.items() if name not in mine or mine[name] != value}
-    for name in space.get("__annotations__", {}).keys() - space.keys():
-        raise ValueError(f"{name} has a type and no value")
     skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
 
 
 def read_config(cls, path):
-    """({name: value}, notes) of a config file. In Python, names with a leading _ are the file's own.
-
-    A Python file may also be a copy of config.py with other defaults. UserError, with the line, for a name that means
-    nothing here and for a value of the wrong type.
-    """
+    """({name: value}, notes) of a config file. UserError, with the line, for a name that means nothing here and for a
+    value of the wrong type."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--config: no file {str(path)!r}{nearest_path(path)}")
@@ -131,8 +105,7 @@ def read_config(cls, path):
     if path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
         raise UserError(f"--config: {path} is a {path.suffix or 'nameless'} file, expected .py, .yaml, .json or .toml")
     try:
-        text = path.read_text(encoding="utf-8")
-        given = load_file(cls, path, text)
+        given = load_file(cls, path, text := path.read_text(encoding="utf-8"))
     except BROKEN as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path}: cannot be read: {type(error).__name__}: {reason}") from error
@@ -147,6 +120,43 @@ def read_config(cls, path):
         if field:
             settings[field] = typed_value(value, kinds_of(cls)[field], f"{where}{name}")
     return settings, notes
+
+
+# -- Defaults that follow the model
+
+CONFIGS = Path(__file__).with_name("configs")
+WIDTHS = {32: 5120, 7: 3584, 3: 1024}  # billions of parameters: the least hidden size that we count as such a model
+
+
+def billions(model_id):
+    """The size of a model as a key of WIDTHS, 0 for a tiny one, by its config.json, or by a hub id, for nothing is
+    downloaded here."""
+    file = Path(model_id) / "config.json"
+    if not file.exists():
+        named = re.search(r"/.*-(\d+)B\b", model_id)
+        return next((size for size in WIDTHS if named and int(named[1]) >= size), 0)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        return next((size for size, least in WIDTHS.items() if raw.get("text_config", raw)["hidden_size"] >= least), 0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads the model says what is wrong
+        return 0
+
+
+def follow_model(cfg):
+    """Set what was not given to what suits a large model, as its file in configs/ has it, and note that."""
+    size, kinds = billions(cfg.model_id), kinds_of(type(cfg))
+    if not size:
+        return
+    script = "grpo" if "num_generations" in kinds else "sft"
+    path = next(path for path in (CONFIGS / f"{n}b_{script}.py" for n in WIDTHS if n <= size) if path.exists())
+    values = load_file(type(cfg), path, path.read_text(encoding="utf-8"))
+    values = {name: value for name, value in values.items() if name in kinds and name not in {*cfg.given, "model_id"}}
+    for name, value in values.items():
+        setattr(cfg, name, value)
+    cfg.settle(cfg.given)
+    if values:
+        chosen = ", ".join(f"{name} {getattr(cfg, name)}" for name in values)
+        cfg.notes += (f"chosen by the model, as in configs/{path.name}: {chosen}",)
 
 
 # -- The command line
@@ -171,8 +181,8 @@ def documented(cls):
 
 def help_text(cls, every):
     """What --help prints: the options in MAIN, in that order; every: all of them in groups, for --help all."""
-    positional = [f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional")]
-    usage = f"python {script_of(cls)} {''.join(positional)}[--name value ...]"
+    positional = "".join(f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
+    usage = f"python {script_of(cls)} {positional}[--name value ...]"
     more = f"example: {cls.__doc__}" + ("" if every else "\n--help all lists every option")
     shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34)
     parser = argparse.ArgumentParser(usage=usage, description=more, formatter_class=shape, add_help=False)
@@ -191,26 +201,24 @@ def help_text(cls, every):
 
 def read_argv(cls, argv):
     """({field: value}, config files, notes) of a command line. UserError for what it does not know."""
-    kinds, aliases = kinds_of(cls), getattr(cls, "aliases", {})
+    kinds = kinds_of(cls)
     positional = [f.name for f in dataclasses.fields(cls) if f.metadata.get("positional")]
     settings, files, notes, bare, rest = {}, [], [], [], list(argv)
     while rest:
         arg = rest.pop(0)
         if arg.strip() in ("", "\\", "#"):
-            raise UserError(
-                f"found an argument {arg!r}: a backslash continues a shell line only as its very last character; "
-                "remove the blanks or the comment behind it, the lines below it were not read"
-            )
+            why = "a backslash continues a shell line only as its very last character"
+            raise UserError(f"found an argument {arg!r}: {why}; remove what stands behind it, the rest was not read")
         if not arg.startswith("--"):
             bare.append(arg)
             continue
         name, equals, value = arg[2:].partition("=")
         theirs = name.replace("-", "_")
-        plain = aliases.get(theirs, SYNONYMS.get(theirs, theirs))
+        plain = SYNONYMS.get(theirs, theirs) if theirs not in kinds else theirs
         kind = str if plain in ("config", "local_rank") else kinds.get(plain)
         if not equals:
-            is_switch = kind in (bool, bool | None) or (kind is None and positional)
-            words = {*BOOLS, "none"} if kind is not bool else BOOLS
+            is_switch = kind is bool or bool in typing.get_args(kind) or (kind is None and positional)
+            words = {*BOOLS, "none", "auto"} if kind is not bool else BOOLS
             if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in words):
                 value = rest.pop(0)
                 while theirs in SYNONYMS and not positional and rest and not rest[0].startswith("--"):
@@ -237,11 +245,10 @@ def read_argv(cls, argv):
 
 
 def parse(cls, argv=None):
-    """Defaults of the dataclass cls, then each --config file in order, then the flags of argv (default sys.argv[1:]).
+    """An instance of the dataclass cls: its defaults or the model's, then each --config file, then the flags of argv.
 
-    Returns an instance whose `given` is the set of names that were set, and whose `notes` say what became of names of
-    other trainers. A layer's setting beats a conflicting one of the layers below it (`settle`). UserError for unknown
-    names, wrong types and values that check() refuses. --help prints the main options and exits, --help all all.
+    Its `given` is the set of names that were set, its `notes` say what became of other trainers' names. UserError for
+    unknown names, wrong types and values that check() refuses. --help prints the main options, --help all all of them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"--help", "-h"} & set(argv):
@@ -254,16 +261,12 @@ def parse(cls, argv=None):
             setattr(cfg, name, value)
         cfg.given |= set(settings)
         cfg_notes += more
-        if hasattr(cfg, "settle"):
-            cfg.settle(settings)
+        cfg.settle(settings)
     cfg.notes = tuple(cfg_notes)
+    if hasattr(cfg, "fps"):
+        follow_model(cfg)
     cfg.check()
     return cfg
-
-
-def as_dict(cfg):
-    """All fields, as JSON can hold them."""
-    return dataclasses.asdict(cfg)
 
 
 def changed(cfg):

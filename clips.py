@@ -68,10 +68,13 @@ class Clip:
     gradient: tuple[float, float] = (0.0, 0.0)  # relative brightness from edge to edge, along x and y
     crop: tuple[float, float, float] = (0.0, 0.0, 1.0)  # window shown: left, top (pixels), side (share of `size`)
     blur: tuple[float, float, float] = (0.0, 0.0, 0.0)  # isotropic sigma, or length and angle of a motion blur
+    moves: tuple[int, int] | None = None  # rests before and after these frames; None: moves throughout
 
     def centres(self, frames) -> np.ndarray:
         """(F, 2) float64: x, y of the ball in the given frames, not yet folded back into the picture."""
-        return np.asarray(self.start) + np.asarray(frames, np.float64)[:, None] * np.asarray(self.velocity)
+        first, last = self.moves or (0, self.length)
+        frames_moved = np.clip(np.asarray(frames, np.float64), first, last) - first
+        return np.asarray(self.start) + frames_moved[:, None] * np.asarray(self.velocity)
 
     def track(self) -> Track:
         """Positions as shown (cropped) in the SAMPLED evenly spaced frames."""
@@ -107,6 +110,15 @@ def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> C
         background_rgb=tuple((BACKGROUNDS[background] + jitter[1]).tolist()),
         gradient=tuple((rng.uniform(-0.5, 0.5, 2) * (rng.random() < 0.5)).tolist()),
     )
+
+
+def resting(clip: Clip, rng: np.random.Generator) -> Clip:
+    """The clip with a ball that rests, moves, and rests: from and to a tenth of a second, at least two of them apart,
+    each such pair equally often."""
+    tenths = range(clip.length * 10 // FPS + 1)
+    pairs = [(a, b) for a in tenths for b in tenths if a + 2 <= b]
+    first, last = pairs[rng.integers(len(pairs))]
+    return replace(clip, moves=(first * FPS // 10, last * FPS // 10))
 
 
 def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
@@ -166,11 +178,8 @@ def blurred(picture: np.ndarray, kernel) -> np.ndarray:
     """(F, S, S, 3) float32 -> the same, convolved; edges repeat."""
     reach, size = max(max(abs(dy), abs(dx)) for dy, dx, _ in kernel), picture.shape[1]
     padded = np.pad(picture, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-    total = sum(weight for _, _, weight in kernel)
-    out = np.zeros_like(picture)
-    for dy, dx, weight in kernel:
-        out += (weight / total) * padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
-    return out
+    shifted = lambda dy, dx: padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
+    return sum(weight * shifted(dy, dx) for dy, dx, weight in kernel) / sum(weight for _, _, weight in kernel)
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
@@ -197,6 +206,21 @@ MOTION = {
 }
 CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
 ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which means it travels {heading}.")
+
+
+# --task -> problem_type, question
+TASKS = {
+    "time_span": ("time span", "When does the ball move? Answer in seconds."),
+    "distance": ("regression", "How far does the ball move? Answer in pixels."),
+}
+
+
+def measured(clip: Clip, task: str) -> str:
+    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"; or how far, in pixels along its way: "36"."""
+    first, last = clip.moves
+    if task == "time_span":
+        return f"{first / FPS:.1f} to {last / FPS:.1f}"
+    return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
 
 
 def positions_in_words(points: list[tuple[str, str]], form: int) -> str:

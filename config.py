@@ -3,8 +3,8 @@
     from config import SFT, parse
     cfg = parse(SFT)      # defaults, then each --config file, then --name value or --name=value
 
-The defaults of training and inference suit the tiny model (assets/tiny) on a laptop; configs/ holds settings for larger
-ones. The comment behind a default is its text in --help. Standard library only: --help must not wait for torch.
+The defaults suit the tiny model (assets/tiny) on a laptop; a larger --model_id brings those of its file in configs/.
+The comment behind a default is its text in --help. Standard library only: --help must not wait for torch.
 """
 
 from dataclasses import dataclass, field
@@ -30,11 +30,11 @@ class Options:
     """What every script's options share. A class's docstring is the example in its --help."""
 
     given: ClassVar = frozenset()  # names that the command line or a config file set
-    notes: ClassVar = ()  # what parse has to say about names of other trainers
+    notes: ClassVar = ()  # what became of other trainers' names, and which defaults the model has chosen
+    check = checks.check
 
-    def check(self):
-        """UserError for a value out of its range, and for options that contradict each other."""
-        checks.check(self)
+    def settle(self, settings):
+        """After each layer of settings: what they set beats a conflicting default, or an earlier layer's setting."""
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Generate(Options):
     hard_negatives: bool = False  # wrong options out of the names nearest the right one, instead of all
 
     # -- Clips
+    task: Literal["direction", "time_span", "distance"] = "direction"  # which way, when, how far the ball moves
     frame_size: int = 64  # pixels, width = height; small enough for a laptop
     video_length: int = 30  # frames, shown at 30 a second
     augment: str = ""  # any of blur,crop; one draw a clip, never one a frame
@@ -69,7 +70,6 @@ class Generate(Options):
     cot_coordinates: int = 3  # positions named in a chain made from the trajectory
 
     def settle(self, settings):
-        """A folder of clips makes a dataset of its own name."""
         if self.from_folder is not None and "output_dir" not in self.given:
             self.output_dir = f"data/{Path(self.from_folder).resolve().name}"
 
@@ -79,11 +79,11 @@ class VideoArgs(Options):
     # -- Video and images
     image_folder: str | None = None  # folder of the clips; none = videos/ beside data_path, else its own folder
     fps: float = 2.0  # frames taken a second; 2 as qwen-vl-utils; giving it turns a default nframes off
-    nframes: int | None = None  # frames a clip, even; none = by fps
+    nframes: int | None = 8  # frames a clip, even: 4 are too few when speeds vary; none = by fps
     min_frames: int = 4  # frames, lower bound with fps; qwen-vl-utils FPS_MIN_FRAMES
     max_frames: int = 768  # frames, upper bound with fps; qwen-vl-utils FPS_MAX_FRAMES
-    video_min_pixels: int | None = None  # pixels a frame; none = 128·28², qwen-vl-utils' bound
-    video_max_pixels: int | None = None  # pixels a frame; none = 768·28²; an explicit max beats a default min
+    video_min_pixels: int | None = 3136  # pixels a frame, 4·28²: a 64x64 clip becomes 56x56; none = 128·28²
+    video_max_pixels: int | None = 3136  # pixels a frame; none = 768·28², qwen-vl-utils' bound
     video_resized_height: int | None = None  # pixels, with video_resized_width: exact size, rounded to 28
     video_resized_width: int | None = None  # pixels
     image_min_pixels: int | None = None  # pixels an image; none = 4·28²
@@ -95,7 +95,6 @@ class VideoArgs(Options):
     cache_mb: int = 1024  # MiB of decoded clips kept in memory where no worker processes decode them
 
     def settle(self, settings):
-        """After each layer: what it sets beats a conflicting default, or a setting of an earlier layer."""
         if "fps" in settings and "nframes" not in settings:
             self.nframes = None
         low, high = self.video_min_pixels, self.video_max_pixels
@@ -130,7 +129,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     # -- Model, data, run
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id; the tiny one needs neither hub nor GPU
     model_ckpt: str | None = None  # adapter to continue from: its folder, a checkpoint-N or a run; none = a new one
-    data_path: str = "data/synthetic_videos/train.json"  # json(l); a.json:2,b.json:0.5 = a twice an epoch, half of b
+    data_path: str = ""  # json(l); a.json:2,b.json:0.5 = a twice an epoch, half of b; "" = the run's, or made last
     eval_data_path: str | None = ""  # held-out set; "" = val.json beside data_path if it exists, none = no evaluation
     output_dir: str = "output/run"  # the run's folder: checkpoints, metrics.jsonl, config
     overwrite: bool = False  # start anew in an output_dir that already holds a run
@@ -139,13 +138,15 @@ class CommonTrain(VideoArgs, LoraArgs):
     dry_run: bool = False  # print data, steps, parameters, memory and ignored flags, then stop; nothing is written
 
     # -- Precision, memory, DeepSpeed
+    base_dtype: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"  # the decoder's frozen linears; int8 for 3B, nf4 from 7B
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
     fp16: bool = False  # half precision with loss scaling, for cards without bf16
     tf32: bool = True  # TF32 for fp32 products on CUDA
     deterministic: bool = False  # on CUDA the same seed gives the same run bit for bit, slower; a CPU always does
-    gradient_checkpointing: bool = False  # recompute activations block by block; the tiny model does not need it
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # recompute activations: all, none, or the blocks that must
+    offload_activations: bool = False  # the inputs of recomputed blocks wait in CPU memory: long video on small cards
     cuda_graphs: bool = True  # small batches run as CUDA graphs; the first of a size takes a second to capture
     dataloader_num_workers: int = 0  # processes that decode ahead; 0 = none, and decoded clips are kept (cache_mb)
 
@@ -154,7 +155,7 @@ class CommonTrain(VideoArgs, LoraArgs):
     max_steps: int = -1  # optimizer steps; -1 = by num_train_epochs
     per_device_train_batch_size: int = 32  # samples a micro-batch and process
     gradient_accumulation_steps: int = 1  # micro-batches an optimizer step
-    pack_tokens: int | None = 8192  # tokens a micro-batch at most: a step is repacked, same update; none = as given
+    pack_tokens: int | Literal["auto"] | None = "auto"  # tokens a micro-batch: a step is repacked; none = as given
 
     # -- Optimizer and schedule
     learning_rate: float = 1e-3  # AdamW's peak rate
@@ -172,6 +173,7 @@ class CommonTrain(VideoArgs, LoraArgs):
 
     # -- Log, evaluate, save
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
+    verbose: bool = False  # every number of metrics.jsonl in these lines, which otherwise have 100 columns
     report_to: str = "none"  # any of tensorboard,wandb: metrics go there too; metrics.jsonl always
     eval_steps: int = 100  # steps between evaluations by free generation; 0 = only at the end
     eval_samples: int = 400  # held-out clips an evaluation, spread over the file by the seed; 400 give +-1.4 % at 98 %
@@ -182,9 +184,6 @@ class CommonTrain(VideoArgs, LoraArgs):
     save_total_limit: int | None = 2  # checkpoints that stay, besides the best one; none = all
     seed: int = 42  # order of the data, adapters' start, sampling
     max_skip_share: float = 0.05  # the run stops when more than this share of the samples is broken
-    nframes: int | None = 8  # frames a clip: 4 are too few when speeds vary; none = by fps
-    video_min_pixels: int | None = 3136  # pixels a frame, 4·28²: a 64x64 clip becomes 56x56
-    video_max_pixels: int | None = 3136  # pixels a frame; an explicit max beats a default min
 
 
 @dataclass
@@ -193,7 +192,7 @@ class SFT(CommonTrain):
 
     output_dir: str = "output/video_lora"  # the run's folder: checkpoints, metrics.jsonl, config
     num_train_epochs: float = 6.0  # passes over the data; 192 steps on 1000 clips
-    learning_rate: float = 3e-3  # AdamW's peak rate; for rank 16 on the tiny model (2e-4 for the 3B)
+    learning_rate: float = 3e-3  # AdamW's peak rate; for rank 16 on the tiny model
     warmup_ratio: float = 0.15  # share of all steps with a rising rate; 29 of 192
     min_lr_ratio: float = 0.05  # the schedule ends at this share of the peak
 
@@ -206,7 +205,7 @@ class GRPO(CommonTrain):
     model_ckpt: str | None = ""  # adapter to continue from; "" = the newest under output/, none = a new one on the base
     num_train_epochs: float = 2.6  # rounds of prompts over the data; 84 steps on 1000 clips, 32 prompts each
     per_device_train_batch_size: int = 256  # completions a micro-batch and process: 32 prompts x 8; half learns slower
-    learning_rate: float = 1e-3  # AdamW's peak rate; for rank 16 on the tiny model, not measured on the 3B
+    learning_rate: float = 1e-3  # AdamW's peak rate; for rank 16 on the tiny model
     warmup_ratio: float = 0.05  # share of all steps with a rising rate
     min_lr_ratio: float = 0.1  # the schedule ends at this share of the peak
     eval_steps: int = 40  # steps between evaluations, greedy and sampled; 0 = only before the first step and at the end
@@ -219,7 +218,7 @@ class GRPO(CommonTrain):
     top_p: float = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: int = 0  # 0 = off; as top_p
     max_resample: int = 1  # more rounds of sampling, each with new prompts, until enough groups differ in accuracy
-    rewards: str = "accuracy,format"  # names, or my_rewards.py:name, separated by commas
+    rewards: str = "accuracy,format"  # of accuracy,format,length,repetition,temporal,judge, or my_rewards.py:name
     reward_weights: list[float] | None = field(default_factory=lambda: [1.0, 0.2])  # one a reward; none = 1 for all
     mask_truncated_completions: bool = False  # completions cut by the limit give no gradient
     log_completions: int = 10  # steps between two rollouts on the console; 0 = never; rollouts.jsonl has all
@@ -238,7 +237,7 @@ class GRPO(CommonTrain):
 
     def settle(self, settings):
         """The default weights belong to the default rewards."""
-        CommonTrain.settle(self, settings)
+        super().settle(settings)
         if "rewards" in settings and "reward_weights" not in settings:
             self.reward_weights = None
 
@@ -249,9 +248,6 @@ class View(VideoArgs):
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id (or --base_model)
     local_files_only: bool = False  # never contact the hub
     question: str = ""  # what to ask of each clip; "" = the dataset's question
-    nframes: int | None = 8  # frames a clip; none = by fps
-    video_min_pixels: int | None = 3136  # pixels a frame, 4·28²: a 64x64 clip becomes 56x56
-    video_max_pixels: int | None = 3136  # pixels a frame; an explicit max beats a default min
 
     @property
     def text(self):
@@ -263,7 +259,6 @@ class View(VideoArgs):
 class Look(View):
     """python data.py clip.mp4 my/train.json"""
 
-    aliases: ClassVar = {"base_model": "model_id"}
     # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
@@ -274,7 +269,6 @@ class Look(View):
 class Infer(View):
     """python infer.py video.mp4 --question 'What happens?'"""
 
-    aliases: ClassVar = {"base_model": "model_id", "video_path": "video"}
     # -- One clip
     video: str | None = field(default=None, metadata={"positional": True})  # file to ask about (or --video_path)
     prompt: str = ""  # question under another name; of a benchmark: official (its own) or video-r1
@@ -283,6 +277,7 @@ class Infer(View):
     # -- Adapter and sampling
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
+    base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = "auto"  # auto: the base that the adapter was trained on
     max_new_tokens: int = 256  # tokens; chains of thought fit
     temperature: float = 0.0  # 0 = always the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens of this mass; 1 = off
@@ -303,13 +298,13 @@ class Infer(View):
 class Adapter(Options):
     """python lora.py merge output/video_lora output/merged"""
 
-    aliases: ClassVar = {"model_ckpt": "adapter"}
     # -- What to do
     command: str = field(default="", metadata={"positional": True})  # merge or check
-    adapter: str | None = field(default=None, metadata={"positional": True})  # folder, or a run (or --model_ckpt)
+    model_ckpt: str | None = field(default=None, metadata={"positional": True})  # adapter: its folder, or a run
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never contact the hub
     output_dir: str | None = field(default=None, metadata={"positional": True})  # new folder for the merged model
+    merge_base: Literal["original", "quantised"] = "original"  # of an adapter trained on a low-bit base: merge into
     shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
 

@@ -345,8 +345,8 @@ def pack(examples: list[Example], pin: bool = False) -> Packed:
     return Packed(
         input_ids=join(e.ids for e in examples),
         position_ids=join((e.position_ids for e in examples), axis=1),
-        segments=Segments.causal([len(e) for e in examples]),
         patches=join_patches(examples, pin),
+        segments=Segments.causal([len(e) for e in examples]),
         grid_thw=[grid for e in examples for grid in e.grid_thw],
         targets=join(e.targets for e in examples),
         names=[e.name for e in examples],
@@ -376,8 +376,8 @@ def pack_groups(prompts: list[Example], completions: list[list[list[int]]]) -> P
     return Packed(
         input_ids=join(ids),
         position_ids=join(positions, axis=1),
-        segments=Segments.shared_prompt([len(p) - 1 for p in prompts], [list(map(len, c)) for c in completions]),
         patches=join_patches(prompts),
+        segments=Segments.shared_prompt([len(p) - 1 for p in prompts], [list(map(len, c)) for c in completions]),
         grid_thw=[grid for p in prompts for grid in p.grid_thw],
         targets=join(targets),
         names=[p.name for p in prompts],

@@ -24,9 +24,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.runtime.compiler
 
 from lora import param_groups
 from model import UserError
+
+# Its check of the optimizer imports Muon, whose functions it gives to torch.compile: 2.5 s for what never runs here
+deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
 BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
@@ -77,10 +81,10 @@ def use_deterministic_kernels(on):
 def precision(cfg, device):
     """(dtype of weights and activations, why)."""
     if cfg.fp16 and cfg.bf16:
-        raise UserError("--fp16: found True beside --bf16 True, expected one of them")
+        raise UserError("--fp16: got True and --bf16 True too, expected one of them")
     if cfg.fp16:
         if device.type == "cpu":
-            raise UserError("--fp16: found True on a machine without a GPU, expected False; fp32 is the default there")
+            raise UserError("--fp16: got True on a machine without a GPU, expected False; fp32 is the default there")
         return torch.float16, "--fp16, with loss scaling"
     if cfg.bf16 is not None:
         return (torch.bfloat16 if cfg.bf16 else torch.float32), f"--bf16 {cfg.bf16}"
@@ -107,10 +111,32 @@ def build_engine(model, cfg, device, dtype):
         p.data = p.data.contiguous()
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    if not engine.optimizer.cpu_offload:
+        # The first of its two checks looks at each gradient apart, one kernel after the other: 9 % of a short step on a
+        # GPU. The second sees the same: a gradient that is not finite makes their norm so.
+        engine.optimizer.check_overflow = lambda partition_gradients: None
     if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.train()
     return engine, adamw, notes
+
+
+def clear_gradients(engine):
+    """After a backward pass that did not come to its end: no trace of this step's gradients is left. Alone only: the
+    ranks would have to agree.
+
+    DeepSpeed ends a step whose gradient is not finite by throwing everything away, so it is given such a one.
+    """
+    scaler = engine.optimizer.loss_scaler
+    scale = scaler.cur_scale
+    if engine.optimizer.ready_for_gradients:  # it had begun to reduce them
+        engine.optimizer.independent_gradient_partition_epilogue()
+    engine.set_gradient_accumulation_boundary(True)
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    engine.backward(float("nan") * sum(p.flatten()[0] for p in trained), scale_wrt_gas=False)
+    engine.step()
+    scaler.cur_scale = scale
+    assert not engine.was_step_applied(), "a gradient of NaN was applied"
 
 
 def deepspeed_config(cfg, device, dtype, world, count):

@@ -24,7 +24,7 @@ from model import UserError
 from model.decode import Sampling
 from records import Selection, data_files, read_records, read_turns, record_name, spread
 from rewards import Sample, accuracy, check_solution, format, reference_answer, sample_from_record
-from rollouts import Group, prompt_batches, row
+from rollouts import Group, facts_of, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
@@ -194,7 +194,7 @@ def shown(step, example, rollout, decode_token):
     rollout.reward = float(rollout.right)
     rollout.components = {"accuracy": rollout.reward}
     group = Group(example.number, len(example), [rollout])
-    line = row(step, example.record, group, rollout, decode_token)
+    line = row(step, facts_of(example.record, sample_from_record(example.record)), group, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 
@@ -217,7 +217,7 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     greedy = Sampling(cfg.max_new_tokens, temperature=0.0, stop_ids=run.sampler.stop_ids)
     result = again(held_out, greedy)
     for error in result.skipped.values():
-        run.say(f"evaluation: skipped: {error}")
+        run.warn(f"evaluation: skipped: {error}")
     facts, words = {"eval_accuracy": result.accuracy, "eval_count": result.count}, ""
     if sampled:
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, stop_ids=run.sampler.stop_ids)

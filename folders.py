@@ -3,11 +3,9 @@
     DIR/class_name/clip.mp4                     as UCF101 and HMDB51 come; the split is made here, class by class
     DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes (torchvision.datasets.Kinetics): the split is kept
 
-Each clip is asked about once: the question, and options drawn from the class names in random order. Hard negatives come
-from the names nearest the right one: those that share most words with it, then most letter triples (Jaccard's index of
-both sets); out of twice as many as needed they are drawn at random, or else the set of options would be one for each
-class and tell it. A hint remains, for the right name lies in the middle of its neighbours: `infer.py --controls blank`
-shows how much is guessed without the clip.
+Each clip is asked about once: the question, and options drawn from the class names in random order. Hard negatives are
+names spelt much like the right one, drawn out of twice as many as needed: the nearest alone would be one set of options
+for each class, and tell it. `infer.py --controls blank` shows how much is guessed without the clip.
 """
 
 import hashlib
@@ -15,7 +13,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +59,7 @@ def list_videos(root: Path) -> list[Video]:
     named = [path for path in folders if path.name.lower() in SPLITS and not videos_in(path)]
     splits = {path: SPLITS[path.name.lower()] for path in named}
     if set(splits.values()) == {"val"}:
-        raise UserError(f"--from_folder {root}: found {next(iter(splits)).name}/ but no train/; expected both, or none")
+        raise UserError(f"--from_folder {root}: {next(iter(splits)).name}/ but no train/; expected both, or none")
     if set(splits.values()) == {"train"}:
         splits = dict.fromkeys(splits, "")
     return [
@@ -88,8 +86,8 @@ def find_videos(cfg) -> tuple[list[Video], dict[str, str]]:
     """(the clips that can be read, each with its split; {path: why not} of the others)"""
     root = Path(cfg.from_folder)
     if not root.is_dir():
-        hint = nearest_path(root)
-        raise UserError(f"--from_folder {root}: no such folder; expected one with a folder for each class{hint}")
+        expected = f"expected one with a folder for each class{nearest_path(root)}"
+        raise UserError(f"--from_folder {root}: no such folder; {expected}")
     try:
         videos = list_videos(root)
     except OSError as error:
@@ -105,8 +103,8 @@ def find_videos(cfg) -> tuple[list[Video], dict[str, str]]:
     videos = [video for video, why in pairs if not why]
     labels = sorted({video.label for video in videos})
     if len(labels) < 2:
-        found = f"classes with readable videos: {', '.join(labels) or 'none'}"
-        raise UserError(f"--from_folder {root}: {found}; expected two or more, DIR/class/clip.mp4")
+        classes = f"classes with readable videos: {', '.join(labels) or 'none'}"
+        raise UserError(f"--from_folder {root}: {classes}; expected two or more, DIR/class/clip.mp4")
     if not videos[0].split:
         videos = split_by_class(videos, cfg.split, np.random.default_rng([cfg.seed, 7]))
     return videos, unreadable
@@ -127,29 +125,12 @@ def split_by_class(videos: list[Video], share: float, rng: np.random.Generator) 
 # -- What is asked
 
 
-def likeness(a: str, b: str) -> tuple[float, float]:
-    """Share of the words that two names have in common, and of their letter triples: Jaccard's index of each."""
-
-    def share(x: set, y: set) -> float:
-        return len(x & y) / len(x | y)
-
-    a, b = a.casefold(), b.casefold()
-    triples = [{f"  {name} "[i : i + 3] for i in range(len(name) + 1)} for name in (a, b)]
-    return share(set(a.split()), set(b.split())), share(*triples)
-
-
-def nearest_names(label: str, labels: list[str]) -> list[str]:
-    """The other names, the most alike first. labels: sorted."""
-    return sorted((name for name in labels if name != label), key=partial(likeness, label), reverse=True)
-
-
 def multiple_choice(cfg, videos: list[Video]) -> list[tuple[str, str]]:
     """What is asked of each clip: (question with its options, the right one of them, "(A) playing guitar")."""
-    labels, pools, result = sorted({video.label for video in videos}), {}, []
-    wrong = cfg.num_options - 1
-    for label in labels:
-        others = [name for name in labels if name != label]
-        pools[label] = nearest_names(label, labels)[: 2 * wrong] if cfg.hard_negatives else others
+    labels, wrong, result = sorted({video.label for video in videos}), cfg.num_options - 1, []
+    pools = {label: [name for name in labels if name != label] for label in labels}
+    if cfg.hard_negatives:
+        pools = {label: get_close_matches(label, pool, 2 * wrong, cutoff=0) for label, pool in pools.items()}
     for i, video in enumerate(videos):
         rng, pool = np.random.default_rng([cfg.seed, 6, i]), pools[video.label]
         picks = rng.choice(len(pool), min(wrong, len(pool)), replace=False)

@@ -81,6 +81,7 @@ def clip_of(cfg: Generate, job: Job) -> Clip:
     """The job's clip: a function of the seed and the index alone, whichever process asks."""
     rng = np.random.default_rng([cfg.seed, job.stream, job.index])
     clip = clips.draw_clip(rng, job.label, cfg.frame_size, cfg.video_length)
+    clip = clip if cfg.task == "direction" else clips.resting(clip, rng)
     names = split_list(cfg.augment)
     if names and job.split == "train" and rng.random() < cfg.augment_prob:  # val stays clean
         clip = clips.augmented(clip, names, rng)
@@ -114,20 +115,16 @@ def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
     """Draws and words everything in `work`; ({split: records}, what metadata.json holds of it)."""
     jobs = plan(cfg)
     made = make_clips(cfg, jobs, work / "videos")
-    texts, report = answers(cfg, jobs, made, out / CACHE)
     records = {"train": [], "val": []}
+    texts, report = answers(cfg, jobs, made, out / CACHE)
     for job, (clip, _), text in zip(jobs, made, texts, strict=True):
         if text is None:  # dropped, not replaced: a clip without its chain of thought is no clip of this dataset
             (work / "videos" / f"{job.name}.mp4").unlink()
+        elif cfg.task != "direction":
+            records[job.split].append(typed_record(job.name, cfg.task, clip))
         else:
             records[job.split].append(record(job.name, f"{job.name}.mp4", [(QUESTION, text)], facts_of(clip)))
-    counts = count_labels(records)
-    missing = [f"{label} in {split}" for split in counts for label in set(DIRECTIONS) - set(counts[split])]
-    if missing:
-        lost = f"too many clips were dropped, none is left of {', '.join(sorted(missing)[:3])}"
-        advice = "take another --cot_model, more --num_samples, or --cot_source trajectory"
-        raise UserError(f"chains of thought: {lost}; {advice}")
-    return records, {"fps": FPS, "counts": counts, "cot": report}
+    return records, {"fps": FPS, "counts": count_labels(records), "cot": report}
 
 
 def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> dict:
@@ -137,22 +134,19 @@ def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> d
     return {"id": name, "video": video, "conversations": turns, "meta": meta}
 
 
+def typed_record(name: str, task: str, clip: Clip) -> dict:
+    """One entry in Video-R1's form, whose `problem_type` says how an answer is scored."""
+    kind, question = clips.TASKS[task]
+    entry = {"problem_id": name, "problem": question, "problem_type": kind, "data_type": "video"}
+    solution = f"<answer>{clips.measured(clip, task)}</answer>"
+    return entry | {"path": f"{name}.mp4", "options": [], "solution": solution, "meta": facts_of(clip)}
+
+
 def facts_of(clip: Clip) -> dict:
-    """`meta` of a drawn clip: what fixes its pixels, and where the ball is at the sampled times."""
-
-    def rounded(value):
-        if isinstance(value, tuple):
-            return [rounded(item) for item in value]
-        return round(value, 3) if isinstance(value, float) else value
-
-    track = clip.track()
-    visible = zip(track.xy.tolist(), track.inside, strict=True)
-    xy = [[round(x, 1), round(y, 1)] if seen else None for (x, y), seen in visible]
-    meta = {key: rounded(value) for key, value in asdict(clip).items()}
-    meta["axis"] = {(1, 0): "horizontal", (0, 1): "vertical"}.get(tuple(map(abs, SIGNS[clip.label])), "diagonal")
-    meta["speed"] = round(float(np.hypot(*clip.velocity)), 3)
-    meta["trajectory"] = {"frames": clips.sampled_frames(clip.length).tolist(), "xy": xy}
-    return meta
+    """`meta` of a drawn clip: what fixes its pixels, and the axis that it moves along."""
+    numbers = lambda value: value if value is None or isinstance(value, str) else np.round(value, 3).tolist()
+    axis = {(1, 0): "horizontal", (0, 1): "vertical"}.get(tuple(map(abs, SIGNS[clip.label])), "diagonal")
+    return {key: numbers(value) for key, value in asdict(clip).items()} | {"axis": axis}
 
 
 def count_labels(records: dict[str, list]) -> dict:
@@ -255,8 +249,6 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
             name = video.path.relative_to(cfg.from_folder).as_posix()
             entry = record(name, f"{base}/{name}", [(question, text)], {"label": video.label})
             records[video.split].append(entry)
-    if not records["train"]:
-        raise UserError("chains of thought: no clip is left for train; take another --cot_model, or leave --cot out")
     return records, {"counts": count_labels(records), "unreadable": unreadable, "cot": report}
 
 
@@ -275,6 +267,8 @@ def check_options(cfg: Generate) -> None:
         require(size >= least and size % 2 == 0, "frame_size", size, expected)
         expected = f"at least {clips.SAMPLED} frames: in fewer the motion cannot be judged"
         require(cfg.video_length >= clips.SAMPLED, "video_length", cfg.video_length, expected)
+        if cfg.cot and cfg.task != "direction":
+            raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
     else:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
         apart = root != out and root not in out.parents and out not in root.parents
@@ -322,6 +316,10 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         records, facts = make_dataset(cfg, out, work)
+        if not records["train"]:
+            raise UserError(
+                "chains of thought: no clip is left for train; take another --cot_model, or leave --cot out"
+            )
         # val.json in random order, so that whoever reads its first N has all classes (training shuffles train.json)
         np.random.default_rng([cfg.seed, 6]).shuffle(records["val"])
         for split, entries in records.items():
@@ -336,7 +334,8 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
         raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}); {advice}") from None
     seconds = time.monotonic() - began
     print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {seconds:.1f} s")
-    print(f"next: python train_sft.py --data_path {shlex.quote(str(out / 'train.json'))}")
+    here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last
+    print("next: python train_sft.py" + ("" if here else f" --data_path {shlex.quote(str(out / 'train.json'))}"))
     return metadata
 
 

@@ -21,28 +21,28 @@ ADVANTAGE_EPS = 1e-4  # added to the std of the rewards, as in TRL
 LOG_RATIO_LIMIT = 10.0
 
 
-def group_advantages(rewards, group, scale="group"):
+def group_advantages(rewards, index, scale="group"):
     """Rewards of whole groups -> advantages: how much better than the mean of its own group.
 
-    rewards (N,) float: total reward of each completion. group (N,) int64: index of the group it belongs to; groups may
+    rewards (N,) float: total reward of each completion. index (N,) int64: the group it belongs to; groups may
     lie in any order and have any size. scale: what the difference is divided by: "group", the std of its group;
     "batch", the std of all N rewards (so pass the rewards of all ranks); "none". Unbiased std + 1e-4, as TRL.
 
-    Returns advantages (N,) float32 and the std of each group (max(group) + 1,) float32. Where all rewards of a group
+    Returns advantages (N,) float32 and the std of each group (n_groups,) float32. Where all rewards of a group
     are equal both are exactly 0: such a group teaches nothing.
     """
-    assert rewards.shape == group.shape, f"rewards {tuple(rewards.shape)} and group {tuple(group.shape)} differ"
+    assert rewards.shape == index.shape, f"rewards {tuple(rewards.shape)} and index {tuple(index.shape)} differ"
     assert scale in ("group", "batch", "none"), f"scale is {scale!r}, expected 'group', 'batch' or 'none'"
     rewards = rewards.double()  # in float32 the mean of equal rewards can miss them, and / 1e-4 makes that a signal
     assert rewards.isfinite().all(), f"rewards hold {rewards[~rewards.isfinite()].tolist()}, expected finite numbers"
-    count = group.bincount()
-    mean = _sums(rewards, group, len(count)) / count
-    low = torch.full_like(mean, torch.inf).scatter_reduce(0, group, rewards, "amin")
-    high = torch.full_like(mean, -torch.inf).scatter_reduce(0, group, rewards, "amax")
-    centred = torch.where((low == high)[group], 0.0, rewards - mean[group])
-    std = (_sums(centred**2, group, len(count)) / (count - 1).clamp(min=1)).sqrt()
+    count = index.bincount()
+    mean = _sums(rewards, index, len(count)) / count
+    low = torch.full_like(mean, torch.inf).scatter_reduce(0, index, rewards, "amin")
+    high = torch.full_like(mean, -torch.inf).scatter_reduce(0, index, rewards, "amax")
+    centred = torch.where((low == high)[index], 0.0, rewards - mean[index])
+    std = (_sums(centred**2, index, len(count)) / (count - 1).clamp(min=1)).sqrt()
     if scale == "group":
-        centred = centred / (std[group] + ADVANTAGE_EPS)
+        centred = centred / (std[index] + ADVANTAGE_EPS)
     elif scale == "batch":
         centred = centred / (rewards.std() + ADVANTAGE_EPS)
     return centred.float(), std.float()
@@ -74,7 +74,7 @@ def grpo_loss(logprobs, advantages, completion_index, normalizer, *, old_logprob
         ref_logprobs      under the frozen reference, for the KL; needed where beta > 0
         sampler_logprobs  as the sampler gave them; see `sampler_weights`
         entropy           of the policy's distribution at each token, for the metrics
-    keep (G,) bool: completions to train on, e.g. those not cut by the limit; None: all.
+    keep (G,) bool: completions to train on, e.g. those that ended by themselves; None: all.
     use_bias_correction_kl: see `kl_loss`.
 
     Returns the loss (scalar float32) and metrics: detached sums over the kept tokens, to be added over micro-batches

@@ -20,7 +20,6 @@ from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, pa
 import json
 import logging
 import math
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from queue import SimpleQueue
 
 from records import IMAGE_SUFFIXES, TAG, read_records, spread
 from cli import from_file
+from latest import grpo_command
 from model import UserError, nearest_path
 from answers import answer_span, extract_answer, parse_options
 from checkpoint import BEST, STATE, best_checkpoint, checkpoints, find_adapter, newest_checkpoint, read_json
@@ -111,7 +111,7 @@ class Model:
         """The options with some of them changed for one call."""
         if not changes:
             return self.cfg
-        if fixed := {"model_id", "model_ckpt", "bf16", "local_files_only"} & changes.keys():
+        if fixed := {"model_id", "model_ckpt", "bf16", "base_dtype", "local_files_only"} & changes.keys():
             raise UserError(f"{min(fixed)}: cannot change from call to call; make another Model")
         cfg = parse(Infer, [*self.argv, *as_flags(changes)])
         cfg.model_id = self.cfg.model_id
@@ -141,24 +141,27 @@ class Model:
         """The Qwen2_5_VL on its device, with its adapter.
 
         In fp32 the adapter is added to the weights: one product a layer instead of three, equal up to rounding. In bf16
-        the weights here stay as they are; on a GPU the sampler makes its own merged copy, rounded once
-        (model/fast/decoder.py).
+        the weights here stay as they are, low-bit ones always; on a GPU the sampler makes its own merged copy of bf16
+        weights, rounded once (model/fast/decoder.py).
         """
         import torch
 
-        from adapter_files import load_adapter
+        from adapter_files import CONFIG, load_adapter, trained_on
         from lora import merge
         from model.loading import load_model, not_finite
 
         cfg, device = self.cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if (can if cfg.bf16 is None else cfg.bf16) else torch.float32
-        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only).requires_grad_(False).eval()
+        base = cfg.base_dtype
+        if base == "auto":
+            base = trained_on(read_json(self.adapter / CONFIG)) if self.adapter else "bf16"
+        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, base).requires_grad_(False).eval()
         if self.adapter:
             load_adapter(model, self.adapter)
         if names := not_finite(model):
             raise UserError(f"{self.folder}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
-        if self.adapter and dtype == torch.float32:
+        if self.adapter and dtype == torch.float32 and base == "bf16":
             merge(model)
         return model
 
@@ -322,23 +325,14 @@ def read_as_trained(cfg, folder):
 
 
 def clip_part(clip: str | Path, cfg) -> dict:
-    """A video, an image, or a folder of frames as a part of a message. Of a folder with fewer frames than a default
-    nframes all are taken."""
+    """A video, an image, or a folder of frames as a part of a message."""
     path = Path(clip)
-    if not path.is_dir():
-        if not path.exists() and not cfg.image_folder:
-            hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
-            raise UserError(f"{path}: no such file; {hint}")
-        path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
-        return {"type": "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", "path": str(path)}
-    images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
-    if len(images) < 2:
-        raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
-    few = len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given
-    if few:
-        log.warning("%s has %d frames, all are taken: --nframes %d was not given", path, len(images), cfg.nframes)
-    return {"type": "video", "path": [str(p.absolute()) for p in images]} | ({"fps": cfg.fps} if few else {})
+    if not path.exists() and not cfg.image_folder:
+        hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
+        raise UserError(f"{path}: no such file; {hint}")
+    path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    return {"type": "image" if is_image else "video", "path": str(path)}
 
 
 def clips_of(example, config):
@@ -371,18 +365,23 @@ def main(argv=None):
         facts = show_evaluation(model, task.records) | {"benchmark": task.report()}
     else:
         facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
+        for line in grpo_command(model.adapter, cfg.model_ckpt):
+            print(line)
     if cfg.json:
         print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": model.adapter and str(model.adapter)}))
 
 
 def describe(model):
     from lora import lora_layers
+    from model.quantized import quantized_weights
 
-    weight = model.network.head_weight
+    weight, base, low_bit = model.network.head_weight, model.network.base_dtype, quantized_weights(model.network)
     count = sum(p.numel() for name, p in model.network.named_parameters() if not name.endswith("adapters"))
+    count += sum(w.numel() for w in low_bit.values())
     how = "beside the weights" if lora_layers(model.network) else "merged"
     how = f"; adapter {how}" if model.adapter else ""
-    return f"model: {model.cfg.model_id}, {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device}{how}"
+    kind = str(weight.dtype)[6:] + (f", decoder layers in {base}" if low_bit else "")
+    return f"model: {model.cfg.model_id}, {count:,} parameters, {kind} on {weight.device}{how}"
 
 
 def show_answer(model):

@@ -32,7 +32,7 @@ class Judge(NamedTuple):
 
 # "-1,200.50e3": a sign, digits with commas as thousands or none, a fraction, a power of ten
 NUMBER = r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?"
-UNIT = r"%|[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h"
+UNIT = r"%|°?[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h", "°C"
 
 
 def read_number(text: str) -> tuple[float, str] | None:
@@ -85,16 +85,20 @@ def same_text(said: str, true: str) -> float:
     return float(None not in numbers and relative_error(*numbers) == 0)
 
 
-def word_accuracy(said: str, true: str) -> float:
-    """1 - word error rate, at least 0: words are split at blanks, case counts (Video-R1's OCR)."""
-    said, true = said.split(), true.split()
+def edits(said: list[str], true: list[str], change: int = 1) -> int:
+    """The fewest words to insert, to delete and to change, a change counted as so many: Levenshtein's distance."""
     distances = list(range(len(said) + 1))  # of no words of the solution to the first j words said
     for i, word in enumerate(true, 1):
         before, distances[0] = distances[0], i
         for j, other in enumerate(said, 1):
-            change = before + (word != other)
-            before, distances[j] = distances[j], min(change, distances[j] + 1, distances[j - 1] + 1)
-    return max(0.0, 1 - distances[-1] / len(true))
+            changed = before + (change if word != other else 0)
+            before, distances[j] = distances[j], min(changed, distances[j] + 1, distances[j - 1] + 1)
+    return distances[-1]
+
+
+def word_accuracy(said: str, true: str) -> float:
+    """1 - word error rate, at least 0: words are split at blanks, case counts (Video-R1's OCR)."""
+    return max(0.0, 1 - edits(said.split(), true.split()) / len(true.split()))
 
 
 def read_words(text: str) -> list[str] | None:
@@ -103,24 +107,16 @@ def read_words(text: str) -> list[str] | None:
     return re.findall(r"[^\W_]+", spaced.casefold()) or None
 
 
-def f1(common: int, said: int, true: int) -> float:
-    return 2 * common / (said + true) if common else 0.0
-
-
 def rouge_n(said: list[str], true: list[str], n: int) -> float:
     """F1 of the word n-grams."""
     said, true = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, true))
-    return f1((said & true).total(), said.total(), true.total())
+    common = (said & true).total()
+    return 2 * common / (said.total() + true.total()) if common else 0.0
 
 
 def rouge_l(said: list[str], true: list[str]) -> float:
-    """F1 of the longest common subsequence of words."""
-    lengths = [0] * (len(said) + 1)
-    for word in true:
-        before = 0
-        for j, other in enumerate(said, 1):
-            before, lengths[j] = lengths[j], before + 1 if word == other else max(lengths[j], lengths[j - 1])
-    return f1(lengths[-1], len(said), len(true))
+    """F1 of the longest common subsequence: what is left when words are only inserted and deleted."""
+    return 1 - edits(said, true, change=2) / (len(said) + len(true))
 
 
 def likeness(said: str, true: str) -> float:
@@ -140,8 +136,10 @@ def is_fact(text: str) -> bool:
     return bool(number or initial)
 
 
-TIME = r"[-+]?(?:[0-9]+:){0,2}[0-9]*\.?[0-9]+"  # 7.5, 1:05.5, 1:02:03
-PAIR = re.compile(rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|->|-|~|,|;)\s*({TIME})", re.IGNORECASE)
+TIME = r"[-+]?(?:[0-9]{1,20}:){0,2}[0-9]{0,20}\.?[0-9]{1,20}"  # 7.5, 1:05.5, 1:02:03
+PAIR = re.compile(
+    rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE
+)
 OTHER_UNIT = re.compile(r"%|\b(?:ms|min|mins|minutes?|hours?|frames?)\b", re.IGNORECASE)
 
 
@@ -162,55 +160,33 @@ def read_spans(text: str) -> list[tuple[float, float]] | None:
     return spans if clean and all(start <= end < math.inf for start, end in spans) else None
 
 
-def read_span(text: str) -> tuple[float, float] | None:
+def read_span(text: str) -> list[tuple[float, float]] | None:
     """The same, of exactly one span."""
     spans = read_spans(text)
-    return spans[0] if spans and len(spans) == 1 else None
+    return spans if spans and len(spans) == 1 else None
 
 
-def span_iou(said: tuple[float, float], true: tuple[float, float]) -> float:
-    """Overlap over the distance from the first start to the last end; two equal moments are 1."""
-    if said == true:
-        return 1.0
-    overlap = min(said[1], true[1]) - max(said[0], true[0])
-    return max(0.0, overlap) / (max(said[1], true[1]) - min(said[0], true[0]))
+def span_iou(said: list[tuple[float, float]], true: list[tuple[float, float]]) -> float:
+    """Seconds that both sets of spans cover over seconds that either covers; the same moments are 1."""
+    ends = sorted({end for span in said + true for end in span})
+    covers = lambda spans, start, end: any(one <= start and end <= two for one, two in spans)
+    both = either = 0.0
+    for start, end in zip(ends, ends[1:]):
+        covered = covers(said, start, end), covers(true, start, end)
+        both += (end - start) * all(covered)
+        either += (end - start) * any(covered)
+    return both / either if either else float(set(said) == set(true))
 
 
-def span_iou_by_duration(said: tuple[float, float], true: tuple[float, float], duration: float) -> float:
-    """Time-R1's: IoU x (1 - error of the start / duration) x (the same of the end), each at least 0."""
-    start, end = (max(0.0, 1 - abs(one - two) / duration) for one, two in zip(said, true))
+def span_iou_by_duration(said: list[tuple[float, float]], true: list[tuple[float, float]], duration: float) -> float:
+    """Of one span each, Time-R1's: IoU x (1 - error of start / duration) x (the same of the end), each at least 0."""
+    start, end = (max(0.0, 1 - abs(one - two) / duration) for one, two in zip(said[0], true[0]))
     return span_iou(said, true) * start * end
-
-
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    result = []
-    for start, end in sorted(spans):
-        if result and start <= result[-1][1]:
-            start, end = result[-1][0], max(result.pop()[1], end)
-        result.append((start, end))
-    return result
-
-
-def span_set_iou(said: list[tuple[float, float]], true: list[tuple[float, float]]) -> float:
-    """Seconds that both sets cover over seconds that either covers."""
-    said, true = merged(said), merged(true)
-    if said == true:
-        return 1.0
-    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in said for b in true)
-    either = sum(end - start for start, end in said + true) - both
-    return both / either if either else 0.0
-
-
-def read_json(text: str) -> Any:
-    try:
-        return json.loads(text.strip().strip("`").removeprefix("json"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def to_box(value: Any) -> tuple[float, ...] | None:
     """[x1, y1, x2, y2], finite, x1 <= x2, y1 <= y2, else None."""
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e30
+    number = lambda x: type(x) in (int, float) and abs(x) < 1e30  # json reads NaN and 400 digits too
     if not isinstance(value, list) or len(value) != 4 or not all(map(number, value)):
         return None
     return tuple(value) if value[0] <= value[2] and value[1] <= value[3] else None
@@ -221,7 +197,10 @@ def read_boxes(text: str, timed: bool = False) -> dict | None:
 
     timed: with "time": its span, None where there is none.
     """
-    value = read_json(text)
+    try:
+        value = json.loads(text.strip().strip("`").removeprefix("json"))
+    except (ValueError, RecursionError):
+        return None
     value = value if isinstance(value, dict) else {"boxes": value}
     boxes = value.get("boxes", value)
     if isinstance(boxes, list):
@@ -229,6 +208,12 @@ def read_boxes(text: str, timed: bool = False) -> dict | None:
         boxes = {"1": boxes} if one else {str(i): box for i, box in enumerate(boxes, 1)}
     boxes = {key.strip(): to_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) else {}
     return (boxes | {"time": read_span(str(value.get("time")))} if timed else boxes) or None
+
+
+def read_box(text: str) -> dict | None:
+    """The same, of exactly one box."""
+    boxes = read_boxes(text)
+    return boxes if boxes and len(boxes) == 1 else None
 
 
 def box_iou(said: tuple[float, ...] | None, true: tuple[float, ...]) -> float:
@@ -253,8 +238,8 @@ def boxes_iou(said: dict, true: dict) -> float:
 OPEN = Judge("text", read_text, same_text)
 FREE_FORM = Judge("text", read_text, likeness)
 SPAN = Judge('one time span, such as "2.5 to 7.5"', read_span, span_iou)
-SPANS = Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_set_iou, tag="glue")
-BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_boxes, boxes_iou)
+SPANS = Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou, tag="glue")
+BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_box, boxes_iou)
 TRACK = Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou)
 TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
 MRA = Judge("a number", read_number, mean_relative_accuracy)

@@ -1,7 +1,7 @@
 """In which order samples are read, by whom, and how they are cut into micro-batches.
 
-    Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
-    examples    prompts for evaluation and inference, in their order
+Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
+examples    prompts for evaluation and inference, in their order
 """
 
 import ctypes
@@ -60,7 +60,8 @@ class Samples(torch.utils.data.Dataset):
         loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options)
         for sample in loader:
             if isinstance(sample, Example):
-                self.processor.warn_once(sample)
+                if sample.notes:
+                    self.processor.warn_once(sample)
             yield sample
 
 
@@ -107,7 +108,7 @@ class Loader:
     ):  # fmt: skip
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.records, self.processor, self.collate, self.args = records, processor, collate, args
-        self.total = len(records)
+        self.total, self.pack_tokens = len(records), args.pack_tokens
         self.rank, self.world_size = rank, world_size
         self.samples = Samples(records, processor, answer)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -138,11 +139,17 @@ class Loader:
                     if not isinstance(sample, Example):
                         self.skip(*sample)
             parts = [[sample for sample in part if isinstance(sample, Example)] for part in parts]
-            if self.args.pack_tokens is not None:
-                (whole,) = parts
-                bins = fill_bins([len(example) for example in whole], self.args.pack_tokens)
-                parts = [[whole[i] for i in each] for each in bins]
-            yield [self.collate(part) for part in parts]
+            self.last_parts = parts
+            yield self.packs()
+
+    def packs(self) -> list:
+        """The micro-batches of the step that iterate() yielded last, within pack_tokens as it is now."""
+        parts = self.last_parts
+        if self.pack_tokens is not None:
+            whole = [example for part in parts for example in part]
+            bins = fill_bins([len(example) for example in whole], self.pack_tokens)
+            parts = [[whole[i] for i in each] for each in bins]
+        return [self.collate(part) for part in parts]
 
     def share(self, step: int) -> list[list[int]]:
         """Numbers of this rank's samples of a step, by micro-batch; with pack_tokens in one list."""
@@ -172,7 +179,7 @@ class Loader:
             self.too_long.add(name)
         else:
             self.last = f"; the last: {name}: {error}"
-        self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.left_out
+        self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.count_skipped
         if len(self.skipped) == len(self.records):
             raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
 

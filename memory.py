@@ -1,7 +1,8 @@
-"""GPU memory of a run by a formula of a dozen terms, what --dry_run prints, and what to say when memory runs out.
+"""GPU memory of a run: a formula of a dozen terms, what --dry_run prints of it, and what to do when memory runs out.
 
 The estimate is within some percent of measured peaks (dev/LOG.md). It knows the largest micro-batch by its tokens and
-patches, which parts are trained, and recomputation; the allocator's fragments it does not know.
+patches, which parts are trained, and recomputation; the allocator's fragments it does not know. autofit.py chooses by
+it how large packs are, and how many blocks keep their activations.
 """
 
 import math
@@ -12,13 +13,14 @@ import torch
 
 from lora import FLAT, part_of, sizes
 from model import UserError
-from model.qwen import LONG
+from model.quantized import quantized_weights
+from model.qwen import LONG, PART
+from model.recompute import num_pieces
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it
 # the workspaces of cuBLAS and the float32 logits of one chunk of rows
-CONTEXT = int(1.55 * GIB)
-LEAST_PIXELS = 4 * 28 * 28  # qwen-vl-utils' bound
+CONTEXT, LOGITS = int(1.3 * GIB), int(0.25 * GIB)
 LOOKED_AT = 1000  # samples whose size is found for an estimate
 
 
@@ -32,6 +34,7 @@ class Counts:
     language: int = 0  # trained
     adapters: int = 0  # all, trained
     head: bool = False  # whether the head or embedding is trained
+    low_bit: int = 0  # bytes, not numbers, of weights in few bits, which are not in `base`
 
     @classmethod
     def of(cls, model):
@@ -45,6 +48,7 @@ class Counts:
                 counts.vision += numbers[name] * (part != "llm")
                 counts.tower += numbers[name] * (part == "vision")
         counts.head = model.head_weight.requires_grad
+        counts.low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
         return counts
 
     @property
@@ -56,72 +60,92 @@ class Counts:
         return self.base - (self.trained - self.adapters)
 
 
-def update_bytes(config, counts, cfg, tokens, patches, world=1, number=2):
+def activation_bytes(config, counts, cfg, tokens, patches, kept=0, number=2):
+    """What the passes of a micro-batch take at most. kept: blocks of tower and language model, the last so many, that
+    keep their activations; the others keep their input, with --offload_activations in host memory."""
+    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    v, depth = config.vision, config.vision.depth if counts.tower else 0
+    heads, keys = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
+    rank, vision_rank = (cfg.lora_rank * bool(n) for n in (counts.adapters, counts.tower))
+    layer = tokens * (4 * C + 2 * heads + keys + 3 * inner + 7 * rank)
+    block = (9 * v.hidden_size + 3 * v.intermediate_size + 5 * vision_rank) * bool(depth)  # of a patch
+    layers, on_card = min(kept, L), not cfg.offload_activations
+    blocks = min(kept - layers, depth)
+    kept_bytes = layers * layer + (L - layers) * tokens * C * on_card
+    # a recomputed layer's MLP takes a long sequence in pieces
+    redone = 1.5 * tokens * (8 * C + 3 * inner / num_pieces(tokens)) if layers < L else tokens * (C + 3 * inner)
+    if depth and blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
+        kept_bytes += patches // 4 * C
+        return number * int(max(kept_bytes + redone, patches // 4 * C + PART * depth * block))
+    kept_bytes += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
+    if blocks < depth:
+        mlp = 3 * v.intermediate_size / num_pieces(patches)
+        redone = max(redone, 1.5 * patches * (mlp + 8 * v.hidden_size))
+    return number * int(kept_bytes + redone)
+
+
+def gradient_bytes(counts, cfg, world, number):
+    """Summed in float32, beside the bucket that is reduced."""
+    summed = 0 if cfg.offload_optimizer else 4 * counts.trained / world
+    return summed + number * min(counts.trained, 25e6 if world > 1 else 100e6)
+
+
+def update_bytes(config, counts, cfg, tokens, patches, kept=0, world=1, number=2):
     """Peak of a training step. tokens, patches: of the largest micro-batch; number: bytes of a weight."""
-    c, v = config, config.vision
-    C, inner, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    heads = c.num_attention_heads * c.head_dim
-    keys = 2 * c.num_key_value_heads * c.head_dim
-    rank = cfg.lora_rank if counts.adapters else 0
-    static = static_bytes(counts, cfg, world, number)
-    state_on_card = not cfg.offload_optimizer
-    gradients = 4 * counts.trained / world * state_on_card + number * min(counts.trained, 25e6 if world > 1 else 100e6)
-    head = (4 + 2 * number) * c.vocab_size * C if counts.head else 0
-    recompute = cfg.gradient_checkpointing
-    in_parts = recompute and patches > LONG  # a long video goes through the tower a part at a time
-    at_once = LONG // 16 if in_parts else patches
-    tower = v.depth * at_once * v.hidden_size if counts.tower else 0
-    if recompute:
-        kept = L * tokens * C + (patches // 4 * C if in_parts and counts.tower else tower)
-        vision_block = at_once * (3 * v.intermediate_size + 8 * v.hidden_size) * bool(tower)
-        redone = 1.5 * max(tokens * (3 * inner + 8 * C), vision_block)
-        redone += tower * in_parts
-    else:
-        kept = L * tokens * (4 * C + 2 * heads + keys + 3 * inner + 7 * rank)
-        if counts.tower:
-            kept += v.depth * patches * (9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank)
-        redone = tokens * (C + 3 * inner)
-    return static + gradients + head + number * (kept + redone)
+    head = (4 + 2 * number) * config.vocab_size * config.hidden_size if counts.head else 0
+    passes = activation_bytes(config, counts, cfg, tokens, patches, kept, number)
+    return static_bytes(counts, cfg, world, number) + gradient_bytes(counts, cfg, world, number) + head + passes
 
 
 def static_bytes(counts, cfg, world, number):
     """What is there all the time: weights, trained ones once more in fp32 with two moments, the reference."""
     state = 0 if cfg.offload_optimizer else 12 * counts.trained / world
     reference = number * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
-    return number * (counts.frozen + counts.trained) + state + reference
+    return number * (counts.frozen + counts.trained) + counts.low_bit + state + reference
 
 
 def sampling_bytes(config, counts, cfg, prompts, longest, group, new_tokens, number=2):
     """Peak of sampling `prompts` prompts of at most `longest` tokens, `group` completions each."""
     c, L = config, config.num_hidden_layers
     heads, keys = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
-    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
     cache = L * keys * prompts * (longest + group * new_tokens)
     prefill = prompts * longest * (2 * c.hidden_size + 2 * heads + keys + 3 * c.intermediate_size)
-    copy = L * layer  # adapters merged into a copy of the decoder's weights
+    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
+    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
+    copy = counts.adapters if counts.low_bit else L * layer
     return static_bytes(counts, cfg, 1, number) + number * (copy + cache + prefill)
 
 
-def estimate(model, cfg, lengths, world=1, number=2):
-    """{what: bytes}: the peak of an update, and of sampling in GRPO. lengths: [(tokens, patches)] of samples."""
-    counts, (longest, patches) = Counts.of(model), max(lengths)
-    mean = statistics.fmean(tokens for tokens, _ in lengths)
+def unit_sizes(cfg, lengths):
+    """[(tokens, patches)] of what a pack never cuts: a sample, or in GRPO a prompt with all its completions."""
     group = getattr(cfg, "num_generations", 0)
+    more = group * cfg.max_completion_length if group else 0
+    return [(tokens + more, patches) for tokens, patches in lengths]
+
+
+def units_per_step(cfg):
+    """Of one rank."""
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // getattr(cfg, "num_generations", 1)
+
+
+def estimate(model, cfg, lengths, world=1, number=2):
+    """{what: bytes}: the peak of an update, and of sampling in GRPO. lengths: [(tokens, patches)] of samples. Where an
+    option is auto, the least: one sample or group a pack, everything recomputed."""
+    counts, group = Counts.of(model), getattr(cfg, "num_generations", 0)
+    units, (longest, _) = unit_sizes(cfg, lengths), max(lengths)
+    tokens, patches = max(units)
+    if cfg.pack_tokens != "auto":
+        step = tokens * max(1, cfg.per_device_train_batch_size // max(1, group))
+        least = longest + cfg.max_completion_length if group else tokens  # an explicit limit may cut a group
+        whole, tokens = tokens, max(least, min(step, cfg.pack_tokens or step))
+        patches = int(max(patches, patches * tokens / (whole if group else statistics.fmean(n for n, _ in lengths))))
+    kept = 0 if cfg.gradient_checkpointing else len(model.visual.blocks) + len(model.model.layers)
+    update = update_bytes(model.config, counts, cfg, tokens, patches, kept, world, number)
+    peaks = {"update": update + CONTEXT + LOGITS}
     if group:
-        completions = cfg.per_device_train_batch_size
-        tokens = completions * cfg.max_completion_length + -(-completions // group) * longest
-        each = longest + group * cfg.max_completion_length  # a group with its prompt
-    else:
-        tokens, each = cfg.per_device_train_batch_size * longest, longest
-    if cfg.pack_tokens:
-        tokens = max(each if not group else longest + cfg.max_completion_length, min(tokens, cfg.pack_tokens))
-    share = patches * tokens / (each if group else max(mean, 1))
-    patches = int(max(patches, share))
-    peaks = {"update": update_bytes(model.config, counts, cfg, tokens, patches, world, number) + CONTEXT}
-    if group:
-        prompts = max(1, cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // group)
-        limit = cfg.max_completion_length
-        peaks["sampling"] = sampling_bytes(model.config, counts, cfg, prompts, longest, group, limit, number) + CONTEXT
+        prompts, limit = max(1, units_per_step(cfg)), cfg.max_completion_length
+        sampling = sampling_bytes(model.config, counts, cfg, prompts, longest, group, limit, number)
+        peaks["sampling"] = sampling + CONTEXT + LOGITS
     return peaks
 
 
@@ -129,79 +153,58 @@ def estimate(model, cfg, lengths, world=1, number=2):
 
 
 def sample_sizes(records, processor, answer):
-    """([(tokens, patches)] of up to LOOKED_AT samples spread over the dataset, {name: why} of those left out)."""
-    count = len(records)
-    sizes_found, left_out = [], {}
+    """({number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, {number: why} of those left
+    out)."""
+    count, sizes_of, left_out = len(records), {}, {}
     for i in sorted({k * count // min(LOOKED_AT, count) for k in range(min(LOOKED_AT, count))}):
         try:
             ids, _, plans = processor.layout(records[i], answer)
-            sizes_found.append((len(ids), sum(math.prod(plan.grid_thw) for plan in plans)))
+            sizes_of[i] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
         except UserError as error:
-            left_out[f"sample {i}"] = str(error)
-    if count and not sizes_found:
+            left_out[i] = str(error)
+    if count and not sizes_of:
         raise UserError(f"all samples are left out; the first: {next(iter(left_out.values()))}")
-    return sizes_found, left_out
+    return sizes_of, left_out
 
 
 def summary(model, cfg, records, processor, loader, steps, world, number):
     """The lines that a run begins with, and that --dry_run prints: data, steps, parameters, memory."""
     is_grpo = hasattr(cfg, "num_generations")
-    lengths, left_out = sample_sizes(records, processor, answer=not is_grpo)
-    tokens = sorted(size for size, _ in lengths)
+    sizes_of, left_out = sample_sizes(records, processor, answer=not is_grpo)
+    tokens = [size for size, _ in sizes_of.values()]
     what = "prompt tokens" if is_grpo else "tokens"
-    looked = f"{len(lengths) + len(left_out):,} of {len(records):,} looked at"
-    yield f"  data       {len(records):,} samples ({looked}): {tokens[0]:,} to {tokens[-1]:,} {what}, median " \
+    looked = f"{len(sizes_of) + len(left_out):,} of {len(records):,} looked at"
+    yield f"  data       {len(records):,} samples ({looked}): {min(tokens):,} to {max(tokens):,} {what}, median " \
           f"{statistics.median(tokens):,.0f}"  # fmt: skip
     if left_out:
-        name, why = next(iter(left_out.items()))
-        yield f"             {len(left_out)} of them would be left out; the first: {name}: {why}"
+        first, why = next(iter(left_out.items()))
+        yield f"             {len(left_out)} of them would be left out; the first: sample {first}: {why}"
     yield f"  steps      {loader.steps_per_epoch:,} an epoch, {steps:,} in all"
-    peaks = estimate(model, cfg, lengths, world, number)
-    name, most = max(peaks.items(), key=lambda item: item[1])
-    kind = "bf16" if number == 2 else "fp32"
-    parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items())
-    yield f"  memory     about {most / GIB:.1f} GiB of a GPU in {kind} ({parts})"
+    peaks = estimate(model, cfg, list(sizes_of.values()), world, number)
+    most, kind = max(peaks.values()), "bf16" if number == 2 else "fp32"
+    least = "at least, for auto takes what is free: " if "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing) else ""
+    each = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items())
+    yield f"  memory     about {most / GIB:.1f} GiB of a GPU in {kind} ({least}{each})"
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if most > 0.92 * whole:
             tight = "this GPU has" if most > whole else "tight: this GPU has"
-            options = "--gradient_checkpointing, --pack_tokens, --video_max_pixels"
-            yield f"             {tight} {whole / GIB:.1f} GiB; see {options}"
+            yield f"             {tight} {whole / GIB:.1f} GiB; {less_memory(model, cfg)}"
 
 
-# -- When it runs out
+def less_memory(model, cfg):
+    """What to try where a run hardly fits. 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)."""
+    low_bit = "--base_dtype nf4" if Counts.of(model).base > 6e9 else "--base_dtype int8"
+    first = f"{low_bit}, " if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
+    return f"try {first}--offload_activations True, a lower --video_max_pixels"
 
 
-def smaller_view(cfg):
-    """Settings that give a clip fewer tokens."""
-    pixels = cfg.video_max_pixels or 768 * 28 * 28  # qwen-vl-utils' bound
-    name = "max_frames" if cfg.nframes is None else "nframes"
-    fewer_frames, fewer_pixels = max(2, getattr(cfg, name) // 4 * 2), max(LEAST_PIXELS, pixels // 2)
-    settings = [f"--video_max_pixels {fewer_pixels}"] if fewer_pixels < pixels else []
-    return [*settings, f"--{name} {fewer_frames}", "a smaller --model_id"]
-
-
-def smaller_update(cfg):
-    """Settings that lower an update's memory: first those that change nothing else."""
-    recompute = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing True"]
-    packs = [f"--pack_tokens {cfg.pack_tokens // 2}" if cfg.pack_tokens else "--pack_tokens"]
-    return recompute + packs + smaller_view(cfg)
-
-
-def smaller_sampling(cfg, max_new_tokens):
-    """Settings that lower what one prompt's completions take."""
-    is_group = getattr(cfg, "max_completion_length", None) == max_new_tokens
-    name = "max_completion_length" if is_group else "max_new_tokens"  # the latter in an evaluation
-    return [f"--{name} {max(1, max_new_tokens // 2)}", *smaller_view(cfg)]
-
-
-def out_of_memory(device, doing, packs, settings):
-    """The UserError for an OutOfMemoryError. settings: a list, of which the first two are named."""
+def out_of_memory(device, doing, packs, lower):
+    """The UserError for an OutOfMemoryError. lower: the options that help."""
     room = ""
     if device.type == "cuda":
         used, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         room = f" ({used / GIB:.1f} of {whole / GIB:.1f} GiB were in use at most)"
     tokens = [len(packed.input_ids) for packed in packs]
     batch = f"{sum(tokens):,} tokens in {len(packs)} packs, the largest {max(tokens, default=0):,}"
-    lower = f"{settings[0]} or {settings[1]} lowers it; checkpoints are intact"
-    return UserError(f"out of GPU memory{room} while {doing}; {batch}; {lower}")
+    return UserError(f"out of GPU memory{room} while {doing}; {batch}; {lower} lowers it; checkpoints are intact")

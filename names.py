@@ -10,7 +10,8 @@ from model import UserError, nearest
 
 SAME = {  # ours: theirs
     "model_id": "model_name_or_path model base_model",
-    "model_ckpt": "adapter_name_or_path adapters",
+    "model_ckpt": "adapter adapter_name_or_path adapters",
+    "video": "video_path",
     "data_path": "dataset",
     "eval_data_path": "eval_path eval_dataset val_dataset",
     "image_folder": "media_dir",
@@ -26,7 +27,7 @@ SAME = {  # ours: theirs
     "lr_scheduler_type": "lr_scheduler",
     "num_train_epochs": "epochs num_epochs",
     "max_steps": "max_train_steps",
-    "per_device_train_batch_size": "micro_batch_size per_gpu_train_batch_size",
+    "per_device_train_batch_size": "batch_size micro_batch_size per_gpu_train_batch_size",
     "max_grad_norm": "gradient_clipping clip_grad",
     "fps": "video_fps",
     "nframes": "num_frames",
@@ -66,45 +67,29 @@ NO_EFFECT = {  # why: theirs
 }  # fmt: skip
 OFF = ("none", "null", "false", "")
 BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say of other values)
-    "resume_from_checkpoint": (
-        dict.fromkeys(OFF, "") | {"true": "resume=true"},
-        "a run is resumed in its own folder, from its last checkpoint: --output_dir RUN --resume True",
-    ),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), (
-        {"steps": "", "no": "eval_data_path=none"}, "evaluations come every --eval_steps N steps",
-    )),
-    "optim": (
-        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), ""), "the optimizer is AdamW",
-    ),
-    **dict.fromkeys(("torch_dtype", "dtype"), (
-        {"auto": "", "bfloat16": "bf16=true", "float16": "fp16=true", "float32": "bf16=false"},
-        "expected auto, bfloat16, float16 or float32",
-    )),
-    **dict.fromkeys(("freeze_merger", "freeze_multi_modal_projector"), (
-        {"true": "tune_merger=false", "false": "tune_merger=true"}, "expected True or False",
-    )),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), (
-        {"all": "", "all-linear": ""},
-        "--llm_lora, --vision_lora, --merger_lora and --lora_namespan_exclude choose the layers",
-    )),
-    **dict.fromkeys(("finetuning_type", "tuner_type", "train_type"), (
-        {"lora": "lora_enable=true"},
-        "training all weights is --lora_enable False --freeze_llm False --freeze_vision_tower False --tune_merger True",
-    )),
-    **dict.fromkeys(("stage", "rlhf_type"), (
-        {"sft": "", "grpo": ""}, "this repository has SFT (train_sft.py) and GRPO (train_grpo.py)",
-    )),
-    "loss_type": (
-        {"dapo": "aggregation=token", "grpo": "aggregation=sequence", "dr_grpo": "aggregation=constant"},
-        "--aggregation, --scale_rewards and --importance_sampling_level make up the loss",
-    ),
-    **dict.fromkeys(("bits", "quantization_bit", "quant_bits"), (
-        {"16": "", "none": ""}, "the base stays in bf16: quantised bases are not supported yet",
-    )),
+    "resume_from_checkpoint": (dict.fromkeys(OFF, "") | {"true": "resume=true"},
+        "a run is resumed in its own folder, from its last checkpoint: --output_dir RUN --resume True"),
+    "eval_strategy evaluation_strategy": ({"steps": "", "no": "eval_data_path=none"},
+        "evaluations come every --eval_steps N steps"),
+    "optim": (dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), ""), "the optimizer is AdamW"),
+    "torch_dtype dtype": ({"auto": "", "bfloat16": "bf16=true", "float16": "fp16=true", "float32": "bf16=false"},
+        "expected auto, bfloat16, float16 or float32"),
+    "freeze_merger freeze_multi_modal_projector": ({"true": "tune_merger=false", "false": "tune_merger=true"},
+        "expected True or False"),
+    "lora_target lora_target_modules target_modules": ({"all": "", "all-linear": ""},
+        "--llm_lora, --vision_lora, --merger_lora and --lora_namespan_exclude choose the layers"),
+    "finetuning_type tuner_type train_type": ({"lora": "lora_enable=true"},
+        "for all weights --lora_enable False --freeze_llm False --freeze_vision_tower False --tune_merger True"),
+    "stage rlhf_type": ({"sft": "", "grpo": ""},
+        "this repository has SFT (train_sft.py) and GRPO (train_grpo.py)"),
+    "loss_type": ({"dapo": "aggregation=token", "grpo": "aggregation=sequence", "dr_grpo": "aggregation=constant"},
+        "--aggregation, --scale_rewards and --importance_sampling_level make up the loss"),
+    "load_in_4bit": ({"true": "base_dtype=nf4", "false": ""}, "expected True or False"),
+    "load_in_8bit": ({"true": "base_dtype=int8", "false": ""}, "expected True or False"),
+    "bits quantization_bit quant_bits": ({"16": "", "none": "", "8": "base_dtype=int8", "4": "base_dtype=nf4"},
+        "--base_dtype int8, fp8 or nf4"),
 }  # fmt: skip
 ANSWERS = {  # what to do: theirs
-    "the base stays in bf16: quantised bases are not supported yet; 3B needs a 16 GB card, 7B 24 GB, see configs/":
-        "load_in_4bit load_in_8bit",
     "download the dataset and give its file: --data_path FILE.json": "dataset_name",
     "split the dataset first: --eval_data_path FILE.json, or val.json beside --data_path":
         "val_size split_dataset_ratio",
@@ -127,44 +112,57 @@ ANSWERS = {  # what to do: theirs
         "steps_per_generation generation_batch_size",
     "the reference never moves: --reference start or base": "sync_ref_model ref_model",
     "--sampler_is_cap C truncates the importance weights": "vllm_importance_sampling_correction",
-    "--max_resample 1 samples further prompts until enough groups differ": "dynamic_sample",
+    "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample",
 }  # fmt: skip
-
-
-def table():
-    """{name: (kind, meaning)}: kind is same, none, value or answer, see the head of this file."""
-    result = {name: ("value", meaning) for name, meaning in BY_VALUE.items()}
-    for kind, groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS)):
-        for meaning, names in groups.items():
-            for name in names.split():
-                assert name not in result, name
-                result[name] = (kind, meaning)
-    return result
-
-
-NAMES = table()
+REMOVED = {  # what to do: options that were here once
+    "--base_dtype nf4 or int8 makes the frozen base small, --num_gpus N shares the rest by ZeRO-2":
+        "partition_weights offload_weights",
+    "use data parallelism, for a long video on a small card --offload_activations True": "sequence_parallel",
+    "each rank samples its own prompts, as many at a time as memory holds": "rollout_rows",
+    "--dry_run True prints the memory that a run needs": "dry_run_gib",
+    "--max_resample N samples further prompts until enough groups differ in accuracy": "oversample",
+    "adapters of both key styles are read; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
+    "python assets/make_tiny.py clips draws what the tiny base learns from": "base_coordinates",
+    "balls vary in size, colour and speed, so that only motion tells the class": "style",
+    "any regular file that a record names is read": "allow_outside_files",
+    "download the files first, and name them in the records":
+        "allow_remote_files remote_folder remote_max_mb remote_seconds",
+}  # fmt: skip
+COMMANDS = {  # docs/migrating.md's last table
+    "make audit": "`pip install pip-audit && pip-audit --disable-pip -r requirements.lock`",
+    "`lora.py convert`": "both key styles are read, the newer is written; for use elsewhere `python lora.py merge`",
+    "generate.py: preview.png, preview.gif": "`python data.py CLIP --preview out.png`",
+    "`rollout_halved`, `idle`, `traffic` in metrics.jsonl": "`oom_retries`; torch's profiler shows the others",
+    "exit code 75 of a lost machine": "its launcher ends the other ranks, after ten minutes where it is silent",
+    "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with other cards' values in its comments",
+    "bench/sft.py, rollout.py, grpo.py, data.py and others": "`python bench/step.py`, `python bench/loading.py`; "
+        "findings of the others are in dev/LOG.md",
+}  # fmt: skip
+NAMES = {name: ("value", meaning) for names, meaning in BY_VALUE.items() for name in names.split()}
+for _kind, _groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS), ("removed", REMOVED)):
+    NAMES |= {name: (_kind, meaning) for meaning, names in _groups.items() for name in names.split()}
 SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()}
 
 
 def translate(name, value):
     """(our option or "", its value, note) for a name in NAMES. UserError for one that is answered with a sentence."""
     kind, meaning = NAMES[name]
-    if kind == "answer" and str(value).lower() in OFF:
-        return "", None, f"--{name} {value} has no effect: it is so already"
-    if kind == "answer":
-        raise UserError(f"not an option here; {meaning}")
+    already = "", None, f"--{name} {value} has no effect: it is so already"
     if kind == "same":
         return meaning, value, f"--{name} is --{meaning} here"
     if kind == "none":
         return "", None, f"--{name} has no effect: {meaning}"
+    if kind == "removed":
+        raise UserError(f"was removed; {meaning}")
+    if kind == "answer":
+        if str(value).lower() in OFF:
+            return already
+        raise UserError(f"not an option here; {meaning}")
     choices, otherwise = meaning
-    text = str(value).lower()
-    if text not in choices:
+    if str(value).lower() not in choices:
         raise UserError(f"{value!r} is not supported; {otherwise}")
-    if not choices[text]:
-        return "", None, f"--{name} {value} has no effect: it is so already"
-    option, _, ours = choices[text].partition("=")
-    return option, ours, f"--{name} {value} is --{option} {ours} here"
+    option, _, ours = choices[str(value).lower()].partition("=")
+    return (option, ours, f"--{name} {value} is --{option} {ours} here") if option else already
 
 
 def suggestion(name, names):
@@ -187,70 +185,40 @@ def suggestion(name, names):
 HEAD = """\
 # Migrating
 
-Written by `python names.py > docs/migrating.md`. Flags and commands that were removed, and what to use instead. A
-script answers each removed flag by name.
+Written by `python names.py > docs/migrating.md`: what options of other trainers, and removed ones, mean here. Options
+of the same name mean the same. These are understood too, on the command line and in a `--config` file, which may be
+theirs if it is flat (.yaml, .json, .toml). A run's first lines say what became of each.
 
-| removed | instead |
-|---|---|
-"""
-COMMANDS = {
-    "make audit": "`pip install pip-audit && pip-audit --disable-pip -r requirements.lock` lists known advisories",
-    "`lora.py convert`": "adapters of both key styles (transformers before and from 4.52) are read, the newer is "
-        "written; for use elsewhere: `python lora.py merge ADAPTER OUT`",
-    'lora.py check: "PEFT on transformers N" lines': "check names the key style, untrained layers and whether the "
-        "adapter fits its base; try it: `PeftModel.from_pretrained`",
-    "generate.py: preview.png, preview.gif": "open the clips in videos/; the report page shows clips",
-    "`rollout_halved` in metrics.jsonl": "is now `oom_retries`",
-    "`idle`, `rollout_idle`, `update_idle`, `traffic` in metrics.jsonl": "torch's profiler shows them",
-    "rollouts and clips in TensorBoard and W&B": "scalars, config and, in W&B, the report page; rollouts.jsonl and "
-        "report.html have the rest",
-    "exit code 75, heartbeats between machines": "a lost rank ends the others through its launcher, a silent one after "
-        "ten minutes",
-    "--resume changing the accumulation on another number of ranks": "it asks for the flags that give as many samples "
-        "a step",
-    "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with the values for other cards in its comments",
-    "bench/sft.py, rollout.py, grpo.py, data.py": "`python bench/step.py sft rollout grpo` (`--peer`, `--trace`, "
-        "`--twice`), `python bench/loading.py`",
-    "bench: scale, scaling, big, sequence, traffic, balance, heartbeat, index, live, same_seed, vision, memory, "
-    "stepcost, traced, logits": "their findings are in dev/LOG.md",
-}  # fmt: skip
-SEED = """
-## From the original project
-
-Every flag of its commands works under its own name: `video_generator.py` is `generate.py`, `src/training/train.py` is
-`train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is `infer.py` (`--base_model`,
-`--video_path`, `--prompt` are accepted).
-
-## From HF Trainer, TRL, LLaMA-Factory, ms-swift, 2U1's finetune
-
-Options of the same name mean the same. These others are understood too, on the command line and in a `--config` file,
-which may be theirs if it is flat (.yaml, .json, .toml). A run's first lines say what became of each.
+Every flag of the original project's commands works under its own name: `video_generator.py` is `generate.py`,
+`src/training/train.py` is `train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is
+`infer.py` (`--base_model`, `--video_path`, `--prompt` are accepted).
 
 | theirs | here |
 |---|---|
 """
 
 
-def migrating(removed):
-    """The text of docs/migrating.md. removed: {option: what to use instead}, cli.REMOVED."""
-    flags = lambda names: ", ".join(f"`--{name}`" for name in names)
-    groups = {}
-    for name, meaning in removed.items():
-        groups.setdefault(meaning, []).append(name)
-    text = HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for meaning, names in groups.items())
-    text += "".join(f"| {what} | {instead} |\n" for what, instead in COMMANDS.items()) + SEED
-    text += "".join(f"| {flags(names.split())} | `--{ours}` |\n" for ours, names in SAME.items())
-    groups = {}
-    for name, (choices, otherwise) in BY_VALUE.items():
-        groups.setdefault(otherwise, (choices, []))[1].append(name)
-    for otherwise, (choices, names) in groups.items():
+COMMANDS_HEAD = """
+Commands and files that were removed:
+
+| removed | instead |
+|---|---|
+"""
+
+
+def migrating():
+    """The text of docs/migrating.md."""
+    rows = [(names, f"`--{ours}`") for ours, names in SAME.items()]
+    for names, (choices, otherwise) in BY_VALUE.items():
         pairs = [f"{value or 'empty'}: {f'`--{ours}`' if ours else 'no effect'}" for value, ours in choices.items()]
-        text += f"| {flags(names)} | {', '.join(pairs)}; else {otherwise} |\n"
-    text += "".join(f"| {flags(names.split())} | no effect: {why} |\n" for why, names in NO_EFFECT.items())
-    return text + "".join(f"| {flags(names.split())} | {answer} |\n" for answer, names in ANSWERS.items())
+        rows.append((names, f"{', '.join(pairs)}; else {otherwise}"))
+    rows += [(names, f"no effect: {why}") for why, names in NO_EFFECT.items()]
+    rows += [(names, answer) for answer, names in ANSWERS.items()]
+    rows += [(names, f"was removed; {answer}") for answer, names in REMOVED.items()]
+    flags = lambda names: ", ".join(f"`--{name}`" for name in names.split())
+    text = HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for names, meaning in rows)
+    return text + COMMANDS_HEAD + "".join(f"| {what} | {instead} |\n" for what, instead in COMMANDS.items())
 
 
 if __name__ == "__main__":
-    from cli import REMOVED
-
-    print(migrating(REMOVED), end="")
+    print(migrating(), end="")

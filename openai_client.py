@@ -3,13 +3,13 @@
     client = Client.from_env("gpt-4o")                            OPENAI_API_KEY, OPENAI_BASE_URL
     answers = ask_all(client, cache_path, questions, workers)     None for a question without a usable answer
 
-urllib3's Retry counts the tries, sets the back-off and reads Retry-After. The key is sent in one header only; it is
-never printed, and cut out of every text from the server.
+The key is sent in one header only; it is never printed, and cut out of every text from the server.
 """
 
 import base64
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import requests
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader
-from urllib3.util.retry import Retry
 
 from model import UserError
 
@@ -69,34 +67,30 @@ class Client:
             content.append({"type": "image_url", "image_url": image})
         # max_tokens bounds the price of an answer
         body = {"model": self.model, "max_tokens": 400, "messages": [{"role": "user", "content": content}]}
-        retry = Retry(self.tries - 1, backoff_factor=self.first_wait / 2, backoff_jitter=self.first_wait / 2)
-        while not self.stop.is_set():
+        for number in range(1, self.tries + 1):
             try:
                 return self._post(body)
             except NoAnswerError as error:
-                if retry.total == 0:
+                wait = error.args[1] or self.first_wait * 2 ** (number - 1) * random.uniform(1, 1.5)
+                if number == self.tries or self.stop.wait(wait):
                     raise
-                retry = retry.increment("POST")
-                self.stop.wait(error.args[1] or retry.get_backoff_time())
-        raise NoAnswerError("stopped", 0)
 
     def _post(self, body):
-        """One request. NoAnswerError for what is worth another try, UserError for what no wait can change."""
+        """One request. NoAnswerError: worth another try; UserError: no wait can change it."""
         url = self.base_url.rstrip("/") + "/chat/completions"
         options = {"auth": self._authorise, "stream": True, "timeout": self.timeouts, "allow_redirects": False}
         try:
             with requests.post(url, json=body, **options) as response:
                 status, text = response.status_code, self._read(response)
-            wait = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
+            wait = response.headers.get("Retry-After", "")
+            wait = min(int(wait), MAX_WAIT) if wait.isdecimal() else 0  # a date is not read
         except requests.RequestException as error:
             raise NoAnswerError(type(error).__name__, 0) from None
-        except InvalidHeader:
-            wait = 0
         if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in text:  # an empty account's 429
-            raise NoAnswerError(f"HTTP {status}", min(wait, MAX_WAIT))
+            raise NoAnswerError(f"HTTP {status}", wait)
         if status != 200:  # a redirect too: following it would carry the key along
-            check = "check OPENAI_API_KEY, OPENAI_BASE_URL and --cot_model"
-            raise UserError(f"the server answered HTTP {status}: {' '.join(text[:200].split())}; {check}")
+            problem = f"the server answered HTTP {status}: {' '.join(text[:200].split())}"
+            raise UserError(f"{problem}; check OPENAI_API_KEY, OPENAI_BASE_URL and --cot_model")
         try:
             return json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
@@ -133,16 +127,14 @@ def read_cache(path: Path) -> dict[str, list]:
 
 
 def append_to_cache(path: Path, key: str, text: str | None) -> None:
-    # the line break comes first, so that an answer behind a line that was cut short is whole
-    line = b"\n" + json.dumps({"key": key, "text": text}).encode()
     try:
         with open(path, "ab") as file:
-            file.write(line)
+            # the line break comes first, so that an answer behind a line that was cut short is whole
+            file.write(b"\n" + json.dumps({"key": key, "text": text}).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        again = "make room and run again, answers so far are kept"
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {again}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run again: it goes on") from None
 
 
 class Question(NamedTuple):
@@ -172,10 +164,7 @@ def ask(client: Client, cache_path: Path, cache: dict[str, list], question: Ques
 
 
 def ask_all(client: Client, cache_path: Path, questions: list[Question], workers: int) -> list[str | None]:
-    """Answers in the order of the questions, None where one is dropped; see `client.counts`.
-
-    Several requests are under way at once. A hopeless error (UserError) stops all of them; what was answered is kept.
-    """
+    """Answers in the order of the questions, None where one is dropped; see `client.counts`. UserError: hopeless."""
     answers, silent = [None] * len(questions), 0
     cache, pool = read_cache(cache_path), ThreadPoolExecutor(workers)
     try:
@@ -188,9 +177,8 @@ def ask_all(client: Client, cache_path: Path, questions: list[Question], workers
                 client.counts["no response"] += 1
                 silent += 1
                 if silent >= MAX_SILENT:
-                    reason = f"{silent} clips in a row got no response (last: {error.args[0]})"
-                    again = "check OPENAI_BASE_URL and the proxy settings, and run again; answers so far are kept"
-                    raise UserError(f"{reason}; {again}") from None
+                    problem = f"{silent} clips in a row got no response (last: {error.args[0]})"
+                    raise UserError(f"{problem}; check OPENAI_BASE_URL and run again: it goes on") from None
     finally:
         client.stop.set()  # ends all waiting; requests under way end at their timeout
         pool.shutdown(wait=True, cancel_futures=True)

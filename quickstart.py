@@ -1,6 +1,6 @@
 """The whole way on the tiny model, by the commands that a user types: clips -> SFT -> GRPO -> an answer.
 
-`make quickstart` runs it. The last line it prints is one JSON object with the accuracies, the report and the seconds.
+`make quickstart` runs it. It ends with a table and a clip that GRPO got right; its last line is one JSON object.
 """
 
 import json
@@ -20,6 +20,10 @@ SFT = "--save_steps 10 --save_total_limit none --eval_steps 10 --eval_samples 20
 GRPO = "--max_completion_length 64 --max_new_tokens 64"
 SAMPLED = "--controls none --temperature 1 --max_new_tokens 64"
 HALF = 0.5  # GRPO starts from the first SFT checkpoint that is right so often when it samples
+STAGES = {  # of the table at the end
+    "generate": "1,400 clips, 400 of them held out", "base": "base model: it answers other questions",
+    "sft": "after SFT", "grpo_start": "start of GRPO: an early SFT checkpoint, sampled", "grpo": "after GRPO, sampled",
+}  # fmt: skip
 
 seconds: dict[str, float] = {}
 
@@ -40,9 +44,13 @@ def run(stage: str, script: str, *args, flags: str = "") -> str:
     return last_line
 
 
-def accuracy(stage: str, checkpoint, flags: str = "") -> float:
-    args = ["--data_path", DATA / "val.json", "--json", "--model_ckpt", checkpoint]
+def accuracy(stage: str, checkpoint, *args, flags: str = "") -> float:
+    args = ["--data_path", DATA / "val.json", "--json", "--model_ckpt", checkpoint, *args]
     return json.loads(run(stage, "infer.py", *args, flags=flags))["accuracy"]
+
+
+def predictions(checkpoint) -> Path:
+    return OUT / f"answers_{checkpoint.parent.name}_{checkpoint.name}.jsonl"
 
 
 def half_right(folder: Path) -> tuple[Path, float]:
@@ -50,7 +58,7 @@ def half_right(folder: Path) -> tuple[Path, float]:
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if (row.get("eval_accuracy") or 0) >= HALF:
             checkpoint = folder / f"checkpoint-{row['step']}"
-            sampled = accuracy("grpo_start_eval", checkpoint, SAMPLED)
+            sampled = accuracy("grpo_start_eval", checkpoint, "--output", predictions(checkpoint), flags=SAMPLED)
             if sampled >= HALF:
                 return checkpoint, sampled
     raise SystemExit(f"no checkpoint of {folder} is right half of the time: SFT failed")
@@ -61,25 +69,38 @@ def last(folder: Path) -> Path:
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def summary(result: dict, start: Path, end: Path):
+    """Lines: the table of the stages, and a clip that the start got wrong and GRPO gets right, with both answers."""
+    yield f"\n{'stage':<50}{'accuracy':>10}{'seconds':>9}"
+    for stage, what in STAGES.items():
+        share = f"{result[f'{stage}_accuracy']:.1%}" if f"{stage}_accuracy" in result else ""
+        yield f"{what:<50}{share:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}"
+    before, after = ([*map(json.loads, predictions(each).read_text().splitlines())] for each in (start, end))
+    right = {row["number"]: row for row in after if row["right"]}
+    wrong = next((row for row in before if not row["right"] and row["number"] in right), None)
+    if wrong:
+        video = json.loads((DATA / "val.json").read_text())[wrong["number"]]["video"]
+        yield f"\nGRPO got this one right: {DATA / 'videos' / video}{wrong['prompt'].removeprefix('<video>')}"
+        yield f"  at its start: {wrong['text']}\n  after GRPO:   {right[wrong['number']]['text']}"
+    yield f"\nThe report, curves and clips: {result['report']}"
+
+
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     sft, grpo, report = OUT / "sft", OUT / "grpo", OUT / "report.html"
     train = ["--data_path", DATA / "train.json", "--overwrite"]
     run("generate", "generate.py", "--output_dir", DATA, "--overwrite", flags=CLIPS)
-    base = accuracy("base_eval", "none", "--controls none --max_new_tokens 64")
+    result = {"base_accuracy": accuracy("base_eval", "none", flags="--controls none --max_new_tokens 64")}
     run("sft", "train_sft.py", *train, "--output_dir", sft, flags=SFT)
-    after_sft = accuracy("sft_eval", last(sft))
-    start, before = half_right(sft)
+    result["sft_accuracy"] = accuracy("sft_eval", last(sft))
+    start, result["grpo_start_accuracy"] = half_right(sft)
     run("grpo", "train_grpo.py", *train, "--model_ckpt", start, "--output_dir", grpo, flags=GRPO)
-    after_grpo = accuracy("grpo_eval", last(grpo), SAMPLED)
+    end = last(grpo)
+    result["grpo_accuracy"] = accuracy("grpo_eval", end, "--output", predictions(end), flags=SAMPLED)
     run("report", "report.py", sft, grpo, "--output", report)
-    clip = DATA / "videos" / json.loads((DATA / "val.json").read_text())[0]["video"]
-    for when, adapter in (("before GRPO", start), ("after GRPO", last(grpo))):
-        print(f"\nOne clip, {when}:")
-        run("answer", "infer.py", clip, "--model_ckpt", adapter, flags="--max_new_tokens 64")
-    result = {"base_accuracy": base, "sft_accuracy": after_sft, "grpo_start_accuracy": before}
-    result |= {"grpo_accuracy": after_grpo, "report": str(report)}
-    print(json.dumps(result | {"seconds": seconds | {"total": round(sum(seconds.values()), 1)}}))
+    result |= {"report": str(report), "seconds": seconds | {"total": round(sum(seconds.values()), 1)}}
+    print(*summary(result, start, end), sep="\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other. With one process, or without torch.distributed, the values are its own.
+"""What the processes of a run exchange. With one process, or without torch.distributed, the values are its own.
 
 Every rank must call each of these, in the same order.
 """

@@ -124,7 +124,8 @@ def read_records(path: str | Path) -> Records:
 def read_file(path: Path, records: Records) -> None:
     """Append the records of one file."""
     if not os.path.isfile(path):  # a fifo would block for good
-        raise UserError(f"{path}: no such file; expected a .json or .jsonl dataset{nearest_path(path)}")
+        expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(path)}"
+        raise UserError(f"{path}: no such file; {expected}")
     if path.suffix.lower() in TABLE_SUFFIXES:
         raise UserError(f"{path}: a table, which is not read; write its records to a .json or .jsonl file")
     try:

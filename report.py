@@ -73,8 +73,9 @@ def read_run(folder: Path) -> Run:
     metrics, notes = read_lines(folder / "metrics.jsonl")
     groups = {}
     for row in read_lines(folder / "rollouts.jsonl", WINDOW)[0]:
-        groups.setdefault((row["step"], row["prompt"], row["id"]), []).append(row)
-    groups = list(map(Group, groups.values()))
+        rows = groups.setdefault((row["step"], row["prompt"], row["id"]), [])
+        rows.append(rows[0] | row if rows else row)  # clip, question and answer stand in the first of a group
+    groups = [Group(rows) for rows in groups.values() if "question" in rows[0]]
     return Run(folder.resolve().name, info, info.pop("config", {}), metrics, best, data, groups, notes)
 
 
@@ -197,7 +198,10 @@ def new_cards(groups: list[Group], clips: set[str]) -> dict[str, list[list[Group
 
 
 def shown_tokens(row: dict) -> list[tuple[str, int, float]]:
-    """(text, tint, probability) of each token; tint: 0 (likely, or no finite log-prob) to 5, p0 … p5 of the page."""
+    """(text, tint, probability) of each token; tint: 0 (likely, or no finite log-prob) to 5, p0 … p5 of the page. Most
+    rows of GRPO come without tokens: their text in one piece."""
+    if "tokens" not in row:
+        return [(row["completion"], 0, 1.0)]
     probabilities = [1.0 if value is None else math.exp(value) for value in row["logprobs"]]
     return [(text, sum(p < limit for limit in TINTS), p) for text, p in zip(row["tokens"], probabilities)][:MAX_TOKENS]
 

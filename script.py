@@ -13,9 +13,8 @@ from pathlib import Path
 
 from model import UserError
 
-# libgomp, which torch computes with on a CPU, reads this when torch is imported: so long (loop turns) a thread that
-# waits for the others keeps its core busy. Its own default is some milliseconds, in which the thread that it waits for
-# cannot run where other programs want the cores too: steps took 7 to 8 times as long beside two of them.
+# Loop turns in which a waiting thread of libgomp, which torch computes with on a CPU, keeps its core busy. Its default,
+# some milliseconds, made steps 7 to 8 times as long where two other programs wanted the cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -24,11 +23,8 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 
 def cli(main, each_rank=True):
-    """Run a script's main(); a user's mistake becomes one line and exit code 2, Ctrl-C one line and 130.
-
-    each_rank: whether every process that a launcher starts prints its own; what all ranks of a machine report alike
-    only the first one prints.
-    """
+    """Run a script's main(). each_rank: whether every process that a launcher starts prints its mistake; what all ranks
+    of a machine report alike only the first one prints."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
@@ -58,8 +54,7 @@ def cli(main, each_rank=True):
 
 
 def watch_imports():
-    """From now on Ctrl-C ends the process in one line: while modules are imported there is nothing to clean up, and an
-    exception could end in a traceback, or in one of a library's own handlers."""
+    """From now on Ctrl-C ends the process at once: while modules are imported an exception could end in a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
 

@@ -1,28 +1,31 @@
 """What a training run does before its first step.
 
-    run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
-    model, processor = build_model(run)              base, adapter, what is trained; clips and chats
-    engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
+run = launch(cfg, records, held_out)             processes, device, the folder claimed, the checkpoint to go on from
+model, processor = build_model(run)              base, adapter, what is trained; clips and chats
+engine = start(run, model, processor, loader)    DeepSpeed ZeRO-2, state put back, the run's facts printed
 """
 
 import fcntl
 import hashlib
 import importlib.metadata
-import math
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import autofit
 import checkpoint
+import console
 import ranks
-from adapter_files import CONFIG, TENSORS, load_adapter
-from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
+from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
+from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
@@ -30,9 +33,10 @@ from lora import FLAT, inject, part_of, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
+from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
+from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
-from records import data_files
+from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from trackers import TRACKERS, check_installed
@@ -54,6 +58,7 @@ def launch(cfg, records, held_out, notes=()):
     another process trains in it.
     """
     check_installed(cfg)
+    console.show_logged_warnings()
     device = init_distributed()
     lock = message = None
     if ranks.rank() == 0:
@@ -136,6 +141,9 @@ def find_source(run):
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
         text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
         raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
+    base = run.state["config"].get("base_dtype", "bf16")
+    if base != cfg.base_dtype:
+        raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
     run.notes.append(f"--resume: going on from {run.source}")
     ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
     now, before = as_dict(cfg), run.state["config"]
@@ -154,13 +162,15 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg = run.cfg
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
     if run.source and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
-        run.adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=run.folder, script="train_sft")
+        run.adapter = find_adapter(cfg.model_ckpt)
     if run.adapter:
         given = load_adapter(model, run.adapter)
+        if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
+            run.notes.append(f"the adapter was trained on a {base} base and goes on with --base_dtype {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:
@@ -173,8 +183,10 @@ def build_model(run):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{problem}; take another checkpoint, or download it again")
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.cuda_graphs and run.device.type == "cuda":
+    model.ops.offload = cfg.offload_activations and run.device.type == "cuda"
+    if cfg.offload_activations and not model.ops.offload:
+        run.notes.append("--offload_activations has no effect: there is no GPU to free")
+    if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
         model.ops.graphs = GraphCache(run.say)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
@@ -192,17 +204,40 @@ def start(run, model, processor, loader, records, held_out):
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
         restore(run, engine, adamw)
+    run.plan = autofit.choose(run, model, partial(autofit.sample_of, run, records, processor))
+    if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
+        loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
         try:
             prepare_folder(run)
         except OSError as error:
             problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{problem}; make room, or choose another --output_dir") from None
+            raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
         for line in describe(run, model, summary(model, cfg, records, processor, loader, run.total, run.world, 2)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
+    run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
     return engine
+
+
+def ask_about(run, processor, record):
+    """The command that asks the run's model about a record's clip, as it can be typed; "" where it names no file."""
+    try:
+        name = clip_name(record)
+        folder = run.cfg.image_folder or getattr(record, "folder", None)
+        clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
+    except UserError:  # of a broken record: named when it is read
+        clip = ""
+    words = ["python", "infer.py", clip]
+    if not run.cfg.lora_enable:  # checkpoints are whole models
+        words += ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
+    else:
+        if Path("output").resolve() not in run.folder.resolve().parents:
+            words += ["--model_ckpt", str(run.folder)]
+        if run.cfg.model_id != type(run.cfg)().model_id:
+            words += ["--model_id", run.cfg.model_id]
+    return shlex.join(words) if clip else ""
 
 
 def restore(run, engine, adamw):
@@ -211,13 +246,12 @@ def restore(run, engine, adamw):
     if run.state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
     if run.state["config"].get("data_path") == run.cfg.data_path:
-        run.loader.restore(run.state["left_out"])
+        run.loader.restore(run.state["skipped"])
         if run.state.get("data_hash", run.data_hash) != run.data_hash:
             run.notes.append(f"--resume: {run.cfg.data_path} was changed since that run: other samples, another order")
     memory = run.state["memory"]
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
-    limit = memory["max_sampled_tokens"]
-    run.sampler.max_tokens = math.inf if limit is None else limit
+    run.sampler.max_tokens = memory["max_sampled_tokens"]
 
 
 def prepare_folder(run):
@@ -241,7 +275,6 @@ def prepare_folder(run):
         write_json(run.folder / BEST, run.best)
     else:
         (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
-    checkpoint.rotate(run.folder, run.cfg.save_total_limit)  # a run killed after its last checkpoint had not come to it
     known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
     facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}
@@ -272,9 +305,10 @@ def dry_run(cfg, make_loader, records):
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
+    quantise_base(model, cfg.base_dtype)
     adapter = None
     if cfg.model_ckpt is not None:
-        adapter = checkpoint.find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+        adapter = find_adapter(cfg.model_ckpt)
     if adapter and cfg.lora_enable:
         load_adapter(model, adapter)
     else:
@@ -305,7 +339,7 @@ def describe(run, model, lines):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
     yield f"  trained    {'; '.join(trained_shares(model))}"
-    packed = f", in micro-batches of at most {cfg.pack_tokens} tokens" if cfg.pack_tokens else ""
+    packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     yield f"  schedule   steps {run.step + 1} to {run.total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
     yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
@@ -320,6 +354,7 @@ def trained_shares(model):
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
         counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
+    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     return [f"{what} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for what, (some, whole) in counts.items()]
 

@@ -1,13 +1,13 @@
 """GRPO: sample groups of completions -> score them -> advantages in each group -> update. Read it from top to bottom.
 
-    python train_grpo.py                                         goes on from the newest adapter under output/
+    python train_grpo.py                                         goes on from the SFT run made last
     deepspeed train_grpo.py --config configs/3b_grpo.py     all GPUs of the machine
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics, rollouts.py
-the completions.
+sampling and in the update alike the prompt stands once for its G completions. rollouts.py samples and scores, grpo.py
+has the mathematics.
 
 Several ranks: each samples the groups of its own prompts, all completions are gathered with their rewards, each rank
 trains on its own groups as far as that is even, and one reduction adds up what is logged.
@@ -23,111 +23,88 @@ import copy
 import math
 import time
 from collections import Counter
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
+import autofit
 import ranks
 import trainer
-from checkpoint import ROLLOUTS, STATE, append_lines, find_adapter, read_json
-from data import read_records
+from data import pack_groups, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
-from memory import out_of_memory, smaller_update
-from model.decode import Sampling
+from memory import out_of_memory
+from model.packed import IGNORE, Packed
 from model.qwen import target_logprobs
-from rewards import can_shuffle, load_rewards, try_rewards
-from rollouts import (
-    Alarm,
-    Group,
-    assign,
-    best_and_worst,
-    columns,
-    cut,
-    differs,
-    micro_batch,
-    needs_shuffled,
-    reward_metrics,
-    row,
-    score_group,
-    token_metrics,
-)
+from rewards import load_rewards, try_rewards
+from rollouts import Alarm, GroupSampler, reward_metrics, shown_rollouts, write_rollouts
 from startup import build_model, dry_run, launch, start
 
-# Prompt and completion tokens sampled together: their keys and values take 4.8 GB at the 3B shape
-# (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
-SAMPLED_TOKENS = 131_072
 # What an update adds up over its micro-batches and ranks, for metrics.jsonl
 SUMS = ("sampled_kl", "sampled_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl",
         "sampler_gap", "sampler_capped")  # fmt: skip
 
 
+# Of the console's line: name in metrics.jsonl, heading, format
+COLUMNS = (("reward", "reward", ".3f"), ("accuracy", "acc", ".1%"), ("kl", "kl", ".1e"), ("length", "len", ".1f"))
+
+
 def main():
-    cfg = parse(GRPO)
+    cfg = follow(parse(GRPO))
     rewards = load_rewards(cfg.rewards, cfg.reward_weights)
-    notes = follow_adapter(cfg)
-    records, left_out = answerable(cfg, "training", read_records(cfg.data_path))
-    held_out, held_left_out = answerable(cfg, "held-out", held_out_records(cfg))
+    records, unreadable = answerable(cfg, "training", read_records(cfg.data_path))
+    held_out, held_out_unreadable = answerable(cfg, "held-out", held_out_records(cfg))
     try_rewards(rewards, records[0])
     if cfg.dry_run:
         return dry_run(cfg, make_loader, records)
-    run = launch(cfg, records, held_out, notes + left_out + held_left_out)
+    run = launch(cfg, records, held_out, unreadable + held_out_unreadable)
     model, processor = build_model(run)
     frozen = freeze_reference(model, cfg)
     loader = make_loader(cfg, records, processor, run.rank, run.world)
     run.notes += notes_of(run, loader)
     engine = start(run, model, processor, loader, records, held_out)
-    log, alarm = trainer.Log(run, columns(rewards)), Alarm(run.loop_state("alarm"))
+    log, alarm = trainer.Log(run, COLUMNS), Alarm(run.loop_state("alarm"))
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
-    if evaluate and (run.step == 0 or run.loop_state("evaluation_due")):  # due when a signal stopped the run
-        evaluate()
-        trainer.write_best(run)
+    trainer.before_first_step(run, engine, evaluate, judge_start=True)
+    if run.start_accuracy == 1:
+        run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
-    done = {"rounds": run.loop_state("rounds") or run.step}  # of sampling, each with the next prompts of the dataset
-    batches = loader.iterate(done["rounds"])
+    rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
+    sampler, wanted = GroupSampler(run, rewards, loader.iterate(rounds), rounds), loader.global_batch  # groups a step
     for step in range(run.step + 1, run.total + 1):
-        began = time.perf_counter()
-        trainer.seed_step(run, step)
+        began, before = time.perf_counter(), sampler.rounds
+        lr = trainer.begin_step(run, engine, step)
 
-        # sample a group of completions for each prompt and score them, until enough groups differ within themselves
-        groups, examples, rounds, waited = sample_step(run, rewards, batches, step)
-        health, normalizer = compare_within_groups(run, groups)
+        # sample a group of completions for each prompt and score them, until enough groups differ in accuracy
+        groups, examples = sampler.sample_step(step, wanted)
+        # how much better is each completion than the mean of its group, and which groups does the step count?
+        metrics, normalizer = compare_within_groups(run, groups, wanted)
+        warnings, shown = alarm.look(step, metrics), shown_rollouts(cfg, step, groups)
+        write_rollouts(run, step, groups)
         sampled = time.perf_counter()
 
         # update the policy with the groups that the step counts
-        lr = trainer.set_learning_rates(run, engine, step)
-        learned = learn(run, engine, frozen, groups, examples, normalizer, step)
-        known, retries = ranks.add(len(loader.skipped), run.sampler.oom_retries)
-        skipped = trainer.left_out(run, known)
+        metrics |= learn(run, engine, frozen, groups, examples, normalizer, step)
+        seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
+        skipped = trainer.count_skipped(run, seen)
 
         run.step, seconds = step, time.perf_counter() - began
-        done["rounds"] += rounds
-        metrics = learned | health | {"rounds": rounds, "skipped": skipped, "oom_retries": retries, "lr": lr}
-        metrics["epoch"] = done["rounds"] / loader.steps_per_epoch
-        metrics |= {"rollout_seconds": sampled - began - waited, "update_seconds": began + seconds - sampled}
-        write_rollouts(run, groups)
-        log.step(step, metrics, seconds, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        show(run, alarm, metrics, groups)
-        if trainer.after_step(run, engine, evaluate, done | {"alarm": alarm.state}):
+        metrics |= {"rounds": sampler.rounds - before, "skipped": skipped, "oom_retries": oom_retries, "lr": lr}
+        metrics["epoch"] = sampler.rounds / loader.steps_per_epoch
+        metrics |= {"rollout_seconds": sampled - began - sampler.waited, "update_seconds": began + seconds - sampled}
+        tokens = metrics["prompt_tokens"] + metrics["completion_tokens"]
+        log.step(step, metrics, seconds, sampler.waited, tokens, warnings, shown)
+        if trainer.after_step(run, engine, evaluate, {"rounds": sampler.rounds, "alarm": alarm.state}):
             break
     trainer.finish(run, log)
 
 
 # -- Start
-
-
-def follow_adapter(cfg):
-    """Where no data is named and the default is not there: the data that the adapter was trained on. Lines to print."""
-    if "data_path" in cfg.given or Path(cfg.data_path).exists() or cfg.model_ckpt is None:
-        return []
-    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
-    if adapter is None or not (adapter / STATE).exists():
-        return []
-    cfg.data_path = read_json(adapter / STATE)["config"]["data_path"]
-    return [f"--data_path {cfg.data_path}, which the adapter was trained on"]
 
 
 def groups_per_step(cfg):
@@ -138,7 +115,7 @@ def groups_per_step(cfg):
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     plain = copy.copy(cfg)
-    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those cut the update, not the sampling
+    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
     return Loader(records, processor, plain, global_batch=groups_per_step(cfg) * world, **options)
 
@@ -165,85 +142,12 @@ def freeze_reference(model, cfg):
     return partial(reference, model, reference_snapshot(model))
 
 
-# -- Sampling
-
-
-def sample_step(run, rewards, batches, step):
-    """Rounds of sampling until groups_per_step groups of every rank together differ in accuracy, or max_resample more
-    rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
-
-    Returns the groups of all ranks in the order of their prompts, {number of the group: Example} of this rank's, the
-    rounds, and the seconds that data was waited for.
-    """
-    wanted, groups, examples, waited = groups_per_step(run.cfg) * run.world, [], {}, 0.0
-    for number in range(1 + run.cfg.max_resample):
-        began = time.perf_counter()
-        (prompts,) = next(batches)
-        waited += time.perf_counter() - began
-        own = roll_out(run, rewards, step, number, prompts)
-        first = len(groups)
-        for rank, theirs in enumerate(ranks.gather(own)):
-            if rank == run.rank:
-                examples |= zip(range(len(groups), len(groups) + len(theirs)), prompts, strict=True)
-            for group in theirs:
-                group.set_number(len(groups), rank)
-                groups.append(group)
-        if len(groups) == first or sum(map(differs, groups)) >= wanted:  # no prompt could be read; enough
-            break
-    return groups, examples, number + 1, waited
-
-
-def roll_out(run, rewards, step, number, prompts):
-    """A Group of scored completions for each of this rank's prompts. number: of the round."""
-    cfg = run.cfg
-    groups = sample_groups(run, prompts, seeds(run, step, prompts, 2 * number))
-    shuffled = [None] * len(prompts)
-    if needs_shuffled(rewards):
-        shuffled = sample_shuffled(run, prompts, seeds(run, step, prompts, 2 * number + 1))
-    for prompt, rollouts, texts in zip(prompts, groups, shuffled, strict=True):
-        score_group(rewards, prompt, rollouts, texts, cfg.max_completion_length)
-    return [Group(prompt.number, len(prompt), rollouts) for prompt, rollouts in zip(prompts, groups, strict=True)]
-
-
-def seeds(run, step, prompts, stream):
-    """What each prompt of this step draws from: the same on any number of ranks. stream: 0, 1, … at one step."""
-    seed = run.cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream
-    return [seed + 7_919 * prompt.number for prompt in prompts]
-
-
-def sample_groups(run, prompts, seeds, count=None):
-    """Completions of each prompt under the policy as it is: a list of lists of Rollouts. seeds: one a prompt, so
-    that it does not matter which prompts a rank has, or samples together. count: num_generations."""
-    cfg, sampler, count = run.cfg, run.sampler, count or run.cfg.num_generations
-    limit = cfg.max_completion_length
-    sampling = Sampling(limit, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
-    # all prompts count as long as the longest one, their completions as long as they may get
-    size = max(1, SAMPLED_TOKENS // (max(map(len, prompts), default=1) + count * limit))
-    groups = []
-    for first in range(0, len(prompts), size):
-        batch = slice(first, first + size)
-        for completions in sampler(prompts[batch], sampling, count, seeds[batch]):
-            groups.append([sampler.rollout(len(groups), completion) for completion in completions])
-    return groups
-
-
-def sample_shuffled(run, prompts, seeds):
-    """Texts of half as many completions of each prompt with its frames in random order; None where there is no order to
-    change: a text, a picture, a clip of two frames."""
-    able = [k for k, prompt in enumerate(prompts) if can_shuffle(prompt.grid_thw)]
-    encode = partial(run.sampler.processor.encode, answer=False, control="shuffled")
-    examples = [encode(prompts[k].record) for k in able]
-    groups = sample_groups(run, examples, [seeds[k] for k in able], max(1, run.cfg.num_generations // 2))
-    texts = {k: [rollout.text for rollout in group] for k, group in zip(able, groups, strict=True)}
-    return [texts.get(k) for k in range(len(prompts))]
-
-
 # -- Advantages
 
 
-def compare_within_groups(run, groups):
-    """Advantages of all Rollouts, and which groups the step counts: as many as it has prompts in one round, those first
-    that differ in accuracy, then those that differ in their reward alone, then the rest.
+def compare_within_groups(run, groups, wanted):
+    """Advantages of all Rollouts, and which groups the step counts: `wanted` of them, those first that differ in
+    accuracy, then those that differ in their reward alone, then the rest.
 
     The loss is divided by what is counted: or the last few groups that differ would get the whole step. With a KL every
     counted group is trained on, for the policy may drift where rewards are equal too; without it a group whose rewards
@@ -258,56 +162,134 @@ def compare_within_groups(run, groups):
     advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
     for rollout, advantage in zip(everyone, advantages.tolist(), strict=True):
         rollout.advantage = advantage
-    priority = lambda group: 0 if differs(group) else 1 if std[group.number] > 0 else 2
-    counted = sorted(groups, key=priority)[: groups_per_step(cfg) * run.world]  # of equals the first
+        rollout.masked = cfg.mask_truncated_completions and not rollout.finished
+    priority = lambda group: 0 if group.differs else 1 if std[group.number] > 0 else 2
+    counted = sorted(groups, key=priority)[:wanted]  # of equals the first
     for group in counted:
-        group.trained = (std[group.number] > 0 or cfg.beta > 0) and all(rollout.finite for rollout in group.rollouts)
-    lost = sum(not rollout.finite for rollout in everyone)
-    if lost:
+        group.trained = (std[group.number] > 0 or cfg.beta > 0) and group.finite
+    if lost := sum(not rollout.finite for rollout in everyone):
         problem = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
-        run.say(f"{problem}: their groups are not trained on")
+        run.warn(f"{problem}: their groups are not trained on")
     completions = [rollout for group in counted for rollout in group.rollouts]
-    tokens = sum(len(rollout.ids) for rollout in completions if rollout.unmasked(cfg))
+    tokens = sum(len(rollout.ids) for rollout in completions if not rollout.masked)
     normalizer = loss_normalizer(cfg.aggregation, tokens, len(completions), cfg.max_completion_length)
-    metrics = {"groups_counted": len(counted), "groups_differing": sum(map(differs, groups))}
+    metrics = {"groups_counted": len(counted), "groups_differing": sum(group.differs for group in groups)}
     return reward_metrics(groups, std.tolist()) | metrics, normalizer
 
 
 # -- The update
 
 
+@dataclass(eq=False)
+class MicroBatch:
+    """Completions of one forward pass. N completion tokens, G completions."""
+
+    packed: Packed
+    rows: Tensor  # (N,) int64: packed positions that predict a completion's token
+    completion: Tensor  # (N,) int64: whose token it is
+    advantages: Tensor  # (G,) float32
+    keep: Tensor  # (G,) bool: whether it gives a gradient
+    sampler: Tensor  # (N,) float32: log-probs as drawn
+    ref: Tensor | None = None  # (N,) under the frozen reference
+    old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
+
+    def to(self, device):
+        names = ("packed", "completion", "advantages", "keep", "sampler")  # the model takes rows from the host
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
 def learn(run, engine, frozen, groups, examples, normalizer, step):
     """Updates with the groups that are trained on -> metrics. examples: {number: Example} of this rank's groups."""
-    cfg, sums = run.cfg, Counter()
+    cfg = run.cfg
     trained = [group for group in groups if group.trained]
     shares = assign(trained, run.world)
-    passes = [cut(share, cfg) for share in shares]
     for group in shares[run.rank]:
         if group.number not in examples:  # another rank's prompt
             record = run.loader.records[group.record]
             examples[group.number] = run.sampler.processor.encode(record, answer=False)
-    batches = [micro_batch(examples, rollouts, cfg) for rollouts in passes[run.rank]]
-    tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if r.unmasked(cfg)))
-    metrics = {"grad_norm": None, "updated": False, "trained_tokens": tokens}
-    try:
-        batches = [batch.to(run.device) for batch in batches]
-        reference_pass(run, engine.module, frozen, batches, sums)
-        if tokens:
-            metrics |= train_on(run, engine, batches, normalizer, step, max(map(len, passes)), sums)
-    except torch.OutOfMemoryError:
-        packs = [batch.packed for batch in batches]
-        raise out_of_memory(run.device, f"training step {step}", packs, smaller_update(cfg)) from None
-    usable = any(all(rollout.finite for rollout in group.rollouts) for group in groups)
-    if groups and not tokens and not usable:  # the model itself may be beyond repair
+    tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if not r.masked))
+    updates = run.updates
+    while True:
+        splits = [split_micro_batches(share, cfg, run.plan.pack_tokens) for share in shares]
+        batches = [micro_batch(examples, rollouts) for rollouts in splits[run.rank]]
+        most = max(map(len, splits)) if tokens else 0
+        try:
+            on_device = [batch.to(run.device) for batch in batches]
+            metrics = train_on(run, engine, frozen, on_device, normalizer, step, most)
+            break
+        except torch.OutOfMemoryError:
+            packs, on_device = [batch.packed for batch in batches], None
+            if run.updates > updates:  # with these rollouts: what it was made from is gone
+                raise out_of_memory(run.device, f"training step {step}", packs, autofit.LOWER) from None
+        autofit.shrink(run, engine, packs, step)
+    if groups and not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
-    return metrics | token_metrics(cfg, reduce_sums(run, sums))
+    return metrics | {"trained_tokens": tokens}
 
 
-def reduce_sums(run, sums):
-    """Sums over this rank's micro-batches -> over all ranks, in one reduction; "sampler_gap_max" is their maximum."""
-    named = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in SUMS])
-    every = ranks.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
-    return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
+def assign(groups, world):
+    """Groups to train on -> those of each rank: its own, whose clips it has decoded, but as many as any other's."""
+    shares = [[group for group in groups if group.owner == rank] for rank in range(world)]
+    while True:
+        most, least = max(shares, key=len), min(shares, key=len)
+        if len(most) - len(least) < 2:
+            return [sorted(share, key=lambda group: group.number) for share in shares]
+        least.append(most.pop())
+
+
+def split_micro_batches(groups, cfg, pack_tokens):
+    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once a
+    micro-batch, or, where that is None, per_device_train_batch_size of them. A group that fits into one is not cut."""
+    batches, size = [], 0
+    for group in groups:
+        whole = group.prompt_tokens + sum(len(rollout.ids) for rollout in group.rollouts)
+        for k, rollout in enumerate(group.rollouts):
+            again = batches and batches[-1][-1].prompt == rollout.prompt
+            cost = len(rollout.ids) + (0 if again else group.prompt_tokens)
+            full = batches and not pack_tokens and len(batches[-1]) == cfg.per_device_train_batch_size
+            needed = whole if k == 0 and pack_tokens and whole <= pack_tokens else cost
+            if not batches or full or (pack_tokens and size + needed > pack_tokens):
+                batches.append([])
+                size, cost = 0, len(rollout.ids) + group.prompt_tokens
+            batches[-1].append(rollout)
+            size += cost
+    return batches
+
+
+def micro_batch(examples, rollouts):
+    """Rollouts, those of a group next to each other -> MicroBatch. examples: {number of the group: Example}."""
+    numbers = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
+    completions = [[rollout.ids for rollout in rollouts if rollout.prompt == number] for number in numbers]
+    packed = pack_groups([examples[number] for number in numbers], completions)
+    lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
+    return MicroBatch(
+        packed=packed,
+        rows=(packed.targets != IGNORE).nonzero()[:, 0],
+        completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
+        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+        keep=torch.tensor([not rollout.masked for rollout in rollouts]),
+        sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+    )
+
+
+def train_on(run, engine, frozen, batches, normalizer, step, num_micro_batches):
+    """The reference pass, then num_iterations updates with the same rollouts -> metrics.
+
+    num_micro_batches: of the rank that has most; 0 where no rank has a token to learn from.
+    """
+    cfg, sums, metrics = run.cfg, Counter(), {"grad_norm": None, "updated": False}
+    reference_pass(run, engine.module, frozen, batches, sums)
+    if num_micro_batches == 0:
+        return metrics | token_metrics(cfg, reduce_sums(run, sums))
+    loss_before, loss_of = 0.0, partial(micro_loss, engine, cfg, normalizer, sums)
+    for _ in range(cfg.num_iterations):
+        grad_norm, updated = trainer.update(engine, batches, loss_of, num_micro_batches)
+        totals = reduce_sums(run, sums)
+        metrics |= token_metrics(cfg, totals)
+        metrics |= {"grad_norm": grad_norm, "updated": metrics["updated"] or updated}
+        trainer.check_numbers(run, step, totals["loss"] - loss_before, grad_norm, updated)
+        loss_before = totals["loss"]
+    return metrics
 
 
 def reference_pass(run, model, frozen, batches, sums):
@@ -322,24 +304,12 @@ def reference_pass(run, model, frozen, batches, sums):
         sums["sampled_tokens"] += len(batch.ref)
 
 
-def train_on(run, engine, batches, normalizer, step, passes, sums):
-    """num_iterations updates with the same rollouts. passes: of the rank that has most. Returns metrics."""
-    before, any_updated = 0.0, False
-    loss_of = partial(micro_loss, engine, run.cfg, normalizer, sums)
-    for _ in range(run.cfg.num_iterations):
-        grad_norm, updated = trainer.update(engine, batches, loss_of, passes)
-        (loss,) = ranks.add(float(sums["loss"]))
-        trainer.check_numbers(run, step, loss - before, grad_norm, updated)
-        before, any_updated = loss, any_updated or updated
-    return {"grad_norm": grad_norm, "updated": any_updated}
-
-
 def token_logprobs(forward, model, batch, cfg):
     """Log-probs (N,) of the completions' tokens, with gradient, and entropies (N,): as they are sampled, without the
     vision tokens. forward: the model itself, or the engine around it."""
-    banned = torch.tensor(model.config.vision_token_ids, device=batch.rows.device)
     hidden = forward(batch.packed, rows=batch.rows)  # (N, C)
-    targets = batch.packed.targets[batch.rows]
+    banned = torch.tensor(model.config.vision_token_ids, device=hidden.device)
+    targets = batch.packed.targets[batch.rows.to(hidden.device, non_blocking=True)]
     return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
 
 
@@ -362,25 +332,28 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
     return loss
 
 
-# -- Shown
+def reduce_sums(run, sums):
+    """Sums over this rank's micro-batches -> over all ranks, in one reduction; "sampler_gap_max" is their maximum."""
+    named = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in SUMS])
+    every = ranks.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
+    return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
 
 
-def write_rollouts(run, groups):
-    """Append every completion of the step, of all ranks, to rollouts.jsonl."""
-    if run.rank:
-        return
-    decode_token = cache(lambda token: run.sampler.processor.backend.decode([token], skip_special_tokens=False))
-    pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
-    rows = [row(run.step, run.loader.records[group.record], group, rollout, decode_token) for group, rollout in pairs]
-    append_lines(run.folder / ROLLOUTS, rows)
-
-
-def show(run, alarm, metrics, groups):
-    """Alarms, and every log_completions steps some completions, on the console."""
-    every = run.cfg.log_completions
-    seen = best_and_worst(groups) if every and run.step % every == 0 else []
-    for text in [*(f"ALARM {text}" for text in alarm.look(run.step, metrics)), *seen]:
-        run.say(f"step {run.step:>6}  {text}")
+def token_metrics(cfg, total):
+    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates."""
+    means, tokens = {}, total["tokens"]
+    if total["sampled_tokens"]:
+        means["kl"] = total["sampled_kl"] / total["sampled_tokens"]
+    if not tokens:
+        return means
+    for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
+        means[name] = total[name] / tokens
+    if cfg.beta:
+        means["kl_trained"] = total["kl"] / tokens
+    if cfg.sampler_is_cap is not None:
+        means["sampler_capped"] = total["sampler_capped"] / tokens
+    means |= {"loss": total["loss"] / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
+    return means | {"sampler_gap_max": total["sampler_gap_max"]}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the model learns to give the dataset's answers. Read it from top to bottom.
 
-    python train_sft.py                                        the tiny model on data/synthetic_videos
+    python train_sft.py                                        the tiny model on the dataset made last
     deepspeed train_sft.py --config configs/3b_sft.py          all GPUs of the machine
     deepspeed --num_gpus 2 train_sft.py                        two processes, on a CPU too
     python train_sft.py --output_dir output/video_lora --resume
@@ -20,19 +20,23 @@ from functools import partial
 
 import torch
 
+import autofit
 import ranks
 import trainer
 from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
+from latest import follow
 from loader import Loader
-from memory import out_of_memory, smaller_update
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from startup import build_model, dry_run, launch, start
 
+# Of the console's line: name in metrics.jsonl, heading, format
+COLUMNS = (("loss", "loss", ".4f"), ("token_accuracy", "token acc", ".1%"))
+
 
 def main():
-    cfg = parse(SFT)
+    cfg = follow(parse(SFT))
     records = read_records(cfg.data_path)
     held_out, notes = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
     if cfg.dry_run:
@@ -41,11 +45,9 @@ def main():
     model, processor = build_model(run)
     loader = make_loader(cfg, records, processor, run.rank, run.world)
     engine = start(run, model, processor, loader, records, held_out)
-    log = trainer.Log(run)
+    log = trainer.Log(run, COLUMNS)
     evaluate = partial(evaluate_and_log, run, log, held_out) if held_out else None
-    if evaluate and run.loop_state("evaluation_due"):  # due when a signal stopped the run
-        evaluate()
-        trainer.write_best(run)
+    trainer.before_first_step(run, engine, evaluate)
 
     batches = loader.iterate(run.step, run.total)
     for step in range(run.step + 1, run.total + 1):
@@ -54,28 +56,32 @@ def main():
         waited = time.perf_counter() - began
 
         # one update: every rank goes through its micro-batches, the gradients are summed, AdamW steps once
-        trainer.seed_step(run, step)
-        lr = trainer.set_learning_rates(run, engine, step)
-        own = *count(micro_batches), len(micro_batches), len(loader.skipped)
-        counts = ranks.gather_numbers(*own)  # (world, 4)
-        answers, tokens, _, known = counts.sum(0).tolist()
+        lr = trainer.begin_step(run, engine, step)
+        counts = ranks.gather_numbers(*count_tokens(micro_batches), len(micro_batches))  # (world, 3)
+        answer_tokens, tokens, _ = counts.sum(0).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
-        grad_norm, updated = None, False
-        try:
-            if answers:  # else there is nothing to learn from, on all ranks alike
-                loss_of, passes = partial(micro_loss, engine, answers, sums), int(counts[:, 2].max())
-                grad_norm, updated = trainer.update(engine, micro_batches, loss_of, passes)
-        except torch.OutOfMemoryError:
-            raise out_of_memory(run.device, f"training step {step}", micro_batches, smaller_update(cfg)) from None
-        loss, right = ranks.add(*sums.tolist())
-        loss, right = (loss / answers, right / answers) if answers else (None, None)
-        skipped = trainer.left_out(run, known)
+        grad_norm, updated, most = None, False, int(counts[:, 2].max())
+        while answer_tokens:  # else there is nothing to learn from, on all ranks alike
+            try:
+                loss_of = partial(micro_loss, engine, answer_tokens, sums)
+                grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)
+                break
+            except torch.OutOfMemoryError:
+                pass  # outside of this clause nothing holds the pass's tensors any more
+            autofit.shrink(run, engine, micro_batches, step)
+            micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
+            micro_batches = loader.packs()
+            most = len(micro_batches)
+            sums.zero_()
+        loss, right, seen = ranks.add(*sums.tolist(), len(loader.skipped))
+        loss, right = (loss / answer_tokens, right / answer_tokens) if answer_tokens else (None, None)
         trainer.check_numbers(run, step, loss, grad_norm, updated)
+        skipped = trainer.count_skipped(run, seen)
 
         run.step, seconds = step, time.perf_counter() - began
         metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": right}
         metrics |= {"grad_norm": grad_norm, "lr": lr, "updated": updated}
-        metrics |= {"answer_tokens": int(answers), "skipped": skipped}
+        metrics |= {"answer_tokens": int(answer_tokens), "skipped": skipped}
         log.step(step, metrics, seconds, waited, int(tokens))
         if trainer.after_step(run, engine, evaluate):
             break
@@ -88,18 +94,18 @@ def make_loader(cfg, records, processor, rank, world):
     return Loader(records, processor, cfg, rank=rank, world_size=world, collate=collate)
 
 
-def micro_loss(engine, answers, sums, packed):
-    """One micro-batch's share of the loss. answers: answer tokens of the global batch. Adds to sums what is logged."""
+def micro_loss(engine, answer_tokens, sums, packed):
+    """One micro-batch's share of the loss. answer_tokens: of the global batch. Adds to sums what is logged."""
     model = engine.module
     rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
-    packed, rows = packed.to(engine.device), rows.to(engine.device, non_blocking=True)  # nothing waits for the GPU
-    hidden = engine(packed, rows=rows)  # (N, C)
+    packed = packed.to(engine.device)
+    hidden, rows = engine(packed, rows=rows), rows.to(engine.device, non_blocking=True)  # (N, C)
     logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
     sums += torch.stack([-logprobs.detach().sum(), right.sum()])
-    return -logprobs.sum() / answers
+    return -logprobs.sum() / answer_tokens
 
 
-def count(micro_batches):
+def count_tokens(micro_batches):
     """(answer tokens, all tokens) of this rank's share of a step."""
     return sum(int((m.targets != IGNORE).sum()) for m in micro_batches), sum(len(m.input_ids) for m in micro_batches)
 

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
+import console
 import ranks
 from checkpoint import BEST, METRICS, ROLLOUTS, STATE, NotFiniteError, append_lines, write_json
 from config import as_dict
@@ -27,6 +28,7 @@ from data import pack
 from engine import leave_processes
 from evaluate import progress
 from lora import lora_layers
+from memory import out_of_memory
 from model import UserError
 from model.loading import not_finite
 from report import write_report
@@ -62,18 +64,23 @@ class Run:
     last_accuracy: float | None = None  # of the last evaluation
     bad: int = 0  # steps in a row without an update
     loader: object = None  # of the training data: names what it leaves out
-    known: int = 0  # left-out samples that the ranks know of, summed: see left_out()
-    left_out: int = 0
+    skipped_seen: int = 0  # len(loader.skipped) summed over the ranks: see count_skipped()
+    skipped: int = 0  # samples that are left out
     sampler: object = None  # rollouts.Sampler
+    plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start
+    next_command: str = ""  # to print at the end
 
     def say(self, text):
         """A line on rank 0's console, above the progress bar if there is one."""
         if self.rank == 0:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def warn(self, text):
+        self.say(console.highlight(f"warning: {text}"))
 
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
         """Record the accuracy after this step. Returns (whether it is the best so far, what to add to its line).
@@ -103,9 +110,16 @@ class Run:
 # -- One step
 
 
-def seed_step(run, step):
-    """Random numbers of this step and rank: torch's, CPU and GPU."""
-    torch.manual_seed(run.cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
+def begin_step(run, engine, step):
+    """Seed torch's random numbers, CPU and GPU, by step and rank, and set every parameter group to its share of its
+    peak learning rate, for step 1 … total. Returns the last group's rate: the language model's, if that is trained."""
+    cfg = run.cfg
+    torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
+    warmup = warmup_steps(cfg, run.total)
+    factor = lr_factor(step - 1, run.total, cfg.lr_scheduler_type, warmup, cfg.min_lr_ratio)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return engine.optimizer.param_groups[-1]["lr"]
 
 
 def total_steps(cfg, loader):
@@ -132,27 +146,18 @@ def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
     return floor + (1 - floor) * fall
 
 
-def set_learning_rates(run, engine, step):
-    """Every parameter group at its share of its peak, for step 1 … total. Returns the last group's rate: the language
-    model's, if that is trained."""
-    cfg, warmup = run.cfg, warmup_steps(run.cfg, run.total)
-    factor = lr_factor(step - 1, run.total, cfg.lr_scheduler_type, warmup, cfg.min_lr_ratio)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return engine.optimizer.param_groups[-1]["lr"]
-
-
-def update(engine, micro_batches, loss_of, passes):
+def update(engine, micro_batches, loss_of, num_micro_batches):
     """One optimizer step over this rank's micro-batches. Every rank must call it.
 
     loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
-    passes: micro-batches of the rank that has most. DeepSpeed reduces gradients in every backward pass, so this rank
-    makes as many, the rest of them blank.
+    num_micro_batches: of the rank that has most. DeepSpeed reduces gradients in every backward pass, so this rank makes
+    as many, the rest of them blank.
     Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
+    OutOfMemoryError: in a pass, before anything was updated. UserError: in the update itself.
     """
-    assert len(micro_batches) <= passes, f"{len(micro_batches)} micro-batches in {passes} passes"
-    for i in range(passes):
-        engine.set_gradient_accumulation_boundary(i == passes - 1)
+    assert len(micro_batches) <= num_micro_batches, f"{len(micro_batches)} micro-batches, at most {num_micro_batches}"
+    for i in range(num_micro_batches):
+        engine.set_gradient_accumulation_boundary(i == num_micro_batches - 1)
         if i < len(micro_batches):
             loss = loss_of(micro_batches[i])
         else:
@@ -160,7 +165,12 @@ def update(engine, micro_batches, loss_of, passes):
         loss = loss * (1 + 0 * loss.detach())  # a loss that is not finite must not come with gradients that are
         # the sum of losses is wanted: DeepSpeed would divide by its own accumulation, and averages over the ranks
         engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
-    engine.step()
+    try:
+        engine.step()
+    except torch.OutOfMemoryError:
+        packs = [getattr(each, "packed", each) for each in micro_batches]
+        lower = "--offload_optimizer or --lora_rank"
+        raise out_of_memory(engine.device, "updating the weights", packs, lower) from None
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
 
 
@@ -173,7 +183,7 @@ def check_numbers(run, step, loss, grad_norm, updated):
         return
     run.bad += 1
     why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
-    run.say(f"step {step}: {why}: no update ({run.bad} in a row)")
+    run.warn(f"step {step}: {why}: no update ({run.bad} in a row)")
     limit = SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW
     if run.bad >= limit:
         last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
@@ -181,52 +191,39 @@ def check_numbers(run, step, loss, grad_norm, updated):
         raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
 
 
-def left_out(run, known):
+def count_skipped(run, seen):
     """How many samples are left out on all ranks together; ends the run where too many are broken. Every rank must call
     it.
 
-    known: len(loader.skipped) summed over the ranks. A sample may be known to several, so where that changed they
+    seen: len(loader.skipped) summed over the ranks. A sample may be skipped on several, so where the sum changed they
     gather the names.
     """
-    if known != run.known:
-        run.known = known
+    if seen != run.skipped_seen:
+        run.skipped_seen = seen
         every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
         names, too_long = (set().union(*column) for column in zip(*every))
-        run.left_out = len(names)
+        run.skipped = len(names)
         try:
             run.loader.check_share(len(names - too_long))
         except UserError:
             if run.rank:
                 raise SystemExit(2) from None  # one line is enough
             raise
-    return run.left_out
+    return run.skipped
 
 
 # -- The log line
 
 
-SFT_COLUMNS = (  # name in metrics.jsonl, heading, format
-    ("loss", "loss", "7.4f"),
-    ("token_accuracy", "acc", "6.1%"),
-    ("grad_norm", "gnorm", "8.3f"),
-    ("lr", "lr", "8.2e"),
-)
-COMMON_COLUMNS = (  # wait: share of the step's time without data
-    ("tokens_per_second", "tok/s", "7.0f"),
-    ("gib", "GiB", "5.2f"),
-    ("ms", "ms", "6.0f"),
-    ("wait", "wait", "4.0%"),
-)
-
-
 class Log:
     """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, what --report_to names.
 
-    Rank 0 writes; on the others every call does nothing.
+    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Rank 0 writes; on the others every call
+    does nothing.
     """
 
-    def __init__(self, run, columns=SFT_COLUMNS):
-        self.run, self.columns = run, columns + COMMON_COLUMNS
+    def __init__(self, run, columns):
+        self.run, self.columns = run, columns
         self.started, self.first = time.perf_counter(), run.step
         self.bar = progress(run.total, run.rank, initial=run.step, unit="step")
         self.trackers = [] if run.rank else open_trackers(run)
@@ -240,27 +237,47 @@ class Log:
         for tracker in self.trackers:
             tracker.log(step, clean)
 
-    def step(self, step, metrics, seconds, waited, tokens):
-        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""
+    def step(self, step, metrics, seconds, waited, tokens, warnings=(), lines=()):
+        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks. warnings and
+        lines: shown below the step's."""
         timing = {"tokens_per_second": tokens / seconds, "gib": memory_gib(self.run.device), "ms": 1000 * seconds}
         metrics = metrics | timing | {"wait": waited / seconds}
         self.write(step, metrics)
         self.bar.update()
         if step % self.run.cfg.logging_steps == 0 or step == self.run.total:
             self.run.say(self.line(step, metrics))
+        for text in warnings:
+            self.run.warn(f"step {step}: {text}")
+        for text in lines:
+            self.run.say(f"step {step:>6}  {text}")
 
     def line(self, step, metrics):
-        shown = []
+        """At most 100 columns; with --verbose, behind them, every other number of metrics.jsonl."""
+        total = self.run.total
+        shown = [f"step {step:>{len(str(total))}}/{total}"]
         for name, heading, form in self.columns:
             value = metrics.get(name)
-            width = int(form.partition(".")[0])
-            shown.append(f"{heading} {'-'.rjust(width) if value is None else format(value, form)}")
-        left = (time.perf_counter() - self.started) / (step - self.first) * (self.run.total - step)
-        return f"step {step:>6}/{self.run.total}  {'  '.join(shown)}  eta {int(left // 60):>3}:{int(left % 60):02d}"
+            text = "-" if value is None else format(value, form)
+            shown.append(f"{heading} {text if len(text) < 8 else format(value, '.1e'):>6}")
+        left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
+        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {duration(left)}"]
+        if self.run.cfg.verbose:
+            known = {name for name, *_ in self.columns}
+            others = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in known}
+            shown += [f"{name} {value:.4g}" for name, value in others.items()]
+        return "  ".join(shown)
 
     def close(self):
         for thing in (self.bar, *self.trackers):
             thing.close()
+
+
+def duration(seconds):
+    """12:38, 3h12 or 5d03h."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes % 60:02}" if hours else f"{minutes}:{int(seconds % 60):02}"
 
 
 def memory_gib(device):
@@ -278,41 +295,51 @@ def is_due(every, step, total):
     return step == total or (every > 0 and step % every == 0)
 
 
+def save_is_due(run):
+    cfg = run.cfg
+    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+    return is_due(every, run.step, run.total)
+
+
+def before_first_step(run, engine, evaluate, judge_start=False):
+    """Evaluate the start, where that is wanted, or what a signal left undone: the run is then as if it had not come."""
+    if evaluate and run.loop_state("evaluation_due"):
+        if evaluate() or save_is_due(run):
+            save(run, engine, run.state["loop"] | {"evaluation_due": False})
+        return
+    if evaluate and judge_start and run.step == 0:
+        evaluate()
+    if run.rank == 0:  # a run killed after its last checkpoint had not come to it
+        checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+
+
 def after_step(run, engine, evaluate, loop=None):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
 
     evaluate(): logs answer accuracy and returns whether it is the best so far; None where there is nothing to judge.
     loop: what the script wants back when the run is resumed.
     """
-    cfg, step = run.cfg, run.step
-    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-    better, save_due = False, is_due(every, step, run.total)
-    evaluation_due = evaluate is not None and is_due(cfg.eval_steps, step, run.total)
+    better, evaluation_due = False, evaluate is not None and is_due(run.cfg.eval_steps, run.step, run.total)
     stop = stop_requested(run)
     if evaluation_due and not stop:
         better, evaluation_due = evaluate(), False
         write_page(run)
         stop = stop_requested(run)
-    if better or stop or save_due:
-        save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due})
+    if better or stop or save_is_due(run):
+        only_for_stop = not better and not save_is_due(run)
+        save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due}, stop, only_for_stop)
     return bool(stop)
 
 
-def write_best(run):
-    """best.json, where a checkpoint was judged, and the run's own adapter: that of the best checkpoint."""
-    if run.rank == 0 and run.best:
-        write_json(run.folder / BEST, run.best)
-    if run.rank == 0:
-        checkpoint.link_adapter(run.folder)
-
-
-def save(run, engine, loop):
+def save(run, engine, loop, stop=False, only_for_stop=False):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
 
+    stop: a signal came; what is deleted depends on an evaluation that may be due, so it waits for the resumed run.
+    only_for_stop: without the signal there would be no checkpoint here.
     A full disk ends the run with one line; the earlier checkpoints are intact.
     """
     folder, error = run.folder / f"checkpoint-{run.step}", None
-    facts = run_facts(run, engine, loop)
+    facts = run_facts(run, engine, loop) | {"only_for_stop": only_for_stop}
     state = checkpoint.optimizer_state(engine, run.updates)
 
     def fill(temporary):
@@ -328,10 +355,13 @@ def save(run, engine, loop):
                 if path.exists():
                     checkpoint.sync(path)
             checkpoint.write_whole(folder, fill)
-            write_best(run)
-            checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+            if run.best:
+                write_json(run.folder / BEST, run.best)
+            checkpoint.link_adapter(run.folder)
+            if not stop:
+                checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
-            error = f"cannot be written ({problem}); earlier ones are intact: make room, then --resume"
+            error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
         except NotFiniteError as problem:
             error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
     for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it
@@ -343,7 +373,6 @@ def run_facts(run, engine, loop):
     """trainer_state.json: what a resumed run needs besides weights and optimizer state."""
     scaler = engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
-    limit = float(limits.min())
     return {
         "step": run.step,
         "updates": run.updates,
@@ -354,8 +383,9 @@ def run_facts(run, engine, loop):
         "question": run.question,
         "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
-        "left_out": ranks.gather(run.loader.state()),
-        "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": None if limit == math.inf else limit},
+        "skipped": ranks.gather(run.loader.state()),
+        "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
+        "plan": asdict(run.plan),
         "loop": loop,
         "config": as_dict(run.cfg),
     }
@@ -401,26 +431,14 @@ def stop_requested(run):
     return int(ranks.gather_numbers(run.signal).max())
 
 
-def against_start(run):
-    """How the last evaluation compares with the one before the first step: "" where one of them was not made."""
-    if None in (run.start_accuracy, run.last_accuracy) or run.step == 0:
-        return ""
-    end, start = run.last_accuracy, run.start_accuracy
-    relation = "better than" if end > start else "worse than" if end < start else "as good as"
-    text = f"; {end:.1%} at the end, {start:.1%} at the start: {relation} the start"
-    if end < start:
-        text += " (the run made it worse; try a lower --learning_rate or a larger --beta)"
-    return text
-
-
 def finish(run, log):
     """Close the log, write the page, print how the run ended; after a signal exit with 128 + its number."""
     write_page(run)
     log.close()  # W&B takes the page along
     number = stop_requested(run)
-    best = f"; best {run.best['accuracy']:.1%} at step {run.best['step']}" if run.best else ""
-    why = f", stopped by {signal.Signals(number).name}; --resume goes on" if number else ""
-    run.say(f"{run.folder}: step {run.step} of {run.total}{best}{against_start(run)}{why}")
+    if run.rank == 0:
+        for line in console.closing_lines(run, number):
+            run.say(line)
     for each, handler in run.handlers.items():
         signal.signal(each, handler)
     leave_processes()

@@ -1,6 +1,6 @@
 """How fast clips become Examples: clips per second and CPU time a clip, without and with worker processes.
 
-    python bench/loading.py                          # drawn clips: 64x64 of one second, 640x360 h264 of ten
+    python bench/loading.py                          # drawn clips: 64x64 of one second
     python bench/loading.py a.mp4 b.mkv --fps 4      # files of one's own
     python bench/loading.py --peer                   # also qwen-vl-utils with decord and torchcodec, where installed
 
@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import av
 import numpy as np
 import torch
 
@@ -42,21 +41,6 @@ def draw_small(folder: Path, count: int) -> list[str]:
         paths.append(folder / f"small{i}.mp4")
         write_mp4(paths[-1], render(draw_clip(rng, "Ascending", 64, 30)))
     return list(map(str, paths))
-
-
-def draw_large(path: Path, seconds: int = 10, fps: int = 30) -> list[str]:
-    """A 640x360 h264 film: a bright square over a sliding, noisy gradient, with ordinary keyframes and B-frames."""
-    noise = np.random.default_rng(0).integers(0, 40, (360, 640, 3))
-    ramp = np.linspace(0, 160, 640)[None, :, None] + np.linspace(0, 50, 360)[:, None, None]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-        for i in range(seconds * fps):
-            frame = np.roll(ramp + noise, 2 * i, axis=1).astype(np.uint8)
-            frame[100:180, (3 * i) % 560 : (3 * i) % 560 + 80] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode(None))
-    return [str(path)]
 
 
 def ours(options: dict, workers: int):
@@ -97,7 +81,7 @@ def cpu_seconds() -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="videos of one's own, besides the drawn ones")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second of the large ones and one's own")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second of one's own")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=200, help="small clips a round; a tenth as many of the others")
     parser.add_argument("--repeats", type=int, default=3)
@@ -107,7 +91,6 @@ def main():
     results = []
     with tempfile.TemporaryDirectory() as folder:
         sets = [("64x64, 1 s", draw_small(Path(folder), 16), SMALL, args.clips)]
-        sets.append(("640x360 h264, 10 s", draw_large(Path(folder) / "large.mp4"), {"fps": args.fps}, args.clips // 10))
         sets += [(Path(path).name[:20], [path], {"fps": args.fps}, args.clips // 10) for path in args.files]
         print(f"{'files':<20}  {'reader':<26}  clips/s  CPU ms a clip")
         for name, paths, options, count in sets:

@@ -2,7 +2,9 @@
 
     python bench/step.py                                    # on a GPU 3B and R, on a CPU the tiny model and its shape
     python bench/step.py sft grpo --shape S R --peer        # transformers + PEFT in turns with us, in this process
-    python bench/step.py sft --shape long64 long256 long768 --repeats 1
+    python bench/step.py sft --memory 12.5                  # GiB that the allocator may take
+    python bench/step.py sft --frames 768 --offload_activations --memory 23.5 --repeats 1
+    python bench/step.py sft --model 7b --recompute yes --pack_tokens 4096
     python bench/step.py sft --shape 32x448x448 --batch 2   # frames x height x width
     python bench/step.py grpo --prompts 8 --trace           # where the time goes: kernels, idle share
     python bench/step.py sft grpo --twice                   # the same seed twice, compared bit for bit
@@ -36,18 +38,29 @@ from flops import forward_flops, training_flops
 from peer import Peer
 from workloads import SIZES, example, model_config, workload
 
+import autofit
 import lora
-from config import GRPO
+from config import GRPO, SFT
 from data import pack
 from engine import build_engine, init_distributed, leave_processes, use_deterministic_kernels
+from loader import fill_bins
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
-from rollouts import Group, Rollout, cut, micro_batch
-from train_grpo import compare_within_groups, freeze_reference, reduce_sums, reference_pass, train_on
+from model.quantized import BASE_DTYPES, quantized_weights
+from rollouts import Group, Rollout
+from train_grpo import (
+    compare_within_groups,
+    freeze_reference,
+    micro_batch,
+    reference_pass,
+    split_micro_batches,
+    train_on,
+)
 from train_sft import micro_loss
 from trainer import Run, update
 
+RECOMPUTE = {"auto": "auto", "yes": True, "no": False}
 KINDS = ("prefill", "decode", "rollout", "sft", "grpo")
 BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
 
@@ -58,15 +71,21 @@ def parse(argv=None):
     flag = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
     parser.add_argument("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
     shapes = "S, R, tiny, longN, FxHxW or FxHxW+PROMPT+ANSWER (bench/workloads.py)"
-    parser.add_argument("--shape", nargs="+", default=["R" if cuda else "tiny"], help=shapes)
-    parser.add_argument("--model", default="3B" if cuda else "tiny", choices=[*SIZES, "tiny"])
+    parser.add_argument("--shape", nargs="+", default=[], help=f"{shapes}; R, on a CPU tiny")
+    parser.add_argument("--frames", type=int, nargs="+", default=[], help="N stands for --shape longN")
+    parser.add_argument("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
+    parser.add_argument("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
+    parser.add_argument("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
     parser.add_argument("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
-    parser.add_argument("--pack_tokens", type=int, default=GRPO.pack_tokens, help="of a pass of GRPO's update at most")
+    number = lambda text: text if text == "auto" else int(text)
+    parser.add_argument("--pack_tokens", type=number, default="auto", help="of a forward pass at most")
+    parser.add_argument("--recompute", default="auto", choices=RECOMPUTE, help="activations, instead of keeping them")
     parser.add_argument("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
     parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
-    flag("--recompute", default=cuda, help="activation recomputation")
+    flag("--offload_activations", default=False, help="as the trainers' option of this name")
+    flag("--offload_optimizer", default=False, help="as the trainers' option of this name")
     flag("--cuda_graphs", default=cuda)
     flag("--peer", default=False, help="transformers + PEFT too, but for grpo")
     flag("--trace", default=False, help="torch's profiler over one call of each row")
@@ -76,8 +95,9 @@ def parse(argv=None):
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: expected {', '.join(KINDS)}")
     args.kinds = [kind for kind in KINDS if kind in args.kinds or not args.kinds]  # those that train come last
+    names = args.shape + [f"long{frames}" for frames in args.frames] or ["R" if cuda else "tiny"]
     try:
-        args.work = {name: workload(name) for name in args.shape}
+        args.work = {name: workload(name) for name in names}
     except ValueError as error:
         parser.error(f"--shape: {error}")
     return args
@@ -91,14 +111,19 @@ class Bench:
         self.resident = Counter()  # bytes that each contestant holds at rest
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.product_rate, self.copy_rate = self.measured_rates()
+        if self.cuda and args.memory:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = random_model(self.config, self.device, self.dtype).requires_grad_(False)
-        self.model.gradient_checkpointing = args.recompute
-        self.model.ops.graphs = GraphCache() if self.cuda and args.cuda_graphs else None
-        rank = args.lora_rank
-        self.cfg = GRPO(lora_rank=rank, lora_alpha=rank, gradient_checkpointing=args.recompute, learning_rate=1e-4)
-        self.cfg.num_generations, self.cfg.pack_tokens = args.group, args.pack_tokens
+        self.model = random_model(self.config, self.device, self.dtype, 0, args.base_dtype).requires_grad_(False)
+        graphs = self.cuda and args.cuda_graphs and not args.offload_activations
+        self.model.ops.graphs, self.model.ops.offload = GraphCache() if graphs else None, args.offload_activations
+        names = ("pack_tokens", "lora_rank", "offload_activations", "offload_optimizer")
+        common = {name: getattr(args, name) for name in names} | {"lora_alpha": args.lora_rank, "learning_rate": 1e-4}
+        common["gradient_checkpointing"] = RECOMPUTE[args.recompute]
+        self.cfg = GRPO(num_generations=args.group, **common)
+        self.sft_cfg = SFT(gradient_accumulation_steps=1, **common)
 
     def measured_rates(self) -> tuple[float, float]:
         """Matrix products (FLOP/s) and copies (bytes/s, read + write)."""
@@ -154,9 +179,11 @@ class Bench:
                 medians.append(statistics.median(times))
                 row = {"work": f"{label} {part}".strip(), "who": who, "seconds": medians[-1], "min": min(times)}
                 row |= {"max": max(times), "gib": max(gib for _, gib in calls[who]), "floor": floor}
+                if self.cuda:  # of all processes, contexts and the allocator's reserve included
+                    row["device_gib"] = (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**30
                 self.rows.append(row)
                 numbers = "".join(f"{row[name]:10.4f}" for name in ("seconds", "min", "max", "floor"))
-                memory = f"{row['gib']:8.2f}" if self.cuda else f"{'-':>8}"
+                memory = f"{row['gib']:8.2f}{row['device_gib']:8.2f}" if self.cuda else f"{'-':>8}{'-':>8}"
                 more = f"{medians[-1] / floor:8.2f}{medians[-1] / medians[0]:8.2f}"
                 print(f"{row['work']:<36}{who:<6}{numbers}{memory}{more}", flush=True)
 
@@ -183,12 +210,25 @@ class Ours:
         prompts = self.bench.pack(work, count).to(self.bench.device)
         return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
 
+    def fit(self, cfg, work, samples: int, answer: bool):
+        """A trainers' Run with the size of packs and the kept activations that its options ask for."""
+        bench, cfg.per_device_train_batch_size, self.cfg.max_completion_length = self.bench, samples, work.completion
+        run, one = Run(cfg, "bench", Path(), bench.device, bench.dtype, ""), example(bench.config, work, 0, answer)
+        run.plan = autofit.choose(run, self.model, lambda: ([(len(one), len(one.patches))], one))
+        print(*(f"  {note}" for note in run.notes), sep="\n", end="\n" * bool(run.notes), flush=True)
+        return run
+
     def sft(self, work, batch: int):
-        engine, packed, answers = self.engine, self.bench.pack(work, batch, answer=True), batch * work.completion
+        engine, bench, answers = self.engine, self.bench, batch * work.completion
+        run = self.fit(bench.sft_cfg, work, batch, answer=True)
+        samples = [example(bench.config, work, i, True) for i in range(batch)]
+        bins = fill_bins([len(one) for one in samples], run.plan.pack_tokens or sum(map(len, samples)))
+        packs = [pack([samples[i] for i in each]) for each in bins]
 
         def step():
-            sums = torch.zeros(2, dtype=torch.float64, device=self.bench.device)
-            update(engine, [packed], partial(micro_loss, engine, answers, sums), 1)
+            run.plan.apply(self.model)
+            sums = torch.zeros(2, dtype=torch.float64, device=bench.device)
+            update(engine, packs, partial(micro_loss, engine, answers, sums), len(packs))
             return float(sums[0]) / answers
 
         return step
@@ -196,26 +236,27 @@ class Ours:
     def grpo(self, work, count: int):
         """Its function returns the seconds of its parts."""
         engine, frozen, bench, cfg = self.engine, self.frozen, self.bench, self.cfg
-        run = Run(cfg, "bench", Path(), bench.device, bench.dtype, "")
+        run = self.fit(cfg, work, count * cfg.num_generations, answer=False)
         prompts = {n: example(bench.config, work, n) for n in range(count)}
         sample = self.rollout(work, count, work.completion)
 
         def step():
             cfg.per_device_train_batch_size = count * cfg.num_generations
+            run.plan.apply(self.model)
             bench.sync()
             start, draw = time.perf_counter(), random.Random(0)
             groups = []
             for n, group in enumerate(sample()):
                 rollouts = [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
                 groups.append(Group(n, work.prompt_tokens, rollouts, n))
-            sampled, sums = time.perf_counter(), Counter()
-            _, normalizer = compare_within_groups(run, groups)
-            batches = [micro_batch(prompts, part, cfg).to(bench.device) for part in cut(groups, cfg)]
-            reference_pass(run, self.model, frozen, batches, sums)
+            sampled = time.perf_counter()
+            _, normalizer = compare_within_groups(run, groups, len(groups))
+            splits = split_micro_batches(groups, cfg, run.plan.pack_tokens)
+            batches = [micro_batch(prompts, rollouts).to(bench.device) for rollouts in splits]
+            reference_pass(run, self.model, frozen, batches, Counter())
             bench.sync()
             referred = time.perf_counter()
-            train_on(run, engine, batches, normalizer, 1, len(batches), sums)
-            reduce_sums(run, sums)
+            train_on(run, engine, None, batches, normalizer, 1, len(batches))
             bench.sync()
             end = time.perf_counter()
             parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}
@@ -244,23 +285,23 @@ def floors_of(bench, kind, work, count):
     move = lambda mean_own: step_bytes(bench.model, work, count, G, mean_own) / bench.copy_rate
     prefill = compute(forward_flops(config, grids, L, head_tokens=1))
     if kind == "sft":
-        return {"": compute(training_flops(config, grids, L + T, T, recompute=bench.args.recompute))}
+        return {"": compute(training_flops(config, grids, L + T, T, recompute=bench.args.recompute == "yes"))}
     if kind != "grpo":
         return {"": {"prefill": prefill, "decode": move(0.75 * T), "rollout": prefill + T * move(0.5 * T)}[kind]}
     parts = {"rollout": prefill + T * move(0.5 * T)}
     parts["reference"] = compute(forward_flops(config, grids, L, [T] * G, G * T))
-    parts["update"] = compute(training_flops(config, grids, L, G * T, [T] * G, bench.args.recompute))
+    parts["update"] = compute(training_flops(config, grids, L, G * T, [T] * G, bench.args.recompute == "yes"))
     return {"": sum(parts.values())} | parts
 
 
 def step_bytes(model, work, N: int, G: int, mean_own: float) -> float:
     """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
     config, size = model.config, model.head_weight.element_size()
-    layers = sum(p.numel() for p in model.model.layers.state_dict().values())
-    merged = sum(a.block.adapters.numel() for a in lora.adapter_blocks(model) if a.block in [*model.model.layers])
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     own = token * N * (work.prompt_tokens + G * mean_own)
-    return size * (layers - merged + model.head_weight.numel() + own)  # sampling merges adapters into the weights
+    return low_bit + size * (layers + model.head_weight.numel() + own)
 
 
 def rows(bench, contestants):
@@ -315,11 +356,12 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    settings = f"{args.model} in {str(bench.dtype)[6:]}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
+    kind = f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}"
+    settings = f"{kind}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
     print(f"{settings}; {machine}, torch {torch.__version__}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))
-    print(f"{'work':<36}{'who':<6}{columns}{'GiB':>8}{'x floor':>8}{'x ours':>8}")
+    print(f"{'work':<36}{'who':<6}{columns}{'GiB':>8}{'device':>8}{'x floor':>8}{'x ours':>8}")
     contestants = []
     for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
         contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])

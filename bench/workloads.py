@@ -25,16 +25,16 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
 # hidden, MLP, layers, heads, kv heads, rows of the embedding, tied, merger's output; config.json of each hub repository
 SIZES = {
-    "3B": (2048, 11008, 36, 16, 2, 151_936, True, 3420),
-    "7B": (3584, 18944, 28, 28, 4, 152_064, False, 3420),
-    "32B": (5120, 27648, 64, 40, 8, 152_064, False, 3456),
-    "72B": (8192, 29568, 80, 64, 8, 152_064, False, 3456),
+    "3b": (2048, 11008, 36, 16, 2, 151_936, True, 3420),
+    "7b": (3584, 18944, 28, 28, 4, 152_064, False, 3420),
+    "32b": (5120, 27648, 64, 40, 8, 152_064, False, 3456),
+    "72b": (8192, 29568, 80, 64, 8, 152_064, False, 3456),
 }
 
 
 def config_dict(size: str) -> dict:
-    """config.json of Qwen2.5-VL-{size}-Instruct, as far as the model reads it."""
-    C, inner, L, H, K, V, tied, vision_inner = SIZES[size]
+    """config.json of Qwen2.5-VL-{size.upper()}-Instruct, as far as the model reads it."""
+    C, inner, L, H, K, V, tied, vision_inner = SIZES[size.lower()]
     vision = dict(
         model_type="qwen2_5_vl", depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_inner,
         out_hidden_size=C, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
@@ -50,7 +50,7 @@ def config_dict(size: str) -> dict:
     )  # fmt: skip
 
 
-def model_config(size: str = "3B") -> ModelConfig:
+def model_config(size: str = "3b") -> ModelConfig:
     """A released size, or `tiny`: the shape of assets/tiny."""
     return ModelConfig.from_folder(TINY) if size == "tiny" else ModelConfig.from_dict(config_dict(size))
 

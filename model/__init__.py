@@ -4,6 +4,7 @@
     packed.py     a packed batch, and who attends to whom in it
     rope.py       position ids (plain ints) and rotary tables
     adapters.py   a Linear with a LoRA adapter, and the one flat parameter of a block's adapters
+    quantized.py  frozen weights in 8 or 4 bits: the formats
     loading.py    config.json -> model, weights in and out
     decode.py     KV cache and sampling: one prompt prefilled once, shared by its group of completions
     fast/         faster forms of the operations and of decoding, each tested against the plain one
@@ -24,7 +25,7 @@ class UserError(ValueError):
 
 
 def nearest(word, choices, cutoff=0.5) -> str:
-    """"; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
+    """ "; did you mean X?" with the choice that is most like a misspelt word, "" where none is."""
     from difflib import get_close_matches
 
     close = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=cutoff)

@@ -37,7 +37,7 @@ def shifted(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 class Weights(NamedTuple):
     """A linear as the operation `linear` takes it. A is None without an adapter, and where it is switched off."""
 
-    weight: Tensor  # (out, in)
+    weight: Tensor  # (out, in), or a Quantized
     bias: Tensor | None  # (out,)
     A: Tensor | None = None  # (r, in)
     B: Tensor | None = None  # (out, r)
@@ -140,5 +140,6 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def shift_weight(self, sign: int) -> None:
-        """weight += sign · s · B A."""
+        """weight += sign · s · B A. Never into a low-bit weight: rounding would swallow most of the adapter."""
+        assert isinstance(self.weight, nn.Parameter), f"{self.weight} cannot take an adapter in"
         self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, sign * self.scaling))

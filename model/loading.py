@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import UserError, nearest_path
+from model.quantized import LOW_BIT, put, quantise, quantized_weights
 from model.qwen import Qwen2_5_VL
 
 SHARD_BYTES = 5 << 30  # 5 GB a file, the habit of the hub
@@ -128,10 +129,15 @@ def fill(kind, values: dict, source: str):
 
 
 def load_model(
-    model_id: str | Path, device="cpu", dtype: torch.dtype = torch.float32, local_files_only: bool = False
+    model_id: str | Path,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool = False,
+    base_dtype: str = "bf16",
 ) -> Qwen2_5_VL:
     """A checkpoint's folder or hub id -> the model, with the fast operations of its device. All weights have
-    requires_grad. Tensors go one by one from the file to their device and dtype.
+    requires_grad. Tensors go one by one from the file to their device and dtype. base_dtype: one of
+    quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
 
     UserError that names every missing, surplus or misshapen tensor.
     """
@@ -147,31 +153,43 @@ def load_model(
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
                         continue  # a second copy of the embedding, written by some exporters
                     if name in expected:
-                        tensors[name] = shard.get_tensor(key).to(device, dtype)
+                        tensor = shard.get_tensor(key).to(device)
+                        low = base_dtype != "bf16" and LOW_BIT.fullmatch(name) and tensor.dim() == 2
+                        tensors[name] = quantise(tensor, base_dtype, dtype) if low else tensor.to(dtype)
                     else:
                         surplus.append(key)
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     check_tensors(folder, expected, tensors, surplus)
-    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, tensor in tensors.items():
+        put(model, name, tensor)
+    model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
     return model.requires_grad_(True)
 
 
-def random_model(config: "ModelConfig", device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Qwen2_5_VL:
+def random_model(
+    config: "ModelConfig",
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    base_dtype: str = "bf16",
+) -> Qwen2_5_VL:
     """A model of this shape with random weights, N(0, initializer_range^2) for matrices, as transformers starts one.
-    Made in place on its device, with the fast operations of the device."""
+    Made on its device tensor by tensor, quantised as in load_model, with the fast operations of the device."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config).to(dtype)
-    model.to_empty(device=device)
-    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            std = (config.vision if name.startswith("visual") else config).initializer_range
-            if p.dim() > 1:
-                p.normal_(0.0, std, generator=generator)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in list(model.named_parameters()):
+        tensor = torch.empty(p.shape, device=device, dtype=dtype)
+        std = (config.vision if name.startswith("visual") else config).initializer_range
+        if p.dim() > 1:
+            tensor.normal_(0.0, std, generator=generator)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        low = base_dtype != "bf16" and LOW_BIT.fullmatch(name)
+        put(model, name, quantise(tensor, base_dtype, dtype) if low else tensor)
+    model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
     return model
 
@@ -186,9 +204,10 @@ def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None 
 
 @torch.no_grad()
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the tensors that hold a NaN or an Inf. One wait for the device."""
-    names, tensors = zip(*model.named_parameters())
-    largest = torch._foreach_norm([p.detach() for p in tensors], torch.inf)  # of a NaN: NaN
+    """Names of the tensors that hold a NaN or an Inf: a low-bit weight's scales do then. One wait for the device."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors |= {name: weight.scales for name, weight in quantized_weights(model).items()}
+    names, largest = list(tensors), torch._foreach_norm(list(tensors.values()), torch.inf)  # of a NaN: NaN
     return [name for name, finite in zip(names, torch.stack(largest).isfinite().tolist()) if not finite]
 
 
@@ -304,5 +323,5 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        message = f"not a local folder, and the hub gave nothing ({reason}); download it first{nearest_path(name)}"
-        raise UserError(f"{name}: {message}") from None
+        message = f"not a local folder, and the hub gave nothing ({reason}); download it: hf download {name}"
+        raise UserError(f"{name}: {message}{nearest_path(name)}") from None

@@ -5,6 +5,7 @@ once. qwen.py itself never asks on which device it runs. Every fast form is test
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,7 +19,7 @@ class Ops:
     """One model's operations; all its blocks share this object. T tokens, H and K heads of size D."""
 
     attention: Callable  # (q (T, H, D), k (T, K, D), v (T, K, D), segments) -> (T, H, D)
-    linear: Callable  # (x (T, in), *adapters.Weights, pad=False) -> a tuple of (T, out), adapters included
+    linear: Callable  # (x (T, in), *adapters.Weights, pad=False, unused=False) -> (T, out) each, with adapters
     norm: Callable  # (x (T, C), weight (C,), eps) -> (T, C)
     swiglu: Callable  # (gate, up) of one shape -> silu(gate) * up
     rotate: Callable  # (x (T, H, D), (cos, sin) each (T, 1, D/2)) -> (T, H, D)
@@ -26,6 +27,8 @@ class Ops:
     decoder: Callable | None = None  # makes a decode.Decoder, with the arguments of PlainDecoder; None: the plain one
     trim_last_layer: bool = False  # the last layer computes only the query rows
     graphs: object = None  # a fast.graphs.GraphCache: batches of a size seen before run as CUDA graphs
+    offload: bool = False  # the inputs of recomputed blocks wait in host memory
+    phase: str = ""  # of a recomputed block: its "first" pass, or "again" for its backward pass; "" elsewhere
     bound: bool = False  # whether fast forms may be used
 
     def __post_init__(self):
@@ -34,7 +37,15 @@ class Ops:
     def bind(self, weight: torch.Tensor) -> None:
         """Take the fastest forms for weights of this device and dtype, and the plain ones where there are no others."""
         forms = self.plain | fast_forms(weight.device.type, weight.dtype)
-        vars(self).update(forms, graphs=self.graphs, bound=True)
+        vars(self).update(forms, graphs=self.graphs, offload=self.offload, bound=True)
+
+    @contextmanager
+    def during(self, phase: str):
+        self.phase = phase
+        try:
+            yield
+        finally:
+            self.phase = ""
 
 
 @cache

@@ -95,12 +95,13 @@ class Segments:
     def tails(self, rows: Tensor) -> tuple["Segments", Tensor, Tensor]:
         """Queries only from the first of `rows` (sorted packed tokens) in each segment on, the keys all the same: what
         a last layer has to compute. Returns the segments, the packed tokens that are left as queries, (n,), and where
-        among these the rows stand."""
+        among these the rows stand. rows: on the host, as all of it, so that nothing waits for a GPU."""
         assert self.is_causal, "the last queries of a segment see all its keys only in causal attention"
-        start, end = self.cu_q[:-1].long(), self.cu_q[1:].long()
-        owner = torch.arange(len(end), device=rows.device).repeat_interleave(end - start)  # segment of each token
+        lengths = torch.tensor(self.q_lengths)
+        end = lengths.cumsum(0)
+        owner = torch.arange(len(end)).repeat_interleave(lengths)  # segment of each token
         lengths = torch.zeros_like(end).scatter_reduce(0, owner[rows], end[owner[rows]] - rows, "amax")
-        left = (end - lengths)[owner] <= torch.arange(len(owner), device=rows.device)
+        left = (end - lengths)[owner] <= torch.arange(len(owner))
         tails = Segments.build(lengths.tolist(), self.k_lengths, True, self.kv_index)
         return tails, left.nonzero()[:, 0], (left.cumsum(0) - 1)[rows]
 

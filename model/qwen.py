@@ -14,6 +14,8 @@ Module names are the hub checkpoint's own (`visual.*`, `model.*`, `lm_head`). Si
     H query heads       K key/value heads  D head dimension    P patches    M merged vision tokens (P / 4)
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan, pad_positions
+from model.quantized import Quantized, product
+from model.recompute import in_pieces, run_block
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -31,7 +35,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_EPS = 1e-6  # of the tower's norms; config.json has no key for it
 LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
-PART = 16_384  # patches of a part: 1.3 GB
+PART = 4096  # patches of a part, whose activations take 5.8 GB while it is computed again
 
 
 # -- Operations, in their plain forms
@@ -56,14 +60,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return torch.cat(outs)
 
 
-def linear(x: Tensor, *layers: Weights, pad: bool = False) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False) -> tuple[Tensor, ...]:
     """x (T, in) through layers that share this input, each with its adapter: (T, out) each.
 
-    y = x W^T + b + s · (x A^T) B^T. pad: the results may have zero columns behind them, and x may have them. Only a
-    fast form makes use of it."""
+    y = x W^T + b + s · (x A^T) B^T. pad: the results may have zero columns behind them, and x may have them. unused:
+    only the backward pass is wanted, the results may be anything. Only a fast form makes use of these two."""
     outs = []
     for layer in layers:
-        y = F.linear(x, layer.weight, layer.bias)
+        times = product if isinstance(layer.weight, Quantized) else F.linear
+        y = times(x, layer.weight, layer.bias)
         if layer.A is not None:
             h = F.linear(F.dropout(x, layer.dropout) if layer.dropout else x, layer.A.to(x.dtype))  # (T, r)
             y = y + F.linear(h * layer.scale, layer.B.to(x.dtype))
@@ -144,20 +149,25 @@ def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     })  # fmt: skip
 
 
-def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
-    """block(*args). recompute: only the arguments are kept; the backward pass computes it again. The state of the
-    random numbers is kept only where the block draws any: that costs the host time."""
-    if recompute:
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
-    return block(*args)
-
-
-def run_blocks(stack: nn.Module, blocks: nn.ModuleList, x: Tensor, tables, segments: list, recompute: bool) -> Tensor:
-    """x through the blocks of a stack, as CUDA graphs where there are any."""
+def run_blocks(stack: nn.Module, blocks: nn.ModuleList, x: Tensor, tables, segments: list, recompute: int) -> Tensor:
+    """x through the blocks of a stack, as CUDA graphs where there are any. recompute: the first so many blocks."""
     graphs = stack.ops.graphs
     if graphs is None:
         return stack.through(x, tables, segments, recompute)
     return graphs.run(blocks, stack.through, x, tables, segments, recompute)
+
+
+def mlp(ops: Ops, eps: float, x: Tensor, norm: Weights, gate: Weights, up: Weights, down: Weights) -> Tensor:
+    """(T, C) -> (T, C), its norm and residual included."""
+    h = ops.norm(x, norm.weight, eps)
+    return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down, unused=ops.phase == "again")[0]
+
+
+def second_half(ops: Ops, eps: float, x: Tensor, *layers: Weights) -> Tensor:
+    """mlp() as the end of a block."""
+    if ops.phase and not layers[-1].dropout:  # in a recomputed block
+        return in_pieces(ops, partial(mlp, ops, eps), x, *layers)
+    return mlp(ops, eps, x, *layers)
 
 
 # -- The language model
@@ -197,8 +207,7 @@ class DecoderLayer(nn.Module):
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
         x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
-        h = ops.norm(x, self.post_attention_layernorm.weight, self.eps)
-        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down)[0]
+        return second_half(ops, self.eps, x, Weights(self.post_attention_layernorm.weight, None), gate, up, down)
 
 
 class LanguageModel(nn.Module):
@@ -206,13 +215,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config, ops: Ops):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding would draw its numbers here, which on the meta device imports torch's compiler: 3 s
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i, ops) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ops = ops
 
-    def through(self, x: Tensor, tables, segments, recompute: bool, attention=None, query_rows=None) -> Tensor:
-        """(T, C) through the layers.
+    def through(self, x: Tensor, tables, segments, recompute: int, attention=None, query_rows=None) -> Tensor:
+        """(T, C) through the layers, of which the first `recompute` keep only their input.
 
         segments: [Segments]. With query_rows (n,), the tokens that the last layer computes, a second one follows for
         that layer (Segments.tails), and (n, C) comes out. attention: (layer, q, k, v) -> out, replaces packed
@@ -223,7 +234,8 @@ class LanguageModel(nn.Module):
             return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
 
         for number, layer in enumerate(self.layers):
-            x = run_block(layer, recompute, x, tables, attention or packed, query_rows if number == last else None)
+            rows = query_rows if number == last else None
+            x = run_block(layer, number < recompute, x, tables, attention or packed, rows)
         return x
 
 
@@ -247,9 +259,7 @@ class VisionBlock(nn.Module):
         qk, v = ops.linear(h, qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
         q, k = ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
         x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
-
-        h = ops.norm(x, self.norm2.weight, VISION_EPS)
-        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down)[0]
+        return second_half(ops, VISION_EPS, x, Weights(self.norm2.weight, None), gate, up, down)
 
 
 class Merger(nn.Module):
@@ -287,38 +297,42 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
 
-    def forward(self, patches: Tensor, grid_thw, plan: VisionPlan, recompute: bool = False) -> Tensor:
+    def forward(self, patches: Tensor, grid_thw, plan: VisionPlan, recompute: int = 0) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
-        the same order. grid_thw: [(t, h, w)]. recompute: keep only each block's input for the backward pass."""
+        the same order. grid_thw: [(t, h, w)]. recompute: so many blocks keep only their input for the backward pass;
+        above 0, a long video keeps only its patches."""
         P = len(patches)
         assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
         if recompute and P > LONG:
             return self.in_parts(patches, grid_thw)
         return self.whole(patches, plan, recompute)
 
-    def whole(self, patches: Tensor, plan: VisionPlan, recompute: bool) -> Tensor:
+    def whole(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, run=run_blocks) -> Tensor:
         P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
         is_pixels = patches.dtype == torch.uint8
         patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
         x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
-        x = run_blocks(self, self.blocks, x, plan.tables, [plan.windows, plan.steps], recompute)
+        x = run(self, self.blocks, x, plan.tables, [plan.windows, plan.steps], recompute)
         return self.merger(x).index_select(0, plan.back)
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
         """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
-        only the patches are kept; the backward pass computes it again."""
+        only the patches are kept; the backward pass computes it again, and then keeps all of it."""
         steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
-        sizes = [t * h * w for t, h, w in grids]
         again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
-        parts = zip(patches.split(sizes), grids, strict=True)
-        return torch.cat([checkpoint(self.whole, part, self.plan([grid]), True, **again) for part, grid in parts])
 
-    def through(self, x: Tensor, tables, segments, recompute: bool) -> Tensor:
+        def run(tower, _, *args):  # no CUDA graphs: the next part would write over what this one keeps
+            return tower.through(*args)
+
+        parts = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True)
+        return torch.cat([checkpoint(self.whole, part, self.plan([grid]), 0, run, **again) for part, grid in parts])
+
+    def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
         """(P, width) through the blocks. segments: [windows, whole grid steps]."""
         for i, block in enumerate(self.blocks):
-            x = run_block(block, recompute, x, tables, segments[i in self.config.fullatt_block_indexes])
+            x = run_block(block, i < recompute, x, tables, segments[i in self.config.fullatt_block_indexes])
         return x
 
 
@@ -336,7 +350,9 @@ class Qwen2_5_VL(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.base_dtype = "bf16"  # or a format of quantized.py, in which the decoder layers' linears are kept
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
+        self.kept_blocks = 0  # with it: of tower and layers, in this order, the last so many keep all
 
     def _apply(self, fn, recurse=True):
         """What .to() and .half() end in: weights of another device or dtype need other operations."""
@@ -344,6 +360,13 @@ class Qwen2_5_VL(nn.Module):
         if self.ops.bound:
             self.ops.bind(self.head_weight)
         return self
+
+    def recomputed(self) -> tuple[int, int]:
+        """The first so many blocks of the tower, and of the language model, that keep only their input."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return 0, 0
+        depth, layers = len(self.visual.blocks), len(self.model.layers)
+        return min(depth, depth + layers - self.kept_blocks), max(0, layers - self.kept_blocks)
 
     @property
     def head_weight(self) -> Tensor:
@@ -367,8 +390,7 @@ class Qwen2_5_VL(nn.Module):
             return x + self.no_picture(x) if self.training and trained else x
         plan = plan or self.plan(packed)
         with torch.set_grad_enabled(trained):
-            recompute = trained and self.gradient_checkpointing
-            vision = self.visual(packed.patches, packed.grid_thw, plan, recompute)  # (M, C)
+            vision = self.visual(packed.patches, packed.grid_thw, plan, self.recomputed()[0])  # (M, C)
         return x.index_copy(0, plan.pads, vision.to(x.dtype))
 
     def no_picture(self, x: Tensor) -> Tensor:
@@ -376,28 +398,29 @@ class Qwen2_5_VL(nn.Module):
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
         m = self.config.vision.spatial_merge_size
         empty, grids = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel()), [(1, m, m)]
-        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.gradient_checkpointing).sum()
+        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.recomputed()[0]).sum()
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,).
+        """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
 
         attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
         # what follows from lengths, grids and positions alone
-        dtype, segments, query_rows = self.head_weight.dtype, [packed.segments], None
+        dtype, device, segments, query_rows = self.head_weight.dtype, self.head_weight.device, [packed.segments], None
         plan = self.plan(packed)
         if rows is not None and attention is None and self.ops.trim_last_layer:
             tails, query_rows, rows = packed.segments.tails(rows)
-            segments.append(tails)
+            segments.append(tails.to(device))
+            query_rows = query_rows.to(device, non_blocking=True)
         tables = mrope_tables(packed.position_ids, self.config, dtype)
 
         x = self.embed(packed, plan)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.recomputed()[1]
         if attention is None and query_rows is None:
             x = run_blocks(self.model, self.model.layers, x, tables, segments, recompute)
         else:
             x = self.model.through(x, tables, segments, recompute, attention, query_rows)
         x = self.ops.norm(x, self.model.norm.weight, self.config.rms_norm_eps)
-        return x if rows is None else x.index_select(0, rows)
+        return x if rows is None else x.index_select(0, rows.to(device, non_blocking=True))
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through target_logprobs, which never holds them all."""

@@ -22,12 +22,13 @@ TAILS += ("\nPlease provide only the single option letter (e.g., A, B, C, etc.) 
 ONE = (
     "{}", "({})", "{}.", "The answer is {}", "option {}", r"\boxed{{{}}}", '"{}"', "'{}'", "[{}]", "**{}**", "（{}）",
     "“{}”", "{})", "({}", "It is {}", "I choose {}", r"$\boxed{{\text{{{}}}}}$", "The correct option is ({}).",
-    "「{}」", "{} is correct", "Answer: {}",
+    "「{}」", "{} is correct", "Answer: {}", "Die Antwort ist {}", "答案是{}", "选{}。",
 )  # fmt: skip
 WITH_WORDS = ("({}) {}", "{}. {}", "{}: {}", "[{}] {}", "The answer is ({}) {}.", "Option {}: {}", "**{}. {}**")
 SEVERAL = (
     "{} and {}", "{} or {}", "{}, {}", "{}/{}", "{} {}", "({}) ({})", "either {} or {}", "both {} and {}", "{};{}",
     "{} & {}", "{}, maybe {}", "{}\n{}", "Option {} or option {}", "neither {} nor {}", "not {} and not {}",
+    "{} oder {}", "{}或{}", "{} ({})",
 )  # fmt: skip
 
 

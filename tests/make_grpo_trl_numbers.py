@@ -69,8 +69,17 @@ SETTINGS = {
 
 
 def tiny_model():
-    config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None)
+    config = Qwen2Config(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        bos_token_id=None,
+    )
     vocab = {"<pad>": PAD, "<eos>": EOS, "word": WORD, "<unk>": 3}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -88,10 +97,24 @@ def make_trainer(folder, knobs):
     model, tokenizer = tiny_model()
     model.save_pretrained(folder)  # TRL loads its reference model from the folder the policy came from
     model = Qwen2ForCausalLM.from_pretrained(folder)
-    args = GRPOConfig(output_dir=folder, num_generations=G, per_device_train_batch_size=len(LENGTHS), report_to="none",
-                      max_completion_length=MAX_LENGTH, use_cpu=True, bf16=False, gradient_checkpointing=False, **knobs)
-    trainer = GRPOTrainer(model, reward_funcs=lambda completions, **_: REWARDS, args=args, processing_class=tokenizer,
-                          train_dataset=Dataset.from_list([{"prompt": "word"}] * 8))
+    args = GRPOConfig(
+        output_dir=folder,
+        num_generations=G,
+        per_device_train_batch_size=len(LENGTHS),
+        report_to="none",
+        max_completion_length=MAX_LENGTH,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        **knobs,
+    )
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: REWARDS,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": "word"}] * 8),
+    )
     trainer.current_gradient_accumulation_steps = 1  # Trainer.train() would set it
     trainer.model.train()
     return trainer
@@ -131,9 +154,16 @@ def run(knobs, tensors):
     stage[0] = "loss"
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    shares = {key: trainer._metrics["train"][name][-1] for key, name in [
-        ("kl", "kl"), ("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean"), ("entropy", "entropy")
-    ] if name in trainer._metrics["train"]}
+    shares = {
+        key: trainer._metrics["train"][name][-1]
+        for key, name in [
+            ("kl", "kl"),
+            ("clip_low", "clip_ratio/low_mean"),
+            ("clip_high", "clip_ratio/high_mean"),
+            ("entropy", "entropy"),
+        ]
+        if name in trainer._metrics["train"]
+    }
     knobs["use_bias_correction_kl"] = trainer.args.use_bias_correction_kl
     return {
         "knobs": knobs, "sampler_is_cap": cap, "epsilon": trainer.epsilon_low, "epsilon_high": trainer.epsilon_high,
@@ -153,14 +183,26 @@ def main():
     torch.manual_seed(0)
     n = sum(LENGTHS)
     logprobs = -torch.rand(n) * 3
-    tensors = {"logprobs": logprobs, "old": logprobs + 0.4 * torch.randn(n), "ref": logprobs + 0.4 * torch.randn(n),
-                   "entropy": torch.rand(n)}
+    tensors = {
+        "logprobs": logprobs,
+        "old": logprobs + 0.4 * torch.randn(n),
+        "ref": logprobs + 0.4 * torch.randn(n),
+        "entropy": torch.rand(n),
+    }
     tensors["sampler"] = tensors["old"] + 0.2 * torch.randn(n)
     cases = {name: run(knobs, tensors) for name, knobs in SETTINGS.items()}
     made_with = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    document = {"made_with": made_with, "script": Path(__file__).name, "lengths": LENGTHS, "num_generations": G,
-                    "max_completion_length": MAX_LENGTH, "truncated": TRUNCATED, "rewards": REWARDS,
-                    "tensors": {key: numbers(value) for key, value in tensors.items()}, "cases": cases}
+    document = {
+        "made_with": made_with,
+        "script": Path(__file__).name,
+        "lengths": LENGTHS,
+        "num_generations": G,
+        "max_completion_length": MAX_LENGTH,
+        "truncated": TRUNCATED,
+        "rewards": REWARDS,
+        "tensors": {key: numbers(value) for key, value in tensors.items()},
+        "cases": cases,
+    }
     for side in ("clip_low", "clip_high"):
         assert sum(case["shares"][side] > 0 for case in cases.values()) > 3, f"{side} too rare to test: change the seed"
     OUT.write_text(one_case_a_line(document))

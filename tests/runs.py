@@ -2,10 +2,11 @@
 
 import gc
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
+import socket
 import sys
-from pathlib import Path
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
@@ -19,7 +20,6 @@ import train_sft
 from assets.make_tiny import init
 from engine import leave_processes
 
-ROOT = Path(__file__).resolve().parents[1]
 # Random weights write random text: these rewards differ within its groups, and can be learned.
 REWARDS = """
 def vowels(text, sample):
@@ -72,37 +72,52 @@ def flags_for(script, base, output, **options):
     return [word for name, value in (flags | options).items() for word in (f"--{name}", str(value))]
 
 
-def runner(script, base, tmp_path, monkeypatch):
-    """run(name, flag=value, …) runs the script in this process and returns the run's folder."""
-
-    def run(name, **options):
-        argv = [f"{script.__name__}.py", *flags_for(script, base, tmp_path / name, **options)]
-        monkeypatch.setattr(sys, "argv", argv)
+def execute(script, base, output, **options):
+    """Run the script in this process; returns the run's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags_for(script, base, output, **options)])
         try:
             script.main()
         finally:
             if torch.distributed.is_initialized():
                 leave_processes()
-        return tmp_path / name
+    return output
 
-    return run
+
+@pytest.fixture(scope="session")
+def whole(base):
+    """The SFT run that others are compared with: five steps, each with its checkpoint. Copy it before changing it."""
+    return execute(train_sft, base, base / "whole", save_steps=1, save_total_limit="none")
 
 
 @pytest.fixture
-def sft(base, tmp_path, monkeypatch):
-    return runner(train_sft, base, tmp_path, monkeypatch)
+def sft(base, tmp_path):
+    """sft(name, flag=value, …) -> the run's folder."""
+    return lambda name, **options: execute(train_sft, base, tmp_path / name, **options)
 
 
 @pytest.fixture
-def grpo(base, tmp_path, monkeypatch):
-    return runner(train_grpo, base, tmp_path, monkeypatch)
+def grpo(base, tmp_path):
+    return lambda name, **options: execute(train_grpo, base, tmp_path / name, **options)
 
 
 def two_ranks(script, base, output, **options):
-    """The finished process of a run on two ranks, by torchrun; it finds a free port itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, f"{script.__name__}.py", *flags_for(script, base, output, **options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """A run on two ranks, forked from this process: it has everything imported."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run(rank):
+        world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        os.environ |= world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        execute(script, base, output, **options)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return output
 
 
 def lines(folder, file="metrics.jsonl"):

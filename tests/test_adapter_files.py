@@ -214,7 +214,6 @@ def test_check(adapter, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("convert x", "convert: was removed"),
         ("check output/nowhere", "no such folder"),
         ("check ADAPTER --model_id OTHER", "is --model_id its base model"),
         ("merge ADAPTER", "a new folder"),

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md are applied to a copy of the repository and used."""
+"""The reward of README is used on the quickstart's data; CONTRIBUTING's example of an option on a copy of the code."""
 
 import re
 import shutil
@@ -6,23 +6,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rewards import Sample, load_rewards
+from runs import base, grpo, lines  # noqa: F401 (fixtures are imported by name)
+
+import generate
+import quickstart
+
+# ruff: noqa: F811
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-BLOCKS = {file: text for _, file, text in re.findall(r"```(python|diff)\n# (\S+)\n(.*?)```", TEXT, re.S)}
 
 
-def test_they_are_short():
-    assert set(BLOCKS) == {"my_rewards.py", "config.py"}
-    assert all(len(text.splitlines()) < 12 for text in BLOCKS.values()) and len(TEXT.splitlines()) <= 66
+def block(page, name):
+    """The fenced block of a page that begins with the comment "# name"."""
+    return re.search(rf"```\w+\n# {re.escape(name)}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)[1]
 
 
-def test_the_reward(tmp_path):
-    (tmp_path / "my_rewards.py").write_text(BLOCKS["my_rewards.py"])
-    _, reward = load_rewards(f"accuracy,{tmp_path / 'my_rewards.py'}:shortness")
-    sample = lambda n: Sample(question="", answer="", options={}, n_tokens=n, max_tokens=128, truncated=False)
-    assert (reward("a", sample(10)), reward("a", sample(100))) == (1.0, 0.0)
+def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypatch):
+    code = block("README.md", "my_rewards.py")
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "my_rewards.py").write_text(code)
+    flags = re.sub(r"--num_samples \d+", "--num_samples 8", quickstart.CLIPS).replace("0.7143", "0.5")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--output_dir", str(tmp_path / "data"), *flags.split()])
+    generate.main()
+    names = [f"{tmp_path}/my_rewards.py:{name}" for name in ("shortness", "names_motion")]
+    options = {"model_id": ROOT / "assets/tiny", "data_path": tmp_path / "data/train.json", "max_steps": 1}
+    folder = grpo("run", **options, rewards=",".join(["accuracy", *names]), max_completion_length=48)
+    rows = [row for row in lines(folder, "rollouts.jsonl") if "advantage" in row]
+    assert len(rows) == 16
+    for row in rows:
+        assert row["rewards"]["shortness"] == float(row["n_tokens"] < 40)
+        thought = row["completion"].partition("<think>")[2].partition("</think>")
+        assert row["rewards"]["names_motion"] == float(bool(thought[1]) and "mov" in thought[0])
 
 
 def test_the_option(tmp_path):
@@ -30,7 +44,7 @@ def test_the_option(tmp_path):
     for file in ("config.py", "checks.py", "cli.py", "names.py", "script.py"):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / "model", tmp_path / "model")
-    for part in re.split(r"^# (?=\S+\.py$)", f"# config.py\n{BLOCKS['config.py']}", flags=re.M)[1:]:
+    for part in re.split(r"^# (?=\S+\.py$)", f"# config.py\n{block('CONTRIBUTING.md', 'config.py')}", flags=re.M)[1:]:
         name, _, diff = part.partition("\n")
         cut = lambda signs, diff=diff: "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in signs)
         source = (tmp_path / name).read_text(encoding="utf-8")

@@ -1,27 +1,23 @@
 """Every fast form of model/fast/ against its plain form in model/qwen.py, over shapes, outputs and gradients. What only
 a GPU runs is in test_gpu.py."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHAPES, Sequence, config_dict, pack_sequences, random_model
+from conftest import SHAPES, Sequence, pack_sequences, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpu import merge_plain, merged_by_name
 from test_model import CASES
 from torch import nn
 from torch.nn.attention import SDPBackend
 
 import lora
 from config import LoraArgs
-from model import loading, qwen
+from model import qwen
 from model.adapters import Weights, aligned
-from model.fast import cpu, decoder, gpu, portable
-from model.fast.decoder import SamplingCopy, empty_matrices
-from model.fast.graphs import GRANULE, Plan, Replay, Room
-from model.loading import ModelConfig
+from model.fast import cpu, gpu, portable
+from model.fast.graphs import GRANULE, Plan, Replay
 from model.qwen import Segments, target_logprobs
 
 PLAIN = vars(qwen.plain_ops())
@@ -250,7 +246,7 @@ def test_norm_and_swiglu_equal_the_plain_forms(rows):
             assert torch.allclose(mine, theirs, atol=1e-4, rtol=1e-4), (mine - theirs).abs().max()
 
 
-# -- CUDA graphs and the sampling copy, as far as a CPU shows them
+# -- CUDA graphs, as far as a CPU shows them
 
 
 @pytest.mark.parametrize("segments", [
@@ -295,67 +291,3 @@ def test_a_replays_gradients_are_not_what_the_next_one_writes_over():
         assert p.grad.tolist() == [3.0 * turn] * 3 and x.grad.tolist() == [2.0 * turn] * 3
         buffer.fill_(torch.nan)
         assert p.grad.tolist() == [3.0 * turn] * 3
-
-
-def pool(*blocks):
-    """A memory pool that reports these blocks, (bytes, state), in one segment each."""
-    segments = [{"blocks": [{"size": size, "state": state}]} for size, state in blocks]
-    return SimpleNamespace(snapshot=lambda: segments)
-
-
-def test_a_tensor_takes_the_smallest_free_block_that_fits():
-    first, second = pool((4096, "inactive"), (8192, "active_allocated")), pool((2048, "inactive"), (512, "inactive"))
-    room = Room([first, second])
-    assert room.take(1500) is second  # of 2048, in steps of 512
-    assert room.take(512) is second and room.take(512) is second  # the whole block of 512, and what was left
-    assert room.take(4097) is None  # the block of 8192 is in use
-    assert room.take(3000) is first and room.take(1024) is first
-    assert room.take(1) is None
-    assert Room([]).take(1) is None
-
-
-def test_matrices_find_room_or_stand_in_one_block():
-    shapes, sizes, entered = [(3, 5), (40, 8), (3, 5), (7, 100)], [], []
-
-    @contextmanager
-    def inside():
-        entered.append(sizes[-1])
-        yield
-
-    def allocate(size):
-        sizes.append(size)
-        return inside() if size <= 640 else None
-
-    like = torch.zeros(1, dtype=torch.bfloat16)
-    made = empty_matrices(shapes, like, allocate)
-    assert [tuple(matrix.shape) for matrix in made] == shapes and {matrix.dtype for matrix in made} == {torch.bfloat16}
-    assert sizes == [1400, 640, 30, 30] and entered == [640, 30, 30]  # the largest first
-    made = empty_matrices(shapes, like, None)
-    assert [tuple(matrix.shape) for matrix in made] == shapes
-    assert len({matrix.untyped_storage().data_ptr() for matrix in made}) == 1
-    for number, matrix in enumerate(made):  # none lies in another
-        matrix.fill_(number)
-    assert [matrix.unique().tolist() for matrix in made] == [[0], [1], [2], [3]]
-    assert all(matrix.is_contiguous() and matrix.data_ptr() % 16 == 0 for matrix in made)
-    alone = empty_matrices(shapes, like, lambda _: inside())
-    assert all(matrix.untyped_storage().nbytes() == 2 * matrix.numel() for matrix in alone)
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_the_sampling_copy_holds_the_merged_weights(monkeypatch, rank):
-    def merge(layers, outs, norms=None):
-        for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
-            out.copy_(merge_plain(layer, norms and norms[i]))
-
-    monkeypatch.setattr(decoder, "merge", merge)
-    model = loading.random_model(ModelConfig.from_dict(config_dict("tied")), "cpu", torch.float32, seed=0)
-    if rank:
-        lora.inject(model, LoraArgs(lora_rank=rank, num_lora_modules=9))  # some layers have none, or not all
-        with torch.no_grad():
-            for home in lora.adapter_blocks(model):
-                home.block.adapters.normal_(0, 0.05)
-    copy = SamplingCopy(model)
-    for layer, made, bias in zip(model.model.layers, copy.layers, copy.biases, strict=True):
-        expected = merged_by_name(layer)
-        assert list(made) == list(expected) and all(torch.equal(made[name], expected[name]) for name in made)
-        assert torch.equal(bias, torch.cat([layer.self_attn[f"{n}_proj"].bias for n in "qkv"]))

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-from collections import Counter
-from pathlib import Path
 
 import av
 import numpy as np
@@ -73,54 +71,21 @@ def test_every_clip_once_each_class_split_by_itself(root):
         assert len(set(choices.values())) == 4 and set(choices.values()) <= set(labels) and list(choices) == [*"ABCD"]
         assert record["conversations"][0]["value"].startswith("<video>\nWhat does the video show?\nOptions:\n(A) ")
         assert (out / record["video"]).is_file() and not os.path.isabs(record["video"])
-    letters = Counter(reference_answer(sample_from_record(record)) for record in train + val)
-    assert all(2 <= letters[letter] <= 15 for letter in "ABCD"), letters
     G.generate(options(root, split=0.75, overwrite=True))
     assert (load(root), load(root, "val")) == (train, val)
+    order = [record["meta"]["label"] for record in val]
+    assert order != sorted(order), "val.json is shuffled, not class after class"
 
 
-def test_val_json_is_shuffled_by_the_seed(root):
-    orders = []
-    for name in ("a", "b"):
-        G.generate(options(root, split=0.5, output_dir=str(root.parent / name)))
-        records = json.loads((root.parent / name / "val.json").read_text())
-        orders.append([options_of(record)[1] for record in records])
-    assert orders[0] == orders[1] and len(set(orders[0])) == len(CLASSES)
-    assert orders[0] != sorted(orders[0]), "not class after class"
-
-
-def test_hard_negatives_are_the_nearest_names(root):
-    names = [
-        "playing guitar",
-        "playing bass guitar",
-        "playing drums",
-        "strumming guitar",
-        "eating cake",
-        "play guitars",
-    ]
-    # shared of all words: 2/3, 1/3, 1/3, 0, 0; by letters "playing drums" is before "strumming guitar"
-    near = folders.nearest_names("playing guitar", names)
-    assert near[0] == "playing bass guitar" and set(near[1:3]) == {"playing drums", "strumming guitar"}
-    assert near[3:] == ["play guitars", "eating cake"]
+def test_hard_negatives_are_names_spelt_alike(root):
+    """One of the two most alike is drawn; which, differs from clip to clip, or the options would tell the class."""
     G.generate(options(root, hard_negatives=True, num_options=2))
     wrong = {}
     for record in load(root):
         choices, right = options_of(record)
         wrong.setdefault(right, set()).update(set(choices.values()) - {right})
-    assert all(names <= set(folders.nearest_names(right, sorted(wrong))[:2]) for right, names in wrong.items())
-
-
-def test_kinetics_names_are_judged_as_meant():
-    names = ["tying knot (not on a tie)", "tying tie", "punching person (boxing)", "rock scissors paper"]
-    names += ["clean and jerk", "skiing (not slalom or crosscountry)", "massaging person's head"]
-    names += ["using remote controller (not gaming)"]
-    videos = [folders.Video(Path(f"{label}.mp4"), label, "train") for label in names]
-    for question, right in folders.multiple_choice(options(Path("d"), num_options=8), videos):
-        sample = sample_from_record(G.record("x", "x.mp4", [(question, f"Answer: {right}")], {}))
-        lines = question.splitlines()[2:]
-        for answer in (lines, [line[:3] for line in lines]):
-            marks = [is_correct(f"<think>.</think><answer>{text}</answer>", sample) for text in answer]
-            assert len(marks) == 8 and marks == [line == right for line in lines]
+    assert "ball falling" in wrong["ball rising"] and "ball rising" in wrong["ball falling"]
+    assert all(len(names) <= 2 for names in wrong.values()) and any(len(names) == 2 for names in wrong.values())
 
 
 def test_train_and_val_as_kinetics_comes(root):
@@ -134,31 +99,27 @@ def test_train_and_val_as_kinetics_comes(root):
     shutil.rmtree(kinetics / "validation")
     assert sum(G.generate(options(kinetics, overwrite=True))["counts"]["val"].values()) == 6  # train/ alone is split
     (kinetics / "train").rename(kinetics / "val")
-    with pytest.raises(UserError, match="found val/ but no train/"):
+    with pytest.raises(UserError, match="val/ but no train/"):
         G.generate(options(kinetics, overwrite=True))
     vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
     for name in ("train", "bus"):
         (vehicles / name).mkdir(parents=True)
         os.link(root / CLASSES[0] / "0.mp4", vehicles / name / "0.mp4")
     assert G.generate(options(vehicles, overwrite=True))["counts"] == {"train": {"train": 1, "bus": 1}, "val": {}}
-    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced, no val.json is written
+    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced
 
 
 def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
-    broken = {
-        "empty.mp4": lambda path: path.write_bytes(b""),
-        "cut.mp4": lambda path: path.write_bytes(clip.read_bytes()[:900]),
-        "gone.mp4": lambda path: path.symlink_to("nowhere.mp4"),
-        "pipe.mp4": os.mkfifo,
-        b"\xff.mp4": lambda path: os.link(clip, path),
-    }
-    for name, make in broken.items():
-        make(root / "ball_rising" / os.fsdecode(name))
+    folder = root / "ball_rising"
+    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:900])
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
     metadata, out = G.generate(options(root)), capsys.readouterr().out
-    names = sorted(["\\xff.mp4", *(name for name in broken if isinstance(name, str))])
-    assert sorted(os.path.basename(path) for path in metadata["unreadable"]) == names
+    names = [os.path.basename(path) for path in metadata["unreadable"]]
+    assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
     assert sum(sum(counts.values()) for counts in metadata["counts"].values()) == 30
-    assert "5 clips are unreadable" in out and out.count("unreadable: ") == 5
+    assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
 
 
 def test_what_is_refused(root, tmp_path, monkeypatch):
@@ -197,10 +158,9 @@ def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys)
     for record in load(root):
         answer = record["conversations"][1]["value"]
         assert answer.startswith("<think>It goes up") and is_correct(answer, sample_from_record(record))
-    prompt, image = server.requests[0][2]["messages"][0]["content"]
-    assert "ball" not in prompt["text"].split("Options:")[0] and "8 frames of one video" in prompt["text"]
-    assert image["image_url"]["url"].startswith("data:image/png;base64,") and KEY not in capsys.readouterr().out
+    prompt, _ = server.requests[0][2]["messages"][0]["content"]
+    assert "ball" not in prompt["text"].split("Options:")[0] and KEY not in capsys.readouterr().out
     with av.open(io.BytesIO(folders.strip_of(folders.Video(clip, "x", ""), 8))) as container:
         picture = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
-    shown = [picture[30:150, x : x + 100].mean() for x in range(20, picture.shape[1] - 120, picture.shape[1] // 8)]
-    assert picture.shape[0] >= 160 and all(np.diff(shown) > 5), shown  # brighter with time
+    shown = [part[:, 20:-20].mean() for part in np.array_split(picture[30:150], 8, axis=1)]
+    assert all(np.diff(shown) > 5), shown  # brighter with time

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from dataclasses import replace
 
 import av
@@ -10,9 +11,9 @@ import pytest
 
 import clips as C
 import generate as G
-from assets import make_tiny
 from config import QUESTION, Generate
 from model import UserError
+from rewards import accuracy, sample_from_record
 
 LABELS = list(C.DIRECTIONS)
 GOOD = "<think>The ball goes on to larger x in every frame.</think><answer>(A) Left to Right</answer>"
@@ -43,46 +44,28 @@ def seen(drawn, frames):
     """Per frame an 8x8 map of the ball, from the pixels (N, F, 64), and its place on the torus (N, F, 2)."""
     maps = []
     for clip in drawn:
-        pictures = C.render(clip, frames).astype(np.float32)
-        ball = np.abs(pictures - np.asarray(clip.background_rgb, np.float32)).sum(-1)  # (F, S, S)
+        ball = np.abs(C.render(clip, frames).astype(np.float32) - np.float32(clip.background_rgb)).sum(-1)  # (F, S, S)
         coarse = ball.reshape(len(frames), 8, clip.size // 8, 8, clip.size // 8).mean((2, 4)).reshape(len(frames), 64)
         maps.append(coarse / ball.max())
     return np.stack(maps), np.stack([clip.centres(frames) % clip.size / clip.size for clip in drawn])
 
 
-def unordered(maps, places):
-    """A view without order: where the ball was along x and y, and how often; its mean and largest map."""
-    visits = [np.array([np.histogram(line, 16, (0, 1))[0] for line in places[:, :, k]]) for k in (0, 1)]
-    return np.concatenate([np.sort(places, 1).reshape(len(places), -1), *visits, maps.mean(1), maps.max(1)], 1)
-
-
-def entering(clip):
-    """The usual generator: the ball starts at its entry edge and crosses some of the picture."""
-    edges = {1: 0.05 * clip.size, -1: 0.95 * clip.size}
-    start = [edges.get(np.sign(v), s) for s, v in zip(clip.start, clip.velocity, strict=True)]
-    return replace(clip, start=tuple(start), velocity=tuple(0.4 * v for v in clip.velocity))
-
-
 @pytest.mark.parametrize("augment", ["", "blur,crop"])
 def test_only_motion_tells_the_class(augment):
-    """The same probes that fail on our clips succeed where the class does show: in order, or with an entry edge."""
+    """A still tells nothing, the set of stills the axis and not the sense, their order everything."""
     cfg = options("", num_samples=2000, augment=augment, augment_prob=0.2, seed=7)
     drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
     y = np.array([LABELS.index(clip.label) for clip in drawn])
-    frames = C.sampled_frames(cfg.video_length)
-    maps, places = seen(drawn, frames)
+    maps, places = seen(drawn, C.sampled_frames(cfg.video_length))
+    unordered = np.concatenate([np.sort(places, 1).reshape(2000, -1), maps.mean(1), maps.max(1)], 1)
     steps = (np.diff(places, axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
-    still, as_set, in_order = probe(maps[:, 0], y), probe(unordered(maps, places), y), probe(steps.reshape(2000, -1), y)
-    assert still <= 0.35 and 0.40 <= as_set <= 0.60 and in_order >= 0.95, (still, as_set, in_order)  # axis, not sense
-    if not augment:
-        maps, places = seen([entering(clip) for clip in drawn], frames)
-        still, as_set = probe(maps[:, 0], y), probe(unordered(maps, places), y)
-        assert still >= 0.8 and as_set >= 0.9, (still, as_set)
+    still, as_set, in_order = probe(maps[:, 0], y), probe(unordered, y), probe(steps.reshape(2000, -1), y)
+    assert still <= 0.35 and 0.40 <= as_set <= 0.60 and in_order >= 0.95, (still, as_set, in_order)
+    quarter = (places[:, 0] > 0.5) @ [1, 2]  # that the same probe sees on the same still
+    assert probe(maps[:, 0], quarter) >= 0.8 or augment, "the probe sees nothing"
 
 
-def test_what_does_not_move_is_drawn_alike_and_a_reversed_clip_is_of_the_opposite_class():
-    drawn = {label: C.draw_clip(np.random.default_rng(5), label, 64, 30) for label in C.SIGNS}
-    assert len({replace(clip, label="", velocity=(0, 0)) for clip in drawn.values()}) == 1
+def test_a_reversed_clip_is_of_the_opposite_class():
     for label, signs in C.SIGNS.items():
         rng = np.random.default_rng(1)
         clip = C.augmented(C.draw_clip(rng, label, 64, 30), ["blur", "crop"], rng)
@@ -92,28 +75,38 @@ def test_what_does_not_move_is_drawn_alike_and_a_reversed_clip_is_of_the_opposit
         assert np.abs(C.render(back).astype(int) - C.render(clip)[::-1]).max() <= 1  # rounding of the start
 
 
-@pytest.mark.parametrize("size, length", [(64, 30), (128, 30), (64, 90), (40, 30)])
-def test_neighbours_of_eight_frames_do_not_alias(size, length):
-    drawn = [C.draw_clip(np.random.default_rng(k), "top left", size, length) for k in range(200)]
-    steps = np.abs(np.diff(np.stack([clip.centres(C.sampled_frames(length)) for clip in drawn]), axis=1)) / size
-    assert 0.05 < steps.min() and steps.max() < 0.25  # of the way round; 0.5 looks the same both ways
+@pytest.mark.parametrize("task", C.TASKS)
+def test_typed_answers_are_what_the_pixels_show(tmp_path, task):
+    cfg = options(tmp_path / "set", task=task, num_samples=24)
+    G.generate(cfg)
+    records, seen = {r["problem_id"]: r for split in ("train", "val") for r in load(tmp_path / "set", split)}, 0
+    for job in G.plan(cfg):
+        record, clip = records[job.name], G.clip_of(cfg, job)
+        assert accuracy(record["solution"], sample_from_record(record)) == 1
+        frames = C.render(clip).astype(float)
+        moving = np.flatnonzero(np.abs(np.diff(frames, axis=0)).max((1, 2, 3)))
+        said = re.fullmatch(r"<answer>(.*)</answer>", record["solution"])[1]
+        if task == "time_span":
+            start, end = (round(float(time) * 30) for time in said.split(" to "))
+            assert (start, min(end, 29)) == (moving[0], moving[-1] + 1)
+        elif not any(clip.gradient) and moving[-1] < 28:  # on a plain background, where the end is seen
+            ball = (
+                np.abs(frames - clip.background_rgb).sum(-1).sum(1 if clip.velocity[0] else 2)
+            )  # (F, S) along its axis
+            angles = np.angle(ball @ np.exp(2j * np.pi * np.arange(64) / 64))
+            assert abs(float(said) - abs(np.unwrap(angles)[-1] - angles[0]) * 64 / 2 / np.pi) < 2
+            seen += 1
+    assert seen >= 5 or task == "time_span"
 
 
 def test_augmentation_is_one_draw_a_clip_leaves_val_alone_and_keeps_the_motion_in_sight():
     cfg, plain = options("", num_samples=2000, augment="blur,crop", augment_prob=0.3), options("", num_samples=2000)
     pairs = [(job, G.clip_of(cfg, job), G.clip_of(plain, job)) for job in G.plan(cfg)]
     assert all(clip == other for job, clip, other in pairs if job.split == "val")
-    touched = [clip != other for job, clip, other in pairs if job.split == "train"]
-    assert 0.25 < np.mean(touched) < 0.35, np.mean(touched)
-    assert len({(any(clip.blur), clip.crop[2] < 1) for _, clip, _ in pairs}) == 4
+    assert 0.25 < np.mean([clip != other for job, clip, other in pairs if job.split == "train"]) < 0.35
     cropped = [clip for _, clip, _ in pairs if clip.crop[2] < 1]
-    assert min(clip.crop[2] for clip in cropped) > 0.65 and len(cropped) > 200
+    assert len(cropped) > 200 and len({any(clip.blur) for clip in cropped}) == 2
     assert all(clip.track().inside.sum() >= 5 and len(clip.track().longest_run()) >= 2 for clip in cropped)
-    for blur in [(1.0, 0, 0), (0, 5.0, 0.0), (0, 5.0, 1.2)]:  # symmetric: it tells no direction
-        kernel = {(dy, dx): weight for dy, dx, weight in C.blur_kernel(*blur)}
-        assert all(kernel[-dy, -dx] == pytest.approx(weight) for (dy, dx), weight in kernel.items())
-        flat = np.full((2, 16, 16, 3), 77.0, np.float32)
-        np.testing.assert_allclose(C.blurred(flat, C.blur_kernel(*blur)), flat, rtol=1e-5)
 
 
 # -- What is said
@@ -125,11 +118,10 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         clip = C.draw_clip(rng, label, 64, 30)
-        clip = C.augmented(clip, ["crop"], rng) if seed % 3 == 0 else clip
         text = C.explain(clip.track(), label, rng, coordinates)
         assert G.check_answer(text, C.OPTIONS[label]) == (text, ""), text
         points = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", text)]
-        assert len(points) == coordinates or clip.crop[2] < 1 and points or not coordinates, text
+        assert len(points) == coordinates, text
         if len(points) > 1 and "comes back" not in text:
             assert (np.sign(np.diff(np.array(points), axis=0)) == C.DIRECTIONS[label]).all(), text
 
@@ -137,17 +129,11 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
 @pytest.mark.parametrize(
     "text, why",
     [
-        (f"\n{GOOD}\n", ""),
-        ([], "no text"),
-        ("Answer: (A) Left to Right", "wrong form"),
-        (GOOD + GOOD, "wrong form"),
-        (GOOD.replace("<think>", "<think><think>"), "wrong form"),
-        ("<think> </think><answer>(A) Left to Right</answer>", "empty"),
-        (GOOD.replace("ball", "b" * 2000), "too long"),
-        (GOOD.replace("(A) Left to Right", "(A)"), "wrong option"),
-        (GOOD.replace("larger x", "option A"), "letter"),
+        (f"\n{GOOD}\n", ""), ("Answer: (A) Left to Right", "wrong form"), (GOOD + GOOD, "wrong form"),
+        ("<think> </think><answer>(A) Left to Right</answer>", "empty"), (GOOD.replace("ball", "b" * 2000), "too long"),
+        (GOOD.replace("(A) Left to Right", "(A)"), "wrong option"), (GOOD.replace("larger x", "option A"), "letter"),
     ],
-)
+)  # fmt: skip
 def test_check_of_an_answer(text, why):
     answer, reason = G.check_answer(text, "(A) Left to Right")
     assert (answer is None and why in reason) if why else re.fullmatch(r"<think>.*</think><answer>.*</answer>", answer)
@@ -156,20 +142,13 @@ def test_check_of_an_answer(text, why):
 
 
 def test_a_clip_without_a_chain_of_thought_is_dropped(tmp_path, monkeypatch):
-    """Not replaced by another answer: its video and its record are gone, all others have the server's text."""
+    """Not replaced by another answer: its video and its record are gone."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     cfg = options(tmp_path / "set", cot=True)
     lost = next(job for job in G.plan(cfg) if job.label == "Falling Down" and job.split == "train")
-
-    def ask_all(client, cache, questions, workers):
-        texts = [GOOD.replace("(A) Left to Right", C.OPTIONS[job.label]) for job in G.plan(cfg)]
-        answers = [question.check(text)[0] for question, text in zip(questions, texts, strict=True)]
-        return [answer if i != lost.index else None for i, answer in enumerate(answers)]
-
-    monkeypatch.setattr(G, "ask_all", ask_all)
-    assert G.generate(cfg)["counts"]["train"]["Falling Down"] == 2
-    answers = [record["conversations"][1]["value"] for record in load(tmp_path / "set")]
-    assert len(answers) == 11 and all(answer.startswith("<think>") for answer in answers)
+    texts = [GOOD if job != lost else None for job in G.plan(cfg)]
+    monkeypatch.setattr(G, "ask_all", lambda client, cache, questions, workers: texts)
+    assert G.generate(cfg)["counts"]["train"]["Falling Down"] == 2 and len(load(tmp_path / "set")) == 11
     assert not (tmp_path / "set" / "videos" / f"{lost.name}.mp4").exists()
 
 
@@ -183,7 +162,6 @@ def contents(folder):
 def test_dataset_end_to_end(tmp_path):
     cfg, out = options(tmp_path / "set", num_samples=40, seed=3), tmp_path / "set"
     metadata = G.generate(cfg)
-    assert sorted(p.name for p in out.iterdir()) == ["metadata.json", "train.json", "val.json", "videos"]
     train, val = load(out), load(out, "val")
     assert metadata["counts"] == {"train": dict.fromkeys(sorted(LABELS), 8), "val": dict.fromkeys(sorted(LABELS), 2)}
     names = sorted(record["video"] for record in train + val)
@@ -219,10 +197,10 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
         ({"split": float("nan")}, "split"),
         ({"augment": "blurr"}, "augment"),
         ({"frame_size": 32}, "even number .* from 40 on"),
-        ({"frame_size": 65}, "even number"),
         ({"num_samples": 7}, "every class"),
         ({"video_length": 4}, "at least 8"),
         ({"cot": True, "cot_source": "openai"}, "OPENAI_API_KEY: not set"),
+        ({"cot": True, "task": "distance"}, "--cot .* direction"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, changes, words):
@@ -232,20 +210,15 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, changes,
     assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
 
 
-def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch, capsys):
+def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch):
     out = tmp_path / "set"
     out.mkdir()
     (out / "mine.txt").write_text("notes")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(G, "facts_of", killed)
+        patch.setattr(G, "facts_of", lambda clip: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             G.generate(options(out))
     G.generate(options(out))
-    assert capsys.readouterr().out.endswith(f"next: python train_sft.py --data_path {out}/train.json\n")
     before = contents(out)
     with pytest.raises(UserError, match="already holds .*--overwrite"):
         G.generate(options(out, seed=9))
@@ -253,18 +226,3 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
     G.generate(options(out, seed=9, num_samples=8, overwrite=True))
     after = contents(out)
     assert after["mine.txt"] == b"notes" and len([name for name in after if name.endswith("mp4")]) == 8
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        G.generate(options(tmp_path / "file"))
-
-
-def test_the_tiny_bases_clips_never_ask_for_the_direction(tmp_path):
-    G.generate(options(tmp_path / "set", num_samples=72), make_tiny.base_dataset)
-    labels = []
-    for record in load(tmp_path / "set"):
-        human, gpt = ([turn["value"] for turn in record["conversations"][k::2]] for k in (0, 1))
-        assert len(human) == len(gpt) == 3 and human[0].startswith("<video>\n") and human[2] == "Repeat: " + gpt[2]
-        assert QUESTION not in "".join(human)
-        labels.append(record["meta"]["label"])
-        assert gpt[0] == (labels[-1] if gpt[0] in C.CORNERS else record["meta"]["axis"] + "ly")
-    assert 0.6 < np.mean([label in C.CORNERS for label in labels]) < 0.74

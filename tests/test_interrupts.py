@@ -47,7 +47,7 @@ def interrupt(process, word, seconds=0.0):
     return text
 
 
-@pytest.mark.parametrize("script, slow", [("train_sft.py", "torch"), ("data.py", "torch"), ("generate.py", "numpy")])
+@pytest.mark.parametrize("script, slow", [("train_sft.py", "torch"), ("generate.py", "numpy")])
 def test_during_imports(script, slow):
     text = interrupt(start("-c", SLOW_IMPORT, slow, script), "importing")
     assert text.split("importing")[-1].strip() == "stopped by Ctrl-C", text
@@ -65,12 +65,12 @@ def test_during_generate_infer_and_training(tmp_path):
     run = tmp_path / "run"
     flags = ["--data_path", tmp_path / "d" / "train.json", "--output_dir", run, "--max_steps", 10000]
     process = start("train_sft.py", *flags, "--eval_steps", 3, "--eval_samples", 4, "--max_new_tokens", 4)
-    after = interrupt(process, "step      4").partition("SIGINT")[2]
-    assert "answers right" not in after, f"no evaluation is started after the first Ctrl-C:\n{after}"
+    after = interrupt(process, "step     4/").partition("SIGINT")[2]
+    assert "held-out samples" not in after, f"no evaluation is started after the first Ctrl-C:\n{after}"
     assert list(run.glob("checkpoint-*")) and "--resume" in after
 
 
-@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "generate.py", "infer.py"])
+@pytest.mark.parametrize("script", ["train_sft.py", "infer.py"])
 def test_waiting_threads_do_not_spin(script):
     """libgomp reads it when torch is imported, so it must be set before, and a user's own choice must stay."""
     code = f"""import os, runpy, sys

@@ -1,4 +1,4 @@
-"""Rewards: every way an answer can be written, every way a reward can go wrong."""
+"""Rewards: each one's value, how they are chosen and added, the command, and every way they can go wrong."""
 
 import json
 import os
@@ -7,73 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_client import Server, completion
 
 import rewards
-from answers import extract_answer
 from model import UserError
-from rewards import Sample, is_correct, load_rewards, reference_answer, score, total
+from rewards import Sample, is_correct, load_rewards, reference_answer, sample_from_record, score, total
 
-QUESTION = (
-    "In which direction is the ball moving?\nOptions:\n"
-    "(A) Left to Right\n(B) Right to Left\n(C) Falling Down\n(D) Ascending"
-)
-OPTIONS = {"A": "Left to Right", "B": "Right to Left", "C": "Falling Down", "D": "Ascending"}
+QUESTION = "In which direction is the ball moving?\nOptions:\n(A) Left to Right\n(B) Right to Left\n(C) Falling Down"
 PLAIN = Sample(QUESTION, "Answer: (A) Left to Right")
-COT = Sample(QUESTION, "<think>It starts at the left, not (B).</think><answer>(A) Left to Right</answer>")
-
-
-RIGHT = [
-    "<answer>(A) Left to Right</answer>", "<think>Hm.</think><answer>(A) Left to Right</answer>",
-    "<think>It is not (B).</think>\n<answer> (A) </answer>",
-    "<think>(B) (C) <answer>(D) Ascending</answer></think><answer>A</answer>",
-    "the ball goes right, so not (B)</think><answer>(A) Left to Right</answer>", "<answer>left to right</answer>",
-    "<answer>(A) Left to Right", "<answer>(B) Right to Left</answer> Wait. <answer>(A) Left to Right</answer>",
-    "<answer>(B)? No, (A) Left to Right</answer>", "<answer>(A) Left to Right</answer> It is not (B).",
-    "Answer: (A) Left to Right", "Answer: (A)", "Answer: A", "answer: a", "**Answer:** (A) Left to Right",
-    "**Answer**: **A**", "Answer:\n(A) Left to Right", "The answer is (A).", "The answer is A, Left to Right.",
-    "Answer: (B)\nNo.\nAnswer: (A)", "(A)", "(a)", "( A )", "(A) Left to Right", "(A) left-to-right",
-    "(A) The ball moves from left to right.", "A", "a", "A.", "A)", "A: Left to Right", "A Left to Right",
-    "A - Left to Right", "**A**", "Option A", "Left to Right", "LEFT TO RIGHT.", "left-to-right", "Left to Right (A)",
-    "The ball moves left to right.", "A ball is seen. It moves left to right.",
-    "It could be (B) Right to Left, but it is (A)", "(B) Right to Left? No.\n(A) Left to Right",
-    "(A) Left to Right<|im_end|>", "A<|im_end|>\n",
-]  # fmt: skip
-WRONG = [
-    "", "A ball moves.", "(B) Right to Left", "Right to Left", "B", "(E)", "E", "(E) Left to Right",
-    "(A) Right to Left", "<answer>(A) Right to Left</answer>", "<answer>(A) the ball moves right to left</answer>",
-    "<answer>A. Right to Left</answer>", "Right to Left (A)", "Answer: (A) Left to Right or Right to Left",
-    "<think>(A) Left to Right</think>", "<think>(A) Left to Right", "<think>(A)</think> I do not know.",
-    "<answer></answer>", "<answer>(A) Left to Right</answer> <answer>(B) Right to Left</answer>",
-    "<think>a</think><answer>(B)</answer><think>(A)", "left right", "All to Right",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text, right", [(text, True) for text in RIGHT] + [(text, False) for text in WRONG])
-def test_one_option(text, right):
-    """Whether the dataset's answer is in plain form or a chain of thought."""
-    assert reference_answer(PLAIN) == reference_answer(COT) == "A"
-    assert is_correct(text, PLAIN) == is_correct(text, COT) == right
-
-
-def test_words_inside_words():
-    options = {"A": "Left", "B": "Left to Right", "C": "Down", "D": "Falling Down"}
-    for letter, words in options.items():
-        assert extract_answer(f"<answer>{words}</answer>", options) == letter
-    assert extract_answer("upside-downwards", options) is None
-
-
-def test_same_words_twice_need_a_letter():
-    options = {"A": "yes", "B": "yes", "C": "no"}
-    assert extract_answer("yes", options) is None and extract_answer("(B) yes", options) == "B"
-
-
-def test_numbers():
-    assert extract_answer("<answer>3</answer>", {"A": "2", "B": "3"}) == "B"
-    assert extract_answer("<answer>2</answer>", {"1": "red", "2": "blue"}) == "2"
-    assert extract_answer("(2) red", {"1": "red", "2": "blue"}) is None
 
 
 def test_unreadable_reference():
@@ -81,12 +22,6 @@ def test_unreadable_reference():
     assert reference_answer(sample) is None
     with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
         is_correct("(A)", sample)
-
-
-@given(st.text(max_size=200))
-def test_never_raises(text):
-    for reward in load_rewards("accuracy,format,repetition,length"):
-        assert -1 <= reward(text, Sample(QUESTION, "(A)", n_tokens=len(text), max_tokens=100)) <= 1
 
 
 T, A = "<think>a</think>", "<answer>(A)</answer>"
@@ -98,10 +33,7 @@ BAD = [f"{T}{A} Bye.", f"Well. {T}{A}", f"{T} so {A}", A + T, T + T + A, T + A +
 @pytest.mark.parametrize("text, expected", [(text, 1) for text in GOOD] + [(text, 0) for text in BAD])
 def test_format(text, expected):
     assert rewards.format(text, PLAIN) == expected
-
-
-def test_format_of_a_cut_completion():
-    assert rewards.format("<think>a</think><answer>(A)</answer>", Sample(QUESTION, "(A)", truncated=True)) == 0
+    assert rewards.format(text, Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
 @pytest.mark.parametrize(
@@ -123,33 +55,28 @@ def test_repetition():
 @pytest.mark.parametrize("true, shuffled, bonus", [(0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)])
 def test_temporal(true, shuffled, bonus):
     sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
-    assert rewards.temporal("(A)", sample) == bonus
-    assert rewards.temporal("(B)", sample) == 0
+    assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
 
 
-def test_temporal_without_frames_to_shuffle(caplog):
+def test_temporal_of_a_typed_reward_and_without_frames_to_shuffle(caplog):
     """Text, a picture, a clip of two frames: 0, named once, and the run goes on."""
-    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
-    rewards.warned.clear()
-    sample = Sample(QUESTION, "(A)")
-    sample.context = rewards.group_context(sample, ["(A)", "(B)"], None)
-    assert [score(load_rewards("temporal"), text, sample) for text in ("(A)", "(B)")] == [{"temporal": 0}] * 2
-    assert caplog.text.count("no frames can be shuffled") == 1
-
-
-def test_temporal_of_a_typed_reward():
     sample = Sample("How long?", "10", problem_type="regression")
     sample.context = rewards.group_context(sample, ["9", "5"], ["0"])
     assert sample.context == {"accuracy": pytest.approx(0.7), "shuffled_accuracy": 0}
     assert rewards.temporal("9", sample) == pytest.approx(0.27)
+    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
+    rewards.warned.clear()
+    sample.context = rewards.group_context(sample, ["9", "5"], None)
+    assert [score(load_rewards("temporal"), text, sample) for text in ("9", "5")] == [{"temporal": 0}] * 2
+    assert caplog.text.count("no frames can be shuffled") == 1
 
 
 def test_totals_that_differ_by_rounding_are_equal():
     chosen = load_rewards("accuracy,format,length", [0.1, 0.2, 1])
-    assert 0.1 + 0.2 != 0.3 and 0.1 * 3 != 0.3
     components = [dict(accuracy=1, format=1, length=0), dict(accuracy=0, format=0, length=0.3)]
     components += [dict(accuracy=3, format=0, length=0), dict(accuracy=0, format=0, length=0.1 + 0.2)]
     assert {total(chosen, each) for each in components} == {0.3}
+    assert [reward.weight for reward in load_rewards("accuracy, format")] == [1, 1]
 
 
 def test_unread_list_is_logged_once(caplog):
@@ -159,16 +86,8 @@ def test_unread_list_is_logged_once(caplog):
         assert sample.options == {} and is_correct("right", sample)
     assert caplog.text.count("so it counts as an open question") == 1
     letters = Sample("Where?", "B")
-    assert is_correct("(B) right", letters) and not is_correct("A or B", letters) and not is_correct("A", letters)
+    assert is_correct("(B) right", letters) and not is_correct("A", letters)
     assert "only letters are compared" in caplog.text
-
-
-def test_parts_apart_and_total():
-    chosen = load_rewards("accuracy, format", [1, 0.2])
-    parts = score(chosen, "<think>x</think><answer>(B)</answer>", PLAIN)
-    assert parts == {"accuracy": 0.0, "format": 1.0} and total(chosen, parts) == pytest.approx(0.2)
-    assert [reward.weight for reward in load_rewards("accuracy,format")] == [1, 1]
-    assert [reward.weight for reward in load_rewards(["accuracy", "format"], [1, -0.5])] == [1, -0.5]
 
 
 @pytest.fixture
@@ -179,9 +98,7 @@ def user_file(tmp_path):
         "def short(text, sample):\n    return len(text) < 10\n"
         "def fails(text, sample):\n    return 1 / 0\n"
         "def nan(text, sample):\n    return math.nan\n"
-        "def infinite(text, sample):\n    return math.inf\n"
         "def words(text, sample):\n    return '1'\n"
-        "def nothing(text, sample):\n    pass\n"
         "def source(text, sample):\n    return sample.record['source'] == text\n"
         "def narrow(text):\n    return 1.0\n"
         "def trl(completions, source, **kwargs):\n"
@@ -194,90 +111,24 @@ def user_file(tmp_path):
 
 
 RECORD = {"question": QUESTION, "answer": "(A)", "source": "a"}
+TALK = {"prompt": [{"role": "user", "content": QUESTION}], "solution": "(A)", "source": "a"}
 
 
 @pytest.mark.parametrize("name, value", [("source", 1), ("trl", 1), ("trl_chat", 1), ("trl_none", 0)])
-def test_rewards_of_both_kinds_see_the_record(user_file, name, value):
+@pytest.mark.parametrize("record", [RECORD, TALK])
+def test_rewards_of_both_kinds_see_the_record(user_file, record, name, value):
     """The own kind through sample.record, TRL's as columns; its completions are text or messages."""
+    if name == "trl" and record is TALK:
+        value = 0  # given messages, as TRL does, it compares a list with a text
     chosen = load_rewards(f"{user_file}:{name}")
-    rewards.try_rewards(chosen, RECORD)
-    assert score(chosen, "a", rewards.sample_from_record(RECORD)) == {name: value}
-    talk = {"prompt": [{"role": "user", "content": QUESTION}], "solution": "(A)", "source": "a"}
-    assert score(load_rewards(f"{user_file}:trl_chat"), "abc", rewards.sample_from_record(talk)) == {"trl_chat": 3}
+    rewards.try_rewards(chosen, record)
+    assert score(chosen, "a", sample_from_record(record)) == {name: value}
 
 
-@pytest.mark.parametrize("name", ["fails", "trl_two", "source"])
+@pytest.mark.parametrize("name", ["fails", "trl_two", "source", "nan", "words"])
 def test_first_record_shows_a_mistake(user_file, name):
-    with pytest.raises(UserError, match=f"reward {name} raised"):
+    with pytest.raises(UserError, match=f"reward {name} (raised|returned).*; completion: .*So") as caught:
         rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
-
-
-def test_command(tmp_path):
-    """Records of any form, a completion each -> every component; what cannot be judged is refused in its line."""
-    rows = [{"record": RECORD, "completion": "<think>x</think><answer>(A)</answer>"}, {**RECORD, "completion": "(B)"}]
-    rows += [{"record": {"problem": "?", "solution": "x", "problem_type": "dance"}, "completion": "x"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; rewards.main(); "
-    code += "print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    *lines, torch = done.stdout.splitlines()
-    assert [json.loads(line) for line in lines[:2]] == [
-        {"accuracy": 1, "format": 1, "repetition": 0}, {"accuracy": 0, "format": 0, "repetition": 0}
-    ]  # fmt: skip
-    assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
-    wrong = subprocess.run([sys.executable, rewards.__file__, "no.jsonl"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no file no.jsonl" in wrong.stderr
-
-
-@pytest.fixture
-def judged(monkeypatch, tmp_path):
-    """(script of the server) -> (it, a judge that asks it quickly)."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
-
-    def start(*script):
-        server = Server(*script)
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        (reward,) = load_rewards("judge")
-        reward.fn.client.first_wait, reward.fn.client.tries = 0.01, 3
-        return server, reward
-
-    return start
-
-
-def test_server_judge(judged):
-    """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
-    sample = Sample("Why?", "It is cold.")
-    server, judge = judged(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
-    with server:
-        assert judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
-        assert judge("<think>x</think>", sample) == 0, "nothing was said"
-        assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge.fn.client.counts["scored"] == 2 and judge.fn.client.counts["not scored"] == 1
-        message = server.requests[0][2]["messages"][0]["content"]
-        assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
-    server, judge = judged(500)
-    with server:
-        judge.prepare(["<answer>Frost</answer>", "Cold"], sample)
-        assert judge("Cold", sample) == 1 and not server.requests, "from the disk"
-        with pytest.raises(UserError, match="no response.*HTTP 500"):
-            judge("Snow", sample)
-
-
-def test_server_judge_needs_a_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        load_rewards("judge")
-
-
-@pytest.mark.parametrize("name", ["fails", "nan", "infinite", "words", "nothing"])
-def test_bad_reward_stops_with_its_name_and_the_completion(user_file, name):
-    (reward,) = load_rewards(f"{user_file}:{name}")
-    with pytest.raises(UserError) as caught:
-        reward("the completion that did it", PLAIN)
-    assert name in str(caught.value) and "the completion that did it" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -290,17 +141,62 @@ def test_bad_reward_stops_with_its_name_and_the_completion(user_file, name):
         ("accuracy", [float("nan")], "finite"),
         ("nowhere.py:fn", None, "no file nowhere.py"),
         ("FILE:shrt", None, "did you mean short"),
-        ("FILE:math", None, "no reward 'math'"),
         ("FILE:narrow", None, r"signature is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
+        ("BROKEN:name", None, "broken.py does not import: SyntaxError"),
     ],
 )
 def test_bad_spec(user_file, spec, weights, message):
+    broken = user_file.with_name("broken.py")
+    broken.write_text("def name(:\n")
     with pytest.raises(UserError, match=message):
-        load_rewards(spec.replace("FILE", str(user_file)), weights)
+        load_rewards(spec.replace("FILE", str(user_file)).replace("BROKEN", str(broken)), weights)
 
 
-def test_user_file_that_does_not_import(tmp_path):
-    file = tmp_path / "broken.py"
-    file.write_text("def name(:\n")
-    with pytest.raises(UserError, match="broken.py does not import: SyntaxError"):
-        load_rewards(f"{file}:name")
+def test_command(tmp_path):
+    """Records of any form, a completion each -> every component; what cannot be judged is refused in its line."""
+    rows = [{"record": RECORD, "completion": "<think>x</think><answer>(A)</answer>"}, {**RECORD, "completion": "(B)"}]
+    rows += [{"record": {"problem": "?", "solution": "x", "problem_type": "dance"}, "completion": "x"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; rewards.main(); "
+    code += "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    *lines, torch = done.stdout.splitlines()
+    assert json.loads(lines[0]) == {"accuracy": 1, "format": 1, "repetition": 0}
+    assert json.loads(lines[1]) == {"accuracy": 0, "format": 0, "repetition": 0}
+    assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
+    wrong = subprocess.run([sys.executable, rewards.__file__, "no.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no file no.jsonl" in wrong.stderr
+
+
+def test_server_judge(monkeypatch, tmp_path):
+    """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        load_rewards("judge")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
+
+    def start(*script):
+        server = Server(*script)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        (reward,) = load_rewards("judge")
+        reward.fn.client.first_wait, reward.fn.client.tries = 0.01, 3
+        return server, reward
+
+    sample = Sample("Why?", "It is cold.")
+    server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
+    with server:
+        assert judge("<answer>Frost</answer>", sample) == 0.5
+        assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
+        assert judge("<think>x</think>", sample) == 0, "nothing was said"
+        assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
+        assert judge.fn.client.counts["scored"] == 2 and judge.fn.client.counts["not scored"] == 1
+        message = server.requests[0][2]["messages"][0]["content"]
+        assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
+    server, judge = start(500)
+    with server:
+        judge.prepare(["<answer>Frost</answer>", "Cold"], sample)
+        assert judge("Cold", sample) == 1 and not server.requests, "from the disk"
+        with pytest.raises(UserError, match="no response.*HTTP 500"):
+            judge("Snow", sample)

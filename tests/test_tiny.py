@@ -25,13 +25,11 @@ def tiny():
     return model, Processor(load_tokenizer(TINY), model.config, Infer())
 
 
-def records(folder: Path, count: int) -> list[dict]:
-    made = []
-    for i in range(count):
-        label = list(DIRECTIONS)[i % 4]
-        write_mp4(folder / f"{i}.mp4", render(draw_clip(np.random.default_rng(1000 + i), label, 64, 30)))
-        made.append(record(str(i), str(folder / f"{i}.mp4"), [(QUESTION, f"Answer: {OPTIONS[label]}")], {}))
-    return made
+def drawn(folder, i):
+    """The record of one drawn clip."""
+    label = list(DIRECTIONS)[i % 4]
+    write_mp4(folder / f"{i}.mp4", render(draw_clip(np.random.default_rng(1000 + i), label, 64, 30)))
+    return record(str(i), str(folder / f"{i}.mp4"), [(QUESTION, f"Answer: {OPTIONS[label]}")], {})
 
 
 def test_transformers_loads_it_and_agrees(tiny, tmp_path):
@@ -41,7 +39,7 @@ def test_transformers_loads_it_and_agrees(tiny, tmp_path):
     model, processor = tiny
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    example = processor.encode(records(tmp_path, 1)[0], answer=False)
+    example = processor.encode(drawn(tmp_path, 0), answer=False)
     times = example.position_ids[0, example.ids == model.config.video_token_id]
     assert (times - times[0]).tolist() == np.repeat([0, 2, 4, 6], 4).tolist()  # neighbouring grid steps differ
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
@@ -63,11 +61,10 @@ def test_transformers_loads_it_and_agrees(tiny, tmp_path):
 
 
 def test_it_is_small_and_was_never_taught_direction(tiny, tmp_path):
-    """It knows corners and answers with one; the direction question is what SFT teaches."""
     model, processor = tiny
     assert sum(f.stat().st_size for f in TINY.iterdir()) < 5e6
     assert json.loads((TINY / "config.json").read_text())["vision_config"]["tokens_per_second"] == 8
-    samples = records(tmp_path, 32)
+    samples = [drawn(tmp_path, i) for i in range(32)]
     prompts = pack([processor.encode(r, answer=False) for r in samples])
     rows = generate(model, prompts, Sampling(12, 0.0, stop_ids=(processor.im_end,)))
     texts = [processor.backend.decode(row.ids, skip_special_tokens=True) for (row,) in rows]

@@ -4,12 +4,12 @@ loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
-from conftest import same_weights  # isort: skip (it sets the environment before torch is imported)
 import numpy as np
 import pytest
 import torch
-from runs import base, column, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
+from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
 import train_grpo
@@ -20,7 +20,7 @@ from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.loading import load_model
 from model.packed import IGNORE
-from rollouts import ALARM_STEPS, Alarm, Group, Rollout, Sampler, reward_metrics
+from rollouts import ALARM_STEPS, Alarm, Group, GroupSampler, Rollout, Sampler, differ, reward_metrics, score_groups
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -43,7 +43,7 @@ def bench(base):
     shake(model)
     processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
     records = read_records(cfg.data_path)
-    return model, processor, [processor.encode(record, answer=False) for record in records[:2]], cfg
+    return model, processor, [processor.encode(record, answer=False) for record in (records[0], records[1])], cfg
 
 
 def shake(model, size=0.05, seed=0):
@@ -58,9 +58,9 @@ def sampled(bench, prompts=None, seed=0, length=8):
     model, processor, own, cfg = bench
     torch.manual_seed(seed)
     cfg = replace(cfg, max_completion_length=length)
-    run = OneRank(cfg, Sampler(model, processor, cfg))
     prompts = own if prompts is None else prompts
-    samples = train_grpo.sample_groups(run, prompts, range(seed, seed + len(prompts)))
+    sampler = GroupSampler(OneRank(cfg, Sampler(model, processor, cfg)), [], None, 0)
+    samples = sampler.sample(prompts, range(seed, seed + len(prompts)), cfg.num_generations)
     groups = [Group(k, len(prompt), rollouts, k) for k, (prompt, rollouts) in enumerate(zip(prompts, samples))]
     for k, rollout in enumerate(r for group in groups for r in group.rollouts):
         rollout.advantage = (-1) ** k * (1 + 0.1 * k)
@@ -68,7 +68,8 @@ def sampled(bench, prompts=None, seed=0, length=8):
 
 
 def micro_batches(prompts, groups, cfg):
-    return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts, cfg) for rollouts in train_grpo.cut(groups, cfg)]
+    splits = train_grpo.split_micro_batches(groups, cfg, None)
+    return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts) for rollouts in splits]
 
 
 def test_the_training_forward_gives_the_samplers_logprobs(bench):
@@ -108,7 +109,7 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
         knobs = {"beta": 0.1, "aggregation": "sequence"}
         return grpo_loss(logprobs, batch.advantages, batch.completion, normalizer, **known, **knobs)[0]
 
-    found = []
+    results = []
     for form in ("shared", "repeated"):
         model.zero_grad()
         total, offset = 0.0, 0
@@ -124,8 +125,8 @@ def test_the_shared_prompt_has_loss_and_gradients_of_the_repeated_form(bench, sp
             loss = loss_of(batch)
             loss.backward()
             total, offset = total + loss.item(), offset + len(batch.rows)
-        found.append((total, {name: p.grad.clone() for name, p in trainable_parameters(model)}))
-    (loss, gradients), (expected, reference) = found
+        results.append((total, {name: p.grad.clone() for name, p in trainable_parameters(model)}))
+    (loss, gradients), (expected, reference) = results
     assert loss == pytest.approx(expected, rel=1e-5)
     assert any(name.startswith("visual.blocks") for name in gradients)
     for name, gradient in gradients.items():
@@ -136,14 +137,6 @@ def replace_size(cfg, size):
     other = GRPO(**{name: getattr(cfg, name) for name in ("num_generations", "max_completion_length", "nframes")})
     other.per_device_train_batch_size = size
     return other
-
-
-def test_the_prompt_stands_once_for_its_completions(bench):
-    _, _, prompts, cfg = bench
-    (batch,) = micro_batches(prompts, sampled(bench), cfg)
-    tokens = len(batch.sampler)
-    assert len(batch.packed.input_ids) == sum(map(len, prompts)) - len(prompts) + tokens
-    assert len(batch.packed.patches) == sum(len(prompt.patches) for prompt in prompts)
 
 
 def test_vision_tokens_are_neither_drawn_nor_in_the_softmax(bench):
@@ -164,8 +157,8 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base, control):
     for name in ("none", "none", control):
         examples = [processor.encode(prompt.record, answer=False, control=name) for prompt in prompts]
         groups = sampled(bench, examples, length=40)  # long enough for a weak effect of random weights to show
-        for example, group in zip(examples, groups, strict=True):
-            train_grpo.score_group(rewards, example, group.rollouts, None, 8)
+        records = [example.record for example in examples]
+        score_groups(rewards, records, [group.rollouts for group in groups], [None] * len(groups), 8)
         seen.append([(rollout.text, rollout.reward) for group in groups for rollout in group.rollouts])
     assert seen[0] == seen[1]
     assert seen[0] != seen[2] and [r for _, r in seen[0]] != [r for _, r in seen[2]]
@@ -178,15 +171,15 @@ def groups_of(rewards, accuracy=None):
         right = accuracy[g] if accuracy else values
         make = lambda a, r: Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5)  # noqa: B023
         groups.append(Group(g, 3, [make(a, r) for a, r in zip(right, values)], g))
+        groups[-1].differs = differ(groups[-1].rollouts)
     return groups
 
 
 def compare(groups, wanted, **options):
-    cfg = GRPO(num_generations=2, per_device_train_batch_size=2 * wanted, **options)
-    return train_grpo.compare_within_groups(OneRank(cfg), groups)
+    return train_grpo.compare_within_groups(OneRank(GRPO(num_generations=2, **options)), groups, wanted)
 
 
-def test_groups_are_told_apart_by_index_not_by_text():
+def test_groups_are_known_by_index_not_by_text():
     groups = groups_of([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]])
     metrics, normalizer = compare(groups, 2, beta=0.0)
     advantages = [[r.advantage for r in group.rollouts] for group in groups]
@@ -232,22 +225,18 @@ def test_alarms():
     for step in range(1, 30):
         assert alarm.look(step, good) == []
     alarm = Alarm(json.loads(json.dumps(alarm.state)))  # as in a checkpoint
-    told = [alarm.look(step, good | {"reward": 0.2}) for step in range(30, 50)]
-    assert [text for texts in told for text in texts][0].startswith("reward collapses")
-    assert sum(map(len, told)) == 2  # not at every step
-    still, flat = Alarm(), good | {"no_variance": 1.0}
-    told = [still.look(step, flat) for step in range(2 * ALARM_STEPS)]
-    assert [bool(texts) for texts in told] == ([False] * (ALARM_STEPS - 1) + [True]) * 2
+    warnings = [alarm.look(step, good | {"reward": 0.2}) for step in range(30, 50)]
+    assert [text for texts in warnings for text in texts][0].startswith("reward collapses")
+    assert sum(map(len, warnings)) == 2  # not at every step
+    still, flat = Alarm(), good | {"no_variance": 1.0, "all_right": 1.0}
+    warnings = [still.look(step, flat) for step in range(2 * ALARM_STEPS)]
+    assert [bool(texts) for texts in warnings] == ([False] * (ALARM_STEPS - 1) + [True]) * 2
+    assert warnings[-1][0].startswith("nothing to learn for 20 steps") and "all right 100%" in warnings[-1][0]
 
 
-def test_it_learns_and_tells(grpo, base, capfd):
-    options = {
-        "max_steps": 24,
-        "learning_rate": 2e-2,
-        "data_path": base / "data/train.json",
-        "log_completions": 8,
-        "logging_steps": 8,
-    }
+def test_it_learns_and_logs(grpo, base, capfd):
+    options = {"max_steps": 24, "learning_rate": 2e-2, "data_path": base / "data/train.json"}
+    options |= {"log_completions": 8, "logging_steps": 8}
     folder = grpo("run", **options, num_generations=8, per_device_train_batch_size=32, eval_steps=12, max_new_tokens=8,
                   eval_data_path=base / "data/val.json")  # fmt: skip
     reward = column(folder, "reward")
@@ -265,11 +254,15 @@ def test_it_learns_and_tells(grpo, base, capfd):
     assert len(rollouts) == 24 * 4 * 8  # every completion
     first = rollouts[0]
     assert first["question"].startswith("<video>") and first["video"].endswith(".mp4") and first["answer"]
-    assert first["n_tokens"] == len(first["ids"]) == len(first["tokens"]) == len(first["logprobs"])
+    detailed = [row for row in rollouts if "tokens" in row]
+    assert all(row["n_tokens"] == len(row["tokens"]) == len(row["logprobs"]) for row in detailed)
+    shown = {step: {row["prompt"] for row in detailed if row["step"] == step} for step in (1, 24)}
+    assert all(1 <= len(prompts) <= 3 for prompts in shown.values()) and len(detailed) <= 24 * 3 * 8
+    assert sum("question" in row for row in rollouts) == 24 * 4  # once a group
     assert first["reward"] == pytest.approx(first["rewards"]["vowels"])
     shown = capfd.readouterr().out
     assert "best of a group: reward" in shown and "worst of a group: reward" in shown and "greedy" in shown
-    assert "step      8/24" in shown and "step      7/24" not in shown
+    assert "step  8/24" in shown and "step  7/24" not in shown
     assert (folder / "report.html").exists()
 
 
@@ -278,7 +271,8 @@ def test_resume_goes_on_bit_for_bit(grpo):
     start = grpo("start", max_steps=2, learning_rate=1e-2)
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": "none", "learning_rate": 1e-2, "num_iterations": 2}
     options |= {"model_ckpt": start, "beta": 0.5}
-    whole, broken = grpo("whole", **options), grpo("broken", **options)
+    whole = grpo("whole", **options)
+    broken = shutil.copytree(whole, whole.with_name("broken"))
     for step in (4, 5):
         shutil.rmtree(broken / f"checkpoint-{step}")
     grpo("broken", **options, resume=True)
@@ -305,7 +299,8 @@ def accuracy(text, sample):
     (base / "data/twelve.json").write_text(json.dumps(records))
     options = {"data_path": base / "data/twelve.json", "rewards": f"{base}/some.py:accuracy", "max_resample": 2}
     options |= {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
-    whole, broken = grpo("whole", **options), grpo("broken", **options)
+    whole = grpo("whole", **options)
+    broken = shutil.copytree(whole, whole.with_name("broken"))
     assert set(column(whole, "rounds")) <= {1, 2, 3} and max(column(whole, "rounds")) > 1
     for rounds, differing in column(whole, "rounds", "groups_differing"):
         assert differing >= 2 or rounds == 3
@@ -337,52 +332,69 @@ def test_the_reference_stays_as_it_was(base):
 
 
 def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
-    kl = {}
-    for beta in (1e-9, 10.0):
-        kl[beta] = column(grpo(f"beta{beta}", max_steps=8, learning_rate=1e-2, beta=beta), "kl")[-1]
-    assert kl[10.0] < kl[1e-9] / 3, kl
+    free, held = (column(grpo(f"{beta}", max_steps=5, learning_rate=1e-2, beta=beta), "kl") for beta in (1e-9, 10.0))
+    assert held[-1] < free[-1] / 3, (free, held)
     assert column(grpo("off", max_steps=2, beta=0), "kl") == []
 
 
-def test_how_the_batch_is_cut_changes_nothing(grpo):
-    whole = grpo("whole", max_steps=2, save_steps=2)
-    for name, options in {
-        "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
-        "split groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
-        "packed": {"pack_tokens": 150},
-    }.items():
-        other = grpo(name, max_steps=2, save_steps=2, **options)
-        assert [r["ids"] for r in lines(other, "rollouts.jsonl")] == [r["ids"] for r in lines(whole, "rollouts.jsonl")]
-        same_weights(weights(other / "checkpoint-2"), weights(whole / "checkpoint-2"))
+def test_a_pack_cuts_no_group_that_fits():
+    """Prompts of 10 tokens with three completions of 5: a group takes 25."""
+    rollouts = [[Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)] for g in range(4)]
+    groups = [Group(g, 10, each) for g, each in enumerate(rollouts)]
+    split = partial(train_grpo.split_micro_batches, groups, GRPO())
+    cut = lambda tokens: [[rollout.prompt for rollout in each] for each in split(tokens)]
+    assert cut(60) == [[0] * 3 + [1] * 3, [2] * 3 + [3] * 3]  # 60 would have room for two prompts and eight completions
+    assert cut(49) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]
+    assert cut(24) == [[g] * n for g in range(4) for n in (2, 1)]
 
 
-def test_two_ranks_equal_one(grpo, base, tmp_path):
-    """The same prompts and completions, one group dropped or chosen as all ranks see it, counts over all ranks."""
-    options = {"max_steps": 2, "max_resample": 1, "save_steps": 2}  # 4 and 2 prompts
-    done = two_ranks(train_grpo, base, tmp_path / "two", **options, per_device_train_batch_size=8)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folders = grpo("one", **options), tmp_path / "two"
-    names = "step", "prompt", "id", "ids", "trained"
-    one, two = ([[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in folders)
-    assert one == two
-    mine, theirs = (weights(folder / "checkpoint-2") for folder in folders)
+@pytest.fixture(scope="session")
+def two_steps(base):
+    """Two steps of four prompts, or two: 16 completions a round."""
+    return execute(train_grpo, base, base / "two_steps", max_steps=2, max_resample=1, save_steps=2)
+
+
+def equal_runs(one, other):
+    """The same completions, trained to the same weights up to rounding."""
+    names = "step", "prompt", "id", "completion", "n_tokens", "trained"
+    rows = [[[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in (one, other)]
+    assert rows[0] == rows[1]
+    mine, theirs = (weights(folder / "checkpoint-2") for folder in (one, other))
     assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5
     for name in ("reward", "kl", "kl_trained", "loss", "entropy", "grad_norm"):
-        assert column(folders[0], name) == pytest.approx(column(folders[1], name), abs=1e-5), name
+        assert column(one, name) == pytest.approx(column(other, name), abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "pack_tokens": "none"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "pack_tokens": "none"},
+        {"pack_tokens": 150},
+    ],
+    ids=["accumulated", "split groups", "packed"],
+)
+def test_how_the_batch_is_split_changes_nothing(grpo, two_steps, options):
+    equal_runs(grpo("run", max_steps=2, max_resample=1, save_steps=2, **options), two_steps)
+
+
+def test_two_ranks_equal_one(base, two_steps, tmp_path):
+    """One group dropped or chosen as all ranks see it, counts over all ranks."""
+    options = {"max_steps": 2, "max_resample": 1, "save_steps": 2, "per_device_train_batch_size": 8}
+    equal_runs(two_ranks(train_grpo, base, tmp_path / "two", **options), two_steps)
 
 
 def test_the_temporal_reward_samples_shuffled_frames_too(grpo, monkeypatch):
-    seen = []
-    sample = train_grpo.sample_groups
+    seen, sample = [], GroupSampler.sample
 
-    def watched(run, prompts, seeds, count=None):
+    def watched(sampler, prompts, seeds, count):
         seen.append((count, [prompt.frame_indices[0] for prompt in prompts]))
-        return sample(run, prompts, seeds, count)
+        return sample(sampler, prompts, seeds, count)
 
-    monkeypatch.setattr(train_grpo, "sample_groups", watched)
+    monkeypatch.setattr(GroupSampler, "sample", watched)
     folder = grpo("run", rewards="temporal,accuracy", max_steps=1)
-    (all_of, ordered), (half, shuffled) = seen
-    assert (all_of, half) == (None, 2) and ordered != shuffled and [sorted(f) for f in shuffled] == ordered
+    (every, ordered), (half, shuffled) = seen
+    assert (every, half) == (4, 2) and ordered != shuffled and [sorted(f) for f in shuffled] == ordered
     assert lines(folder)[0]["reward/temporal"] == 0.0
 
 
@@ -395,24 +407,6 @@ def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path,
         grpo("strict", **options)
     grpo("run", **options, max_skip_share=0.2)
     assert "sample 3" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"num_generations": 1}, "num_generations: found 1.*at least 2"),
-        ({"num_generations": 5}, "num_generations: found 5.*= 16"),
-        ({"rewards": "acuracy"}, "no reward 'acuracy'.*did you mean accuracy"),
-        ({"rewards": ","}, "at least one name"),
-        ({"model_ckpt": "nowhere/checkpoint-19"}, "checkpoint-19: no such folder"),
-        ({"model_id": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
-        ({"reference": "base", "lora_enable": False, "freeze_llm": False}, "reference: found 'base'"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line(grpo, options, words):
-    with pytest.raises(UserError, match=words) as error:
-        grpo("run", **options)
-    assert "\n" not in str(error.value)
 
 
 def test_the_flags_of_the_seeds_command(grpo, base, capfd):

@@ -4,26 +4,29 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT, base, column, flags_for, lines, release_run, sft, steps_saved, two_ranks, weights  # noqa: F401 (fixtures)
+from runs import base, column, lines, release_run, sft, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
-import evaluate
+import checkpoint
+import console
 import startup
+import train_grpo
 import train_sft
 import trainer
-from checkpoint import find_adapter, newest_checkpoint, what_is_broken
+from autofit import Plan
+from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
 from config import SFT
 from engine import deepspeed_config
-from evaluate import Evaluation, Judged
 from model import UserError
 from model.loading import load_model
-from trainer import lr_factor
+from trainer import Log, Run, lr_factor
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -32,17 +35,14 @@ from trainer import lr_factor
 def on_two_ranks(base):
     """A run of two processes x accumulation 2 x 2 samples; one rank may have no clip."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
-    done = two_ranks(train_sft, base, base / "two", **options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return base / "two"
+    return two_ranks(train_sft, base, base / "two", **options)
 
 
-def test_two_ranks_times_accumulation_two_equals_one_big_batch(sft, on_two_ranks):
-    one = sft("one", save_steps=3)
+def test_two_ranks_times_accumulation_two_equals_one_big_batch(whole, on_two_ranks):
     names = "loss", "token_accuracy", "grad_norm", "answer_tokens"
-    for mine, theirs in zip(column(one, *names), column(on_two_ranks, *names), strict=True):
+    for mine, theirs in zip(column(whole, *names), column(on_two_ranks, *names), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-    mine, theirs = weights(one / "checkpoint-5"), weights(on_two_ranks / "checkpoint-5")
+    mine, theirs = weights(whole / "checkpoint-5"), weights(on_two_ranks / "checkpoint-5")
     assert mine.keys() == theirs.keys() and len(mine) == 5
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=0, msg=name)
@@ -57,9 +57,8 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one(sft, on_two_ranks, tmp_path):
     assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-5
 
 
-def test_packing_by_tokens_gives_the_same_update(sft):
-    whole, packed = sft("whole"), sft("packed", pack_tokens=400)
-    assert column(packed, "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
+def test_packing_by_tokens_gives_the_same_update(sft, whole):
+    assert column(sft("packed", pack_tokens=400), "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,43 +66,39 @@ def test_packing_by_tokens_gives_the_same_update(sft):
     [
         {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
         {"lora_enable": False, "tune_merger": True},
-        {"vision_lora": False, "merger_lora": False, "vision_lr": 1e-4, "lora_dropout": 0.1},
-        {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2},
+        {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
     ],
-    ids=["full", "merger only", "llm adapters", "bf16 recomputed"],
+    ids=["full", "merger only", "bf16 recomputed"],
 )
 def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
-    folder = sft("run", **options, max_steps=12, save_total_limit=1)
-    losses = [loss for loss in column(folder, "loss")]
+    folder = sft("run", **options, save_total_limit=1)
+    losses = column(folder, "loss")
     assert losses[-1] < losses[0]
     last = newest_checkpoint(folder)
     if options.get("lora_enable", True):
         assert find_adapter(folder) == last
-    else:
-        trained, before = (load_model(p).state_dict() for p in (last, base / "tiny"))
-        changed = {name for name in trained if not torch.equal(trained[name], before[name])}
-        merger = {name for name in trained if name.startswith("visual.merger.")}
-        assert changed == (set(trained) if not options.get("freeze_llm", True) else merger)
-        assert (last / "tokenizer.json").exists()
+        return
+    trained, before = (load_model(p).state_dict() for p in (last, base / "tiny"))
+    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+    merger = {name for name in trained if name.startswith("visual.merger.")}
+    assert changed == (merger if options.get("freeze_llm", True) else set(trained))
+    assert (last / "tokenizer.json").exists()
 
 
 def test_the_schedule():
     cosine = partial(lr_factor, total=10, kind="cosine", warmup=2, floor=0.1)
     assert [cosine(0), cosine(1), cosine(2)] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert cosine(6) == pytest.approx(0.55)  # half of the way down
-    assert cosine(10) == pytest.approx(0.1)
-    linear = [lr_factor(step, 4, "linear") for step in range(5)]
-    assert linear == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert cosine(6) == pytest.approx(0.55) and cosine(10) == pytest.approx(0.1)  # half of the way down; the end
+    assert [lr_factor(step, 4, "linear") for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert [lr_factor(step, 4, "constant", warmup=1) for step in range(4)] == [0.5, 1, 1, 1]
-    assert lr_factor(0, 1, "cosine") == 1.0
 
 
-def test_a_deepspeed_file_overrides_ours_and_tells_what_has_no_effect(tmp_path):
+def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(tmp_path):
     path = tmp_path / "zero2.json"
     zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}, "allgather_bucket_size": 4096}
     path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": {"type": "Adam"}}))
-    cfg = SFT(deepspeed=str(path))
-    config, notes = deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+    settle = partial(deepspeed_config, SFT(deepspeed=str(path)), torch.device("cpu"), torch.float32, 1, 1000)
+    config, notes = settle()
     assert config["zero_optimization"]["allgather_bucket_size"] == 4096
     assert config["zero_optimization"]["reduce_bucket_size"] == 2024
     assert [note.split(": ")[1].split()[0] for note in notes] == ["offload_param", "optimizer"]
@@ -112,50 +107,53 @@ def test_a_deepspeed_file_overrides_ours_and_tells_what_has_no_effect(tmp_path):
         '{"bf16": {"enabled": true}}': "bf16.enabled is true in a torch.float32 run; write auto there, and give --bf16",
         '{"gradient_clipping": null}': "gradient_clipping is null, expected a value",
         '{"zero_optimization": 2}': "zero_optimization is 2, expected an object",
-        '{"gradient_clipping": {"value": 1}}': "gradient_clipping is .*, expected a value",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=words):
-            deepspeed_config(cfg, torch.device("cpu"), torch.float32, 1, 1000)
+            settle()
 
 
-def test_resume_goes_on_bit_for_bit(sft):
+# -- Resuming
+
+
+def test_resume_goes_on_bit_for_bit(sft, tmp_path):
+    """Adapters of the language model alone, with dropout: its random numbers go on too."""
     names = "step", "loss", "token_accuracy", "grad_norm", "lr"
-    options = {"max_steps": 7, "save_steps": 2, "save_total_limit": "none", "lora_dropout": 0.1}
-    whole, broken = sft("whole", **options), sft("broken", **options)
-    for step in (6, 7):
+    options = {"vision_lora": False, "merger_lora": False, "vision_lr": 1e-4, "lora_dropout": 0.1, "save_steps": 2}
+    whole = sft("whole", **options)
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    for step in (4, 5):
         shutil.rmtree(broken / f"checkpoint-{step}")
     (broken / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # killed while it wrote
     sft("broken", **options, resume=True)
-    assert column(broken, *names) == column(whole, *names)
+    assert column(broken, *names) == column(whole, *names) and column(whole, "loss")[-1] < column(whole, "loss")[0]
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
-        assert (whole / "checkpoint-7" / name).read_bytes() == (broken / "checkpoint-7" / name).read_bytes()
+        assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
 
 
-def test_a_dataset_that_was_changed_is_named_on_resume(sft, base, tmp_path, capfd):
-    records = json.loads((base / "data/mixed.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    options = {"data_path": tmp_path / "train.json", "image_folder": base / "data/videos", "save_steps": 2}
-    sft("run", **options, max_steps=2)
-    sft("run", **options, max_steps=3, resume=True)
+def test_a_dataset_that_was_changed_is_named_on_resume(sft, base, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run")
+    text = (base / "data/mixed.json").read_text()
+    sft("run", resume=True)  # it is at its end
     assert "was changed" not in capfd.readouterr().out
-    (tmp_path / "train.json").write_text(json.dumps(records[::-1]))
-    sft("run", **options, max_steps=4, resume=True)
-    assert "train.json was changed since that run" in capfd.readouterr().out
+    try:
+        (base / "data/mixed.json").write_text(json.dumps(json.loads(text)[::-1]))
+        sft("run", resume=True)
+    finally:
+        (base / "data/mixed.json").write_text(text)
+    assert "mixed.json was changed since that run" in capfd.readouterr().out
 
 
-def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, capfd):
-    options = {"save_steps": 2, "save_total_limit": "none"}
-    folder = sft("run", **options)
-    before = column(folder, "loss")
+def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, whole, tmp_path, capfd):
+    folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
     damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
     assert "is missing" in what_is_broken(folder / "checkpoint-5")
-    assert newest_checkpoint(folder) == folder / "checkpoint-2"
+    assert newest_checkpoint(folder) == folder / "checkpoint-3"
     assert "SHA-256" in capfd.readouterr().err
-    sft("run", **options, resume=True)
-    assert column(folder, "loss") == before and what_is_broken(folder / "checkpoint-5") is None
+    sft("run", save_steps=1, save_total_limit="none", resume=True)
+    assert column(folder, "loss") == column(whole, "loss") and what_is_broken(folder / "checkpoint-5") is None
 
 
 def stop_at_three(run, step, *rest, check=trainer.check_numbers):
@@ -165,16 +163,15 @@ def stop_at_three(run, step, *rest, check=trainer.check_numbers):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, monkeypatch):
-    whole = sft("whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "check_numbers", stop_at_three)
-        with pytest.raises(SystemExit) as stopped:
-            sft("run")
-    folder = whole.with_name("run")
-    assert stopped.value.code == 143 and steps_saved(folder) == [3]
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "check_numbers", stop_at_three)
+    with pytest.raises(SystemExit) as stopped:
+        sft("run")
+    monkeypatch.undo()
+    assert stopped.value.code == 143 and steps_saved(tmp_path / "run") == [3]
+    assert "next    the same command with --resume" in capsys.readouterr().out
     sft("run", resume=True)
-    assert column(folder, "loss") == column(whole, "loss")
+    assert column(tmp_path / "run", "loss") == column(whole, "loss") and steps_saved(tmp_path / "run") == [5]
 
 
 def test_an_evaluation_that_a_stopped_run_owes_is_logged_once(sft, base, monkeypatch):
@@ -186,24 +183,122 @@ def test_an_evaluation_that_a_stopped_run_owes_is_logged_once(sft, base, monkeyp
         with pytest.raises(SystemExit):
             sft("run", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "seed_step", lambda *args: pytest.fail("killed"))
+        patch.setattr(trainer, "save", lambda *args: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             sft("run", **options, resume=True)
     release_run()
     folder = sft("run", **options, resume=True)
     for name in ("eval_accuracy", "loss"):
         assert column(folder, name, "step") == column(whole, name, "step")
-    assert lines(folder, "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
+    assert lines(folder, "rollouts.jsonl") == lines(whole, "rollouts.jsonl") and lines(folder, "rollouts.jsonl")
 
 
-def test_a_folder_with_a_run_is_refused_then_overwritten(sft, tmp_path):
-    folder = sft("run", max_steps=2, save_steps=1, save_total_limit="none")
-    before = (folder / "metrics.jsonl").read_text()
+# -- The order after a step: evaluate, best, save, rotate, signal; with everything but the files left out
+
+
+class Killed(BaseException):
+    pass
+
+
+class Order:
+    """Runs of 12 steps; evaluated every third with these scores, saved every second."""
+
+    def __init__(self, folder, monkeypatch, limit, scores):
+        self.folder, self.limit, self.scores, self.changes = folder, limit, scores, -1
+        monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args: iter(()))
+        monkeypatch.setattr(checkpoint, "save_weights", lambda *args, **more: None)
+        monkeypatch.setattr(checkpoint, "sync", lambda path: None)
+        monkeypatch.setattr(Path, "rename", lambda path, to, real=Path.rename: (self.change(), real(path, to))[1])
+        monkeypatch.setattr(trainer, "not_finite", lambda module: [])
+        monkeypatch.setattr(trainer, "lora_layers", lambda module: [1])
+        monkeypatch.setattr(trainer, "write_page", lambda run: None)
+        monkeypatch.setattr(startup, "versions", dict)
+        monkeypatch.setattr(startup, "machine", dict)
+
+    def change(self):
+        self.changes -= 1
+        if self.changes == 0:
+            raise Killed
+
+    def live(self, stop=None, in_evaluation=None, kill=-1):
+        """From the newest checkpoint on, until a signal at step `stop`, one during the evaluation at step
+        `in_evaluation`, or an end before the `kill`-th renaming of a file. Returns whether it came to its end."""
+        cfg = SFT(output_dir=str(self.folder), resume=True, eval_steps=3, save_steps=2, save_total_limit=self.limit)
+        run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, "", total=12)
+        run.loader = SimpleNamespace(steps_per_epoch=5, state=dict)
+        run.sampler = SimpleNamespace(oom_retries=0, max_tokens=1)
+        run.plan = Plan(None, 0)
+        engine = SimpleNamespace(module=None, optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
+
+        def evaluate():
+            append_lines(self.folder / "metrics.jsonl", [{"step": run.step, "evaluation": self.scores[run.step]}])
+            run.signal = signal.SIGTERM if run.step == in_evaluation else run.signal
+            return run.compare(self.scores[run.step])[0]
+
+        self.folder.mkdir(exist_ok=True)
+        self.changes = kill
+        try:
+            startup.find_source(run)
+            startup.prepare_folder(run)
+            trainer.before_first_step(run, engine, evaluate)
+            for step in range(run.step + 1, run.total + 1):
+                run.step = step
+                append_lines(self.folder / "metrics.jsonl", [{"step": run.step}])
+                run.signal = signal.SIGTERM if run.step == stop else run.signal
+                if trainer.after_step(run, engine, evaluate):
+                    return False
+        except Killed:
+            return False
+        return not run.loop_state("evaluation_due")
+
+    def result(self):
+        """Everything that is left of the run; it is removed."""
+        while not self.live():
+            pass
+        files = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.is_file() and p.name != "run.json"}
+        result = {str(name): path.read_text() for name, path in files.items() if name.name != "manifest.json"}
+        shutil.rmtree(self.folder)
+        return result
+
+
+@pytest.mark.parametrize("limit", [1, 2, None])
+@pytest.mark.parametrize("scores", [(2, 6, 4, 5), (4, 3, 2, 5)])
+def test_a_run_stopped_at_any_point_ends_like_the_undisturbed_one(tmp_path, monkeypatch, limit, scores):
+    order = Order(tmp_path / "run", monkeypatch, limit, dict(zip((3, 6, 9, 12), scores)))
+    undisturbed = order.result()
+    if limit == 2 and scores[1] == 6:
+        folders = {Path(name).parent.name for name in undisturbed}
+        assert folders == {"", "checkpoint-6", "checkpoint-10", "checkpoint-12"}
+        assert json.loads(undisturbed["best.json"]) == {"step": 6, "accuracy": 6}
+    for stop, in_evaluation in [*product(range(1, 13), [None]), *product([None], (3, 6, 9, 12))]:
+        order.live(stop, in_evaluation)
+        assert order.result() == undisturbed, (stop, in_evaluation)
+    for first, second in combinations(range(1, 13), 2) if limit == 2 and scores[1] == 3 else ():
+        order.live(first)
+        order.live(second)
+        assert order.result() == undisturbed, (first, second)
+    number, finished = 0, False
+    while not finished:  # killed before each renaming
+        number += 1
+        finished = order.live(kill=number)
+        assert order.result() == undisturbed, number
+    assert number >= 15
+
+
+# -- Folders
+
+
+def test_a_folder_with_a_run_is_refused_then_overwritten(sft, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run.*--resume or --overwrite"):
         sft("run")
-    assert (folder / "metrics.jsonl").read_text() == before
-    sft("run", overwrite=True, max_steps=1)
+    assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    sft("run", overwrite=True, max_steps=1, model_ckpt=folder / "checkpoint-2")  # it starts from what it overwrites
     assert steps_saved(folder) == [1] and column(folder, "step") == [1]
+    adapters = folder / "start_adapter", whole / "checkpoint-2"
+    start, given = (load_file(path / "adapter_model.safetensors") for path in adapters)
+    assert all(torch.equal(start[name], given[name]) for name in given)
+    assert column(folder, "loss")[0] < column(whole, "loss")[0]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/train.json").write_text("[]")
     with pytest.raises(UserError, match="other things .train.json"):
@@ -218,78 +313,11 @@ def test_two_runs_into_one_folder(tmp_path):
     startup.claim(tmp_path / "run", SFT())
 
 
-def test_save_total_limit_keeps_the_newest_and_the_best(sft, base, monkeypatch):
-    scores = iter([2, 6, 4, 5, 1, 3])
-    answers = lambda right: {k: Judged("up", "up", 4, k < right) for k in range(10)}
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **more: Evaluation(answers(next(scores)), {}, []))
-    val = base / "data/val.json"
-    folder = sft(
-        "run", max_steps=6, eval_steps=1, save_steps=1, save_total_limit=2, eval_data_path=val, eval_controls=0
-    )
-    assert steps_saved(folder) == [2, 5, 6]
-    assert json.loads((folder / "best.json").read_text()) == {"step": 2, "accuracy": 0.6}
-    assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == folder / "checkpoint-2"
-
-
-def test_answers_are_generated_and_judged_on_held_out_clips(sft, base):
-    options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
-    folder = sft("run", **options, eval_controls=3)
-    assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
-    assert json.loads((folder / "best.json").read_text())["step"] in (1, 2)
-    early, late = column(folder, "evaluation")
-    labels = sorted(record["meta"]["label"] for record in json.loads((base / "data/val.json").read_text()))
-    for found in (early, late):
-        assert sorted(label for label, said in found["confusion"].items() for _ in range(sum(said.values()))) == labels
-        assert found["chance"] == 0.25 and found["interval"][0] <= found["accuracy"] <= found["interval"][1]
-    assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
-    assert {control["count"] for control in late["controls"].values()} == {3}
-    assert "controls" not in column(sft("without", **options, eval_controls=0), "evaluation")[1]
-    rows = lines(folder, "rollouts.jsonl")
-    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
-    assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
-    assert "before and after" in (folder / "report.html").read_text()
-
-
-def test_the_sheet_of_the_data(sft, base):
-    folder = sft("run", max_steps=1, eval_data_path=base / "data/val.json", max_new_tokens=4)
-    found = json.loads((folder / "data.json").read_text())
-    train, held_out = found["train"], found["held out"]
-    assert (train["samples"], held_out["samples"]) == (20, 4) and not train["unreadable"]
-    labels = {"Ascending", "Falling Down", "Left to Right", "Right to Left"}
-    assert set(held_out["classes"]) == labels and sum(held_out["classes"].values()) == 4
-    assert train["classes"] | {label: 4 for label in labels} == train["classes"]  # the texts have others
-    assert train["questions"][0] == ["In which direction is the ball moving? Options: [4 options]", 16]
-    assert ["Say #.", 4] in train["questions"]
-    assert held_out["frames"] == [4, 4, 4] and held_out["seconds"] == [0.4, 0.4, 0.4]  # 12 frames at 30 a second
-    assert held_out["sizes"] == {"56 x 56": 4} and held_out["source_sizes"] == {"64 x 64": 4}
-    assert held_out["vision_tokens"] == [8, 8, 8] and train["vision_tokens"][0] == 0  # 2 grid steps of 2 x 2
-    assert train["tokens"][0] < held_out["tokens"][0] and held_out["answer_tokens"][0] > 0
-    assert {example["class"] for example in held_out["examples"]} == labels
-
-
-def test_a_run_may_be_overwritten_that_holds_the_adapter_it_starts_from(sft):
-    folder = sft("run", max_steps=2, save_steps=2)
-    adapter = (folder / "checkpoint-2/adapter_model.safetensors").read_bytes()
-    sft("run", max_steps=1, overwrite=True, model_ckpt=folder / "checkpoint-2")
-    assert (folder / "start_adapter/adapter_model.safetensors").read_bytes() == adapter
-    assert steps_saved(folder) == [1]
-
-
-def test_held_out_answers_that_cannot_be_graded_are_left_out(sft, base, tmp_path, capsys):
-    records = json.loads((base / "data/val.json").read_text())
-    records[1]["conversations"][1]["value"] = "I cannot say"
-    for record in records:
-        record["video"] = str(base / "data/videos" / record["video"])
-    (tmp_path / "val.json").write_text(json.dumps(records))
-    folder = sft("run", max_steps=1, eval_data_path=tmp_path / "val.json", max_new_tokens=4)
-    assert column(folder, "eval_count") == [3]
-    assert "the answers of 1 of 4 held-out samples cannot be read" in capsys.readouterr().out
-
-
-def test_find_adapter_names_what_is_there(sft, base, tmp_path, monkeypatch):
-    folder = sft("output/run", max_steps=1)
+def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
+    (tmp_path / "output").mkdir()
+    folder = shutil.copytree(whole, tmp_path / "output/run")
     monkeypatch.chdir(tmp_path)
-    assert find_adapter("").resolve() == (folder / "checkpoint-1").resolve()
+    assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
     assert find_adapter("", besides=folder) is None
     assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
     with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
@@ -298,13 +326,84 @@ def test_find_adapter_names_what_is_there(sft, base, tmp_path, monkeypatch):
         find_adapter(base / "tiny")
 
 
-def test_a_run_goes_on_from_an_adapter_and_keeps_it(sft):
-    first = sft("first", max_steps=3)
-    second = sft("second", model_ckpt=first, max_steps=2)
-    assert column(second, "loss")[0] < column(first, "loss")[0]
-    folders = second / "start_adapter", first / "checkpoint-3"
-    start, end = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert all(torch.equal(start[name], end[name]) for name in end)
+# -- What a run says
+
+
+def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base):
+    options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
+    folder = sft("run", **options, eval_controls=3)
+    assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
+    best = folder / f"checkpoint-{read_json(folder / 'best.json')['step']}"
+    assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == best
+    early, late = column(folder, "evaluation")
+    labels = sorted(record["meta"]["label"] for record in json.loads((base / "data/val.json").read_text()))
+    for result in (early, late):
+        confusion = result["confusion"].items()
+        assert sorted(label for label, said in confusion for _ in range(sum(said.values()))) == labels
+        assert result["chance"] == 0.25 and result["interval"][0] <= result["accuracy"] <= result["interval"][1]
+    assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
+    assert {control["count"] for control in late["controls"].values()} == {3}
+    rows = lines(folder, "rollouts.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
+    assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
+    assert "before and after" in (folder / "report.html").read_text()
+
+    train, held_out = (read_json(folder / "data.json")[name] for name in ("train", "held out"))
+    assert (train["samples"], held_out["samples"]) == (20, 4) and not train["unreadable"]
+    assert sorted(held_out["classes"].items()) == [(label, 1) for label in labels]
+    assert train["questions"][0] == ["In which direction is the ball moving? Options: [4 options]", 16]
+    assert held_out["frames"] == [4, 4, 4] and held_out["seconds"] == [0.4, 0.4, 0.4]  # 12 frames at 30 a second
+    assert held_out["sizes"] == {"56 x 56": 4} and held_out["source_sizes"] == {"64 x 64": 4}
+    assert held_out["vision_tokens"] == [8, 8, 8] and train["vision_tokens"][0] == 0  # 2 grid steps of 2 x 2
+
+
+# The first step of a real run, and numbers as large as they get
+REAL = {"reward": 0.7875, "accuracy": 0.59765625, "kl": 2.2893123544329126e-13, "length": 30.490234375, "ms": 3997.6}
+FAR = {"reward": -1.234e30, "accuracy": 1.0, "kl": 1.7e38, "length": 32768.0, "ms": 3_600_000.0, "loss": 1e30}
+
+
+@pytest.mark.parametrize("columns", [train_sft.COLUMNS, train_grpo.COLUMNS])
+@pytest.mark.parametrize("step, total, metrics", [(7, 84, REAL), (999_999, 1_000_000, FAR), (1, 9, {"ms": 1.0})])
+def test_a_step_is_one_line_of_100_columns_and_verbose_has_the_rest(tmp_path, columns, step, total, metrics):
+    run = Run(SFT(report_to="none"), "train_sft", tmp_path, None, None, "", total=total)
+    log = Log(run, columns)
+    log.started -= 90_000 * step  # 25 h a step
+    metrics = metrics | {"entropy": 0.155}
+    line = log.line(step, metrics)
+    assert len(line) <= 100 and line.startswith(f"step {step:>{len(str(total))}}/{total}  ") and "left " in line
+    assert "entropy" not in line
+    run.cfg.verbose = True
+    assert log.line(step, metrics).startswith(line) and "entropy 0.155" in log.line(step, metrics)
+
+
+def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert console.highlight("warning") == "warning"  # into a file
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert console.highlight("warning") == "\033[33mwarning\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.highlight("warning") == "warning"
+
+
+@pytest.mark.parametrize(
+    "script, start, last, number, words",
+    [
+        ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; answers right 90.0%", "infer.py"]),
+        ("train_grpo", 0.5, 0.9, 0, ["90.0% at the end, 50.0% at the start: better than the start", "infer.py"]),
+        ("train_grpo", 0.9, 0.5, 0, ["worse than the start (the run made it worse"]),
+        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "the same command with --resume"]),
+    ],
+)
+def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
+    run = Run(SFT(), script, tmp_path, None, None, "", step=2, total=2)
+    run.start_accuracy, run.last_accuracy, run.best = start, last, last and {"step": 2, "accuracy": last}
+    run.next_command = "python infer.py clip.mp4"
+    append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
+    append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
+    text = "\n".join(console.closing_lines(run, number))
+    for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2.0 MB"]:
+        assert word in text, text
 
 
 def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
@@ -329,11 +428,3 @@ def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
     shown = capfd.readouterr().out
     for words in ("bfloat16", "--use_liger has no effect", "offload_param has no effect", "learning_rate=0.0002"):
         assert words in shown, shown
-
-
-def test_bad_input_is_one_line_and_exit_code_2(base, tmp_path):
-    flags = flags_for(train_sft, base, tmp_path / "run", data_path=tmp_path / "none.json")
-    command = [sys.executable, "train_sft.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "none.json" in done.stderr

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.adapters import Weights, weights_of
 from model.decode import Decoder, PlainDecoder
 from model.fast.portable import CPU_FLOAT32, inverse_rms
+from model.quantized import Quantized
 from model.rope import mrope_tables
 
 MOST_COPIES = 1 << 20  # numbers of a layer's keys; so few are copied to every row, for calls cost more than reading
@@ -18,15 +19,23 @@ MOST_WEIGHTS = 50_000_000  # 200 MB in float32: a larger model spends its time i
 
 
 def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
-    """CpuDecoder for a small model, else the plain one."""
-    weights = sum(p.numel() for p in model.model.layers.parameters())
-    decoder = CpuDecoder if weights <= MOST_WEIGHTS else PlainDecoder
+    """CpuDecoder for a small model, else the plain one; and for fp8, where each product rounds its own input."""
+    weights = sum(w.weight.numel() for layer in model.model.layers for w in linears_of(layer))
+    decoder = CpuDecoder if weights <= MOST_WEIGHTS and model.base_dtype != "fp8" else PlainDecoder
     return decoder(model, prompts, sampling, G, generator)
+
+
+def linears_of(layer) -> list[Weights]:
+    """q, k, v, o, gate, up and down of a decoder layer."""
+    return weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
 
 
 def fused(norm: Tensor | None, *layers: Weights) -> Tensor:
     """The weight of layers on the same input, which is the norm's output without its weight (None: no norm)."""
-    merged = [w.weight if w.A is None else torch.addmm(w.weight, w.B, w.A, alpha=w.scale) for w in layers]
+    merged = []
+    for w in layers:
+        weight = w.weight.dequantise(w.weight.dtype) if isinstance(w.weight, Quantized) else w.weight
+        merged.append(weight if w.A is None else torch.addmm(weight, w.B, w.A, alpha=w.scale))
     return torch.cat(merged) if norm is None else torch.cat(merged) * norm
 
 
@@ -69,7 +78,7 @@ class CpuDecoder(PlainDecoder):
 
     def fuse_layer(self, layer) -> tuple:
         """(qkv, its bias, o, gate_up, down)"""
-        q, k, v, o, gate, up, down = weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
+        q, k, v, o, gate, up, down = linears_of(layer)
         qkv = fused(layer.input_layernorm.weight, q, k, v)
         gate_up = fused(layer.post_attention_layernorm.weight, gate, up)
         return qkv, torch.cat([q.bias, k.bias, v.bias]), fused(None, o), gate_up, fused(None, down)

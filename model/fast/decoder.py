@@ -1,13 +1,15 @@
 """Group decoding on a GPU at the speed of its memory, in bf16: the fast Decoder of decode.py.
 
-A token's time has a floor, reading the weights once: 6.2 GB for the 3B model, 2.1 ms on an H100. The rest of a step is
-kept small:
+A token's time has a floor, reading the weights once: 6.2 GB for the 3B model in bf16, 1.5 ms on an H200. The rest of a
+step is kept small:
 
-    SamplingCopy   the decoder layers' weights with adapters merged, fused, for the length of a rollout
-    Step           one token of every row as a captured CUDA graph of hand-written kernels (kernels.py): six a layer,
-                   where plain PyTorch launches thirty; the length of the caches is read on the device, so one graph
-                   serves all steps, and addresses too, so it serves later rollouts
-    GroupCache     a prompt's keys and values once for its whole group, as in decode.py
+    Adapters     A and B of all decoder layers as the kernels read them, beside low-bit weights, read as they are stored
+    merged       in bf16 a copy of the weights with adapters merged, for the length of a rollout: apart they cost 0.5 ms
+                 a step, a fifth (dev/LOG.md)
+    Step         one token of every row as a captured CUDA graph of hand-written kernels (kernels.py, linears.py): six a
+                 layer, where plain PyTorch launches forty; the length of the caches is read on the device, so one graph
+                 serves all steps, and addresses too, so it serves later rollouts
+    GroupCache   a prompt's keys and values once for its whole group, as in decode.py
 
 Nothing in the loop waits for the device, except a look every STOP_CHECK steps at whether all rows have ended.
 """
@@ -18,13 +20,14 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import Weights, weights_of
 from model.decode import STOP_CHECK, Decoder, PlainDecoder, sample
-from model.fast import gpu, kernels
+from model.fast import kernels, linears
 from model.fast.graphs import pow2, round_up
+from model.fast.quantized import has_e4m3, pairs
+from model.quantized import TILE, Quantized
 from model.rope import mrope_tables
 
 KEYS = 64  # prompt and own keys a program looks at at a time
@@ -32,23 +35,29 @@ PARTS = 128  # programs of one layer's attention to the prompts that are worth h
 PROMPT_BUCKET, OWN_BUCKET = 256, 128  # cache lengths are rounded up to these, so that graphs fit again
 ATTENTION = dict(num_warps=4, num_stages=2)
 MAX_GRAPHS = 8  # kept a model; a graph holds some MB of buffers, and capturing another takes well under a second
-MARGIN = 1 << 29  # bytes of GPU memory that a rollout leaves free, beside copy and caches, for logits and activations
+MARGIN = 1 << 29  # bytes of GPU memory that a rollout leaves free, beside its caches, for logits and activations
+H_SPLIT = 16  # programs at most that share the columns of a product with A
+STACKS = ("qkv", "o", "gate_up", "down")  # products of a layer, in their order
+HEAD, LAYERS, CELLS = 6, 15, 9  # where in the table of addresses the head's stand, and each product's:
+# up to three weights, their scales, A, B, and the weight of the norm behind it
 CHOOSE_BLOCK = 1024  # a quarter of the logits that a program of `choose` reads
 
 _steps: WeakKeyDictionary = WeakKeyDictionary()  # model -> {bucket: Step}, the latest last
 
 
 def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
-    """CudaDecoder for bf16 weights where its copy and caches have room, else the plain one."""
+    """CudaDecoder in bf16 where its caches have room, else the plain one."""
     is_fast = model.head_weight.dtype == torch.bfloat16 and kernels.triton and sampling.repetition_penalty == 1
+    is_fast = is_fast and (model.base_dtype != "fp8" or has_e4m3(model.head_weight.device))
     decoder = CudaDecoder if is_fast and has_room(model, prompts, sampling, G) else PlainDecoder
     return decoder(model, prompts, sampling, G, generator)
 
 
 def has_room(model, prompts, sampling, G: int) -> bool:
-    """Whether the copy of the weights, keys and values fit. Warns where they do not."""
-    device, layers = model.head_weight.device, model.model.layers
-    need = 2 * sum(p.numel() for layer in layers for n, p in layer.named_parameters() if n.endswith("proj.weight"))
+    """Whether keys and values fit, and in bf16 the merged weights. Warns where they do not."""
+    device, need = model.head_weight.device, 0
+    if model.base_dtype == "bf16":
+        need = 2 * sum(p.numel() for n, p in model.model.layers.named_parameters() if n.endswith("proj.weight"))
     reserved, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
     free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - reserved)
     free += reserved - torch.cuda.memory_allocated(device)
@@ -56,101 +65,59 @@ def has_room(model, prompts, sampling, G: int) -> bool:
     slots = len(lengths) * (round_up(max(lengths), PROMPT_BUCKET) + G * round_up(sampling.max_new_tokens, OWN_BUCKET))
     need += 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots  # keys and values
     if free < need + MARGIN:
-        shortage = f"weights merged for sampling and caches take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        shortage = f"a rollout's caches and merged weights take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         hint = "--offload_optimizer True frees the optimizer's, fewer prompts at a time the caches'"
         warnings.warn(f"slow decoding: {shortage}; {hint}", stacklevel=4)
         return False
     return True
 
 
-def merge(layers: list[Weights], outs: list[Tensor], norms: list[Tensor] | None = None) -> None:
-    """outs[i] (N, K) = (W + scale B A) * norm of layers[i], summed in float32, rounded once: one launch for all of
-    them, which are alike: one linear of several layers. Their adapters have one rank and dtype, or none has one."""
-    A, weight, rows = layers[0].A, layers[0].weight, []
-    N, K = weight.shape
-    for i, (w, out) in enumerate(zip(layers, outs)):
-        assert A is None or (w.A.is_contiguous() and w.B.is_contiguous()), "an adapter is laid out in strides"
-        pair = (w.weight, w.weight) if A is None else (w.A, w.B)
-        rows.append([t.data_ptr() for t in (w.weight, *pair, norms[i] if norms else out, out)])
-    align = 16 if all(address % 16 == 0 for row in rows for address in row) else weight.element_size()
-    table = torch.tensor(rows).to(weight.device, non_blocking=True)
-    scales = torch.tensor([float(w.scale) for w in layers]).to(weight.device, non_blocking=True)
-    grid = (-(-K // 128), -(-N // 64), len(layers))
-    kernels.merge_kernel[grid](
-        table, scales, weight, weight if A is None else A, N, K, weight.stride(0), 0 if A is None else len(A),
-        ADAPTER=A is not None, NORM=norms is not None, ALIGN=align, BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8,
-    )  # fmt: skip
+def stacks_of(layer) -> dict[str, list[Weights]]:
+    """A decoder layer's products: the linears that share an input go together."""
+    q, k, v, o, gate, up, down = weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
+    return {"qkv": [q, k, v], "o": [o], "gate_up": [gate, up], "down": [down]}
 
 
-def empty_matrices(shapes: list, like: Tensor, allocate) -> list[Tensor]:
-    """Empty matrices of these shapes, 16-byte aligned, the largest first: where `allocate` (graphs.py) finds room, and
-    those that find none in one block. allocate: None where there are no pools."""
-    made, size = [None] * len(shapes), [rows * columns for rows, columns in shapes]
-    for i in sorted(range(len(shapes)), key=lambda i: -size[i]):
-        pool = allocate and allocate(size[i] * like.element_size())
-        if pool:
-            with pool:
-                made[i] = like.new_empty(shapes[i])
-    rest = [i for i, matrix in enumerate(made) if matrix is None]
-    rooms = [round_up(size[i], 128) for i in rest]
-    for i, room in zip(rest, like.new_empty(sum(rooms)).split(rooms)):
-        made[i] = room[: size[i]].view(shapes[i])
-    return made
+class Adapters:
+    """The adapters of all layers, in the weights' dtype: A (L, linears of the stack, rank, in) and B (L, out, rank),
+    scaled, by stack. Linears without one have zeros; the rank is rounded up to 16, and 0 where there is none at all."""
+
+    def __init__(self, layers: list[dict], like: Tensor):
+        everyone = [w for stacks in layers for stack in stacks.values() for w in stack]
+        self.rank = round_up(max((len(w.A) for w in everyone if w.A is not None), default=0), 16)
+        self.A, self.B = {}, {}
+        for name in STACKS if self.rank else ():
+            shapes = [w.weight.shape for w in layers[0][name]]
+            self.A[name] = like.new_zeros(len(layers), len(shapes), self.rank, shapes[0][1])
+            self.B[name] = like.new_zeros(len(layers), sum(shape[0] for shape in shapes), self.rank)
+            for A, B, stacks in zip(self.A[name], self.B[name], layers):
+                for own_a, own_b, w in zip(A, B.split([shape[0] for shape in shapes]), stacks[name]):
+                    if w.A is not None:
+                        own_a[: len(w.A)].copy_(w.A)
+                        own_b[:, : len(w.A)].copy_(w.B).mul_(w.scale)
 
 
-class SamplingCopy:
-    """The decoder layers' weights as sampling reads them: q, k and v in one, gate and up in one, adapters merged, the
-    norm before a product folded into it. Costs its bytes (5.2 GiB for 3B) and some milliseconds; drop it after the
-    rollout. What finds room in the pools of the CUDA graphs lies there, the rest in one block: pieces that the update
-    can use once it is free."""
+def merged(layers: list[dict], like: Tensor) -> list[dict]:
+    """layers with adapters merged into copies of their weights, summed in float32 and rounded once. All copies lie in
+    one block, which goes back whole: the update can use it."""
+    adapted = [w for stacks in layers for stack in stacks.values() for w in stack if w.A is not None]
+    rooms = [round_up(w.weight.numel(), 128) for w in adapted]
+    copies = iter(like.new_empty(sum(rooms)).split(rooms))
 
-    NAMES = ("qkv", "o", "gate_up", "down")
+    def merge(w: Weights) -> Weights:
+        if w.A is None:  # one that is trained whole lies anywhere in the optimizer's storage
+            weight = w.weight.contiguous()
+            return w._replace(weight=weight if weight.data_ptr() % 16 == 0 else weight.clone())
+        out = next(copies)[: w.weight.numel()].view(w.weight.shape)
+        torch.addmm(w.weight, w.B.to(out.dtype), w.A.to(out.dtype), alpha=w.scale, out=out)
+        return Weights(out, w.bias)
 
-    @torch.no_grad()
-    def __init__(self, model):
-        self.eps, layers = model.config.rms_norm_eps, model.model.layers
-        weights = [weights_of(layer, *layer.self_attn.values(), *layer.mlp.values()) for layer in layers]
-        q, k, v, o, gate, up, down = zip(*weights)  # each of every layer
-        stacks = dict(zip(self.NAMES, ((q, k, v), (o,), (gate, up), (down,))))
-        norms = {
-            "qkv": [layer.input_layernorm.weight for layer in layers],
-            "gate_up": [layer.post_attention_layernorm.weight for layer in layers],
-        }
-        shapes = [(sum(len(p[0].weight) for p in stack), stack[0][0].weight.shape[1]) for stack in stacks.values()]
-        allocate = model.ops.graphs and model.ops.graphs.scratch()
-        made = iter(empty_matrices(shapes * len(layers), model.head_weight, allocate))
-        self.layers = [{name: next(made) for name in self.NAMES} for _ in layers]
-        self.biases = [torch.cat([w.bias for w in qkv]) for qkv in zip(q, k, v)]
-        for name, stack in stacks.items():
-            outs = [layer[name].split([len(p[0].weight) for p in stack]) for layer in self.layers]
-            for linear, out in zip(stack, zip(*outs)):
-                self.merge_alike(linear, out, norms.get(name))
+    return [{name: [merge(w) for w in stack] for name, stack in stacks.items()} for stacks in layers]
 
-    def merge_alike(self, linear, outs, norms) -> None:
-        """One linear of every layer: some layers may have no adapter, or another."""
-        kinds = [(w.weight.stride(), None if w.A is None else (len(w.A), w.A.dtype)) for w in linear]
-        for kind in set(kinds):
-            which = [n for n, k in enumerate(kinds) if k == kind]
-            merge([linear[n] for n in which], [outs[n] for n in which], norms and [norms[n] for n in which])
 
-    def prefill(self, model, prompts, x: Tensor, cache) -> Tensor:
-        """The prompts through the copy, keys and values into the GroupCache: logits of each one's last token, (N, V).
-        x: (T, C), their embeddings; it is written over."""
-        config, (T, C) = model.config, x.shape
-        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        cos, sin = mrope_tables(prompts.position_ids, config, x.dtype)
-        for number, (w, bias) in enumerate(zip(self.layers, self.biases)):
-            qkv = F.linear(F.rms_norm(x, (C,), None, self.eps), w["qkv"], bias).view(T, H + 2 * K, D)
-            q, k = gpu.turn(qkv[:, : H + K], cos, sin, 1.0).split([H, K], dim=1)
-            v = qkv[:, H + K :]
-            cache.prompt_k[number].view(-1, K, D).index_copy_(0, cache.slots, k)
-            cache.prompt_v[number].view(-1, K, D).index_copy_(0, cache.slots, v)
-            x.addmm_(gpu.attention(q, k, v, prompts.segments).reshape(T, H * D), w["o"].T)
-            h = F.rms_norm(x, (C,), None, self.eps)
-            gate, up = w["gate_up"].chunk(2)
-            x.addmm_(gpu.SwiGLU.apply(F.linear(h, gate), F.linear(h, up)), w["down"].T)
-        last = prompts.segments.cu_q[1:].long() - 1
-        return model.model.norm(x[last]) @ model.head_weight.T
+def row_stride(weight) -> int:
+    """From one row to the next, in stored elements: training may have laid weights out in strides."""
+    return weight.codes.shape[1] if isinstance(weight, Quantized) else weight.stride(0)
 
 
 class Tile(NamedTuple):
@@ -164,8 +131,8 @@ class Tile(NamedTuple):
     ahead: int  # bytes of each row of W asked for before the input is ready
 
 
-def tile_for(name: str, rows: int) -> Tile:
-    """Measured on an H100 at the 3B shape (dev/LOG.md)."""
+def tile_for(name: str, rows: int, kind: str = "bf16") -> Tile:
+    """Measured at the 3B shape (dev/LOG.md)."""
     few = {
         "qkv": Tile(16, 256, 2, 4, 5, 512), "o": Tile(32, 256, 4, 4, 5, 512), "gate_up": Tile(32, 128, 1, 4, 4, 1024),
         "down": Tile(64, 128, 8, 4, 5, 512), "head": Tile(64, 128, 1, 4, 5, 256),
@@ -174,7 +141,12 @@ def tile_for(name: str, rows: int) -> Tile:
         "qkv": Tile(32, 128, 1, 4, 5, 512), "o": Tile(32, 128, 1, 4, 5, 512), "gate_up": Tile(128, 64, 1, 4, 3, 512),
         "down": Tile(64, 128, 4, 4, 5, 512), "head": Tile(64, 128, 1, 4, 3, 0),
     }  # fmt: skip
-    return (few if rows <= 16 else many)[name]
+    tile = (few if rows <= 16 else many)[name]
+    if kind == "bf16":
+        return tile
+    if rows <= 16:
+        tile = tile._replace(n=min(tile.n, 32), k=128, stages=6 if name == "gate_up" else tile.stages)
+    return tile._replace(k=TILE, ahead=tile.ahead // 4) if kind == "nf4" else tile._replace(ahead=tile.ahead // 2)
 
 
 class GroupCache:
@@ -190,17 +162,30 @@ class GroupCache:
         slots = torch.cat([n * self.Lp + torch.arange(length) for n, length in enumerate(lengths)])
         self.slots = slots.to(weight.device)  # (T,): where a packed prompt token is kept
 
+    def prefill(self, segments, packed_attention):
+        """Attention of the prompt pass: packed, and its keys and values are written down."""
+
+        def attention(layer, q, k, v):
+            for cache, x in ((self.prompt_k, k), (self.prompt_v, v)):
+                cache[layer].view(-1, *x.shape[1:]).index_copy_(0, self.slots, x)
+            return packed_attention(q, k, v, segments)
+
+        return attention
+
 
 class Step:
     """One token of R = N*G rows: buffers, the order of the kernels, and the graph made of it."""
 
-    def __init__(self, model, N: int, G: int, Lp: int, S: int, mode: str):
-        """mode: "race" draws, "greedy" takes the largest, "logits" leaves the choice to the caller."""
+    def __init__(self, model, N: int, G: int, Lp: int, S: int, mode: str, rank: int, strides: tuple):
+        """mode: "race" draws, "greedy" takes the largest, "logits" leaves the choice to the caller. rank: of Adapters.
+        strides: of the rows of each stack's weights."""
         config, weight = model.config, model.head_weight
         self.config, self.N, self.G, self.Lp, self.S, self.mode = config, N, G, Lp, S, mode
+        self.rank, self.kind = rank, model.base_dtype
+        self.strides = dict(zip(STACKS, strides)) | {"head": config.hidden_size}
         self.R, self.H, self.K, self.D = N * G, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.C, self.I, self.V = config.hidden_size, config.intermediate_size, len(weight)
-        self.L = config.num_hidden_layers
+        self.L, self.linears = config.num_hidden_layers, {"qkv": 3, "o": 1, "gate_up": 2, "down": 1, "head": 0}
         self.pdl = torch.cuda.get_device_capability(weight.device) >= (9, 0)
         self.block_m = 16 if self.R <= 16 else 32 if self.R <= 32 else 64
         self.R_pad = round_up(self.R, self.block_m)
@@ -219,7 +204,8 @@ class Step:
         R, like, real = self.R, {"device": device, "dtype": dtype}, {"device": device, "dtype": torch.float32}
         whole = {"device": device, "dtype": torch.int64}
         splits, half = self.shared_splits + self.own_splits, self.D // 2
-        self.x, self.normed = torch.empty(R, self.C, **like), torch.empty(R, self.C, **like)
+        self.x, self.normed, self.scaled = (torch.empty(R, self.C, **like) for _ in range(3))
+        self.rounded, self.x_scale = torch.empty(R, max(self.C, self.I), **like), torch.empty(R, **real)
         self.qkv = torch.empty(R, (self.H + 2 * self.K) * self.D, **like)
         self.mixed, self.inner = torch.empty(R, self.H * self.D, **like), torch.empty(R, self.I, **like)
         self.logits = torch.empty(R, self.V, **like)
@@ -227,7 +213,7 @@ class Step:
         self.part_lse = torch.empty(R, self.H, splits, **real)
         self.chunks = -(-self.V // (4 * CHOOSE_BLOCK))
         self.best = torch.empty(R, self.chunks, 5, **real)
-        self.tiles = {name: tile_for(name, R) for name in (*SamplingCopy.NAMES, "head")}
+        self.tiles = {name: tile_for(name, R, self.kind) for name in STACKS} | {"head": tile_for("head", R)}
         self.slots = {name: -(-self.C // self.tiles[name].n) for name in ("o", "down")}
         self.ssq = {name: torch.zeros(n, self.R_pad, **real) for name, n in self.slots.items()}
         outs = {"qkv": self.qkv.shape[1], "o": self.C, "gate_up": self.I, "down": self.C, "head": self.V}
@@ -235,7 +221,13 @@ class Step:
         self.partial = torch.empty(max(grids.values(), default=1), **real)
         programs = (self.R_pad // self.block_m * -(-outs[n] // t.n) for n, t in self.tiles.items())
         self.counter = torch.zeros(max(programs), device=device, dtype=torch.int32)
-        self.table = torch.zeros(6 + 4 * self.L, **whole)
+        ranks = 3 * self.rank  # of q, k and v, the most of a stack
+        self.h = torch.empty(self.R_pad, ranks, **like)
+        self.h_partial = torch.empty(H_SPLIT * self.R_pad * ranks, **real)
+        self.h_counter = torch.zeros(self.R_pad // self.block_m * ranks // 16, device=device, dtype=torch.int32)
+        self.ready = torch.zeros(pow2(len(STACKS) * self.L), device=device, dtype=torch.int32)
+        self.nf4 = pairs(device)
+        self.table = torch.zeros(LAYERS + len(STACKS) * CELLS * self.L, **whole)
         self.cos, self.sin = (torch.zeros(self.N, self.S, half, **like) for _ in range(2))
         self.lengths, self.used = (torch.zeros(n, device=device, dtype=torch.int32) for n in (self.N, 1))
         self.ids, self.seed = torch.zeros(R, **whole), torch.zeros(R, **whole)
@@ -243,11 +235,13 @@ class Step:
         self.inverse, self.hidden = torch.ones(1, **real), torch.zeros(self.V, device=device, dtype=torch.uint8)
 
     @classmethod
-    def fitting(cls, model, N: int, G: int, cache: GroupCache, mode: str) -> "Step":
+    def fitting(cls, model, N: int, G: int, cache: GroupCache, mode: str, layers: list, rank: int) -> "Step":
         """The model's Step of this size, kept from an earlier call or new. Sizes of N and G are taken as they come, not
         rounded up: padded rows would cost every step, another capture costs once."""
         kept = _steps.setdefault(model, OrderedDict())
-        key = (N, G, cache.Lp, cache.S, mode)
+        strides = [tuple(row_stride(stack[0].weight) for stack in stacks.values()) for stacks in layers]
+        assert len(set(strides)) == 1, f"layers whose weights are laid out in different strides: {set(strides)}"
+        key = (N, G, cache.Lp, cache.S, mode, rank, strides[0])
         if key not in kept:
             kept[key] = cls(model, *key)
             if len(kept) > MAX_GRAPHS:
@@ -255,16 +249,12 @@ class Step:
         kept.move_to_end(key)
         return kept[key]
 
-    def begin(self, model, copy: SamplingCopy, cache: GroupCache, prompts, sampling, banned: Tensor, generator) -> None:
-        """Everything that differs between calls goes into the buffers that the graph reads."""
-        tensors = [model.head_weight, model.model.embed_tokens.weight]
-        tensors += [cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v]
-        tensors += [layer[name] for layer in copy.layers for name in copy.NAMES]
-        addresses = [t.data_ptr() for t in tensors]
-        assert all(a % 16 == 0 for a in addresses), "the kernels read 16 bytes at a time"
-        self.table.copy_(torch.tensor(addresses))
-        self.biases = copy.biases if self.graph is None else self.biases
-        for mine, new in zip(self.biases, copy.biases):
+    def begin(self, model, layers, adapters, cache: GroupCache, prompts, sampling, banned: Tensor, generator) -> None:
+        """Everything that differs between calls goes into the buffers that the graph reads. layers: stacks_of each."""
+        self.table.copy_(torch.tensor(self.addresses(model, layers, adapters, cache)))
+        biases = [torch.cat([w.bias for w in stacks["qkv"]]) for stacks in layers]
+        self.biases = biases if self.graph is None else self.biases
+        for mine, new in zip(self.biases, biases):
             mine.copy_(new)
         self.norm.copy_(model.model.norm.weight)
         lengths = prompts.segments.q_lengths
@@ -281,19 +271,56 @@ class Step:
         for rows, source in zip(self.seed.chunk(len(own)), own):
             rows.random_(generator=source)
 
-    def linear(self, name: str, cell: int, x: Tensor, out: Tensor, K: int, N: int, ssq=None, bias=None, residual=None):
-        t = self.tiles[name]
-        split = min(t.split, -(-K // t.k))
+    def addresses(self, model, layers, adapters, cache) -> list[int]:
+        """The table: embedding, first norm, caches; then CELLS of the head and of each product of each layer."""
+        decoder, table = model.model, []
+
+        def product(weights, A=None, B=None, norm=None):
+            stored = [w.codes if isinstance(w, Quantized) else w for w in weights]
+            scales = [w.scales if isinstance(w, Quantized) else None for w in weights]
+            empty = [None] * (3 - len(weights))
+            table.extend([*stored, *empty, *scales, *empty, A, B, norm])
+
+        first = [layer.input_layernorm.weight for layer in decoder.layers]
+        table += [decoder.embed_tokens.weight, first[0], cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v]
+        product([model.head_weight])
+        behind = {"down": [*first[1:], decoder.norm.weight]}  # each layer's
+        behind["o"] = [layer.post_attention_layernorm.weight for layer in decoder.layers]
+        for i, stacks in enumerate(layers):
+            for name in STACKS:
+                A, B = (x[name][i] if self.rank else None for x in (adapters.A, adapters.B))
+                product([w.weight for w in stacks[name]], A, B, behind[name][i] if name in behind else None)
+        addresses = [0 if t is None else t.data_ptr() for t in table]
+        wide = [a for i, a in enumerate(addresses[HEAD:]) if i % CELLS in (0, 1, 2, 6, 7)] + addresses[2:HEAD]
+        assert all(a % 16 == 0 for a in wide), "weights, A, B and caches are read 16 bytes at a time"
+        assert len(addresses) == len(self.table), f"{len(addresses)} addresses for {len(self.table)} cells"
+        return addresses
+
+    def linear(self, name: str, number: int, x, out, K: int, N: int, ssq=None, bias=None, residual=None) -> None:
+        """number: of the product in this step, the head's is the last."""
+        t, kind = self.tiles[name], "bf16" if name == "head" else self.kind
+        split, h_split = min(t.split, -(-K // t.k)), max(1, min(H_SPLIT, K // 256))
         ssq_in, ssq_out, dummy = self.ssq.get(ssq), self.ssq.get(name), self.partial
-        grid = (self.R_pad // self.block_m, -(-N // t.n), split)
-        kernels.linear_kernel[grid](
-            x, self.table, cell, bias if bias is not None else x, dummy if ssq is None else ssq_in, out,
-            residual if residual is not None else x, dummy if residual is None else ssq_out, self.partial, self.counter,
-            self.R, self.config.rms_norm_eps, N=N, K=K, SLOTS=self.slots.get(ssq, 0),
-            BLOCK_SLOTS=pow2(self.slots.get(ssq, 1)), R_PAD=self.R_pad, BIAS=bias is not None, SWIGLU=name == "gate_up",
-            RESIDUAL=residual is not None, SPLIT=split, STEPS=-(-K // (t.k * split)), BLOCK_M=self.block_m, BLOCK_N=t.n,
-            BLOCK_K=t.k, AHEAD=t.ahead if K % 64 == 0 else 0, PDL=self.pdl, num_warps=t.warps, num_stages=t.stages,
-            **self.early,
+        blocks, ranks = self.R_pad // self.block_m, self.linears[name] * self.rank
+        grid = (blocks * -(-N // t.n) * split + blocks * ranks // 16 * h_split,)
+        adapted = x
+        if kind == "fp8":
+            kernels.round_rows_kernel[(self.R,)](
+                x, self.rounded, self.x_scale, K=K, BLOCK=pow2(K), PDL=self.pdl, num_warps=8, **self.early
+            )
+            x = self.rounded
+        parts = (self.H * self.D, self.K * self.D) if name == "qkv" else (N, 0)
+        linears.linear_kernel[grid](
+            x, self.x_scale, adapted, self.table, HEAD if name == "head" else LAYERS + CELLS * number, number,
+            bias if bias is not None else x, dummy if ssq is None else ssq_in, out,
+            residual if residual is not None else x, dummy if residual is None else ssq_out, self.scaled, self.nf4,
+            self.partial, self.counter, self.h, self.h_partial, self.h_counter, self.ready, self.R,
+            self.config.rms_norm_eps, N=N, N_0=parts[0], N_1=parts[1], K=K, KIND=linears.KINDS[kind],
+            STRIDE=self.strides[name], SLOTS=self.slots.get(ssq, 0), BLOCK_SLOTS=pow2(self.slots.get(ssq, 1)),
+            R_PAD=self.R_pad, BIAS=bias is not None, SWIGLU=name == "gate_up", RESIDUAL=residual is not None,
+            SPLIT=split, RANK=self.rank if ranks else 0, RANKS=ranks, H_SPLIT=h_split, BLOCK_M=self.block_m,
+            BLOCK_N=t.n, BLOCK_K=t.k, AHEAD=t.ahead if K % 128 == 0 else 0, ASM=True, PDL=self.pdl, num_warps=t.warps,
+            num_stages=t.stages, **self.early,
         )  # fmt: skip
 
     @property
@@ -317,21 +344,22 @@ class Step:
     def launch(self) -> None:
         C, W = self.C, self.qkv.shape[1]
         kernels.pick_up_kernel[(self.R,)](
-            self.ids, self.table, 1, self.x, self.ssq["down"], self.used, C=C, SLOTS=self.slots["down"],
-            R_PAD=self.R_pad, BLOCK=pow2(C), BLOCK_SLOTS=pow2(self.slots["down"]), PDL=self.pdl, num_warps=8,
+            self.ids, self.table, 0, 1, self.x, self.scaled, self.ssq["down"], self.used, self.ready, C=C,
+            SLOTS=self.slots["down"], R_PAD=self.R_pad, BLOCK=pow2(C), BLOCK_SLOTS=pow2(self.slots["down"]),
+            READY=len(self.ready), PDL=self.pdl, num_warps=8,
         )  # fmt: skip
         for i in range(self.L):
-            qkv, o, gate_up, down = range(6 + 4 * i, 10 + 4 * i)
-            self.linear("qkv", qkv, self.x, self.qkv, C, W, "down", bias=self.biases[i])
+            qkv, o, gate_up, down = range(4 * i, 4 * i + 4)
+            self.linear("qkv", qkv, self.scaled, self.qkv, C, W, "down", bias=self.biases[i])
             self.attention(i)
             self.linear("o", o, self.mixed, self.x, self.H * self.D, C, residual=self.x)
-            self.linear("gate_up", gate_up, self.x, self.inner, C, self.I, "o")
+            self.linear("gate_up", gate_up, self.scaled, self.inner, C, self.I, "o")
             self.linear("down", down, self.inner, self.x, self.I, C, residual=self.x)
         kernels.final_norm_kernel[(self.R,)](
             self.x, self.norm, self.normed, self.config.rms_norm_eps, C=C, BLOCK=pow2(C), PDL=self.pdl, num_warps=8,
             **self.early,
         )  # fmt: skip
-        self.linear("head", 0, self.normed, self.logits, C, self.V)
+        self.linear("head", 4 * self.L, self.normed, self.logits, C, self.V)
         if self.mode != "logits":
             self.choose(self.logits)
 
@@ -366,14 +394,17 @@ class CudaDecoder(Decoder):
         self.sampling, self.generator = sampling, generator
         truncated = 0 < sampling.top_k or sampling.top_p < 1
         mode = "greedy" if sampling.temperature == 0 else "logits" if truncated else "race"
-        x = model.embed(prompts)  # before the copy takes what memory there is
-        self.copy = SamplingCopy(model)
         self.cache = GroupCache(model, lengths, G, round_up(max(1, limit - 1), OWN_BUCKET))
         banned = sorted({*model.config.vision_token_ids, *sampling.banned_ids})
         self.banned = torch.tensor(banned, device=prompts.input_ids.device)
-        self.step = Step.fitting(model, len(lengths), G, self.cache, mode)
-        self.step.begin(model, self.copy, self.cache, prompts, sampling, self.banned, generator)
-        logits = self.copy.prefill(model, prompts, x, self.cache)
+        hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
+        logits = hidden[prompts.segments.cu_q[1:].long() - 1] @ model.head_weight.T
+        self.layers = [stacks_of(layer) for layer in model.model.layers]
+        if model.base_dtype == "bf16":
+            self.layers = merged(self.layers, model.head_weight)
+        self.adapters = Adapters(self.layers, model.head_weight)
+        self.step = Step.fitting(model, len(lengths), G, self.cache, mode, self.layers, self.adapters.rank)
+        self.step.begin(model, self.layers, self.adapters, self.cache, prompts, sampling, self.banned, generator)
         if self.step.graph is None and limit > 1:
             self.step.capture()
         self.logits = logits.repeat_interleave(G, 0)
@@ -392,5 +423,5 @@ class CudaDecoder(Decoder):
             step.choose(self.logits)
 
     def close(self) -> None:
-        self.copy = None
-        torch.cuda.empty_cache()  # its block goes back whole: what the update keeps for good must not lie in it
+        self.layers = self.adapters = self.cache = None
+        torch.cuda.empty_cache()  # the merged weights' block: what the update keeps for good must not lie in it

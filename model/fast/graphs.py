@@ -6,7 +6,6 @@ it into the buffers that the graphs read, and replays. A first sight of a size, 
 hold too much memory run without.
 
 Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
-The sampling copy of the weights (decoder.py) uses what is free in these pools, between updates.
 """
 
 import time
@@ -170,24 +169,6 @@ class Replay(torch.autograd.Function):
         return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *grads
 
 
-class Room:
-    """Free blocks of memory pools, to be filled as torch's allocator does: a tensor takes the smallest that fits."""
-
-    def __init__(self, pools):
-        self.free = []  # [bytes, pool]
-        for pool in pools:
-            blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
-            self.free += [[block["size"], pool] for block in blocks if block["state"] == "inactive"]
-
-    def take(self, size: int):
-        """The pool with room for a tensor of so many bytes, or None."""
-        block = min((block for block in self.free if block[0] >= size), key=lambda block: block[0], default=None)
-        if block is None:
-            return None
-        block[0] -= round_up(size, 512)
-        return block[1]
-
-
 class GraphCache:
     """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
 
@@ -199,32 +180,6 @@ class GraphCache:
     def pool(self, blocks):
         """The memory of a stack's intermediates."""
         return self.pools.setdefault(blocks, torch.cuda.MemPool())
-
-    @contextmanager
-    def inside(self, pool):
-        """Tensors allocated inside lie in a stack's pool."""
-        with torch.cuda.use_mem_pool(pool), torch.cuda.stream(self.stream):
-            yield
-
-    def scratch(self):
-        """-> allocate(bytes): a context in which a tensor of that size lies in a stack's pool, if one has room for it.
-        The tensor must be gone before a stack runs again. Else it is None, and the tensor is better off in ordinary
-        memory: what a pool grows by, nothing but that stack can ever use."""
-        room = Room(self.pools.values())
-
-        def allocate(size):
-            pool = room.take(size)
-            return pool and self.inside(pool)
-
-        return allocate
-
-    def grow(self, blocks, key, recompute: bool, device) -> None:
-        """A stack's pool in one piece, as large as its first graphs will need: pieces as small as single intermediates
-        would later be of no use to `scratch`. With recomputation a block's intermediates take nearly as much as all
-        inputs that are kept (3B: 0.42 of 0.46 GiB, tower 0.24 of 0.33), else a fraction of it."""
-        size = int(self.seen[blocks, key] * (2 if recompute else 1.15))
-        with self.inside(self.pool(blocks)):
-            torch.empty(size, dtype=torch.uint8, device=device)
 
     def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
         """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
@@ -245,8 +200,6 @@ class GraphCache:
             if not self.ripe(blocks, key, x.device):
                 return self.first_sight(blocks, key, plainly, x, tables, segments)
             began = time.perf_counter()
-            if not kept:
-                self.grow(blocks, key, recompute, x.device)
             grads = self.grads.setdefault(blocks, [torch.empty_like(p) for p in params]) if params else []
             with fresh_leaves(blocks) as leaves:
                 wanted = [leaves[p] for p in params]

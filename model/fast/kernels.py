@@ -1,7 +1,8 @@
 """Triton kernels of one decoding step for a few rows, where every weight is read once and little else costs anything.
 
     pick_up     token ids -> embeddings, and the sum of squares of each row
-    linear      rows x a big matrix: the norm of its input before it, bias, SwiGLU or the residual sum behind it
+    linear      in linears.py: rows x a big matrix
+    round_rows  the input of a product with fp8 weights
     attention   rotary, cache write, and one query a row against the prompt's keys (shared by a group) and its own
     combine     the parts of that attention -> one
     final_norm  the last norm
@@ -13,7 +14,7 @@ outlives them: a rollout frees its weights, the next one makes new ones and only
 weights, and waits for the other's results only then; what it reads before `gdc_wait` nobody writes within a step.
 Each lets the next one start only after its own wait, so that never more than two are under way.
 
-decoder.py launches them. Their plain forms are in tests/test_gpu.py.
+decoder.py launches them. Their plain forms are in qwen.py, or in tests/test_gpu.py.
 """
 
 try:
@@ -26,114 +27,40 @@ except ImportError:  # CPU builds of torch bring none
 if triton:
 
     @triton.jit
-    def ask(first, rows, STRIDE: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr):
-        """Have `BYTES` of each row brought to the L2 cache. first: pointer; rows: (ROWS,) int64 row numbers."""
-        PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1  # one request a thread
-        SIZE: tl.constexpr = BYTES // PIECES
-        piece = tl.arange(0, PIECES)[None, :] * (SIZE // 2)
-        pointers = first + rows[:, None] * STRIDE + piece
-        size = tl.full([ROWS, PIECES], SIZE, tl.int32)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r", [pointers, size], tl.int32, False, 1
-        )
-
-    @triton.jit
-    def pick_up_kernel(ids, table, cell, x, ssq, used, C: tl.constexpr, SLOTS: tl.constexpr, R_PAD: tl.constexpr,
-                       BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    def pick_up_kernel(ids, table, cell, norm_cell, x, scaled, ssq, used, ready, C: tl.constexpr, SLOTS: tl.constexpr,
+                       R_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr, READY: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
+        """x, and scaled = x times the first norm's weight. ready (READY,): the step's counters of `linear`, cleared."""
         r = tl.program_id(0)
         if PDL:
             gdc_launch_dependents()
         if r == 0:  # the step's number: nobody else reads it in this kernel
             tl.store(used, tl.load(used) + 1)
+            tl.store(ready + tl.arange(0, READY), tl.zeros([READY], tl.int32))
         embedding = tl.load(table + cell).to(tl.pointer_type(x.dtype.element_ty))
         c = tl.arange(0, BLOCK)
         row = tl.load(embedding + tl.load(ids + r) * C + c, mask=c < C, other=0.0)
         tl.store(x + r * C + c, row, mask=c < C)
+        norm = tl.load(table + norm_cell).to(tl.pointer_type(x.dtype.element_ty))
+        tl.store(scaled + r * C + c, row.to(tl.float32) * tl.load(norm + c, mask=c < C, other=0.0), mask=c < C)
         square = tl.sum(row.to(tl.float32) * row.to(tl.float32), 0)
         slot = tl.arange(0, BLOCK_SLOTS)
         tl.store(ssq + slot * R_PAD + r, tl.where(slot == 0, square, 0.0), mask=slot < SLOTS)
 
-    @triton.jit(do_not_specialize=["cell", "R"])
-    def linear_kernel(
-        x, table, cell, bias, ssq, out, residual, ssq_out, partial, counter, R, eps,
-        N: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, R_PAD: tl.constexpr,
-        BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """out = norm(x) @ W.T, where W (N, K), or (2N, K) for SwiGLU, already holds the norm's weight: what is left of
-        the norm is one factor a row. SPLIT programs share the columns of x; the last to come adds up their sums, in
-        a fixed order."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        first = tl.program_id(2) * (STEPS * BLOCK_K)
-        kind = x.dtype.element_ty
-        w = tl.multiple_of(tl.load(table + cell).to(tl.pointer_type(kind)), 16)
-        rows = tl.minimum(n, N - 1).to(tl.int64)
+    @triton.jit
+    def round_rows_kernel(x, rounded, scale, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """rounded = the numbers of e4m3 nearest x / scale, scale (R,) = a row's largest / 448: quantized.rounded_rows.
+        A factor of a whole row, such as the norm's, changes scale alone."""
+        r = tl.program_id(0)
+        k = tl.arange(0, BLOCK)
         if PDL:
-            if AHEAD > 0:
-                if first + AHEAD // 2 <= K:
-                    ask(w + first, rows, K, AHEAD, BLOCK_N)
-                    if SWIGLU:
-                        ask(w + first + N * K, rows, K, AHEAD, BLOCK_N)
             gdc_wait()
             gdc_launch_dependents()
-        if SLOTS > 0:
-            slot = tl.arange(0, BLOCK_SLOTS)
-            squares = tl.load(ssq + slot[:, None] * R_PAD + m[None, :], mask=slot[:, None] < SLOTS, other=0.0)
-        k = tl.arange(0, BLOCK_K)
-        from_x = x + m[:, None] * K + first + k[None, :]
-        from_w = w + first + rows[None, :] * K + k[:, None]
-        whole: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i in range(STEPS):
-            if whole:
-                a = tl.load(from_x, mask=m[:, None] < R, other=0.0)
-                b = tl.load(from_w)
-            else:
-                left = K - first - i * BLOCK_K
-                a = tl.load(from_x, mask=(m[:, None] < R) & (k[None, :] < left), other=0.0)
-                b = tl.load(from_w, mask=k[:, None] < left, other=0.0)
-            acc = tl.dot(a, b, acc)
-            if SWIGLU:
-                if whole:
-                    b = tl.load(from_w + N * K)
-                else:
-                    b = tl.load(from_w + N * K, mask=k[:, None] < left, other=0.0)
-                up = tl.dot(a, b, up)
-            from_x += BLOCK_K
-            from_w += BLOCK_K
-        last = True
-        if SPLIT > 1:
-            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            tiles = tl.num_programs(0) * tl.num_programs(1)
-            place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(partial + (tl.program_id(2) * tiles + tile) * BLOCK_M * BLOCK_N + place, acc, cache_modifier=".cg")
-            tl.debug_barrier()  # every thread's part is written before the count says so
-            last = tl.atomic_add(counter + tile, 1, sem="acq_rel") == SPLIT - 1
-            if last:
-                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for s in tl.static_range(SPLIT):
-                    part = partial + (s * tiles + tile) * BLOCK_M * BLOCK_N + place
-                    acc += tl.load(part, cache_modifier=".cg")
-                tl.store(counter + tile, 0)
-        if last:
-            if SLOTS > 0:
-                rstd = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-                acc *= rstd[:, None]
-                up *= rstd[:, None]
-            inside = (m[:, None] < R) & (n[None, :] < N)
-            if BIAS:
-                acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            acc = acc.to(kind).to(tl.float32)  # the same roundings as the training forward
-            if SWIGLU:
-                acc = acc * tl.sigmoid(acc) * up.to(kind).to(tl.float32)
-            if RESIDUAL:
-                acc += tl.load(residual + m[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
-                acc = acc.to(kind).to(tl.float32)
-                squares_out = tl.sum(tl.where(inside, acc * acc, 0.0), 1)
-                tl.store(ssq_out + tl.program_id(1) * R_PAD + m, squares_out, mask=m < R_PAD)
-            tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], acc.to(kind), mask=inside)
+        row = tl.load(x + r * K + k, mask=k < K, other=0.0).to(tl.float32)
+        size = tl.max(tl.abs(row), 0) / 448.0
+        tl.store(scale + r, size)
+        row = tl.minimum(tl.maximum(row / tl.where(size == 0, 1.0, size), -448.0), 448.0)
+        tl.store(rounded + r * K + k, row.to(tl.float8e4nv).to(rounded.dtype.element_ty), mask=k < K)
 
     @triton.jit
     def turned(source, c, s, half: tl.constexpr, mask):
@@ -417,35 +344,3 @@ if triton:
         tl.store(ids + r, token)
         tl.store(all_ids + r * T + column, token)
         tl.store(all_logp + r * T + column, z - top - tl.log(total))
-
-    @triton.jit
-    def merge_kernel(
-        table, scales, like, adapter, N, K, stride, rank, ADAPTER: tl.constexpr, NORM: tl.constexpr,
-        ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    ):  # fmt: skip
-        """out = (W + scale B A) * norm along K, summed in float32, rounded once; the same linear of every layer.
-        table (L, 5) int64: addresses of W, A, B, norm, out. like, adapter: any tensors of W's and of A's dtype.
-        stride: from one row of W to the next. ALIGN: bytes that all addresses are multiples of."""
-        layer = tl.program_id(2)
-        kind = like.dtype.element_ty
-        small = adapter.dtype.element_ty
-        weight = tl.multiple_of(tl.load(table + layer * 5).to(tl.pointer_type(kind)), ALIGN)
-        out = tl.multiple_of(tl.load(table + layer * 5 + 4).to(tl.pointer_type(kind)), ALIGN)
-        n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(weight + n[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        if ADAPTER:
-            A = tl.multiple_of(tl.load(table + layer * 5 + 1).to(tl.pointer_type(small)), ALIGN)
-            B = tl.multiple_of(tl.load(table + layer * 5 + 2).to(tl.pointer_type(small)), ALIGN)
-            acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for i in range(0, rank, BLOCK_R):
-                r = i + tl.arange(0, BLOCK_R)
-                b = tl.load(B + n[:, None] * rank + r[None, :], mask=(n < N)[:, None] & (r < rank)[None, :], other=0.0)
-                a = tl.load(A + r[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)
-                acc = tl.dot(b.to(kind), a.to(kind), acc)
-            w += acc * tl.load(scales + layer)
-        if NORM:
-            norm = tl.load(table + layer * 5 + 3).to(tl.pointer_type(kind))
-            w *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + n[:, None] * K + k[None, :], w, mask=inside)

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import ALIGN, Weights
+from model.fast import quantized
 from model.packed import Segments
+from model.quantized import Quantized
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
@@ -31,23 +33,26 @@ CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real v
 # -- Products with adapters
 
 
-def linear(x: Tensor, *layers: Weights, pad: bool = False) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False) -> tuple[Tensor, ...]:
     """(T, in) through each layer: a tuple of (T, out_i).
 
     pad: outputs come with zero columns up to the next multiple of 8, and x may have such columns; the vision tower's
-    3,420 needs it on a GPU.
+    3,420 needs it on a GPU. unused: only the backward pass is wanted, the outputs may hold anything.
     """
     frozen = not any(p.requires_grad for w in layers for p in (w.weight, w.bias) if p is not None)
     if frozen and any(w.A is not None for w in layers) and not any(w.dropout for w in layers):
         scales, tensors = [w.scale for w in layers], [t for w in layers for t in w[:4]]
-        return Project.apply(x, pad, scales, *tensors)
+        return Project.apply(x, pad, unused, scales, *tensors)
     return tuple(linear_by_autograd(x, w, pad) for w in layers)
 
 
 def linear_by_autograd(x: Tensor, layer: Weights, pad: bool) -> Tensor:
     """The path of trained weights and of dropout."""
-    weight, bias = padded(layer.weight, layer.bias, x.shape[-1], pad)
-    y = F.linear(x, weight, bias)
+    if isinstance(layer.weight, Quantized):
+        y = quantized.Product.apply(x, layer.weight)
+        y = y if layer.bias is None else y + layer.bias
+    else:
+        y = F.linear(x, *padded(layer.weight, layer.bias, x.shape[-1], pad))
     if layer.A is None:
         return y
     h = F.dropout(x, layer.dropout) if layer.dropout else x
@@ -62,7 +67,10 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
-    """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise."""
+    """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise. A low-bit
+    weight stays as it is: those of real models are aligned."""
+    if isinstance(weight, Quantized):
+        return weight, bias
     out = len(weight) + (-len(weight) % ALIGN if pad else 0)
     if tuple(weight.shape) != (out, width):
         frozen = not weight.requires_grad
@@ -96,21 +104,26 @@ class Project(torch.autograd.Function):
     """Frozen weights, adapters without dropout; gradients to x and to every A and B."""
 
     @staticmethod
-    def forward(ctx, x, pad, scales, *tensors):
+    def forward(ctx, x, pad, unused, scales, *tensors):
         quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
         h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
+        fp8 = any(getattr(q[0], "kind", None) == "fp8" for q in quads)
+        rounded = quantized.round_rows(x) if fp8 and not unused else None  # once for all that share x
         outs, saved, first = [], [], 0
         for (weight, bias, a, b), scale in zip(quads, scales):
             w, bias = padded(weight, bias, x.shape[1], pad)
-            saved += [w, a, b]
-            y = F.linear(x, w, bias)
-            if a is not None:
-                y.addmm_(h[:, first : first + len(a)], widen(b, 0, len(w)).to(x.dtype).T, alpha=scale)
-                first += len(a)
+            saved += [None if isinstance(w, Quantized) else w, a, b]  # of few bits: dequantised again going back
+            if unused:
+                y = x.new_empty(len(x), w.shape[0])
+            else:
+                y = quantized.product(x, w, bias, rounded) if isinstance(w, Quantized) else F.linear(x, w, bias)
+            if a is not None and not unused:
+                y.addmm_(h[:, first : first + len(a)], widen(b, 0, w.shape[0]).to(x.dtype).T, alpha=scale)
+            first += 0 if a is None else len(a)
             outs.append(y)
         ctx.save_for_backward(x, h, *saved)
-        ctx.scales = scales
+        ctx.scales, ctx.low = scales, [q[0] for q in quads]
         return tuple(outs)
 
     @staticmethod
@@ -118,14 +131,16 @@ class Project(torch.autograd.Function):
         x, h, *saved = ctx.saved_tensors
         scales, triples = ctx.scales, [saved[i : i + 3] for i in range(0, len(saved), 3)]
         d_x, back, A, d_B, first = None, [], [], [], 0
-        for (w, a, b), scale, g in zip(triples, scales, grads):
-            if ctx.needs_input_grad[0]:
+        for (w, a, b), low, scale, g in zip(triples, ctx.low, scales, grads):
+            if ctx.needs_input_grad[0] and w is None:
+                d_x = quantized.product_back(g, low, d_x)
+            elif ctx.needs_input_grad[0]:
                 d_x = g @ w if d_x is None else d_x.addmm_(g, w)
             if a is None:
                 d_B.append(None)
                 continue
             A.append(a)
-            back.append(scaled(g @ widen(b, 0, len(w)).to(g.dtype), scale))  # (T, r)
+            back.append(scaled(g @ widen(b, 0, g.shape[1]).to(g.dtype), scale))  # (T, r)
             d_B.append(scaled(g[:, : len(b)].T @ h[:, first : first + len(a)], scale).to(b.dtype))
             first += len(a)
         back = stack(back, 1)  # (T, sum of ranks)
@@ -135,7 +150,7 @@ class Project(torch.autograd.Function):
         d_tensors = []
         for (_w, a, _b), d_b in zip(triples, d_B):
             d_tensors += [None, None, None if a is None else next(d_A).to(a.dtype), d_b]
-        return d_x, None, None, *d_tensors
+        return d_x, None, None, None, *d_tensors
 
 
 # -- Norm and SwiGLU

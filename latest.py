@@ -1,0 +1,104 @@
+"""What a training command means that leaves things open: the run, adapter, model and dataset made last in this folder.
+
+    cfg = follow(parse(SFT))
+
+Each choice is a note, a line at the start of the run. What is given by a flag or a --config file always counts.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from checkpoint import RUN, STATE, find_adapter, read_json
+from cli import follow_model, from_file
+from config import as_dict
+from model import UserError
+
+# What a resumed run cannot change: its weights have these shapes, and this scale
+FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
+    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger""".split()
+
+
+def follow(cfg):
+    """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how.
+
+    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id: the adapter's base.
+    data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
+    """
+    resumed = cfg.resume and take_options(cfg)
+    if cfg.model_ckpt is not None and not resumed:  # a resumed run has a copy of its adapter
+        take_adapter(cfg)
+    if not cfg.data_path:
+        take_dataset(cfg)
+    cfg.check()
+    return cfg
+
+
+def take_options(cfg):
+    """The run's own, for all that was not given; False where there is no run yet. UserError for a given option that a
+    resumed run cannot change."""
+    if "output_dir" not in cfg.given:
+        script = Path(sys.argv[0]).stem
+        runs = [file.parent for file in by_age(Path("output"), RUN) if read_json(file).get("script") == script]
+        cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
+    path = Path(cfg.output_dir) / RUN
+    theirs = read_json(path)["config"] if path.exists() else {}
+    for name in FIXED:
+        if name in cfg.given & theirs.keys() and theirs[name] != getattr(cfg, name):
+            what = f"found {getattr(cfg, name)!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+            raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
+    for name in as_dict(cfg).keys() & theirs.keys() - cfg.given - {"resume", "overwrite", "output_dir"}:
+        setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
+    if theirs:
+        cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
+    return bool(theirs)
+
+
+def take_adapter(cfg):
+    """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
+    newest = cfg.model_ckpt == ""
+    adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+    cfg.model_ckpt = adapter and str(adapter)
+    if newest:
+        made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
+        cfg.notes += (made,)
+    base = adapter and read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
+        return
+    if "model_id" not in cfg.given:
+        cfg.model_id = base
+        cfg.notes += (f"--model_id {base}, which the adapter was made for",)
+        follow_model(cfg)
+    elif newest:
+        problem = f"--model_id {cfg.model_id}: the newest adapter, {adapter}, was made for {base}"
+        raise UserError(f"{problem}; give --model_ckpt FOLDER, or --model_ckpt none for a new adapter")
+
+
+def take_dataset(cfg):
+    """What the adapter was trained on, else the newest under data/. UserError where there is none."""
+    state = Path(cfg.model_ckpt or "") / STATE
+    if cfg.model_ckpt and state.exists():
+        cfg.data_path, why = read_json(state)["config"]["data_path"], "which the adapter was trained on"
+    else:
+        files = by_age(Path("data"), "train.json")
+        if not files:
+            make = "make one by python generate.py --num_samples 1400, of your own clips by --from_folder DIR"
+            raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
+        cfg.data_path, why = str(files[-1]), "the dataset made last"
+    cfg.notes += (f"--data_path {cfg.data_path}, {why}",)
+    name = Path(cfg.data_path).parent.name
+    if "output_dir" not in cfg.given and not cfg.resume and name != "synthetic_videos":
+        cfg.output_dir = cfg.output_dir.replace("video", name)  # output/video_lora is of the drawn clips
+        cfg.notes += (f"--output_dir {cfg.output_dir}, after the dataset",)
+
+
+def grpo_command(adapter, model_ckpt):
+    """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
+    run = adapter and adapter.parent / RUN
+    if run and run.exists() and read_json(run).get("script") == "train_sft":
+        yield "next: " + shlex.join(["python", "train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else [])])
+
+
+def by_age(folder, name):
+    """folder/*/name, the newest last."""
+    return sorted(folder.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime)

@@ -1,0 +1,149 @@
+"""The first hour: four commands take clips of one's own through, each names the next; what was made last is meant."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import clips
+import generate
+import infer
+import train_grpo
+import train_sft
+from config import GRPO, SFT, parse
+from console import against_start
+from latest import follow
+from model import UserError
+from trainer import Run
+
+SHORT = "--nframes 4 --eval_samples 8 --eval_controls 0 --max_new_tokens 8"
+REWARD = "def even(text, sample):\n    return float(len(text) % 2 == 0)\n"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made(name, age=0, **content):
+    """A file of JSON, so many seconds old."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    os.utime(path, (0, path.stat().st_mtime - age))
+
+
+def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
+    """From a folder with spaces and umlauts, without a flag for what was made: dataset, run, adapter."""
+    for label, direction in {"Ball fällt": "Falling Down", "Ball steigt": "Ascending"}.items():
+        folder = Path("Meine Clips") / label
+        folder.mkdir(parents=True)
+        for i in range(6):
+            clip = clips.draw_clip(np.random.default_rng(i), direction, 64, 12)
+            clips.write_mp4(folder / f"{i}.mp4", clips.render(clip))
+    Path("my_rewards.py").write_text(REWARD)
+
+    def type_in(command, flags=""):
+        """Run it; what it printed, and the command that its last line names."""
+        words = shlex.split(command)
+        script = {"generate": generate, "train_sft": train_sft, "train_grpo": train_grpo, "infer": infer}[words[1][:-3]]
+        monkeypatch.setattr(sys, "argv", [*words[1:], *flags.split()])
+        script.main()
+        out = capfd.readouterr().out
+        return out, out.strip().splitlines()[-1].partition("next")[2].strip(" :")
+
+    _, command = type_in("python generate.py --from_folder 'Meine Clips'", "--workers 1")
+    assert command == "python train_sft.py"
+    out, command = type_in(command, f"--max_steps 2 {SHORT}")
+    assert f"--data_path {Path('data/Meine Clips/train.json')}, the dataset made last" in out
+    assert "output/Meine Clips_lora: step 2 of 2" in out
+    assert command.startswith("python infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
+    out, command = type_in(command)
+    assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out and "What does the video show?" in out
+    assert command == "python train_grpo.py"
+    flags = f"--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 8 {SHORT}"
+    out, command = type_in(f"{command} --rewards my_rewards.py:even", flags)
+    assert "--model_ckpt output/Meine Clips_lora/checkpoint-2, of the run made last" in out
+    assert command.startswith("python infer.py 'Meine Clips/")
+    assert "output/grpo_Meine Clips_lora: step 1 of 1" in out
+
+
+def test_a_grpo_run_that_ends_below_its_start_says_so(tmp_path):
+    run = Run(None, "train_grpo", tmp_path, *[None] * 6)
+    assert run.compare(0.75) == (False, ", the start")
+    run.step = 4
+    better, text = run.compare(0.5)
+    assert better and text == ", the best so far, but below the start's 75.0%"
+    assert "75.0% at the start: worse than the start" in against_start(run)
+
+
+def test_what_was_made_last_is_meant_and_flags_win():
+    with pytest.raises(UserError, match="python generate.py --num_samples 1400.*--from_folder DIR"):
+        follow(parse(SFT, []))
+    made("data/synthetic_videos/train.json", 5)
+    made("data/older/train.json", 9)
+    cfg = follow(parse(SFT, []))
+    assert (cfg.data_path, cfg.output_dir) == ("data/synthetic_videos/train.json", "output/video_lora")
+    made("data/mine/train.json")
+    cfg = follow(parse(SFT, []))
+    assert (cfg.data_path, cfg.output_dir) == ("data/mine/train.json", "output/mine_lora")
+    cfg = follow(parse(SFT, ["--data_path", "x.json"]))
+    assert (cfg.data_path, cfg.output_dir, cfg.notes) == ("x.json", "output/video_lora", ())
+
+
+def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
+    made("base/config.json", hidden_size=2048)  # a 3B
+    made("output/run/run.json", script="train_sft")
+    made("output/run/checkpoint-3/trainer_state.json", config={"data_path": "data/old/train.json"})
+    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base")
+    made("data/new/train.json")
+    monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
+    cfg = follow(parse(GRPO, []))
+    assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
+    assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
+    assert (cfg.learning_rate, cfg.dataloader_num_workers) == (1e-5, 8)  # of a 3B
+    assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
+    with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
+        follow(parse(GRPO, ["--model_id", "assets/tiny"]))
+    assert follow(parse(GRPO, ["--model_ckpt", "none", "--model_id", "a"])).data_path == "data/new/train.json"
+
+
+def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
+    theirs = {"data_path": "a.json", "max_steps": 7, "lora_rank": 8, "fps": 1.0, "nframes": None}
+    made("output/mine_lora/run.json", 9, script="train_sft", config=theirs)
+    made("output/grpo_mine_lora/run.json", script="train_grpo", config={})
+    cfg = follow(parse(SFT, ["--resume", "--max_steps", "9", "--lora_rank", "8"]))
+    assert (cfg.output_dir, cfg.data_path, cfg.max_steps, cfg.lora_rank) == ("output/mine_lora", "a.json", 9, 8)
+    assert (cfg.fps, cfg.nframes) == (1.0, None)
+    with pytest.raises(UserError, match="--lora_rank: found 4, expected 8 as in output/mine_lora: a resumed run"):
+        follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "argv", "expected"),
+    [
+        (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
+        (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
+        (3584, "--learning_rate 1", dict(per_device_train_batch_size=16, learning_rate=1.0)),
+        (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None)),
+        (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
+        ("Qwen/Qwen2.5-VL-72B-Instruct", "", dict(lora_rank=16, learning_rate=1e-4)),
+        ("someone/model", "", dict(lora_rank=16, learning_rate=3e-3)),
+    ],
+)
+def test_defaults_follow_the_model(tmp_path, model, argv, expected):
+    """By the hidden size in config.json, or by a hub id's name; what is given wins, and what was chosen is said."""
+    if isinstance(model, int):
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": model}}))
+    name = str(tmp_path) if isinstance(model, int) else model
+    cfg = parse(SFT, ["--model_id", name, *argv.split()])
+    assert {option: getattr(cfg, option) for option in expected} == expected
+    chosen = " ".join(note for note in cfg.notes if note.startswith("chosen by the model, as in configs/"))
+    assert bool(chosen) == (expected["learning_rate"] != 3e-3 if "learning_rate" in expected else True)
+    assert not any(f" {option} " in chosen for option in cfg.given)
