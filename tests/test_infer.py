@@ -466,7 +466,7 @@ def test_mistakes_end_in_one_line(here, tiny, clip):
         ("missing.mp4",): "missing.mp4: no such file",
         ("empty.mp4",): "empty.mp4.*empty",
         ("broken.mp4",): "broken.mp4",
-        ("folder",): "folder: 0 images",
+        ("folder",): "folder: a folder without images",
         (clip, "--model_ckpt", "short"): r"adapter short: .*lora_A: found \(4, \d+\), expected \(5, \d+\)",
         (clip, "--model_ckpt", "nowhere"): "nowhere: no such folder",
         (clip, "--question", "<|im_end|>"): r"special token <\|im_end\|>",
