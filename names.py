@@ -193,6 +193,16 @@ Every flag of the original project's commands works under its own name: `video_g
 `src/training/train.py` is `train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is
 `infer.py` (`--base_model`, `--video_path`, `--prompt` are accepted).
 
+```bash
+deepspeed train_sft.py --use_liger True --deepspeed configs/zero2_offload.json --model_id Qwen/Qwen2.5-VL-3B-Instruct \\
+  --data_path ./data/synthetic_videos/train.json --image_folder ./data/synthetic_videos/videos \\
+  --freeze_vision_tower True --freeze_llm True --tune_merger False --bf16 True --lora_enable True --vision_lora True \\
+  --lora_rank 64 --lora_alpha 64 --lora_dropout 0.05 --num_lora_modules -1 \\
+  --lora_namespan_exclude "['lm_head','embed_tokens']" --output_dir output/video_lora --num_train_epochs 1 \\
+  --per_device_train_batch_size 1 --gradient_accumulation_steps 5 --video_max_pixels 4096 --fps 1 \\
+  --learning_rate 2e-4 --warmup_ratio 0.03 --lr_scheduler_type cosine --gradient_checkpointing True --save_steps 5
+```
+
 | theirs | here |
 |---|---|
 """
