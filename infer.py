@@ -327,6 +327,8 @@ def read_as_trained(cfg, folder):
 def clip_part(clip: str | Path, cfg) -> dict:
     """A video, an image, or a folder of frames as a part of a message."""
     path = Path(clip)
+    if "://" in str(clip):
+        raise UserError(f"{clip} is a web address; download the file and name it instead")
     if not path.exists() and not cfg.image_folder:
         hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
         raise UserError(f"{path}: no such file; {hint}")

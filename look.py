@@ -63,7 +63,7 @@ def records_of(file: str, question: str) -> tuple[Sequence[dict], bool]:
     if file.lower().endswith((".json", ".jsonl", *TABLE_SUFFIXES)) and not os.path.isdir(file):
         return read_records(file), True
     kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
-    part = {"type": kind, "path": os.path.abspath(file)}
+    part = {"type": kind, "path": os.path.abspath(file) if os.path.exists(file) else file}
     return [{"messages": [{"role": "user", "content": [part, question]}]}], False
 
 

@@ -116,6 +116,8 @@ def read_records(path: str | Path) -> Records:
     line for what does not parse."""
     records = Records()
     for file, weight in data_files(path):
+        if "://" in file:
+            raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
         records.files.append((str(Path(file).parent), weight, len(records)))
         read_file(Path(file), records)
     return records

@@ -61,15 +61,15 @@ class Options:
         UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
         """
         sizes = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+        known = sizes if kind == "image" else cls.__dataclass_fields__
         values = {name: getattr(args, f"{kind}_{name}") for name in sizes}
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
         if {"fps", "sample_fps"} <= set(item):
             raise UserError(f"{where}: fps and sample_fps are both given; give one")
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
-                raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {known}")
+            if name not in known:
+                raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {', '.join(known)}")
             low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
@@ -288,8 +288,6 @@ def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: i
 
 
 def plan_image(paths, source: tuple[int, int], options: Options) -> ClipPlan:
-    if (options.video_start, options.video_end) != (None, None):
-        raise UserError("video_start and video_end need a video")
     h, w, notes = frame_size("image", *source, 1, options)
     return ClipPlan("image", paths, (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
 

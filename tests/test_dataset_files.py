@@ -30,6 +30,8 @@ def test_several_files_and_their_weights(tmp_path, monkeypatch):
     for weight in ("0", "-1", "nan", "inf", "x", "", "1e5000"):
         with pytest.raises(UserError, match="the weight is .*; expected a number above 0"):
             read_records(f"a.json:{weight},b.jsonl")
+    with pytest.raises(UserError, match="https://a.b/c.json is a web address; download it first"):
+        read_records("a.json,https://a.b/c.json")
     Path("a.csv").write_text("question,answer")
     with pytest.raises(UserError, match="a.csv: a table, which is not read"):
         read_records("a.csv")

@@ -323,6 +323,7 @@ WRONG = {
     "the column image_path": {"video": "0.mp4", "question": "?", "answer": "!", "image_path": "p.png"},
     "expected one file name": {"messages": chat([{"type": "video", "video": "0.mp4", "path": "1.mp4"}], "!")},
     "fps and sample_fps": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1, "sample_fps": 2}], "!")},
+    "unknown image option 'fps'": {"messages": chat([{"type": "image", "image": "p.png", "fps": 1}], "!")},
     "video_start of the record and of": {
         "messages": chat([{"type": "video", "video": "0.mp4", "video_start": 0.1}], "!"), "video_start": 0.2,
     },
