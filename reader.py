@@ -350,8 +350,9 @@ def decode_frames(path: str, seeks: Sequence[tuple[int | None, int]], size) -> d
     return dict(zip(decoded, frames, strict=True))
 
 
-def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
-    """The first picture of a file, (3, H, W) uint8, resized if a size is given."""
+def read_image(path: str, size: tuple[int, int] | None = None, source: tuple[int, int] | None = None) -> Tensor:
+    """The first picture of a file, (3, H, W) uint8, resized if a size is given. UserError unless it has the size
+    `source`, if that is given."""
     stream = open_picture(path)
     with stream.container, ffmpeg_errors(path):
         if stream.codec_context.name == "mjpeg":  # one that breaks off would end in grey; a TIFF would fail at any tag
@@ -367,6 +368,9 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
                 raise UserError(f"{path}: a TIFF to be shown turned or mirrored, which is not done; save it upright")
             frame.color_range = ColorRange.JPEG  # which FFmpeg leaves open
         rgb = to_rgb(frame, VideoReformatter(), SMOOTH)
+    if source and rgb.shape[:2] != source:
+        sizes = f"{rgb.shape[1]} x {rgb.shape[0]} among frames of {source[1]} x {source[0]}"
+        raise UserError(f"{path}: {sizes}; the frames of a clip have one size")
     return next(resize([rgb], size or rgb.shape[:2]))
 
 

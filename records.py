@@ -291,10 +291,15 @@ def media_pool(kind: str, names, tags: int) -> list[Media]:
     """The clips that a record names beside its turns, in the order of their tags, of which there are `tags`."""
     if names is None or not isinstance(names, list):
         return [] if names is None else [read_media(kind, names)]
-    pictures = all(isinstance(name, str) and name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    if kind == "video" and tags <= 1 and names and pictures:
+    if kind == "video" and tags <= 1 and names and all(map(names_picture, names)):
         return [read_media(kind, names)]  # at most one tag, nothing but pictures: the frames of one clip
     return [read_media(kind, name) for name in names]
+
+
+def names_picture(name) -> bool:
+    name = first_of(name, "url", "path") if isinstance(name, dict) else name
+    name = name.lower() if isinstance(name, str) else ""
+    return name.startswith("data:image/") or name.endswith(IMAGE_SUFFIXES)
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:

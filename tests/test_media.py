@@ -318,6 +318,12 @@ def test_broken_files_say_what_is_wrong(tmp_path):
             assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_frames_of_several_sizes(tmp_path):
+    paths = tuple(write_picture(tmp_path / f"{side}.png", ramp(1, side, 64)[0]) for side in (64, 32))
+    with pytest.raises(UserError, match="32.png: 64 x 32 among frames of 64 x 64"):
+        read_clip(plan_clip("video", paths, Options()))
+
+
 def test_a_video_is_no_picture(tmp_path):
     path = write_clip(tmp_path / "a.mp4", ramp(4))
     for kind, paths in (("image", (path,)), ("video", (path, path))):

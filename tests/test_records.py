@@ -377,6 +377,14 @@ def test_options_beside_a_name_count_wherever_it_stands(processor):  # noqa: F81
         assert len(processor.encode(record).frame_indices[0]) == 4
 
 
+def test_frames_of_a_clip_by_any_name():
+    data = "data:image/png;base64,AA"
+    for names in (["1.png", "2.png"], [{"path": "1.png"}, {"url": "2.jpg"}], [data, data], [{"url": data}, "2.png"]):
+        for record in ({"question": "?", "answer": "!", "video": names}, {"query": "<video>?", "videos": names}):
+            (clip, _) = read_turns(record, "r")[0].parts
+            assert len(clip.paths) == 2
+
+
 def test_absent_options_and_numbers(processor):  # noqa: F811
     record = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
     assert read_turns(record, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
