@@ -154,10 +154,12 @@ def test_a_large_card_keeps_everything_and_a_small_one_nothing(monkeypatch):
 
 def test_a_resumed_run_obeys_its_checkpoint(monkeypatch):
     gpu = FakeGpu(monkeypatch, 24, 1.0)
-    saved = {"plan": {"pack_tokens": 3000, "kept": 7}}
+    saved = {"plan": {"pack_tokens": 3000, "kept": 7}, "config": {"pack_tokens": 6000, "gradient_checkpointing": False}}
     assert gpu.choose(saved)[0] == Plan(3000, 7) and gpu.tried == []
     assert gpu.choose(saved, gradient_checkpointing=True)[0] == Plan(3000, 0)
     assert gpu.choose(saved, pack_tokens=5000)[0] == Plan(5000, 7)
+    # as given to that run, which ran out of memory with it
+    assert gpu.choose(saved, pack_tokens=6000, gradient_checkpointing=False)[0] == Plan(3000, 7)
 
 
 def test_on_a_cpu_auto_is_a_constant():
