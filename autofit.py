@@ -79,7 +79,8 @@ def sample_of(run, records, processor):
 def fit(run, model, lengths, example, given):
     """The fastest Plan that fits on every rank's GPU. given: the Plan of the options that are not auto."""
     cfg, device, counts = run.cfg, run.device, Counts.of(model)
-    options = candidates(model.config, counts, cfg, lengths, given, product_rate(device, run.dtype))
+    rate = float(ranks.gather_numbers(product_rate(device, run.dtype)).min())  # or ranks would choose apart
+    options = candidates(model.config, counts, cfg, lengths, given, rate)
     room = float(ranks.gather_numbers(room_bytes(run, model, counts)).min())
     smallest = min(options, key=lambda option: option["bytes"])
     fitting = lambda scale: next((option for option in options if scale * option["bytes"] <= room), smallest)
