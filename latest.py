@@ -23,8 +23,8 @@ FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lor
 def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how.
 
-    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id: the adapter's base.
-    data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
+    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id and base_dtype: the adapter's
+    base. data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
     """
     resumed = cfg.resume and take_options(cfg)
     if resumed and "model_ckpt" in cfg.given:
@@ -73,7 +73,12 @@ def take_adapter(cfg):
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
         cfg.notes += (made,)
-    base = adapter and read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    file = adapter and adapter / "adapter_config.json"
+    config = read_json(file) if file else {}
+    base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
+    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, file)
+        cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
     if "model_id" not in cfg.given:
