@@ -120,7 +120,8 @@ def check(cfg):
     if hasattr(cfg, "command"):
         check_command(cfg)
     for name in ("files", "runs"):
-        require(getattr(cfg, name, None) != [], name, [], f"one at least: {type(cfg).__doc__}")
+        if getattr(cfg, name, None) == []:
+            raise UserError(f"--{name}: none given, expected at least one: {type(cfg).__doc__}")
 
 
 def check_sizes(cfg):
@@ -166,7 +167,7 @@ def check_groups(cfg):
 
 def check_command(cfg):
     commands = ("merge", "check")
-    require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
+    require(cfg.command in commands, "command", cfg.command, f"merge or check, as in python lora.py check RUN{nearest(cfg.command, commands)}")
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
     require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)
     expected = f"a new folder to write: python lora.py merge {cfg.model_ckpt} OUT"

@@ -338,7 +338,8 @@ def clip_part(clip: str | Path, cfg) -> dict:
     images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
     if len(images) < 2:
-        raise UserError(f"{path}: {len(images)} images in this folder; expected the frames of a clip, at least 2")
+        problem = f"{len(images)} images in this folder; expected the frames of one clip, at least 2"
+        raise UserError(f"{path}: {problem}; or give one clip's file, or a dataset by --data_path")
     few = len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given
     if few:
         log.warning("%s has %d frames, all are taken: --nframes %d was not given", path, len(images), cfg.nframes)
@@ -365,7 +366,7 @@ def main(argv=None):
     if not (cfg.video or cfg.data_path):
         expected = "a file: python infer.py video.mp4, or --data_path val.json"
         expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
-        raise UserError(f"--video: found nothing, expected {expected}")
+        raise UserError(f"no clip given; expected {expected}")
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
     if cfg.benchmark:
