@@ -355,7 +355,7 @@ def describe(run, model, lines, held_out):
 
 
 def trained_shares(model):
-    """"76,800 of 297,680 parameters (25.8 %): vision 23.5 %, merger 20.7 %, llm 29.8 %"."""
+    """ "76,800 of 297,680 parameters (25.8 %): vision 23.5 %, merger 20.7 %, llm 29.8 %"."""
     counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
