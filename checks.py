@@ -167,7 +167,7 @@ def check_groups(cfg):
 
 def check_command(cfg):
     commands = ("merge", "check")
-    expected = f"merge or check{nearest(cfg.command, commands)}: python lora.py check output/video_lora"
+    expected = f"merge or check, as in python lora.py check output/video_lora{nearest(cfg.command, commands)}"
     require(cfg.command in commands, "command", cfg.command, expected)
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
     require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)

@@ -246,7 +246,7 @@ class Processor:
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
-        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check image_folder")
+        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check --image_folder")
 
     def inline_file(self, address: str, name: str) -> str:
         """data:video/mp4;base64,… (RFC 2397, as OpenAI and ms-swift use it) as a file, written once."""
