@@ -167,6 +167,8 @@ def check_groups(cfg):
 
 def check_command(cfg):
     commands = ("merge", "check")
+    if cfg.command == "convert":
+        raise UserError("lora.py convert: was removed; both key styles are read, for use elsewhere: lora.py merge")
     expected = f"merge or check, as in python lora.py check output/video_lora{nearest(cfg.command, commands)}"
     require(cfg.command in commands, "command", cfg.command, expected)
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
