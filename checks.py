@@ -120,7 +120,8 @@ def check(cfg):
     if hasattr(cfg, "command"):
         check_command(cfg)
     for name in ("files", "runs"):
-        require(getattr(cfg, name, None) != [], name, [], f"one at least: {type(cfg).__doc__}")
+        if getattr(cfg, name, None) == []:
+            raise UserError(f"--{name}: none given, expected at least one: {type(cfg).__doc__}")
 
 
 def check_sizes(cfg):
@@ -168,7 +169,8 @@ def check_command(cfg):
     commands = ("merge", "check")
     if cfg.command == "convert":
         raise UserError("lora.py convert: was removed; both key styles are read, for use elsewhere: lora.py merge")
-    require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
+    expected = f"merge or check, as in python lora.py check output/video_lora{nearest(cfg.command, commands)}"
+    require(cfg.command in commands, "command", cfg.command, expected)
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
     require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)
     expected = f"a new folder to write: python lora.py merge {cfg.model_ckpt} OUT"

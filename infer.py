@@ -357,7 +357,7 @@ def main(argv=None):
     if not (cfg.video or cfg.data_path):
         expected = "a file: python infer.py video.mp4, or --data_path val.json"
         expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
-        raise UserError(f"--video: found nothing, expected {expected}")
+        raise UserError(f"no clip given; expected {expected}")
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
     if cfg.benchmark:

@@ -219,7 +219,7 @@ def frames_in(folder: str) -> tuple[str, ...]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
     if not names:
-        raise UserError(f"{folder}: a folder without images; expected the frames of a clip")
+        raise UserError(f"{folder}: a folder without images; expected the frames of a clip, or give one file")
     names.sort(key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
     return tuple(os.path.join(folder, name) for name in names)
 

@@ -118,7 +118,7 @@ def test_commands_that_people_have():
         (Adapter, "convert x", ["lora.py convert", "was removed", "lora.py merge"]),
         (Adapter, "merge x y --keys 1", ["--keys", "both key styles"]),
         (GRPO, "--oversample 2", ["--oversample", "--max_resample N"]),
-        (Look, "", ["--files: found []", "python data.py clip.mp4"]),
+        (Look, "", ["--files: none given", "python data.py clip.mp4"]),
         (Infer, "a.mp4 --question x --prompt y", ["--prompt"]),
         # bash reads `--cot \\  # or remove` as --cot and an argument of one blank, and runs what follows
         (Generate, "--cot  ", ["very last character"]),
