@@ -129,7 +129,8 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     if options.nframes is not None:
         n = round(options.nframes / TEMPORAL) * TEMPORAL
         if not TEMPORAL <= n <= total:
-            raise UserError(f"nframes {options.nframes} of a video with {total} frames; expected 2 to {total}")
+            expected = f"expected 2 to {total}, or fps instead"
+            raise UserError(f"nframes {options.nframes} of a video with {total} frames; {expected}")
         return n
     low = math.ceil(options.min_frames / TEMPORAL) * TEMPORAL
     high = math.floor(min(options.max_frames, total) / TEMPORAL) * TEMPORAL
