@@ -166,6 +166,8 @@ def check_groups(cfg):
 
 def check_command(cfg):
     commands = ("merge", "check")
+    if cfg.command == "convert":
+        raise UserError("lora.py convert: was removed; both key styles are read, for use elsewhere: lora.py merge")
     require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
     require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)

@@ -124,7 +124,13 @@ def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
             records[job.split].append(typed_record(job.name, cfg.task, clip))
         else:
             records[job.split].append(record(job.name, f"{job.name}.mp4", [(QUESTION, text)], facts_of(clip)))
-    return records, {"fps": FPS, "counts": count_labels(records), "cot": report}
+    counts = count_labels(records)
+    missing = [f"{label} in {split}" for split in counts for label in set(DIRECTIONS) - set(counts[split])]
+    if missing and cfg.cot:
+        lost = f"too many clips were dropped, none is left of {', '.join(sorted(missing)[:3])}"
+        advice = "take another --cot_model, more --num_samples, or --cot_source trajectory"
+        raise UserError(f"chains of thought: {lost}; {advice}")
+    return records, {"fps": FPS, "counts": counts, "cot": report}
 
 
 def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> dict:

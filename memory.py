@@ -189,8 +189,14 @@ def summary(model, cfg, records, processor, loader, steps, world, number):
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if most > 0.92 * whole:
             tight = "this GPU has" if most > whole else "tight: this GPU has"
-            yield f"             {tight} {whole / GIB:.1f} GiB; see --gradient_checkpointing, --offload_activations, " \
-                  "--video_max_pixels"  # fmt: skip
+            yield f"             {tight} {whole / GIB:.1f} GiB; {less_memory(model, cfg)}"
+
+
+def less_memory(model, cfg):
+    """What to try where a run hardly fits. 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)."""
+    low_bit = "--base_dtype nf4" if Counts.of(model).base > 6e9 else "--base_dtype int8"
+    first = f"{low_bit}, " if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
+    return f"try {first}--offload_activations True, a lower --video_max_pixels"
 
 
 def out_of_memory(device, doing, packs, lower):

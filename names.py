@@ -112,11 +112,34 @@ ANSWERS = {  # what to do: theirs
         "steps_per_generation generation_batch_size",
     "the reference never moves: --reference start or base": "sync_ref_model ref_model",
     "--sampler_is_cap C truncates the importance weights": "vllm_importance_sampling_correction",
-    "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample oversample",
-    "adapters of both key styles are read here; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
+    "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample",
+}  # fmt: skip
+REMOVED = {  # what to do: options that were here once
+    "--base_dtype nf4 or int8 makes the frozen base small, --num_gpus N shares the rest by ZeRO-2":
+        "partition_weights offload_weights",
+    "use data parallelism, for a long video on a small card --offload_activations True": "sequence_parallel",
+    "each rank samples its own prompts, as many at a time as memory holds": "rollout_rows",
+    "--dry_run True prints the memory that a run needs": "dry_run_gib",
+    "--max_resample N samples further prompts until enough groups differ in accuracy": "oversample",
+    "adapters of both key styles are read; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
+    "python assets/make_tiny.py clips draws what the tiny base learns from": "base_coordinates",
+    "balls vary in size, colour and speed, so that only motion tells the class": "style",
+    "any regular file that a record names is read": "allow_outside_files",
+    "download the files first, and name them in the records":
+        "allow_remote_files remote_folder remote_max_mb remote_seconds",
+}  # fmt: skip
+COMMANDS = {  # docs/migrating.md's last table
+    "make audit": "`pip install pip-audit && pip-audit --disable-pip -r requirements.lock`",
+    "`lora.py convert`": "both key styles are read, the newer is written; for use elsewhere `python lora.py merge`",
+    "generate.py: preview.png, preview.gif": "`python data.py CLIP --preview out.png`",
+    "`rollout_halved`, `idle`, `traffic` in metrics.jsonl": "`oom_retries`; torch's profiler shows the others",
+    "exit code 75 of a lost machine": "its launcher ends the other ranks, after ten minutes where it is silent",
+    "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with other cards' values in its comments",
+    "bench/sft.py, rollout.py, grpo.py, data.py and others": "`python bench/step.py`, `python bench/loading.py`; "
+        "findings of the others are in dev/LOG.md",
 }  # fmt: skip
 NAMES = {name: ("value", meaning) for names, meaning in BY_VALUE.items() for name in names.split()}
-for _kind, _groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS)):
+for _kind, _groups in (("same", SAME), ("none", NO_EFFECT), ("answer", ANSWERS), ("removed", REMOVED)):
     NAMES |= {name: (_kind, meaning) for meaning, names in _groups.items() for name in names.split()}
 SYNONYMS = {name: ours for ours, names in SAME.items() for name in names.split()}
 
@@ -129,6 +152,8 @@ def translate(name, value):
         return meaning, value, f"--{name} is --{meaning} here"
     if kind == "none":
         return "", None, f"--{name} has no effect: {meaning}"
+    if kind == "removed":
+        raise UserError(f"was removed; {meaning}")
     if kind == "answer":
         if str(value).lower() in OFF:
             return already
@@ -168,7 +193,25 @@ Every flag of the original project's commands works under its own name: `video_g
 `src/training/train.py` is `train_sft.py`, `src/training/train_grpo.py` is `train_grpo.py`, `scripts/demo.py` is
 `infer.py` (`--base_model`, `--video_path`, `--prompt` are accepted).
 
+```bash
+deepspeed train_sft.py --use_liger True --deepspeed configs/zero2_offload.json --model_id Qwen/Qwen2.5-VL-3B-Instruct \\
+  --data_path ./data/synthetic_videos/train.json --image_folder ./data/synthetic_videos/videos \\
+  --freeze_vision_tower True --freeze_llm True --tune_merger False --bf16 True --lora_enable True --vision_lora True \\
+  --lora_rank 64 --lora_alpha 64 --lora_dropout 0.05 --num_lora_modules -1 \\
+  --lora_namespan_exclude "['lm_head','embed_tokens']" --output_dir output/video_lora --num_train_epochs 1 \\
+  --per_device_train_batch_size 1 --gradient_accumulation_steps 5 --video_max_pixels 4096 --fps 1 \\
+  --learning_rate 2e-4 --warmup_ratio 0.03 --lr_scheduler_type cosine --gradient_checkpointing True --save_steps 5
+```
+
 | theirs | here |
+|---|---|
+"""
+
+
+COMMANDS_HEAD = """
+Commands and files that were removed:
+
+| removed | instead |
 |---|---|
 """
 
@@ -181,8 +224,10 @@ def migrating():
         rows.append((names, f"{', '.join(pairs)}; else {otherwise}"))
     rows += [(names, f"no effect: {why}") for why, names in NO_EFFECT.items()]
     rows += [(names, answer) for answer, names in ANSWERS.items()]
+    rows += [(names, f"was removed; {answer}") for answer, names in REMOVED.items()]
     flags = lambda names: ", ".join(f"`--{name}`" for name in names.split())
-    return HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for names, meaning in rows)
+    text = HEAD + "".join(f"| {flags(names)} | {meaning} |\n" for names, meaning in rows)
+    return text + COMMANDS_HEAD + "".join(f"| {what} | {instead} |\n" for what, instead in COMMANDS.items())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan, pad_positions
 from model.quantized import Quantized, product
-from model.recompute import in_pieces, run_block
+from model.recompute import in_pieces, recomputed
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -235,7 +235,8 @@ class LanguageModel(nn.Module):
 
         for number, layer in enumerate(self.layers):
             rows = query_rows if number == last else None
-            x = run_block(layer, number < recompute, x, tables, attention or packed, rows)
+            run = recomputed(layer) if number < recompute else layer
+            x = run(x, tables, attention or packed, rows)
         return x
 
 
@@ -332,7 +333,8 @@ class VisionTower(nn.Module):
     def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
         """(P, width) through the blocks. segments: [windows, whole grid steps]."""
         for i, block in enumerate(self.blocks):
-            x = run_block(block, i < recompute, x, tables, segments[i in self.config.fullatt_block_indexes])
+            run = recomputed(block) if i < recompute else block
+            x = run(x, tables, segments[i in self.config.fullatt_block_indexes])
         return x
 
 
@@ -361,7 +363,7 @@ class Qwen2_5_VL(nn.Module):
             self.ops.bind(self.head_weight)
         return self
 
-    def recomputed(self) -> tuple[int, int]:
+    def num_recomputed(self) -> tuple[int, int]:
         """The first so many blocks of the tower, and of the language model, that keep only their input."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return 0, 0
@@ -390,7 +392,7 @@ class Qwen2_5_VL(nn.Module):
             return x + self.no_picture(x) if self.training and trained else x
         plan = plan or self.plan(packed)
         with torch.set_grad_enabled(trained):
-            vision = self.visual(packed.patches, packed.grid_thw, plan, self.recomputed()[0])  # (M, C)
+            vision = self.visual(packed.patches, packed.grid_thw, plan, self.num_recomputed()[0])  # (M, C)
         return x.index_copy(0, plan.pads, vision.to(x.dtype))
 
     def no_picture(self, x: Tensor) -> Tensor:
@@ -398,7 +400,7 @@ class Qwen2_5_VL(nn.Module):
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
         m = self.config.vision.spatial_merge_size
         empty, grids = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel()), [(1, m, m)]
-        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.recomputed()[0]).sum()
+        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.num_recomputed()[0]).sum()
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
@@ -414,7 +416,7 @@ class Qwen2_5_VL(nn.Module):
         tables = mrope_tables(packed.position_ids, self.config, dtype)
 
         x = self.embed(packed, plan)
-        recompute = self.recomputed()[1]
+        recompute = self.num_recomputed()[1]
         if attention is None and query_rows is None:
             x = run_blocks(self.model, self.model.layers, x, tables, segments, recompute)
         else:

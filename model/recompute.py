@@ -18,15 +18,17 @@ from model.ops import Ops
 PIECE = 32_768  # tokens or patches that the MLP of a recomputed block takes at a time
 
 
-def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
-    """block(*args); with recompute only the arguments are kept. The state of the random numbers is kept only where the
-    block draws any: that costs the host time."""
-    if not recompute:
-        return block(*args)
+def recomputed(block: nn.Module) -> Callable:
+    """The block, keeping only its arguments. The state of the random numbers is kept only where the block draws any:
+    that costs the host time."""
     how = {"use_reentrant": False, "preserve_rng_state": has_dropout(block)}
     how["context_fn"] = lambda: (block.ops.during("first"), block.ops.during("again"))
-    with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
-        return checkpoint(block, *args, **how)
+
+    def run(*args) -> Tensor:
+        with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
+            return checkpoint(block, *args, **how)
+
+    return run
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:

@@ -115,7 +115,7 @@ def test_commands_that_people_have():
         (GRPO, "--reward_weights 1", ["--reward_weights", "2 numbers"]),
         (Generate, "--split 1", ["--split", "between 0 and 1"]),
         (Generate, "--augment blur,spin", ["--augment", "'spin'", "blur, crop"]),
-        (Adapter, "convert x", ["--command", "'convert'", "merge or check"]),
+        (Adapter, "convert x", ["lora.py convert", "was removed", "lora.py merge"]),
         (Adapter, "merge x y --keys 1", ["--keys", "both key styles"]),
         (GRPO, "--oversample 2", ["--oversample", "--max_resample N"]),
         (Look, "", ["--files: found []", "python data.py clip.mp4"]),
@@ -176,7 +176,7 @@ def test_config_file_of_each_kind(tmp_path, name):
         ("a.yaml", "seed: 1\n\nlearning_rte: 1", "a.yaml: line 3: learning_rte"),
         ("a.json", '{"seed": 1,\n "learning_rte": 1}', "a.json: line 2: learning_rte"),
         ("a.yml", "seed: 1\nload_in_4bit: 4", "line 2: load_in_4bit"),
-        ("a.yaml", "seed: 1\nkeys: 1", "line 2: keys: not an option here"),
+        ("a.yaml", "seed: 1\nkeys: 1", "line 2: keys: was removed"),
         ("a.json", '{"lora_rank": 1.5}', "found 1.5, expected int"),
         ("a.yaml", "lora_rank: [1, 2]", "lora_rank: found ['1', '2'], expected int"),
         ("a.py", "lora_rank = = 3", "SyntaxError"),
@@ -265,6 +265,8 @@ def test_names_of_other_trainers(name):
             field = ours.partition("=")[0]
             assert cfg.given == ({field} if field else set()) and f"--{name} {value}" in ignored_options(cfg)[0]
         assert meaning[1] in message(GRPO, [f"--{name}", "something"])
+    elif kind == "removed":
+        assert f"--{name}: was removed; {meaning}" in message(GRPO, [f"--{name}", "1"])
     else:
         assert f"--{name}: not an option here; {meaning}" in message(GRPO, [f"--{name}"])
         assert parse(GRPO, [f"--{name}", "False"]).given == set()

@@ -76,7 +76,8 @@ def clips(tmp_path_factory):
 @pytest.fixture
 def processor(clips):
     tokenizer = make_tokenizer()
-    args = VideoArgs(image_folder=str(clips), nframes=4, video_max_pixels=3136, image_min_pixels=784)
+    bounds = {"video_min_pixels": None, "video_max_pixels": 3136, "image_min_pixels": 784}
+    args = VideoArgs(image_folder=str(clips), nframes=4, **bounds)
     return Processor(tokenizer, make_config(tokenizer), args)
 
 

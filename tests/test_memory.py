@@ -180,3 +180,19 @@ def test_on_a_cpu_auto_is_a_constant():
     assert autofit.choose(run, model, None) == Plan(8192, 68) and not model.gradient_checkpointing
     run.cfg = SFT(gradient_checkpointing=True, pack_tokens=None)
     assert autofit.choose(run, model, None) == Plan(None, 0) and model.gradient_checkpointing
+
+
+@pytest.mark.parametrize("size, options, first", [
+    ("3b", {}, "--base_dtype int8"), ("7b", {}, "--base_dtype nf4"), ("3b", {"base_dtype": "nf4"}, "--offload"),
+    ("3b", {"lora_enable": False, "freeze_llm": False}, "--offload"),
+])  # fmt: skip
+def test_what_a_card_that_is_too_small_is_told(monkeypatch, size, options, first):
+    cfg = SFT(**options)
+    model = model_of(size, cfg)
+    sizes = {0: (1418, 4320)}
+    monkeypatch.setattr(memory, "sample_sizes", lambda *_args, **_more: (sizes, {}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * GIB))
+    lines = [*memory.summary(model, cfg, [0], None, SimpleNamespace(steps_per_epoch=1), 1, 1, 2)]
+    assert "this GPU has 4.0 GiB" in lines[-1] and f"try {first}" in lines[-1]
