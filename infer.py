@@ -90,6 +90,8 @@ class Model:
         is_file = isinstance(data, str | Path)
         cfg = self.options(**options, **({"data_path": data} if is_file else {}))
         records = spread(read_records(data) if is_file else data, cfg.max_samples, cfg.seed)
+        if not len(records):
+            raise UserError("evaluate: found no records, expected at least one")
         sampler = Sampler(self.network, self.processor_for(cfg), cfg)
         predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
         again = partial(evaluate, sampler, records, sampling_of(cfg, sampler), cfg.seed)

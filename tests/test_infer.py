@@ -282,6 +282,7 @@ def test_ask_from_python(capsys, here, tiny, clip):
         (lambda: Model("output/b"), "output/b: no such folder, expected"),
         (lambda: Model("nobody/nothing", local_files_only=True).processor, "nobody/nothing: .*hub"),
         (lambda: model.evaluate([{"question": "?"}]), "none of 1 can be asked"),
+        (lambda: model.evaluate([]), "found no records"),
     ):
         with pytest.raises(UserError, match=words):
             wrong()
@@ -388,8 +389,13 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     out, again = run(capsys, *flags)
     assert len(asked) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
-    with pytest.raises(UserError, match="by this model"):
-        run(capsys, *flags, "--max_new_tokens", 9)
+    for other in (["--max_new_tokens", 9], ["--base_dtype", "nf4"]):
+        with pytest.raises(UserError, match="by this model"):
+            run(capsys, *flags, *other)
+    dataset.write_text((text := dataset.read_text()).replace("(B) Right to Left", "(A) Left to Right"))  # other answers
+    with pytest.raises(UserError, match="of these records"):
+        run(capsys, *flags)
+    dataset.write_text(text)
     path.write_text('{"number": 0, "id": "another"}\n')
     with pytest.raises(UserError, match="--output: out/predictions.jsonl holds other lines than"):
         run(capsys, *flags)
