@@ -55,14 +55,19 @@ def take_options(cfg):
 
 
 def take_adapter(cfg):
-    """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
+    """The adapter that model_ckpt means, "" being the newest SFT run's or none; the base that it was made for, in as
+    many bits."""
     newest = cfg.model_ckpt == ""
     adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
         cfg.notes += (made,)
-    base = adapter and read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    config = read_json(adapter / "adapter_config.json") if adapter else {}
+    base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", "bf16")
+    if cfg.lora_enable and "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, adapter / "adapter_config.json")
+        cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
     if "model_id" not in cfg.given:

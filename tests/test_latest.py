@@ -99,11 +99,12 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
     made("base/config.json", hidden_size=2048)  # a 3B
     made("output/run/run.json", script="train_sft")
     made("output/run/checkpoint-3/trainer_state.json", config={"data_path": "data/old/train.json"})
-    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base")
+    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base", base_dtype="nf4")
     made("data/new/train.json")
     monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
     cfg = follow(parse(GRPO, []))
-    assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
+    assert (cfg.model_ckpt, cfg.model_id, cfg.base_dtype) == ("output/run/checkpoint-3", "base", "nf4")
+    assert follow(parse(GRPO, ["--base_dtype", "bf16"])).base_dtype == "bf16"
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
     assert (cfg.learning_rate, cfg.dataloader_num_workers) == (1e-5, 8)  # of a 3B
     assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
