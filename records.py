@@ -124,7 +124,12 @@ def read_file(path: Path, records: Records) -> None:
     """Append the records of one file."""
     if not os.path.isfile(path):  # a fifo would block for good
         expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(path)}"
+        if os.path.isdir(path):
+            expected = f"it is a folder; expected the dataset in it, such as {path / 'train.json'}"
         raise UserError(f"{path}: no such file; {expected}")
+    if (kind := path.suffix.lower()) not in (".json", ".jsonl"):
+        makes = "datasets.load_dataset(...) has to_json, which writes .jsonl"
+        raise UserError(f"{path}: a {kind or 'nameless'} file; expected .json or .jsonl; {makes}")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -133,7 +138,7 @@ def read_file(path: Path, records: Records) -> None:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    first, items = len(records), line_items(text) if path.suffix == ".jsonl" else array_items(text)
+    first, items = len(records), line_items(text) if kind == ".jsonl" else array_items(text)
     try:
         for record, source in items:
             if not isinstance(record, dict):

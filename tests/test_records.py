@@ -445,3 +445,8 @@ def test_no_file(tmp_path):
     for name in ("fifo.jsonl", "folder.json", "none.json", "zero\0.json", "x" * 300):
         with pytest.raises(UserError, match="no such file"):
             read_records(tmp_path / name)  # returns at once: nothing opens the fifo
+    (tmp_path / "train.parquet").write_bytes(b"PAR1\xff")
+    with pytest.raises(UserError, match="a .parquet file; expected .json or .jsonl; .*to_json"):
+        read_records(tmp_path / "train.parquet")
+    (tmp_path / "A.JSONL").write_text('{"question": "?"}\n')
+    assert list(read_records(tmp_path / "A.JSONL")) == [{"question": "?"}]
