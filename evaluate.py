@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import ranks
 from answers import extract_answer
-from checkpoint import ROLLOUTS, append_lines, sha256
+from checkpoint import MANIFEST, ROLLOUTS, append_lines, sha256
 from config import VideoArgs, as_dict
 from data import CONTROLS
 from loader import examples
@@ -289,8 +289,9 @@ def made_by(cfg, adapter) -> dict:
     names = "bf16 base_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark"
     names = as_dict(VideoArgs()).keys() - {"cache_mb"} | {*names.split(), "prompt"}
     settings = hashlib.sha256(repr(sorted((name, getattr(cfg, name)) for name in names)).encode()).hexdigest()[:16]
-    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
-    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
+    merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
+    file = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
+    return {"model_id": cfg.model_id, "weights": file and sha256(file)[:16], "settings": settings}
 
 
 def record_hash(record: dict) -> str:
@@ -325,7 +326,7 @@ class Predictions:
 
     def read(self, row):
         record = self.records[row["number"]]
-        if row["record"] != record_hash(record) or row["made_by"] != self.made_by:
+        if row["record_hash"] != record_hash(record) or row["made_by"] != self.made_by:
             raise ValueError(f"line {len(self.known) + 1} is of {row['id']}, by {row['made_by']}")
         self.known[row["number"]] = Judged(row["true"], row["said"], row["options"], row["right"], row["task"])
 
@@ -334,7 +335,7 @@ class Predictions:
         if self.path is None:
             return
         record = self.records[number]
-        row = {"number": number, "id": record.get("id", record_name(record)), "record": record_hash(record)}
+        row = {"number": number, "id": record.get("id", record_name(record)), "record_hash": record_hash(record)}
         row["task"] = judged.task
         row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": judged.true}
         row |= {"said": judged.said, "options": judged.options, "right": judged.right}
