@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import ranks
 from answers import extract_answer
-from checkpoint import ROLLOUTS, append_lines, sha256
+from checkpoint import MANIFEST, ROLLOUTS, append_lines, sha256
 from config import VideoArgs, as_dict
 from data import CONTROLS
 from loader import examples
@@ -239,8 +239,10 @@ def evaluate_and_log(run, log, held_out, sampled=False):
         plain = Evaluation({k: result.answers[n] for k, n in enumerate(numbers) if n in result.answers}, {})
         controls = {name: again(some, greedy, control=name).facts(plain) for name in CONTROLS[1:]}
         facts["evaluation"]["controls"] = controls
-        words = [f"{name} {each['accuracy']:.1%}" for name, each in controls.items() if each["count"]]
-        run.say(f"step {run.step:>6}  with changed frames: {', '.join(words)} of {len(numbers)} held-out samples")
+        # counts differ where a clip of one frame cannot be shuffled
+        rows = [(name, each["accuracy"], each["count"]) for name, each in controls.items() if each["count"]]
+        words = ", ".join(f"{name} {accuracy:.1%} of {count}" for name, accuracy, count in rows)
+        run.say(f"step {run.step:>6}  with changed frames: {words} held-out samples")
     log.write(run.step, facts)
     return is_best
 
@@ -284,11 +286,17 @@ def opposite(words: str) -> str | None:
 
 def made_by(cfg, adapter) -> dict:
     """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
-    names = "max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
-    names = as_dict(VideoArgs()).keys() - {"cache_mb"} | set(names.split())
+    names = "bf16 base_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark"
+    names = as_dict(VideoArgs()).keys() - {"cache_mb"} | {*names.split(), "prompt"}
     settings = hashlib.sha256(repr(sorted((name, getattr(cfg, name)) for name in names)).encode()).hexdigest()[:16]
-    weights = sha256(adapter / "adapter_model.safetensors")[:16] if adapter else None
-    return {"model_id": cfg.model_id, "adapter": weights, "settings": settings}
+    merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
+    file = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
+    return {"model_id": cfg.model_id, "weights": file and sha256(file)[:16], "settings": settings}
+
+
+def record_hash(record: dict) -> str:
+    """Of all of a record: a corrected answer or question is another record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Predictions:
@@ -318,7 +326,7 @@ class Predictions:
 
     def read(self, row):
         record = self.records[row["number"]]
-        if row["id"] != record.get("id", record_name(record)) or row["made_by"] != self.made_by:
+        if row["record_hash"] != record_hash(record) or row["made_by"] != self.made_by:
             raise ValueError(f"line {len(self.known) + 1} is of {row['id']}, by {row['made_by']}")
         self.known[row["number"]] = Judged(row["true"], row["said"], row["options"], row["right"], row["task"])
 
@@ -327,7 +335,8 @@ class Predictions:
         if self.path is None:
             return
         record = self.records[number]
-        row = {"number": number, "id": record.get("id", record_name(record)), "task": judged.task}
+        row = {"number": number, "id": record.get("id", record_name(record)), "record_hash": record_hash(record)}
+        row["task"] = judged.task
         row |= {"prompt": sample.question, "text": text, "answer": sample.answer, "true": judged.true}
         row |= {"said": judged.said, "options": judged.options, "right": judged.right}
         row |= {"rewards": {"accuracy": judged.right, "format": format(text, sample)}, "made_by": self.made_by}

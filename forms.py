@@ -175,11 +175,12 @@ def is_number(value) -> bool:
 
 
 def read_solution(record: dict) -> str | None:
-    """Text or a number; None where there is none."""
+    """Text or a number, or a list of numbers, a span or a box, as its text; None where there is none."""
     for key in ("solution", "answer"):
         value = record.get(key)
-        if not (value is None or isinstance(value, str) or is_number(value)):
-            raise UserError(f"{key} is {str(value)[:80]}; expected text or a finite number")
+        numbers = value if isinstance(value, list) else [value]
+        if not (value is None or isinstance(value, str) or (numbers and all(map(is_number, numbers)))):
+            raise UserError(f"{key} is {str(value)[:80]}; expected text, a finite number, or a list of such numbers")
         if value is not None and str(value).strip():
             return str(value)
     return None

@@ -89,6 +89,8 @@ class Model:
         is_file = isinstance(data, str | Path)
         cfg = self.options(**options, **({"data_path": data} if is_file else {}))
         records = spread(read_records(data) if is_file else data, cfg.max_samples, cfg.seed)
+        if not len(records):
+            raise UserError("evaluate: found no records, expected at least one")
         sampler = Sampler(self.network, self.processor_for(cfg), cfg)
         predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
         again = partial(evaluate, sampler, records, sampling_of(cfg, sampler), cfg.seed)
@@ -434,7 +436,11 @@ def print_tables(result, controls, most=8):
         right, interval = f"{row['right']:g}/{row['count']}", " to ".join(map(share, row["interval"]))
         against = f"{share(row['changed']):>8}{share(row['flipped']):>9}" if name in controls else ""
         print(f"{name:<12}{right:>10}{share(row['accuracy']):>10}   {interval:<18}{against}".rstrip())
-    print(f"chance is {share(result.chance)}; changed: other than for the clip as it is; flipped: become the opposite")
+    choices = sum(answer.options > 0 for answer in result.answers.values())
+    of = f" of the {choices} with options" if 0 < choices < result.count else ""
+    print(
+        f"chance is {share(result.chance)}{of}; changed: other than for the clip as it is; flipped: become the opposite"
+    )
     confusion, tasks = result.confusion, result.by_task
     columns = sorted({said for row in confusion.values() for said in row})
     if len({*confusion, *columns}) <= most:

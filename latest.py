@@ -66,7 +66,8 @@ def take_options(cfg):
 
 
 def take_adapter(cfg):
-    """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
+    """The adapter that model_ckpt means, "" being the newest SFT run's or none; the base that it was made for, in as
+    many bits."""
     newest = cfg.model_ckpt == ""
     adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
@@ -76,7 +77,7 @@ def take_adapter(cfg):
     file = adapter and adapter / "adapter_config.json"
     config = read_json(file) if file else {}
     base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
-    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+    if cfg.lora_enable and "base_dtype" not in cfg.given and kind != cfg.base_dtype:
         cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, file)
         cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():

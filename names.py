@@ -64,6 +64,8 @@ NO_EFFECT = {  # why: theirs
         "gradient_checkpointing_kwargs vit_gradient_checkpointing",
     "rollouts are sampled by the built-in decoder": "use_vllm vllm_mode vllm_gpu_memory_utilization",
     "dropout is off in GRPO": "disable_dropout",
+    "the architecture is read from the checkpoint's config.json": "model_type",
+    "rollouts.jsonl has every completion": "log_completions",
 }  # fmt: skip
 OFF = ("none", "null", "false", "")
 BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say of other values)
@@ -91,6 +93,7 @@ BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say o
 }  # fmt: skip
 ANSWERS = {  # what to do: theirs
     "download the dataset and give its file: --data_path FILE.json": "dataset_name",
+    "give the dataset's file, not its name in dataset_info.json: --data_path DIR/FILE.json": "dataset_dir",
     "split the dataset first: --eval_data_path FILE.json, or val.json beside --data_path":
         "val_size split_dataset_ratio",
     "cut the dataset's file, or stop earlier by --max_steps": "max_samples",

@@ -131,7 +131,8 @@ def read_file(path: Path, records: Records) -> None:
         expected = f"expected a .json or .jsonl dataset, python generate.py makes one{hint}"
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}; {expected}")
     if path.suffix.lower() in TABLE_SUFFIXES:
-        raise UserError(f"{path}: a table, which is not read; write its records to a .json or .jsonl file")
+        makes = "datasets.load_dataset(...) has to_json, which writes .jsonl"
+        raise UserError(f"{path}: a table, which is not read; expected .json or .jsonl; {makes}")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -383,8 +383,11 @@ def _find(name: str) -> tuple[str, Callable]:
     if colon:
         if not Path(path).expanduser().is_file():
             raise UserError(f"--rewards {name}: no file {path}{nearest_path(path)}")
+        file = Path(path).expanduser().resolve()
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))  # it may import what stands beside it
         try:
-            functions, place = runpy.run_path(str(Path(path).expanduser())), path
+            functions, place = runpy.run_path(str(file)), path
         except Exception as error:  # the user's file may fail in any way; name the file, keep the cause
             raise UserError(f"--rewards: {path} does not import: {type(error).__name__}: {error}") from error
     functions = {key: value for key, value in functions.items() if callable(value)}

@@ -175,7 +175,7 @@ def build_model(run):
     if run.adapter:
         given = load_adapter(model, run.adapter)
         if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
-            run.notes.append(f"the adapter was trained on a {base} base and goes on with --base_dtype {cfg.base_dtype}")
+            run.notes.append(f"the adapter was trained with --base_dtype {base} and goes on with {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
         for name in own:

@@ -19,9 +19,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import infer
 from adapter_files import save_adapter
 from checkpoint import link_adapter, write_whole
-from config import QUESTION, LoraArgs
+from config import QUESTION, Infer, LoraArgs, parse
 from data import load_tokenizer
-from evaluate import opposite, wilson
+from evaluate import made_by, opposite, wilson
 from infer import Model
 from look import look_at_file
 from lora import inject, lora_layers
@@ -282,6 +282,7 @@ def test_ask_from_python(capsys, here, tiny, clip):
         (lambda: Model("output/b"), "output/b: no such folder, expected"),
         (lambda: Model("nobody/nothing", local_files_only=True).processor, "nobody/nothing: .*hub"),
         (lambda: model.evaluate([{"question": "?"}]), "none of 1 can be asked"),
+        (lambda: model.evaluate([]), "found no records"),
     ):
         with pytest.raises(UserError, match=words):
             wrong()
@@ -388,8 +389,19 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     out, again = run(capsys, *flags)
     assert len(asked) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
-    with pytest.raises(UserError, match="by this model"):
-        run(capsys, *flags, "--max_new_tokens", 9)
+    for other in (["--max_new_tokens", 9], ["--base_dtype", "nf4"]):
+        with pytest.raises(UserError, match="by this model"):
+            run(capsys, *flags, *other)
+    weights = []
+    for content in "12":  # another model is merged into the same folder
+        (here / "merged").mkdir(exist_ok=True)
+        (here / "merged/manifest.json").write_text(content)
+        weights.append(made_by(parse(Infer, ["--model_id", "merged"]), None)["weights"])
+    assert weights[0] != weights[1]
+    dataset.write_text((text := dataset.read_text()).replace("(B) Right to Left", "(A) Left to Right"))  # other answers
+    with pytest.raises(UserError, match="of these records"):
+        run(capsys, *flags)
+    dataset.write_text(text)
     path.write_text('{"number": 0, "id": "another"}\n')
     with pytest.raises(UserError, match="--output: out/predictions.jsonl holds other lines than"):
         run(capsys, *flags)

@@ -115,6 +115,8 @@ def test_video_r1(processor):  # noqa: F811
     number = {"problem": "How many?", "problem_type": "numerical", "options": [], "solution": 3, "path": "p.png"}
     number |= {"data_type": "image"}
     assert accuracy(f"{THINK}<answer>3</answer>", sample_from_record(number)) == 1
+    span = number | {"problem_type": "time span", "solution": [2.0, 6]}  # 2 of 6 seconds are in both
+    assert accuracy(f"{THINK}<answer>4 to 8</answer>", sample_from_record(span)) == 2 / 6
     assert text_of(processor, processor.encode(number).ids).startswith(f"{SYSTEM}<|im_start|>user\n{IMAGE}How many?<")
 
 

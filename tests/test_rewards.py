@@ -93,11 +93,12 @@ def test_unread_list_is_logged_once(caplog):
 @pytest.fixture
 def user_file(tmp_path):
     file = tmp_path / "my_rewards.py"
+    (tmp_path / "beside_it.py").write_text("from math import nan\n")
     file.write_text(
-        "import math\n"
+        "import beside_it\n"
         "def short(text, sample):\n    return len(text) < 10\n"
         "def fails(text, sample):\n    return 1 / 0\n"
-        "def nan(text, sample):\n    return math.nan\n"
+        "def nan(text, sample):\n    return beside_it.nan\n"
         "def words(text, sample):\n    return '1'\n"
         "def source(text, sample):\n    return sample.record['source'] == text\n"
         "def narrow(text):\n    return 1.0\n"

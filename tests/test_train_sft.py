@@ -338,7 +338,7 @@ def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
 # -- What a run says
 
 
-def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base):
+def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base, capsys):
     options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
     folder = sft("run", **options, eval_controls=3)
     assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
@@ -352,6 +352,7 @@ def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base):
         assert result["chance"] == 0.25 and result["interval"][0] <= result["accuracy"] <= result["interval"][1]
     assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
     assert {control["count"] for control in late["controls"].values()} == {3}
+    assert capsys.readouterr().out.count("% of 3") == 3  # reversed, shuffled, blank
     rows = lines(folder, "rollouts.jsonl")
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
     assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
