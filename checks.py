@@ -120,7 +120,8 @@ def check(cfg):
     if hasattr(cfg, "command"):
         check_command(cfg)
     for name in ("files", "runs"):
-        require(getattr(cfg, name, None) != [], name, [], f"one at least: {type(cfg).__doc__}")
+        if getattr(cfg, name, None) == []:
+            raise UserError(f"--{name}: none given, expected at least one: {type(cfg).__doc__}")
 
 
 def check_sizes(cfg):
@@ -168,7 +169,8 @@ def check_command(cfg):
     commands = ("merge", "check")
     if cfg.command == "convert":
         raise UserError("lora.py convert: was removed; both key styles are read, for use elsewhere: lora.py merge")
-    require(cfg.command in commands, "command", cfg.command, f"merge or check{nearest(cfg.command, commands)}")
+    expected = f"merge or check, as in python lora.py check output/video_lora{nearest(cfg.command, commands)}"
+    require(cfg.command in commands, "command", cfg.command, expected)
     expected = f"an adapter's folder: python lora.py {cfg.command} output/video_lora"
     require(cfg.model_ckpt is not None, "model_ckpt", cfg.model_ckpt, expected)
     expected = f"a new folder to write: python lora.py merge {cfg.model_ckpt} OUT"
@@ -180,6 +182,8 @@ def check_command(cfg):
 IGNORED = [
     ("train", "offload_activations", lambda c: c.gradient_checkpointing is False,
      "it is the inputs of recomputed blocks that wait; see --gradient_checkpointing"),
+    ("train", "cuda_graphs", lambda c: c.cuda_graphs and c.offload_activations,
+     "--offload_activations moves tensors to the host, which no graph can"),
     ("train", "num_train_epochs", lambda c: c.max_steps != -1, "max_steps decides"),
     ("", "fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none frees it"),
     ("train", "lora_rank lora_alpha lora_dropout lora_bias llm_lora vision_lora merger_lora model_ckpt",

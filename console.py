@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 
@@ -45,8 +46,14 @@ def closing_lines(run, stop_signal):
     yield f"  result  {'; '.join(results) or 'nothing was trained or judged'}"
     size = (run.folder / ROLLOUTS).stat().st_size if (run.folder / ROLLOUTS).exists() else 0
     yield f"  report  {run.folder / 'report.html'}; {ROLLOUTS} has {size / 1e6:.1f} MB"
-    again = "the same command with --resume, and without --overwrite"
-    yield f"  next    {again if stop_signal else run.next_command}"
+    yield f"  next    {resume_command(run) if stop_signal else run.next_command}"
+
+
+def resume_command(run):
+    """How to go on: a resumed run takes its options from its folder, but not its number of processes."""
+    if run.world > 1:
+        return "the same command with --resume, and without --overwrite"
+    return shlex.join(["python", f"{run.script}.py", "--resume", "--output_dir", str(run.folder)])
 
 
 def against_start(run):

@@ -247,7 +247,7 @@ class Processor:
             if os.path.exists(candidate):
                 return candidate
         shown = [" ".join(file[:200].split()) for file in dict.fromkeys([path, *tried])]
-        raise UserError(f"{name}: no file {shown[0]}; looked for {', '.join(shown[1:] or shown)}; check image_folder")
+        raise UserError(f"{name}: no file {shown[0]}; looked for {', '.join(shown[1:] or shown)}; check --image_folder")
 
     def inline_file(self, address: str, name: str) -> str:
         """data:video/mp4;base64,… (RFC 2397, as OpenAI and ms-swift use it) as a file, written once."""

@@ -182,7 +182,7 @@ def deepspeed_config(cfg, device, dtype, world, count):
         precision = {key: config[key]["enabled"] for key in ("bf16", "fp16")}
         settings = deepspeed_file(cfg.deepspeed)
         known = {*SECTIONS, *ELSEWHERE, *(name for name in vars(constants).values() if isinstance(name, str))}
-        for key in settings.keys() - known:
+        for key in sorted(settings.keys() - known):
             notes.append(f"{cfg.deepspeed}: {key} has no effect: DeepSpeed has no such key{nearest(key, known)}")
         notes += merge(config, settings, cfg.deepspeed)
         if config["gradient_clipping"] != cfg.max_grad_norm:

@@ -332,8 +332,7 @@ def clip_part(clip: str | Path, cfg) -> dict:
     if "://" in str(clip):
         raise UserError(f"{clip} is a web address; download the file and name it instead")
     if not path.exists() and not cfg.image_folder:
-        hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
-        raise UserError(f"{path}: no such file; {hint}")
+        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames{nearest_path(path)}")
     path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
     is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
     return {"type": "image" if is_image else "video", "path": str(path)}
@@ -359,7 +358,7 @@ def main(argv=None):
     if not (cfg.video or cfg.data_path):
         expected = "a file: python infer.py video.mp4, or --data_path val.json"
         expected = f"the benchmark's folder: --benchmark {cfg.benchmark} DIR" if cfg.benchmark else expected
-        raise UserError(f"--video: found nothing, expected {expected}")
+        raise UserError(f"no clip given; expected {expected}")
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
     if cfg.benchmark:

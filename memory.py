@@ -182,9 +182,9 @@ def summary(model, cfg, records, processor, loader, steps, world, number):
     yield f"  steps      {loader.steps_per_epoch:,} an epoch, {steps:,} in all"
     peaks = estimate(model, cfg, list(sizes_of.values()), world, number)
     most, kind = max(peaks.values()), "bf16" if number == 2 else "fp32"
-    least = "at least, for auto takes what is free: " if "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing) else ""
+    auto = "; packs and kept activations fill what is free" * ("auto" in (cfg.pack_tokens, cfg.gradient_checkpointing))
     each = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items())
-    yield f"  memory     about {most / GIB:.1f} GiB of a GPU in {kind} ({least}{each})"
+    yield f"  memory     on a GPU in {kind} {'at least' if auto else 'about'} {most / GIB:.1f} GiB ({each}){auto}"
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if most > 0.92 * whole:

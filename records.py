@@ -126,8 +126,10 @@ def read_records(path: str | Path) -> Records:
 def read_file(path: Path, records: Records) -> None:
     """Append the records of one file."""
     if not os.path.isfile(path):  # a fifo would block for good
-        expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(path)}"
-        raise UserError(f"{path}: no such file; {expected}")
+        inside = path / "train.json"
+        hint = f"; did you mean {inside}?" if os.path.isfile(inside) else nearest_path(path)
+        expected = f"expected a .json or .jsonl dataset, python generate.py makes one{hint}"
+        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}; {expected}")
     if path.suffix.lower() in TABLE_SUFFIXES:
         raise UserError(f"{path}: a table, which is not read; write its records to a .json or .jsonl file")
     try:

@@ -138,7 +138,8 @@ def first_numbers(run: Run) -> dict[str, tuple[str, str]]:
     if name in data:
         y = data[name]
         few = max(1, min(10, len(y) // 4))
-        remark = f"from {y[:few].mean():.3g}; means of {few} steps" if len(y) > 1 else ""
+        means = f"; means of {few} steps" if few > 1 else ""
+        remark = f"from {y[:few].mean():.3g}{means}" if len(y) > 1 else ""
         tiles[name.capitalize()] = f"{y[-few:].mean():.3g}", remark
     if run.metrics:
         minutes = data["ms"].sum() / 60_000 if "ms" in data else 0

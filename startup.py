@@ -94,8 +94,11 @@ def claim(folder, cfg):
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
     ended_at_the_start = set(others) <= {RUN, DATA, START}
     if others and not (ended_at_the_start or cfg.resume or cfg.overwrite):
-        what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
-        raise UserError(f"--output_dir: {folder} already holds {what}, expected nothing; --resume or --overwrite")
+        if RUN not in others:
+            things = f"other things ({', '.join(others[:3])})"
+            raise UserError(f"--output_dir: {folder} already holds {things}; give a new folder, or --overwrite")
+        ways = "--resume goes on with it, --overwrite starts anew, another --output_dir keeps it"
+        raise UserError(f"--output_dir: {folder} already holds a run; {ways}")
     return lock
 
 
@@ -199,9 +202,8 @@ def start(run, model, processor, loader, records, held_out):
     """The engine with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     cfg = run.cfg
     run.loader, run.total, run.question = loader, total_steps(cfg, loader), data_question(records)
-    drawn = f" ({loader.epoch_size} samples)" if loader.epoch_size != len(records) else ""
-    steps = f"{loader.steps_per_epoch} steps an epoch{drawn}"
-    run.notes.append(f"{len(records)} samples, {steps}; {len(held_out)} held out")
+    if loader.epoch_size != len(records):
+        run.notes.append(f"an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path")
     engine, adamw, notes = build_engine(model, cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
@@ -215,7 +217,8 @@ def start(run, model, processor, loader, records, held_out):
         except OSError as error:
             problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
             raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
-        for line in describe(run, model, summary(model, cfg, records, processor, loader, run.total, run.world, 2)):
+        lines = [*summary(model, cfg, records, processor, loader, run.total, run.world, 2)]
+        for line in describe(run, model, lines, len(held_out)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
     run.next_command = ask_about(run, processor, (held_out or records)[0])
@@ -320,13 +323,14 @@ def dry_run(cfg, make_loader, records):
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
     for line in summary(model, cfg, records, processor, loader, total_steps(cfg, loader), world, 2):
         print(line)
-    print(f"  trained    {'; '.join(trained_shares(model))}")
+    print(f"  trained    {trained_shares(model)}")
     for line in ignored_options(cfg):
         print(f"  note       {line}")
 
 
-def describe(run, model, lines):
-    """The start-up lines: what differs from the defaults, precision and why, what is trained, a step's arithmetic."""
+def describe(run, model, lines, held_out):
+    """The start-up lines: what differs from the defaults, precision and why, what is trained, a step's arithmetic.
+    held_out: how many samples."""
     cfg = run.cfg
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
     where = f"CPU, {torch.get_num_threads()} threads"
@@ -338,25 +342,28 @@ def describe(run, model, lines):
     yield f"{run.script}: {cfg.model_id} -> {run.folder}"
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
-    yield f"  trained    {'; '.join(trained_shares(model))}"
+    yield f"  trained    {trained_shares(model)}"
     packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
-    yield f"  schedule   steps {run.step + 1} to {run.total}, {cfg.lr_scheduler_type}, {warmup} of warm-up"
-    yield f"  peak rate  llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
+    rates = f"llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
+    yield f"  schedule   from step {run.step + 1}; {cfg.lr_scheduler_type}, {warmup} of warm-up; peak rates {rates}"
     yield from lines
+    when = f"evaluated every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "evaluated at the end"
+    yield f"  held out   {f'{held_out:,} samples, {when}' if held_out else 'no samples: nothing is evaluated'}"
     for text in run.notes:
         yield f"  note       {text}"
 
 
 def trained_shares(model):
-    """["llm 12,345 of 240,000 (5.14 %)", …] for each component, and for all."""
+    """ "76,800 of 297,680 parameters (25.8 %): vision 23.5 %, merger 20.7 %, llm 29.8 %"."""
     counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
         counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
     counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
-    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
-    return [f"{what} {some:,} of {whole:,} ({100 * some / whole:.2f} %)" for what, (some, whole) in counts.items()]
+    some, whole = (sum(column) for column in zip(*counts.values(), strict=True))
+    shares = ", ".join(f"{part} {100 * mine / own:.3g} %" for part, (mine, own) in counts.items())
+    return f"{some:,} of {whole:,} parameters ({100 * some / whole:.3g} %): {shares}"
 
 
 def versions():

@@ -24,7 +24,11 @@ class Wandb:
     def __init__(self, run):
         self.wandb, self.folder, facts = importlib.import_module("wandb"), run.folder, read_json(run.folder / RUN)
         options = {"id": facts["id"], "name": run.folder.name, "dir": str(run.folder), "resume": "allow"}
-        self.run = self.wandb.init(config=facts["config"], **options)
+        try:
+            self.run = self.wandb.init(config=facts["config"], **options)
+        except self.wandb.Error as error:  # no login, no network
+            hint = "log in by wandb login, set WANDB_MODE=offline, or leave the flag out"
+            raise UserError(f"--report_to wandb: {str(error).splitlines()[0].rstrip('.')}; {hint}") from None
 
     def log(self, step, row):
         self.run.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, step=step)

@@ -129,7 +129,8 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     if options.nframes is not None:
         n = round(options.nframes / TEMPORAL) * TEMPORAL
         if not TEMPORAL <= n <= total:
-            raise UserError(f"nframes {options.nframes} of a video with {total} frames; expected 2 to {total}")
+            expected = f"expected 2 to {total}, or fps instead"
+            raise UserError(f"nframes {options.nframes} of a video with {total} frames; {expected}")
         return n
     low = math.ceil(options.min_frames / TEMPORAL) * TEMPORAL
     high = math.floor(min(options.max_frames, total) / TEMPORAL) * TEMPORAL
@@ -219,7 +220,7 @@ def frames_in(folder: str) -> tuple[str, ...]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
     if not names:
-        raise UserError(f"{folder}: a folder without images; expected the frames of a clip")
+        raise UserError(f"{folder}: a folder without images; expected the frames of a clip, or give one file")
     names.sort(key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
     return tuple(os.path.join(folder, name) for name in names)
 

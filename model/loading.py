@@ -322,6 +322,6 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
         message = f"not a local folder, and the hub gave nothing ({reason}); download it: hf download {name}"
         raise UserError(f"{name}: {message}{nearest_path(name)}") from None

@@ -8,10 +8,10 @@ import numpy as np
 
 # Title, unit ("%": of shares, drawn times 100), pattern of the keys, section where runs are compared. The first fits.
 GROUPS = [
-    ("Loss", "", r"^(?!class/).*loss$", "Training"),
     ("Accuracy", "%", r"^(?!class/|reward).*accuracy", "Results"),
     ("Accuracy by class", "%", r"^class/", "Results"),
     ("Reward", "points", r"^reward(?!.*std)", "Results"),
+    ("Loss", "", r"^(?!class/).*loss$", "Training"),
     ("Reward standard deviation", "", r"^(reward|group).*std", "Training"),
     ("Zero-variance groups", "% of the groups", r"all_(right|wrong)|variance", "Training"),
     ("KL to the reference", "nats a token", r"^kl", "Training"),

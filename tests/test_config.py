@@ -118,7 +118,7 @@ def test_commands_that_people_have():
         (Adapter, "convert x", ["lora.py convert", "was removed", "lora.py merge"]),
         (Adapter, "merge x y --keys 1", ["--keys", "both key styles"]),
         (GRPO, "--oversample 2", ["--oversample", "--max_resample N"]),
-        (Look, "", ["--files: found []", "python data.py clip.mp4"]),
+        (Look, "", ["--files: none given", "python data.py clip.mp4"]),
         (Infer, "a.mp4 --question x --prompt y", ["--prompt"]),
         # bash reads `--cot \\  # or remove` as --cot and an argument of one blank, and runs what follows
         (Generate, "--cot  ", ["very last character"]),
@@ -136,6 +136,8 @@ def test_a_later_setting_beats_an_earlier_one(tmp_path):
     assert (cfg.nframes, cfg.video_min_pixels, cfg.video_max_pixels) == (None, 4096, 4096)
     both = parse(Infer, ["a.mp4", "--fps", "1", "--nframes", "4"])
     assert both.nframes == 4 and without_effect(both) == {"--fps"}
+    cfg = parse(SFT, ["--cuda_graphs", "--offload_activations"])
+    assert without_effect(cfg) == {"--cuda_graphs"}
 
 
 SETTINGS = {

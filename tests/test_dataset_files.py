@@ -95,7 +95,11 @@ def test_what_is_no_dataset(tmp_path, name, message):
 
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.jsonl")
-    (tmp_path / "folder.json").mkdir()
-    for name in ("fifo.jsonl", "folder.json", "none.json", "zero\0.json", "x" * 300):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.json").touch()
+    for name in ("none.json", "zero\0.json", "x" * 300):
         with pytest.raises(UserError, match="no such file"):
+            read_records(tmp_path / name)
+    for name, hint in (("fifo.jsonl", "makes one$"), ("folder", "did you mean .*folder/train.json")):
+        with pytest.raises(UserError, match=f"not a file; .*{hint}"):
             read_records(tmp_path / name)  # returns at once: nothing opens the fifo

@@ -485,7 +485,7 @@ def test_mistakes_end_in_one_line(here, tiny, clip):
         (clip, "--nframes", 40): "nframes 40 of a video with 16 frames",
         ("--data_path", "missing.json"): "missing.json: no such file",
         (clip, "--qestion", "?"): "did you mean question",
-        (): "video",
+        (): "no clip given",
     }
     for argv, message in mistakes.items():
         with pytest.raises(UserError, match=message) as error:

@@ -295,7 +295,7 @@ WRONG = {
     "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
     "ends with a turn of the user": {"conversations": turns("?")},
     "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
-    "no file nothing.mp4; looked for .*check image_folder": {"video": "nothing.mp4", "conversations": turns("?", "L")},
+    "no file nothing.mp4; .*--image_folder": {"video": "nothing.mp4", "conversations": turns("?", "L")},
     "video is ''": {"video": "", "conversations": turns("<video>", "L")},
     "unknown content part": {"messages": [{**USER, "content": [{"type": "audio"}]}]},
     "unknown video option 'speed'": {"messages": chat([{"type": "video", "video": "0.mp4", "speed": 2}], "L")},

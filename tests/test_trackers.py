@@ -45,3 +45,12 @@ def test_wandb_has_config_scalars_and_page(tmp_path, monkeypatch):
     assert wandb.init.call_args.kwargs.items() >= {"id": "abc", "resume": "allow", "config": {"seed": 3}}.items()
     logged = wandb.init.return_value.log.call_args_list
     assert logged == [call({"loss": 5.0}, step=3), call({"report": wandb.Html.return_value})]
+
+
+def test_wandb_without_a_login_ends_in_one_line(tmp_path, monkeypatch):
+    wandb = MagicMock(Error=ConnectionError)
+    wandb.init.side_effect = ConnectionError("No API key configured. Use `wandb login` to log in.")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run.json").write_text(json.dumps({"id": "abc", "config": {}}))
+    with pytest.raises(UserError, match="^--report_to wandb: No API key.*WANDB_MODE=offline"):
+        trackers.open_trackers(SimpleNamespace(cfg=SFT(report_to="wandb"), folder=tmp_path))

@@ -178,7 +178,7 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, whol
         sft("run")
     monkeypatch.undo()
     assert stopped.value.code == 143 and steps_saved(tmp_path / "run") == [3]
-    assert "next    the same command with --resume" in capsys.readouterr().out
+    assert f"next    python train_sft.py --resume --output_dir {tmp_path / 'run'}\n" in capsys.readouterr().out
     sft("run", resume=True)
     assert column(tmp_path / "run", "loss") == column(whole, "loss") and steps_saved(tmp_path / "run") == [5]
 
@@ -299,7 +299,7 @@ def test_a_run_stopped_at_any_point_ends_like_the_undisturbed_one(tmp_path, monk
 
 def test_a_folder_with_a_run_is_refused_then_overwritten(sft, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(UserError, match="already holds a run.*--resume or --overwrite"):
+    with pytest.raises(UserError, match="already holds a run; --resume goes on .*--overwrite"):
         sft("run")
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     sft("run", overwrite=True, max_steps=1, model_ckpt=folder / "checkpoint-2")  # it starts from what it overwrites
@@ -402,7 +402,7 @@ def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
         ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; answers right 90.0%", "infer.py"]),
         ("train_grpo", 0.5, 0.9, 0, ["90.0% at the end, 50.0% at the start: better than the start", "infer.py"]),
         ("train_grpo", 0.9, 0.5, 0, ["worse than the start (the run made it worse"]),
-        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "the same command with --resume"]),
+        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
     ],
 )
 def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
