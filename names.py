@@ -65,7 +65,6 @@ NO_EFFECT = {  # why: theirs
     "rollouts are sampled by the built-in decoder": "use_vllm vllm_mode vllm_gpu_memory_utilization",
     "dropout is off in GRPO": "disable_dropout",
     "the architecture is read from the checkpoint's config.json": "model_type",
-    "rollouts.jsonl has every completion": "log_completions",
 }  # fmt: skip
 OFF = ("none", "null", "false", "")
 BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say of other values)
