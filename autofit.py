@@ -47,14 +47,17 @@ def num_blocks(model):
 
 def choose(run, model, sample):
     """The Plan of a run, applied to the model: what is auto is chosen, or taken from the checkpoint that the run goes
-    on from. Every rank must call it, with the optimizer's state in place. sample() -> ([(tokens, patches)] of samples,
-    the largest Example), called where there is something to choose."""
-    cfg, blocks, saved = run.cfg, num_blocks(model), run.state.get("plan")
+    on from, as is what a shortage of memory made of a given one. Every rank must call it, with the optimizer's state in
+    place. sample() -> ([(tokens, patches)] of samples, the largest Example), called where there is something to choose.
+    """
+    cfg, blocks, saved, before = run.cfg, num_blocks(model), run.state.get("plan"), run.state.get("config")
     auto_packs, auto_kept = cfg.pack_tokens == "auto", cfg.gradient_checkpointing == "auto"
     plan = Plan(CPU_TOKENS if auto_packs else cfg.pack_tokens, 0 if cfg.gradient_checkpointing is True else blocks)
     if saved:
-        plan.pack_tokens = saved["pack_tokens"] if auto_packs else plan.pack_tokens
-        plan.kept = saved["kept"] if auto_kept else plan.kept
+        if auto_packs or before["pack_tokens"] == cfg.pack_tokens:
+            plan.pack_tokens = saved["pack_tokens"] or plan.pack_tokens
+        if auto_kept or before["gradient_checkpointing"] == cfg.gradient_checkpointing:
+            plan.kept = saved["kept"]
     elif run.device.type == "cuda" and (auto_packs or auto_kept):
         plan = fit(run, model, *sample(), plan)
     plan.apply(model)
@@ -76,7 +79,8 @@ def sample_of(run, records, processor):
 def fit(run, model, lengths, example, given):
     """The fastest Plan that fits on every rank's GPU. given: the Plan of the options that are not auto."""
     cfg, device, counts = run.cfg, run.device, Counts.of(model)
-    options = candidates(model.config, counts, cfg, lengths, given, product_rate(device, run.dtype))
+    rate = float(ranks.gather_numbers(product_rate(device, run.dtype)).min())  # or ranks would choose apart
+    options = candidates(model.config, counts, cfg, lengths, given, rate)
     room = float(ranks.gather_numbers(room_bytes(run, model, counts)).min())
     smallest = min(options, key=lambda option: option["bytes"])
     fitting = lambda scale: next((option for option in options if scale * option["bytes"] <= room), smallest)

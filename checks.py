@@ -182,6 +182,8 @@ def check_command(cfg):
 IGNORED = [
     ("train", "offload_activations", lambda c: c.gradient_checkpointing is False,
      "it is the inputs of recomputed blocks that wait; see --gradient_checkpointing"),
+    ("train", "cuda_graphs", lambda c: c.cuda_graphs and c.offload_activations,
+     "--offload_activations moves tensors to the host, which no graph can"),
     ("train", "num_train_epochs", lambda c: c.max_steps != -1, "max_steps decides"),
     ("", "fps min_frames max_frames", lambda c: c.nframes is not None, "nframes decides; --nframes none frees it"),
     ("train", "lora_rank lora_alpha lora_dropout lora_bias llm_lora vision_lora merger_lora model_ckpt",

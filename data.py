@@ -237,7 +237,7 @@ class Processor:
 
     def locate_file(self, path: str, folder: str | None, name: str) -> str:
         """In the folder's videos/, in the folder, or in the current one."""
-        if path.startswith("data:"):
+        if path[:5].lower() == "data:":
             return self.inline_file(path, name)
         if "://" in path:
             raise UserError(f"{name}: {path[:200]} is a web address; download the file and name it instead")
@@ -246,7 +246,8 @@ class Processor:
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
-        raise UserError(f"{name}: no file {path}; looked for {', '.join(dict.fromkeys(tried))}; check --image_folder")
+        shown = [" ".join(file[:200].split()) for file in dict.fromkeys([path, *tried])]
+        raise UserError(f"{name}: no file {shown[0]}; looked for {', '.join(shown[1:] or shown)}; check --image_folder")
 
     def inline_file(self, address: str, name: str) -> str:
         """data:video/mp4;base64,… (RFC 2397, as OpenAI and ms-swift use it) as a file, written once."""
@@ -255,7 +256,7 @@ class Processor:
         path = Path(self.inline.name) / f"{blake2b(address.encode(), digest_size=16).hexdigest()}.{suffix}"
         if not path.exists():
             try:
-                data = base64.b64decode(text, validate=True)
+                data = base64.b64decode("".join(text.split()), validate=True)
             except ValueError as error:
                 raise UserError(f"{name}: {address[:40]}… is not base64 ({error}); encode the file again") from None
             with tempfile.NamedTemporaryFile(dir=self.inline.name, delete=False) as file:
@@ -315,13 +316,18 @@ def chat_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
         raise UserError(f"{name}: ends with a turn of the {turns[-1].role}; expected the assistant's answer")
     if not any(turn.role == "user" for turn in turns):
         raise UserError(f"{name}: no user's turn; expected a question")
-    if any(turn.role == "assistant" and not turn.text.strip() for turn in turns):
+    if any(turn.role == "assistant" and not answer_in(turn.text).strip() for turn in turns):
         raise UserError(f"{name}: an empty answer; expected text in every turn of the assistant")
     if answer and not any(turn.trained for turn in turns if turn.role == "assistant"):
         raise UserError(f"{name}: every answer is marked as not learned (loss, weight); leave the record out")
     if any(turn.role == "user" and not any(not isinstance(p, str) or p.strip() for p in turn.parts) for turn in turns):
         raise UserError(f"{name}: an empty turn of the user; expected text, a video or an image")
     return turns if turns[0].role == "system" else [DEFAULT_SYSTEM, *turns]
+
+
+def answer_in(text: str) -> str:
+    """What stands in the last <answer> tags; the text without any."""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0]
 
 
 # -- Examples -> packed batches

@@ -25,9 +25,11 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.runtime.compiler
+from deepspeed.runtime import constants
+from pydantic import ValidationError
 
 from lora import param_groups
-from model import UserError
+from model import UserError, nearest
 
 # Its check of the optimizer imports Muon, whose functions it gives to torch.compile: 2.5 s for what never runs here
 deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
@@ -109,7 +111,11 @@ def build_engine(model, cfg, device, dtype):
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     for p in model.parameters():  # DeepSpeed sends every tensor to the other ranks; a forward pass may widen some
         p.data = p.data.contiguous()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--deepspeed: {cfg.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
     if not engine.optimizer.cpu_offload:
         # The first of its two checks looks at each gradient apart, one kernel after the other: 9 % of a short step on a
@@ -174,7 +180,13 @@ def deepspeed_config(cfg, device, dtype, world, count):
     notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
     if cfg.deepspeed:
         precision = {key: config[key]["enabled"] for key in ("bf16", "fp16")}
-        notes += merge(config, deepspeed_file(cfg.deepspeed), cfg.deepspeed)
+        settings = deepspeed_file(cfg.deepspeed)
+        known = {*SECTIONS, *ELSEWHERE, *(name for name in vars(constants).values() if isinstance(name, str))}
+        for key in sorted(settings.keys() - known):
+            notes.append(f"{cfg.deepspeed}: {key} has no effect: DeepSpeed has no such key{nearest(key, known)}")
+        notes += merge(config, settings, cfg.deepspeed)
+        if config["gradient_clipping"] != cfg.max_grad_norm:
+            notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
         for key, enabled in precision.items():
             if config[key].get("enabled") != enabled:
                 problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
@@ -205,7 +217,11 @@ ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
     "gradient_accumulation_steps": "see --gradient_accumulation_steps",
     "offload_param": "it belongs to ZeRO-3",
+    "activation_checkpointing": "see --gradient_checkpointing, --offload_activations",
 }
+# The sections whose names are not in deepspeed.runtime.constants
+SECTIONS = """zero_optimization aio amp autotuning comet comms_logger compile compression_training csv_monitor timers
+    curriculum_learning data_efficiency elasticity flops_profiler nebula sparse_gradients tensorboard wandb""".split()
 
 
 def merge(ours, theirs, source):

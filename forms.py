@@ -27,7 +27,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES["developer"] = "system"  # OpenAI's newer word
 ANSWERS = ("response", "output", "completion")
 # Columns that change what a record means and that nothing here reads: where they hold something, the record is refused
-UNREAD = ("tools", "audio", "audios", "objects", "chat_template_kwargs", "rejected_response")
+UNREAD = ("tools", "audio", "audios", "objects", "chat_template_kwargs")
+UNREAD += ("rejected", "rejected_response", "rejected_messages", "rejected_images")
 
 
 class Message(NamedTuple):
@@ -61,20 +62,24 @@ def conversation_of(record: dict) -> Conversation:
         raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
     if len(chats := [key for key in forms if key in ("conversations", "messages", "conversation")]) > 1:
         raise UserError(f"found {' and '.join(chats)}; expected one of them")
+    if record.get("chosen") is not None:
+        raise UserError("a preference (chosen, rejected); expected one answer: keep the chosen one as completion")
     for key in UNREAD:
         if record.get(key) not in (None, "", [], {}, "[]"):
             raise UserError(f"holds {key}, which nothing here reads; remove it, or leave the record out")
-    if record.get("chosen") is not None:
-        raise UserError("a preference (chosen, rejected); expected one answer: keep the chosen one as completion")
     for key in ("label", "kto_tag"):
-        if record.get(key) is not None and record[key] in (False, 0):
+        if str(record.get(key)).lower() in ("false", "0", "0.0"):
             raise UserError(f"{key} is {record[key]}: a rejected answer; leave it out, or rename the column")
+    if not is_learned(record, "loss_weight", "loss_scale"):
+        raise UserError("its loss_weight or loss_scale is 0: nothing of it is learned; leave the record out")
     messages, options, solution = FORMS[forms[0]](record, forms[0]), read_options(record), read_solution(record)
     if solution is not None and messages[-1].role != "assistant":
         messages.append(Message("assistant", solution))
     system = read_text(record, "system")
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", system))
+    elif system and messages[0].content != system:
+        raise UserError("a system column beside another system turn; expected one of them")
     return Conversation(messages, read_clips(record), solution, options, read_text(record, "problem_type") or "")
 
 
@@ -136,12 +141,21 @@ def read_message(message, trained: bool) -> Message:
             raise UserError(f"a turn holds {key}, which is not learned here; put it into the content, or leave it out")
     if not isinstance(content, (str, list)):
         raise UserError(f"the {role}'s turn holds {str(content)[:80]}; expected text or a list of parts")
-    for key in ("loss", "weight", "loss_weight"):  # of ms-swift, OpenAI, LLaMA-Factory v1
-        weight = message.get(key)
-        if weight is not None and weight not in (0, 1):
-            raise UserError(f"{key} is {str(weight)[:40]}; expected 0 or 1: an answer is learned whole or not at all")
-        trained = trained and weight not in (0,)
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and not is_learned(part, "loss", "weight", "loss_weight"):
+            raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
+    # of ms-swift, OpenAI, LLaMA-Factory v1, axolotl
+    trained = is_learned(message, "loss", "weight", "loss_weight", "loss_scale", "train") and trained
     return Message(ROLES[role], content, trained)
+
+
+def is_learned(item: dict, *keys: str) -> bool:
+    """Whether none of these weights is 0. UserError for one between 0 and 1, or any other."""
+    weights = {key: item[key] for key in keys if item.get(key) is not None}
+    for key, weight in weights.items():
+        if weight not in (0, 1):
+            raise UserError(f"{key} is {str(weight)[:40]}; expected 0 or 1: an answer is learned whole or not at all")
+    return 0 not in weights.values()
 
 
 def first_of(record: dict, *keys: str):
@@ -156,12 +170,15 @@ def read_text(record: dict, key: str) -> str | None:
     return value
 
 
+def is_number(value) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
 def read_solution(record: dict) -> str | None:
     """Text or a number; None where there is none."""
     for key in ("solution", "answer"):
         value = record.get(key)
-        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not (value is None or isinstance(value, str) or is_number):
+        if not (value is None or isinstance(value, str) or is_number(value)):
             raise UserError(f"{key} is {str(value)[:80]}; expected text or a finite number")
         if value is not None and str(value).strip():
             return str(value)
@@ -171,12 +188,17 @@ def read_solution(record: dict) -> str | None:
 def read_options(record: dict) -> list[str]:
     """["A. Left", …]. Options without letters get them."""
     options, letters = record.get("options") or [], "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    if isinstance(options, dict):  # exports write null for an option that a question lacks
+        options = {letter: words for letter, words in options.items() if words is not None}
+    texts = list(options.values()) if isinstance(options, dict) else options
+    is_list = isinstance(texts, list) and all(isinstance(words, str) or is_number(words) for words in texts)
+    if not is_list or len(texts) > len(letters):
+        raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(letters)} texts")
     if isinstance(options, dict):
         options = [f"{letter}. {words}" for letter, words in options.items()]
-    if not isinstance(options, list) or not all(isinstance(x, str) for x in options) or len(options) > len(letters):
-        raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(letters)} texts")
+    options = list(map(str, options))
     lettered = all(re.match(rf"\(?{letter}[.):]", words) for words, letter in zip(options, letters))
-    return list(options) if lettered else [f"{letter}. {words}" for letter, words in zip(letters, options)]
+    return options if lettered else [f"{letter}. {words}" for letter, words in zip(letters, options)]
 
 
 def read_clips(record: dict) -> dict:
@@ -186,8 +208,8 @@ def read_clips(record: dict) -> dict:
         if len(names) == 2:
             raise UserError(f"found {names[0]} and {names[1]}; expected one of them")
         clips[kind] = first_of(record, *(names or (kind, f"{kind}s")))
-    if record.get("problem") is not None and record.get("path"):
-        kind = record.get("data_type")
+    kind = record.get("data_type")
+    if record.get("path") and not any(clips.values()) and (kind or record.get("problem") is not None):
         if kind not in ("video", "image"):
             raise UserError(f"data_type is {str(kind)[:40]!r}; expected video or image beside path")
         clips[kind] = record["path"]
@@ -205,4 +227,4 @@ FORMS = {  # the key that tells a form, and what reads it; of several that would
     "instruction": read_question,
 }
 KNOWN_COLUMNS = {*FORMS, *ANSWERS, "id", "problem_id", "video", "videos", "image", "images", "system", "solution"}
-KNOWN_COLUMNS |= {"answer", "options", "problem_type", "process", "path", "data_type", "input", "history"}
+KNOWN_COLUMNS |= {"answer", "options", "problem_type", "process", "data_type", "input", "history"}

@@ -20,7 +20,6 @@ from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, pa
 import json
 import logging
 import math
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -326,24 +325,15 @@ def read_as_trained(cfg, folder):
 
 
 def clip_part(clip: str | Path, cfg) -> dict:
-    """A video, an image, or a folder of frames as a part of a message. Of a folder with fewer frames than a default
-    nframes all are taken."""
+    """A video, an image, or a folder of frames as a part of a message."""
     path = Path(clip)
-    if not path.is_dir():
-        if not path.exists() and not cfg.image_folder:
-            hint = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
-            raise UserError(f"{path}: no such file; {hint}")
-        path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
-        return {"type": "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", "path": str(path)}
-    images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    images.sort(key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", p.name))])
-    if len(images) < 2:
-        problem = f"{len(images)} images in this folder; expected the frames of one clip, at least 2"
-        raise UserError(f"{path}: {problem}; or give one clip's file, or a dataset by --data_path")
-    few = len(images) < (cfg.nframes or 0) and "nframes" not in cfg.given
-    if few:
-        log.warning("%s has %d frames, all are taken: --nframes %d was not given", path, len(images), cfg.nframes)
-    return {"type": "video", "path": [str(p.absolute()) for p in images]} | ({"fps": cfg.fps} if few else {})
+    if "://" in str(clip):
+        raise UserError(f"{clip} is a web address; download the file and name it instead")
+    if not path.exists() and not cfg.image_folder:
+        raise UserError(f"{path}: no such file; expected a video, an image, or a folder of frames{nearest_path(path)}")
+    path = path.absolute() if path.exists() else path  # in the current folder before the image_folder
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    return {"type": "image" if is_image else "video", "path": str(path)}
 
 
 def clips_of(example, config):

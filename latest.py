@@ -13,6 +13,7 @@ from checkpoint import RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
 from config import as_dict
 from model import UserError
+from records import data_files
 
 # What a resumed run cannot change: its weights have these shapes, and this scale
 FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
@@ -22,11 +23,13 @@ FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lor
 def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how.
 
-    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id: the adapter's base.
-    data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
+    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id and base_dtype: the adapter's
+    base. data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
     """
     resumed = cfg.resume and take_options(cfg)
-    if cfg.model_ckpt is not None and not resumed:  # a resumed run has a copy of its adapter
+    if resumed and "model_ckpt" in cfg.given:
+        cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
+    elif cfg.model_ckpt is not None and cfg.lora_enable and not resumed:
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -35,23 +38,31 @@ def follow(cfg):
 
 
 def take_options(cfg):
-    """The run's own, for all that was not given; False where there is no run yet. UserError for a given option that a
-    resumed run cannot change."""
+    """The run's own, for all that was not given; False where there is no run yet. UserError for the run of another
+    script, and for a given option that a resumed run cannot change."""
+    script = Path(sys.argv[0]).stem
     if "output_dir" not in cfg.given:
-        script = Path(sys.argv[0]).stem
         runs = [file.parent for file in by_age(Path("output"), RUN) if read_json(file).get("script") == script]
         cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
     path = Path(cfg.output_dir) / RUN
-    theirs = read_json(path)["config"] if path.exists() else {}
+    if not path.exists():
+        return False
+    run = read_json(path)
+    if run["script"] != script:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py; give its own")
+    given, theirs = {name: getattr(cfg, name) for name in cfg.given}, run["config"]
+    new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
     for name in FIXED:
-        if name in cfg.given & theirs.keys() and theirs[name] != getattr(cfg, name):
-            what = f"found {getattr(cfg, name)!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+        if name in new:
+            what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
             raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
-    for name in as_dict(cfg).keys() & theirs.keys() - cfg.given - {"resume", "overwrite", "output_dir"}:
+    for name in as_dict(cfg).keys() & theirs.keys() - {"resume", "overwrite", "output_dir"}:
         setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
-    if theirs:
-        cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
-    return bool(theirs)
+    cfg.settle(new)  # a new --fps is not held up by the run's nframes
+    for name, value in given.items():
+        setattr(cfg, name, value)
+    cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
+    return True
 
 
 def take_adapter(cfg):
@@ -62,7 +73,12 @@ def take_adapter(cfg):
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
         cfg.notes += (made,)
-    base = adapter and read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    file = adapter and adapter / "adapter_config.json"
+    config = read_json(file) if file else {}
+    base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
+    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, file)
+        cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
     if "model_id" not in cfg.given:
@@ -86,7 +102,7 @@ def take_dataset(cfg):
             raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
         cfg.data_path, why = str(files[-1]), "the dataset made last"
     cfg.notes += (f"--data_path {cfg.data_path}, {why}",)
-    name = Path(cfg.data_path).parent.name
+    name = Path(data_files(cfg.data_path)[0][0]).resolve().parent.name
     if "output_dir" not in cfg.given and not cfg.resume and name != "synthetic_videos":
         cfg.output_dir = cfg.output_dir.replace("video", name)  # output/video_lora is of the drawn clips
         cfg.notes += (f"--output_dir {cfg.output_dir}, after the dataset",)

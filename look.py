@@ -16,7 +16,7 @@ from data import Processor, load_tokenizer
 from model import UserError
 from model.loading import ModelConfig, resolve_folder
 from model.rope import mrope_position_ids
-from records import IMAGE_SUFFIXES, read_records, read_turns
+from records import IMAGE_SUFFIXES, TABLE_SUFFIXES, read_records, read_turns
 from video import TEMPORAL, ClipPlan, from_patches
 
 SHOWN = 8  # samples that cannot be used, named one by one; frames in a row of a preview
@@ -43,7 +43,8 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
     def results() -> Iterator[dict]:
         for i in range(len(records)):
             try:
-                yield look_at(processor, records[i], f"sample {i}" if is_dataset else file, answer=is_dataset)
+                name, decode = f"sample {i}" if is_dataset else file, as_json or not is_dataset
+                yield look_at(processor, records[i], name, is_dataset, decode)
             except UserError as error:
                 if not (is_dataset or as_json):
                     raise
@@ -59,16 +60,19 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
 
 def records_of(file: str, question: str) -> tuple[Sequence[dict], bool]:
     """(records, whether they are a dataset's) of a dataset, or of a video or image and a question about it."""
-    if file.endswith((".json", ".jsonl")):
+    if file.lower().endswith((".json", ".jsonl", *TABLE_SUFFIXES)) and not os.path.isdir(file):
         return read_records(file), True
     kind = "image" if file.lower().endswith(IMAGE_SUFFIXES) else "video"
-    part = {"type": kind, "path": os.path.abspath(file)}
+    part = {"type": kind, "path": os.path.abspath(file) if os.path.exists(file) else file}
     return [{"messages": [{"role": "user", "content": [part, question]}]}], False
 
 
-def look_at(processor: Processor, record: dict, name: str, answer: bool = True) -> dict:
-    """What the model will see of a record; no clip is decoded whole. UserError where the record is refused."""
+def look_at(processor: Processor, record: dict, name: str, answer: bool = True, decode: bool = False) -> dict:
+    """What the model will see of a record. decode: the frames too, so that a broken one is named. UserError where the
+    record is refused."""
     ids, _, plans = processor.layout(record, answer, name)
+    for plan in plans if decode else []:
+        processor.read(plan, "none", name)
     learned = [turn.text for turn in read_turns(record, name) if turn.role == "assistant" and turn.trained and answer]
     warnings = [note for plan in plans for note in plan.notes]
     clips = [look_at_clip(plan, processor.config, warnings) for plan in plans]

@@ -204,7 +204,7 @@ def reference(model, snapshot):
 def merge(model):
     """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
     for _, layer in lora_layers(model):
-        layer.shift_weight(+1)
+        layer.merge()
     for block in adapter_blocks(model):
         block.remove()
     for name, layer in lora_layers(model):

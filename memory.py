@@ -124,7 +124,7 @@ def unit_sizes(cfg, lengths):
 
 
 def units_per_step(cfg):
-    """Of one rank."""
+    """Samples of one rank, or groups."""
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // getattr(cfg, "num_generations", 1)
 
 

@@ -11,6 +11,7 @@ pixels are not, as in qwen-vl-utils. Sizes are (H, W). Everything raises UserErr
 import math
 import os
 import stat
+import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from torch import Tensor
 
 from model import UserError
@@ -33,6 +34,10 @@ MAX_SOURCE_PIXELS = 2**27  # of a picture in a file: a scan of a poster
 THREADED_PIXELS = 1280 * 720  # smaller frames decode faster without threads
 RESIZE_BYTES = 2**20  # small frames are resized many in one call: up to this many bytes of them
 SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of libavformat/avformat.h
+# What FFmpeg opens and is no media file: playlists, which name other files, and text, which it would draw
+NO_MEDIA = ("concat", "dash", "hls", "tty")
+PICTURE_BRANDS = ("avif", "avis", "heic", "heix", "heif", "mif1", "msf1")  # of pictures in an MP4's container
+COMPRESSION, ORIENTATION = 259, 274  # tags of a TIFF
 # A picture's halved chroma is interpolated, as libjpeg does; by default FFmpeg repeats it, for speed
 SMOOTH = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
@@ -54,14 +59,14 @@ def file_stamp(path: str) -> tuple:
     return path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_stream(path: str) -> av.VideoStream:
+def open_stream(path: str, file_format: str | None = None) -> av.VideoStream:
     """The file's video stream. UserError without one, or above a limit. The caller closes stream.container."""
     file_stamp(path)
     # The absolute path and these options keep playlists, "concat:..." and "%02d" from opening anything else
     limit = {"max_pixels": str(MAX_SOURCE_PIXELS)}
     options = {"protocol_whitelist": "file", "pattern_type": "none", **limit}
     try:
-        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
+        container = av.open(os.path.abspath(path), format=file_format, options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         message = f"{path}: no readable video or image ({error.strerror})"
         raise UserError(f"{message}; it may be cut off or of another type") from None
@@ -73,17 +78,40 @@ def open_stream(path: str) -> av.VideoStream:
     return stream
 
 
+def open_picture(path: str) -> av.VideoStream:
+    """As open_stream. UserError for a video."""
+    stream = open_stream(path)
+    if not is_picture(stream.container):
+        stream.container.close()
+        raise UserError(f"{path}: a video where a picture is expected; name it as a video")
+    if stream.container.format.name == "apng":  # a PNG's own picture need not be one of its animation
+        stream.container.close()
+        return open_stream(path, "png_pipe")
+    return stream
+
+
+def is_picture(container) -> bool:
+    """Whether a file holds pictures, one or an animation of them, by its format."""
+    name = container.format.name
+    still = name.endswith("_pipe") or name in ("image2", "ico", "gif", "apng")
+    return still or container.metadata.get("major_brand") in PICTURE_BRANDS
+
+
 def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
     """The default video stream, or else the largest; and why it cannot be read, None if it can."""
+    if container.format.name in NO_MEDIA:
+        return None, "a playlist or text, no media file; name the video or image itself"
+    if container.format.name == "gif" and not ends_with(container.name, b";"):
+        return None, "cut off: no end of the GIF; download it again"
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        types = ", ".join(s.type for s in container.streams) or "nothing"
+        types = ", ".join("cover picture" if s.type == "video" else s.type for s in container.streams) or "nothing"
         return None, f"no video in this file, found {types}; expected a video stream"
     if tiles := [s for s in streams if s.disposition & Disposition.dependent]:
         return None, f"a picture in {len(tiles)} tiles (HEIC, AVIF), which FFmpeg does not join; convert it to png"
     readable = [s for s in streams if s.codec_context is not None]
     if not readable:
-        return None, "no decoder for this video's codec; convert it to h264"
+        return None, "no decoder for this codec; convert it to h264, or a picture to png"
     stream = max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
     if any(s is not stream and (s.pix_fmt or "").startswith("gray") for s in readable):
         return None, "its transparency or depth is a stream of its own (AVIF), which is not read; convert it to png"
@@ -101,7 +129,26 @@ def ffmpeg_errors(path: str):
         if head[8:16] == b"WEBPVP8X" and head[20] & 2:  # the flag of an animation
             raise UserError(f"{path}: an animated webp, which FFmpeg does not read; convert it to gif or mp4") from None
         message = f"{path}: does not decode ({error.strerror})"
-        raise UserError(f"{message}; it may be damaged, cut off or too large, write it again") from None
+        reasons = "it may be damaged, cut off, too large or of a kind that FFmpeg does not read"
+        raise UserError(f"{message}; {reasons}; write it again or convert it") from None
+
+
+def ends_with(path: str, mark: bytes) -> bool:
+    """Whether a file ends with a mark, and perhaps zeros."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.stat(path).st_size - 4096))
+        return file.read().rstrip(b"\0").endswith(mark)
+
+
+def tiff_tags(path: str) -> dict[int, int]:
+    """{tag: its value, or the half of it that comes first} of a TIFF's first directory."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        order = "<" if head[:2] == b"II" else ">"
+        file.seek(*struct.unpack(f"{order}I", head[4:]))
+        (count,) = struct.unpack(f"{order}H", file.read(2))
+        entries = [struct.unpack(f"{order}HHIHH", file.read(12)) for _ in range(count)]
+    return {tag: value for tag, _, _, value, _ in entries}
 
 
 # ---- Times of all frames
@@ -115,6 +162,7 @@ class FrameIndex(NamedTuple):
     pts: list[int]  # sorted, in units of time_base
     time_base: float  # seconds
     keyframes: list[tuple[int, int]]  # sorted (pts, where a seek finds it); [] if the packets carry no usable times
+    is_picture: bool = False  # by its format; it may be an animation
 
     def seconds(self, i: int) -> float:
         return (self.pts[i] - self.pts[0]) * self.time_base
@@ -131,7 +179,7 @@ def index_frames(path: str) -> FrameIndex:
     """Times and keyframes from the packet headers; one frame is decoded. UserError for a broken or cut off file."""
     stream = open_stream(path)
     with stream.container, ffmpeg_errors(path):
-        shown, keyframes = read_packets(path, stream)
+        shown, keyframes, picture = *read_packets(path, stream), is_picture(stream.container)
         pts = sorted(t for t in shown if t is not None)
         # AVI stores no presentation times. FFmpeg makes some up; for H.264 with B-frames they are in decoding order
         made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames and pts == shown
@@ -154,17 +202,20 @@ def index_frames(path: str) -> FrameIndex:
         raise UserError(f"{path}: none of its {len(shown)} frames decodes; write it again")
     if untimed:
         fps = float(rate or 25)  # 25: FFmpeg's own guess for raw streams
-        return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [])
-    return FrameIndex(sizes[0], float(rate or mean), pts, time_base, keyframes)
+        return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [], picture)
+    return FrameIndex(sizes[0], float(rate or mean), pts, time_base, keyframes, picture)
 
 
 def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[tuple[int, int]]]:
-    """(pts of each frame that is shown, sorted (pts, seek time) of the keyframes). UserError for a cut off file."""
+    """(pts of each frame that is shown, sorted (pts, seek time) of the keyframes, or []). UserError: cut off."""
     container, shown, keyframes, count, corrupt, end = stream.container, [], [], 0, False, 0.0
     matroska = "matroska" in container.format.name
     # Other containers, such as MPEG transport streams, are searched by dts. A keyframe with B-frames has an earlier dts
     # than pts, so a seek to its pts would land behind it
     by_pts = matroska or container.format.flags & SEEK_TO_PTS
+    promised = stream.frames
+    if container.format.name.startswith("mov"):  # an edit list leaves the first ones out of the index
+        promised = min(promised, len(stream.index_entries))
     time_bases = {s.index: float(s.time_base or 0) for s in container.streams}
     for packet in container.demux():
         if not packet.size:
@@ -181,12 +232,16 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
                 keyframes.append((pts, pts if by_pts or packet.dts is None else packet.dts))
     if not count:
         raise UserError(f"{path}: a video stream with 0 frames; write it again")
-    if count < 0.99 * stream.frames - 1 or corrupt:
-        raise UserError(f"{path}: cut off: {count} frames, its header promises {stream.frames}; download it again")
-    seconds = (container.duration or 0) / av.time_base  # all that Matroska's header promises
-    if matroska and end + 2 / float(stream.average_rate or stream.guessed_rate or 1) < 0.9 * seconds:
+    if count < 0.99 * promised - 1:
+        raise UserError(f"{path}: cut off: {count} frames, its header promises {promised}; download it again")
+    if corrupt:
+        raise UserError(f"{path}: cut off: only a part of its frame {count - 1}; download it again")
+    seconds = (container.duration or 0) / av.time_base  # all that some headers promise
+    by_time = not stream.frames and container.format.name.startswith(("matroska", "mov", "flv", "mxf"))
+    if by_time and end + 2 / float(stream.average_rate or stream.guessed_rate or 1) < 0.9 * seconds:
         raise UserError(f"{path}: cut off: {end:.1f} seconds, its header promises {seconds:.1f}; download it again")
-    return shown, sorted(keyframes)
+    # Of two recordings in one file the second may begin at an earlier time: the times are of no use
+    return shown, keyframes if keyframes == sorted(keyframes) else []
 
 
 # ---- Pixels
@@ -295,21 +350,32 @@ def decode_frames(path: str, seeks: Sequence[tuple[int | None, int]], size) -> d
     return dict(zip(decoded, frames, strict=True))
 
 
-def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
-    """The first picture of a file, (3, H, W) uint8, resized if a size is given."""
-    stream = open_stream(path)
+def read_image(path: str, size: tuple[int, int] | None = None, source: tuple[int, int] | None = None) -> Tensor:
+    """The first picture of a file, (3, H, W) uint8, resized if a size is given. UserError unless it has the size
+    `source`, if that is given."""
+    stream = open_picture(path)
     with stream.container, ffmpeg_errors(path):
         if stream.codec_context.name == "mjpeg":  # one that breaks off would end in grey; a TIFF would fail at any tag
             stream.codec_context.options |= {"err_detect": "explode"}
         frame = next(decode(stream), None)
         if frame is None:
             raise UserError(f"{path}: no picture in this file; write it again")
+        if stream.codec_context.name == "tiff":
+            tags = tiff_tags(path)
+            if tags.get(COMPRESSION) in (6, 7):  # FFmpeg makes it black
+                raise UserError(f"{path}: a TIFF with a JPEG inside, which FFmpeg does not read; convert it to png")
+            if tags.get(ORIENTATION, 1) != 1:  # here Pillow does turn
+                raise UserError(f"{path}: a TIFF to be shown turned or mirrored, which is not done; save it upright")
+            frame.color_range = ColorRange.JPEG  # which FFmpeg leaves open
         rgb = to_rgb(frame, VideoReformatter(), SMOOTH)
+    if source and rgb.shape[:2] != source:
+        sizes = f"{rgb.shape[1]} x {rgb.shape[0]} among frames of {source[1]} x {source[0]}"
+        raise UserError(f"{path}: {sizes}; the frames of a clip have one size")
     return next(resize([rgb], size or rgb.shape[:2]))
 
 
 def image_size(path: str) -> tuple[int, int]:
-    stream = open_stream(path)
+    stream = open_picture(path)
     with stream.container:
         size = stream.codec_context.height, stream.codec_context.width
     return size if all(size) else tuple(read_image(path).shape[1:])

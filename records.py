@@ -24,14 +24,15 @@ from model import UserError, nearest_path
 SPACE = re.compile(r"[ \t\r\n]*")
 TAG = re.compile(r"<(video|image)>\n?")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".tga", ".jp2")
-IMAGE_SUFFIXES += (".avif", ".heic", ".heif")
+IMAGE_SUFFIXES += (".avif", ".heic", ".heif", ".jpe", ".pgm", ".pbm", ".ico")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
-VIDEO_SUFFIXES += (".gif", ".m2ts", ".h264", ".hevc")
+VIDEO_SUFFIXES += (".gif", ".apng", ".m2ts", ".mts", ".m2v", ".vob", ".ogv", ".mxf", ".h264", ".hevc")
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow", ".xlsx")  # of datasets that are not read
 NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
 # Columns that hold a picture or clip in other people's datasets, whatever their value looks like
 CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
                 for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
-CLIP_COLUMNS |= {"file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
+CLIP_COLUMNS |= {"path", "file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
 
 
 # -- A file -> records
@@ -115,6 +116,8 @@ def read_records(path: str | Path) -> Records:
     line for what does not parse."""
     records = Records()
     for file, weight in data_files(path):
+        if "://" in file:
+            raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
         records.files.append((str(Path(file).parent), weight, len(records)))
         read_file(Path(file), records)
     return records
@@ -127,6 +130,8 @@ def read_file(path: Path, records: Records) -> None:
         hint = f"; did you mean {inside}?" if os.path.isfile(inside) else nearest_path(path)
         expected = f"expected a .json or .jsonl dataset, python generate.py makes one{hint}"
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}; {expected}")
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise UserError(f"{path}: a table, which is not read; write its records to a .json or .jsonl file")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -135,7 +140,7 @@ def read_file(path: Path, records: Records) -> None:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    first, items = len(records), line_items(text) if path.suffix == ".jsonl" else array_items(text)
+    first, items = len(records), line_items(text) if path.suffix.lower() == ".jsonl" else array_items(text)
     try:
         for record, source in items:
             if not isinstance(record, dict):
@@ -232,7 +237,7 @@ def turns_of(record: dict, form: Conversation) -> list[Turn]:
     turns = [Turn(m.role, tuple(parts_of(m.role, m.content, tagged)), m.trained) for m in form.messages]
     for kind, names in form.clips.items():
         named = [part for turn in turns for part in turn.parts if isinstance(part, Media) and part.kind == kind]
-        tag, tags = Media(kind, ()), sum(not part.paths for part in named)
+        tags = sum(not part.paths for part in named)
         pool = media_pool(kind, names, tags)
         first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
         if pool and not named and first is not None:  # before the first question, as with TRL and in 2U1's GRPO sets
@@ -242,23 +247,32 @@ def turns_of(record: dict, form: Conversation) -> list[Turn]:
                 f"{tags} <{kind}> tag(s) for {len(pool)} {kind}(s); expected one tag for each, or none at all"
             )
         clips = iter(pool)
-        for i, turn in enumerate(turns):
-            turns[i] = replace(turn, parts=tuple(next(clips) if part == tag else part for part in turn.parts))
+        turns = [replace(turn, parts=tuple(fill(part, kind, clips) for part in turn.parts)) for turn in turns]
+    media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+    refuse_unread_clips(record, [path for part in media for path in part.paths])
     span = {key: record[key] for key in ("video_start", "video_end") if record.get(key) is not None}
-    videos = [part for turn in turns for part in turn.parts if isinstance(part, Media) and part.kind == "video"]
+    videos = [part for part in media if part.kind == "video"]
     if span and len(videos) != 1:
         raise UserError(f"{' and '.join(span)} beside {len(videos)} videos; expected one video")
-    if span:
-        videos[0].options.update(span)
-    if not any(isinstance(part, Media) for turn in turns for part in turn.parts):
-        refuse_unread_clips(record)
+    for key, value in span.items():
+        if key in videos[0].options:
+            raise UserError(f"{key} of the record and of its video; expected one of them")
+        videos[0].options[key] = value
     return turns
+
+
+def fill(part: str | Media, kind: str, clips: Iterator[Media]) -> str | Media:
+    """The next clip for a part of its kind that names no file, with the options of both."""
+    if not isinstance(part, Media) or part.kind != kind or part.paths:
+        return part
+    clip = next(clips)
+    return replace(clip, options=clip.options | part.options)
 
 
 def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Media]:
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
     for part in [content] if isinstance(content, str) else content:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
+        is_text = isinstance(part, dict) and part.get("type") == "text" and not any(map(part.get, NAMES[:-1]))
         text = first_of(part, "text", "value") if is_text else part
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(text, str):
@@ -271,49 +285,71 @@ def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Med
             )
         elif role != "user":
             raise UserError(f"a video or image in a turn of the {role}; expected it in a user's turn")
-        elif (name := first_of(part, *NAMES)) is None:
-            yield Media(kind[:5], ())
-        else:  # `detail` is OpenAI's price class; options set the size here
-            besides = (*NAMES, "type", "text", "detail")
-            yield read_media(kind[:5], name, {k: v for k, v in part.items() if v is not None and k not in besides})
+        else:
+            yield read_media(kind[:5], part, unnamed=True)
 
 
 def media_pool(kind: str, names, tags: int) -> list[Media]:
     """The clips that a record names beside its turns, in the order of their tags, of which there are `tags`."""
     if names is None or not isinstance(names, list):
         return [] if names is None else [read_media(kind, names)]
-    pictures = all(isinstance(name, str) and name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    if kind == "video" and tags <= 1 and names and pictures:
+    if kind == "video" and tags <= 1 and names and all(map(names_picture, names)):
         return [read_media(kind, names)]  # at most one tag, nothing but pictures: the frames of one clip
     return [read_media(kind, name) for name in names]
 
 
-def read_media(kind: str, names, options: dict | None = None) -> Media:
-    # {"url": name} as OpenAI and {"path": name} as Hugging Face's datasets write it
+def names_picture(name) -> bool:
+    name = first_of(name, "url", "path") if isinstance(name, dict) else name
+    name = name.lower() if isinstance(name, str) else ""
+    return name.startswith("data:image/") or name.endswith(IMAGE_SUFFIXES)
+
+
+def read_media(kind: str, names, unnamed: bool = False) -> Media:
+    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it: a typed part, OpenAI's
+    {"url": name}, the {"path": name} of Hugging Face's datasets. unnamed: it may leave its file to the record."""
+    options = {}
+    while isinstance(names, dict):
+        given = {key: value for key, value in names.items() if value is not None and value != ""}
+        found = [key for key in NAMES if key in given]
+        # `detail` is OpenAI's price class; options set the size here
+        options |= {key: given[key] for key in given if key not in (*found, "type", "detail")}
+        if not found and unnamed:
+            return Media(kind, (), options)
+        if len(found) != 1:
+            raise UserError(f"{kind} is {str(names)[:80]!r}; expected one file name")
+        names, unnamed = given[found[0]], False
     plain = [first_of(name, "url", "path") if isinstance(name, dict) else name
              for name in (names if isinstance(names, list) else [names])]  # fmt: skip
     if not plain or not all(isinstance(name, str) and name for name in plain) or (kind == "image" and len(plain) > 1):
         expected = "a file name or a list of frames" if kind == "video" else "a file name"
         raise UserError(f"{kind} is {str(names)[:80]!r}; expected {expected}")
-    return Media(kind, tuple(name.removeprefix("file://") for name in plain), options or {})
+    return Media(kind, tuple(name.removeprefix("file://") for name in plain), options)
 
 
-def refuse_unread_clips(record: dict) -> None:
-    """UserError where a record names its picture or clip in a column that no form knows: it would be text alone."""
+def refuse_unread_clips(record: dict, read: list[str]) -> None:
+    """UserError where a record names a picture or clip in a column that no form knows: it would be lost. Beside clips
+    that are read, only in a column whose own name says so, for a file of another name: others may describe the clip."""
+    read_names = {os.path.basename(path) for path in read}
     for column, value in record.items():
-        named = column.lower() in CLIP_COLUMNS and isinstance(value, (str, list, dict)) and value
-        if column not in KNOWN_COLUMNS and (named or names_clip(value)):
+        named = column.lower() in CLIP_COLUMNS
+        if read:
+            lost = named and any(os.path.basename(name) not in read_names for name in file_names(value))
+        else:
+            lost = (named and isinstance(value, (str, list, dict)) and value) or any(file_names(value))
+        if lost and column not in KNOWN_COLUMNS:
             message = f"its picture or clip seems to stand in the column {column}, which no form of record has"
             raise UserError(f"{message}; rename the column to video or image, or remove it if it is none")
 
 
-def names_clip(value) -> bool:
-    """Whether a value, or anything in it, is the name of a picture's or clip's file."""
+def file_names(value) -> Iterator[str]:
+    """The names of pictures and clips in a value; web addresses of them, and their data, too."""
     if isinstance(value, (dict, list)):
-        return any(map(names_clip, value.values() if isinstance(value, dict) else value))
-    if not isinstance(value, str) or "\n" in value:
-        return False
-    return value.startswith(("data:image/", "data:video/")) or value.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from file_names(item)
+    elif isinstance(value, str) and "\n" not in value.strip():
+        name = value.strip().partition("?")[0].lower()
+        if name.startswith(("data:image/", "data:video/")) or name.endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
+            yield value.strip()
 
 
 # -- Names

@@ -29,7 +29,7 @@ from pathlib import Path
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
 from judges import is_whole, judge_for
 from model import UserError, nearest, nearest_path
-from records import read_form
+from records import first_of, read_form
 
 ANY_LETTER = dict.fromkeys(LETTERS, "")  # the options of a question whose list is not there, or cannot be read
 log, warned = logging.getLogger("rewards"), set()
@@ -114,7 +114,10 @@ def plain_text(content: str | list) -> str:
     """Of typed parts, those of text."""
     if isinstance(content, str):
         return content
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = []
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        texts.append(first_of(part, "text", "value") if is_text else part)
     return "\n".join(text for text in texts if isinstance(text, str))
 
 

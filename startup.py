@@ -148,7 +148,8 @@ def find_source(run):
     if base != cfg.base_dtype:
         raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
     run.notes.append(f"--resume: going on from {run.source}")
-    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size"}
+    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size",
+              "model_ckpt"}  # fmt: skip
     now, before = as_dict(cfg), run.state["config"]
     for name in now.keys() & before.keys() - ignore:
         if now[name] != before[name]:
@@ -166,9 +167,10 @@ def build_model(run):
     """
     cfg = run.cfg
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
-    if run.source and (run.folder / START).exists():
+    begun = cfg.resume and (run.folder / RUN).exists()  # also a run without a checkpoint yet has its copy
+    if begun and (run.folder / START).exists():
         run.adapter = run.folder / START
-    elif run.source is None and cfg.model_ckpt is not None and cfg.lora_enable:
+    elif not begun and cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = find_adapter(cfg.model_ckpt)
     if run.adapter:
         given = load_adapter(model, run.adapter)
@@ -278,6 +280,7 @@ def prepare_folder(run):
         write_json(run.folder / BEST, run.best)
     else:
         (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
+    checkpoint.link_adapter(run.folder)  # not to one that was removed
     known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
     facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}
@@ -309,11 +312,8 @@ def dry_run(cfg, make_loader, records):
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
     quantise_base(model, cfg.base_dtype)
-    adapter = None
-    if cfg.model_ckpt is not None:
-        adapter = find_adapter(cfg.model_ckpt)
-    if adapter and cfg.lora_enable:
-        load_adapter(model, adapter)
+    if cfg.model_ckpt is not None and cfg.lora_enable:
+        load_adapter(model, find_adapter(cfg.model_ckpt))
     else:
         inject(model, cfg)
     set_trainable(model, cfg)

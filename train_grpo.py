@@ -38,7 +38,7 @@ from grpo import group_advantages, grpo_loss, k3, loss_normalizer
 from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
-from memory import out_of_memory
+from memory import out_of_memory, units_per_step
 from model.packed import IGNORE, Packed
 from model.qwen import target_logprobs
 from rewards import load_rewards, try_rewards
@@ -107,17 +107,12 @@ def main():
 # -- Start
 
 
-def groups_per_step(cfg):
-    """Groups that one rank trains on in a step."""
-    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
-
-
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     plain = copy.copy(cfg)
     plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
-    return Loader(records, processor, plain, global_batch=groups_per_step(cfg) * world, **options)
+    return Loader(records, processor, plain, global_batch=units_per_step(cfg) * world, **options)
 
 
 def notes_of(run, loader):

@@ -61,19 +61,21 @@ class Options:
         UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
         """
         sizes = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+        known = sizes if kind == "image" else cls.__dataclass_fields__
         values = {name: getattr(args, f"{kind}_{name}") for name in sizes}
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
+        if {"fps", "sample_fps"} <= set(item):
+            raise UserError(f"{where}: fps and sample_fps are both given; give one")
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
-                raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {known}")
+            if name not in known:
+                raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {', '.join(known)}")
             low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
         if {"fps", "nframes"} <= set(item) and not listed:
             raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
-        if "fps" in item:
+        if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
         if "max_pixels" in item and values["min_pixels"] is not None:  # the item's bound beats the script's other bound
             values["min_pixels"] = min(values["min_pixels"], item["max_pixels"])
@@ -127,14 +129,15 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     if options.nframes is not None:
         n = round(options.nframes / TEMPORAL) * TEMPORAL
         if not TEMPORAL <= n <= total:
-            raise UserError(f"nframes {options.nframes} of a video with {total} frames; expected 2 to {total}")
+            expected = f"expected 2 to {total}, or fps instead"
+            raise UserError(f"nframes {options.nframes} of a video with {total} frames; {expected}")
         return n
     low = math.ceil(options.min_frames / TEMPORAL) * TEMPORAL
     high = math.floor(min(options.max_frames, total) / TEMPORAL) * TEMPORAL
     n = min(max(total / video_fps * options.fps, low), high, total)
     n = math.floor(n / TEMPORAL) * TEMPORAL
     if n < TEMPORAL:
-        raise UserError(f"{total} frame(s); a video needs 2, a single picture is given as an image")
+        raise UserError(f"{total} frame(s), max_frames {options.max_frames}; a video needs 2, a picture is an image")
     return n
 
 
@@ -229,15 +232,18 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     sample, on top of the options. Raises UserError naming the file.
     """
     frames = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
-    is_file = frames is not None and len(frames.pts) > 1
-    source = frames.size if is_file else image_size(paths[0])
+    if frames is not None and frames.is_picture and len(frames.pts) == 1:
+        frames = None
+    source = image_size(paths[0]) if frames is None else frames.size
     try:
         if kind == "image":
             plan = plan_image(paths, source, options)
-        elif is_file:
-            plan = plan_video(paths, frames, options, most_frames)
-        else:
+        elif frames is None:
             plan = plan_frames(paths, source, options, most_frames)
+        elif len(frames.pts) == 1:
+            plan = replace(plan_frames(paths, source, options, most_frames), seeks=(frames.seek(0),) * TEMPORAL)
+        else:
+            plan = plan_video(paths, frames, options, most_frames)
     except UserError as error:  # of the options, or of the picture's shape
         raise UserError(f"{paths[0]}: {error}") from None
     return plan if size is None else replace(plan, size=size)
@@ -268,14 +274,14 @@ def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: i
     total, rate = len(paths), options.fps
     first, span = frame_span(total, rate, options)
     n = (total > 1 and options.nframes) or min(span, options.max_frames)
-    n = min(n, most_frames or n)
-    if n > span:
-        raise UserError(f"nframes {n} of a list of {span} frames; expected at most {span}")
+    n = min(n, span, most_frames or n)
     whole = list(range(first, first + span))
     indices = whole if n == span else frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
     sample_fps = rate * len(indices) / span
     indices += indices[-1:] * (len(indices) % TEMPORAL)
     h, w, notes = frame_size("video", *source, len(indices), options)
+    if options.nframes and total > 1 and options.nframes > span:
+        notes.append(f"nframes {options.nframes} of a list of {span} frames: all are taken")
     if total == 1:
         notes.append("one picture where a video is expected: a clip of two equal frames")
     times = tuple(i / rate for i in indices)
@@ -283,8 +289,6 @@ def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: i
 
 
 def plan_image(paths, source: tuple[int, int], options: Options) -> ClipPlan:
-    if (options.video_start, options.video_end) != (None, None):
-        raise UserError("video_start and video_end need a video")
     h, w, notes = frame_size("image", *source, 1, options)
     return ClipPlan("image", paths, (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
 
@@ -294,7 +298,7 @@ def read_clip(plan: ClipPlan) -> Tensor:
     if plan.seeks:
         frames = read_frames(plan.paths[0], plan.indices, plan.seeks, plan.size)
     else:
-        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
+        frames = [read_image(plan.paths[i], plan.size, plan.source_size) for i in plan.indices]
     times = TEMPORAL if plan.kind == "image" else 1  # an image is a clip of two equal frames
     return to_patches(torch.stack(frames * times))
 

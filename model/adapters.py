@@ -139,7 +139,7 @@ class LoRALinear(nn.Module):
         self.scaling, self.dropout, self.enabled = scale_of(args), args.lora_dropout, True
 
     @torch.no_grad()
-    def shift_weight(self, sign: int) -> None:
-        """weight += sign · s · B A. Never into a low-bit weight: rounding would swallow most of the adapter."""
+    def merge(self) -> None:
+        """weight += s · B A. Never into a low-bit weight: rounding would swallow most of the adapter."""
         assert isinstance(self.weight, nn.Parameter), f"{self.weight} cannot take an adapter in"
-        self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, sign * self.scaling))
+        self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, self.scaling))

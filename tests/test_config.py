@@ -136,6 +136,8 @@ def test_a_later_setting_beats_an_earlier_one(tmp_path):
     assert (cfg.nframes, cfg.video_min_pixels, cfg.video_max_pixels) == (None, 4096, 4096)
     both = parse(Infer, ["a.mp4", "--fps", "1", "--nframes", "4"])
     assert both.nframes == 4 and without_effect(both) == {"--fps"}
+    cfg = parse(SFT, ["--cuda_graphs", "--offload_activations"])
+    assert without_effect(cfg) == {"--cuda_graphs"}
 
 
 SETTINGS = {

@@ -300,7 +300,7 @@ def test_the_plan_of_a_clip(processor, clips):
     assert "share the time id" in result["warnings"][-1]
     (broken,) = lines_of(processor, clips / "broken.mp4", as_json=True)
     assert "no readable video" in broken["refused"] and broken["clips"] == broken["warnings"] == []
-    with pytest.raises(UserError, match="--files: found \\[\\], expected one at least"):
+    with pytest.raises(UserError, match="--files: none given, expected at least one"):
         look.main([])
 
 

@@ -193,8 +193,10 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     assert capfd.readouterr().out.count("step 4: out of GPU memory; it is repeated, from now on packs of at most ") == 1
     plans = [json.loads((run / f"checkpoint-{step}/trainer_state.json").read_text())["plan"] for step in (4, 6)]
     assert plans[0] == plans[1] and 100 < plans[0]["pack_tokens"] < 200
+    losses = column(run, "loss")
     shutil.rmtree(run / "checkpoint-6")
     again = sft("run", **options, resume=True)
+    assert column(again, "loss") == losses  # bit for bit: what was learned of the memory is kept
     for mine, theirs in zip(column(again, "loss", "grad_norm"), column(whole, "loss", "grad_norm"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
     mine, theirs = weights(again / "checkpoint-6"), weights(whole / "checkpoint-6")

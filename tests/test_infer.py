@@ -30,6 +30,7 @@ from model.decode import Completion
 from model.loading import load_model
 from reporting.dataset import data_question
 from rewards import Sample, accuracy
+from video import frames_in
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["(A) Left to Right", "(B) Right to Left", "(C) Falling Down", "(D) Ascending"]
@@ -136,12 +137,11 @@ def test_image_and_folder_of_frames(capsys, caplog, here, tiny):
     flags = ("--model_id", tiny, "--max_new_tokens", 1)
     result = run(capsys, "frames", *flags)[1]
     assert result["frames"] == [0, 2, 3, 5, 6, 8, 9, 11] and result["grid_thw"] == [4, 4, 4]
-    paths = Model(model_id=tiny).example("frames").record["messages"][0]["content"][0]["path"]
-    assert [Path(path).name for path in paths[8:11]] == ["frame8.png", "frame9.png", "frame10.png"]
+    assert [Path(path).name for path in frames_in("frames")[8:11]] == ["frame8.png", "frame9.png", "frame10.png"]
     for i in range(5, 12):
         (here / "frames" / f"frame{i}.png").unlink()
     assert run(capsys, "frames", *flags)[1]["frames"] == [0, 1, 2, 3, 4, 4]
-    assert "frames has 5 frames, all are taken" in caplog.text
+    assert "nframes 8 of a list of 5 frames: all are taken" in caplog.text
     image = run(capsys, "frames/frame0.png", *flags)[1]
     assert image["frames"] == [0] and image["time_ids"] == [0] and image["grid_thw"][0] == 1
 
@@ -466,7 +466,7 @@ def test_mistakes_end_in_one_line(here, tiny, clip):
         ("missing.mp4",): "missing.mp4: no such file",
         ("empty.mp4",): "empty.mp4.*empty",
         ("broken.mp4",): "broken.mp4",
-        ("folder",): "folder: 0 images",
+        ("folder",): "folder: a folder without images",
         (clip, "--model_ckpt", "short"): r"adapter short: .*lora_A: found \(4, \d+\), expected \(5, \d+\)",
         (clip, "--model_ckpt", "nowhere"): "nowhere: no such folder",
         (clip, "--question", "<|im_end|>"): r"special token <\|im_end\|>",

@@ -99,17 +99,35 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
     made("base/config.json", hidden_size=2048)  # a 3B
     made("output/run/run.json", script="train_sft")
     made("output/run/checkpoint-3/trainer_state.json", config={"data_path": "data/old/train.json"})
-    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base")
+    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base", base_dtype="nf4")
     made("data/new/train.json")
     monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
     cfg = follow(parse(GRPO, []))
     assert (cfg.model_ckpt, cfg.model_id) == ("output/run/checkpoint-3", "base")
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
-    assert (cfg.learning_rate, cfg.dataloader_num_workers) == (1e-5, 8)  # of a 3B
+    assert (cfg.learning_rate, cfg.dataloader_num_workers, cfg.base_dtype) == (1e-5, 8, "nf4")  # of a 3B
+    assert follow(parse(GRPO, ["--base_dtype", "bf16"])).base_dtype == "bf16"
     assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
     with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
         follow(parse(GRPO, ["--model_id", "assets/tiny"]))
-    assert follow(parse(GRPO, ["--model_ckpt", "none", "--model_id", "a"])).data_path == "data/new/train.json"
+    for flags in (["--model_ckpt", "none", "--model_id", "a"], ["--lora_enable", "False", "--freeze_llm", "False"]):
+        cfg = follow(parse(GRPO, [*flags]))
+        assert cfg.data_path == "data/new/train.json" and "output/run" not in " ".join(cfg.notes)
+
+
+@pytest.mark.parametrize(
+    ("data_path", "name"),
+    [("train.json", "here"), ("data/a/train.json:2,data/b/train.json:0.5", "a"), ("data/a/x.json,y.json", "a")],
+)
+def test_the_run_is_named_after_the_first_files_folder(monkeypatch, data_path, name):
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    for file in ("train.json", "data/a/train.json", "data/a/x.json", "data/b/train.json", "y.json"):
+        made(file)
+    made("output/run/checkpoint-3/trainer_state.json", config={"data_path": data_path})
+    made("output/run/checkpoint-3/adapter_config.json")
+    monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
+    assert follow(parse(GRPO, [])).output_dir == f"output/grpo_{name}_lora"
 
 
 def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch):
@@ -122,6 +140,26 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch)
     assert (cfg.fps, cfg.nframes) == (1.0, None)
     with pytest.raises(UserError, match="--lora_rank: found 4, expected 8 as in output/mine_lora: a resumed run"):
         follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
+    with pytest.raises(UserError, match="--resume: output/grpo_mine_lora is a run of train_grpo.py, not of train_sft"):
+        follow(parse(SFT, ["--resume", "--output_dir", "output/grpo_mine_lora"]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--rewards accuracy", dict(rewards="accuracy", reward_weights=None, nframes=16)),
+        ("--rewards a,b", dict(reward_weights=[1.0, 2.0])),  # as they are
+        ("--rewards c,d --reward_weights 1,2", dict(rewards="c,d", reward_weights=[1.0, 2.0])),
+        ("--fps 4", dict(fps=4.0, nframes=None)),
+        ("--fps 4 --nframes 16", dict(nframes=16)),
+    ],
+)
+def test_what_is_given_to_a_resumed_run_beats_what_stood_with_it(monkeypatch, argv, expected):
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py"])
+    theirs = {"data_path": "a.json", "rewards": "a,b", "reward_weights": [1.0, 2.0], "fps": 1.0, "nframes": 16}
+    made("output/grpo/run.json", script="train_grpo", config=theirs)
+    cfg = follow(parse(GRPO, ["--resume", *argv.split()]))
+    assert {option: getattr(cfg, option) for option in expected} == expected
 
 
 @pytest.mark.parametrize(

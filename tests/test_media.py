@@ -94,6 +94,24 @@ def test_a_stream_cut_at_its_head_begins_with_the_first_keyframe(tmp_path, name)
     assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
 
 
+def test_two_recordings_in_one_file(tmp_path):
+    """The second begins at an earlier time, between frames of the first: all frames, in the order of the file."""
+    for name, fps, ticks, frames in (("1.ts", 10, range(20), ramp(20)), ("2.ts", 20, range(1, 41, 2), ramp(20)[::-1])):
+        with av.open(str(tmp_path / name), "w") as file:
+            stream = file.add_stream("libx264", rate=fps, options=dict(g="10", bf="0"))
+            stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+            for tick, rgb in zip(ticks, frames):
+                frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+                frame.pts, frame.time_base = tick, Fraction(1, fps)
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    both = tmp_path / "both.ts"
+    both.write_bytes((tmp_path / "1.ts").read_bytes() + (tmp_path / "2.ts").read_bytes())
+    plan = plan_clip("video", (str(both),), Options(nframes=40))
+    assert plan.total_frames == 40 and plan.times[-1] == pytest.approx(39 / plan.source_fps)
+    assert np.abs(brightness(plan) - from_the_start(str(both))[1]).max() < 1
+
+
 def write_at(path, codec, ticks):
     """Frames of a ramp at these thirtieths of a second."""
     with av.open(str(path), "w") as file:
@@ -184,6 +202,7 @@ PICTURES = {  # name -> picture, options of Pillow's save, largest mean error
     "rgba.png": (FADING, {}, 0.01),
     "alpha.webp": (FADING, dict(quality=90), 0.5),
     "rgba.tif": (FADING, {}, 0.01),
+    "default.png": (COLOURS, dict(save_all=True, default_image=True, append_images=[Image.new("RGB", (W, H))]), 0),
 }
 
 
@@ -211,6 +230,12 @@ def test_modes_of_png(tmp_path, mode, options):
     assert np.abs(mine - on_white(Image.open(tmp_path / "a.png"))).max() <= 0.51
 
 
+def test_a_tiff_in_other_colours(tmp_path):
+    Image.fromarray(COLOURS).convert("YCbCr").save(tmp_path / "a.tif")
+    mine = read_image(str(tmp_path / "a.tif")).permute(1, 2, 0).numpy()
+    assert np.abs(mine - on_white(Image.open(tmp_path / "a.tif"))).mean() < 0.6
+
+
 def test_a_picture_is_not_turned_by_its_exif_data(tmp_path):
     """As qwen-vl-utils opens it."""
     exif = Image.Exif()
@@ -229,7 +254,10 @@ def broken_files(folder):
     write_clip(folder / "ahead.mp4", ramp(60, 128, 128), container={"movflags": "faststart"})
     write_clip(folder / "good.mkv", ramp(60, 128, 128))
     write_clip(folder / "narrow.mp4", ramp(4, 2, 512))
+    write_clip(folder / "pieces.mp4", ramp(60, 128, 128), g="10", container={"movflags": "frag_keyframe+empty_moov"})
+    write_clip(folder / "good.gif", ramp(30), codec="gif", pix_fmt="rgb8")
     cuts = (("cut.mp4", "good.mp4", 0.5), ("cut_late.mp4", "ahead.mp4", 0.8), ("cut.mkv", "good.mkv", 0.5))
+    cuts += (("cut_pieces.mp4", "pieces.mp4", 0.8), ("cut.gif", "good.gif", 0.5))
     for name, source, share in cuts:
         data = (folder / source).read_bytes()
         (folder / name).write_bytes(data[: int(len(data) * share)])
@@ -239,6 +267,8 @@ def broken_files(folder):
     (folder / "damaged.mp4").write_bytes(data)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("no video\n" * 99)
+    (folder / "text.txt").write_text("drawn by FFmpeg\n" * 99)
+    (folder / "list.txt").write_text("ffconcat version 1.0\nfile 'good.mp4'\n")
     os.mkfifo(folder / "pipe.mp4")
     with av.open(str(folder / "audio.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=8000, layout="mono")
@@ -254,6 +284,7 @@ def broken_files(folder):
     (folder / "tiled.avif").write_bytes((FIXTURES / "tiled.avif").read_bytes())  # 2 x 2 tiles, as phones write them
     assert Image.open(folder / "tiled.avif").size == (128, 96)
     Image.fromarray(FADING).save(folder / "alpha.avif")
+    Image.fromarray(COLOURS).save(folder / "jpeg.tif", compression="jpeg")
     still = Image.fromarray(COLOURS)
     still.save(folder / "animated.webp", save_all=True, append_images=[still.rotate(90)], duration=100)
     return {
@@ -264,6 +295,11 @@ def broken_files(folder):
         "cut.mp4": "cut off",
         "cut_late.mp4": "cut off: .* promises 60",
         "cut.mkv": "cut off: .* promises 6.0",
+        "cut_pieces.mp4": "cut off: ",
+        "cut.gif": "cut off: no end of the GIF",
+        "text.txt": "a playlist or text",
+        "list.txt": "a playlist or text",
+        "jpeg.tif": "a TIFF with a JPEG inside",
         "pipe.mp4": "not a regular file",
         "audio.mp4": "found audio",
         "frameless.avi": "0 frames",
@@ -280,6 +316,19 @@ def test_broken_files_say_what_is_wrong(tmp_path):
             with pytest.raises(UserError, match=message) as caught:
                 read_clip(plan_clip(kind, (str(tmp_path / name),), Options()))
             assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_frames_of_several_sizes(tmp_path):
+    paths = tuple(write_picture(tmp_path / f"{side}.png", ramp(1, side, 64)[0]) for side in (64, 32))
+    with pytest.raises(UserError, match="32.png: 64 x 32 among frames of 64 x 64"):
+        read_clip(plan_clip("video", paths, Options()))
+
+
+def test_a_video_is_no_picture(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", ramp(4))
+    for kind, paths in (("image", (path,)), ("video", (path, path))):
+        with pytest.raises(UserError, match="a.mp4: a video where a picture is expected"):
+            plan_clip(kind, paths, Options())
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])

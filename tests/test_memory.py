@@ -147,6 +147,18 @@ def test_the_trial_decides(monkeypatch, factor):
     assert len(gpu.tried) <= autofit.TRIALS and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
 
 
+@pytest.mark.parametrize("gib", [24, 28, 60])
+def test_ranks_whose_products_differ_in_speed_choose_alike(monkeypatch, gib):
+    rates, plans = [7.0e14, 7.7e14], []
+    for mine in rates:
+        gpu = FakeGpu(monkeypatch, gib, 1.0)
+        monkeypatch.setattr(autofit, "product_rate", lambda *_, mine=mine: mine)
+        both = lambda number: torch.tensor([rates if number in rates else [number] * 2], dtype=torch.float64).T
+        monkeypatch.setattr(autofit.ranks, "gather_numbers", both)
+        plans.append(gpu.choose()[0])
+    assert plans[0] == plans[1]
+
+
 def test_a_large_card_keeps_everything_and_a_small_one_nothing(monkeypatch):
     assert FakeGpu(monkeypatch, 139, 1.0).choose()[0] == Plan(11_344, 68)
     assert FakeGpu(monkeypatch, 10.5, 1.0).choose()[0] == Plan(1418, 0)  # nothing fits: the smallest there is
@@ -154,10 +166,12 @@ def test_a_large_card_keeps_everything_and_a_small_one_nothing(monkeypatch):
 
 def test_a_resumed_run_obeys_its_checkpoint(monkeypatch):
     gpu = FakeGpu(monkeypatch, 24, 1.0)
-    saved = {"plan": {"pack_tokens": 3000, "kept": 7}}
+    saved = {"plan": {"pack_tokens": 3000, "kept": 7}, "config": {"pack_tokens": 6000, "gradient_checkpointing": False}}
     assert gpu.choose(saved)[0] == Plan(3000, 7) and gpu.tried == []
     assert gpu.choose(saved, gradient_checkpointing=True)[0] == Plan(3000, 0)
     assert gpu.choose(saved, pack_tokens=5000)[0] == Plan(5000, 7)
+    # as given to that run, which ran out of memory with it
+    assert gpu.choose(saved, pack_tokens=6000, gradient_checkpointing=False)[0] == Plan(3000, 7)
 
 
 def test_on_a_cpu_auto_is_a_constant():

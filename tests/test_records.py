@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from test_data import SYSTEM, as_transformers, clips, processor, text_of, traine
 
 from loader import Loader
 from model import UserError
-from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, spread
+from records import Media, clip_name, read_records, read_turns, record_name, spread
 from rewards import accuracy, reference_answer, sample_from_record
 
 QUESTION = "Where does it go?\n(A) left\n(B) right"
@@ -313,6 +312,21 @@ WRONG = {
     "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
     "an empty turn of the user": {"messages": chat(" \n", "!")},
     "an empty answer": {"messages": chat("?", typed(""))},
+    "an empty answer; ": {"problem": "?", "process": THINK, "solution": "<answer> </answer>"},
+    "loss_scale is 0.3": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": "!", "loss_scale": 0.3}]},
+    "loss_weight is 0.5": {"question": "?", "answer": "!", "loss_weight": 0.5},
+    "a part of a turn": {"messages": chat("?", [{"type": "text", "value": "!", "loss_weight": 0.0}])},
+    "label is false": {"question": "?", "answer": "!", "label": "false"},
+    "holds rejected_images": {"query": "<image>?", "response": "!", "images": ["p.png"], "rejected_images": ["q.png"]},
+    "system column beside another": {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("?", "!")]},
+    "stand in the column path": {"question": "?", "answer": "!", "path": "0.mp4"},
+    "the column image_path": {"video": "0.mp4", "question": "?", "answer": "!", "image_path": "p.png"},
+    "expected one file name": {"messages": chat([{"type": "video", "video": "0.mp4", "path": "1.mp4"}], "!")},
+    "fps and sample_fps": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1, "sample_fps": 2}], "!")},
+    "unknown image option 'fps'": {"messages": chat([{"type": "image", "image": "p.png", "fps": 1}], "!")},
+    "video_start of the record and of": {
+        "messages": chat([{"type": "video", "video": "0.mp4", "video_start": 0.1}], "!"), "video_start": 0.2,
+    },
     "expected the assistant's answer": {"prompt": "?", "solution": " "},
 }  # fmt: skip
 
@@ -351,101 +365,33 @@ def test_no_record_does_anything_but_load_or_be_refused(record):
     record_name(record), clip_name(record)
 
 
+def test_options_beside_a_name_count_wherever_it_stands(processor):  # noqa: F811
+    part = {"type": "video", "nframes": 4}
+    for record in (
+        {"messages": chat([{**part, "video": "0.mp4"}, *typed("?")], "!")},
+        {"messages": chat([part, *typed("?")], "!"), "videos": ["0.mp4"]},  # TRL: the record names the file
+        {"messages": chat([{"type": "video_url", "video_url": {"url": "0.mp4", "nframes": 4}}, *typed("?")], "!")},
+        {"messages": chat("<video>?", "!"), "videos": [{"path": "0.mp4", "nframes": 4}]},
+        {"messages": chat([{"type": "video", "video": "0.mp4", "max_frames": 4}, *typed("?")], "!")},
+    ):
+        assert len(processor.encode(record).frame_indices[0]) == 4
+
+
+def test_frames_of_a_clip_by_any_name():
+    data = "data:image/png;base64,AA"
+    for names in (["1.png", "2.png"], [{"path": "1.png"}, {"url": "2.jpg"}], [data, data], [{"url": data}, "2.png"]):
+        for record in ({"question": "?", "answer": "!", "video": names}, {"query": "<video>?", "videos": names}):
+            (clip, _) = read_turns(record, "r")[0].parts
+            assert len(clip.paths) == 2
+
+
+def test_absent_options_and_numbers(processor):  # noqa: F811
+    record = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
+    assert read_turns(record, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
+
+
 def test_the_reader_leaves_the_record_alone():
     for record in [*SAME.values(), VIDEO_R1]:
         before = json.dumps(record)
         read_turns(record, "r"), sample_from_record(record)
         assert json.dumps(record) == before
-
-
-# -- Files
-
-
-def test_several_files_and_their_weights(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(("a.json", "b.jsonl", "c:3.json", "d,e.json", "f.json:2")):
-        Path(name).write_text(json.dumps({"i": i}) if name == "b.jsonl" else json.dumps([{"i": i}, {"i": i}]))
-    for text, files in (
-        ("a.json", [("a.json", 1)]),
-        ("a.json:2,b.jsonl:0.5", [("a.json", 2), ("b.jsonl", 0.5)]),
-        ("a.json,b.jsonl:3", [("a.json", 1), ("b.jsonl", 3)]),
-        ("c:3.json", [("c:3.json", 1)]),  # names that exist are taken as they are
-        ("c:3.json:2,a.json", [("c:3.json", 2), ("a.json", 1)]),
-        ("d,e.json", [("d,e.json", 1)]),
-        ("f.json:2", [("f.json:2", 1)]),
-    ):
-        assert data_files(text) == files
-    records = read_records("b.jsonl:2,a.json")
-    assert [record["i"] for record in records] == [1, 0, 0] and records[1].folder == "."
-    assert records.shares() == [(2, range(1)), (1, range(1, 3))]
-    for weight in ("0", "-1", "nan", "inf", "x", "", "1e5000"):
-        with pytest.raises(UserError, match="the weight is .*; expected a number above 0"):
-            read_records(f"a.json:{weight},b.jsonl")
-    with pytest.raises(UserError, match="b.json: no such file.*did you mean b.jsonl"):
-        read_records("a.json:2,b.json")
-
-
-def write(path, records, separator):
-    """The records, with and without escapes, as a .json array or as .jsonl."""
-    texts = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
-    path.write_text(separator.join(texts) if path.suffix == ".jsonl" else f" [{separator.join(texts)} ]\n", "utf-8")
-    return path
-
-
-@pytest.mark.parametrize("name, separator", [("a.json", " ,\n"), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")])
-def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
-    whole = [{"i": i, "text": 'ä \u00e9\u2028 [{"},\\', "empty": {}, "list": [1, [2.5, None]]} for i in range(30)]
-    path = write(tmp_path / name, whole, separator)
-    for mark in (b"", b"\xef\xbb\xbf"):  # the second as Windows saves UTF-8
-        path.write_bytes(mark + path.read_bytes())
-        records = read_records(path)
-        assert list(records) == whole and records[-1]["i"] == 29 and len(records) == 30
-        assert [r["i"] for r in Selection(records, [3, 7, 11])] == [3, 7, 11]
-        assert len(records.data) <= path.stat().st_size  # that is all that is kept, and 8 bytes a record
-    with pytest.raises(IndexError):
-        records[30]
-
-
-NOT_JSON = {
-    "a.json": {
-        "line 1 column 1 is not JSON (expected [ ] around the records": ["hello", "", "12", '{"a": 1}\n{"a": 2}'],
-        "line 3 column 2 is not JSON (Expecting ',' or ']')": ["[\n{}\n {}]"],
-        "is not JSON": ["[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', '[{}, {"a": "' + "x" * 9000],
-        "line 1 column 5 is not JSON (Extra data)": ["[{}]]"],
-        "record 0 is nested too deeply": ['[{"a": ' + "[" * 100_000],
-        "record 0 Exceeds the limit (4300 digits)": ['[{"a": ' + "1" * 5000 + "}]"],
-        "record 1 holds half a character": ['[{}, {"a": "\\ud83d"}]'],
-        "record 1 is a int, expected an object": ["[{}, 1]"],
-        "line 2 is not UTF-8 (byte 9)": [b'[\n{"a": "\xc3"}]'],
-        "holds no records": ["[]", " [ ] "],
-    },
-    "a.jsonl": {
-        "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
-        "record 1 is a list": ["{}\n[]\n"],
-        "record 0 is nested too deeply": ['{"a":' + "[" * 100_000],
-        "record 1 holds half a character": ['{}\n{"a": "\\udc00"}'],
-        "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
-        "holds no records": ["\n\n"],
-    },
-}
-
-
-@pytest.mark.parametrize("name, message", [(name, message) for name in NOT_JSON for message in NOT_JSON[name]])
-def test_what_is_no_dataset(tmp_path, name, message):
-    for content in NOT_JSON[name][message]:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UserError) as caught:
-            read_records(tmp_path / name)
-        assert message in str(caught.value) and "\n" not in str(caught.value), caught.value
-
-
-def test_no_file(tmp_path):
-    os.mkfifo(tmp_path / "fifo.jsonl")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/train.json").touch()
-    for name in ("none.json", "zero\0.json", "x" * 300):
-        with pytest.raises(UserError, match="no such file"):
-            read_records(tmp_path / name)
-    for name, hint in (("fifo.jsonl", "makes one$"), ("folder", "did you mean .*folder/train.json")):
-        with pytest.raises(UserError, match=f"not a file; .*{hint}"):
-            read_records(tmp_path / name)  # returns at once: nothing opens the fifo

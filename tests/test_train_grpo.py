@@ -9,10 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
+from runs import base, column, execute, grpo, lines, release_run, two_ranks, weights  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 
 import train_grpo
+from adapter_files import save_adapter
 from config import GRPO
 from data import Example, Processor, load_tokenizer, pack, read_records
 from grpo import grpo_loss, loss_normalizer
@@ -309,6 +310,23 @@ def accuracy(text, sample):
         shutil.rmtree(broken / f"checkpoint-{step}", ignore_errors=True)
     grpo("broken", **options, resume=True)
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
+
+
+def test_a_run_killed_before_its_first_checkpoint_has_its_adapter(grpo, base, tmp_path, monkeypatch):
+    """Its own copy: that of the run that it went on from may be gone."""
+    options = {"model_ckpt": tmp_path / "begun", "vision_lora": False, "merger_lora": False}
+    model = load_model(base / "tiny")
+    inject(model, GRPO(vision_lora=False, merger_lora=False))
+    shake(model)
+    save_adapter(model, tmp_path / "begun", base / "tiny")
+    whole = grpo("whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "learn", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            grpo("run", **options)
+    release_run()
+    shutil.rmtree(tmp_path / "begun")
+    assert lines(grpo("run", **options, resume=True), "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
 
 
 def test_the_reference_stays_as_it_was(base):

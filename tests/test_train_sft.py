@@ -93,15 +93,19 @@ def test_the_schedule():
     assert [lr_factor(step, 4, "constant", warmup=1) for step in range(4)] == [0.5, 1, 1, 1]
 
 
-def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(tmp_path):
+def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(sft, tmp_path):
     path = tmp_path / "zero2.json"
     zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}, "allgather_bucket_size": 4096}
-    path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": {"type": "Adam"}}))
+    more = {"gradient_cliping": 1, "gradient_clipping": 0.5, "activation_checkpointing": {}, "wall_clock_breakdown": 0}
+    path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": {}, **more}))
     settle = partial(deepspeed_config, SFT(deepspeed=str(path)), torch.device("cpu"), torch.float32, 1, 1000)
     config, notes = settle()
     assert config["zero_optimization"]["allgather_bucket_size"] == 4096
     assert config["zero_optimization"]["reduce_bucket_size"] == 2024
-    assert [note.split(": ")[1].split()[0] for note in notes] == ["offload_param", "optimizer"]
+    assert "gradient_cliping has no effect: DeepSpeed has no such key; did you mean gradient_clipping?" in notes[0]
+    words = [note.split(": ")[1].split()[0] for note in notes[1:-1]]
+    assert words == ["offload_param", "optimizer", "activation_checkpointing"]
+    assert notes[-1] == f"--max_grad_norm has no effect: {path} says 0.5"
     for text, words in {
         '{"zero_optimization": {"stage": 3}}': "stage",
         '{"bf16": {"enabled": true}}': "bf16.enabled is true in a torch.float32 run; write auto there, and give --bf16",
@@ -111,6 +115,9 @@ def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             settle()
+    path.write_text('{"zero_optimization": {"reduce_bucket": 3}}')
+    with pytest.raises(UserError, match="zero2.json: reduce_bucket: Extra inputs are not permitted"):
+        sft("run", deepspeed=path)
 
 
 # -- Resuming
@@ -145,13 +152,15 @@ def test_a_dataset_that_was_changed_is_named_on_resume(sft, base, whole, tmp_pat
 
 
 def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, whole, tmp_path, capfd):
-    folder = shutil.copytree(whole, tmp_path / "run")
+    folder = shutil.copytree(whole, tmp_path / "run", symlinks=True)
     (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
     damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
     assert "is missing" in what_is_broken(folder / "checkpoint-5")
     assert newest_checkpoint(folder) == folder / "checkpoint-3"
     assert "SHA-256" in capfd.readouterr().err
+    sft("run", resume=True, max_steps=3)  # it is at its end
+    assert (folder / "adapter_config.json").resolve() == (folder / "checkpoint-3/adapter_config.json").resolve()
     sft("run", save_steps=1, save_total_limit="none", resume=True)
     assert column(folder, "loss") == column(whole, "loss") and what_is_broken(folder / "checkpoint-5") is None
 

@@ -128,8 +128,6 @@ def test_only_the_span_is_seen(tmp_path):
     assert np.abs(brightness(plan) - np.array(plan.indices) * 255 / 59).max() < 4.2
     with pytest.raises(UserError, match="a.mp4: video_start .* no two frames of its 6.00 seconds"):
         plan_clip("video", (path,), Options(video_start=99.0))
-    with pytest.raises(UserError, match="need a video"):
-        plan_clip("image", (write_picture(tmp_path / "a.png", ramp(1)[0]),), Options(video_start=1.0))
 
 
 # -- Options
