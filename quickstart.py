@@ -82,7 +82,9 @@ def summary(result: dict, start: Path, end: Path):
         video = json.loads((DATA / "val.json").read_text())[wrong["number"]]["video"]
         yield f"\nGRPO got this one right: {DATA / 'videos' / video}{wrong['prompt'].removeprefix('<video>')}"
         yield f"  at its start: {wrong['text']}\n  after GRPO:   {right[wrong['number']]['text']}"
-    yield f"\nThe report, curves and clips: {result['report']}"
+    yield f"\nThe report, curves and clips, for a browser: {result['report']}"
+    if wrong:
+        yield f"next: python infer.py {DATA / 'videos' / video} --model_ckpt {OUT / 'grpo'}"
 
 
 def main() -> None:

@@ -326,6 +326,8 @@ def dry_run(cfg, make_loader, records):
     print(f"  trained    {trained_shares(model)}")
     for line in ignored_options(cfg):
         print(f"  note       {line}")
+    if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
+        print(f"  note       {cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
 
 
 def describe(run, model, lines, held_out):
@@ -346,7 +348,10 @@ def describe(run, model, lines, held_out):
     packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
     rates = f"llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
-    yield f"  schedule   from step {run.step + 1}; {cfg.lr_scheduler_type}, {warmup} of warm-up; peak rates {rates}"
+    if run.step < run.total:
+        yield f"  schedule   from step {run.step + 1}; {cfg.lr_scheduler_type}, {warmup} of warm-up; peak rates {rates}"
+    else:
+        yield f"  schedule   nothing is left of {run.total} steps; a larger --max_steps goes on"
     yield from lines
     when = f"evaluated every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "evaluated at the end"
     yield f"  held out   {f'{held_out:,} samples, {when}' if held_out else 'no samples: nothing is evaluated'}"
