@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 
 from tqdm import tqdm
 
 from checkpoint import METRICS, ROLLOUTS
+from script import command
 
 
 def highlight(text):
@@ -53,7 +53,7 @@ def resume_command(run):
     """How to go on: a resumed run takes its options from its folder, but not its number of processes."""
     if run.world > 1:
         return "the same command with --resume, and without --overwrite"
-    return shlex.join(["python", f"{run.script}.py", "--resume", "--output_dir", str(run.folder)])
+    return command(f"{run.script}.py", "--resume", "--output_dir", str(run.folder))
 
 
 def against_start(run):

@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import time
@@ -41,6 +40,7 @@ from checks import require
 from clips import DIRECTIONS, FPS, OPTIONS, SIGNS, Clip
 from model import UserError
 from openai_client import Client, Question, ask_all
+from script import command
 
 # -- Drawn clips
 
@@ -341,7 +341,7 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
     seconds = time.monotonic() - began
     print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {seconds:.1f} s")
     here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last
-    print("next: python train_sft.py" + ("" if here else f" --data_path {shlex.quote(str(out / 'train.json'))}"))
+    print("next: " + command("train_sft.py", *([] if here else ["--data_path", str(out / "train.json")])))
     return metadata
 
 

@@ -5,7 +5,6 @@
 Each choice is a note, a line at the start of the run. What is given by a flag or a --config file always counts.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cli import follow_model, from_file
 from config import as_dict
 from model import UserError
 from records import data_files
+from script import command
 
 # What a resumed run cannot change: its weights have these shapes, and this scale
 FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
@@ -112,7 +112,7 @@ def grpo_command(adapter, model_ckpt):
     """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
     run = adapter and adapter.parent / RUN
     if run and run.exists() and read_json(run).get("script") == "train_sft":
-        yield "next: " + shlex.join(["python", "train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else [])])
+        yield "next: " + command("train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else []))
 
 
 def by_age(folder, name):

@@ -7,6 +7,7 @@ handled here.
 import errno
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # What a disk or a standard output can do to any script at any time: no mistake of ours
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
+def command(script, *arguments):
+    """How to type one of the repository's scripts, from the folder that this one was started in."""
+    folder = os.path.relpath(Path(__file__).parent)
+    return shlex.join(["python", os.path.normpath(os.path.join(folder, script)), *arguments])
 
 
 def cli(main, each_rank=True):

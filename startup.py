@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import platform
 import secrets
-import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from model.qwen import Qwen2_5_VL
 from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
+from script import command
 from trackers import TRACKERS, check_installed
 from trainer import Run, samples_per_step, total_steps, warmup_steps, watch_signals
 
@@ -234,7 +234,7 @@ def ask_about(run, processor, record):
         clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
     except UserError:  # of a broken record: named when it is read
         clip = ""
-    words = ["python", "infer.py", clip]
+    words = ["infer.py", clip]
     if not run.cfg.lora_enable:  # checkpoints are whole models
         words += ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
     else:
@@ -242,7 +242,7 @@ def ask_about(run, processor, record):
             words += ["--model_ckpt", str(run.folder)]
         if run.cfg.model_id != type(run.cfg)().model_id:
             words += ["--model_id", run.cfg.model_id]
-    return shlex.join(words) if clip else ""
+    return command(*words) if clip else ""
 
 
 def restore(run, engine, adamw):

@@ -49,26 +49,29 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
 
     def type_in(command, flags=""):
         """Run it; what it printed, and the command that its last line names."""
-        words = shlex.split(command)
-        script = {"generate": generate, "train_sft": train_sft, "train_grpo": train_grpo, "infer": infer}[words[1][:-3]]
-        monkeypatch.setattr(sys, "argv", [*words[1:], *flags.split()])
+        python, file, *words = shlex.split(command)
+        modules = {"generate": generate, "train_sft": train_sft, "train_grpo": train_grpo, "infer": infer}
+        script = modules[Path(file).stem]
+        assert python == "python" and Path(file).resolve() == Path(script.__file__)
+        monkeypatch.setattr(sys, "argv", [file, *words, *flags.split()])
         script.main()
         out = capfd.readouterr().out
         return out, out.strip().splitlines()[-1].partition("next")[2].strip(" :")
 
-    _, command = type_in("python generate.py --from_folder 'Meine Clips'", "--workers 1")
-    assert command == "python train_sft.py"
+    scripts = os.path.relpath(Path(generate.__file__).parent)
+    _, command = type_in(f"python {scripts}/generate.py --from_folder 'Meine Clips'", "--workers 1")
+    assert command == f"python {scripts}/train_sft.py"
     out, command = type_in(command, f"--max_steps 2 {SHORT}")
     assert f"--data_path {Path('data/Meine Clips/train.json')}, the dataset made last" in out
     assert "output/Meine Clips_lora: step 2 of 2" in out
-    assert command.startswith("python infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
+    assert command.startswith(f"python {scripts}/infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
     out, command = type_in(command)
     assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out and "What does the video show?" in out
-    assert command == "python train_grpo.py"
+    assert command == f"python {scripts}/train_grpo.py"
     flags = f"--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 8 {SHORT}"
     out, command = type_in(f"{command} --rewards my_rewards.py:even", flags)
     assert "--model_ckpt output/Meine Clips_lora/checkpoint-2, of the run made last" in out
-    assert command.startswith("python infer.py 'Meine Clips/")
+    assert command.startswith(f"python {scripts}/infer.py 'Meine Clips/")
     assert "output/grpo_Meine Clips_lora: step 1 of 1" in out
 
 
