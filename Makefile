@@ -13,7 +13,7 @@ quickstart: $(VENV)/run      ## the whole way on the tiny model: generate -> SFT
 
 test: $(VENV)/dev            ## lint, then every test
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 tests
 
 test-docs: $(VENV)/dev       ## run every command of README and docs that a CPU can run
 	$(RUN) dev/test_docs.py

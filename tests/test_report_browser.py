@@ -45,13 +45,15 @@ def test_everything_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run
     ]
     selectors += ["#rollouts .strip img", ".tokens i.p3", ".question", "#data td svg .bar", ".example img", "svg text"]
     hover = """(() => {
-      const box = charts[0].svg.getBoundingClientRect(), x = (charts[0].x(20) + 1) / WIDTH * box.width + box.left;
-      charts[0].svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50 }));
+      const loss = charts.find(c => c.svg.closest("figure").innerText.startsWith("Loss"));  // it has every step
+      const box = loss.svg.getBoundingClientRect(), x = (loss.x(20) + 1) / WIDTH * box.width + box.left;
+      loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: box.top + 50 }));
       return Array.from(document.querySelectorAll("figure"), f => f.innerText); })()"""
     colour = "getComputedStyle(document.body).backgroundColor"
     expressions = {f"v{k}": visible.format(json.dumps(selector)) for k, selector in enumerate(selectors)}
     expressions |= {"hover": hover, "light": colour, "dark": f"(document.getElementById('theme').click(), {colour})"}
-    expressions["loss"] = "charts[0].svg.querySelector('.line').getAttribute('d')"
+    drawn = """charts.find(c => c.svg.closest("figure").innerText.startsWith("Loss")).svg.querySelector(".line")"""
+    expressions["loss"] = f"{drawn}.getAttribute('d')"
     values = ", ".join(f"{name}: {code}" for name, code in expressions.items())
     code = f"document.documentElement.dataset.result = JSON.stringify({{ {values} }});</script>"
     (tmp_path / "template.html").write_text(report.TEMPLATE.read_text().replace("</script>", code))
