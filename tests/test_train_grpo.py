@@ -372,15 +372,18 @@ def two_steps(base):
     return execute(train_grpo, base, base / "two_steps", max_steps=2, max_resample=1, save_steps=2)
 
 
-def equal_runs(one, other):
-    """The same completions, trained to the same weights up to rounding."""
+def completions(folder):
     names = "step", "prompt", "id", "completion", "n_tokens", "trained"
-    rows = [[[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")] for folder in (one, other)]
-    assert rows[0] == rows[1]
+    return [[row[name] for name in names] for row in lines(folder, "rollouts.jsonl")]
+
+
+def farthest(one, other):
+    """The largest difference between two runs, of their weights after step 2 and of what they logged."""
     mine, theirs = (weights(folder / "checkpoint-2") for folder in (one, other))
-    assert max((mine[key] - theirs[key]).abs().max() for key in mine) < 1e-5
+    differences = [float((mine[key] - theirs[key]).abs().max()) for key in mine]
     for name in ("reward", "kl", "kl_trained", "loss", "entropy", "grad_norm"):
-        assert column(one, name) == pytest.approx(column(other, name), abs=1e-5), name
+        differences += [abs(x - y) for x, y in zip(column(one, name), column(other, name), strict=True)]
+    return max(differences)
 
 
 @pytest.mark.parametrize(
@@ -393,13 +396,17 @@ def equal_runs(one, other):
     ids=["accumulated", "split groups", "packed"],
 )
 def test_how_the_batch_is_split_changes_nothing(grpo, two_steps, options):
-    equal_runs(grpo("run", max_steps=2, max_resample=1, save_steps=2, **options), two_steps)
+    run = grpo("run", max_steps=2, max_resample=1, save_steps=2, **options)
+    assert completions(run) == completions(two_steps)
+    assert farthest(run, two_steps) < 1e-5
 
 
 def test_two_ranks_equal_one(base, two_steps, tmp_path):
     """One group dropped or chosen as all ranks see it, counts over all ranks."""
     options = {"max_steps": 2, "max_resample": 1, "save_steps": 2, "per_device_train_batch_size": 8}
-    equal_runs(two_ranks(train_grpo, base, tmp_path / "two", **options), two_steps)
+    run = two_ranks(train_grpo, base, tmp_path / "two", **options)
+    assert completions(run) == completions(two_steps)
+    assert farthest(run, two_steps) < 1e-5
 
 
 def test_the_temporal_reward_samples_shuffled_frames_too(grpo, monkeypatch):
