@@ -214,6 +214,7 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
     out = tmp_path / "set"
     out.mkdir()
     (out / "mine.txt").write_text("notes")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a command begins; another test may have changed it
     with monkeypatch.context() as patch:
         patch.setattr(G, "facts_of", lambda clip: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
