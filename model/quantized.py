@@ -81,19 +81,23 @@ class Quantized(nn.Module):
         tiles = self.codes.view(len(self.codes), -1, BLOCK)
         return torch.cat([tiles >> 4, tiles & 15], dim=2).flatten(1)
 
+PIECE = 1 << 24  # weights that nf4 takes at a time
+
 
 def quantise(weight: Tensor, kind: str, dtype: torch.dtype) -> Quantized:
     """weight (out, in) in a format of BASE_DTYPES. dtype: of the products with it."""
+    if kind == "nf4":  # by rows, for codes are int64 on the way
+        pieces = [nf4(rows.float()) for rows in weight.detach().split(max(1, PIECE // weight.shape[1]))]
+        codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return Quantized(kind, codes, scales, weight.shape, dtype)
     w = weight.detach().float()
     if kind == "int8":
         scales = w.abs().amax(1, keepdim=True) / 127
         codes = (w / scales.masked_fill(scales == 0, 1)).round().clamp(-127, 127).to(torch.int8)
-    elif kind == "fp8":
+    else:
         mantissa, exponent = torch.frexp(w.abs().amax() / E4M3_MAX)  # the next power of two
         scales = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).view(1, 1)
         codes = to_e4m3(w / scales).view(torch.uint8)
-    else:
-        codes, scales = nf4(w)
     return Quantized(kind, codes, scales, w.shape, dtype)
 
 
