@@ -124,23 +124,26 @@ class Decoder:
 class PlainDecoder(Decoder):
     """Plain PyTorch: any device, dtype and option."""
 
+    prompt_bucket, own_bucket = 1, 1  # slots of the caches are rounded up to these
+
     def __init__(self, model, prompts: Packed, sampling: Sampling, G: int, generator):
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.generator = model, sampling, generator
         lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
         device, R = prompts.input_ids.device, len(lengths) * G
         self.look_every = 1 if device.type == "cpu" else STOP_CHECK
         self.ids = torch.zeros(R, limit, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(R, limit, device=device)
-        self.cache = GroupCache(model, lengths, G, max(1, limit - 1))
+        longest = -(-max(lengths) // self.prompt_bucket) * self.prompt_bucket
+        self.cache = GroupCache(model, lengths, G, longest, -(-max(1, limit - 1) // self.own_bucket) * self.own_bucket)
         hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
         last = prompts.segments.cu_q[1:].long() - 1
         self.logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its first token
-        ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
-        self.position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+        ends = torch.stack([p.max() for p in prompts.position_ids.split(lengths, dim=1)]) + 1
+        self.position = ends.repeat_interleave(G)  # (R,): text counts on after t, h and w
         self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
         self.seen = seen_tokens(prompts, G, self.logits.shape[1]) if sampling.repetition_penalty != 1 else None
-        draws_on_cpu = device.type == "cpu" and sampling.temperature
-        self.generator = Uniforms(generator, R, limit) if draws_on_cpu else generator
+        if device.type == "cpu" and sampling.temperature:
+            self.generator = Uniforms(generator, R, limit)
 
     def draw(self, t: int) -> None:
         if t:
@@ -158,22 +161,17 @@ class PlainDecoder(Decoder):
 
 
 class GroupCache:
-    """Keys and values of N prompts and of their N*G completions, for every layer."""
+    """Keys and values of N prompts and of their N*G completions, for every layer. longest, slots: of the two caches."""
 
-    def __init__(self, model, lengths: list[int], G: int, slots: int):
-        config, weight = model.config, model.model.embed_tokens.weight
-        self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
+    def __init__(self, model, lengths: list[int], G: int, longest: int, slots: int):
+        c, weight, N, self.G = model.config, model.model.embed_tokens.weight, len(lengths), G
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
-        like = {"device": weight.device, "dtype": weight.dtype}
-        L = config.num_hidden_layers
-        self.prompt_k = torch.zeros(L, self.N, self.K, max(lengths), self.D, **like)
-        self.prompt_v = torch.zeros_like(self.prompt_k)
-        self.own_k = torch.zeros(L, self.N * G, self.K, slots, self.D, **like)
-        self.own_v = torch.zeros_like(self.own_k)
-        slot = torch.arange(max(lengths), device=weight.device)
-        length = torch.tensor(lengths, device=weight.device)
-        hidden = torch.zeros(self.N, max(lengths), **like).masked_fill(slot >= length[:, None], float("-inf"))
-        self.hidden = hidden.repeat_interleave(self.K, 0)[:, None]  # (N*K, 1, longest): padding of shorter prompts
+        L, K, D = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        self.prompt_k, self.prompt_v = (weight.new_zeros(L, N, K, longest, D) for _ in range(2))
+        self.own_k, self.own_v = (weight.new_zeros(L, N * G, K, slots, D) for _ in range(2))
+        padding = torch.arange(longest) >= torch.tensor(lengths)[:, None]  # of shorter prompts
+        hidden = torch.zeros(padding.shape).masked_fill(padding, float("-inf")).to(weight.device, weight.dtype)
+        self.hidden = hidden.repeat_interleave(K, 0)[:, None]  # (N*K, 1, longest)
 
     def prefill(self, segments: Segments, packed_attention: Callable):
         """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
@@ -188,8 +186,8 @@ class GroupCache:
 
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token a row. q: (R, H, D); k, v: (R, K, D). Returns (R, H, D)."""
-        N, G, K, D, now = self.N, self.G, self.K, self.D, self.used + 1
-        R, H, h = N * G, q.shape[1], q.shape[1] // K
+        (R, H, D), K, G, now = q.shape, k.shape[1], self.G, self.used + 1
+        N, h = R // G, H // K
         self.own_k[layer, :, :, self.used] = k
         self.own_v[layer, :, :, self.used] = v
         own_k, own_v = (x[layer].flatten(0, 1)[:, :now] for x in (self.own_k, self.own_v))  # (R*K, now, D)

@@ -26,7 +26,7 @@ LONG, LONG_STEP = 8192, 512
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` of qwen.py: bf16 and fp16 by FlashAttention's variable-length kernel, the rest by dense buckets."""
+    """`attention` of qwen.py: bf16 and fp16 by FlashAttention's variable-length kernel, the rest by dense batches."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
@@ -51,12 +51,11 @@ def long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     cuDNN plans its kernels anew for every length."""
     outs = []
     for n, *heads in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
-        padded = (F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)) if n % LONG_STEP else x for x in heads)
-        heads = [x.transpose(0, 1)[None] for x in padded]  # (1, H or K, n, D)
+        heads = [F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)).transpose(0, 1)[None] for x in heads]  # (1, H or K, n, D)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         outs.append(out[0].transpose(0, 1)[:n])
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
+    return torch.cat(outs)
 
 
 class FlashVarlen(torch.autograd.Function):
@@ -103,21 +102,8 @@ class SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x turned by sign times its angles, as one kernel, into a new tensor, without autograd.
-
-    x: (T, H, D), rows may be strided, heads side by side; cos, sin: (T, 1, D/2)."""
-    T, H, D = x.shape
-    assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, not with strides {x.stride()}"
-    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, not with strides {cos.stride()}"
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
-    rotary_kernel[(T, triton.cdiv(H, heads))](x, out, cos, sin, x.stride(0), H, sign, D=D, HALF=half, HEADS=heads)
-    return out
-
-
 class Rotate(torch.autograd.Function):
-    """The gradient is turned back, so only the tables are kept for it."""
+    """One kernel. The gradient is turned back, so only the tables are kept for it."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -129,8 +115,16 @@ class Rotate(torch.autograd.Function):
         return turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    return Rotate.apply(x, *tables)
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """x (T, H, D) turned by sign times its angles; its rows may be strided, heads lie side by side. cos, sin:
+    (T, 1, D/2)."""
+    T, H, D = x.shape
+    assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, not with strides {x.stride()}"
+    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, not with strides {cos.stride()}"
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
+    rotary_kernel[(T, triton.cdiv(H, heads))](x, out, cos, sin, x.stride(0), H, sign, D=D, HALF=half, HEADS=heads)
+    return out
 
 
 if triton:
@@ -170,4 +164,4 @@ if triton:
 
 FORMS = dict(portable.FORMS, attention=attention)
 if triton:
-    FORMS |= dict(swiglu=SwiGLU.apply, rotate=rotate)
+    FORMS |= dict(swiglu=SwiGLU.apply, rotate=lambda x, tables: Rotate.apply(x, *tables))

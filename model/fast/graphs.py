@@ -1,9 +1,9 @@
 """A stack of blocks as CUDA graphs: one launch forward and one back, where plain PyTorch makes thousands.
 
 A batch of a thousand tokens keeps an H100 busy for 60 ms of the 250 that the host needs to launch it. So a batch whose
-sizes were seen before runs through graphs made of the very same blocks: `GraphCache.run` pads it to round sizes, copies
-it into the buffers that the graphs read, and replays. A first sight of a size, a big batch, and one whose graphs would
-hold too much memory run without.
+sizes were seen before runs through graphs made of the very same blocks: it is padded to round sizes, copied into the
+buffers that the graphs read, and replayed. A first sight of a size, a big batch, and one whose graphs would hold too
+much memory run without.
 
 Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
 """
@@ -58,10 +58,7 @@ class Plan:
             unused = split_into(self.keys - sum(self.k), self.max_k)
             self.q, self.k = self.q + [0] * len(unused), self.k + unused
         self.count = pow2(len(self.q), 8)
-
-    @property
-    def key(self):
-        return self.given.is_causal, self.max_q, self.max_k, self.count, self.keys
+        self.key = segments.is_causal, self.max_q, self.max_k, self.count, self.keys
 
     def static(self, device) -> Segments:
         """Segments of these sizes whose tensors stay where they are."""
@@ -169,69 +166,66 @@ class Replay(torch.autograd.Function):
         return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *grads
 
 
+class Stack:
+    """The CUDA graphs of one stack of blocks. Adapters are put in before it is made."""
+
+    def __init__(self, blocks, stream, log):
+        self.blocks, self.stream, self.log, self.pool = blocks, stream, log, torch.cuda.MemPool()
+        self.layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
+        self.parameters = list(blocks.parameters())
+        self.kept, self.seen, self.grads = OrderedDict(), {}, []  # seen: bytes that a size keeps for its backward pass
+
+    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int) -> Tensor:
+        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
+        rows, grad, plainly = round_up(len(x), GRANULE), torch.is_grad_enabled(), partial(through, recompute=recompute)
+        dropout = any(layer.dropout and layer.training for layer in self.layers)
+        if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
+            return plainly(x, tables, segments)
+        params = [p for p in self.parameters if p.requires_grad] if grad else []
+        plans = [Plan(s, rows) for s in segments]
+        key = (
+            rows, *(plan.key for plan in plans), grad, x.requires_grad, recompute, dropout,
+            *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
+        )  # fmt: skip
+        if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
+            before = torch.cuda.memory_allocated(x.device)
+            out = plainly(x, tables, segments)
+            self.seen[key] = torch.cuda.memory_allocated(x.device) - before
+            return out
+        if key not in self.kept:
+            began = time.perf_counter()
+            self.grads = self.grads or [torch.empty_like(p) for p in params]
+            with fresh_leaves(self.blocks) as leaves:
+                wanted, grads = [leaves[p] for p in params], self.grads if params else []
+                given = x, tables, plans, wanted, grads, rows, self.pool.id, self.stream
+                self.kept[key] = Capture(plainly, *given)
+            kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
+            self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
+            if len(self.kept) > MAX_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        if self.kept[key].wanted:
+            return Replay.apply(self.kept[key], tables, plans, x, *params)
+        return self.kept[key].forward(x, tables, plans)
+
+
+def fits(needed: int, device) -> bool:
+    """Whether a size's graphs fit beside the highest peak so far: their memory is theirs alone. needed: bytes that they
+    keep for the backward pass; what they take on the way is a third of it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    total *= torch.cuda.get_per_process_memory_fraction(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
+
+
 class GraphCache:
     """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
 
     def __init__(self, log=lambda text: None):
-        self.log = log
-        self.contents, self.seen, self.kept, self.pools, self.grads = {}, {}, {}, {}, {}  # by stack
-        self.stream = torch.cuda.Stream()
+        self.log, self.stacks, self.stream = log, {}, torch.cuda.Stream()
 
-    def pool(self, blocks):
-        """The memory of a stack's intermediates."""
-        return self.pools.setdefault(blocks, torch.cuda.MemPool())
-
-    def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
-        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
-        rows, grad = round_up(len(x), GRANULE), torch.is_grad_enabled()
-        layers, parameters = self.contents_of(blocks)
-        dropout = any(layer.dropout and layer.training for layer in layers)
-        plainly = partial(through, recompute=recompute)
-        if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
-            return plainly(x, tables, segments)
-        params = [p for p in parameters if p.requires_grad] if grad else []
-        plans = [Plan(s, rows) for s in segments]
-        key = (
-            rows, *(plan.key for plan in plans), grad, x.requires_grad, recompute, dropout,
-            *(p.data_ptr() for p in parameters), *(layer.enabled for layer in layers),
-        )  # fmt: skip
-        kept = self.kept.setdefault(blocks, OrderedDict())
-        if key not in kept:
-            if not self.ripe(blocks, key, x.device):
-                return self.first_sight(blocks, key, plainly, x, tables, segments)
-            began = time.perf_counter()
-            grads = self.grads.setdefault(blocks, [torch.empty_like(p) for p in params]) if params else []
-            with fresh_leaves(blocks) as leaves:
-                wanted = [leaves[p] for p in params]
-                kept[key] = Capture(plainly, x, tables, plans, wanted, grads, rows, self.pool(blocks).id, self.stream)
-            kind, seconds = type(blocks[0]).__name__, time.perf_counter() - began
-            self.log(f"CUDA graphs of {len(blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
-            if len(kept) > MAX_KEPT:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        if kept[key].wanted:
-            return Replay.apply(kept[key], tables, plans, x, *params)
-        return kept[key].forward(x, tables, plans)
-
-    def contents_of(self, blocks):
-        """(layers with adapters, parameters), looked up once: adapters are put in before the first pass."""
-        if blocks not in self.contents:
-            layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
-            self.contents[blocks] = layers, list(blocks.parameters())
-        return self.contents[blocks]
-
-    def ripe(self, blocks, key, device) -> bool:
-        """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
-        alone. What they keep for the backward pass is known, what they need on the way is taken as a third of it."""
-        total = torch.cuda.get_device_properties(device).total_memory
-        total *= torch.cuda.get_per_process_memory_fraction(device)
-        needed = self.seen.get((blocks, key), float("inf"))
-        peak = torch.cuda.max_memory_allocated(device)
-        return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
-
-    def first_sight(self, blocks, key, plainly, x, tables, segments):
-        """Runs plainly, and notes how many bytes it keeps for the backward pass."""
-        before = torch.cuda.memory_allocated(x.device)
-        out = plainly(x, tables, segments)
-        self.seen[blocks, key] = torch.cuda.memory_allocated(x.device) - before
-        return out
+    def run(self, blocks, *args) -> Tensor:
+        """Stack.run of these blocks."""
+        if blocks not in self.stacks:
+            self.stacks[blocks] = Stack(blocks, self.stream, self.log)
+        return self.stacks[blocks].run(*args)

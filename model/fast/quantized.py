@@ -1,8 +1,8 @@
 """Products with low-bit weights in training and prefill: nothing but codes and scales is kept for the backward pass.
 
 int8 and nf4 are dequantised into a buffer of the product's dtype, each time anew: of a 3B model's 2.8 billion weights
-that takes milliseconds a pass. fp8 on a GPU multiplies codes (torch._scaled_mm), the input rounded row by row; going
-back the gradient is rounded so, and the bytes are transposed. A CPU rounds likewise and multiplies dequantised numbers.
+that takes milliseconds a pass. fp8 on a GPU multiplies codes (torch._scaled_mm), the input rounded row by row; a CPU
+rounds likewise and multiplies dequantised numbers. The gradient passes by the dequantised weights in every format.
 """
 
 import torch
@@ -18,43 +18,48 @@ except ImportError:  # CPU builds of torch bring none
     triton = None
 
 LEAST_ROWS = 512  # rows of x from which on fp8 products outrun bf16 ones
+_pairs: dict = {}  # device -> (256, 2) float32: the numbers of a byte's high and low half
 
 
-def dequantise(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """weight.dequantise; int8 and nf4 by one kernel on a GPU."""
+def dequantise(weight: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """weight.dequantise; int8 and nf4 by one kernel on a GPU, into out if there is one."""
     if triton is None or weight.device.type == "cpu" or weight.kind == "fp8":
         return weight.dequantise(dtype)
-    return dequantise_by_kernel(weight, dtype)
-
-
-def dequantise_by_kernel(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    (N, K), bytes_a_row, is_nf4 = weight.shape, weight.codes.shape[1], weight.kind == "nf4"
-    out = torch.empty(N, K, dtype=dtype, device=weight.device)
+    (N, K), bytes_a_row = weight.shape, weight.codes.shape[1]
+    if weight.device not in _pairs:
+        byte = torch.arange(256)
+        _pairs[weight.device] = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).to(weight.device)
+    out = torch.empty(N, K, dtype=dtype, device=weight.device) if out is None else out
     dequantise_kernel[(triton.cdiv(bytes_a_row, 1024), N)](
-        weight.codes, weight.scales, pairs(weight.device) if is_nf4 else weight.scales, out, K, bytes_a_row,
-        weight.scales.stride(0), NF4=is_nf4, GROUP=BLOCK, SIZE=1024, num_warps=4,
+        weight.codes, weight.scales, _pairs[weight.device], out, K, bytes_a_row, weight.scales.stride(0),
+        IS_NF4=weight.kind == "nf4", GROUP=BLOCK, SIZE=1024, num_warps=4,
     )  # fmt: skip
     return out
 
 
-_pairs: dict = {}  # device -> (256, 2) float32: the codes in a byte's high and low half
-
-
-def pairs(device) -> Tensor:
-    if device not in _pairs:
-        byte = torch.arange(256)
-        _pairs[device] = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).to(device)
-    return _pairs[device]
-
-
-def multiplies_codes(x: Tensor, weight: Quantized) -> bool:
-    """Whether torch._scaled_mm takes this product, and is faster."""
-    large = x.dtype == torch.bfloat16 and len(x) >= LEAST_ROWS and all(n % 16 == 0 for n in weight.shape)
-    return large and has_e4m3(x.device)
-
-
 def has_e4m3(device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """rounded_rows, by one kernel on a GPU that has e4m3."""
+    if triton is None or not has_e4m3(x.device):
+        return rounded_rows(x)
+    x = x.contiguous()
+    codes, scales = torch.empty_like(x, dtype=E4M3), torch.empty(len(x), 1, device=x.device)
+    round_rows_kernel[(len(x),)](x, codes, scales, x.shape[1], SIZE=2048, num_warps=8)
+    return codes, scales
+
+
+def product(x: Tensor, weight: Quantized, bias: Tensor | None = None, rounded=None) -> Tensor:
+    """x (T, in) W^T + b -> (T, out), without autograd. rounded: round_rows(x), where it was made for another weight."""
+    if weight.kind == "fp8":
+        codes, scales = rounded or round_rows(x)
+        is_large = x.dtype == torch.bfloat16 and len(x) >= LEAST_ROWS and all(n % 16 == 0 for n in weight.shape)
+        if is_large and has_e4m3(x.device):
+            return scaled_product(codes, scales, weight.codes.view(E4M3), weight.scales, bias)
+        x = (codes.float() * scales).to(x.dtype)
+    return F.linear(x, dequantise(weight, x.dtype), bias)
 
 
 def scaled_product(codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,77 +68,17 @@ def scaled_product(codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor,
     return torch._scaled_mm(codes, weight.t(), scales, scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def product(x: Tensor, weight: Quantized, bias: Tensor | None = None, rounded=None) -> Tensor:
-    """x (T, in) W^T + b -> (T, out), without autograd. rounded: round_rows(x), where it was made for another weight."""
-    if weight.kind != "fp8":
-        return F.linear(x, dequantise(weight, x.dtype), bias)
-    codes, scales = rounded or round_rows(x)
-    if multiplies_codes(x, weight):
-        return scaled_product(codes, scales, weight.codes.view(E4M3), weight.scales, bias)
-    x = (codes.float() * scales).to(x.dtype)
-    return F.linear(x, dequantise(weight, x.dtype), bias)
-
-
-def product_back(g: Tensor, weight: Quantized, total: Tensor | None = None) -> Tensor:
-    """g (T, out) W -> (T, in), added to total in place if there is one."""
-    if weight.kind != "fp8":
-        whole = dequantise(weight, g.dtype)
-        return g @ whole if total is None else total.addmm_(g, whole)
-    codes, scales = round_rows(g)
-    if multiplies_codes(g, weight):
-        out = scaled_product(codes, scales, transposed(weight.codes).view(E4M3), weight.scales)
-    else:
-        out = (codes.float() * scales).to(g.dtype) @ dequantise(weight, g.dtype)
-    return out if total is None else total.add_(out)
-
-
-def transposed(codes: Tensor) -> Tensor:
-    """(N, K) bytes -> (K, N), in one pass; torch's own copy takes ten times as long."""
-    if triton is None or not codes.is_cuda:
-        return codes.t().contiguous()
-    N, K = codes.shape
-    out = codes.new_empty(K, N)
-    transpose_kernel[(triton.cdiv(N, 128), triton.cdiv(K, 128))](codes, out, N, K, SIZE=128, num_warps=8)
-    return out
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """rounded_rows, by one kernel on a GPU that has e4m3."""
-    if triton is None or not has_e4m3(x.device):
-        return rounded_rows(x)
-    return round_rows_by_kernel(x.contiguous())
-
-
-def round_rows_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scales = torch.empty_like(x, dtype=E4M3), torch.empty(len(x), 1, device=x.device)
-    round_rows_kernel[(len(x),)](x, codes, scales, x.shape[1], SIZE=2048, num_warps=8)
-    return codes, scales
-
-
-class Product(torch.autograd.Function):
-    """A product of its own, beside trained biases and dropout."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return product(x, weight)
-
-    @staticmethod
-    def backward(ctx, g):
-        return product_back(g, ctx.weight), None
-
-
 if triton:
 
     @triton.jit
-    def dequantise_kernel(codes, scales, table, out, K, BYTES, stride, NF4: tl.constexpr, GROUP: tl.constexpr,
+    def dequantise_kernel(codes, scales, table, out, K, BYTES, stride, IS_NF4: tl.constexpr, GROUP: tl.constexpr,
                           SIZE: tl.constexpr):  # fmt: skip
         """out (N, K) = codes (N, BYTES) times scales, in float32, rounded once. stride: from a row's scales to the
         next row's. table (256, 2): the numbers of a byte of nf4."""
         n = tl.program_id(1).to(tl.int64)
         i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         byte = tl.load(codes + n * BYTES + i, mask=i < BYTES, other=0)
-        if NF4:
+        if IS_NF4:
             k = i // GROUP * (2 * GROUP) + i % GROUP
             first = scales + n * stride + i // GROUP * 2
             high = tl.load(table + byte.to(tl.int32) * 2) * tl.load(first, mask=k < K, other=0.0).to(tl.float32)
@@ -143,14 +88,6 @@ if triton:
             tl.store(out + n * K + k + GROUP, low, mask=k + GROUP < K)
         else:
             tl.store(out + n * K + i, byte.to(tl.float32) * tl.load(scales + n * stride), mask=i < K)
-
-    @triton.jit
-    def transpose_kernel(codes, out, N, K, SIZE: tl.constexpr):
-        n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-        there = (n[:, None] < N) & (k[None, :] < K)
-        tile = tl.load(codes + n[:, None].to(tl.int64) * K + k[None, :], mask=there, other=0)
-        tl.store(out + k[None, :].to(tl.int64) * N + n[:, None], tile, mask=there)
 
     @triton.jit
     def round_rows_kernel(x, codes, scales, K: tl.constexpr, SIZE: tl.constexpr):
