@@ -72,20 +72,19 @@ def generate(
         decoder = make_decoder(model, prompts, sampling, num_generations, generator)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=prompts.input_ids.device)
         done = torch.zeros(len(decoder.ids), dtype=torch.bool, device=stops.device)  # rows that have ended
-        looked = drawn = 0
-        while drawn < sampling.max_new_tokens:
-            decoder.draw(drawn)
-            drawn += 1
+        looked = 0
+        for t in range(sampling.max_new_tokens):
+            decoder.draw(t)
             if on_token:
-                token = decoder.ids[:, drawn - 1].tolist()
+                token = decoder.ids[:, t].tolist()
                 for row in (~done).nonzero()[:, 0].tolist():
                     on_token(row, token[row])
-            if on_token or (drawn - 1) % decoder.look_every == 0:
-                done |= torch.isin(decoder.ids[:, looked:drawn], stops).any(1)
-                looked = drawn
+            if on_token or t % decoder.look_every == 0:
+                done |= torch.isin(decoder.ids[:, looked : t + 1], stops).any(1)
+                looked = t + 1
                 if bool(done.all()):
                     break
-        return collect(decoder.ids[:, :drawn], decoder.logprobs[:, :drawn], stops, num_generations)
+        return collect(decoder.ids[:, : t + 1], decoder.logprobs[:, : t + 1], stops, num_generations)
     finally:
         model.train(was_training)
         if decoder:
@@ -102,32 +101,17 @@ def collect(ids: Tensor, logprobs: Tensor, stops: Tensor, G: int) -> list[list[C
     return [rows[first : first + G] for first in range(0, len(rows), G)]
 
 
-class Decoder:
-    """Draws tokens for R = N*G rows. Making one prefills the prompts.
+class PlainDecoder:
+    """Draws tokens for R = N*G rows, in plain PyTorch: any device, dtype and option. Making one prefills the prompts.
 
     ids (R, >= limit) int64 and logprobs (R, >= limit) float32: column t is filled by draw(t). Rows that have ended go
     on drawing; their further tokens are cut off.
     """
 
-    ids: Tensor
-    logprobs: Tensor
-    look_every = 1  # steps between looks at whether all rows have ended
-
-    def draw(self, t: int) -> None:
-        """Draw token t of every row; t = 0, 1, … in turn."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Free what the rollout took beside the results."""
-
-
-class PlainDecoder(Decoder):
-    """Plain PyTorch: any device, dtype and option."""
-
     prompt_bucket, own_bucket = 1, 1  # slots of the caches are rounded up to these
 
     def __init__(self, model, prompts: Packed, sampling: Sampling, G: int, generator):
-        self.model, self.sampling, self.generator = model, sampling, generator
+        self.model, self.sampling, self.noise = model, sampling, generator
         lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
         device, R = prompts.input_ids.device, len(lengths) * G
         self.look_every = 1 if device.type == "cpu" else STOP_CHECK
@@ -143,16 +127,21 @@ class PlainDecoder(Decoder):
         self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
         self.seen = seen_tokens(prompts, G, self.logits.shape[1]) if sampling.repetition_penalty != 1 else None
         if device.type == "cpu" and sampling.temperature:
-            self.generator = Uniforms(generator, R, limit)
+            self.noise = uniforms(generator, R, limit)
 
     def draw(self, t: int) -> None:
+        """Draw token t of every row; t = 0, 1, … in turn."""
         if t:
             before = self.ids[:, t - 1]
             if self.seen is not None:
                 self.seen.scatter_(1, before[:, None], True)
             self.logits = self.step(before, t - 1)
             self.cache.used += 1
-        self.ids[:, t], self.logprobs[:, t] = sample(self.logits, self.sampling, self.banned, self.seen, self.generator)
+        noise = self.noise[:, t] if isinstance(self.noise, Tensor) else self.noise
+        self.ids[:, t], self.logprobs[:, t] = sample(self.logits, self.sampling, self.banned, self.seen, noise)
+
+    def close(self) -> None:
+        """Free what the rollout took beside the results."""
 
     def step(self, ids: Tensor, t: int) -> Tensor:
         """Token t of every row, ids (R,), through the decoder layers of training: logits of the next, (R, V)."""
@@ -204,8 +193,8 @@ class GroupCache:
         return torch.baddbmm(out, weights[..., P:], own_v).view(R, H, D)
 
 
-def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
-    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None.
+def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, noise) -> tuple[Tensor, Tensor]:
+    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None. noise: see draw.
 
     Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion). Logits that
     are not finite give some id of the vocabulary and a log-prob that is not finite either.
@@ -222,7 +211,7 @@ def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | No
     if greedy:
         ids = scores.argmax(-1)
     else:
-        ids = draw(truncate(scores, sampling), generator)
+        ids = draw(truncate(scores, sampling), noise)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -238,35 +227,28 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-class Uniforms:
-    """On a CPU, the random numbers of a whole rollout: one a row and step, in [0, 1), from one generator or a list of
-    one a prompt. Drawn at once, for calls cost more than numbers."""
-
-    def __init__(self, generator, rows: int, steps: int):
-        own = generator if isinstance(generator, list) else [generator]
-        self.numbers, self.t = torch.empty(rows, steps, 1, dtype=torch.float64), -1
-        for rows_of_one, source in zip(self.numbers.chunk(len(own)), own):
-            rows_of_one.uniform_(generator=source)
-
-    def column(self) -> Tensor:
-        """The next step's, (rows, 1)."""
-        self.t += 1
-        return self.numbers[:, self.t]
+def uniforms(generator, rows: int, steps: int) -> Tensor:
+    """The random numbers of a whole rollout on a CPU, (rows, steps, 1) in [0, 1), from one generator or a list of one a
+    prompt. Drawn at once, for calls cost more than numbers."""
+    own = generator if isinstance(generator, list) else [generator]
+    numbers = torch.empty(rows, steps, 1, dtype=torch.float64)
+    for rows_of_one, source in zip(numbers.chunk(len(own)), own):
+        rows_of_one.uniform_(generator=source)
+    return numbers
 
 
-def draw(scores: Tensor, generator) -> Tensor:
-    """One index a row from softmax(scores). generator: see generate.
+def draw(scores: Tensor, noise) -> Tensor:
+    """One index a row from softmax(scores). noise: on a GPU a generator, or a list of one a prompt; on a CPU (R, 1).
 
     On a GPU by the exponential race: argmin of -log(u) / p is index i with chance p_i, and needs no host sync, as
     torch.multinomial does. On a CPU by one random number a row, for V of them cost more than a decoding step: the first
     token whose cumulative chance reaches it."""
-    if scores.device.type == "cpu":
+    if isinstance(noise, Tensor):
         chances = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        noise = generator if isinstance(generator, Uniforms) else Uniforms(generator, len(scores), 1)
         # (0, 1] of the sum: never reached by a chance of 0
-        ids = torch.searchsorted(chances, (1 - noise.column()) * chances[:, -1:])[:, 0]
+        ids = torch.searchsorted(chances, (1 - noise) * chances[:, -1:])[:, 0]
         return ids.clamp(max=scores.shape[1] - 1)  # where the chances are no numbers
-    race, own = torch.empty_like(scores), generator if isinstance(generator, list) else [generator]
+    race, own = torch.empty_like(scores), noise if isinstance(noise, list) else [noise]
     for rows, source in zip(race.chunk(len(own)), own):
         rows.exponential_(generator=source)
     return (scores.softmax(-1) / race).argmax(-1)

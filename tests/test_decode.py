@@ -9,7 +9,7 @@ from test_model import CASES
 
 import lora
 from config import SFT
-from model.decode import PlainDecoder, Sampling, draw, generate, truncate
+from model.decode import PlainDecoder, Sampling, draw, generate, truncate, uniforms
 from model.qwen import target_logprobs
 from model.rope import mrope_position_ids
 
@@ -158,7 +158,7 @@ def test_fused_decoding_equals_the_decoder_layers(cases):
 def test_a_token_without_chance_is_never_drawn():
     scores = torch.full((20_000, 6), float("-inf"))
     scores[:, [1, 4]] = torch.tensor([0.2, 0.8]).log()
-    ids = draw(scores, torch.Generator().manual_seed(0))
+    ids = draw(scores, uniforms(torch.Generator().manual_seed(0), 20_000, 1)[:, 0])
     counts = ids.bincount(minlength=6).tolist()
     assert counts[1] + counts[4] == 20_000 and abs(counts[4] / 20_000 - 0.8) < 0.015, counts  # 5 standard deviations
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import Weights, weights_of
-from model.decode import Decoder, PlainDecoder
+from model.decode import PlainDecoder
 from model.fast import portable
 from model.quantized import Quantized
 from model.rope import mrope_tables
@@ -53,7 +53,7 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * up, gate), d_up
 
 
-def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
+def make_decoder(model, prompts, sampling, G: int, generator) -> PlainDecoder:
     """CpuDecoder for a small model, else the plain one; and for fp8, where each product rounds its own input."""
     weights = sum(w.weight.numel() for layer in model.model.layers for w in linears_of(layer))
     decoder = CpuDecoder if weights <= MOST_WEIGHTS and model.base_dtype != "fp8" else PlainDecoder

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model.adapters import Weights, weights_of
-from model.decode import Decoder, PlainDecoder, sample
+from model.decode import PlainDecoder, sample
 from model.fast import kernels
 from model.fast.graphs import pow2, round_up
 from model.fast.quantized import dequantise, has_e4m3, round_rows
@@ -30,7 +30,6 @@ from model.rope import mrope_tables
 KEYS = 64  # keys that a program of attention looks at at a time
 PARTS = 128  # programs of one layer's attention to the prompts that are worth having: one a multiprocessor
 MAX_GRAPHS = 8  # kept a model; a graph holds some MB of buffers, and capturing another takes well under a second
-MARGIN = 1 << 29  # bytes of GPU memory that a rollout leaves free, beside its caches, for logits and activations
 LINEARS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}  # a layer's products in their order, and the linears of each
 CELLS = 9  # of a row of the table of addresses: up to three weights, their scales, A, B, the norm's weight behind them
 CHOOSE_BLOCK = 1024  # a quarter of the logits that a program of `choose` reads
@@ -59,31 +58,16 @@ TILES = {  # for at most 16 rows, and for more
 A_TILE = Tile(16, 128, 8, 4, 4, 0)
 
 
-def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
-    """CudaDecoder in bf16 where its caches have room, else the plain one."""
+def make_decoder(model, prompts, sampling, G: int, generator) -> PlainDecoder:
+    """CudaDecoder in bf16 where there is room for it, else the plain one."""
     is_fast = model.head_weight.dtype == torch.bfloat16 and kernels.triton and sampling.repetition_penalty == 1
-    is_fast = is_fast and (model.base_dtype != "fp8" or has_e4m3(model.head_weight.device))
-    decoder = CudaDecoder if is_fast and has_room(model, prompts, sampling, G) else PlainDecoder
-    return decoder(model, prompts, sampling, G, generator)
-
-
-def has_room(model, prompts, sampling, G: int) -> bool:
-    """Whether keys and values fit, and in bf16 the merged weights. Warns where they do not."""
-    device, config, lengths = model.head_weight.device, model.config, prompts.segments.q_lengths
-    slots = len(lengths) * (max(lengths) + CudaDecoder.prompt_bucket)
-    slots += len(lengths) * G * (sampling.max_new_tokens + CudaDecoder.own_bucket)
-    need = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots
-    if model.base_dtype == "bf16":
-        need += 2 * sum(p.numel() for n, p in model.model.layers.named_parameters() if n.endswith("proj.weight"))
-    reserved, (free, total) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
-    free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - reserved)
-    free += reserved - torch.cuda.memory_allocated(device)
-    if free < need + MARGIN:
-        shortage = f"a rollout's caches and merged weights take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-        hint = "--offload_optimizer True frees the optimizer's, fewer prompts at a time the caches'"
-        warnings.warn(f"slow decoding: {shortage}; {hint}", stacklevel=4)
-        return False
-    return True
+    if is_fast and (model.base_dtype != "fp8" or has_e4m3(model.head_weight.device)):
+        try:
+            return CudaDecoder(model, prompts, sampling, G, generator)
+        except torch.OutOfMemoryError:
+            hint = "--offload_optimizer True, or fewer prompts at a time"
+            warnings.warn(f"slow decoding: no room for caches and merged weights; try {hint}", stacklevel=4)
+    return PlainDecoder(model, prompts, sampling, G, generator)
 
 
 def stacks_of(layer) -> dict[str, list[Weights]]:
@@ -357,7 +341,7 @@ class CudaDecoder(PlainDecoder):
             step.graph.replay()
             self.logits = step.logits
         if step.mode == "logits":
-            ids, step.all_logp[:, t] = sample(self.logits, self.sampling, self.banned, None, self.generator)
+            ids, step.all_logp[:, t] = sample(self.logits, self.sampling, self.banned, None, self.noise)
             step.ids.copy_(ids)
             step.all_ids[:, t] = ids
         elif t == 0:

@@ -4,9 +4,7 @@ Triton comes with torch's CUDA builds. Without it rotary embedding and SwiGLU st
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.fast import portable
 from model.packed import Segments
@@ -18,8 +16,6 @@ except ImportError:  # CPU builds of torch bring none
     triton = None
 
 BLOCK = 2048  # numbers a program handles; 4 KB of bf16
-# Mean length from which on. No smaller than graphs.ROWS: these lengths are the host's, which a graph would freeze.
-LONG, LONG_STEP = 8192, 512
 
 
 # -- Attention
@@ -30,32 +26,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
-    if is_long(q, segments):
-        return long_attention(q, k, v, segments)
     if segments.kv_index is not None:
         k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
     return FlashVarlen.apply(q, k, v, segments)
-
-
-def is_long(q: Tensor, segments: Segments) -> bool:
-    """Whether cuDNN's kernels are worth a call for each segment: on Hopper cards alone they outrun FlashAttention 2."""
-    square = segments.is_causal and segments.kv_index is None and segments.q_lengths == segments.k_lengths
-    if not square or segments.num_tokens <= LONG * len(segments.q_lengths):
-        return False
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
-
-
-def long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Few long causal segments by cuDNN, one after the other. Each is padded at its end, which nothing before it sees:
-    cuDNN plans its kernels anew for every length."""
-    outs = []
-    for n, *heads in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
-        heads = [F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)).transpose(0, 1)[None] for x in heads]  # (1, H or K, n, D)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outs.append(out[0].transpose(0, 1)[:n])
-    return torch.cat(outs)
 
 
 class FlashVarlen(torch.autograd.Function):
