@@ -1,5 +1,5 @@
 """Low-bit weights: the formats against bitsandbytes and exact arithmetic, products and gradients against those of the
-dequantised weights, Triton's kernels (by its interpreter where there is no GPU) against the plain forms."""
+dequantised weights, on a GPU its kernels against the plain forms."""
 
 import json
 import shutil
@@ -40,44 +40,32 @@ def gaussian(*shape, dtype=torch.float32, seed=0):
 # -- Formats
 
 
+@pytest.mark.parametrize("kind", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_is_the_nearest_of_255_steps_a_row(shape):
-    w = gaussian(*shape)
-    q = quantise(w, "int8", torch.float32)
-    steps = w.double() / (w.double().abs().amax(1, keepdim=True) / 127)
-    assert q.codes.dtype == torch.int8 and q.codes.abs().amax(1).tolist() == [127] * shape[0]
-    assert (q.codes.double() - steps).abs().max() <= 0.5 + 1e-4
-    assert torch.equal(q.dequantise(torch.float32), q.codes.float() * q.scales)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [1e-3, 1.0, 448.0, 3e5])
-def test_fp8_has_one_power_of_two_and_is_exact_in_bf16(shape, size):
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e5])
+def test_codes_are_the_nearest(kind, shape, size):
+    """Of all numbers that the format has beside its scale, by brute force; and the dequantised numbers are these."""
     w = gaussian(*shape) * size
-    q = quantise(w, "fp8", torch.bfloat16)
-    scale = float(q.scales)
-    assert torch.frexp(q.scales)[0].item() == 0.5 and 224 < float(w.abs().max()) / scale <= 448
-    exact = q.codes.view(E4M3).double() * scale
-    assert torch.equal(q.dequantise(torch.bfloat16).double(), exact)
-    grid = torch.arange(0, 127, dtype=torch.uint8).view(E4M3).double() * scale  # all that are not negative
-    nearest = (w.double().abs().flatten()[:, None] - grid).abs().amin(1).view(shape)
-    assert ((w.double() - exact).abs() - nearest).abs().max() <= 1e-6 * scale
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_takes_the_nearest_code_of_each_block(shape, dtype):
-    w = gaussian(*shape, dtype=dtype)
-    q = quantise(w, "nf4", torch.float32)
-    codes, again = q.nf4_codes()[:, : shape[1]], q.dequantise(torch.float32)
-    for first in range(0, shape[1], 64):
-        block = w[:, first : first + 64].float()
-        scale = block.abs().amax(1).to(torch.bfloat16).float()[:, None]
-        unit = (block / scale).clamp(-1, 1)
-        error = (unit[..., None] - NF4).abs()
-        assert (error.gather(2, codes[:, first : first + 64, None].long())[..., 0] - error.amin(2)).max() < 1e-6
-        assert torch.equal(again[:, first : first + 64], NF4[codes[:, first : first + 64].long()] * scale)
-    assert q.codes.shape == (shape[0], -(-shape[1] // 128) * 64) and q.scales.dtype == torch.bfloat16
+    q = quantise(w, kind, torch.float32)
+    if kind == "nf4":
+        grid, scale = NF4, q.scales.float().repeat_interleave(64, 1)[:, : shape[1]]
+        codes = q.nf4_codes()[:, : shape[1]].long()
+        assert q.codes.shape == (shape[0], -(-shape[1] // 128) * 64) and q.scales.dtype == torch.bfloat16
+        largest = w.abs()[:, :64].amax(1).to(torch.bfloat16)
+        assert q.scales[:, 0].equal(largest)
+        again = NF4[codes] * scale
+    elif kind == "int8":
+        grid, scale, again = torch.arange(-127.0, 128.0), q.scales, q.codes.float() * q.scales
+        assert q.codes.abs().amax(1).tolist() == [127] * shape[0]
+    else:
+        grid, scale = torch.arange(256).to(torch.uint8).view(E4M3).float(), q.scales
+        grid, again = grid[grid.isfinite()], q.codes.view(E4M3).float() * q.scales
+        assert torch.frexp(q.scales)[0].item() == 0.5 and 224 < float(w.abs().max() / q.scales) <= 448
+        assert q.dequantise(torch.bfloat16).float().equal(again)
+    assert q.dequantise(torch.float32).equal(again)
+    unit = (w / scale).clamp(grid.min(), grid.max())
+    best = (unit.flatten()[:, None] - grid).abs().amin(1).view(shape)
+    assert ((unit - again / scale).abs() - best).max() <= 1e-5 * grid.max()
 
 
 def test_nf4_between_two_codes_is_the_lower_and_zeros_stay():
@@ -155,19 +143,14 @@ def test_what_a_pass_keeps_for_the_backward_is_no_weight():
     assert max(sizes) == 8 * 512
 
 
-@pytest.mark.parametrize("T, K, N", [(5, 2048, 11008), (513, 11008, 2048), (1, 16, 32)])
-def test_layouts_of_fp8_products_are_what_cuda_takes(T, K, N):
+def test_layouts_of_fp8_products_are_what_cuda_takes():
     """A GPU's own checks without a GPU: operands of another layout, or of other sizes, are refused."""
     with FakeTensorMode():
-        codes, scales = torch.empty(T, K, device="cuda").to(E4M3), torch.empty(T, 1, device="cuda")
-        weight, scale = torch.empty(N, K, device="cuda").to(E4M3), torch.empty(1, 1, device="cuda")
-        assert quantized.scaled_product(codes, scales, weight, scale).shape == (T, N)
-        columns = torch.empty(K, N, device="cuda").to(E4M3)  # the bytes of weight.t(), row by row
-        back = torch.empty(T, N, device="cuda").to(E4M3)
-        assert quantized.scaled_product(back, scales, columns, scale).shape == (T, K)
+        codes, scales = torch.empty(513, 2048, device="cuda").to(E4M3), torch.empty(513, 1, device="cuda")
+        weight, scale = torch.empty(11008, 2048, device="cuda").to(E4M3), torch.empty(1, 1, device="cuda")
+        assert quantized.scaled_product(codes, scales, weight, scale).shape == (513, 11008)
         with pytest.raises(RuntimeError):
-            narrow = torch.empty(N, K + 4, device="cuda").to(E4M3), torch.empty(T, K + 4, device="cuda").to(E4M3)
-            quantized.scaled_product(narrow[1], scales, narrow[0], scale)
+            quantized.scaled_product(codes[:, :2044], scales, weight[:, :2044], scale)
 
 
 # -- Kernels
@@ -226,7 +209,7 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
 
 
-@pytest.mark.parametrize("size, kind, gib", [("3B", "int8", 4.41), ("7B", "nf4", 6.52), ("72B", "nf4", 40.70)])
+@pytest.mark.parametrize("size, kind, gib", [("3B", "int8", 4.41), ("7B", "nf4", 6.52)])
 def test_memory_of_a_base_at_its_released_size(size, kind, gib):
     """By arithmetic, made with other code; tower and embeddings in bf16."""
     with torch.device("meta"):

@@ -312,17 +312,16 @@ if triton:
             pid -= N * KV * tiles * shared_splits
             split = pid % own_splits
             kv = (pid // own_splits) % KV
-            j = tl.arange(0, OWN_QUERIES)
-            row, head = pid // (own_splits * KV) + j * 0, kv * h + j
-            one = pid // (own_splits * KV)
+            one = pid // (own_splits * KV)  # the row
+            own_head = kv * h + tl.arange(0, OWN_QUERIES)
             base = (((layer * N * G + one).to(tl.int64) * KV + kv) * S + split * OWN_SPAN) * D
             keys = tl.multiple_of(tl.load(table + 4).to(kind), 16) + base
             values = tl.multiple_of(tl.load(table + 5).to(kind), 16) + base
             new = tl.load(used) - split * OWN_SPAN  # the step's number is written before the qkv product starts
-            place = (row * H + head).to(tl.int64) * splits + shared_splits + split
-            attend(row, head, j < h, kv, one // G, keys, values, tl.minimum(new + 1, OWN_SPAN), new, place, qkv, used,
-                   cos, sin, part, part_lse, S, scale, H, KV, D, HALF, WIDE, OWN_QUERIES, KEYS, True,
-                   PDL)  # fmt: skip
+            own_place = (one * H + own_head).to(tl.int64) * splits + shared_splits + split
+            attend(one + 0 * own_head, own_head, own_head < kv * h + h, kv, one // G, keys, values,
+                   tl.minimum(new + 1, OWN_SPAN), new, own_place, qkv, used, cos, sin, part, part_lse, S, scale, H, KV,
+                   D, HALF, WIDE, OWN_QUERIES, KEYS, True, PDL)  # fmt: skip
 
     @triton.jit(do_not_specialize=["splits"])
     def combine_kernel(part, part_lse, out, splits, D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
