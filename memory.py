@@ -14,6 +14,7 @@ import torch
 from lora import FLAT, part_of, sizes
 from model import UserError
 from model.quantized import quantized_weights
+from model.qwen import LONG, PART
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it
@@ -71,6 +72,9 @@ def activation_bytes(config, counts, cfg, tokens, patches, kept=0, number=2):
     blocks = min(kept - layers, depth)
     kept_bytes = layers * layer + (L - layers) * tokens * C * on_card
     redone = 1.5 * tokens * (8 * C + 3 * inner) if layers < L else tokens * (C + 3 * inner)
+    if depth and blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
+        kept_bytes += patches // 4 * C
+        return number * int(max(kept_bytes + redone, patches // 4 * C + PART * depth * block))
     kept_bytes += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
     if blocks < depth:
         redone = max(redone, 1.5 * patches * (3 * v.intermediate_size + 8 * v.hidden_size))
