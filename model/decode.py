@@ -6,11 +6,8 @@ G completions of its group. Each completion (a row) keeps only its own keys and 
 Row r belongs to prompt r // G. A step computes R = N*G new tokens through the same decoder layers as training; the
 attention it hands to them reads both caches and takes one softmax over prompt keys and own keys together.
 
-A Decoder draws token after token for all rows. PlainDecoder runs on any device; `ops.decoder` may make a faster one
-(model/fast/). The hub's generation_config is never read: its near-zero temperature would make every row of a group
-the same.
-
-    N prompts   G completions of each   R = N * G rows   H / K query and key heads   D head size   V vocabulary
+PlainDecoder runs on any device; `ops.decoder` may make a faster one (model/fast/). The hub's generation_config is never
+read: its near-zero temperature would make every row of a group the same.
 """
 
 from collections.abc import Callable
@@ -61,7 +58,7 @@ def generate(
 
     model: a Qwen2_5_VL. prompts: packed prompts on its device, one causal segment each. generator: on that device; or
     a list of one a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
-    on_token(row, id) is called for every token as it is drawn. decoder: makes the Decoder, instead of the model's own.
+    on_token(row, id) is called for every token as it is drawn. decoder: makes the decoder, instead of the model's own.
     Returns a list of G completions for each prompt.
     """
     assert prompts.segments.kv_index is None, "prompts are plain causal segments"
@@ -125,7 +122,12 @@ class PlainDecoder:
         ends = torch.stack([p.max() for p in prompts.position_ids.split(lengths, dim=1)]) + 1
         self.position = ends.repeat_interleave(G)  # (R,): text counts on after t, h and w
         self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
-        self.seen = seen_tokens(prompts, G, self.logits.shape[1]) if sampling.repetition_penalty != 1 else None
+        self.seen = None
+        if sampling.repetition_penalty != 1:  # (R, V) bool: the tokens of a row's prompt, then its own too
+            row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+            seen = torch.zeros(len(lengths), self.logits.shape[1], dtype=torch.bool, device=device)
+            seen[row, prompts.input_ids] = True
+            self.seen = seen.repeat_interleave(G, 0)
         if device.type == "cpu" and sampling.temperature:
             self.noise = uniforms(generator, R, limit)
 
@@ -208,10 +210,7 @@ def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | No
         p = sampling.repetition_penalty  # CTRL (Keskar et al., 2019; arXiv 1909.05858), sign-aware as in transformers
         scores = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)
         scores = scores if greedy else scores / sampling.temperature
-    if greedy:
-        ids = scores.argmax(-1)
-    else:
-        ids = draw(truncate(scores, sampling), noise)
+    ids = scores.argmax(-1) if greedy else draw(truncate(scores, sampling), noise)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -252,12 +251,3 @@ def draw(scores: Tensor, noise) -> Tensor:
     for rows, source in zip(race.chunk(len(own)), own):
         rows.exponential_(generator=source)
     return (scores.softmax(-1) / race).argmax(-1)
-
-
-def seen_tokens(prompts: Packed, G: int, V: int) -> Tensor:
-    """(R, V) bool: the tokens of each row's prompt."""
-    lengths = torch.tensor(prompts.segments.q_lengths, device=prompts.input_ids.device)
-    row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    seen = torch.zeros(len(lengths), V, dtype=torch.bool, device=lengths.device)
-    seen[row, prompts.input_ids] = True
-    return seen.repeat_interleave(G, 0)

@@ -105,18 +105,11 @@ def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_en
     return logp.gather(1, targets[:, None])[:, 0], entropy, logp.argmax(-1) == targets
 
 
-def target_logprobs(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    with_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def target_logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
 
     hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
-    banned: token ids that the policy can never draw; they are left out of the softmax, as in sampling.
+    banned: int64 ids that the policy can never draw; they are left out of the softmax, as in sampling.
     Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None unless with_entropy;
     they cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
@@ -130,11 +123,8 @@ def target_logprobs(
 
 def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     """The vision tower's has biases, the language model's has none."""
-    return nn.ModuleDict({
-        "gate_proj": nn.Linear(width, inner, bias=bias),
-        "up_proj": nn.Linear(width, inner, bias=bias),
-        "down_proj": nn.Linear(inner, width, bias=bias),
-    })  # fmt: skip
+    gate, up, down = nn.Linear(width, inner, bias), nn.Linear(width, inner, bias), nn.Linear(inner, width, bias)
+    return nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
 
 
 def recomputed(block: nn.Module, *args) -> Tensor:
@@ -165,12 +155,9 @@ class DecoderLayer(nn.Module):
         C, D = config.hidden_size, config.head_dim
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
         self.eps, self.number, self.ops = config.rms_norm_eps, number, ops
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(C, self.H * D, bias=True),
-            "k_proj": nn.Linear(C, self.K * D, bias=True),
-            "v_proj": nn.Linear(C, self.K * D, bias=True),
-            "o_proj": nn.Linear(self.H * D, C, bias=False),
-        })  # fmt: skip
+        q, k, v = (nn.Linear(C, heads * D) for heads in (self.H, self.K, self.K))
+        o = nn.Linear(self.H * D, C, bias=False)
+        self.self_attn = nn.ModuleDict({"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": o})
         self.mlp = mlp_holder(C, config.intermediate_size, False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(C), nn.RMSNorm(C)
 
@@ -283,9 +270,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed = nn.ModuleDict({
-            "proj": nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
-        })  # fmt: skip
+        proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList(VisionBlock(config, ops) for _ in range(config.depth))
         self.merger = Merger(config, ops)
 
@@ -293,12 +279,11 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
 
-    def forward(self, patches: Tensor, grid_thw, recompute: int = 0, graphs=None) -> Tensor:
+    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
-        the same order. grid_thw: [(t, h, w)]. recompute: so many blocks keep only their input for the backward pass."""
+        the same order. recompute: so many blocks keep only their input for the backward pass."""
         P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
-        assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
-        plan = VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
+        assert P == plan.steps.num_tokens, f"{P} patches, but grids of {plan.steps.num_tokens}"
         is_pixels = patches.dtype == torch.uint8
         patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
         x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
@@ -321,7 +306,7 @@ class VisionTower(nn.Module):
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
         again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
         parts = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True)
-        return torch.cat([checkpoint(self, part, [grid], **again) for part, grid in parts])
+        return torch.cat([checkpoint(self, part, self.plan([grid]), **again) for part, grid in parts])
 
 
 # -- The model
@@ -361,14 +346,14 @@ class Qwen2_5_VL(nn.Module):
         """(V, C)"""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def embed(self, packed: Packed) -> Tensor:
-        """Token embeddings with the vision tokens put at their pads: (T, C)."""
+    def embed(self, packed: Packed, plan: VisionPlan | None) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C). plan: of the pictures."""
         x, visual, c = self.model.embed_tokens(packed.input_ids), self.visual, self.config
         trained, recompute = any(p.requires_grad for p in visual.parameters()), self.num_recomputed()[0]
         if packed.patches is None:
             return x + self.no_picture(x) if self.training and trained and torch.is_grad_enabled() else x
         is_pad = (packed.input_ids == c.image_token_id) | (packed.input_ids == c.video_token_id)
-        count = len(packed.patches) // c.vision.spatial_merge_size**2
+        count = len(plan.order)
         if not is_pad.is_cuda:  # there it would wait for the device: the batch has to be right
             assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
         pads = torch.nonzero_static(is_pad, size=count)[:, 0]
@@ -376,7 +361,7 @@ class Qwen2_5_VL(nn.Module):
             if recompute and len(packed.patches) > LONG:
                 vision = visual.in_parts(packed.patches, packed.grid_thw)  # (M, C)
             else:
-                vision = visual(packed.patches, packed.grid_thw, recompute, self.ops.graphs)
+                vision = visual(packed.patches, plan, recompute, self.ops.graphs)
         return x.index_copy(0, pads, vision.to(x.dtype))
 
     def no_picture(self, x: Tensor) -> Tensor:
@@ -384,19 +369,21 @@ class Qwen2_5_VL(nn.Module):
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
         m = self.config.vision.spatial_merge_size
         empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
-        return 0.0 * self.visual(empty, [(1, m, m)], self.num_recomputed()[0], self.ops.graphs).sum()
+        return 0.0 * self.visual(empty, self.visual.plan([(1, m, m)]), self.num_recomputed()[0], self.ops.graphs).sum()
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
 
         attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
+        # what follows from lengths, grids and positions alone
         device, segments, query_rows = self.head_weight.device, [packed.segments], None
+        plan = self.visual.plan(packed.grid_thw) if packed.patches is not None else None
         if rows is not None and attention is None and self.ops.trim_last_layer:
             tails, query_rows, rows = packed.segments.tails(rows)
             segments.append(tails.to(device))
             query_rows = query_rows.to(device, non_blocking=True)
         tables = mrope_tables(packed.position_ids, self.config, self.head_weight.dtype)
-        args = self.embed(packed), tables, segments, self.num_recomputed()[1]
+        args = self.embed(packed, plan), tables, segments, self.num_recomputed()[1]
         if self.ops.graphs is None or attention is not None or query_rows is not None:
             x = self.model.through(*args, attention, query_rows)
         else:

@@ -216,7 +216,7 @@ def test_a_step_equals_the_plain_forms(shape, N, G, kind):
         model(prompts, cache.prefill(prompts.segments, model.ops.attention))
         apart = [decoder.stacks_of(layer) for layer in model.model.layers]
         layers = decoder.merged(apart, model.head_weight) if kind == "bf16" else apart
-    step = decoder.Step.fitting(model, N, G, cache, "greedy", layers, 0 if kind == "bf16" else 16)
+    step = decoder.Step.fitting(model, N, G, cache, "greedy", 0 if kind == "bf16" else 16)
     step.partial.fill_(float("nan"))
     banned = torch.tensor([4], device=DEVICE)
     alive = step.begin(model, layers, cache, prompts, Sampling(temperature=0.0), banned, None)

@@ -5,8 +5,8 @@ one captured CUDA graph of hand-written kernels (kernels.py): six a layer, where
 length of the caches and all addresses are read on the device: one graph serves all steps, and later rollouts too.
 
 A bf16 base gets a copy of its weights with the adapters merged, for the length of a rollout: apart they cost a fifth of
-a step (dev/LOG.md). Beside low-bit weights, which are read as they are stored (nf4: dequantised into one buffer),
-adapters stay apart: the smallest reaches the sampler, and no copy of the weights exists.
+a step (dev/LOG.md). Beside low-bit weights, which are read as they are stored, adapters stay apart: the smallest
+reaches the sampler, and no copy of the weights exists.
 
 Nothing in the loop waits for the device, except a look every STOP_CHECK steps at whether all rows have ended.
 """
@@ -23,7 +23,7 @@ from model.adapters import Weights, weights_of
 from model.decode import PlainDecoder, sample
 from model.fast import kernels
 from model.fast.graphs import pow2, round_up
-from model.fast.quantized import dequantise, has_e4m3, round_rows
+from model.fast.quantized import has_e4m3, round_rows
 from model.quantized import Quantized
 from model.rope import mrope_tables
 
@@ -76,6 +76,12 @@ def stacks_of(layer) -> dict[str, list[Weights]]:
     return {"qkv": [q, k, v], "o": [o], "gate_up": [gate, up], "down": [down]}
 
 
+def norms_of(model) -> list[Tensor]:
+    """Weights of a model's norms in the order of their use, 2 L + 1."""
+    pairs = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in model.model.layers]
+    return [weight for pair in pairs for weight in pair] + [model.model.norm.weight]
+
+
 def merged(layers: list[dict], like: Tensor) -> list[dict]:
     """layers with adapters merged into copies of their weights, summed in float32 and rounded once. All copies lie in
     one block, which goes back whole: the update can use it."""
@@ -108,13 +114,14 @@ def stacked_adapter(stack: list[Weights], rank: int, like: Tensor) -> tuple[Tens
 class Step:
     """One token of R = N*G rows: buffers, the order of the kernels, and the graph made of it."""
 
-    def __init__(self, model, layers: list[dict], N: int, G: int, Lp: int, S: int, mode: str, rank: int, dequantised):
-        """layers: stacks_of each. Lp, S: slots of the caches. mode: "race" draws, "greedy" takes the largest, "logits"
-        leaves the choice to the caller. rank: of the adapters apart. dequantised: the buffer for weights in nf4."""
+    def __init__(self, model, N: int, G: int, Lp: int, S: int, mode: str, rank: int):
+        """Lp, S: slots of the caches. mode: "race" draws, "greedy" takes the largest, "logits" leaves the choice to the
+        caller. rank: of the adapters apart."""
         c, device = model.config, model.head_weight.device
         self.config, self.N, self.G, self.Lp, self.S, self.mode, self.rank = c, N, G, Lp, S, mode, rank
         self.R, self.H, self.K, self.D = N * G, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.kind, self.dequantised, self.graph, self.device = model.base_dtype, dequantised, None, device
+        self.kind, self.graph, self.device = model.base_dtype, None, device
+        self.embedding, self.first_norm = model.model.embed_tokens.weight.data, norms_of(model)[0].data
         self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self.early = {"launch_pdl": True} if self.pdl else {}
         C, inner, heads, V = c.hidden_size, c.intermediate_size, self.H * self.D, len(model.head_weight)
@@ -125,9 +132,10 @@ class Step:
         self.block_m = 16 if self.R <= 16 else 32 if self.R <= 32 else 64
         self.R_pad = round_up(self.R, self.block_m)
         self.tiles = {name: few if self.R <= 16 else many for name, (few, many) in TILES.items()}
-        if self.kind in ("int8", "fp8") and self.R <= 16:
-            small = {name: t._replace(n=min(t.n, 32), k=128) for name, t in self.tiles.items() if name != "head"}
-            self.tiles |= small | {"gate_up": small["gate_up"]._replace(stages=6)}
+        for name in LINEARS if self.kind != "bf16" else ():
+            t, few = self.tiles[name], self.R <= 16
+            n, k = min(t.n, 32) if few else t.n, 128 if few or self.kind == "nf4" else t.k
+            self.tiles[name] = t._replace(n=n, k=k, stages=6 if few and name == "gate_up" else t.stages)
         self.queries = min(64, pow2(G * self.H // self.K, 16))
         tiles = -(-G * self.H // self.K // self.queries)
         parts = max(1, min(PARTS // (N * self.K * tiles), Lp // KEYS))
@@ -135,7 +143,6 @@ class Step:
         self.own_span = 64 if self.R <= 16 else 128  # own keys a program of attention reads
         self.shared_splits, self.own_splits = -(-Lp // self.span), -(-S // self.own_span)
         self.programs = self.K * (N * tiles * self.shared_splits + self.R * self.own_splits)
-        self.nf4 = [[w.weight for w in stack] for stacks in layers for stack in stacks.values()] * (self.kind == "nf4")
         self.make_buffers(model.head_weight.dtype, self.shared_splits + self.own_splits)
 
     def make_buffers(self, dtype, splits: int) -> None:
@@ -161,22 +168,18 @@ class Step:
         self.best, self.hidden = make(R, self.chunks, 5, dtype=real), make(V, dtype=torch.uint8)
 
     @classmethod
-    def fitting(cls, model, N: int, G: int, cache, mode: str, layers: list, rank: int) -> "Step":
+    def fitting(cls, model, N: int, G: int, cache, mode: str, rank: int) -> "Step":
         """The model's Step of this size, kept from an earlier call or new. Sizes of N and G are taken as they come, not
         rounded up: padded rows would cost every step, another capture costs once."""
-        kept, first = _steps.setdefault(model, OrderedDict()), layers[0]["qkv"][0].weight
-        frozen = first.codes.data_ptr() if isinstance(first, Quantized) else None
-        key = (N, G, cache.prompt_k.shape[3], cache.own_k.shape[3], mode, rank)
-        if (key, frozen) not in kept:
-            dequantised = next(iter(kept.values())).dequantised if kept else None
-            if dequantised is None and model.base_dtype == "nf4":
-                largest = max(sum(w.weight.numel() for w in stack) for stack in layers[0].values())
-                dequantised = model.head_weight.new_empty(largest)
-            kept[key, frozen] = cls(model, layers, *key, dequantised)
+        kept = _steps.setdefault(model, OrderedDict())
+        size = (N, G, cache.prompt_k.shape[3], cache.own_k.shape[3], mode, rank)
+        key = (*size, model.model.embed_tokens.weight.data_ptr())  # a model that moved is another
+        if key not in kept:
+            kept[key] = cls(model, *size)
             if len(kept) > MAX_GRAPHS:
                 kept.popitem(last=False)
-        kept.move_to_end((key, frozen))
-        return kept[key, frozen]
+        kept.move_to_end(key)
+        return kept[key]
 
     def begin(self, model, layers, cache, prompts, sampling, banned: Tensor, generator) -> list:
         """Everything that differs between calls goes into the buffers that the graph reads. Returns what has to stay
@@ -200,33 +203,22 @@ class Step:
         return alive
 
     def addresses(self, model, layers, cache) -> tuple[list[list[int]], list]:
-        """The table: a row of embedding, first norm and caches, one of the head, one of each product of each layer; and
-        the tensors that were made for it."""
-        decoder, alive = model.model, []
-        norms = [n.weight for layer in decoder.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        norms.append(decoder.norm.weight)
-        table = [[decoder.embed_tokens.weight, norms[0], cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v]]
-        table.append([model.head_weight])
+        """The table: a row of caches, one of the head, one of each product of each layer; and what was made for it."""
+        norms, alive = norms_of(model), []
+        table = [[cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v], [model.head_weight]]
         for i, stacks in enumerate(layers):
             behind = {"o": norms[2 * i + 1], "down": norms[2 * i + 2]}
             for name, stack in stacks.items():
                 A, B = stacked_adapter(stack, self.rank, model.head_weight) if self.rank else (None, None)
                 stored, empty = [w.weight for w in stack], [None] * (3 - len(stack))
                 scales = [w.scales if isinstance(w, Quantized) else None for w in stored]
-                if self.kind == "nf4":
-                    stored = self.dequantised_views(stored)
                 stored = [w.codes if isinstance(w, Quantized) else w for w in stored]
                 table.append([*stored, *empty, *scales, *empty, A, B, behind.get(name)])
                 alive.append((A, B))
         rows = [[0 if t is None else t.data_ptr() for t in row] + [0] * (CELLS - len(row)) for row in table]
-        wide = [row[i] for row in rows[1:] for i in (0, 1, 2, 6, 7)] + rows[0][2:]
+        wide = [row[i] for row in rows[1:] for i in (0, 1, 2, 6, 7)] + rows[0]
         assert all(a % 16 == 0 for a in wide), "weights, A, B and caches are read 16 bytes at a time"
         return rows, alive
-
-    def dequantised_views(self, weights: list) -> list[Tensor]:
-        """Where a product's weights in nf4 go before it."""
-        sizes = [w.numel() for w in weights]
-        return list(self.dequantised[: sum(sizes)].split(sizes))
 
     def product(self, name: str, i: int, x, out, ssq=None, residual=None) -> None:
         """out = a product of layer i, or of the head, from x and the sums of squares that `ssq` left."""
@@ -236,10 +228,6 @@ class Step:
             row = 2 + number
             if self.rank:
                 self.launch_linear(A_TILE, x, scale, self.h, CELLS * row + 6, LINEARS[name] * self.rank, K, ssq=ssq)
-            if kind == "nf4":
-                for weight, place in zip(self.nf4[number], self.dequantised_views(self.nf4[number])):
-                    dequantise(weight, place.dtype, place)
-                kind = "bf16"
             if kind == "fp8":
                 x, scale = round_rows(x)
         self.launch_linear(
@@ -278,11 +266,11 @@ class Step:
         )  # fmt: skip
 
     def launch(self) -> None:
-        C = self.x.shape[1]
-        kernels.pick_up_kernel[(self.R,)](
-            self.ids, self.table, self.x, self.scaled, self.ssq["down"], self.used, C=C, SLOTS=self.slots["down"],
-            R_PAD=self.R_pad, BLOCK=pow2(C), BLOCK_SLOTS=pow2(self.slots["down"]), PDL=self.pdl, num_warps=8,
-        )  # fmt: skip
+        self.used += 1
+        torch.index_select(self.embedding, 0, self.ids, out=self.x)
+        torch.mul(self.x, self.first_norm, out=self.scaled)
+        self.ssq["down"].zero_()
+        self.ssq["down"][0, : self.R] = self.x.float().square().sum(1)
         for i in range(self.config.num_hidden_layers):
             self.product("qkv", i, self.scaled, self.qkv, ssq="down")
             self.attention(i)
@@ -328,7 +316,7 @@ class CudaDecoder(PlainDecoder):
             layers = merged(layers, model.head_weight)
         adapters = [w.A for stacks in layers for stack in stacks.values() for w in stack if w.A is not None]
         rank = round_up(max(map(len, adapters), default=0), 16)
-        self.fast_step = Step.fitting(model, len(prompts.segments.q_lengths), G, self.cache, mode, layers, rank)
+        self.fast_step = Step.fitting(model, len(prompts.segments.q_lengths), G, self.cache, mode, rank)
         alive = self.fast_step.begin(model, layers, self.cache, prompts, sampling, self.banned, generator)
         self.alive = layers, alive
         if self.fast_step.graph is None and sampling.max_new_tokens > 1:

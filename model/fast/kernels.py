@@ -1,6 +1,5 @@
 """Triton kernels of one decoding step for a few rows, where every weight is read once and little else costs anything.
 
-    pick_up     token ids -> embeddings, and the sum of squares of each row
     linear      norm(x) W^T, bias and adapter, then SwiGLU or the residual
     attention   rotary, cache write, and one query a row against the prompt's keys (shared by a group) and its own
     combine     the parts of that attention -> one
@@ -15,6 +14,8 @@ Each lets the next one start only after its own wait, so that never more than tw
 decoder.py launches them. Their plain forms are in qwen.py, or in tests/test_gpu.py.
 """
 
+from model.fast.quantized import nf4_sums
+
 try:
     import triton
     import triton.language as tl
@@ -23,26 +24,6 @@ except ImportError:  # CPU builds of torch bring none
     triton = None
 
 if triton:
-
-    @triton.jit
-    def pick_up_kernel(ids, table, x, scaled, ssq, used, C: tl.constexpr, SLOTS: tl.constexpr, R_PAD: tl.constexpr,
-                       BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-        """x, and scaled = x times the first norm's weight; addresses of embedding and norm head the table."""
-        r = tl.program_id(0)
-        if PDL:
-            gdc_launch_dependents()
-        if r == 0:  # the step's number: nobody else reads it in this kernel
-            tl.store(used, tl.load(used) + 1)
-        embedding = tl.load(table).to(tl.pointer_type(x.dtype.element_ty))
-        norm = tl.load(table + 1).to(tl.pointer_type(x.dtype.element_ty))
-        c = tl.arange(0, BLOCK)
-        row = tl.load(embedding + tl.load(ids + r) * C + c, mask=c < C, other=0.0)
-        tl.store(x + r * C + c, row, mask=c < C)
-        row = row.to(tl.float32)
-        tl.store(scaled + r * C + c, row * tl.load(norm + c, mask=c < C, other=0.0), mask=c < C)
-        slot = tl.arange(0, BLOCK_SLOTS)
-        tl.store(ssq + slot * R_PAD + r, tl.where(slot == 0, tl.sum(row * row, 0), 0.0), mask=slot < SLOTS)
-
     # -- Products
 
     @triton.jit
@@ -116,7 +97,7 @@ if triton:
                RESIDUAL: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
         """From a tile's sums to its numbers of out, with the roundings of the training forward."""
         kind = out.dtype.element_ty
-        if KIND != "bf16":
+        if KIND == "int8" or KIND == "fp8":
             scales = tl.load(table + cell + 3 + which).to(tl.pointer_type(tl.float32))
             up_scales = tl.load(table + cell + 4).to(tl.pointer_type(tl.float32)) if SWIGLU else scales
             if KIND == "int8":
@@ -166,9 +147,10 @@ if triton:
         first and second of three matrices below one another, or N and 0 of one. With SWIGLU gate is the first matrix
         and up the second, N rows each. cell: where in table this product's addresses begin (decoder.CELLS). h
         (R, RANKS): x A^T. SPLIT programs share the columns of x; AHEAD of them are asked for before the wait."""
-        kind = out.dtype.element_ty
-        element = kind if KIND == "bf16" else tl.float8e4nv if KIND == "fp8" else tl.int8
-        BYTES: tl.constexpr = 2 if KIND == "bf16" else 1
+        element = tl.float8e4nv if KIND == "fp8" else tl.int8 if KIND == "int8" else tl.uint8
+        element = out.dtype.element_ty if KIND == "bf16" else element
+        BITS: tl.constexpr = 16 if KIND == "bf16" else 4 if KIND == "nf4" else 8
+        ROW: tl.constexpr = (K + 127) // 128 * 64 if KIND == "nf4" else K * BITS // 8  # bytes
         blocks: tl.constexpr = R_PAD // BLOCK_M
         tiles: tl.constexpr = blocks * ((N + BLOCK_N - 1) // BLOCK_N)
         STEPS: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K)
@@ -188,15 +170,20 @@ if triton:
         if PDL:
             if AHEAD > 0:
                 if first + AHEAD <= K:
-                    ask(address + first * BYTES, rows, K * BYTES, AHEAD * BYTES, BLOCK_N)
+                    ask(address + first * BITS // 8, rows, ROW, AHEAD * BITS // 8, BLOCK_N)
                     if SWIGLU:
-                        ask(up_address + first * BYTES, rows, K * BYTES, AHEAD * BYTES, BLOCK_N)
+                        ask(up_address + first * BITS // 8, rows, ROW, AHEAD * BITS // 8, BLOCK_N)
             gdc_wait()
             gdc_launch_dependents()
         w = tl.multiple_of(address.to(tl.pointer_type(element)), 16)
         w_up = tl.multiple_of(up_address.to(tl.pointer_type(element)), 16)
-        acc, up = sums(x, w, w_up, out, m, rows, first, R, K, STEPS, K % (BLOCK_K * SPLIT) == 0, SWIGLU, BLOCK_M,
-                       BLOCK_N, BLOCK_K)  # fmt: skip
+        if KIND == "nf4":
+            scales = tl.load(table + cell + 3 + which).to(tl.pointer_type(tl.int32))
+            up_scales = tl.load(table + cell + 4).to(tl.pointer_type(tl.int32)) if SWIGLU else scales
+            acc, up = nf4_sums(x, w, w_up, scales, up_scales, m, rows, first, R, K, STEPS, SWIGLU, BLOCK_M, BLOCK_N)
+        else:
+            acc, up = sums(x, w, w_up, out, m, rows, first, R, K, STEPS, K % (BLOCK_K * SPLIT) == 0, SWIGLU, BLOCK_M,
+                           BLOCK_N, BLOCK_K)  # fmt: skip
         last = True
         if SPLIT > 1:
             acc, last = last_of(acc, partial, counter, tile, tiles, pid // tiles, SPLIT, BLOCK_M, BLOCK_N)
@@ -288,7 +275,7 @@ if triton:
     ):  # fmt: skip
         """Two sorts of programs: first those of (prompt, tile of its group's queries, kv head, part of the prompt's
         keys), then those of (row, kv head, part of its own keys). Prompt cache (L, N, KV, Lp, D), own cache
-        (L, R, KV, S, D), their addresses behind the table's first two; out come parts (R, H, splits, D) float32 with
+        (L, R, KV, S, D), their addresses at the head of the table; out come parts (R, H, splits, D) float32 with
         their log-sum-exp (R, H, splits). SPAN keys a part, KEYS at a time."""
         kind = tl.pointer_type(qkv.dtype.element_ty)
         h: tl.constexpr = H // KV
@@ -302,8 +289,8 @@ if triton:
             prompt = pid // (shared_splits * KV * tiles)
             row, head = prompt * G + j // h, kv * h + j % h
             base = (((layer * N + prompt).to(tl.int64) * KV + kv) * Lp + split * SPAN) * D
-            keys = tl.multiple_of(tl.load(table + 2).to(kind), 16) + base
-            values = tl.multiple_of(tl.load(table + 3).to(kind), 16) + base
+            keys = tl.multiple_of(tl.load(table).to(kind), 16) + base
+            values = tl.multiple_of(tl.load(table + 1).to(kind), 16) + base
             length = tl.minimum(tl.load(lengths + prompt) - split * SPAN, SPAN)
             place = (row * H + head).to(tl.int64) * splits + split
             attend(row, head, j < G * h, kv, prompt, keys, values, length, -1, place, qkv, used, cos, sin, part,
@@ -315,8 +302,8 @@ if triton:
             one = pid // (own_splits * KV)  # the row
             own_head = kv * h + tl.arange(0, OWN_QUERIES)
             base = (((layer * N * G + one).to(tl.int64) * KV + kv) * S + split * OWN_SPAN) * D
-            keys = tl.multiple_of(tl.load(table + 4).to(kind), 16) + base
-            values = tl.multiple_of(tl.load(table + 5).to(kind), 16) + base
+            keys = tl.multiple_of(tl.load(table + 2).to(kind), 16) + base
+            values = tl.multiple_of(tl.load(table + 3).to(kind), 16) + base
             new = tl.load(used) - split * OWN_SPAN  # the step's number is written before the qkv product starts
             own_place = (one * H + own_head).to(tl.int64) * splits + shared_splits + split
             attend(one + 0 * own_head, own_head, own_head < kv * h + h, kv, one // G, keys, values,
