@@ -15,7 +15,6 @@ from lora import FLAT, part_of, sizes
 from model import UserError
 from model.quantized import quantized_weights
 from model.qwen import LONG, PART
-from model.recompute import num_pieces
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it
@@ -72,15 +71,13 @@ def activation_bytes(config, counts, cfg, tokens, patches, kept=0, number=2):
     layers, on_card = min(kept, L), not cfg.offload_activations
     blocks = min(kept - layers, depth)
     kept_bytes = layers * layer + (L - layers) * tokens * C * on_card
-    # a recomputed layer's MLP takes a long sequence in pieces
-    redone = 1.5 * tokens * (8 * C + 3 * inner / num_pieces(tokens)) if layers < L else tokens * (C + 3 * inner)
+    redone = 1.5 * tokens * (8 * C + 3 * inner) if layers < L else tokens * (C + 3 * inner)
     if depth and blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
         kept_bytes += patches // 4 * C
         return number * int(max(kept_bytes + redone, patches // 4 * C + PART * depth * block))
     kept_bytes += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
     if blocks < depth:
-        mlp = 3 * v.intermediate_size / num_pieces(patches)
-        redone = max(redone, 1.5 * patches * (mlp + 8 * v.hidden_size))
+        redone = max(redone, 1.5 * patches * (3 * v.intermediate_size + 8 * v.hidden_size))
     return number * int(kept_bytes + redone)
 
 

@@ -39,11 +39,9 @@ def nearest_path(path) -> str:
 
     path = Path(path)
     try:
-        missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
-        if missing is None:  # it is there, and something else
-            return ""
-        siblings = list(islice(missing.parent.iterdir(), 10_000)) if missing.parent.is_dir() else []
-    except (OSError, ValueError):  # not to be read, or no name at all: then there is no hint
+        missing = next(p for p in [*reversed(path.parents), path] if not p.exists())
+        siblings = [p.name for p in islice(missing.parent.iterdir(), 10_000) if not p.name.startswith(".")]
+    except (OSError, ValueError, StopIteration):  # not to be read, no name at all, or there and something else
         return ""
-    hint = nearest(missing.name, [p.name for p in siblings if not p.name.startswith(".")], cutoff=0.75)
-    return hint.replace("mean ", f"mean {missing.parent}/", 1) if hint and str(missing.parent) != "." else hint
+    hint = nearest(missing.name, siblings, cutoff=0.75)
+    return hint if str(missing.parent) == "." else hint.replace("mean ", f"mean {missing.parent}/", 1)

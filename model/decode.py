@@ -6,11 +6,8 @@ G completions of its group. Each completion (a row) keeps only its own keys and 
 Row r belongs to prompt r // G. A step computes R = N*G new tokens through the same decoder layers as training; the
 attention it hands to them reads both caches and takes one softmax over prompt keys and own keys together.
 
-A Decoder draws token after token for all rows. PlainDecoder runs on any device; `ops.decoder` may make a faster one
-(model/fast/). The hub's generation_config is never read: its near-zero temperature would make every row of a group
-the same.
-
-    N prompts   G completions of each   R = N * G rows   H / K query and key heads   D head size   V vocabulary
+PlainDecoder runs on any device; `ops.decoder` may make a faster one (model/fast/). The hub's generation_config is never
+read: its near-zero temperature would make every row of a group the same.
 """
 
 from collections.abc import Callable
@@ -61,7 +58,7 @@ def generate(
 
     model: a Qwen2_5_VL. prompts: packed prompts on its device, one causal segment each. generator: on that device; or
     a list of one a prompt: then what a prompt draws does not depend on the prompts it is sampled with.
-    on_token(row, id) is called for every token as it is drawn. decoder: makes the Decoder, instead of the model's own.
+    on_token(row, id) is called for every token as it is drawn. decoder: makes the decoder, instead of the model's own.
     Returns a list of G completions for each prompt.
     """
     assert prompts.segments.kv_index is None, "prompts are plain causal segments"
@@ -72,20 +69,19 @@ def generate(
         decoder = make_decoder(model, prompts, sampling, num_generations, generator)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=prompts.input_ids.device)
         done = torch.zeros(len(decoder.ids), dtype=torch.bool, device=stops.device)  # rows that have ended
-        looked = drawn = 0
-        while drawn < sampling.max_new_tokens:
-            decoder.draw(drawn)
-            drawn += 1
+        looked = 0
+        for t in range(sampling.max_new_tokens):
+            decoder.draw(t)
             if on_token:
-                token = decoder.ids[:, drawn - 1].tolist()
+                token = decoder.ids[:, t].tolist()
                 for row in (~done).nonzero()[:, 0].tolist():
                     on_token(row, token[row])
-            if on_token or (drawn - 1) % decoder.look_every == 0:
-                done |= torch.isin(decoder.ids[:, looked:drawn], stops).any(1)
-                looked = drawn
+            if on_token or t % decoder.look_every == 0:
+                done |= torch.isin(decoder.ids[:, looked : t + 1], stops).any(1)
+                looked = t + 1
                 if bool(done.all()):
                     break
-        return collect(decoder.ids[:, :drawn], decoder.logprobs[:, :drawn], stops, num_generations)
+        return collect(decoder.ids[:, : t + 1], decoder.logprobs[:, : t + 1], stops, num_generations)
     finally:
         model.train(was_training)
         if decoder:
@@ -102,54 +98,52 @@ def collect(ids: Tensor, logprobs: Tensor, stops: Tensor, G: int) -> list[list[C
     return [rows[first : first + G] for first in range(0, len(rows), G)]
 
 
-class Decoder:
-    """Draws tokens for R = N*G rows. Making one prefills the prompts.
+class PlainDecoder:
+    """Draws tokens for R = N*G rows, in plain PyTorch: any device, dtype and option. Making one prefills the prompts.
 
     ids (R, >= limit) int64 and logprobs (R, >= limit) float32: column t is filled by draw(t). Rows that have ended go
     on drawing; their further tokens are cut off.
     """
 
-    ids: Tensor
-    logprobs: Tensor
-    look_every = 1  # steps between looks at whether all rows have ended
-
-    def draw(self, t: int) -> None:
-        """Draw token t of every row; t = 0, 1, … in turn."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Free what the rollout took beside the results."""
-
-
-class PlainDecoder(Decoder):
-    """Plain PyTorch: any device, dtype and option."""
+    prompt_bucket, own_bucket = 1, 1  # slots of the caches are rounded up to these
 
     def __init__(self, model, prompts: Packed, sampling: Sampling, G: int, generator):
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.noise = model, sampling, generator
         lengths, limit = prompts.segments.q_lengths, sampling.max_new_tokens
         device, R = prompts.input_ids.device, len(lengths) * G
         self.look_every = 1 if device.type == "cpu" else STOP_CHECK
         self.ids = torch.zeros(R, limit, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(R, limit, device=device)
-        self.cache = GroupCache(model, lengths, G, max(1, limit - 1))
+        longest = -(-max(lengths) // self.prompt_bucket) * self.prompt_bucket
+        self.cache = GroupCache(model, lengths, G, longest, -(-max(1, limit - 1) // self.own_bucket) * self.own_bucket)
         hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
         last = prompts.segments.cu_q[1:].long() - 1
         self.logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its first token
-        ends = [int(p.max()) + 1 for p in prompts.position_ids.split(lengths, dim=1)]
-        self.position = torch.tensor(ends, device=device).repeat_interleave(G)  # (R,): text counts on after t, h and w
+        ends = torch.stack([p.max() for p in prompts.position_ids.split(lengths, dim=1)]) + 1
+        self.position = ends.repeat_interleave(G)  # (R,): text counts on after t, h and w
         self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
-        self.seen = seen_tokens(prompts, G, self.logits.shape[1]) if sampling.repetition_penalty != 1 else None
-        draws_on_cpu = device.type == "cpu" and sampling.temperature
-        self.generator = Uniforms(generator, R, limit) if draws_on_cpu else generator
+        self.seen = None
+        if sampling.repetition_penalty != 1:  # (R, V) bool: the tokens of a row's prompt, then its own too
+            row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+            seen = torch.zeros(len(lengths), self.logits.shape[1], dtype=torch.bool, device=device)
+            seen[row, prompts.input_ids] = True
+            self.seen = seen.repeat_interleave(G, 0)
+        if device.type == "cpu" and sampling.temperature:
+            self.noise = uniforms(generator, R, limit)
 
     def draw(self, t: int) -> None:
+        """Draw token t of every row; t = 0, 1, … in turn."""
         if t:
             before = self.ids[:, t - 1]
             if self.seen is not None:
                 self.seen.scatter_(1, before[:, None], True)
             self.logits = self.step(before, t - 1)
             self.cache.used += 1
-        self.ids[:, t], self.logprobs[:, t] = sample(self.logits, self.sampling, self.banned, self.seen, self.generator)
+        noise = self.noise[:, t] if isinstance(self.noise, Tensor) else self.noise
+        self.ids[:, t], self.logprobs[:, t] = sample(self.logits, self.sampling, self.banned, self.seen, noise)
+
+    def close(self) -> None:
+        """Free what the rollout took beside the results."""
 
     def step(self, ids: Tensor, t: int) -> Tensor:
         """Token t of every row, ids (R,), through the decoder layers of training: logits of the next, (R, V)."""
@@ -158,22 +152,17 @@ class PlainDecoder(Decoder):
 
 
 class GroupCache:
-    """Keys and values of N prompts and of their N*G completions, for every layer."""
+    """Keys and values of N prompts and of their N*G completions, for every layer. longest, slots: of the two caches."""
 
-    def __init__(self, model, lengths: list[int], G: int, slots: int):
-        config, weight = model.config, model.model.embed_tokens.weight
-        self.N, self.G, self.K, self.D = len(lengths), G, config.num_key_value_heads, config.head_dim
+    def __init__(self, model, lengths: list[int], G: int, longest: int, slots: int):
+        c, weight, N, self.G = model.config, model.model.embed_tokens.weight, len(lengths), G
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
-        like = {"device": weight.device, "dtype": weight.dtype}
-        L = config.num_hidden_layers
-        self.prompt_k = torch.zeros(L, self.N, self.K, max(lengths), self.D, **like)
-        self.prompt_v = torch.zeros_like(self.prompt_k)
-        self.own_k = torch.zeros(L, self.N * G, self.K, slots, self.D, **like)
-        self.own_v = torch.zeros_like(self.own_k)
-        slot = torch.arange(max(lengths), device=weight.device)
-        length = torch.tensor(lengths, device=weight.device)
-        hidden = torch.zeros(self.N, max(lengths), **like).masked_fill(slot >= length[:, None], float("-inf"))
-        self.hidden = hidden.repeat_interleave(self.K, 0)[:, None]  # (N*K, 1, longest): padding of shorter prompts
+        L, K, D = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        self.prompt_k, self.prompt_v = (weight.new_zeros(L, N, K, longest, D) for _ in range(2))
+        self.own_k, self.own_v = (weight.new_zeros(L, N * G, K, slots, D) for _ in range(2))
+        padding = torch.arange(longest) >= torch.tensor(lengths)[:, None]  # of shorter prompts
+        hidden = torch.zeros(padding.shape).masked_fill(padding, float("-inf")).to(weight.device, weight.dtype)
+        self.hidden = hidden.repeat_interleave(K, 0)[:, None]  # (N*K, 1, longest)
 
     def prefill(self, segments: Segments, packed_attention: Callable):
         """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
@@ -188,8 +177,8 @@ class GroupCache:
 
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token a row. q: (R, H, D); k, v: (R, K, D). Returns (R, H, D)."""
-        N, G, K, D, now = self.N, self.G, self.K, self.D, self.used + 1
-        R, H, h = N * G, q.shape[1], q.shape[1] // K
+        (R, H, D), K, G, now = q.shape, k.shape[1], self.G, self.used + 1
+        N, h = R // G, H // K
         self.own_k[layer, :, :, self.used] = k
         self.own_v[layer, :, :, self.used] = v
         own_k, own_v = (x[layer].flatten(0, 1)[:, :now] for x in (self.own_k, self.own_v))  # (R*K, now, D)
@@ -206,8 +195,8 @@ class GroupCache:
         return torch.baddbmm(out, weights[..., P:], own_v).view(R, H, D)
 
 
-def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, generator) -> tuple[Tensor, Tensor]:
-    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None.
+def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | None, noise) -> tuple[Tensor, Tensor]:
+    """Draw one token a row. logits: (R, V). seen: (R, V) bool for the repetition penalty, or None. noise: see draw.
 
     Returns ids (R,) int64 and their log-probs (R,) float32 under the untruncated policy (see Completion). Logits that
     are not finite give some id of the vocabulary and a log-prob that is not finite either.
@@ -221,10 +210,7 @@ def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | No
         p = sampling.repetition_penalty  # CTRL (Keskar et al., 2019; arXiv 1909.05858), sign-aware as in transformers
         scores = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)
         scores = scores if greedy else scores / sampling.temperature
-    if greedy:
-        ids = scores.argmax(-1)
-    else:
-        ids = draw(truncate(scores, sampling), generator)
+    ids = scores.argmax(-1) if greedy else draw(truncate(scores, sampling), noise)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -240,44 +226,28 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-class Uniforms:
-    """On a CPU, the random numbers of a whole rollout: one a row and step, in [0, 1), from one generator or a list of
-    one a prompt. Drawn at once, for calls cost more than numbers."""
-
-    def __init__(self, generator, rows: int, steps: int):
-        own = generator if isinstance(generator, list) else [generator]
-        self.numbers, self.t = torch.empty(rows, steps, 1, dtype=torch.float64), -1
-        for rows_of_one, source in zip(self.numbers.chunk(len(own)), own):
-            rows_of_one.uniform_(generator=source)
-
-    def column(self) -> Tensor:
-        """The next step's, (rows, 1)."""
-        self.t += 1
-        return self.numbers[:, self.t]
+def uniforms(generator, rows: int, steps: int) -> Tensor:
+    """The random numbers of a whole rollout on a CPU, (rows, steps, 1) in [0, 1), from one generator or a list of one a
+    prompt. Drawn at once, for calls cost more than numbers."""
+    own = generator if isinstance(generator, list) else [generator]
+    numbers = torch.empty(rows, steps, 1, dtype=torch.float64)
+    for rows_of_one, source in zip(numbers.chunk(len(own)), own):
+        rows_of_one.uniform_(generator=source)
+    return numbers
 
 
-def draw(scores: Tensor, generator) -> Tensor:
-    """One index a row from softmax(scores). generator: see generate.
+def draw(scores: Tensor, noise) -> Tensor:
+    """One index a row from softmax(scores). noise: on a GPU a generator, or a list of one a prompt; on a CPU (R, 1).
 
     On a GPU by the exponential race: argmin of -log(u) / p is index i with chance p_i, and needs no host sync, as
     torch.multinomial does. On a CPU by one random number a row, for V of them cost more than a decoding step: the first
     token whose cumulative chance reaches it."""
-    if scores.device.type == "cpu":
+    if isinstance(noise, Tensor):
         chances = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        noise = generator if isinstance(generator, Uniforms) else Uniforms(generator, len(scores), 1)
         # (0, 1] of the sum: never reached by a chance of 0
-        ids = torch.searchsorted(chances, (1 - noise.column()) * chances[:, -1:])[:, 0]
+        ids = torch.searchsorted(chances, (1 - noise) * chances[:, -1:])[:, 0]
         return ids.clamp(max=scores.shape[1] - 1)  # where the chances are no numbers
-    race, own = torch.empty_like(scores), generator if isinstance(generator, list) else [generator]
+    race, own = torch.empty_like(scores), noise if isinstance(noise, list) else [noise]
     for rows, source in zip(race.chunk(len(own)), own):
         rows.exponential_(generator=source)
     return (scores.softmax(-1) / race).argmax(-1)
-
-
-def seen_tokens(prompts: Packed, G: int, V: int) -> Tensor:
-    """(R, V) bool: the tokens of each row's prompt."""
-    lengths = torch.tensor(prompts.segments.q_lengths, device=prompts.input_ids.device)
-    row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    seen = torch.zeros(len(lengths), V, dtype=torch.bool, device=lengths.device)
-    seen[row, prompts.input_ids] = True
-    return seen.repeat_interleave(G, 0)

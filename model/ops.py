@@ -7,7 +7,7 @@ once. qwen.py itself never asks on which device it runs. Every fast form is test
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -19,16 +19,16 @@ class Ops:
     """One model's operations; all its blocks share this object. T tokens, H and K heads of size D."""
 
     attention: Callable  # (q (T, H, D), k (T, K, D), v (T, K, D), segments) -> (T, H, D)
-    linear: Callable  # (x (T, in), *adapters.Weights, pad=False, unused=False) -> (T, out) each, with adapters
+    linear: Callable  # (x (T, in), *adapters.Weights, last=False) -> (T, out) each, with adapters
     norm: Callable  # (x (T, C), weight (C,), eps) -> (T, C)
     swiglu: Callable  # (gate, up) of one shape -> silu(gate) * up
     rotate: Callable  # (x (T, H, D), (cos, sin) each (T, 1, D/2)) -> (T, H, D)
     logprobs: Callable  # target_logprobs of qwen.py, with its arguments
     decoder: Callable | None = None  # makes a decode.Decoder, with the arguments of PlainDecoder; None: the plain one
+    stores_attention: bool = False  # `attention` takes a list `stored`, see `storing`
     trim_last_layer: bool = False  # the last layer computes only the query rows
     graphs: object = None  # a fast.graphs.GraphCache: batches of a size seen before run as CUDA graphs
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
-    phase: str = ""  # of a recomputed block: its "first" pass, or "again" for its backward pass; "" elsewhere
     bound: bool = False  # whether fast forms may be used
 
     def __post_init__(self):
@@ -40,12 +40,14 @@ class Ops:
         vars(self).update(forms, graphs=self.graphs, offload=self.offload, bound=True)
 
     @contextmanager
-    def during(self, phase: str):
-        self.phase = phase
+    def storing(self, stored: list):
+        """The result of attention that a first pass leaves in the list, a second one takes from it."""
+        attention = self.attention
+        self.attention = partial(attention, stored=stored)
         try:
             yield
         finally:
-            self.phase = ""
+            self.attention = attention
 
 
 @cache

@@ -20,6 +20,11 @@ from torch import Tensor
 IGNORE = -100  # target of a token that is not trained (torch's cross_entropy uses the same number)
 
 
+def moved(batch, device) -> dict:
+    """The tensors of a dataclass on another device; copies from pinned memory do not wait."""
+    return {n: x.to(device, non_blocking=True) for n, x in vars(batch).items() if isinstance(x, Tensor)}
+
+
 @dataclass(eq=False)
 class Packed:
     """One packed batch."""
@@ -33,9 +38,7 @@ class Packed:
     names: list[str] = field(default_factory=list)  # of the samples, for messages
 
     def to(self, device) -> "Packed":
-        """The same batch on another device; copies from pinned memory do not wait."""
-        tensors = {n: x.to(device, non_blocking=True) for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, segments=self.segments.to(device), **tensors)
+        return replace(self, segments=self.segments.to(device), **moved(self, device))
 
 
 @dataclass(eq=False)
@@ -51,12 +54,11 @@ class Segments:
     max_q: int = 0  # the longest of each
     max_k: int = 0
     num_tokens: int = 0  # T
-    dense: list | None = field(default=None, repr=False)  # fast/portable.py's plan, made once and used by every layer
+    dense: tuple | None = field(default=None, repr=False)  # fast/portable.py's plan, made once, used by every layer
 
     @classmethod
     def build(cls, q_lengths, k_lengths, is_causal: bool, kv_index: Tensor | None = None) -> "Segments":
-        cu_q = torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32)
-        cu_k = torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32)
+        cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (q_lengths, k_lengths))
         sizes = {"max_q": max(q_lengths, default=0), "max_k": max(k_lengths, default=0), "num_tokens": sum(q_lengths)}
         return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, kv_index, **sizes)
 
@@ -73,24 +75,19 @@ class Segments:
     @classmethod
     def shared_prompt(cls, prompt_lengths: list[int], completion_lengths: list[list[int]]) -> "Segments":
         """Prompt n, then its completions, in packed order; each completion sees its prompt and itself."""
-        assert len(prompt_lengths) == len(completion_lengths), (len(prompt_lengths), len(completion_lengths))
         q_lengths, k_lengths, index, start = [], [], [], 0
-        for prompt, completions in zip(prompt_lengths, completion_lengths):
+        for prompt, completions in zip(prompt_lengths, completion_lengths, strict=True):
             shared = torch.arange(start, start + prompt)
-            q_lengths.append(prompt)
-            k_lengths.append(prompt)
-            index.append(shared)
-            start += prompt
-            for n in completions:
-                q_lengths.append(n)
-                k_lengths.append(prompt + n)
-                index += [shared, torch.arange(start, start + n)]
-                start += n
+            starts = accumulate(completions, initial=start + prompt)
+            own = [torch.arange(first, first + n) for first, n in zip(starts, completions)]
+            q_lengths += [prompt, *completions]
+            k_lengths += [prompt, *(prompt + n for n in completions)]
+            index += [shared, *(keys for one in own for keys in (shared, one))]
+            start += prompt + sum(completions)
         return cls.build(q_lengths, k_lengths, True, torch.cat(index))
 
     def to(self, device) -> "Segments":
-        tensors = {n: x.to(device, non_blocking=True) for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, dense=None, **tensors)
+        return replace(self, dense=None, **moved(self, device))
 
     def tails(self, rows: Tensor) -> tuple["Segments", Tensor, Tensor]:
         """Queries only from the first of `rows` (sorted packed tokens) in each segment on, the keys all the same: what
@@ -106,25 +103,6 @@ class Segments:
         return tails, left.nonzero()[:, 0], (left.cumsum(0) - 1)[rows]
 
 
-def vision_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the tower's rotary angles: rows and columns (2, P) -> two (P, 1, D/2), row half, column half."""
-    quarter = head_dim // 4
-    exponent = torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter
-    inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
-    angles = torch.cat([x.float()[:, None] * inv_freq for x in positions], dim=-1)  # (P, D/2)
-    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
-
-
-def pad_positions(is_pad: Tensor, count: int) -> Tensor:
-    """(count,) int64: where the image and video pads of a batch are. is_pad: (T,) bool; count: vision tokens.
-
-    The number of pads is asserted on a CPU. On a GPU that would wait for the device: the batch has to be right.
-    """
-    if not is_pad.is_cuda:
-        assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
-    return torch.nonzero_static(is_pad, size=count)[:, 0]
-
-
 @dataclass(eq=False)
 class VisionPlan:
     """The vision tower's windows and positions. They follow from the grids alone."""
@@ -134,7 +112,6 @@ class VisionPlan:
     tables: tuple[Tensor, Tensor]  # rotary cos and sin, (P, 1, D/2) each, in window order
     windows: Segments
     steps: Segments  # whole grid steps, in window order: windows never cross one
-    pads: Tensor | None = None  # (M,) int64: the packed tokens that they stand for
 
     @classmethod
     def build(cls, grid_thw: list[tuple[int, int, int]], config, device, dtype=torch.float32) -> "VisionPlan":
@@ -143,25 +120,32 @@ class VisionPlan:
         config: VisionConfig. dtype: of the rotary tables."""
         m = config.spatial_merge_size
         side = config.window_size // m // config.patch_size  # merge cells along a window, 4
-        orders, rows, columns, windows, steps, first = [], [], [], [], [], 0
+        orders, positions, windows, steps, first = [], [], [], [], 0
         for t, h, w in grid_thw:
             assert h % m == 0 and w % m == 0, f"grid {(t, h, w)} is not a multiple of the merge size {m}"
             cells = np.arange(h // m * (w // m)).reshape(h // m, w // m)
             corners = [(i, j) for i in range(0, h // m, side) for j in range(0, w // m, side)]
             tiles = [cells[i : i + side, j : j + side].ravel() for i, j in corners]
             step = np.concatenate(tiles)  # merge cells of one grid step, window by window
-            inner_row, inner_col = np.divmod(np.arange(m * m), m)  # the m*m patches of a cell lie side by side
-            row, col = np.divmod(step, w // m)
-            rows.append(np.tile((row[:, None] * m + inner_row).ravel(), t))
-            columns.append(np.tile((col[:, None] * m + inner_col).ravel(), t))
+            inner = np.divmod(np.arange(m * m), m)  # row and column in a cell: its m*m patches lie side by side
+            outer = np.divmod(step, w // m)
+            positions.append(np.stack([np.tile((o[:, None] * m + i).ravel(), t) for o, i in zip(outer, inner)]))
             orders.append((step + np.arange(t)[:, None] * cells.size + first).ravel())
             windows += [len(tile) * m * m for tile in tiles] * t
             steps += [h * w] * t
             first += t * cells.size
         order = torch.from_numpy(np.concatenate(orders))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        positions = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(columns)]))  # (2, P)
+        positions = torch.from_numpy(np.concatenate(positions, axis=1))  # rows and columns, (2, P)
         order, back, positions = (x.to(device, non_blocking=True) for x in (order, back, positions))
         segments = Segments.full(windows).to(device), Segments.full(steps).to(device)
-        tables = vision_tables(positions, config.hidden_size // config.num_heads, dtype)
-        return cls(order, back, tables, *segments)
+        return cls(order, back, vision_tables(positions, config.hidden_size // config.num_heads, dtype), *segments)
+
+
+def vision_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tower's rotary angles: rows and columns (2, P) -> two (P, 1, D/2), row half, column half."""
+    quarter = head_dim // 4
+    exponent = torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter
+    inv_freq = 1.0 / 10000.0**exponent  # theta of Qwen2_5_VisionRotaryEmbedding, transformers modeling_qwen2_5_vl.py
+    angles = torch.cat([x.float()[:, None] * inv_freq for x in positions], dim=-1)  # (P, D/2)
+    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)

@@ -38,21 +38,15 @@ class Quantized(nn.Module):
     """
 
     requires_grad = False
+    device = property(lambda self: self.codes.device)
 
     def __init__(self, kind: str, codes: Tensor, scales: Tensor, shape, dtype: torch.dtype):
         super().__init__()
         self.kind, self.codes, self.scales, self.shape, self.dtype = kind, codes, scales, torch.Size(shape), dtype
         self.twin = None  # on a CPU, where reading codes costs more than memory: the dequantised weight
 
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
     def numel(self) -> int:
         return self.shape.numel()
-
-    def extra_repr(self) -> str:
-        return f"{self.kind}, {tuple(self.shape)}"
 
     def _apply(self, fn, recurse=True):
         """.to() and the like: codes and scales change their device, never their dtype."""
@@ -81,39 +75,31 @@ class Quantized(nn.Module):
         tiles = self.codes.view(len(self.codes), -1, BLOCK)
         return torch.cat([tiles >> 4, tiles & 15], dim=2).flatten(1)
 
-PIECE = 1 << 24  # weights that nf4 takes at a time
-
 
 def quantise(weight: Tensor, kind: str, dtype: torch.dtype) -> Quantized:
     """weight (out, in) in a format of BASE_DTYPES. dtype: of the products with it."""
-    if kind == "nf4":  # by rows, for codes are int64 on the way
-        pieces = [nf4(rows.float()) for rows in weight.detach().split(max(1, PIECE // weight.shape[1]))]
-        codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    if kind == "nf4" and weight.numel() > PIECE:  # by rows: codes are int64 on the way
+        pieces = [quantise(rows, kind, dtype) for rows in weight.split(max(1, PIECE // weight.shape[1]))]
+        codes, scales = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scales"))
         return Quantized(kind, codes, scales, weight.shape, dtype)
     w = weight.detach().float()
     if kind == "int8":
         scales = w.abs().amax(1, keepdim=True) / 127
         codes = (w / scales.masked_fill(scales == 0, 1)).round().clamp(-127, 127).to(torch.int8)
-    else:
+    elif kind == "fp8":
         mantissa, exponent = torch.frexp(w.abs().amax() / E4M3_MAX)  # the next power of two
         scales = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).view(1, 1)
         codes = to_e4m3(w / scales).view(torch.uint8)
+    else:  # bitsandbytes' rule: w times the reciprocal of its block's largest, then the nearest code, of two the lower
+        blocks = F.pad(w, (0, -w.shape[1] % TILE)).view(len(w), -1, BLOCK)
+        scales = blocks.abs().amax(2).to(torch.bfloat16)  # (out, blocks); released weights have it exactly
+        largest = scales.float()[..., None]
+        unit = blocks * torch.where(largest == 0, largest, 1 / largest)
+        middles = ((NF4[1:] + NF4[:-1]) / 2).to(w.device)
+        codes = torch.bucketize(unit.clamp(-1, 1), middles).to(torch.uint8)
+        high, low = codes.view(len(w), -1, 2, BLOCK).unbind(2)
+        codes = (high << 4 | low).flatten(1)
     return Quantized(kind, codes, scales, w.shape, dtype)
-
-
-def nf4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a float32 weight. Rows are filled with zeros up to whole tiles.
-
-    bitsandbytes' rule: w times the reciprocal of its block's largest, then the nearest code, of two as near the lower.
-    The largest is rounded to bfloat16 first, in which the released weights have it exactly."""
-    blocks = F.pad(w, (0, -w.shape[1] % TILE)).view(len(w), -1, BLOCK)
-    scales = blocks.abs().amax(2).to(torch.bfloat16)  # (out, blocks)
-    largest = scales.float()[..., None]
-    unit = blocks * torch.where(largest == 0, largest, 1 / largest)
-    middles = ((NF4[1:] + NF4[:-1]) / 2).to(w.device)
-    codes = torch.bucketize(unit.clamp(-1, 1), middles).to(torch.uint8)
-    high, low = codes.view(len(w), -1, 2, BLOCK).unbind(2)
-    return (high << 4 | low).flatten(1), scales
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -133,9 +119,6 @@ def product(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
         codes, scales = rounded_rows(x.detach())
         x = x + ((codes.float() * scales).to(x.dtype) - x).detach()
     return F.linear(x, weight.dequantise(x.dtype), bias)
-
-
-# -- Models
 
 
 def put(module: nn.Module, name: str, weight: "Tensor | Quantized") -> None:

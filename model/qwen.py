@@ -14,18 +14,18 @@ Module names are the hub checkpoint's own (`visual.*`, `model.*`, `lm_head`). Si
     H query heads       K key/value heads  D head dimension    P patches    M merged vision tokens (P / 4)
 """
 
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
-from model.packed import IGNORE, Packed, Segments, VisionPlan, pad_positions
+from model.packed import IGNORE, Packed, Segments, VisionPlan
 from model.quantized import Quantized, product
-from model.recompute import in_pieces, recomputed
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -60,11 +60,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return torch.cat(outs)
 
 
-def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *layers: Weights, last: bool = False) -> tuple[Tensor, ...]:
     """x (T, in) through layers that share this input, each with its adapter: (T, out) each.
 
-    y = x W^T + b + s · (x A^T) B^T. pad: the results may have zero columns behind them, and x may have them. unused:
-    only the backward pass is wanted, the results may be anything. Only a fast form makes use of these two."""
+    y = x W^T + b + s · (x A^T) B^T. last: of its block, so that a recomputation does not need it; a fast form leaves it
+    out then."""
     outs = []
     for layer in layers:
         times = product if isinstance(layer.weight, Quantized) else F.linear
@@ -95,14 +95,6 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 patch rows -> (x / 255 - mean) / std. patches: (P, 3 * 2 * 14 * 14), channel-major. Same shape, dtype."""
-    scale = torch.tensor([1 / (255 * s) for s in STD], device=patches.device)
-    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD)], device=patches.device)
-    scale, shift = (x.repeat_interleave(patches.shape[1] // 3) for x in (scale, shift))  # whole rows: no short loops
-    return torch.addcmul(shift, patches.float(), scale).to(dtype)
-
-
 def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
     logits = F.linear(hidden, head_weight).float() / temperature
@@ -113,22 +105,11 @@ def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_en
     return logp.gather(1, targets[:, None])[:, 0], entropy, logp.argmax(-1) == targets
 
 
-def plain_ops() -> Ops:
-    return Ops(attention, linear, norm, swiglu, rotate, logprobs)
-
-
-def target_logprobs(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    with_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def target_logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
 
     hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
-    banned: token ids that the policy can never draw; they are left out of the softmax, as in sampling.
+    banned: int64 ids that the policy can never draw; they are left out of the softmax, as in sampling.
     Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None unless with_entropy;
     they cost half as much as all the rest), and (N,) bool: is the target the most likely token.
     """
@@ -142,32 +123,29 @@ def target_logprobs(
 
 def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     """The vision tower's has biases, the language model's has none."""
-    return nn.ModuleDict({
-        "gate_proj": nn.Linear(width, inner, bias=bias),
-        "up_proj": nn.Linear(width, inner, bias=bias),
-        "down_proj": nn.Linear(inner, width, bias=bias),
-    })  # fmt: skip
+    gate, up, down = nn.Linear(width, inner, bias), nn.Linear(width, inner, bias), nn.Linear(inner, width, bias)
+    return nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
 
 
-def run_blocks(stack: nn.Module, blocks: nn.ModuleList, x: Tensor, tables, segments: list, recompute: int) -> Tensor:
-    """x through the blocks of a stack, as CUDA graphs where there are any. recompute: the first so many blocks."""
-    graphs = stack.ops.graphs
-    if graphs is None:
-        return stack.through(x, tables, segments, recompute)
-    return graphs.run(blocks, stack.through, x, tables, segments, recompute)
+def recomputed(block: nn.Module, *args, store: bool = False) -> Tensor:
+    """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
+    1604.06174). With `ops.offload` they wait in host memory. store: what attention gives is kept too, for it takes
+    most time for its bytes."""
+    ops, how, stored = block.ops, {"use_reentrant": False, "preserve_rng_state": has_dropout(block)}, []
+    if store and ops.stores_attention and not ops.offload:
+        how["context_fn"] = lambda: (ops.storing(stored), ops.storing(stored))
+    with saved_tensors_hooks(to_host, from_host) if ops.offload else nullcontext():
+        return checkpoint(block, *args, **how)
 
 
-def mlp(ops: Ops, eps: float, x: Tensor, norm: Weights, gate: Weights, up: Weights, down: Weights) -> Tensor:
-    """(T, C) -> (T, C), its norm and residual included."""
-    h = ops.norm(x, norm.weight, eps)
-    return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up, pad=True)), down, unused=ops.phase == "again")[0]
+def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
+    """A copy in pinned memory, written in the order of the GPU's work: the host does not wait."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return host.copy_(x, non_blocking=True), x.device
 
 
-def second_half(ops: Ops, eps: float, x: Tensor, *layers: Weights) -> Tensor:
-    """mlp() as the end of a block."""
-    if ops.phase and not layers[-1].dropout:  # in a recomputed block
-        return in_pieces(ops, partial(mlp, ops, eps), x, *layers)
-    return mlp(ops, eps, x, *layers)
+def from_host(saved: tuple[Tensor, torch.device]) -> Tensor:
+    return saved[0].to(saved[1], non_blocking=True)
 
 
 # -- The language model
@@ -181,17 +159,15 @@ class DecoderLayer(nn.Module):
         C, D = config.hidden_size, config.head_dim
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
         self.eps, self.number, self.ops = config.rms_norm_eps, number, ops
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(C, self.H * D, bias=True),
-            "k_proj": nn.Linear(C, self.K * D, bias=True),
-            "v_proj": nn.Linear(C, self.K * D, bias=True),
-            "o_proj": nn.Linear(self.H * D, C, bias=False),
-        })  # fmt: skip
+        q, k, v = (nn.Linear(C, heads * D) for heads in (self.H, self.K, self.K))
+        o = nn.Linear(self.H * D, C, bias=False)
+        self.self_attn = nn.ModuleDict({"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": o})
         self.mlp = mlp_holder(C, config.intermediate_size, False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(C), nn.RMSNorm(C)
 
-    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None) -> Tensor:
-        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D)."""
+    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None, twice: bool = False) -> Tensor:
+        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D). twice:
+        for the backward pass all but the last product is computed again."""
         ops, query_tables = self.ops, tables
         q, k, v, o, gate, up, down = weights_of(self, *self.self_attn.values(), *self.mlp.values())
 
@@ -207,7 +183,8 @@ class DecoderLayer(nn.Module):
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
         x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
-        return second_half(ops, self.eps, x, Weights(self.post_attention_layernorm.weight, None), gate, up, down)
+        h = ops.norm(x, self.post_attention_layernorm.weight, self.eps)
+        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=twice)[0]
 
 
 class LanguageModel(nn.Module):
@@ -234,9 +211,8 @@ class LanguageModel(nn.Module):
             return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
 
         for number, layer in enumerate(self.layers):
-            rows = query_rows if number == last else None
-            run = recomputed(layer) if number < recompute else layer
-            x = run(x, tables, attention or packed, rows)
+            args = x, tables, attention or packed, query_rows if number == last else None
+            x = recomputed(layer, *args, store=True) if number < recompute else layer(*args)
         return x
 
 
@@ -252,7 +228,7 @@ class VisionBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = mlp_holder(width, config.intermediate_size, True)
 
-    def forward(self, x: Tensor, tables, segments: Segments) -> Tensor:  # (P, width) -> (P, width)
+    def forward(self, x: Tensor, tables, segments: Segments, twice: bool = False) -> Tensor:  # (P, width), also out
         ops, P = self.ops, len(x)
         qkv, proj, gate, up, down = weights_of(self, *self.attn.values(), *self.mlp.values())
 
@@ -260,7 +236,9 @@ class VisionBlock(nn.Module):
         qk, v = ops.linear(h, qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
         q, k = ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
         x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
-        return second_half(ops, VISION_EPS, x, Weights(self.norm2.weight, None), gate, up, down)
+
+        h = ops.norm(x, self.norm2.weight, VISION_EPS)
+        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=twice)[0]
 
 
 class Merger(nn.Module):
@@ -279,6 +257,14 @@ class Merger(nn.Module):
         return self.ops.linear(F.gelu(self.ops.linear(x, first)[0]), last)[0]
 
 
+def normalise_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 patch rows -> (x / 255 - mean) / std. patches: (P, 3 * 2 * 14 * 14), channel-major. Same shape, dtype."""
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=patches.device)
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD)], device=patches.device)
+    scale, shift = (x.repeat_interleave(patches.shape[1] // 3) for x in (scale, shift))  # whole rows: no short loops
+    return torch.addcmul(shift, patches.float(), scale).to(dtype)
+
+
 class VisionTower(nn.Module):
     """Nearly all blocks attend within windows of 112 x 112 pixels of one grid step; a few (7, 15, 23, 31 in the
     released models) within the whole grid step. No block looks across grid steps: motion is seen only inside a patch,
@@ -288,9 +274,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed = nn.ModuleDict({
-            "proj": nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
-        })  # fmt: skip
+        proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size, bias=False)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList(VisionBlock(config, ops) for _ in range(config.depth))
         self.merger = Merger(config, ops)
 
@@ -298,24 +283,25 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
 
-    def forward(self, patches: Tensor, grid_thw, plan: VisionPlan, recompute: int = 0) -> Tensor:
+    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
-        the same order. grid_thw: [(t, h, w)]. recompute: so many blocks keep only their input for the backward pass;
-        above 0, a long video keeps only its patches."""
-        P = len(patches)
-        assert P == sum(t * h * w for t, h, w in grid_thw), f"{P} patches, but grids {grid_thw}"
-        if recompute and P > LONG:
-            return self.in_parts(patches, grid_thw)
-        return self.whole(patches, plan, recompute)
-
-    def whole(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, run=run_blocks) -> Tensor:
+        the same order. recompute: so many blocks keep only their input for the backward pass."""
         P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
+        assert P == plan.steps.num_tokens, f"{P} patches, but grids of {plan.steps.num_tokens}"
         is_pixels = patches.dtype == torch.uint8
         patches = normalise_patches(patches, weight.dtype) if is_pixels else patches.to(weight.dtype)
         x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
-        x = run(self, self.blocks, x, plan.tables, [plan.windows, plan.steps], recompute)
+        args = x, plan.tables, [plan.windows, plan.steps], recompute
+        x = self.through(*args) if graphs is None else graphs.run(self.blocks, self.through, *args)
         return self.merger(x).index_select(0, plan.back)
+
+    def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
+        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
+        for i, block in enumerate(self.blocks):
+            args = x, tables, segments[i in self.config.fullatt_block_indexes]
+            x = recomputed(block, *args) if i < recompute else block(*args)
+        return x
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
         """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
@@ -323,19 +309,8 @@ class VisionTower(nn.Module):
         steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
         again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
-
-        def run(tower, _, *args):  # no CUDA graphs: the next part would write over what this one keeps
-            return tower.through(*args)
-
         parts = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True)
-        return torch.cat([checkpoint(self.whole, part, self.plan([grid]), 0, run, **again) for part, grid in parts])
-
-    def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
-        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
-        for i, block in enumerate(self.blocks):
-            run = recomputed(block) if i < recompute else block
-            x = run(x, tables, segments[i in self.config.fullatt_block_indexes])
-        return x
+        return torch.cat([checkpoint(self, part, self.plan([grid]), **again) for part, grid in parts])
 
 
 # -- The model
@@ -346,7 +321,7 @@ class Qwen2_5_VL(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.ops = config, plain_ops()
+        self.config, self.ops = config, Ops(attention, linear, norm, swiglu, rotate, logprobs)
         self.visual = VisionTower(config.vision, self.ops)
         self.model = LanguageModel(config, self.ops)
         self.lm_head = None
@@ -375,52 +350,48 @@ class Qwen2_5_VL(nn.Module):
         """(V, C)"""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def plan(self, packed: Packed) -> VisionPlan | None:
-        """Of a batch's pictures: windows, positions, and where their tokens go."""
+    def embed(self, packed: Packed, plan: VisionPlan | None) -> Tensor:
+        """Token embeddings with the vision tokens put at their pads: (T, C). plan: of the pictures."""
+        x, visual, c = self.model.embed_tokens(packed.input_ids), self.visual, self.config
+        trained, recompute = any(p.requires_grad for p in visual.parameters()), self.num_recomputed()[0]
         if packed.patches is None:
-            return None
-        is_pad = (packed.input_ids == self.config.image_token_id) | (packed.input_ids == self.config.video_token_id)
-        plan = self.visual.plan(packed.grid_thw)
-        plan.pads = pad_positions(is_pad, len(plan.order))
-        return plan
-
-    def embed(self, packed: Packed, plan: VisionPlan | None = None) -> Tensor:
-        """Token embeddings with the vision tokens put at their pads: (T, C). plan: self.plan(packed) or None."""
-        x = self.model.embed_tokens(packed.input_ids)
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
-        if packed.patches is None:
-            return x + self.no_picture(x) if self.training and trained else x
-        plan = plan or self.plan(packed)
-        with torch.set_grad_enabled(trained):
-            vision = self.visual(packed.patches, packed.grid_thw, plan, self.num_recomputed()[0])  # (M, C)
-        return x.index_copy(0, plan.pads, vision.to(x.dtype))
+            return x + self.no_picture(x) if self.training and trained and torch.is_grad_enabled() else x
+        is_pad = (packed.input_ids == c.image_token_id) | (packed.input_ids == c.video_token_id)
+        count = len(plan.order)
+        if not is_pad.is_cuda:  # there it would wait for the device: the batch has to be right
+            assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
+        pads = torch.nonzero_static(is_pad, size=count)[:, 0]
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            if recompute and len(packed.patches) > LONG:
+                vision = visual.in_parts(packed.patches, packed.grid_thw)  # (M, C)
+            else:
+                vision = visual(packed.patches, plan, recompute, self.ops.graphs)
+        return x.index_copy(0, pads, vision.to(x.dtype))
 
     def no_picture(self, x: Tensor) -> Tensor:
         """Zero, by way of the tower: when it is trained on several ranks, a rank whose batch has no picture must
         still produce its gradients, in the same order, or the ranks' reductions no longer match."""
         m = self.config.vision.spatial_merge_size
-        empty, grids = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel()), [(1, m, m)]
-        return 0.0 * self.visual(empty, grids, self.visual.plan(grids), self.num_recomputed()[0]).sum()
+        empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
+        return 0.0 * self.visual(empty, self.visual.plan([(1, m, m)]), self.num_recomputed()[0], self.ops.graphs).sum()
 
     def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
 
         attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
         # what follows from lengths, grids and positions alone
-        dtype, device, segments, query_rows = self.head_weight.dtype, self.head_weight.device, [packed.segments], None
-        plan = self.plan(packed)
+        device, segments, query_rows = self.head_weight.device, [packed.segments], None
+        plan = self.visual.plan(packed.grid_thw) if packed.patches is not None else None
         if rows is not None and attention is None and self.ops.trim_last_layer:
             tails, query_rows, rows = packed.segments.tails(rows)
             segments.append(tails.to(device))
             query_rows = query_rows.to(device, non_blocking=True)
-        tables = mrope_tables(packed.position_ids, self.config, dtype)
-
-        x = self.embed(packed, plan)
-        recompute = self.num_recomputed()[1]
-        if attention is None and query_rows is None:
-            x = run_blocks(self.model, self.model.layers, x, tables, segments, recompute)
+        tables = mrope_tables(packed.position_ids, self.config, self.head_weight.dtype)
+        args = self.embed(packed, plan), tables, segments, self.num_recomputed()[1]
+        if self.ops.graphs is None or attention is not None or query_rows is not None:
+            x = self.model.through(*args, attention, query_rows)
         else:
-            x = self.model.through(x, tables, segments, recompute, attention, query_rows)
+            x = self.ops.graphs.run(self.model.layers, self.model.through, *args)
         x = self.ops.norm(x, self.model.norm.weight, self.config.rms_norm_eps)
         return x if rows is None else x.index_select(0, rows.to(device, non_blocking=True))
 

@@ -17,40 +17,34 @@ from torch import Tensor
 
 
 def mrope_position_ids(ids, grid_thw, second_per_grid, config) -> np.ndarray:
-    """Position ids of one sequence.
+    """Position ids of one sequence, (3, L) int64.
 
-    ids: L token ids with every image/video pad already expanded to its merged tokens.
-    grid_thw: (t, h, w) in patches, one per image or video, in order. second_per_grid: seconds a grid step lasts, one
-    per image or video (ignored for images, t = 1). config: ModelConfig. Returns (3, L) int64.
+    ids: L token ids with every image/video pad already expanded to its merged tokens. grid_thw: (t, h, w) in patches,
+    one per image or video, in order. second_per_grid: seconds a grid step lasts, for each of them (an image has one
+    step, at 0). config: ModelConfig.
     """
-    merge = config.vision.spatial_merge_size
-    pads = (config.image_token_id, config.video_token_id)
-    parts, start, item, done = [], 0, 0, 0
+    merge, pads = config.vision.spatial_merge_size, (config.image_token_id, config.video_token_id)
+    rate = np.float32(config.vision.tokens_per_second)
+    parts, start, items = [np.zeros((3, 0), np.int64)], 0, iter(zip(grid_thw, second_per_grid, strict=True))
     for is_pad, run in groupby(ids, key=pads.__contains__):
-        length = len(list(run))
+        left = len(list(run))
         if not is_pad:
-            parts.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
-            start, done = start + length, done + length
+            parts.append(np.broadcast_to(np.arange(start, start + left), (3, left)))
+            start += left
             continue
-        end = done + length
-        while done < end:  # two items may stand next to each other
-            assert item < len(grid_thw), f"{end - done} pads left over after {item} images or videos"
-            t, h, w = grid_thw[item]
+        while left > 0:  # two items may stand next to each other
+            (t, h, w), seconds = next(items)
             h, w = h // merge, w // merge
-            seconds = second_per_grid[item] if ids[done] == config.video_token_id else 0.0
             # in float32, as torch's int64 range times a number is: at a boundary float64 falls on the other side
-            rate = np.float32(config.vision.tokens_per_second)
             times = (np.arange(t, dtype=np.float32) * np.float32(seconds) * rate).astype(np.int64)
             grid = np.stack([
                 np.repeat(times, h * w), np.tile(np.repeat(np.arange(h), w), t), np.tile(np.arange(w), t * h)
             ])  # fmt: skip  # (3, t*h*w)
             parts.append(grid + start)
-            start, done, item = start + int(grid.max()) + 1, done + t * h * w, item + 1
-        assert done == end, (
-            f"grid {grid_thw[item - 1]} does not fill its run of pads: ends at {done}, run ends at {end}"
-        )
-    assert item == len(grid_thw), f"{len(grid_thw)} grids, but pads for {item}"
-    return np.concatenate(parts, axis=1).astype(np.int64) if parts else np.zeros((3, 0), np.int64)
+            start, left = start + int(grid.max()) + 1, left - t * h * w
+        assert left == 0, f"a grid of {t} x {h} x {w} tokens ends {-left} behind its pads"
+    assert next(items, None) is None, f"more grids than pads: {grid_thw}"
+    return np.concatenate(parts, axis=1).astype(np.int64)
 
 
 def mrope_tables(position_ids: Tensor, config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,11 @@
 """Low-bit weights: the formats against bitsandbytes and exact arithmetic, products and gradients against those of the
-dequantised weights, Triton's kernels (by its interpreter where there is no GPU) against the plain forms."""
+dequantised weights, on a GPU its kernels against the plain forms."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-
 from conftest import Sequence, config_dict, pack_sequences
 from runs import base, column, release_run, sft  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
@@ -26,7 +21,7 @@ from memory import Counts
 from model import UserError, loading, qwen
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
-from model.fast import decoder, linears, portable, quantized
+from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
 from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantise_base, quantized_weights, rounded_rows
 
@@ -35,7 +30,7 @@ from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantise_base, qua
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [kind for kind in BASE_DTYPES if kind != "bf16"]
 SHAPES = [(1, 1), (5, 7), (13, 64), (16, 129), (40, 200), (24, 256)]
-needs_triton = pytest.mark.skipif(quantized.triton is None, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
 
 
 def gaussian(*shape, dtype=torch.float32, seed=0):
@@ -45,44 +40,32 @@ def gaussian(*shape, dtype=torch.float32, seed=0):
 # -- Formats
 
 
+@pytest.mark.parametrize("kind", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_is_the_nearest_of_255_steps_a_row(shape):
-    w = gaussian(*shape)
-    q = quantise(w, "int8", torch.float32)
-    steps = w.double() / (w.double().abs().amax(1, keepdim=True) / 127)
-    assert q.codes.dtype == torch.int8 and q.codes.abs().amax(1).tolist() == [127] * shape[0]
-    assert (q.codes.double() - steps).abs().max() <= 0.5 + 1e-4
-    assert torch.equal(q.dequantise(torch.float32), q.codes.float() * q.scales)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [1e-3, 1.0, 448.0, 3e5])
-def test_fp8_has_one_power_of_two_and_is_exact_in_bf16(shape, size):
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e5])
+def test_codes_are_the_nearest(kind, shape, size):
+    """Of all numbers that the format has beside its scale, by brute force; and the dequantised numbers are these."""
     w = gaussian(*shape) * size
-    q = quantise(w, "fp8", torch.bfloat16)
-    scale = float(q.scales)
-    assert torch.frexp(q.scales)[0].item() == 0.5 and 224 < float(w.abs().max()) / scale <= 448
-    exact = q.codes.view(E4M3).double() * scale
-    assert torch.equal(q.dequantise(torch.bfloat16).double(), exact)
-    grid = torch.arange(0, 127, dtype=torch.uint8).view(E4M3).double() * scale  # all that are not negative
-    nearest = (w.double().abs().flatten()[:, None] - grid).abs().amin(1).view(shape)
-    assert ((w.double() - exact).abs() - nearest).abs().max() <= 1e-6 * scale
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_takes_the_nearest_code_of_each_block(shape, dtype):
-    w = gaussian(*shape, dtype=dtype)
-    q = quantise(w, "nf4", torch.float32)
-    codes, again = q.nf4_codes()[:, : shape[1]], q.dequantise(torch.float32)
-    for first in range(0, shape[1], 64):
-        block = w[:, first : first + 64].float()
-        scale = block.abs().amax(1).to(torch.bfloat16).float()[:, None]
-        unit = (block / scale).clamp(-1, 1)
-        error = (unit[..., None] - NF4).abs()
-        assert (error.gather(2, codes[:, first : first + 64, None].long())[..., 0] - error.amin(2)).max() < 1e-6
-        assert torch.equal(again[:, first : first + 64], NF4[codes[:, first : first + 64].long()] * scale)
-    assert q.codes.shape == (shape[0], -(-shape[1] // 128) * 64) and q.scales.dtype == torch.bfloat16
+    q = quantise(w, kind, torch.float32)
+    if kind == "nf4":
+        grid, scale = NF4, q.scales.float().repeat_interleave(64, 1)[:, : shape[1]]
+        codes = q.nf4_codes()[:, : shape[1]].long()
+        assert q.codes.shape == (shape[0], -(-shape[1] // 128) * 64) and q.scales.dtype == torch.bfloat16
+        largest = w.abs()[:, :64].amax(1).to(torch.bfloat16)
+        assert q.scales[:, 0].equal(largest)
+        again = NF4[codes] * scale
+    elif kind == "int8":
+        grid, scale, again = torch.arange(-127.0, 128.0), q.scales, q.codes.float() * q.scales
+        assert q.codes.abs().amax(1).tolist() == [127] * shape[0]
+    else:
+        grid, scale = torch.arange(256).to(torch.uint8).view(E4M3).float(), q.scales
+        grid, again = grid[grid.isfinite()], q.codes.view(E4M3).float() * q.scales
+        assert torch.frexp(q.scales)[0].item() == 0.5 and 224 < float(w.abs().max() / q.scales) <= 448
+        assert q.dequantise(torch.bfloat16).float().equal(again)
+    assert q.dequantise(torch.float32).equal(again)
+    unit = (w / scale).clamp(grid.min(), grid.max())
+    best = (unit.flatten()[:, None] - grid).abs().amin(1).view(shape)
+    assert ((unit - again / scale).abs() - best).max() <= 1e-5 * grid.max()
 
 
 def test_nf4_between_two_codes_is_the_lower_and_zeros_stay():
@@ -129,7 +112,7 @@ def test_rows_of_an_input_are_rounded_apart():
 @pytest.mark.parametrize("kind", LOW)
 @pytest.mark.parametrize("bias", [False, True], ids=["frozen", "trained bias"])
 def test_products_and_gradients_are_those_of_the_dequantised_weights(kind, bias):
-    """Two layers on one input with adapters. fp8 on the input rounded by rows; its gradient is rounded as well."""
+    """Two layers on one input with adapters. fp8 on the input rounded by rows."""
     layers, plain = [], []
     for seed, n in enumerate((24, 40)):
         q = quantise(gaussian(n, 72, seed=seed), kind, torch.float32)
@@ -147,9 +130,8 @@ def test_products_and_gradients_are_those_of_the_dequantised_weights(kind, bias)
         grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights)), [inp, *params])
         results.append([*outs, *grads])
     for fast, slow, exact in zip(*results, strict=True):
-        assert (fast - slow).norm() <= (0.04 if kind == "fp8" else 1e-5) * slow.norm()
+        assert (fast - slow).norm() <= 1e-5 * slow.norm()
         assert (slow - exact).norm() <= (0.04 if kind == "fp8" else 1e-6) * exact.norm()
-    assert results[0][0].allclose(results[1][0], atol=1e-4), "only the gradient of fp8 differs"
 
 
 def test_what_a_pass_keeps_for_the_backward_is_no_weight():
@@ -161,115 +143,43 @@ def test_what_a_pass_keeps_for_the_backward_is_no_weight():
     assert max(sizes) == 8 * 512
 
 
-@pytest.mark.parametrize("T, K, N", [(5, 2048, 11008), (513, 11008, 2048), (1, 16, 32)])
-def test_layouts_of_fp8_products_are_what_cuda_takes(T, K, N):
+def test_layouts_of_fp8_products_are_what_cuda_takes():
     """A GPU's own checks without a GPU: operands of another layout, or of other sizes, are refused."""
     with FakeTensorMode():
-        codes, scales = torch.empty(T, K, device="cuda").to(E4M3), torch.empty(T, 1, device="cuda")
-        weight, scale = torch.empty(N, K, device="cuda").to(E4M3), torch.empty(1, 1, device="cuda")
-        assert quantized.scaled_product(codes, scales, weight, scale).shape == (T, N)
-        columns = torch.empty(K, N, device="cuda").to(E4M3)  # the bytes of weight.t(), row by row
-        back = torch.empty(T, N, device="cuda").to(E4M3)
-        assert quantized.scaled_product(back, scales, columns, scale).shape == (T, K)
+        codes, scales = torch.empty(513, 2048, device="cuda").to(E4M3), torch.empty(513, 1, device="cuda")
+        weight, scale = torch.empty(11008, 2048, device="cuda").to(E4M3), torch.empty(1, 1, device="cuda")
+        assert quantized.scaled_product(codes, scales, weight, scale).shape == (513, 11008)
         with pytest.raises(RuntimeError):
-            narrow = torch.empty(N, K + 4, device="cuda").to(E4M3), torch.empty(T, K + 4, device="cuda").to(E4M3)
-            quantized.scaled_product(narrow[1], scales, narrow[0], scale)
+            quantized.scaled_product(codes[:, :2044], scales, weight[:, :2044], scale)
 
 
 # -- Kernels
 
 
-@needs_triton
+@needs_gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_the_plain_forms(shape, dtype):
-    if DEVICE == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter cuts to bf16 where a GPU rounds")
     w = gaussian(*shape).to(DEVICE)
     for kind in ("int8", "nf4"):
         q = quantise(w, kind, dtype)
-        assert torch.equal(quantized.dequantise_by_kernel(q, dtype), q.dequantise(dtype)), kind
-    codes, scales = quantized.round_rows_by_kernel(w.to(dtype))
+        assert torch.equal(quantized.dequantise(q, dtype), q.dequantise(dtype)), kind
+    codes, scales = quantized.round_rows(w.to(dtype))
     expected, expected_scales = rounded_rows(w.to(dtype))
     assert torch.equal(scales, expected_scales)
-    if DEVICE == "cuda":  # the interpreter cuts to e4m3, too
-        apart = (codes.float() - expected.float()).abs()  # a product with the reciprocal may fall on the other side
-        assert (apart <= 0.13 * expected.float().abs()).all() and (apart > 0).float().mean() < 0.01
+    apart = (codes.float() - expected.float()).abs()  # a product with the reciprocal may fall on the other side
+    assert (apart <= 0.13 * expected.float().abs()).all() and (apart > 0).float().mean() < 0.01
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="torch._scaled_mm of 2.11 has no row scales on a CPU")
+@needs_gpu
 @pytest.mark.parametrize("T, N, K", [(600, 512, 256), (1025, 128, 1392)])
 def test_fp8_products_on_a_gpu_multiply_the_codes(T, N, K):
-    """Against the dequantised numbers in float64, and the transposed bytes."""
+    """Against the dequantised numbers in float64."""
     q = quantise(gaussian(N, K).to(DEVICE), "fp8", torch.bfloat16)
-    x, g, bias = (gaussian(*shape, seed=3).to(DEVICE, torch.bfloat16) for shape in ((T, K), (T, N), (N,)))
-    assert quantized.multiplies_codes(x, q) and quantized.transposed(q.codes).equal(q.codes.t())
-    whole = q.dequantise(torch.float32).double()
-    exact = [(codes.float() * scales).double() for codes, scales in map(rounded_rows, (x, g))]
-    for out, expected in (
-        (quantized.product(x, q, bias), exact[0] @ whole.T + bias.double()),
-        (quantized.product_back(g, q, x.clone()), exact[1] @ whole + x.double()),
-    ):
-        assert (out.double() - expected).norm() <= 5e-3 * expected.norm()
-
-
-@needs_triton
-@pytest.mark.parametrize("kind", BASE_DTYPES)
-@pytest.mark.parametrize("name, K, split", [("qkv", 256, 1), ("o", 200, 2), ("gate_up", 256, 1), ("down", 384, 3)])
-def test_a_decoding_product_equals_the_plain_form(kind, name, K, split):
-    """Five rows padded to 16, adapters of rank 16; float32 in the interpreter, bf16 on a GPU."""
-    on_gpu, R, eps = DEVICE == "cuda", 5, 1e-6
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    sizes = {"qkv": [64, 32, 32], "o": [96], "gate_up": [80, 80], "down": [70]}[name]
-    make = lambda *shape, seed=0: gaussian(*shape, seed=seed).to(DEVICE, dtype)
-    stack = []
-    for seed, n in enumerate(sizes):
-        weight = make(n, K, seed=seed) / 16
-        weight = weight if kind == "bf16" else quantise(weight, kind, dtype)
-        bias = make(n, seed=seed + 4) if name == "qkv" else None
-        stack.append(Weights(weight, bias, make(16, K, seed=seed + 5) / 16, make(n, 16, seed=seed + 8), 0.5))
-    x, residual, norm = make(R, K, seed=20), make(R, sum(sizes), seed=21), make(sum(sizes), seed=22)
-    adapters = decoder.Adapters([{stack_name: stack for stack_name in decoder.STACKS}], x)
-    A, B = adapters.A[name][0], adapters.B[name][0]
-    stored = [w.weight if kind == "bf16" else w.weight.codes for w in stack]
-    scales = [None if kind == "bf16" else w.weight.scales for w in stack]
-    cells = [*stored, *[None] * (3 - len(stack)), *scales, *[None] * (3 - len(stack)), A, B, norm]
-    table = torch.tensor([0 if t is None else t.data_ptr() for t in cells], device=DEVICE)
-    real = {"device": DEVICE, "dtype": torch.float32}
-    squares = torch.zeros(2, 16, **real)  # of two pieces of x
-    squares[:, :R] = x.float().square().view(R, 2, -1).sum(2).T
-    has_norm, swiglu, has_residual = name in ("qkv", "gate_up"), name == "gate_up", name in ("o", "down")
-    N, tile = sizes[0] if swiglu else sum(sizes), 32
-    out, scaled = torch.empty(R, N, device=DEVICE, dtype=dtype), torch.empty(R, N, device=DEVICE, dtype=dtype)
-    numbers = lambda *shape: torch.zeros(*shape, device=DEVICE, dtype=torch.int32)
-    ssq_out, ready, ranks = torch.zeros(-(-N // tile), 16, **real), numbers(4), 16 * len(stack)
-    taken, x_scale = x, torch.empty(R, **real)
-    if kind == "fp8":
-        codes, factor = rounded_rows(x)
-        taken, x_scale = codes.to(dtype), factor.flatten()
-    parts = sizes[:2] if name == "qkv" else [N, 0]
-    linears.linear_kernel[(-(-N // tile) * split + ranks // 16 * 2,)](
-        taken, x_scale, x, table, 0, 2, torch.cat([w.bias for w in stack]) if name == "qkv" else x, squares, out,
-        residual, ssq_out, scaled, quantized.pairs(x.device), torch.empty(split * 16 * 32 * 8, **real), numbers(64),
-        torch.empty(16, ranks, device=DEVICE, dtype=dtype), torch.empty(2 * 16 * ranks, **real), numbers(8), ready, R,
-        eps, N=N, N_0=parts[0], N_1=parts[1], K=K, KIND=linears.KINDS[kind], STRIDE=stored[0].shape[1],
-        SLOTS=2 * has_norm, BLOCK_SLOTS=2, R_PAD=16, BIAS=name == "qkv", SWIGLU=swiglu, RESIDUAL=has_residual,
-        SPLIT=split, RANK=16, RANKS=ranks, H_SPLIT=2, BLOCK_M=16, BLOCK_N=tile, BLOCK_K=128, AHEAD=0,
-        ASM=on_gpu, PDL=False,
-    )  # fmt: skip
-    assert ready.tolist() == [0, 0, ranks // 16, 0]
-    exact = [w._replace(**{f: None if t is None else t.float() for f, t in zip("AB", (w.A, w.B))}) for w in stack]
-    exact = [w._replace(weight=w.weight.float() if kind == "bf16" else w.weight) for w in exact]
-    factor = (x.float().square().mean(1, keepdim=True) + eps).rsqrt() if has_norm else 1
-    outs = qwen.linear(x.float(), *(w._replace(bias=None) for w in exact))
-    outs = [y * factor + (0 if w.bias is None else w.bias.float()) for y, w in zip(outs, exact)]
-    expected = qwen.swiglu(*outs) if swiglu else torch.cat(outs, 1)
-    expected = expected + residual.float() if has_residual else expected
-    bound = 0.01 if on_gpu else 1e-4
-    assert (out.float() - expected).norm() <= bound * expected.norm()
-    if has_residual:
-        assert (scaled.float() - expected * norm.float()).norm() <= bound * (expected * norm.float()).norm()
-        assert torch.allclose(ssq_out.sum(0)[:R], out.float().square().sum(1), rtol=1e-3)
+    x, bias = (gaussian(*shape, seed=3).to(DEVICE, torch.bfloat16) for shape in ((T, K), (N,)))
+    codes, scales = rounded_rows(x)
+    exact = (codes.float() * scales).double() @ q.dequantise(torch.float32).double().T + bias.double()
+    assert (quantized.product(x, q, bias).double() - exact).norm() <= 5e-3 * exact.norm()
 
 
 # -- Models
@@ -299,7 +209,7 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
 
 
-@pytest.mark.parametrize("size, kind, gib", [("3B", "int8", 4.41), ("7B", "nf4", 6.52), ("72B", "nf4", 40.70)])
+@pytest.mark.parametrize("size, kind, gib", [("3B", "int8", 4.41), ("7B", "nf4", 6.52)])
 def test_memory_of_a_base_at_its_released_size(size, kind, gib):
     """By arithmetic, made with other code; tower and embeddings in bf16."""
     with torch.device("meta"):

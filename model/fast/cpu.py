@@ -1,24 +1,59 @@
-"""Decoding of a small model on a CPU, where calls cost more than arithmetic.
-
-For one rollout the decoder layers are copied with their adapters merged, what shares an input fused into one product
-(q, k and v; gate and up), and the norms' weights folded into the products behind them.
-"""
+"""What pays on a CPU, where calls and passes over memory cost more than arithmetic: norm and SwiGLU in few passes, and
+decoding of a small model with fused weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import Weights, weights_of
-from model.decode import Decoder, PlainDecoder
-from model.fast.portable import CPU_FLOAT32, inverse_rms
+from model.decode import PlainDecoder
+from model.fast import portable
 from model.quantized import Quantized
 from model.rope import mrope_tables
 
-MOST_COPIES = 1 << 20  # numbers of a layer's keys; so few are copied to every row, for calls cost more than reading
 MOST_WEIGHTS = 50_000_000  # 200 MB in float32: a larger model spends its time in its weights, and would not copy them
 
 
-def make_decoder(model, prompts, sampling, G: int, generator) -> Decoder:
+class RMSNorm(torch.autograd.Function):
+    """F.rms_norm in float32, which torch differentiates on a CPU as eight steps."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, r = ctx.saved_tensors
+        unit = x * r
+        d_weight = (g * unit).sum(0) if ctx.needs_input_grad[1] else None
+        g = g * weight
+        along = torch.linalg.vecdot(g, unit).div_(-x.shape[-1])[:, None]
+        return g.addcmul_(unit, along).mul_(r), d_weight, None
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row, (T, 1)"""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up; only gate and up are kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(g)
+        return torch.ops.aten.silu_backward(g * up, gate), d_up
+
+
+def make_decoder(model, prompts, sampling, G: int, generator) -> PlainDecoder:
     """CpuDecoder for a small model, else the plain one; and for fp8, where each product rounds its own input."""
     weights = sum(w.weight.numel() for layer in model.model.layers for w in linears_of(layer))
     decoder = CpuDecoder if weights <= MOST_WEIGHTS and model.base_dtype != "fp8" else PlainDecoder
@@ -31,7 +66,7 @@ def linears_of(layer) -> list[Weights]:
 
 
 def fused(norm: Tensor | None, *layers: Weights) -> Tensor:
-    """The weight of layers on the same input, which is the norm's output without its weight (None: no norm)."""
+    """The weight of layers on the same input, adapters merged; behind a norm that leaves out its own weight."""
     merged = []
     for w in layers:
         weight = w.weight.dequantise(w.weight.dtype) if isinstance(w.weight, Quantized) else w.weight
@@ -39,59 +74,32 @@ def fused(norm: Tensor | None, *layers: Weights) -> Tensor:
     return torch.cat(merged) if norm is None else torch.cat(merged) * norm
 
 
-class RowCache:
-    """Of few rows whose prompts are of one length: the prompt's keys and values stand before each row's own, so that a
-    step's attention is two products and a softmax. GroupCache.step is the general case."""
-
-    def __init__(self, cache, steps: int):
-        self.group, self.P = cache, cache.lengths[0]
-        rows = lambda prompt: prompt.repeat_interleave(cache.G, 0).flatten(0, 1)  # (N, K, P, D) -> (R*K, P, D)
-        longer = lambda prompt: F.pad(rows(prompt), (0, 0, 0, steps))
-        self.layers = [(longer(k), longer(v)) for k, v in zip(cache.prompt_k, cache.prompt_v)]
-
-    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (R, H, D); k, v: (R, K, D) -> (R, H, D)"""
-        (R, H, D), K, now = q.shape, k.shape[1], self.P + self.group.used
-        keys, values = self.layers[layer]
-        keys[:, now] = k.reshape(R * K, D)
-        values[:, now] = v.reshape(R * K, D)
-        q = q.reshape(R * K, H // K, D)
-        scores = torch.bmm(q.mul(D**-0.5), keys[:, : now + 1].transpose(1, 2))  # (R*K, H/K, now)
-        return torch.bmm(scores.softmax(-1), values[:, : now + 1]).view(R, H, D)
-
-
 class CpuDecoder(PlainDecoder):
-    """PlainDecoder with fused weights, which are copied for this one rollout."""
+    """PlainDecoder with weights copied for this one rollout: adapters merged, what shares an input fused into one
+    product (q, k and v; gate and up), the norms' weights folded into the products behind them."""
 
     def __init__(self, model, prompts, sampling, G: int, generator):
         super().__init__(model, prompts, sampling, G, generator)
-        self.config, self.eps = model.config, model.config.rms_norm_eps
-        self.embedding, self.rotate = model.model.embed_tokens.weight, model.ops.rotate
-        self.layers = [self.fuse_layer(layer) for layer in model.model.layers]
+        self.layers = []
+        for layer in model.model.layers:
+            q, k, v, o, gate, up, down = linears_of(layer)
+            qkv, bias = fused(layer.input_layernorm.weight, q, k, v), torch.cat([q.bias, k.bias, v.bias])
+            gate_up = fused(layer.post_attention_layernorm.weight, gate, up)
+            self.layers.append((qkv, bias, fused(None, o), gate_up, fused(None, down)))
         self.head = model.head_weight * model.model.norm.weight
-        steps, cache = sampling.max_new_tokens, self.cache
-        cells = len(self.position) * (max(cache.lengths) + steps) * cache.K * cache.D
-        is_small = len(set(cache.lengths)) == 1 and cells <= MOST_COPIES
-        self.attend = RowCache(cache, steps).step if is_small else cache.step
-        every = torch.arange(int(self.position.max()) + steps)
-        self.cos, self.sin = mrope_tables(every.expand(3, -1), model.config, self.head.dtype)
-
-    def fuse_layer(self, layer) -> tuple:
-        """(qkv, its bias, o, gate_up, down)"""
-        q, k, v, o, gate, up, down = linears_of(layer)
-        qkv = fused(layer.input_layernorm.weight, q, k, v)
-        gate_up = fused(layer.post_attention_layernorm.weight, gate, up)
-        return qkv, torch.cat([q.bias, k.bias, v.bias]), fused(None, o), gate_up, fused(None, down)
+        every = torch.arange(int(self.position.max()) + sampling.max_new_tokens)
+        self.tables = mrope_tables(every.expand(3, -1), model.config, self.head.dtype)
 
     def step(self, ids: Tensor, t: int) -> Tensor:
         """ids (R,) -> logits (R, V)"""
-        H, K, D, R = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim, len(ids)
-        x = F.embedding(ids, self.embedding)  # (R, C)
-        tables = [table.index_select(0, self.position + t) for table in (self.cos, self.sin)]
+        c, R = self.model.config, len(ids)
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        x = F.embedding(ids, self.model.model.embed_tokens.weight)  # (R, C)
+        tables = [table.index_select(0, self.position + t) for table in self.tables]
         for number, (qkv, bias, o, gate_up, down) in enumerate(self.layers):
             heads = F.linear(self.unit(x), qkv, bias).view(R, H + 2 * K, D)
-            qk = self.rotate(heads[:, : H + K], tables)
-            out = self.attend(number, qk[:, :H], qk[:, H:], heads[:, H + K :])
+            qk = self.model.ops.rotate(heads[:, : H + K], tables)
+            out = self.cache.step(number, qk[:, :H], qk[:, H:], heads[:, H + K :])
             x.addmm_(out.view(R, H * D), o.T)
             gate, up = F.linear(self.unit(x), gate_up).chunk(2, dim=1)
             x.addmm_(F.silu(gate).mul_(up), down.T)
@@ -99,7 +107,7 @@ class CpuDecoder(PlainDecoder):
 
     def unit(self, x: Tensor) -> Tensor:
         """x / rms(x): the norm's weight is in the product behind it."""
-        return x * inverse_rms(x, self.eps)
+        return x * inverse_rms(x, self.model.config.rms_norm_eps)
 
 
-FORMS = dict(CPU_FLOAT32, decoder=make_decoder)
+FORMS = dict(portable.FORMS, norm=RMSNorm.apply, swiglu=SwiGLU.apply, trim_last_layer=True, decoder=make_decoder)

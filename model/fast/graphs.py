@@ -1,9 +1,9 @@
 """A stack of blocks as CUDA graphs: one launch forward and one back, where plain PyTorch makes thousands.
 
 A batch of a thousand tokens keeps an H100 busy for 60 ms of the 250 that the host needs to launch it. So a batch whose
-sizes were seen before runs through graphs made of the very same blocks: `GraphCache.run` pads it to round sizes, copies
-it into the buffers that the graphs read, and replays. A first sight of a size, a big batch, and one whose graphs would
-hold too much memory run without.
+sizes were seen before runs through graphs made of the very same blocks: it is padded to round sizes, copied into the
+buffers that the graphs read, and replayed. A first sight of a size, a big batch, and one whose graphs would hold too
+much memory run without.
 
 Intermediates of all sizes of a stack share one pool: of a stack only one forward and its backward are ever under way.
 """
@@ -11,10 +11,11 @@ Intermediates of all sizes of a stack share one pool: of a stack only one forwar
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import LoRALinear
@@ -40,42 +41,21 @@ def split_into(n: int, most: int) -> list[int]:
     return [min(most, n - i) for i in range(0, n, most)]
 
 
-class Plan:
-    """Segments of T rows, padded: lengths that fill `rows` rows, and sizes rounded up, which a graph is made for.
+def padded(segments: Segments, rows: int) -> Segments:
+    """Segments of T tokens as such of `rows`, their number and sizes rounded up: what a graph is made for.
 
     Padding attends to itself. Keys without a query have segments without queries: their gradient is zero.
     """
-
-    def __init__(self, segments: Segments, rows: int):
-        self.given, T = segments, segments.num_tokens
-        self.max_q = pow2(segments.max_q, 64)
-        self.max_k = pow2(max(segments.max_k, self.max_q), 64)
-        padding = split_into(rows - T, self.max_q)
-        self.q, self.k = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding]
-        self.keys = None
-        if segments.kv_index is not None:
-            self.keys = round_up(sum(self.k), 8 * GRANULE)
-            unused = split_into(self.keys - sum(self.k), self.max_k)
-            self.q, self.k = self.q + [0] * len(unused), self.k + unused
-        self.count = pow2(len(self.q), 8)
-
-    @property
-    def key(self):
-        return self.given.is_causal, self.max_q, self.max_k, self.count, self.keys
-
-    def static(self, device) -> Segments:
-        """Segments of these sizes whose tensors stay where they are."""
-        cu_q, cu_k = (torch.zeros(self.count + 1, dtype=torch.int32, device=device) for _ in range(2))
-        index = None if self.keys is None else torch.zeros(self.keys, dtype=torch.int64, device=device)
-        sizes = {"max_q": self.max_q, "max_k": self.max_k, "num_tokens": sum(self.q)}
-        return Segments(self.q, self.k, self.given.is_causal, cu_q, cu_k, index, **sizes)
-
-    def fill(self, static: Segments) -> None:
-        for cu, lengths in ((static.cu_q, self.q), (static.cu_k, self.k)):
-            ends = [0, *accumulate(lengths)]
-            cu.copy_(torch.tensor(ends + ends[-1:] * (len(cu) - len(ends)), dtype=torch.int32), non_blocking=True)
-        if self.keys is not None:  # behind it old numbers stay, of rows that exist
-            static.kv_index[: len(self.given.kv_index)].copy_(self.given.kv_index)
+    max_q = pow2(segments.max_q, 64)
+    max_k = pow2(max(segments.max_k, max_q), 64)
+    padding = split_into(rows - segments.num_tokens, max_q)
+    q, k, index = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding], segments.kv_index
+    if index is not None:
+        keys = round_up(sum(k), 8 * GRANULE)
+        unused = split_into(keys - sum(k), max_k)
+        q, k, index = q + [0] * len(unused), k + unused, F.pad(index, (0, keys - len(index)))
+    empty = [0] * (pow2(len(q), 8) - len(q))
+    return replace(Segments.build(q + empty, k + empty, segments.is_causal, index), max_q=max_q, max_k=max_k)
 
 
 @contextmanager
@@ -99,13 +79,13 @@ def fresh_leaves(blocks):
 class Capture:
     """One stack at one size: its buffers and graphs."""
 
-    def __init__(self, through, x: Tensor, tables, plans: list[Plan], params, grads, rows: int, pool, stream):
+    def __init__(self, through, x: Tensor, tables, segments: list, params, grads, rows: int, pool, stream):
         """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference."""
         self.forwards = 0
         self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
         self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
-        self.segments = [plan.static(x.device) for plan in plans]
-        self.fill(x, tables, plans)
+        self.segments = [one.to(x.device) for one in segments]
+        self.fill(x, tables, segments)
         self.wanted = [self.x] * (x.requires_grad and torch.is_grad_enabled()) + params
         forward = lambda: through(self.x, self.tables, self.segments)
         stream.wait_stream(torch.cuda.current_stream())
@@ -128,17 +108,20 @@ class Capture:
             self.grads = [*made[: len(made) - len(grads)], *grads]
         self.out = out.detach()
 
-    def fill(self, x, tables, plans) -> None:
-        with torch.no_grad():
-            for mine, new in zip((self.x, *self.tables), (x, *tables)):
-                mine[: len(new)].copy_(new)
-            self.x[len(x) :].zero_()
-        for plan, mine in zip(plans, self.segments):
-            plan.fill(mine)
+    @torch.no_grad()
+    def fill(self, x, tables, segments) -> None:
+        for mine, new in zip((self.x, *self.tables), (x, *tables)):
+            mine[: len(new)].copy_(new)
+        self.x[len(x) :].zero_()
+        for mine, new in zip(self.segments, segments):
+            mine.cu_q.copy_(new.cu_q, non_blocking=True)
+            mine.cu_k.copy_(new.cu_k, non_blocking=True)
+            if new.kv_index is not None:
+                mine.kv_index.copy_(new.kv_index)
 
-    def forward(self, x, tables, plans) -> Tensor:
+    def forward(self, x, tables, segments) -> Tensor:
         self.forwards += 1
-        self.fill(x, tables, plans)
+        self.fill(x, tables, segments)
         self.graph.replay()
         return self.out[: len(x)].clone()
 
@@ -156,8 +139,8 @@ class Capture:
 
 class Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, capture, tables, plans, x, *params):
-        out = capture.forward(x, tables, plans)
+    def forward(ctx, capture, tables, segments, x, *params):
+        out = capture.forward(x, tables, segments)
         ctx.capture, ctx.number = capture, capture.forwards
         return out
 
@@ -169,69 +152,68 @@ class Replay(torch.autograd.Function):
         return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *grads
 
 
+class Stack:
+    """The CUDA graphs of one stack of blocks. Adapters are put in before it is made."""
+
+    def __init__(self, blocks, stream, log):
+        self.blocks, self.stream, self.log, self.pool = blocks, stream, log, torch.cuda.MemPool()
+        self.layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
+        self.parameters = list(blocks.parameters())
+        self.kept, self.seen, self.grads = OrderedDict(), {}, []  # seen: bytes that a size keeps for its backward pass
+
+    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int) -> Tensor:
+        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
+        rows, grad, plainly = round_up(len(x), GRANULE), torch.is_grad_enabled(), partial(through, recompute=recompute)
+        dropout = any(layer.dropout and layer.training for layer in self.layers)
+        if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
+            return plainly(x, tables, segments)
+        params = [p for p in self.parameters if p.requires_grad] if grad else []
+        wide = [padded(one, rows) for one in segments]
+        sizes = [
+            (s.is_causal, s.max_q, s.max_k, len(s.cu_q), None if s.kv_index is None else len(s.kv_index)) for s in wide
+        ]
+        key = (
+            rows, *sizes, grad, x.requires_grad, recompute, dropout,
+            *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
+        )  # fmt: skip
+        if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
+            before = torch.cuda.memory_allocated(x.device)
+            out = plainly(x, tables, segments)
+            self.seen[key] = torch.cuda.memory_allocated(x.device) - before
+            return out
+        if key not in self.kept:
+            began = time.perf_counter()
+            self.grads = self.grads or [torch.empty_like(p) for p in params]
+            with fresh_leaves(self.blocks) as leaves:
+                wanted, grads = [leaves[p] for p in params], self.grads if params else []
+                self.kept[key] = Capture(plainly, x, tables, wide, wanted, grads, rows, self.pool.id, self.stream)
+            kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
+            self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
+            if len(self.kept) > MAX_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        if self.kept[key].wanted:
+            return Replay.apply(self.kept[key], tables, wide, x, *params)
+        return self.kept[key].forward(x, tables, wide)
+
+
+def fits(needed: int, device) -> bool:
+    """Whether a size's graphs fit beside the highest peak so far: their memory is theirs alone. needed: bytes that they
+    keep for the backward pass; what they take on the way is a third of it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    total *= torch.cuda.get_per_process_memory_fraction(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
+
+
 class GraphCache:
     """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
 
     def __init__(self, log=lambda text: None):
-        self.log = log
-        self.contents, self.seen, self.kept, self.pools, self.grads = {}, {}, {}, {}, {}  # by stack
-        self.stream = torch.cuda.Stream()
+        self.log, self.stacks, self.stream = log, {}, torch.cuda.Stream()
 
-    def pool(self, blocks):
-        """The memory of a stack's intermediates."""
-        return self.pools.setdefault(blocks, torch.cuda.MemPool())
-
-    def run(self, blocks, through, x: Tensor, tables, segments: list[Segments], recompute: bool) -> Tensor:
-        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
-        rows, grad = round_up(len(x), GRANULE), torch.is_grad_enabled()
-        layers, parameters = self.contents_of(blocks)
-        dropout = any(layer.dropout and layer.training for layer in layers)
-        plainly = partial(through, recompute=recompute)
-        if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
-            return plainly(x, tables, segments)
-        params = [p for p in parameters if p.requires_grad] if grad else []
-        plans = [Plan(s, rows) for s in segments]
-        key = (
-            rows, *(plan.key for plan in plans), grad, x.requires_grad, recompute, dropout,
-            *(p.data_ptr() for p in parameters), *(layer.enabled for layer in layers),
-        )  # fmt: skip
-        kept = self.kept.setdefault(blocks, OrderedDict())
-        if key not in kept:
-            if not self.ripe(blocks, key, x.device):
-                return self.first_sight(blocks, key, plainly, x, tables, segments)
-            began = time.perf_counter()
-            grads = self.grads.setdefault(blocks, [torch.empty_like(p) for p in params]) if params else []
-            with fresh_leaves(blocks) as leaves:
-                wanted = [leaves[p] for p in params]
-                kept[key] = Capture(plainly, x, tables, plans, wanted, grads, rows, self.pool(blocks).id, self.stream)
-            kind, seconds = type(blocks[0]).__name__, time.perf_counter() - began
-            self.log(f"CUDA graphs of {len(blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
-            if len(kept) > MAX_KEPT:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        if kept[key].wanted:
-            return Replay.apply(kept[key], tables, plans, x, *params)
-        return kept[key].forward(x, tables, plans)
-
-    def contents_of(self, blocks):
-        """(layers with adapters, parameters), looked up once: adapters are put in before the first pass."""
-        if blocks not in self.contents:
-            layers = [m for m in blocks.modules() if isinstance(m, LoRALinear)]
-            self.contents[blocks] = layers, list(blocks.parameters())
-        return self.contents[blocks]
-
-    def ripe(self, blocks, key, device) -> bool:
-        """Whether this size came before, and its graphs fit: beside the highest peak so far, for their memory is theirs
-        alone. What they keep for the backward pass is known, what they need on the way is taken as a third of it."""
-        total = torch.cuda.get_device_properties(device).total_memory
-        total *= torch.cuda.get_per_process_memory_fraction(device)
-        needed = self.seen.get((blocks, key), float("inf"))
-        peak = torch.cuda.max_memory_allocated(device)
-        return needed < SHARE * total and peak + 1.33 * needed < (1 - HEADROOM) * total
-
-    def first_sight(self, blocks, key, plainly, x, tables, segments):
-        """Runs plainly, and notes how many bytes it keeps for the backward pass."""
-        before = torch.cuda.memory_allocated(x.device)
-        out = plainly(x, tables, segments)
-        self.seen[blocks, key] = torch.cuda.memory_allocated(x.device) - before
-        return out
+    def run(self, blocks, *args) -> Tensor:
+        """Stack.run of these blocks."""
+        if blocks not in self.stacks:
+            self.stacks[blocks] = Stack(blocks, self.stream, self.log)
+        return self.stacks[blocks].run(*args)

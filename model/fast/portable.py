@@ -1,11 +1,11 @@
 """Fast forms in PyTorch alone, for any device: few kernels, few passes over memory.
 
-Products with frozen weights and trained adapters: linears that share an input go together, in few kernels.
+Products with frozen weights and trained adapters: linears that share an input go together.
 
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T          A_i (r, in), B_i (out_i, r): the adapter, when there is one
 
-q, k and v share an input, gate and up share one: their A's go through one product, and every adapter term is added by
-the product that makes it (addmm), not by a kernel of its own. The same in the backward pass.
+The A's go through one product, and every adapter term is added by the product that makes it (addmm), not by a kernel of
+its own. The same in the backward pass.
 
 Log-probs of target tokens without ever holding (T, V) logits. At V = 151,936 the logits of 2,048 tokens are 1.2 GB in
 float32, and autograd would keep them and their softmax. Here a chunk of rows at a time goes through the head; forward
@@ -15,14 +15,14 @@ keeps one number a row (the log-sum-exp), backward computes the chunk again and 
 """
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adapters import ALIGN, Weights
+from model.adapters import Weights, aligned
 from model.fast import quantized
 from model.packed import Segments
 from model.quantized import Quantized
@@ -33,26 +33,22 @@ CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real v
 # -- Products with adapters
 
 
-def linear(x: Tensor, *layers: Weights, pad: bool = False, unused: bool = False) -> tuple[Tensor, ...]:
-    """(T, in) through each layer: a tuple of (T, out_i).
-
-    pad: outputs come with zero columns up to the next multiple of 8, and x may have such columns; the vision tower's
-    3,420 needs it on a GPU. unused: only the backward pass is wanted, the outputs may hold anything.
-    """
+def linear(x: Tensor, *layers: Weights, last: bool = False) -> tuple[Tensor, ...]:
+    """`linear` of qwen.py. Weights whose sizes are no multiple of 8 give outputs with zero columns behind them up to
+    the next one, and x may have such columns: a GPU multiplies the tower's 3,420 four times slower."""
     frozen = not any(p.requires_grad for w in layers for p in (w.weight, w.bias) if p is not None)
     if frozen and any(w.A is not None for w in layers) and not any(w.dropout for w in layers):
-        scales, tensors = [w.scale for w in layers], [t for w in layers for t in w[:4]]
-        return Project.apply(x, pad, unused, scales, *tensors)
-    return tuple(linear_by_autograd(x, w, pad) for w in layers)
+        return Project.apply(x, last, layers, *(t for w in layers for t in (w.A, w.B)))
+    return tuple(linear_by_autograd(x, w) for w in layers)
 
 
-def linear_by_autograd(x: Tensor, layer: Weights, pad: bool) -> Tensor:
+def linear_by_autograd(x: Tensor, layer: Weights) -> Tensor:
     """The path of trained weights and of dropout."""
     if isinstance(layer.weight, Quantized):
-        y = quantized.Product.apply(x, layer.weight)
+        y = Project.apply(x, False, [Weights(layer.weight, None)], None, None)[0]
         y = y if layer.bias is None else y + layer.bias
     else:
-        y = F.linear(x, *padded(layer.weight, layer.bias, x.shape[-1], pad))
+        y = F.linear(x, *padded(layer, x.shape[-1]))
     if layer.A is None:
         return y
     h = F.dropout(x, layer.dropout) if layer.dropout else x
@@ -66,27 +62,24 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
     return x if missing == 0 else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing])
 
 
-def padded(weight: Tensor, bias: Tensor | None, width: int, pad: bool) -> tuple[Tensor, Tensor | None]:
-    """weight (out, in) widened to the input's width and, with pad, to an aligned output; bias likewise. A low-bit
-    weight stays as it is: those of real models are aligned."""
-    if isinstance(weight, Quantized):
-        return weight, bias
-    out = len(weight) + (-len(weight) % ALIGN if pad else 0)
-    if tuple(weight.shape) != (out, width):
-        frozen = not weight.requires_grad
-        weight = padded_storage(weight, (out, width)) if frozen else widen(widen(weight, 1, width), 0, out)
-    if bias is not None and len(bias) != out:
-        bias = widen(bias, 0, out) if bias.requires_grad else padded_storage(bias, (out,))
-    return weight, bias
+def padded(layer: Weights, width: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, the weight (out, in) widened to the input's width, both to an aligned output."""
+    out = aligned(len(layer.weight))
+    bias = layer.bias if layer.bias is None else in_shape(layer.bias, (out,))
+    return in_shape(layer.weight, (out, width)), bias
 
 
-def padded_storage(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A frozen tensor widened with zeros to shape. It moves once into a storage of that size, of which it is a view
-    ever after: widening it costs nothing. (A trained one's storage is the optimizer's: it is copied each time.)"""
-    if x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
-        wide = x.data
+def in_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x with zeros behind it along each dimension. A frozen tensor moves once into a storage of that size, of which it
+    is a view ever after: that costs nothing. (A trained one's storage is the optimizer's: it is copied each time.)"""
+    if tuple(x.shape) == shape:
+        return x
+    wide = x
+    if x.requires_grad or x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
         for dim, size in enumerate(shape):
             wide = widen(wide, dim, size)
+        if x.requires_grad:
+            return wide
         x.data = wide[tuple(slice(n) for n in x.shape)]
     return x.detach().as_strided(shape, (*shape[1:], 1))
 
@@ -101,107 +94,60 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 
 class Project(torch.autograd.Function):
-    """Frozen weights, adapters without dropout; gradients to x and to every A and B."""
+    """Frozen weights, adapters without dropout; gradients to x and to every A and B. Of weights in few bits only the
+    codes are kept. The last product of a recomputed block is left out inside of a backward pass: nobody asks for it."""
 
     @staticmethod
-    def forward(ctx, x, pad, unused, scales, *tensors):
-        quads = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-        A = stack([q[2] for q in quads if q[2] is not None]).to(x.dtype)  # (sum of ranks, in)
-        h = x @ widen(A, 1, x.shape[1]).T  # (T, sum of ranks)
-        fp8 = any(getattr(q[0], "kind", None) == "fp8" for q in quads)
+    def forward(ctx, x, last, layers, *adapters):
+        """layers: Weights. adapters: A and B of each, or None and None."""
+        unused = last and torch._C._current_graph_task_id() != -1
+        A, ctx.ranks = [a for a in adapters[::2] if a is not None], [0 if a is None else len(a) for a in adapters[::2]]
+        h = x @ widen(stack(A).to(x.dtype), 1, x.shape[1]).T if A else x.new_empty(len(x), 0)  # (T, sum of ranks)
+        fp8 = any(isinstance(w.weight, Quantized) and w.weight.kind == "fp8" for w in layers)
         rounded = quantized.round_rows(x) if fp8 and not unused else None  # once for all that share x
-        outs, saved, first = [], [], 0
-        for (weight, bias, a, b), scale in zip(quads, scales):
-            w, bias = padded(weight, bias, x.shape[1], pad)
-            saved += [None if isinstance(w, Quantized) else w, a, b]  # of few bits: dequantised again going back
+        outs = []
+        for w, b, own in zip(layers, adapters[1::2], h.split(ctx.ranks, 1)):
             if unused:
-                y = x.new_empty(len(x), w.shape[0])
+                y = x.new_empty(len(x), w.weight.shape[0])
+            elif isinstance(w.weight, Quantized):  # not padded: those of real models are aligned
+                y = quantized.product(x, w.weight, w.bias, rounded)
             else:
-                y = quantized.product(x, w, bias, rounded) if isinstance(w, Quantized) else F.linear(x, w, bias)
-            if a is not None and not unused:
-                y.addmm_(h[:, first : first + len(a)], widen(b, 0, w.shape[0]).to(x.dtype).T, alpha=scale)
-            first += 0 if a is None else len(a)
+                y = F.linear(x, *padded(w, x.shape[1]))
+            if b is not None and not unused:
+                y.addmm_(own, widen(b, 0, y.shape[1]).to(x.dtype).T, alpha=w.scale)
             outs.append(y)
-        ctx.save_for_backward(x, h, *saved)
-        ctx.scales, ctx.low = scales, [q[0] for q in quads]
+        ctx.save_for_backward(x, h, *adapters)
+        ctx.layers = layers
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, h, *saved = ctx.saved_tensors
-        scales, triples = ctx.scales, [saved[i : i + 3] for i in range(0, len(saved), 3)]
-        d_x, back, A, d_B, first = None, [], [], [], 0
-        for (w, a, b), low, scale, g in zip(triples, ctx.low, scales, grads):
-            if ctx.needs_input_grad[0] and w is None:
-                d_x = quantized.product_back(g, low, d_x)
-            elif ctx.needs_input_grad[0]:
-                d_x = g @ w if d_x is None else d_x.addmm_(g, w)
-            if a is None:
-                d_B.append(None)
-                continue
-            A.append(a)
-            back.append(scaled(g @ widen(b, 0, g.shape[1]).to(g.dtype), scale))  # (T, r)
-            d_B.append(scaled(g[:, : len(b)].T @ h[:, first : first + len(a)], scale).to(b.dtype))
-            first += len(a)
-        back = stack(back, 1)  # (T, sum of ranks)
+        x, h, *adapters = ctx.saved_tensors
+        d_x, back, d_B = None, [], []
+        for w, b, g, own in zip(ctx.layers, adapters[1::2], grads, h.split(ctx.ranks, 1)):
+            if ctx.needs_input_grad[0]:
+                low = isinstance(w.weight, Quantized)
+                weight = quantized.dequantise(w.weight, g.dtype) if low else padded(w, x.shape[1])[0]
+                d_x = g @ weight if d_x is None else d_x.addmm_(g, weight)
+            if b is not None:
+                back.append(scaled(g @ widen(b, 0, g.shape[1]).to(g.dtype), w.scale))  # (T, r)
+                d_B.append(scaled(g[:, : len(b)].T @ own, w.scale).to(b.dtype))
+        if not back:
+            return d_x, None, None, *adapters
+        back, A = stack(back, 1), [a for a in adapters[::2] if a is not None]  # (T, sum of ranks)
         if d_x is not None:
             d_x.addmm_(back, widen(stack(A), 1, x.shape[1]).to(x.dtype))
-        d_A = iter((back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A]))
-        d_tensors = []
-        for (_w, a, _b), d_b in zip(triples, d_B):
-            d_tensors += [None, None, None if a is None else next(d_A).to(a.dtype), d_b]
-        return d_x, None, None, None, *d_tensors
-
-
-# -- Norm and SwiGLU
-
-
-class RMSNorm(torch.autograd.Function):
-    """F.rms_norm in float32, which torch differentiates on a CPU as eight steps."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, r = ctx.saved_tensors
-        unit = x * r
-        d_weight = (g * unit).sum(0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, None
-        g = g * weight
-        along = torch.linalg.vecdot(g, unit).div_(-x.shape[-1])[:, None]
-        return g.addcmul_(unit, along).mul_(r), d_weight, None
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / rms of each row, (T, 1)"""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; only gate and up are kept."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(g)
-        return torch.ops.aten.silu_backward(g * up, gate), d_up
+        d_A = (back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A])
+        made = iter(zip(d_A, d_B))
+        d_adapters = [(None, None) if b is None else next(made) for b in adapters[1::2]]
+        return d_x, None, None, *(None if d is None else d.to(A[0].dtype) for pair in d_adapters for d in pair)
 
 
 # -- Attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` of qwen.py by torch's scaled_dot_product_attention over padded buckets of similar segments."""
+    """`attention` of qwen.py by torch's scaled_dot_product_attention, segments of one size at a time."""
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
     H, D, K = *q.shape[1:], k.shape[1]
     if len(q) == 0:  # no answer in the whole batch: there are no queries
@@ -209,88 +155,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     if H != K:  # grouped queries: repeat here, because SDPA's own flag keeps the CPU from its fused kernel
         k, v = (x[:, :, None].expand(-1, -1, H // K, -1).reshape(-1, H, D) for x in (k, v))
     if segments.dense is None:
-        segments.dense = [Bucket.build(segments, members, q.device) for members in similar_lengths(segments)]
-
-    def take(x: Tensor, rows: Tensor | None) -> Tensor:
-        # not x[rows]: on a CPU its gradient adds up a row's many uses in any order, and takes ten times as long
-        return x if rows is None else x.index_select(0, rows.flatten())
-
-    outs, positions = [], []
-    for bucket in segments.dense:
-        b, n, m = bucket.shape
-        qb = take(q, bucket.q_index).view(b, n, H, D).transpose(1, 2)
-        kb = take(k, bucket.k_index).view(b, m, H, D).transpose(1, 2)
-        vb = take(v, bucket.k_index).view(b, m, H, D).transpose(1, 2)
-        out = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bucket.mask, is_causal=bucket.is_causal)
-        out = out.transpose(1, 2).reshape(b * n, H, D)
-        if bucket.q_index is None:
-            return out
-        valid = slice(None) if bucket.valid is None else bucket.valid
-        outs.append(out[valid])
-        positions.append(bucket.q_index.flatten()[valid])
-    return torch.empty_like(q).index_copy(0, torch.cat(positions), torch.cat(outs))
+        segments.dense = of_one_size(segments, q.device)
+    sizes, q_rows, k_rows = segments.dense
+    if q_rows is not None:
+        q = q.index_select(0, q_rows)
+    if k_rows is not None:  # not k[k_rows]: on a CPU its gradient adds up a row's many uses in any order, and slowly
+        k, v = k.index_select(0, k_rows), v.index_select(0, k_rows)
+    outs, q_sizes, k_sizes = [], [b * n for b, n, *_ in sizes], [b * m for b, _, m, _ in sizes]
+    for (b, n, m, mask), *heads in zip(sizes, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)):
+        heads = [x.view(b, -1, H, D).transpose(1, 2) for x in heads]
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=segments.is_causal and n == m)
+        outs.append(out.transpose(1, 2).reshape(-1, H, D))
+    out = stack(outs)
+    return out if q_rows is None else torch.empty_like(q).index_copy(0, q_rows, out)
 
 
-def similar_lengths(segments: Segments) -> list[list[int]]:
-    """Segment numbers in groups of nearly equal size, so that padding at most doubles a group's query-key area."""
-    sizes = list(zip(segments.q_lengths, segments.k_lengths))
-    groups: list[list[int]] = []
-    area = max_q = max_k = 0
-    for s in sorted(range(len(sizes)), key=sizes.__getitem__):
-        q, k = sizes[s]
-        if q == 0:
-            continue
-        padded = max(max_q, q) * max(max_k, k)
-        if groups and padded * (len(groups[-1]) + 1) <= 2 * (area + q * k):
-            groups[-1].append(s)
-            area, max_q, max_k = area + q * k, max(max_q, q), max(max_k, k)
-        else:
-            groups.append([s])
-            area, max_q, max_k = q * k, q, k
-    return groups
-
-
-@dataclass(eq=False)
-class Bucket:
-    """A group of segments as one dense attention: (b, H, q, D) against (b, H, k, D)."""
-
-    q_index: Tensor | None  # (b, q) int64 packed query of each slot (padding repeats token 0); None = all of T in order
-    k_index: Tensor | None  # (b, k) int64 packed key of each slot, likewise
-    mask: Tensor | None  # (b, 1, q, k) bool, True = may attend; None = everything
-    valid: Tensor | None  # (b * q,) bool, which slots are real queries; None = all
-    shape: tuple[int, int, int]  # b, q, k
-    is_causal: bool  # plain square causal mask, given to SDPA as a flag instead of a mask
-
-    @classmethod
-    def build(cls, segments: Segments, members: list[int], device) -> "Bucket":
-        q_start = [0, *accumulate(segments.q_lengths)]
-        k_start = [0, *accumulate(segments.k_lengths)]
-        q_len = torch.tensor([segments.q_lengths[s] for s in members])
-        k_len = torch.tensor([segments.k_lengths[s] for s in members])
-        q, k = int(q_len.max()), int(k_len.max())
-        uniform = bool((q_len == q).all()) and bool((k_len == k).all())
-        q_slot, k_slot = torch.arange(q), torch.arange(k)
-        q_valid = q_slot < q_len[:, None]  # (b, q)
-        k_valid = k_slot < k_len[:, None]  # (b, k)
-        q_index = (torch.tensor([q_start[s] for s in members])[:, None] + q_slot) * q_valid
-        k_index = (torch.tensor([k_start[s] for s in members])[:, None] + k_slot) * k_valid
-        if segments.kv_index is not None:
-            k_index = segments.kv_index.cpu()[k_index]
-        square_causal = segments.is_causal and uniform and q == k
-        mask = None
-        if not uniform or (segments.is_causal and not square_causal):
-            mask = k_valid[:, None, :].expand(-1, q, -1)
-            if segments.is_causal:  # aligned at the ends: query i of n sees keys up to k_len - n + i
-                last = q_slot[None, :] + (k_len - q_len)[:, None]  # (b, q)
-                mask = mask & (k_slot <= last[..., None])
-            mask = mask[:, None].to(device)  # (b, 1, q, k)
-        whole = uniform and members == list(range(len(segments.q_lengths)))  # packed order is already the dense order
-        valid = None if uniform else q_valid.flatten().to(device)
-        return cls(
-            None if whole else q_index.to(device),
-            None if whole and segments.kv_index is None else k_index.to(device),
-            mask, valid, (len(members), q, k), square_causal,
-        )  # fmt: skip
+def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor | None]:
+    """[(segments b of a size, their queries n, keys m, mask)], and the packed queries and keys in that order, int64;
+    None where that is the order in which they are packed."""
+    q_starts, k_starts = accumulate(segments.q_lengths, initial=0), accumulate(segments.k_lengths, initial=0)
+    sizes = defaultdict(list)
+    for n, m, *starts in zip(segments.q_lengths, segments.k_lengths, q_starts, k_starts):
+        if n:
+            sizes[n, m].append(starts)
+    q_rows = [torch.arange(q, q + n) for (n, _), starts in sizes.items() for q, _ in starts]
+    k_rows = [torch.arange(k, k + m) for (_, m), starts in sizes.items() for _, k in starts]
+    is_packed = len(sizes) == 1 and len(q_rows) == len(segments.q_lengths)
+    q_rows, k_rows = None if is_packed else torch.cat(q_rows).to(device), torch.cat(k_rows)
+    if segments.kv_index is not None:
+        k_rows = segments.kv_index.cpu()[k_rows]
+    is_packed = is_packed and segments.kv_index is None
+    batches = []
+    for (n, m), starts in sizes.items():
+        is_cut = segments.is_causal and n != m  # aligned at the ends
+        mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if is_cut else None
+        batches.append((len(starts), n, m, mask))
+    return batches, q_rows, None if is_packed else k_rows.to(device)
 
 
 # -- Log-probs
@@ -347,4 +247,3 @@ class TargetLogprobs(torch.autograd.Function):
 
 
 FORMS = dict(attention=attention, linear=linear, logprobs=TargetLogprobs.apply)
-CPU_FLOAT32 = dict(FORMS, norm=RMSNorm.apply, swiglu=SwiGLU.apply, trim_last_layer=True)
