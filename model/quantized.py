@@ -21,6 +21,7 @@ BASE_DTYPES = ("bf16", "fp8", "int8", "nf4")
 LOW_BIT = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 BLOCK = 64  # weights that share a scale of nf4
+PIECE = 1 << 24  # weights that become nf4 at a time
 TILE = 2 * BLOCK  # weights whose codes share 64 bytes: weight k of them in the high half of byte k, k + 64 in the low
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

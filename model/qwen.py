@@ -35,6 +35,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_EPS = 1e-6  # of the tower's norms; config.json has no key for it
 LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
+PIECE = 32_768  # tokens whose MLP is trained at a time, and computed again: its activations are 16 times as large as x
 PART = 4096  # patches of a part, whose activations take 5.8 GB while it is computed again
 
 
@@ -135,7 +136,7 @@ def recomputed(block: nn.Module, *args, store: bool = False) -> Tensor:
     if store and ops.stores_attention and not ops.offload:
         how["context_fn"] = lambda: (ops.storing(stored), ops.storing(stored))
     with saved_tensors_hooks(to_host, from_host) if ops.offload else nullcontext():
-        return checkpoint(block, *args, **how)
+        return checkpoint(block, *args, twice=True, **how)
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
@@ -169,7 +170,7 @@ class DecoderLayer(nn.Module):
         """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D). twice:
         for the backward pass all but the last product is computed again."""
         ops, query_tables = self.ops, tables
-        q, k, v, o, gate, up, down = weights_of(self, *self.self_attn.values(), *self.mlp.values())
+        q, k, v, o, *mlp = weights_of(self, *self.self_attn.values(), *self.mlp.values())
 
         h = ops.norm(x, self.input_layernorm.weight, self.eps)
         if query_rows is None:
@@ -183,8 +184,14 @@ class DecoderLayer(nn.Module):
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
         x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
-        h = ops.norm(x, self.post_attention_layernorm.weight, self.eps)
-        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=twice)[0]
+        if len(x) <= PIECE or not torch.is_grad_enabled():
+            return self.feed_forward(x, *mlp, twice)
+        how = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
+        return torch.cat([checkpoint(self.feed_forward, piece, *mlp, True, **how) for piece in x.split(PIECE)])
+
+    def feed_forward(self, x: Tensor, gate: Weights, up: Weights, down: Weights, twice: bool) -> Tensor:
+        h = self.ops.norm(x, self.post_attention_layernorm.weight, self.eps)  # (n, C)
+        return x + self.ops.linear(self.ops.swiglu(*self.ops.linear(h, gate, up)), down, last=twice)[0]
 
 
 class LanguageModel(nn.Module):

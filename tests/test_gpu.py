@@ -68,6 +68,26 @@ def test_operations_equal_the_plain_forms(rows, width, heads, size, dtype):
             assert (fast.float() - exact).norm() <= 1.5 * (slow.float() - exact).norm() + 1e-5 * exact.norm(), name
 
 
+@pytest.mark.parametrize("lengths", [[9000, 8704], [300, 70]])
+def test_attention_and_what_a_second_pass_takes_from_the_first(lengths):
+    """cuDNN's and FlashAttention's kernels as near to float32 as bf16 is; a second pass computes nothing."""
+    segments = Segments.causal(lengths).to(DEVICE)
+    make = lambda n: torch.randn(segments.num_tokens, n, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    inputs, weight = [make(n) for n in (4, 2, 2)], make(4).detach()
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert gpu.is_long(inputs[0], segments) == (sum(lengths) > 8192)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    right = qwen.attention(*exact, segments)
+    right = [right, *torch.autograd.grad(right, exact, weight.float())]
+    stored = []
+    first = gpu.attention(*inputs, segments, stored)
+    assert len(stored) == 1
+    for out in (first, gpu.attention(*inputs, segments, stored), gpu.attention(*inputs, segments)):
+        for mine, other in zip([out, *torch.autograd.grad(out, inputs, weight)], right):
+            assert relative(mine, other) < 0.006
+        assert torch.equal(out, first) and not stored
+
+
 # -- CUDA graphs
 
 

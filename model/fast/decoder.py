@@ -337,4 +337,6 @@ class CudaDecoder(PlainDecoder):
 
     def close(self) -> None:
         self.alive = self.cache = None
-        torch.cuda.empty_cache()  # the merged weights' block: what the update keeps for good must not lie in it
+        free, total = torch.cuda.mem_get_info(self.model.head_weight.device)
+        if free < total / 4:  # what the update keeps for good must not lie in the block of the merged weights
+            torch.cuda.empty_cache()
