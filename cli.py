@@ -1,24 +1,26 @@
 """A dataclass as a command line: its defaults, then --config files, then flags. The comment behind a field is its help.
 
-config.py holds the options, checks.py what they may be, names.py what other trainers call them. Standard library only:
---help must not wait for torch.
+config.py holds the options, names.py what other trainers call them, the tables here what they may be. Standard library
+only: --help must not wait for torch.
 """
 
-import argparse
-import dataclasses
 import inspect
 import json
+import math
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 import tomllib
 import types
 import typing
+from dataclasses import asdict as as_dict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from checks import BOOLS, type_name, typed_value
-from model import UserError, nearest_path
-from names import NAMES, SYNONYMS, suggestion, translate
+from model import UserError, nearest, nearest_path
+from names import SYNONYMS, suggestion, translate
 
 # What --help shows, of the options that a script has; --help all shows the others too
 MAIN = """video question json files runs output command model_id model_ckpt data_path eval_data_path output_dir
@@ -26,135 +28,252 @@ MAIN = """video question json files runs output command model_id model_ckpt data
     num_train_epochs max_steps per_device_train_batch_size pack_tokens gradient_checkpointing fps nframes
     video_max_pixels eval_steps controls max_samples num_samples split from_folder
     num_options frame_size video_length augment cot benchmark""".split()
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+# -- What options may be: the tables name each once, whichever script has it
+
+LIMITS = [  # numbers that may be something else than above 0
+    ("beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
+     "max_resample seed temperature top_k warmup_steps "
+     "weight_decay workers", "at least 0", lambda v: v >= 0),
+    ("max_frames min_frames nframes num_generations num_samples video_length", "at least 2", lambda v: v >= 2),
+    ("augment_prob max_skip_share min_lr_ratio warmup_ratio", "a number from 0 to 1", lambda v: 0 <= v <= 1),
+    ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),
+    ("max_steps num_lora_modules", "-1 (all) or a count above 0", lambda v: v == -1 or v > 0),
+    ("num_options", "2 to 8", lambda v: 2 <= v <= 8),
+    ("split", "a share between 0 and 1, both excluded", lambda v: 0 < v < 1),
+    ("top_p", "above 0, at most 1", lambda v: 0 < v <= 1),
+]  # fmt: skip
+LISTS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}
 
 
-as_dict = dataclasses.asdict  # all fields, as JSON can hold them
+def trains_base(c):
+    """Whether some of the base's own weights are trained."""
+    return not c.freeze_llm or not c.freeze_vision_tower or c.tune_merger
+
+
+RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
+    ("video_max_pixels", "at least video_min_pixels {c.video_min_pixels}",
+     lambda c: (c.video_min_pixels or 0) <= (c.video_max_pixels or math.inf)),
+    ("video_resized_height", "one with --video_resized_width, or none",
+     lambda c: (c.video_resized_height is None) == (c.video_resized_width is None)),
+    ("image_resized_height", "one with --image_resized_width, or none",
+     lambda c: (c.image_resized_height is None) == (c.image_resized_width is None)),
+    ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
+     lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
+    ("freeze_vision_tower", "True, or --vision_lora False: either adapters or all of its weights",
+     lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
+    ("lora_enable", "True, or a component that is not frozen: nothing is left to train",
+     lambda c: c.lora_enable or trains_base(c)),
+    ("fp16", "False beside --bf16", lambda c: not (c.bf16 and c.fp16)),
+    ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
+    ("base_dtype lora_enable", "bf16 without --lora_enable or --freeze_llm: low-bit weights stay frozen",
+     lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
+    ("num_generations", "a divisor of per_device_train_batch_size {c.per_device_train_batch_size} x "
+     "gradient_accumulation_steps {c.gradient_accumulation_steps}: groups are whole",
+     lambda c: c.per_device_train_batch_size * c.gradient_accumulation_steps % c.num_generations == 0),
+    ("temperature beta", "a number above 0", lambda c: c.temperature > 0),
+    ("reference", "start: of a base that is trained itself no copy is left",
+     lambda c: c.reference == "start" or (c.lora_enable and not trains_base(c))),
+    ("reward_weights", "one number for each of --rewards {c.rewards}",
+     lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
+    ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
+    ("video", "none beside --data_path: one clip or a dataset", lambda c: not (c.video and c.data_path)),
+    ("command", "merge or check (convert was removed: see merge), as in {c.__doc__}",
+     lambda c: c.command in ("merge", "check")),
+    ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
+    ("output_dir command", "a new folder, as in {c.__doc__}", lambda c: c.output_dir or c.command == "check"),
+    ("files", "at least one, as in {c.__doc__}", lambda c: c.files),
+    ("runs", "at least one, as in {c.__doc__}", lambda c: c.runs),
+]  # fmt: skip
+IGNORED = [  # options that may have been given to a script that has the first, why they have no effect, when
+    ("num_train_epochs", "max_steps decides", lambda c: c.max_steps != -1),
+    ("fps min_frames max_frames", "nframes decides; --nframes none frees it", lambda c: c.nframes is not None),
+    ("lora_rank lora_alpha lora_dropout model_ckpt", "lora_enable is False", lambda c: not c.lora_enable),
+    ("lora_dropout", "it is off in GRPO: the sampler is the policy", lambda c: hasattr(c, "num_generations")),
+    ("epsilon epsilon_high", "one update a set of rollouts: ratios are 1", lambda c: c.num_iterations == 1),
+    ("controls output max_samples", "it is for a dataset (--data_path)", lambda c: not (c.data_path or c.benchmark)),
+    ("num_samples task frame_size video_length augment", "it is for drawn clips", lambda c: c.from_folder is not None),
+    ("hard_negatives question num_options", "it is for --from_folder", lambda c: c.from_folder is None),
+    ("cot_source cot_model cot_workers cot_coordinates", "there is no --cot", lambda c: not c.cot),
+]
+
+
+def require(ok, name, value, expected):
+    if not ok:
+        raise UserError(f"--{name}: found {value!r}, expected {expected}")
+
+
+def check(c):
+    """UserError for a value of a config that is out of its range, and for options that contradict each other."""
+    limits = {name: (expected, ok) for names, expected, ok in LIMITS for name in names.split()}
+    for name, value in as_dict(c).items():
+        if type(value) in (int, float):
+            expected, ok = limits.get(name, ("a number above 0", lambda v: v > 0))
+            require(ok(value), name, value, expected)
+        allowed = LISTS.get(name, "").split()
+        for word in split_list(value or "") if allowed else []:
+            require(word in allowed, name, word, f"names out of {', '.join(allowed)}{nearest(word, allowed)}")
+    for names, expected, ok in RULES:
+        if all(hasattr(c, name) for name in names.split()):
+            name = names.split()[0]
+            require(ok(c), name, getattr(c, name), expected.format(c=c))
+
+
+def ignored_options(c):
+    """One line for each option that was given under another name or has no effect."""
+    lines = list(c.notes)
+    for names, why, applies in IGNORED:
+        given = [name for name in names.split() if name in c.given]
+        if given and hasattr(c, names.split()[0]) and applies(c):
+            lines += [f"--{name} has no effect: {why}" for name in given]
+    return lines
+
+
+# -- Values
 
 
 def kinds_of(cls):
     """{field: type} of a dataclass."""
-    return {f.name: f.type for f in dataclasses.fields(cls)}
+    return {f.name: f.type for f in fields(cls)}
+
+
+def split_list(text):
+    """'a,b', "['a', 'b']" or '[a,b]' -> ['a', 'b']; '' -> []."""
+    items = (item.strip(" '\"") for item in text.strip().strip("[]()").split(","))
+    return [item for item in items if item]
+
+
+def type_name(kind):
+    inner, origin = typing.get_args(kind), typing.get_origin(kind)
+    if origin is typing.Literal:
+        return ", ".join(inner)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join("none" if each is type(None) else type_name(each) for each in inner)
+    return {bool: "True or False"}.get(kind) or getattr(kind, "__name__", str(kind))
+
+
+def convert(value, kind):
+    """A text or a config file's value as one of the type `kind`; ValueError, KeyError or TypeError where it is none."""
+    inner, origin, text = typing.get_args(kind), typing.get_origin(kind), str(value)
+    if origin in (types.UnionType, typing.Union):
+        if type(None) in inner and text.lower() in ("none", "null"):
+            return None
+        return text if text == "auto" and typing.Literal["auto"] in inner else convert(value, inner[0])
+    if origin is list:
+        return [convert(item, inner[0]) for item in (split_list(value) if isinstance(value, str) else value)]
+    if isinstance(value, list | tuple | dict) or (origin is typing.Literal and text not in inner):
+        raise ValueError(value)
+    if kind is bool:
+        return BOOLS[text.lower()]
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(value)
+    return text if origin is typing.Literal else kind(text)
+
+
+def typed_value(cls, name, value, where):
+    """A value as one of the type of the field `name`. UserError that begins with `where`, such as "--"."""
+    kind = kinds_of(cls)[name]
+    try:
+        return convert(value, kind)
+    except (ValueError, KeyError, TypeError):
+        hint = nearest(value, typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ""
+        raise UserError(f"{where}{name}: found {value!r}, expected {type_name(kind)}{hint}") from None
 
 
 def from_file(cls, name, value, path):
-    """A value from a file, as a value of the type of the field `name`."""
-    return typed_value(value, kinds_of(cls)[name], f"{path}: {name}")
-
-
-# -- Names
-
-
-def script_of(cls):
-    """train_sft.py for SFT: the docstring is an example of its command line."""
-    return cls.__doc__.split()[1]
+    return typed_value(cls, name, value, f"{path}: ")
 
 
 def resolve(cls, name, value, where):
-    """(field or "", value, note) for a name that a command line or a config file gives a value. UserError, beginning
-    with `where`, for a name that means nothing here."""
-    fields, plain = kinds_of(cls), name.replace("-", "_")
-    if plain in fields:
-        return plain, value, ""
-    if plain in NAMES and ("model_id" in fields or NAMES[plain][0] == "answer"):
+    """({field: value} or {}, [note] or []) of a name that a command line or a config file gives a value. UserError,
+    beginning with `where`, for a name that means nothing here and for a value of the wrong type."""
+    kinds, field, notes = kinds_of(cls), name.replace("-", "_"), []
+    if field not in kinds:
         try:
-            field, value, note = translate(plain, value)
+            field, value, notes = translate(field, value)
         except UserError as error:
             raise UserError(f"{where}{name}: {error}") from None
-        if not field or field in fields:
-            return field, value, note
-    hint = suggestion(plain, fields) or "; --help all lists them"
-    raise UserError(f"{where}{name}: no such option of {script_of(cls)}{hint}")
+    if field and field not in kinds:
+        hint = suggestion(field, kinds) or "; --help all lists them"
+        raise UserError(f"{where}{name}: no such option of {script_of(cls)}{hint}")
+    return {field: typed_value(cls, field, value, where)} if field else {}, notes
 
 
-# -- Config files
+# -- Config files, and defaults that follow the model
 
 # What the user's own Python, or a parser, may raise
 BROKEN = (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError, LookupError)
 
 
-def load_file(cls, path, text):
-    """{name: value} of a file: YAML's values are texts, read as on the command line; names with a leading _ are the
-    file's own in Python, which may also be a copy of config.py with other defaults."""
-    if path.suffix == ".json":
-        return json.loads(text)
-    if path.suffix == ".toml":
-        return tomllib.loads(text)
-    if path.suffix in (".yaml", ".yml"):
-        import yaml  # transformers brings it
+def load_file(cls, path):
+    """{name: value} of a config file. Of YAML texts, to be read as on the command line. Of Python the variables without
+    a leading _, or the defaults that a copy of config.py has changed."""
+    if path.suffix == ".py":
+        space = runpy.run_path(str(path))
+        if is_dataclass(space.get(cls.__name__)):
+            mine, theirs = as_dict(cls()), as_dict(space[cls.__name__]())
+            return {name: value for name, value in theirs.items() if name not in mine or mine[name] != value}
+        skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+        return {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".json", ".toml"):
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    import yaml  # transformers brings it
 
-        try:
-            return yaml.load(text, Loader=yaml.BaseLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-    space = runpy.run_path(str(path))
-    if dataclasses.is_dataclass(space.get(cls.__name__)):  # a copy of config.py
-        mine, theirs = as_dict(cls()), dataclasses.asdict(space[cls.__name__]())
-        return {name: value for name, value in theirs.items() if name not in mine or mine[name] != value}
-    skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {name: value for name, value in space.items() if name[0] != "_" and not isinstance(value, skip)}
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_config(cls, path):
-    """({name: value}, notes) of a config file. UserError, with the line, for a name that means nothing here and for a
-    value of the wrong type."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config: no file {str(path)!r}{nearest_path(path)}")
-    if path.resolve() == Path(inspect.getfile(cls)).resolve():
-        return {}, []
-    if path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
-        raise UserError(f"--config: {path} is a {path.suffix or 'nameless'} file, expected .py, .yaml, .json or .toml")
+    """({field: value}, notes) of a config file. UserError, with the line, as resolve() raises it."""
+    if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
+        raise UserError(
+            f"--config: found {str(path)!r}, expected a .py, .yaml, .json or .toml file{nearest_path(path)}"
+        )
     try:
-        given = load_file(cls, path, text := path.read_text(encoding="utf-8"))
+        given = dict(load_file(cls, path))
     except BROKEN as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: cannot be read: {type(error).__name__}: {reason}") from error
-    if not given or not isinstance(given, dict):
-        raise UserError(f"--config: {path} sets nothing, expected assignments such as learning_rate = 1e-4")
-    settings, notes = {}, []
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"--config {path}: cannot be read as settings: {reason}") from error
+    settings, notes, lines = {}, [], path.read_text(encoding="utf-8").splitlines()
     for name, value in given.items():
-        match = re.search(rf"(?m)(?:^|[{{,])\s*[\[\"']?{re.escape(name)}\b", text)
-        where = f"{path}: " + (f"line {text.count(chr(10), 0, match.end()) + 1}: " if match else "")
-        field, value, note = resolve(cls, name, value, where)
-        notes += [note] * bool(note)
-        if field:
-            settings[field] = typed_value(value, kinds_of(cls)[field], f"{where}{name}")
+        line = next((n for n, text in enumerate(lines, 1) if re.match(rf"[\s{{\"]*{re.escape(name)}\b", text)), None)
+        setting, note = resolve(cls, name, value, f"{path}: line {line}: " if line else f"{path}: ")
+        settings |= setting
+        notes += note
     return settings, notes
 
 
-# -- Defaults that follow the model
-
-CONFIGS = Path(__file__).with_name("configs")
-WIDTHS = {32: 5120, 7: 3584, 3: 1024}  # billions of parameters: the least hidden size that we count as such a model
+WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidden size that counts as such a model
 
 
 def billions(model_id):
-    """The size of a model as a key of WIDTHS, 0 for a tiny one, by its config.json, or by a hub id, for nothing is
-    downloaded here."""
+    """The size of a model as a key of WIDTHS, 0 for a tiny one: by its config.json, of a hub id by its name."""
     file = Path(model_id) / "config.json"
     if not file.exists():
         named = re.search(r"/.*-(\d+)B\b", model_id)
-        return next((size for size in WIDTHS if named and int(named[1]) >= size), 0)
+        return max((size for size in WIDTHS if named and size <= int(named[1])), default=0)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return next((size for size, least in WIDTHS.items() if raw.get("text_config", raw)["hidden_size"] >= least), 0)
+        width = raw.get("text_config", raw)["hidden_size"]
+        return max((size for size, least in WIDTHS.items() if least <= width), default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads the model says what is wrong
         return 0
 
 
 def follow_model(cfg):
     """Set what was not given to what suits a large model, as its file in configs/ has it, and note that."""
-    size, kinds = billions(cfg.model_id), kinds_of(type(cfg))
-    if not size:
-        return
-    script = "grpo" if "num_generations" in kinds else "sft"
-    path = next(path for path in (CONFIGS / f"{n}b_{script}.py" for n in WIDTHS if n <= size) if path.exists())
-    values = load_file(type(cfg), path, path.read_text(encoding="utf-8"))
-    values = {name: value for name, value in values.items() if name in kinds and name not in {*cfg.given, "model_id"}}
-    for name, value in values.items():
-        setattr(cfg, name, value)
-    cfg.settle(cfg.given)
-    if values:
+    script, size = "grpo" if hasattr(cfg, "num_generations") else "sft", billions(cfg.model_id)
+    paths = [Path(__file__).with_name("configs") / f"{n}b_{script}.py" for n in WIDTHS if n <= size]
+    for path in [path for path in paths if path.exists()][-1:]:
+        values = {name: value for name, value in load_file(type(cfg), path).items() if hasattr(cfg, name)}
+        values = {name: value for name, value in values.items() if name not in {*cfg.given, "model_id"}}
+        for name, value in values.items():
+            setattr(cfg, name, value)
+        cfg.settle(cfg.given)
         chosen = ", ".join(f"{name} {getattr(cfg, name)}" for name in values)
         cfg.notes += (f"chosen by the model, as in configs/{path.name}: {chosen}",)
 
@@ -162,78 +281,73 @@ def follow_model(cfg):
 # -- The command line
 
 
+def script_of(cls):
+    """train_sft.py for SFT: the docstring is an example of its command line."""
+    return cls.__doc__.split()[1]
+
+
+def positional_of(cls):
+    """Names of the options that need no flag."""
+    return [f.name for f in fields(cls) if f.metadata.get("positional")]
+
+
 def documented(cls):
-    """[(heading, [(field, comment)])] of a dataclass and its bases, from their source, in the field's first group."""
-    groups, comments = {}, {}
-    for klass in cls.__mro__[:-1]:
+    """{field: (heading, comment)} of a dataclass, from its source: the heading of the first class that has the field,
+    the comment of the last."""
+    docs = {}
+    for klass in reversed(cls.__mro__[:-1]):
         heading = ""
         for line in inspect.getsource(klass).splitlines():
             if line.startswith("    # -- "):
                 heading = line[9:]
             elif (match := re.match(r"    (\w+): .*?  # (.*)", line)) and match[1] in kinds_of(cls):
                 name, comment = match.groups()
-                comments.setdefault(name, comment)  # a subclass speaks before its bases
-                first = [k for k in cls.__mro__ if name in getattr(k, "__annotations__", {})][-1]
-                if first is klass:
-                    groups.setdefault(heading, []).append(name)
-    return [(heading, [(name, comments[name]) for name in names]) for heading, names in groups.items()]
+                docs[name] = docs.get(name, (heading,))[0], comment
+    return docs
 
 
 def help_text(cls, every):
     """What --help prints: the options in MAIN, in that order; every: all of them in groups, for --help all."""
-    positional = "".join(f"[{f.name}] " for f in dataclasses.fields(cls) if f.metadata.get("positional"))
-    usage = f"python {script_of(cls)} {positional}[--name value ...]"
-    more = f"example: {cls.__doc__}" + ("" if every else "\n--help all lists every option")
-    shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34)
-    parser = argparse.ArgumentParser(usage=usage, description=more, formatter_class=shape, add_help=False)
-    parser.add_argument("--config", metavar="FILE", help="settings: .py, .yaml, .json or .toml; several in their order")
-    default, kinds, groups = cls(), kinds_of(cls), documented(cls)
-    if not every:
-        comments = {name: comment for _, fields in groups for name, comment in fields}
-        groups = [("main options", [(name, comments[name]) for name in MAIN if name in comments])]
-    for heading, fields in groups:
-        group = parser.add_argument_group(heading)
-        for name, comment in fields:
-            text = f"{comment} (default {getattr(default, name)!r})".replace("%", "%%")
-            group.add_argument(f"--{name}", help=text, metavar=type_name(kinds[name]))
-    return parser.format_help()
+    width, default, docs = shutil.get_terminal_size().columns, cls(), documented(cls)
+    words = "".join(f"[{name}] " for name in positional_of(cls))
+    lines = [f"usage: python {script_of(cls)} {words}[--config FILE] [--name value ...]", f"example: {cls.__doc__}"]
+    before = None
+    for name in docs if every else [name for name in MAIN if name in docs]:
+        heading, comment = docs[name] if every else ("main options, --help all lists every one", docs[name][1])
+        lines += ["", f"{heading}:"] if heading != before else []
+        option = f"  --{name} {type_name(kinds_of(cls)[name])}"
+        text = f"{option:<33} {comment} (default {getattr(default, name)!r})"
+        lines += textwrap.wrap(text, width, subsequent_indent=" " * 34)
+        before = heading
+    return "\n".join(lines)
 
 
 def read_argv(cls, argv):
     """({field: value}, config files, notes) of a command line. UserError for what it does not know."""
-    kinds = kinds_of(cls)
-    positional = [f.name for f in dataclasses.fields(cls) if f.metadata.get("positional")]
-    settings, files, notes, bare, rest = {}, [], [], [], list(argv)
+    kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
+    settings, files, notes, bare, rest, positional = {}, [], [], [], list(argv), positional_of(cls)
     while rest:
         arg = rest.pop(0)
-        if arg.strip() in ("", "\\", "#"):
-            why = "a backslash continues a shell line only as its very last character"
-            raise UserError(f"found an argument {arg!r}: {why}; remove what stands behind it, the rest was not read")
         if not arg.startswith("--"):
             bare.append(arg)
             continue
         name, equals, value = arg[2:].partition("=")
         theirs = name.replace("-", "_")
-        plain = SYNONYMS.get(theirs, theirs) if theirs not in kinds else theirs
-        kind = str if plain in ("config", "local_rank") else kinds.get(plain)
+        kind = kinds.get(theirs) or kinds.get(SYNONYMS.get(theirs))
         if not equals:
             is_switch = kind is bool or bool in typing.get_args(kind) or (kind is None and positional)
-            words = {*BOOLS, "none", "auto"} if kind is not bool else BOOLS
-            if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in words):
+            if rest and not rest[0].startswith("--") and (not is_switch or rest[0].lower() in {*BOOLS, "none", "auto"}):
                 value = rest.pop(0)
-                while theirs in SYNONYMS and not positional and rest and not rest[0].startswith("--"):
-                    value += f",{rest.pop(0)}"  # lists of other trainers are separated by blanks
             elif is_switch or kind is None:
                 value = "true"
             else:
                 raise UserError(f"--{name}: found no value, expected {type_name(kind)}")
-        if plain == "config":
-            files.append(value)
-        elif plain != "local_rank":  # the deepspeed launcher inserts it
-            field, value, note = resolve(cls, name, value, "--")
-            notes += [note] * bool(note)
-            if field:
-                settings[field] = typed_value(value, kinds[field], f"--{name}")
+        if theirs == "config":
+            files.append(Path(value))
+        elif theirs != "local_rank":
+            setting, note = resolve(cls, name, value, "--")
+            settings |= setting
+            notes += note
     for name in positional:
         if bare and typing.get_origin(kinds[name]) is list:  # the last one takes all that follow
             settings[name], bare = bare, []
@@ -255,14 +369,13 @@ def parse(cls, argv=None):
         print(help_text(cls, every="all" in argv))
         raise SystemExit(0)
     flags, files, notes = read_argv(cls, argv)
-    cfg, cfg_notes = cls(), []
+    cfg = cls()
     for settings, more in [*(read_config(cls, path) for path in files), (flags, notes)]:
         for name, value in settings.items():
             setattr(cfg, name, value)
         cfg.given |= set(settings)
-        cfg_notes += more
+        cfg.notes += tuple(more)
         cfg.settle(settings)
-    cfg.notes = tuple(cfg_notes)
     if hasattr(cfg, "fps"):
         follow_model(cfg)
     cfg.check()

@@ -1,11 +1,5 @@
 """LoRA: put adapters in, choose what is trained, switch them off, swap to a reference, merge.
 
-    inject(model, args)                    Linear -> LoRALinear in the components that args switch on
-    set_trainable(model, args)             exactly what args name has requires_grad, all else is frozen
-    with disabled(model): …                the base model
-    with reference(model, snapshot): …     the model as it was at reference_snapshot(model)
-    merge(model)                           the adapters added to the weights
-
     python lora.py merge ADAPTER OUT       a whole model, as transformers and vLLM load it
     python lora.py check ADAPTER           what it is, and whether it fits its base
 
@@ -35,10 +29,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model import UserError, nearest
-from model.adapters import BlockAdapters, LoRALinear
+from model import UserError
+from model.adapters import BlockAdapters, LoRALinear, shifted
 
-# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
+# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end)
 COMPONENTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
 FLAT = "adapters"  # the parameter of a block
 
@@ -53,7 +47,15 @@ def adapter_blocks(model):
     return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
 
 
-# -- Where adapters go, and what is trained
+def trainable_parameters(model):
+    """[(name, parameter)] of everything with requires_grad."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def sizes(model):
+    """{parameter's name: how many numbers it has}, without the padding between adapters."""
+    padding = {block.block.adapters: block.padding for block in adapter_blocks(model)}
+    return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def part_of(name):
@@ -63,6 +65,9 @@ def part_of(name):
     return "llm"
 
 
+# -- Where adapters go, and what is trained
+
+
 def switches(args):
     """{component: whether it carries adapters}. A merger that is trained whole carries none."""
     on = {"vision": args.vision_lora, "merger": args.merger_lora and not args.tune_merger, "llm": args.llm_lora}
@@ -70,26 +75,23 @@ def switches(args):
 
 
 def targets(model, args):
-    """Names of the layers that args ask to adapt. UserError for an exclusion that matches nothing, or everything."""
-    modules = dict(model.named_modules())
-    prefixes = [COMPONENTS[component] for component, wanted in switches(args).items() if wanted]
+    """Names of the linear layers that args (LoraArgs) ask to adapt, in the order of COMPONENTS."""
+    modules, adapts = dict(model.named_modules()), switches(args)
+    prefixes = [prefix for component, prefix in COMPONENTS.items() if adapts[component]]
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
-    for word in args.lora_namespan_exclude:
-        # the usual two are never candidates, and a tied model has no lm_head
+    for word in args.lora_namespan_exclude:  # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
-            hint = nearest(word, {piece for name in modules for piece in name.split(".")})
-            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {names[0]}{hint}")
+            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {linears[-1]}")
+    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
     names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
-    if not names:
+    if args.lora_enable and not names:
         raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
 
 
-def replace_linears(model, names, args, dtype):
+def replace_linears(model, names, args, dtype=None):
     """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
-    if lora_layers(model):
-        raise UserError("the model carries an adapter already; a second one would sit on top of it: merge the first")
+    assert not lora_layers(model), "the model carries an adapter already"
     blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
     for name in names:
         layer = LoRALinear(model.get_submodule(name), args)
@@ -104,52 +106,29 @@ def replace_linears(model, names, args, dtype):
 
 
 def inject(model, args, dtype=None):
-    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free.
-
-    Returns the layers' names, [] without lora_enable. dtype of A and B: that of each weight unless given. UserError for
-    contradictory args, for what matches nothing, and for a model that carries an adapter already.
-    """
+    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
+    the layers' names. dtype of A and B: that of each weight unless given."""
     LoraArgs.check(args)
-    names = targets(model, args) if args.lora_enable else []
+    names = targets(model, args)
     replace_linears(model, names, args, dtype)
     return names
 
 
 def set_trainable(model, args):
-    """Freeze everything, then free exactly what args (LoraArgs) name; returns the count of trainable numbers.
-
-    Adapters of a component whose switch is off stay frozen. Raises UserError when nothing is left to train.
-    """
+    """Freeze everything, then free exactly what args (LoraArgs) name. UserError when nothing is left to train."""
     LoraArgs.check(args)
     adapts = switches(args)
     whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
-    adapted = {name for name, _ in lora_layers(model) if adapts[part_of(name)]}
     for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        bias = leaf == "bias" and (args.lora_bias == "all" or (args.lora_bias == "lora_only" and module in adapted))
-        component = part_of(name)
-        trained = adapts[component] if leaf == FLAT else whole[component] or (args.lora_enable and bias)
-        parameter.requires_grad_(trained)
-    trainable, numbers = trainable_parameters(model), sizes(model)
-    if not trainable:
+        trained = adapts if name.endswith(f".{FLAT}") else whole
+        parameter.requires_grad_(trained[part_of(name)])
+    if not trainable_parameters(model):
         raise UserError("nothing is left to train: no component is free, and those switched on have no adapter")
-    return sum(numbers[name] for name, _ in trainable)
-
-
-def trainable_parameters(model):
-    """[(name, parameter)] of everything with requires_grad."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def sizes(model):
-    """{parameter's name: how many numbers it has}, without the padding between adapters."""
-    padding = {block.block.adapters: block.padding for block in adapter_blocks(model)}
-    return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def param_groups(model, args):
-    """Optimizer groups: one learning rate a component (args: CommonTrain), weight decay on matrices and adapters."""
-    rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
+    """Optimizer groups: one learning rate a component (args: SFT), weight decay on matrices and adapters."""
+    rates = {"llm": None, "vision": args.vision_lr, "merger": args.merger_lr}
     groups = {}
     for name, parameter in trainable_parameters(model):
         component, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
@@ -201,14 +180,15 @@ def reference(model, snapshot):
             parameters[name].data = tensor
 
 
+@torch.no_grad()
 def merge(model):
     """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
-    for _, layer in lora_layers(model):
-        layer.merge()
-    for block in adapter_blocks(model):
-        block.remove()
+    blocks = adapter_blocks(model)
     for name, layer in lora_layers(model):
-        with torch.device("meta"):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        assert isinstance(layer.weight, nn.Parameter), f"{layer.weight}: rounding would swallow most of the adapter"
+        layer.weight.copy_(shifted(layer.weight, layer.lora_A, layer.lora_B, layer.scaling))
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
+    for block in blocks:
+        block.remove()

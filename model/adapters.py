@@ -51,12 +51,11 @@ def weights_of(block: nn.Module, *linears: nn.Module) -> list[Weights]:
     views = None if adapters is None else Unpack.apply(block.adapters, adapters)
     weights = []
     for linear in linears:
+        adapter = ()
         if isinstance(linear, LoRALinear) and linear.enabled:
             A, B = views[2 * linear.number : 2 * linear.number + 2]
-            dropout = linear.dropout if linear.training else 0.0
-            weights.append(Weights(linear.weight, linear.bias, A, B, linear.scaling, dropout))
-        else:
-            weights.append(Weights(linear.weight, linear.bias))
+            adapter = A, B, linear.scaling, linear.dropout if linear.training else 0.0
+        weights.append(Weights(linear.weight, linear.bias, *adapter))
     return weights
 
 
@@ -80,8 +79,7 @@ class Unpack(torch.autograd.Function):
         for grad, (rows, columns) in zip(grads, ctx.shapes, strict=True):
             size = rows * columns
             pieces.append(torch.zeros(size, **ctx.like) if grad is None else grad.reshape(size))
-            padding = -size % ALIGN
-            if padding:
+            if padding := -size % ALIGN:
                 pieces.append(torch.zeros(padding, **ctx.like))
         return torch.cat(pieces), None
 
@@ -113,11 +111,6 @@ class BlockAdapters:
         first = flat.storage_offset()
         return [flat.as_strided(s, (s[1], 1), first + i) for s, i in zip(self.shapes, self.starts, strict=True)]
 
-    def piece(self, number: int) -> Tensor:
-        """One of them, by torch's own autograd: slow, its gradient is as long as the whole parameter."""
-        rows, columns = self.shapes[number]
-        return self.block.adapters.narrow(0, self.starts[number], rows * columns).view(rows, columns)
-
     def remove(self) -> None:
         del self.block.adapters, self.block.block_adapters
 
@@ -129,17 +122,11 @@ class LoRALinear(nn.Module):
     block's: it has none before BlockAdapters(block, layers).
     """
 
-    lora_A = property(lambda self: self.home.piece(2 * self.number), doc="(r, in), a view")
-    lora_B = property(lambda self: self.home.piece(2 * self.number + 1), doc="(out, r), a view")
+    lora_A = property(lambda self: self.home.pieces(self.home.block.adapters)[2 * self.number])  # (r, in), a view
+    lora_B = property(lambda self: self.home.pieces(self.home.block.adapters)[2 * self.number + 1])  # (out, r)
 
     def __init__(self, base: nn.Linear, args):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scaling, self.dropout, self.enabled = scale_of(args), args.lora_dropout, True
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """weight += s · B A. Never into a low-bit weight: rounding would swallow most of the adapter."""
-        assert isinstance(self.weight, nn.Parameter), f"{self.weight} cannot take an adapter in"
-        self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, self.scaling))

@@ -71,7 +71,7 @@ def test_unpacking_has_the_gradient_of_narrow(dtype):
     assert flat.dtype == dtype and len(flat) == 16 + 24 + 24 + 24 + 24 + 24  # 15, 18, 18, 21, 21, 24 numbers
     assert home.padding == 1 + 6 + 6 + 3 + 3 + 0
     assert lora.sizes(block)["adapters"] == 15 + 18 + 18 + 21 + 21 + 24
-    pieces = [[home.piece(i) for i in range(6)], Unpack.apply(flat, home)]
+    pieces = [home.pieces(flat), Unpack.apply(flat, home)]
     assert all(torch.equal(a, b) and b.data_ptr() % 16 == 0 for a, b in zip(*pieces, strict=True))
     factors = [torch.randn_like(piece) for piece in pieces[0]]
     # the second layer takes no part

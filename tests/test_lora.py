@@ -108,21 +108,13 @@ def test_contradictions_are_refused(model, changes, words):
     assert not lora.lora_layers(model)
 
 
-def test_biases_and_optimizer_groups(model):
-    lora.inject(model, with_args(lora_bias="lora_only", llm_lora=False, merger_lora=False))
-    biases = [name for name, _ in lora.trainable_parameters(model) if name.endswith("bias")]
-    assert len(biases) == 10 and all(name.startswith("visual.blocks.") for name in biases)
-    args = SFT(lora_bias="all", tune_merger=True, merger_lora=False, vision_lr=1e-4, merger_lr=1e-5, weight_decay=0.1)
-    model = load()
+def test_optimizer_groups(model):
+    args = SFT(vision_lora=False, freeze_vision_tower=False, tune_merger=True, merger_lr=1e-5, weight_decay=0.1)
     lora.inject(model, args)
-    assert sum(name.endswith("bias") for name, _ in lora.trainable_parameters(model)) == 10 + 2 + 2 * 3
-    groups = {group["name"]: group for group in lora.param_groups(model, args)}
-    for component, rate in {"vision": 1e-4, "merger": 1e-5, "llm": args.learning_rate}.items():
-        decays, does_not = groups.pop(component), groups.pop(f"{component} no decay")
-        assert decays["lr"] == does_not["lr"] == rate
-        assert (decays["weight_decay"], does_not["weight_decay"]) == (0.1, 0.0)
-        assert component != "merger" or len(does_not["params"]) == 3  # two biases and the norm
-    assert not groups
+    groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in lora.param_groups(model, args)}
+    rates = {"vision": args.learning_rate, "merger": 1e-5}
+    assert groups.pop("llm") == (args.learning_rate, 0.1)
+    assert groups == {f"{c}{kind}": (rates[c], decay) for c in rates for kind, decay in (("", 0.1), (" no decay", 0.0))}
 
 
 def test_every_adapter_gets_a_gradient_and_recomputation_changes_none(model):
@@ -141,7 +133,7 @@ def test_every_adapter_gets_a_gradient_and_recomputation_changes_none(model):
 
 
 def test_reference_is_the_start_while_training_goes_on(model):
-    lora.inject(model, with_args(lora_bias="all"))
+    lora.inject(model, with_args(tune_merger=True))
     randomise(model)
     start, snapshot = logits(model), lora.reference_snapshot(model)
     parameters = [p for _, p in lora.trainable_parameters(model)]
