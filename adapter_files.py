@@ -11,12 +11,11 @@ DoRA, ranks by pattern and the like are refused by name.
 import re
 import shutil
 import statistics
-from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoint import ADAPTER, MANIFEST, STATE, find_adapter, write_json, write_whole
@@ -24,17 +23,16 @@ from cli import from_file
 from config import LoraArgs
 from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
 from model import UserError, loading
-from model.adapters import scale_of, shifted
+from model.adapters import scale_of
 from model.loading import ModelConfig, module_name, read_object
 from model.quantized import BASE_DTYPES, LOW_BIT, quantise
 
 CONFIG, TENSORS = ADAPTER
-GENERATION = "generation_config.json"
+GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
-# Options of PEFT's LoraConfig that change the formula of lora.py
+# Options of PEFT's LoraConfig that change the formula of lora.py, and values of init_lora_weights that change the base
 BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out")
 BEYOND_LORA += ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-# Values of init_lora_weights with which PEFT changes the base too
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -54,9 +52,7 @@ def save_adapter(model, folder, base_model):
     Base tensors that are trained too (a whole merger) are in the same file under the names they have inside a
     PeftModel, so PEFT loads them with the adapter (over the base's, which its disable_adapter does not bring back).
     """
-    layers, args, folder = dict(lora_layers(model)), model.lora_args, Path(folder)
-    assert layers, "save_adapter: the model carries no adapter; save_model writes a whole model"
-    tensors = {}
+    layers, args, folder, tensors = dict(lora_layers(model)), model.lora_args, Path(folder), {}
     for name, layer in layers.items():
         tensors[f"{hf_name(name)}.lora_A.weight"] = layer.lora_A
         tensors[f"{hf_name(name)}.lora_B.weight"] = layer.lora_B
@@ -76,7 +72,7 @@ def save_adapter(model, folder, base_model):
     if model.base_dtype != "bf16":  # PEFT passes over it with a warning
         config["base_dtype"] = model.base_dtype
     folder.mkdir(parents=True, exist_ok=True)
-    loading.save_tensors(tensors, folder / TENSORS)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
 
 
@@ -87,13 +83,12 @@ def read_adapter(folder):
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: no {TENSORS} file that can be read ({error}); copy it again") from None
-    if config.get("peft_type") != "LORA":
-        raise UserError(f'adapter {folder}: {CONFIG} has no "peft_type": "LORA"; only LoRA adapters are read')
     beyond = [name for name in BEYOND_LORA if config.get(name)]
+    beyond += ["peft_type"] * (config.get("peft_type") != "LORA")
     beyond += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)
     beyond += ["modules_to_save"] * bool({"embed_tokens", "lm_head"} & set(config.get("modules_to_save") or ()))
     if beyond:
-        option = f"{beyond[0]} = {config[beyond[0]]!r} in {CONFIG}"
+        option = f"{beyond[0]} = {config.get(beyond[0])!r} in {CONFIG}"
         raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
     return config, tensors
 
@@ -130,24 +125,22 @@ def fit_adapter(model, folder):
     values |= {name: config[name] for name in ("lora_dropout", "use_rslora") if name in config}
     values = {name: from_file(LoraArgs, name, value, folder / CONFIG) for name, value in values.items()}
     layers, base = split_keys(tensors)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = [name for prefix in COMPONENTS.values() for name in modules if name.startswith(prefix)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: linears[name] for prefix in COMPONENTS.values() for name in linears if name.startswith(prefix)}
     named = config.get("target_modules")
     named = {module_name(str(name)) for name in named} if isinstance(named, list) else set()
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in base}
-    for name in linears:
-        if name in layers or name in named:
-            expected[f"{name}.lora_A"] = values["lora_rank"], modules[name].in_features
-            expected[f"{name}.lora_B"] = modules[name].out_features, values["lora_rank"]
+    for name in linears.keys() & (layers.keys() | named):
+        expected[f"{name}.lora_A"] = values["lora_rank"], linears[name].in_features
+        expected[f"{name}.lora_B"] = linears[name].out_features, values["lora_rank"]
     actual = {f"{name}.{matrix}": tuple(t.shape) for name, pair in layers.items() for matrix, t in pair.items()}
     actual |= {name: tuple(tensor.shape) for name, tensor in base.items()}
     if not layers or actual != expected:
         wrong = loading.differences(actual, expected) or f"no lora_A and lora_B in {TENSORS}"
         raise UserError(f"adapter {folder}: {wrong}; is --model_id its base model?")
-    names = [name for name in linears if name in layers]
-    components = {part_of(name) for name in names}
-    on = dict(llm_lora="llm" in components, vision_lora="vision" in components, merger_lora="merger" in components)
-    return LoraArgs(**values, **on), {name: layers[name] for name in names}, base
+    layers = {name: layers[name] for name in linears if name in layers}
+    on = {f"{component}_lora": any(part_of(name) == component for name in layers) for component in COMPONENTS}
+    return LoraArgs(**values, **on), layers, base
 
 
 @torch.no_grad()
@@ -171,7 +164,7 @@ def load_adapter(model, folder, dtype=None):
 # -- Base and adapter as a whole model
 
 
-def write_merged(base, adapter, out, kind="bf16", quantised=False):
+def write_merged(base, adapter, out, kind, quantised):
     """Write base + adapter into out, a file for each of the base's: bf16, summed in fp32 and rounded once. The adapter
     and one file of the base are held in memory, never the model.
 
@@ -184,27 +177,24 @@ def write_merged(base, adapter, out, kind="bf16", quantised=False):
     for file in loading.shard_files(base):
         merged = {}
         for name, tensor in loading.read_tensors(file):
-            pair = layers.get(name.removesuffix(".weight"))
-            tensor = own.get(name, tensor)
+            tensor, pair = own.get(name, tensor).float(), layers.get(name.removesuffix(".weight"))
+            delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args) if pair else 0
             if kind != "bf16" and LOW_BIT.fullmatch(name):
                 low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
-                if pair:
-                    delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args)
-                    errors.append(float((tensor.float() - low).norm() / delta.norm()))
+                errors += [float((tensor - low).norm() / delta.norm())] if pair else []
                 tensor = low if quantised else tensor
-            if pair:
-                tensor = shifted(tensor, pair["lora_A"], pair["lora_B"], scale_of(args))
             if name in expected:  # not a tied model's head, which is the embedding
-                merged[name] = tensor.to(torch.bfloat16).contiguous()
-        loading.save_tensors(merged, out / file.name)
+                merged[name] = (tensor + delta).to(torch.bfloat16).contiguous()
+        save_file(merged, out / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(merged, file.name)
     if missing := expected - weight_map.keys():
         raise UserError(f"{base}: has no tensor {min(missing)}, expected a whole model; download it again")
-    loading.write_index(weight_map, out)
+    if (base / INDEX).exists():
+        write_json(out / INDEX, {"metadata": {}, "weight_map": weight_map})
     config = read_object(base / "config.json")
     config |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config} or {"torch_dtype": "bfloat16"}
     write_json(out / "config.json", config)
-    if (base / GENERATION).is_file():  # greedy, as infer.py answers: the released one would give other tokens
+    if (base / GENERATION).is_file():  # greedy, as infer.py answers: sampling as released would give other tokens
         sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         write_json(out / GENERATION, {k: v for k, v in read_object(base / GENERATION).items() if k not in sampling})
     if (adapter / STATE).is_file():  # which frames it was trained on: infer.py reads clips the same way
@@ -216,8 +206,8 @@ def write_merged(base, adapter, out, kind="bf16", quantised=False):
 def copy_small_files(base, folder):
     """Tokenizer, chat template and preprocessing beside a whole model's weights, so that its folder loads by itself."""
     for path in Path(base).iterdir():
-        small = path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json")
-        if path.is_file() and small and path.name != MANIFEST and not (folder / path.name).exists():
+        small = path.suffix in (".json", ".txt", ".jinja") and path.name not in (MANIFEST, INDEX)
+        if path.is_file() and small and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 
@@ -233,9 +223,13 @@ def run_command(cfg):
         raise UserError("--model_id: the adapter names no base, expected the checkpoint that it was trained on")
     folder = loading.resolve_folder(base, cfg.local_files_only, weights=cfg.command == "merge")
     if cfg.command == "check":
-        describe(adapter, config, tensors, f"{base}, as {kind}")
-        fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
-        print(f"fit       every tensor matches {base}")
+        args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
+        counts = {component: sum(part_of(name) == component for name in layers) for component in COMPONENTS}
+        untrained = sum(not pair["lora_B"].any() for pair in layers.values())
+        print(f"adapter   {adapter}\nbase      {base}, as {kind}: every tensor fits")
+        print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
+        print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")
         return
     out, quantised, errors = Path(cfg.output_dir), cfg.merge_base == "quantised", []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -243,23 +237,9 @@ def run_command(cfg):
     if quantised and kind == "bf16":
         raise UserError("--merge_base: found quantised, expected original: the adapter was trained on a bf16 base")
     write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, kind, quantised)))
-    files = list(out.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files) / 1e9
-    print(f"{out}: {base} + {adapter}, {size:.3g} GB of bf16 weights in {len(files)} file(s)")
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
+    print(f"{out}: {base} + {adapter}, {size:.3g} GB of bf16 weights")
     if errors:
         into = f"the {kind} weights, rounded to bf16" if quantised else "the original weights"
         ratios = f"median {statistics.median(errors):.2g}, largest {max(errors):.2g} of {len(errors)} layers"
         print(f"trained on a {kind} base, merged into {into}; quantisation error over adapter: {ratios}")
-
-
-def describe(adapter, config, tensors, base):
-    """Print what an adapter is."""
-    layers, others = split_keys(tensors)
-    components = sorted(Counter(part_of(name) for name in layers).items())
-    untrained = sum(not pair["lora_B"].any() for pair in layers.values() if "lora_B" in pair)
-    print(f"adapter   {adapter}\nbase      {base}")
-    print(
-        f"rank      {config.get('r')}, alpha {config.get('lora_alpha')}, use_rslora {config.get('use_rslora', False)}"
-    )
-    print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {n}" for name, n in components))
-    print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")

@@ -1,7 +1,7 @@
 """A dataclass as a command line: its defaults, then --config files, then flags. The comment behind a field is its help.
 
-config.py holds the options, names.py what other trainers call them, the tables here what they may be. Standard library
-only: --help must not wait for torch.
+config.py holds the options, names.py what other trainers call them, the tables here what they may be. Nothing imports
+torch: --help must not wait for it.
 """
 
 import inspect
@@ -18,6 +18,8 @@ import typing
 from dataclasses import asdict as as_dict
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+
+import yaml  # transformers brings it
 
 from model import UserError, nearest, nearest_path
 from names import SYNONYMS, suggestion, translate
@@ -45,41 +47,28 @@ LIMITS = [  # numbers that may be something else than above 0
     ("top_p", "above 0, at most 1", lambda v: 0 < v <= 1),
 ]  # fmt: skip
 LISTS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}
-
-
-def trains_base(c):
-    """Whether some of the base's own weights are trained."""
-    return not c.freeze_llm or not c.freeze_vision_tower or c.tune_merger
-
-
 RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
-    ("video_max_pixels", "at least video_min_pixels {c.video_min_pixels}",
-     lambda c: (c.video_min_pixels or 0) <= (c.video_max_pixels or math.inf)),
-    ("video_resized_height", "one with --video_resized_width, or none",
-     lambda c: (c.video_resized_height is None) == (c.video_resized_width is None)),
-    ("image_resized_height", "one with --image_resized_width, or none",
-     lambda c: (c.image_resized_height is None) == (c.image_resized_width is None)),
     ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
     ("freeze_vision_tower", "True, or --vision_lora False: either adapters or all of its weights",
      lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
     ("lora_enable", "True, or a component that is not frozen: nothing is left to train",
      lambda c: c.lora_enable or trains_base(c)),
-    ("fp16", "False beside --bf16", lambda c: not (c.bf16 and c.fp16)),
-    ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
     ("base_dtype lora_enable", "bf16 without --lora_enable or --freeze_llm: low-bit weights stay frozen",
      lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
+    ("fp16", "False beside --bf16", lambda c: not (c.bf16 and c.fp16)),
+    ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
+    ("temperature beta", "a number above 0", lambda c: c.temperature > 0),
     ("num_generations", "a divisor of per_device_train_batch_size {c.per_device_train_batch_size} x "
      "gradient_accumulation_steps {c.gradient_accumulation_steps}: groups are whole",
      lambda c: c.per_device_train_batch_size * c.gradient_accumulation_steps % c.num_generations == 0),
-    ("temperature beta", "a number above 0", lambda c: c.temperature > 0),
     ("reference", "start: of a base that is trained itself no copy is left",
      lambda c: c.reference == "start" or (c.lora_enable and not trains_base(c))),
     ("reward_weights", "one number for each of --rewards {c.rewards}",
      lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
     ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
     ("video", "none beside --data_path: one clip or a dataset", lambda c: not (c.video and c.data_path)),
-    ("command", "merge or check (convert was removed: see merge), as in {c.__doc__}",
+    ("command", "merge or check (convert was removed: merge instead), as in {c.__doc__}",
      lambda c: c.command in ("merge", "check")),
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
     ("output_dir command", "a new folder, as in {c.__doc__}", lambda c: c.output_dir or c.command == "check"),
@@ -97,6 +86,11 @@ IGNORED = [  # options that may have been given to a script that has the first, 
     ("hard_negatives question num_options", "it is for --from_folder", lambda c: c.from_folder is None),
     ("cot_source cot_model cot_workers cot_coordinates", "there is no --cot", lambda c: not c.cot),
 ]
+
+
+def trains_base(c):
+    """Whether some of the base's own weights are trained."""
+    return not c.freeze_llm or not c.freeze_vision_tower or c.tune_merger
 
 
 def require(ok, name, value, expected):
@@ -153,30 +147,29 @@ def type_name(kind):
     return {bool: "True or False"}.get(kind) or getattr(kind, "__name__", str(kind))
 
 
-def convert(value, kind):
-    """A text or a config file's value as one of the type `kind`; ValueError, KeyError or TypeError where it is none."""
-    inner, origin, text = typing.get_args(kind), typing.get_origin(kind), str(value)
+def convert(text, kind):
+    """A text as a value of the type `kind`. ValueError or KeyError where it is none."""
+    inner, origin = typing.get_args(kind), typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         if type(None) in inner and text.lower() in ("none", "null"):
             return None
-        return text if text == "auto" and typing.Literal["auto"] in inner else convert(value, inner[0])
+        return text if text == "auto" and typing.Literal["auto"] in inner else convert(text, inner[0])
     if origin is list:
-        return [convert(item, inner[0]) for item in (split_list(value) if isinstance(value, str) else value)]
-    if isinstance(value, list | tuple | dict) or (origin is typing.Literal and text not in inner):
-        raise ValueError(value)
+        return [convert(item, inner[0]) for item in split_list(text)]
     if kind is bool:
         return BOOLS[text.lower()]
-    if kind is float and not math.isfinite(float(text)):
-        raise ValueError(value)
-    return text if origin is typing.Literal else kind(text)
+    value = text if origin is typing.Literal else kind(text)
+    if (origin is typing.Literal and text not in inner) or (kind is float and not math.isfinite(value)):
+        raise ValueError(text)
+    return value
 
 
 def typed_value(cls, name, value, where):
-    """A value as one of the type of the field `name`. UserError that begins with `where`, such as "--"."""
+    """A text, or a config file's value, as one of the type of the field `name`. UserError that begins with `where`."""
     kind = kinds_of(cls)[name]
     try:
-        return convert(value, kind)
-    except (ValueError, KeyError, TypeError):
+        return convert(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value), kind)
+    except (ValueError, KeyError):
         hint = nearest(value, typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ""
         raise UserError(f"{where}{name}: found {value!r}, expected {type_name(kind)}{hint}") from None
 
@@ -204,6 +197,7 @@ def resolve(cls, name, value, where):
 
 # What the user's own Python, or a parser, may raise
 BROKEN = (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError, LookupError)
+BROKEN += (yaml.YAMLError,)
 
 
 def load_file(cls, path):
@@ -219,12 +213,7 @@ def load_file(cls, path):
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".json", ".toml"):
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    import yaml  # transformers brings it
-
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    return yaml.load(text, Loader=yaml.BaseLoader)
 
 
 def read_config(cls, path):
@@ -250,27 +239,25 @@ def read_config(cls, path):
 WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidden size that counts as such a model
 
 
-def billions(model_id):
-    """The size of a model as a key of WIDTHS, 0 for a tiny one: by its config.json, of a hub id by its name."""
-    file = Path(model_id) / "config.json"
+def sizes_up_to(model_id):
+    """The keys of WIDTHS that a model reaches, by its config.json, or by its hub id for nothing is downloaded here."""
+    file, named = Path(model_id) / "config.json", re.search(r"/.*-(\d+)B\b", model_id)
     if not file.exists():
-        named = re.search(r"/.*-(\d+)B\b", model_id)
-        return max((size for size in WIDTHS if named and size <= int(named[1])), default=0)
+        return [size for size in WIDTHS if named and size <= int(named[1])]
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        width = raw.get("text_config", raw)["hidden_size"]
-        return max((size for size, least in WIDTHS.items() if least <= width), default=0)
+        return [size for size in WIDTHS if WIDTHS[size] <= raw.get("text_config", raw)["hidden_size"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads the model says what is wrong
-        return 0
+        return []
 
 
 def follow_model(cfg):
     """Set what was not given to what suits a large model, as its file in configs/ has it, and note that."""
-    script, size = "grpo" if hasattr(cfg, "num_generations") else "sft", billions(cfg.model_id)
-    paths = [Path(__file__).with_name("configs") / f"{n}b_{script}.py" for n in WIDTHS if n <= size]
+    script, folder = "grpo" if hasattr(cfg, "num_generations") else "sft", Path(__file__).with_name("configs")
+    paths = [folder / f"{size}b_{script}.py" for size in sizes_up_to(cfg.model_id)]
     for path in [path for path in paths if path.exists()][-1:]:
-        values = {name: value for name, value in load_file(type(cfg), path).items() if hasattr(cfg, name)}
-        values = {name: value for name, value in values.items() if name not in {*cfg.given, "model_id"}}
+        values = load_file(type(cfg), path)
+        values = {name: values[name] for name in values if hasattr(cfg, name) and name not in {*cfg.given, "model_id"}}
         for name, value in values.items():
             setattr(cfg, name, value)
         cfg.settle(cfg.given)
@@ -296,7 +283,7 @@ def documented(cls):
     the comment of the last."""
     docs = {}
     for klass in reversed(cls.__mro__[:-1]):
-        heading = ""
+        heading = "options"
         for line in inspect.getsource(klass).splitlines():
             if line.startswith("    # -- "):
                 heading = line[9:]
@@ -316,7 +303,7 @@ def help_text(cls, every):
         heading, comment = docs[name] if every else ("main options, --help all lists every one", docs[name][1])
         lines += ["", f"{heading}:"] if heading != before else []
         option = f"  --{name} {type_name(kinds_of(cls)[name])}"
-        text = f"{option:<33} {comment} (default {getattr(default, name)!r})"
+        text = f"{option:<32}  {comment} (default {getattr(default, name)!r})"
         lines += textwrap.wrap(text, width, subsequent_indent=" " * 34)
         before = heading
     return "\n".join(lines)

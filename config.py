@@ -4,7 +4,7 @@
     cfg = parse(SFT)      # defaults, then each --config file, then --name value or --name=value
 
 The defaults suit the tiny model (assets/tiny) on a laptop; a larger --model_id brings those of its file in configs/.
-The comment behind a default is its text in --help, a class's docstring the example there. Standard library only.
+The comment behind a default is its text in --help, a class's docstring the example there. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
@@ -222,7 +222,6 @@ class GRPO(SFT):
 
 @dataclass
 class View(VideoArgs):
-    # -- Model and question
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id (or --base_model)
     local_files_only: bool = False  # never contact the hub
     question: str = ""  # what to ask of each clip; "" = the dataset's question
@@ -237,7 +236,6 @@ class View(VideoArgs):
 class Look(View):
     """python data.py clip.mp4 my/train.json"""
 
-    # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
     preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
@@ -247,12 +245,9 @@ class Look(View):
 class Infer(View):
     """python infer.py video.mp4 --question 'What happens?'"""
 
-    # -- One clip
     video: str | None = field(default=None, metadata={"positional": True})  # file to ask about (or --video_path)
     prompt: str = ""  # question under another name; of a benchmark: official (its own) or video-r1
     json: bool = False  # last line: one JSON object
-
-    # -- Adapter and sampling
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
     base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = "auto"  # auto: the base that the adapter was trained on
@@ -276,7 +271,6 @@ class Infer(View):
 class Adapter(Options):
     """python lora.py merge output/video_lora output/merged"""
 
-    # -- What to do
     command: str = field(default="", metadata={"positional": True})  # merge or check
     model_ckpt: str | None = field(default=None, metadata={"positional": True})  # adapter: its folder, or a run
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
@@ -289,6 +283,5 @@ class Adapter(Options):
 class Report(Options):
     """python report.py output/video_lora"""
 
-    # -- What to show
     runs: list[str] = field(default_factory=list, metadata={"positional": True})  # folders; several are compared
     output: str | None = None  # file to write; none = report.html in the run's folder, compare.html beside several

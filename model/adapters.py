@@ -47,9 +47,8 @@ class Weights(NamedTuple):
 
 def weights_of(block: nn.Module, *linears: nn.Module) -> list[Weights]:
     """The Weights of linears of this block, with its adapters as they are now."""
-    adapters = vars(block).get("block_adapters")
-    views = None if adapters is None else Unpack.apply(block.adapters, adapters)
-    weights = []
+    home = vars(block).get("block_adapters")
+    views, weights = Unpack.apply(block.adapters, home) if home else (), []
     for linear in linears:
         adapter = ()
         if isinstance(linear, LoRALinear) and linear.enabled:
@@ -68,10 +67,10 @@ class Unpack(torch.autograd.Function):
     """The flat parameter -> every A and B of the block; their gradients -> its one gradient."""
 
     @staticmethod
-    def forward(ctx, flat, adapters):
-        ctx.shapes, ctx.like = adapters.shapes, {"dtype": flat.dtype, "device": flat.device}
+    def forward(ctx, flat, home):
+        ctx.shapes, ctx.like = home.shapes, {"dtype": flat.dtype, "device": flat.device}
         ctx.set_materialize_grads(False)
-        return tuple(adapters.pieces(flat))
+        return tuple(home.pieces(flat))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -92,16 +91,13 @@ class BlockAdapters:
 
     def __init__(self, block, layers, rank, dtype=None):
         """layers: the LoRALinears inside block. dtype of A and B: that of the first weight unless given."""
-        kinds = {(layer.weight.dtype, layer.weight.device) for layer in layers}
-        assert len(kinds) == 1, f"one flat parameter for weights of {kinds}"
         self.shapes = [shape for m in layers for shape in ((rank, m.in_features), (m.out_features, rank))]
         sizes = [aligned(rows * columns) for rows, columns in self.shapes]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.padding = sum(sizes) - sum(rows * columns for rows, columns in self.shapes)
         self.block, block.block_adapters = block, self
         like = layers[0].weight
-        flat = torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device)
-        block.register_parameter("adapters", nn.Parameter(flat))
+        block.adapters = nn.Parameter(torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device))
         for number, layer in enumerate(layers):
             layer.home, layer.number = self, number
             nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as PEFT and Linear itself: bound 1 / sqrt(in)

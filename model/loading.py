@@ -5,8 +5,7 @@ introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from con
 """
 
 import json
-import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from torch import nn
 from model import UserError, nearest_path
 from model.quantized import LOW_BIT, put, quantise, quantized_weights
 from model.qwen import Qwen2_5_VL
-
-SHARD_BYTES = 5 << 30  # bytes a file at most, as on the hub
 
 
 @dataclass
@@ -59,8 +56,8 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    tie_word_embeddings: bool
     vision: VisionConfig
+    tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read; save_model writes it back
 
@@ -85,37 +82,33 @@ class ModelConfig:
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
         """UserError for a config.json of another model, and for sizes that are missing or that no such model has."""
         try:
-            text, vision = {**raw, **(raw.get("text_config") or {})}, dict(raw.get("vision_config") or {})
-            rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-        except (TypeError, ValueError):
-            raise UserError(f"{source}: text_config, vision_config or rope_scaling is no object") from None
-        for name, value, allowed in [
-            ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
-            ("rope_scaling type", rope.get("rope_type", rope.get("type")), ("mrope", "default", None)),
-            ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
-            ("hidden_act", text.get("hidden_act"), ("silu", None)),
-            ("vision_config's hidden_act", vision.get("hidden_act"), ("silu", None)),
-        ]:
-            if value not in allowed:
-                raise UserError(f"{source}: {name} is {str(value)[:80]}, expected {allowed[0]}: no Qwen2.5-VL")
-        text["mrope_section"] = rope.get("mrope_section")
-        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
-        text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        text["vision"] = fill(VisionConfig, {"in_channels": vision.get("in_chans", 3)} | vision, source)
-        return fill(cls, text | {"raw": raw}, source)
+            text, vision = raw | (raw.get("text_config") or {}), {"in_channels": 3} | raw["vision_config"]
+            rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+            text |= {"mrope_section": rope.get("mrope_section"), "vision": fill(VisionConfig, vision), "raw": raw}
+            for name, value, allowed in [
+                ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
+                ("rope_scaling type", rope.get("rope_type", rope.get("type")), ("mrope", "default", None)),
+                ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
+                ("hidden_act", text.get("hidden_act"), ("silu", None)),
+                ("vision_config's hidden_act", vision.get("hidden_act"), ("silu", None)),
+            ]:
+                if value not in allowed:
+                    raise ValueError(f"{name} is {value}, expected {allowed[0]}")
+            tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            return fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"{source}: no Qwen2.5-VL that is supported ({str(error)[:200]})") from None
 
 
-def fill(kind, values: dict, source: str):
-    """A config dataclass from the values of its fields. UserError before anything of a nonsensical size is made."""
+def fill(kind, values: dict):
+    """A config dataclass from the values of its fields. ValueError before anything of a nonsensical size is made."""
     values = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
+    config = kind(**values)
     for f in fields(kind):
-        if f.name not in values and f.default is f.default_factory is MISSING:
-            raise UserError(f"{source}: missing {f.name}; expected a Qwen2.5-VL config.json")
-        value, most = values.get(f.name, f.default), 1000 if f.name in ("num_hidden_layers", "depth") else 2**20
-        is_size = type(value) is int and 0 < value <= most
-        if (f.type is int and not is_size) or (f.type is float and not isinstance(value, int | float)):
-            raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a number, of sizes at most {most}")
-    return kind(**values)
+        value = getattr(config, f.name)
+        if f.type is int and not (type(value) is int and 0 < value <= 2**20):
+            raise ValueError(f"{f.name} is {value}, expected a whole number above 0")
+    return config
 
 
 # -- Models
@@ -134,19 +127,13 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype,
 
 
 def finish(model: Qwen2_5_VL, base_dtype: str) -> Qwen2_5_VL:
-    """The fast operations of its device; every weight that can be trained has requires_grad."""
+    """With the fast operations of its device."""
     model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
-    return model.requires_grad_(True)
+    return model
 
 
-def load_model(
-    model_id: str | Path,
-    device="cpu",
-    dtype: torch.dtype = torch.float32,
-    local_files_only: bool = False,
-    base_dtype: str = "bf16",
-) -> Qwen2_5_VL:
+def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=False, base_dtype="bf16") -> Qwen2_5_VL:
     """A checkpoint's folder or hub id -> the model. Tensors go one by one from the file to their device and dtype.
     base_dtype: one of quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
 
@@ -167,43 +154,25 @@ def load_model(
     return finish(model, base_dtype)
 
 
-def random_model(
-    config: ModelConfig,
-    device="cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    base_dtype: str = "bf16",
-) -> Qwen2_5_VL:
+def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0, base_dtype="bf16") -> Qwen2_5_VL:
     """A model of this shape with random weights, N(0, initializer_range^2) for matrices, as transformers starts one.
     Made on its device tensor by tensor."""
     model, generator = empty_model(config), torch.Generator(device).manual_seed(seed)
     for name, p in list(model.named_parameters()):
-        tensor = torch.empty(p.shape, device=device, dtype=dtype)
-        std = (config.vision if name.startswith("visual") else config).initializer_range
+        tensor = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0, device=device, dtype=dtype)
         if p.dim() > 1:
+            std = (config.vision if name.startswith("visual") else config).initializer_range
             tensor.normal_(0.0, std, generator=generator)
-        else:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         place(model, name, tensor, dtype, base_dtype)
     return finish(model, base_dtype)
 
 
 def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and safetensors files under hub names; transformers and load_model read them."""
-    folder, shards, size = Path(folder), [{}], 0
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tensor in model.state_dict().items():
-        size += tensor.numel() * (dtype or tensor.dtype).itemsize
-        if shards[-1] and size > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(files) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards):
-        save_tensors({name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in shard.items()}, folder / file)
-    write_index({name: file for file, shard in zip(files, shards) for name in shard}, folder)
-    (folder / "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
+    """Write config.json and model.safetensors under hub names; transformers and load_model read them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -220,9 +189,10 @@ def not_finite(model: nn.Module) -> list[str]:
 
 def module_name(key: str) -> str:
     """A checkpoint's tensor name as ours: transformers >= 4.52 prefixes -> the hub's."""
-    if key.startswith("model.visual."):
-        return key.removeprefix("model.")
-    return key.replace("model.language_model.", "model.", 1) if key.startswith("model.language_model.") else key
+    for theirs, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
 
 
 def read_object(path: Path) -> dict:
@@ -230,7 +200,7 @@ def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else "no such file"
     except (OSError, ValueError, RecursionError) as error:
-        content = str(error)
+        content = error
     if not isinstance(content, dict):
         raise UserError(f"{path}: {str(content)[:80]}; expected a file with a JSON object")
     return content
@@ -241,11 +211,11 @@ def shard_files(folder: Path) -> list[Path]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_object(index).get("weight_map")
-        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    for name in names or [""]:
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else ["weight_map"]
+    for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             source = index if index.exists() else folder
-            raise UserError(f"{source}: {name or 'weight_map'} is no file beside it; download the checkpoint again")
+            raise UserError(f"{source}: {name} is no file beside it; download the checkpoint again")
     return [folder / name for name in names]
 
 
@@ -257,21 +227,6 @@ def read_tensors(file: Path, device="cpu"):
                 yield module_name(key), shard.get_tensor(key)
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-
-
-def save_tensors(tensors: dict, path: Path) -> None:
-    """A safetensors file that may be read by whom other new files may be: safetensors makes it for its owner alone."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def write_index(weight_map: dict, folder: Path) -> None:
-    """weight_map: {tensor's name: its file}. One file needs no index."""
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def differences(actual: dict, expected: dict) -> str:
@@ -300,6 +255,5 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
-        message = f"not a local folder, and the hub gave nothing ({reason}); download it: hf download {name}"
-        raise UserError(f"{name}: {message}{nearest_path(name)}") from None
+        reason = f"no such folder, and the hub gave nothing ({str(error).strip().splitlines()[0]})"
+        raise UserError(f"{name}: {reason}; download it: hf download {name}{nearest_path(name)}") from None
