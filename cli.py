@@ -39,12 +39,10 @@ LIMITS = [  # numbers that may be something else than above 0
      "max_resample seed temperature top_k warmup_steps "
      "weight_decay workers", "at least 0", lambda v: v >= 0),
     ("max_frames min_frames nframes num_generations num_samples video_length", "at least 2", lambda v: v >= 2),
-    ("augment_prob max_skip_share min_lr_ratio warmup_ratio", "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),
-    ("max_steps num_lora_modules", "-1 (all) or a count above 0", lambda v: v == -1 or v > 0),
     ("num_options", "2 to 8", lambda v: 2 <= v <= 8),
-    ("split", "a share between 0 and 1, both excluded", lambda v: 0 < v < 1),
-    ("top_p", "above 0, at most 1", lambda v: 0 < v <= 1),
+    ("adam_beta1 adam_beta2 augment_prob lora_dropout max_skip_share min_lr_ratio split top_p warmup_ratio",
+     "a number from 0 to 1", lambda v: 0 <= v <= 1),
+    ("max_steps num_lora_modules", "-1 (all) or a count above 0", lambda v: v == -1 or v > 0),
 ]  # fmt: skip
 LISTS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}
 RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
@@ -273,37 +271,27 @@ def script_of(cls):
     return cls.__doc__.split()[1]
 
 
-def positional_of(cls):
-    """Names of the options that need no flag."""
-    return [f.name for f in fields(cls) if f.metadata.get("positional")]
-
-
-def documented(cls):
-    """{field: (heading, comment)} of a dataclass, from its source: the heading of the first class that has the field,
-    the comment of the last."""
-    docs = {}
+def help_text(cls, every):
+    """What --help prints: the options in MAIN, in that order; every: all of them, under the headings of config.py."""
+    rows, width = {}, shutil.get_terminal_size().columns
     for klass in reversed(cls.__mro__[:-1]):
         heading = "options"
         for line in inspect.getsource(klass).splitlines():
             if line.startswith("    # -- "):
                 heading = line[9:]
             elif (match := re.match(r"    (\w+): .*?  # (.*)", line)) and match[1] in kinds_of(cls):
-                name, comment = match.groups()
-                docs[name] = docs.get(name, (heading,))[0], comment
-    return docs
-
-
-def help_text(cls, every):
-    """What --help prints: the options in MAIN, in that order; every: all of them in groups, for --help all."""
-    width, default, docs = shutil.get_terminal_size().columns, cls(), documented(cls)
-    words = "".join(f"[{name}] " for name in positional_of(cls))
-    lines = [f"usage: python {script_of(cls)} {words}[--config FILE] [--name value ...]", f"example: {cls.__doc__}"]
-    before = None
-    for name in docs if every else [name for name in MAIN if name in docs]:
-        heading, comment = docs[name] if every else ("main options, --help all lists every one", docs[name][1])
+                name, comment = match.groups()  # a subclass's comment stays under the heading of its base
+                rows[name] = rows.get(name, (heading,))[0], comment
+    if not every:
+        rows = {name: ("main options; --help all lists every one", rows[name][1]) for name in MAIN if name in rows}
+    lines, before = (
+        [f"usage: python {script_of(cls)} [--config FILE] [--name value ...]", f"example: {cls.__doc__}"],
+        "",
+    )
+    for name, (heading, comment) in rows.items():
         lines += ["", f"{heading}:"] if heading != before else []
         option = f"  --{name} {type_name(kinds_of(cls)[name])}"
-        text = f"{option:<32}  {comment} (default {getattr(default, name)!r})"
+        text = f"{option:<32}  {comment} (default {getattr(cls(), name)!r})"
         lines += textwrap.wrap(text, width, subsequent_indent=" " * 34)
         before = heading
     return "\n".join(lines)
@@ -312,7 +300,8 @@ def help_text(cls, every):
 def read_argv(cls, argv):
     """({field: value}, config files, notes) of a command line. UserError for what it does not know."""
     kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
-    settings, files, notes, bare, rest, positional = {}, [], [], [], list(argv), positional_of(cls)
+    positional = [f.name for f in fields(cls) if f.metadata.get("positional")]  # they need no flag
+    settings, files, notes, bare, rest = {}, [], [], [], list(argv)
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):

@@ -16,18 +16,14 @@ SAME = {  # ours: theirs
     "video": "video_path",
     "data_path": "dataset",
     "eval_data_path": "eval_path eval_dataset val_dataset",
-    "image_folder": "media_dir",
     "overwrite": "overwrite_output_dir",
-    "lora_enable": "use_peft use_lora",
     "lora_rank": "lora_r",
     "freeze_vision_tower": "freeze_vit",
     "vision_lr": "vision_tower_lr vit_lr",
     "merger_lr": "mm_projector_lr aligner_lr",
     "learning_rate": "lr",
-    "lr_scheduler_type": "lr_scheduler",
     "num_train_epochs": "epochs num_epochs",
     "per_device_train_batch_size": "batch_size micro_batch_size",
-    "max_grad_norm": "gradient_clipping",
     "fps": "video_fps",
     "nframes": "num_frames",
     "min_frames": "fps_min_frames",
@@ -35,30 +31,24 @@ SAME = {  # ours: theirs
     "image_min_pixels": "min_pixels",
     "image_max_pixels": "max_pixels",
     "max_seq_length": "max_length cutoff_len model_max_length",
-    "dataloader_num_workers": "num_workers",
     "rewards": "reward_funcs",
-    "mask_truncated_completions": "overlong_filter",
-    "output_dir": "export_dir",
 }
 NO_EFFECT = {  # why: theirs
     "the (T, V) logits are never held here, so Liger has nothing to replace":
         "use_liger use_liger_kernel use_liger_loss enable_liger_kernel",
     "attention is PyTorch's own": "disable_flash_attn2 attn_implementation attn_impl flash_attn",
-    "clips are read when they are needed": "lazy_preprocess lazy_tokenize streaming preprocessing_num_workers "
-        "dataset_num_proc overwrite_cache",
-    "samples are no table, no column is dropped": "remove_unused_columns",
+    "clips are read when they are needed, no column is dropped":
+        "remove_unused_columns lazy_preprocess lazy_tokenize preprocessing_num_workers dataset_num_proc overwrite_cache",
     "samples are always packed and never see each other": "packing neat_packing padding_free group_by_length",
-    "an evaluation decodes as many clips at a time as memory holds": "per_device_eval_batch_size",
-    "the checkpoint's own chat template and code are used": "template trust_remote_code model_type",
+    "the script and the checkpoint say it": "template trust_remote_code model_type do_train do_eval",
     "metrics.jsonl has every step, report.html the curves; a run is named by its output_dir":
         "logging_first_step logging_strategy logging_dir run_name plot_loss",
-    "the best checkpoint by accuracy on the held-out set always stays": "load_best_model_at_end metric_for_best_model",
+    "the best checkpoint by accuracy always stays": "load_best_model_at_end metric_for_best_model",
     "checkpoints are safetensors and hold the optimizer's state": "save_safetensors save_only_model",
-    "the script says what is trained": "do_train do_eval",
     "DeepSpeed's launcher and ZeRO-2 need no such setting": "ddp_find_unused_parameters ddp_timeout",
-    "recomputation goes block by block, in the vision tower too":
-        "gradient_checkpointing_kwargs vit_gradient_checkpointing",
-    "rollouts are sampled by the built-in decoder": "use_vllm vllm_mode vllm_gpu_memory_utilization",
+    "recomputation goes block by block": "gradient_checkpointing_kwargs vit_gradient_checkpointing",
+    "the built-in decoder takes as many clips at a time as memory holds":
+        "use_vllm vllm_mode vllm_gpu_memory_utilization per_device_eval_batch_size",
 }  # fmt: skip
 OFF = ("none", "null", "false", "")
 BY_VALUE = {  # theirs: ({value: our option, or "" for no effect}, what to say of other values)
@@ -96,14 +86,9 @@ ANSWERS = {  # what to do: theirs
         "modules_to_save",
     "not supported; of LoRA's variants --use_rslora True is": "use_dora",
     "several GPUs share the work by DeepSpeed ZeRO-2: deepspeed --num_gpus N": "fsdp sequence_parallel_size",
-    "hide the GPUs instead: CUDA_VISIBLE_DEVICES= python ...": "use_cpu no_cuda",
-    "merge afterwards: python lora.py merge ADAPTER OUT": "merge_lora",
     "rewards of your own: --rewards my_rewards.py:name": "external_plugins",
     "an update takes --per_device_train_batch_size completions; --num_iterations repeats it":
         "steps_per_generation generation_batch_size",
-    "the reference never moves: --reference start or base": "sync_ref_model ref_model",
-    "--sampler_is_cap C truncates the importance weights": "vllm_importance_sampling_correction",
-    "--max_resample N samples further prompts until enough groups differ in accuracy": "dynamic_sample",
 }  # fmt: skip
 REMOVED = {  # what to do: options that were here once
     "--base_dtype nf4 or int8 makes the frozen base small, --num_gpus N shares the rest by ZeRO-2":

@@ -103,7 +103,7 @@ def test_commands_with_words_that_have_no_flag():
         (SFT, "--resume --overwrite", "--resume: found True, expected False beside --overwrite"),
         (GRPO, "--num_generations 7", "a divisor of per_device_train_batch_size 256 x"),
         (GRPO, "--reward_weights 1", "found [1.0], expected one number for each of --rewards accuracy,format"),
-        (Generate, "--split 1", "between 0 and 1"),
+        (Generate, "--split 20", "--split: found 20.0, expected a number from 0 to 1"),
         (Generate, "--augment blur,spin", "found 'spin', expected names out of blur, crop"),
         (Adapter, "convert x", "--command: found 'convert', expected merge or check (convert was removed"),
         (Look, "", "--files: found [], expected at least one, as in python data.py clip.mp4"),
