@@ -38,7 +38,7 @@ NO_EFFECT = {  # why: theirs
         "use_liger use_liger_kernel use_liger_loss enable_liger_kernel",
     "attention is PyTorch's own": "disable_flash_attn2 attn_implementation attn_impl flash_attn",
     "clips are read when they are needed, no column is dropped":
-        "remove_unused_columns lazy_preprocess lazy_tokenize preprocessing_num_workers dataset_num_proc overwrite_cache",
+        "remove_unused_columns lazy_preprocess preprocessing_num_workers dataset_num_proc overwrite_cache",
     "samples are always packed and never see each other": "packing neat_packing padding_free group_by_length",
     "the script and the checkpoint say it": "template trust_remote_code model_type do_train do_eval",
     "metrics.jsonl has every step, report.html the curves; a run is named by its output_dir":
