@@ -1,6 +1,6 @@
 """A dataclass as a command line: its defaults, then --config files, then flags. The comment behind a field is its help.
 
-config.py holds the options, names.py what other trainers call them, the tables here what they may be. Nothing imports
+config.py holds the options, names.toml what other trainers call them, the tables here what they may be. Nothing imports
 torch: --help must not wait for it.
 """
 
@@ -38,8 +38,10 @@ LIMITS = [  # numbers that may be something else than above 0
     ("beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
      "max_resample seed temperature top_k warmup_steps "
      "weight_decay workers", "at least 0", lambda v: v >= 0),
-    ("max_frames min_frames nframes num_generations num_samples video_length", "at least 2", lambda v: v >= 2),
+    ("max_frames min_frames nframes num_generations", "at least 2", lambda v: v >= 2),
     ("num_options", "2 to 8", lambda v: 2 <= v <= 8),
+    ("num_samples video_length", "at least 8", lambda v: v >= 8),  # a clip of each class; enough to judge the motion
+    ("frame_size", "at least 40", lambda v: v >= 40),  # as wide as the largest ball
     ("adam_beta1 adam_beta2 augment_prob lora_dropout max_skip_share min_lr_ratio split top_p warmup_ratio",
      "a number from 0 to 1", lambda v: 0 <= v <= 1),
     ("max_steps num_lora_modules", "-1 (all) or a count above 0", lambda v: v == -1 or v > 0),

@@ -123,8 +123,8 @@ def test_a_later_setting_beats_an_earlier_one(tmp_path):
 
 
 SETTINGS = {
-    "a.py": "import math\n_n = 4\nsave_steps = _n * 2\nlearning_rate, bf16, lora_namespan_exclude = 1e-4, True, ('a',)\n"
-    "pack_tokens, save_strategy, lora_r, use_liger_kernel = None, 'no', 8, True",
+    "a.py": "import math\n_n = 4\nsave_steps = _n * 2\nlearning_rate, bf16, lora_namespan_exclude = 1e-4, True, ('a',)"
+    "\npack_tokens, save_strategy, lora_r, use_liger_kernel = None, 'no', 8, True",
     "a.yaml": "save_steps: 8\nlearning_rate: 1e-4\nbf16: true\nlora_namespan_exclude: [a]\n"
     "pack_tokens: null\nsave_strategy: no\nlora_r: 8\nuse_liger_kernel: true",
     "a.json": '{"save_steps": 8, "learning_rate": 1e-4, "bf16": true, "lora_namespan_exclude": ["a"],\n'
@@ -210,15 +210,15 @@ def test_names_of_other_trainers(name):
         value = {"lr_scheduler_type": "linear", "per_device_train_batch_size": "16", "rewards": "a,b"}.get(meaning, "6")
         cfg = parse(cls, [f"--{name.replace('_', '-')}", "True" if isinstance(default, bool) else value])
         assert cfg.given == {meaning} and f"--{name} is --{meaning} here" in ignored_options(cfg)
-    elif kind == "none":
+    elif kind == "no_effect":
         cfg = parse(GRPO, [f"--{name}", "x", "--seed", "7"])
         assert changed(cfg) == {"seed": 7} and without_effect(cfg) == {f"--{name}"}
-    elif kind == "value":
-        for value, ours in meaning[0].items():
+    elif kind == "by_value":
+        for value, ours in list(meaning.items())[:-1]:
             cfg = parse(GRPO, [f"--{name}={value}"])
             field = ours.partition("=")[0]
             assert cfg.given == ({field} if field else set()) and f"--{name} {value}" in ignored_options(cfg)[0]
-        assert meaning[1] in message(GRPO, [f"--{name}", "something"])
+        assert meaning["otherwise"] in message(GRPO, [f"--{name}", "something"])
     elif kind == "removed":
         assert f"--{name}: was removed; {meaning}" in message(GRPO, [f"--{name}", "1"])
         assert f"--{name}: was removed; {meaning}" in message(Generate, [f"--{name}", "1"])
