@@ -128,15 +128,14 @@ def set_trainable(model, args):
 
 def param_groups(model, args):
     """Optimizer groups: one learning rate a component (args: SFT), weight decay on matrices and adapters."""
-    rates = {"llm": None, "vision": args.vision_lr, "merger": args.merger_lr}
-    groups = {}
+    rates, groups = {"llm": None, "vision": args.vision_lr, "merger": args.merger_lr}, {}
     for name, parameter in trainable_parameters(model):
         component, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
-        rate = args.learning_rate if rates[component] is None else rates[component]
-        new = {"name": f"{component}{'' if decays else ' no decay'}", "params": [], "lr": rate}
-        group = groups.setdefault((component, decays), new | {"weight_decay": args.weight_decay if decays else 0.0})
+        decay = args.weight_decay if decays else 0.0
+        new = {"params": [], "lr": rates[component] or args.learning_rate, "weight_decay": decay}
+        group = groups.setdefault(f"{component}{'' if decays else ' no decay'}", new)
         group["params"].append(parameter)
-    return list(groups.values())
+    return [{"name": name} | group for name, group in groups.items()]
 
 
 # -- Off, reference, merged

@@ -126,13 +126,6 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype,
     put(model, name, quantise(tensor, base_dtype, dtype) if low else tensor.to(dtype))
 
 
-def finish(model: Qwen2_5_VL, base_dtype: str) -> Qwen2_5_VL:
-    """With the fast operations of its device."""
-    model.base_dtype = base_dtype
-    model.ops.bind(model.head_weight)
-    return model
-
-
 def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=False, base_dtype="bf16") -> Qwen2_5_VL:
     """A checkpoint's folder or hub id -> the model. Tensors go one by one from the file to their device and dtype.
     base_dtype: one of quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
@@ -151,7 +144,9 @@ def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=Fal
                 place(model, name, tensor.to(device), dtype, base_dtype)
     if actual != expected:
         raise UserError(f"{folder}: tensors do not fit config.json: {differences(actual, expected)}")
-    return finish(model, base_dtype)
+    model.base_dtype = base_dtype
+    model.ops.bind(model.head_weight)
+    return model
 
 
 def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0, base_dtype="bf16") -> Qwen2_5_VL:
@@ -164,7 +159,9 @@ def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0,
             std = (config.vision if name.startswith("visual") else config).initializer_range
             tensor.normal_(0.0, std, generator=generator)
         place(model, name, tensor, dtype, base_dtype)
-    return finish(model, base_dtype)
+    model.base_dtype = base_dtype
+    model.ops.bind(model.head_weight)
+    return model
 
 
 def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -1,5 +1,6 @@
 """Options: commands that people have keep their meaning, other trainers' names are understood, a slip is named."""
 
+import json
 import re
 import shlex
 from dataclasses import fields
@@ -15,28 +16,9 @@ from model import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GENERATE = """--output_dir ./data/synthetic_videos --num_samples 20 --cot --frame_size 64 --video_length 30 --split 0.8
-    --augment_prob 0.2 --augment blur,crop"""
-TRAIN = """--use_liger True --deepspeed ./scripts/zero2_offload.json --model_id Qwen/Qwen2.5-VL-3B-Instruct
-    --data_path ./data/synthetic_videos/train.json --image_folder ./data/synthetic_videos/videos
-    --remove_unused_columns False --freeze_vision_tower True --freeze_llm True --tune_merger False --bf16 True
-    --lora_enable True --vision_lora True --lora_rank 64 --lora_alpha 64 --lora_dropout 0.05 --num_lora_modules -1
-    --lora_namespan_exclude "['lm_head','embed_tokens']" --disable_flash_attn2 True --output_dir output/video_lora
-    --num_train_epochs 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 5 --video_max_pixels 4096
-    --fps 1 --learning_rate 2e-4 --weight_decay 0.0 --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1
-    --tf32 True --gradient_checkpointing True --report_to wandb --lazy_preprocess True --save_strategy "steps"
-    --save_steps 5 --save_total_limit 2 --dataloader_num_workers 2"""
-RL = """--model_id Qwen/Qwen2.5-VL-3B-Instruct --model_ckpt ./output/video_lora/checkpoint-19
-    --data_path ./data/synthetic_videos/train.json --image_folder ./data/synthetic_videos/videos
-    --output_dir output/grpo_video_lora --per_device_train_batch_size 8 --gradient_accumulation_steps 1
-    --num_train_epochs 1 --learning_rate 2e-4 --disable_flash_attn2 True --bf16 True --fp16 False --freeze_llm True
-    --freeze_vision_tower True --tune_merger False --lora_enable True --vision_lora True --lora_rank 64
-    --lora_alpha 64 --lora_dropout 0.05 --num_lora_modules -1 --lora_namespan_exclude "['lm_head','embed_tokens']"
-    --gradient_checkpointing True --logging_steps 1 --dataloader_num_workers 2"""
-DEMO = r"""--model_ckpt ./output/video_lora/checkcheckpoint-25 --base_model Qwen/Qwen2.5-VL-3B-Instruct
-    --video_path ./data/synthetic_videos/videos/000.mp4
-    --prompt "In which direction is the ball moving?\nOptions:\n(A) Left to Right\n(B) Right to Left\n"""
-DEMO += r"""(C) Falling Down\n(D) Ascending" --fps 1.0"""
+CASES = ROOT / "tests" / "cases"
+COMMANDS = json.loads((CASES / "commands.json").read_text())  # the original project's, as people have them
+MISTAKES = [json.loads(line) for line in (CASES / "mistakes.jsonl").read_text().splitlines()]
 
 
 def without_effect(cfg):
@@ -62,11 +44,11 @@ def same(value, text):
 
 
 @pytest.mark.parametrize(
-    ("cls", "command", "no_effect"),
-    [(Generate, GENERATE, set()), (SFT, TRAIN, NO_EFFECT), (GRPO, RL, {"--disable_flash_attn2", "--lora_dropout"})],
+    ("cls", "no_effect"),
+    [(Generate, set()), (SFT, NO_EFFECT), (GRPO, {"--disable_flash_attn2", "--lora_dropout"})],
 )
-def test_commands_that_people_have(cls, command, no_effect):
-    words = shlex.split(command)
+def test_commands_that_people_have(cls, no_effect):
+    words = shlex.split(COMMANDS[cls.__name__])
     cfg, known = parse(cls, words), {f.name for f in fields(cls)}
     texts = {word[2:]: text for word, text in zip(words, [*words[1:], ""]) if word.startswith("--")}
     texts = {name: "True" if text.startswith("--") else text for name, text in texts.items() if name in known}
@@ -76,7 +58,7 @@ def test_commands_that_people_have(cls, command, no_effect):
 
 
 def test_commands_with_words_that_have_no_flag():
-    cfg = parse(Infer, shlex.split(DEMO))
+    cfg = parse(Infer, shlex.split(COMMANDS["Infer"]))
     assert (cfg.model_id, cfg.video) == ("Qwen/Qwen2.5-VL-3B-Instruct", "./data/synthetic_videos/videos/000.mp4")
     assert (cfg.model_ckpt, cfg.fps, cfg.nframes) == ("./output/video_lora/checkcheckpoint-25", 1.0, None)
     assert cfg.text == config.QUESTION  # the shell hands over \n as two characters
@@ -88,30 +70,9 @@ def test_commands_with_words_that_have_no_flag():
     assert (cfg.command, cfg.model_ckpt, cfg.output_dir) == ("merge", "a", "b")
 
 
-@pytest.mark.parametrize(
-    ("cls", "command", "words"),
-    [
-        (SFT, "--lora_rank abc", "--lora_rank: found 'abc', expected int"),
-        (SFT, "--lora_rank", "--lora_rank: found no value, expected int"),
-        (SFT, "--tf32=maybe", "--tf32: found 'maybe', expected True or False"),
-        (SFT, "train.json", "'train.json' without a flag"),
-        (SFT, "--lora_rank 0", "--lora_rank: found 0, expected a number above 0"),
-        (SFT, "--lr_scheduler_type cosin", "expected cosine, linear, constant; did you mean cosine?"),
-        (SFT, "--freeze_llm False", "--llm_lora False"),
-        (SFT, "--lora_enable False", "nothing is left to train"),
-        (SFT, "--base_dtype nf4 --llm_lora False --freeze_llm False", "low-bit weights stay frozen"),
-        (SFT, "--resume --overwrite", "--resume: found True, expected False beside --overwrite"),
-        (GRPO, "--num_generations 7", "a divisor of per_device_train_batch_size 256 x"),
-        (GRPO, "--reward_weights 1", "found [1.0], expected one number for each of --rewards accuracy,format"),
-        (Generate, "--split 20", "--split: found 20.0, expected a number from 0 to 1"),
-        (Generate, "--augment blur,spin", "found 'spin', expected names out of blur, crop"),
-        (Adapter, "convert x", "--command: found 'convert', expected merge or check (convert was removed"),
-        (Look, "", "--files: found [], expected at least one, as in python data.py clip.mp4"),
-        (Infer, "a.mp4 --question x --prompt y", "--prompt: found 'y'"),
-    ],
-)  # fmt: skip
-def test_mistakes(cls, command, words):
-    assert words in message(cls, command.split())
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case["flags"])
+def test_mistakes(case):
+    assert case["message"] in message(getattr(config, case["options"]), case["flags"].split())
 
 
 def test_a_later_setting_beats_an_earlier_one(tmp_path):
