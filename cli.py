@@ -167,8 +167,9 @@ def convert(text, kind):
 def typed_value(cls, name, value, where):
     """A text, or a config file's value, as one of the type of the field `name`. UserError that begins with `where`."""
     kind = kinds_of(cls)[name]
+    is_list = typing.get_origin(kind) is list and isinstance(value, list | tuple)
     try:
-        return convert(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value), kind)
+        return convert(",".join(map(str, value)) if is_list else str(value), kind)
     except (ValueError, KeyError):
         hint = nearest(value, typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ""
         raise UserError(f"{where}{name}: found {value!r}, expected {type_name(kind)}{hint}") from None
