@@ -167,9 +167,10 @@ def convert(text, kind):
 def typed_value(cls, name, value, where):
     """A text, or a config file's value, as one of the type of the field `name`. UserError that begins with `where`."""
     kind = kinds_of(cls)[name]
-    is_list = typing.get_origin(kind) is list and isinstance(value, list | tuple)
     try:
-        return convert(",".join(map(str, value)) if is_list else str(value), kind)
+        if typing.get_origin(kind) is list and isinstance(value, list | tuple):
+            return [convert(str(item), typing.get_args(kind)[0]) for item in value]
+        return convert(str(value), kind)
     except (ValueError, KeyError):
         hint = nearest(value, typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ""
         raise UserError(f"{where}{name}: found {value!r}, expected {type_name(kind)}{hint}") from None
@@ -180,7 +181,7 @@ def from_file(cls, name, value, path):
 
 
 def resolve(cls, name, value, where):
-    """({field: value} or {}, [note] or []) of a name that a command line or a config file gives a value. UserError,
+    """(field or "", its value, notes) of a name that a command line or a config file gives a value. UserError,
     beginning with `where`, for a name that means nothing here and for a value of the wrong type."""
     kinds, field, notes = kinds_of(cls), name.replace("-", "_"), []
     if field not in kinds:
@@ -191,7 +192,7 @@ def resolve(cls, name, value, where):
     if field and field not in kinds:
         hint = suggestion(field, kinds) or "; --help all lists them"
         raise UserError(f"{where}{name}: no such option of {script_of(cls)}{hint}")
-    return {field: typed_value(cls, field, value, where)} if field else {}, notes
+    return field, typed_value(cls, field, value, where) if field else None, notes
 
 
 # -- Config files, and defaults that follow the model
@@ -218,23 +219,21 @@ def load_file(cls, path):
 
 
 def read_config(cls, path):
-    """({field: value}, notes) of a config file. UserError, with the line, as resolve() raises it."""
+    """[(name, value, where: file and line)] of a config file."""
     if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
         raise UserError(
             f"--config: found {str(path)!r}, expected a .py, .yaml, .json or .toml file{nearest_path(path)}"
         )
     try:
-        given = dict(load_file(cls, path))
+        values = dict(load_file(cls, path))
     except BROKEN as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--config {path}: cannot be read as settings: {reason}") from error
-    settings, notes, lines = {}, [], path.read_text(encoding="utf-8").splitlines()
-    for name, value in given.items():
-        line = next((n for n, text in enumerate(lines, 1) if re.match(rf"[\s{{\"]*{re.escape(name)}\b", text)), None)
-        setting, note = resolve(cls, name, value, f"{path}: line {line}: " if line else f"{path}: ")
-        settings |= setting
-        notes += note
-    return settings, notes
+    words, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for name, value in values.items():
+        line = next((f"line {n}: " for n, text in enumerate(lines, 1) if text.lstrip(' {"').startswith(name)), "")
+        words.append((name, value, f"{path}: {line}"))
+    return words
 
 
 WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidden size that counts as such a model
@@ -301,10 +300,10 @@ def help_text(cls, every):
 
 
 def read_argv(cls, argv):
-    """({field: value}, config files, notes) of a command line. UserError for what it does not know."""
+    """([(name, value, "--")], config files) of a command line. UserError for words without a flag."""
     kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
     positional = [f.name for f in fields(cls) if f.metadata.get("positional")]  # they need no flag
-    settings, files, notes, bare, rest = {}, [], [], [], list(argv)
+    words, bare, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):
@@ -321,20 +320,15 @@ def read_argv(cls, argv):
                 value = "true"
             else:
                 raise UserError(f"--{name}: found no value, expected {type_name(kind)}")
-        if theirs == "config":
-            files.append(Path(value))
-        elif theirs != "local_rank":
-            setting, note = resolve(cls, name, value, "--")
-            settings |= setting
-            notes += note
-    for name in positional:
-        if bare and typing.get_origin(kinds[name]) is list:  # the last one takes all that follow
-            settings[name], bare = bare, []
-        elif bare:
-            settings[name] = bare.pop(0)
+        words.append((name, value, "--"))
+    for name in positional[: len(bare)]:
+        is_list = typing.get_origin(kinds[name]) is list  # the last one, it takes all that follow
+        words.append((name, bare if is_list else bare.pop(0), "--"))
+        bare = [] if is_list else bare
     if bare:
         raise UserError(f"found {bare[0]!r} without a flag; expected --name value or --name=value (--help lists them)")
-    return settings, files, notes
+    files = [Path(value) for name, value, _ in words if name == "config"]
+    return [word for word in words if word[0].replace("-", "_") not in ("config", "local_rank")], files
 
 
 def parse(cls, argv=None):
@@ -347,13 +341,17 @@ def parse(cls, argv=None):
     if {"--help", "-h"} & set(argv):
         print(help_text(cls, every="all" in argv))
         raise SystemExit(0)
-    flags, files, notes = read_argv(cls, argv)
+    words, files = read_argv(cls, argv)
     cfg = cls()
-    for settings, more in [*(read_config(cls, path) for path in files), (flags, notes)]:
+    for layer in [*(read_config(cls, path) for path in files), words]:
+        settings = {}
+        for name, value, where in layer:
+            field, value, notes = resolve(cls, name, value, where)
+            settings |= {field: value} if field else {}
+            cfg.notes += tuple(notes)
         for name, value in settings.items():
             setattr(cfg, name, value)
         cfg.given |= set(settings)
-        cfg.notes += tuple(more)
         cfg.settle(settings)
     if hasattr(cfg, "fps"):
         follow_model(cfg)
