@@ -221,9 +221,7 @@ def load_file(cls, path):
 def read_config(cls, path):
     """[(name, value, where: file and line)] of a config file."""
     if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
-        raise UserError(
-            f"--config: found {str(path)!r}, expected a .py, .yaml, .json or .toml file{nearest_path(path)}"
-        )
+        raise UserError(f"--config: {str(path)!r} is no .py, .yaml, .json or .toml file{nearest_path(path)}")
     try:
         values = dict(load_file(cls, path))
     except BROKEN as error:
@@ -300,7 +298,7 @@ def help_text(cls, every):
 
 
 def read_argv(cls, argv):
-    """([(name, value, "--")], config files) of a command line. UserError for words without a flag."""
+    """([(name, value, "--")], config files, words left over) of a command line."""
     kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
     positional = [f.name for f in fields(cls) if f.metadata.get("positional")]  # they need no flag
     words, bare, rest = [], [], list(argv)
@@ -325,10 +323,8 @@ def read_argv(cls, argv):
         is_list = typing.get_origin(kinds[name]) is list  # the last one, it takes all that follow
         words.append((name, bare if is_list else bare.pop(0), "--"))
         bare = [] if is_list else bare
-    if bare:
-        raise UserError(f"found {bare[0]!r} without a flag; expected --name value or --name=value (--help lists them)")
     files = [Path(value) for name, value, _ in words if name == "config"]
-    return [word for word in words if word[0].replace("-", "_") not in ("config", "local_rank")], files
+    return [word for word in words if word[0].replace("-", "_") not in ("config", "local_rank")], files, bare
 
 
 def parse(cls, argv=None):
@@ -341,7 +337,7 @@ def parse(cls, argv=None):
     if {"--help", "-h"} & set(argv):
         print(help_text(cls, every="all" in argv))
         raise SystemExit(0)
-    words, files = read_argv(cls, argv)
+    words, files, bare = read_argv(cls, argv)
     cfg = cls()
     for layer in [*(read_config(cls, path) for path in files), words]:
         settings = {}
@@ -353,6 +349,8 @@ def parse(cls, argv=None):
             setattr(cfg, name, value)
         cfg.given |= set(settings)
         cfg.settle(settings)
+    if bare:
+        raise UserError(f"found {bare[0]!r} without a flag; expected --name value or --name=value (--help lists them)")
     if hasattr(cfg, "fps"):
         follow_model(cfg)
     cfg.check()

@@ -7,6 +7,7 @@ The defaults suit the tiny model (assets/tiny) on a laptop; a larger --model_id 
 The comment behind a default is its text in --help, a class's docstring the example there. Nothing here imports torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -91,6 +92,11 @@ class VideoArgs(Options):
     def settle(self, settings):
         if "fps" in settings and "nframes" not in settings:
             self.nframes = None
+        if (self.video_min_pixels or 0) > (self.video_max_pixels or math.inf):
+            if "video_min_pixels" not in settings:
+                self.video_min_pixels = self.video_max_pixels
+            elif "video_max_pixels" not in settings:
+                self.video_max_pixels = self.video_min_pixels
 
 
 @dataclass

@@ -76,9 +76,9 @@ def test_mistakes(case):
 
 
 def test_a_later_setting_beats_an_earlier_one(tmp_path):
-    (tmp_path / "big.py").write_text("nframes = 16\nvideo_max_pixels = 100_000\n")
+    (tmp_path / "big.py").write_text("nframes = 16\nvideo_min_pixels = 50_000\nvideo_max_pixels = 100_000\n")
     cfg = parse(SFT, ["--config", str(tmp_path / "big.py"), "--fps", "1", "--video_max_pixels", "4096"])
-    assert (cfg.nframes, cfg.video_max_pixels) == (None, 4096)
+    assert (cfg.nframes, cfg.video_min_pixels, cfg.video_max_pixels) == (None, 4096, 4096)
     both = parse(Infer, ["a.mp4", "--fps", "1", "--nframes", "4"])
     assert both.nframes == 4 and without_effect(both) == {"--fps"}
 
@@ -115,7 +115,7 @@ def test_config_file_of_each_kind(tmp_path, name):
         ("a.yaml", "lora_rank: [1, 2]", "lora_rank: found ['1', '2'], expected int"),
         ("a.py", "lora_rank = = 3", "SyntaxError"),
         ("a.yaml", "a: [", "cannot be read"),
-        ("a.txt", "a", "a.txt', expected a .py, .yaml, .json or .toml file"),
+        ("a.txt", "a", "a.txt' is no .py, .yaml, .json or .toml file"),
     ],
 )  # fmt: skip
 def test_config_file_mistakes(tmp_path, name, text, words):
