@@ -16,23 +16,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from checkpoint import ADAPTER, MANIFEST, STATE, find_adapter, write_json, write_whole
 from cli import from_file
-from config import LoraArgs
-from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears
+from config import SFT, LoraArgs
+from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears, targets
 from model import UserError, loading
 from model.adapters import scale_of
 from model.loading import ModelConfig, module_name, read_object
-from model.quantized import BASE_DTYPES, LOW_BIT, quantise
+from model.quantized import LOW_BIT, quantise
 
 CONFIG, TENSORS = ADAPTER
 GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
-# Options of PEFT's LoraConfig that change the formula of lora.py, and values of init_lora_weights that change the base
-BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out")
-BEYOND_LORA += ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+# Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base; what others add
+# is named by its tensors
+BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -95,10 +94,7 @@ def read_adapter(folder):
 
 def trained_on(config):
     """The format of the base that an adapter was trained on, by its adapter_config."""
-    kind = config.get("base_dtype", "bf16")
-    if kind not in BASE_DTYPES:
-        raise UserError(f"{CONFIG}: base_dtype is {str(kind)[:80]}, expected one of {', '.join(BASE_DTYPES)}")
-    return kind
+    return from_file(SFT, "base_dtype", config.get("base_dtype", "bf16"), CONFIG)
 
 
 def split_keys(tensors):
@@ -125,22 +121,19 @@ def fit_adapter(model, folder):
     values |= {name: config[name] for name in ("lora_dropout", "use_rslora") if name in config}
     values = {name: from_file(LoraArgs, name, value, folder / CONFIG) for name, value in values.items()}
     layers, base = split_keys(tensors)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {name: linears[name] for prefix in COMPONENTS.values() for name in linears if name.startswith(prefix)}
-    named = config.get("target_modules")
-    named = {module_name(str(name)) for name in named} if isinstance(named, list) else set()
+    names = [name for name in targets(model, LoraArgs()) if name in layers]
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in base}
-    for name in linears.keys() & (layers.keys() | named):
-        expected[f"{name}.lora_A"] = values["lora_rank"], linears[name].in_features
-        expected[f"{name}.lora_B"] = linears[name].out_features, values["lora_rank"]
+    for name in names:
+        linear = model.get_submodule(name)
+        expected[f"{name}.lora_A"] = values["lora_rank"], linear.in_features
+        expected[f"{name}.lora_B"] = linear.out_features, values["lora_rank"]
     actual = {f"{name}.{matrix}": tuple(t.shape) for name, pair in layers.items() for matrix, t in pair.items()}
     actual |= {name: tuple(tensor.shape) for name, tensor in base.items()}
     if not layers or actual != expected:
         wrong = loading.differences(actual, expected) or f"no lora_A and lora_B in {TENSORS}"
         raise UserError(f"adapter {folder}: {wrong}; is --model_id its base model?")
-    layers = {name: layers[name] for name in linears if name in layers}
-    on = {f"{component}_lora": any(part_of(name) == component for name in layers) for component in COMPONENTS}
-    return LoraArgs(**values, **on), layers, base
+    on = {f"{component}_lora": any(part_of(name) == component for name in names) for component in COMPONENTS}
+    return LoraArgs(**values, **on), {name: layers[name] for name in names}, base
 
 
 @torch.no_grad()
