@@ -29,8 +29,7 @@ from model.quantized import LOW_BIT, quantise
 CONFIG, TENSORS = ADAPTER
 GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
-# Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base; what others add
-# is named by its tensors
+# Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base
 BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 

@@ -94,7 +94,7 @@ def test_we_load_pefts(tmp_path, options):
     assert (args.lora_rank, args.lora_alpha, args.use_rslora) == (4, 8, options.get("use_rslora", False))
 
 
-def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
+def test_an_adapter_of_transformers_4_loads(tmp_path):
     """tests/peft4 was written by PEFT 0.14.0 under transformers 4.51.3, with the logits that it gave there."""
     model = load(arithmetic_base(tmp_path / "base"))
     positions = torch.arange(len(IDS)).expand(3, -1).contiguous()
@@ -104,8 +104,6 @@ def test_an_adapter_of_transformers_4_loads(tmp_path, capsys):
         assert (model.logits(batch)[-2:] - expected).abs().max() > 0.05
         load_adapter(model, PEFT4)
         close(model.logits(batch)[-2:], expected)
-    main(["check", str(PEFT4), "--model_id", str(tmp_path / "base")])
-    assert "every tensor fits" in capsys.readouterr().out
     save_adapter(model, tmp_path / "new", tmp_path / "base")  # written with the newer keys, which PEFT here looks for
     hf = load_hf(tmp_path / "base", tmp_path / "new")
     close(hf_logits(hf, model), logits(model), 1e-3)

@@ -7,7 +7,7 @@ import torch
 from conftest import config_dict, random_model
 from safetensors.torch import load_file, save_file
 
-from model import UserError, loading
+from model import UserError
 from model.loading import ModelConfig, load_model, not_finite, save_model
 
 
@@ -47,20 +47,10 @@ def test_wrong_tensors_are_named(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "Qwen/not-downloaded"])
+@pytest.mark.parametrize("name", ["nowhere", "Qwen/not-downloaded"])
 def test_unknown_model_is_one_clear_line(name):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{name}: no such folder[^\n]*$"):
         load_model(name)
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-
-def test_random_models_of_one_seed_are_equal():
-    config = ModelConfig.from_dict(config_dict("tied"))
-    first, again, other = (loading.random_model(config, seed=seed).state_dict() for seed in (3, 3, 4))
-    assert all(first[name].equal(again[name]) for name in first)
-    assert not first["model.embed_tokens.weight"].equal(other["model.embed_tokens.weight"])
-    weight = first["model.layers.0.mlp.up_proj.weight"]
-    assert abs(weight.std() / config.initializer_range - 1) < 0.05 and abs(weight.mean()) < 0.01
 
 
 def test_numbers_that_are_not_finite_are_named():
@@ -72,10 +62,9 @@ def test_numbers_that_are_not_finite_are_named():
     assert not_finite(model) == ["visual.merger.ln_q.weight", "model.layers.1.mlp.up_proj.weight"]
 
 
-@pytest.mark.parametrize("missing", ["hidden_size", "rope_scaling", "vocab_size"])
-def test_a_missing_size_is_named(missing):
+@pytest.mark.parametrize(("missing", "name"), [("hidden_size", "hidden_size"), ("rope_scaling", "mrope_section")])
+def test_a_missing_size_is_named(missing, name):
     raw = config_dict("tied")
     del raw[missing]
-    name = "mrope_section" if missing == "rope_scaling" else missing
     with pytest.raises(UserError, match=f"missing 1 required.*'{name}'"):
         ModelConfig.from_dict(raw)

@@ -145,7 +145,6 @@ def test_where_adapters_go_and_what_is_trained(model, changes, counts):
         ({"lora_namespan_exclude": ["visaul"]}, "visaul"),
         ({"lora_namespan_exclude": ["layers", "visual"]}, "no layer"),
         ({"freeze_llm": False}, "--llm_lora False"),
-        ({"lora_enable": False}, "nothing is left to train"),
     ],
 )
 def test_contradictions_are_refused(model, changes, words):
