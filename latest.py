@@ -16,7 +16,7 @@ from records import data_files
 from script import command
 
 # What a resumed run cannot change: its weights have these shapes, and this scale
-FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use_rslora num_lora_modules
+FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
     lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger""".split()
 
 
