@@ -212,7 +212,7 @@ def shard_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             source = index if index.exists() else folder
-            raise UserError(f"{source}: {name} is no file beside it; download the checkpoint again")
+            raise UserError(f"{source}: {name} is missing, or is not a plain file name; download the checkpoint again")
     return [folder / name for name in names]
 
 

@@ -80,7 +80,7 @@ def test_pickled_weights_are_not_read(model_folder, adapter_folder, trace, tmp_p
     load_adapter(load_model(model_folder), adapter_folder)  # beside the true ones they are not looked at
     weights, adapter = model_folder / "model.safetensors", adapter_folder / "adapter_model.safetensors"
     weights.unlink(), adapter.unlink()
-    assert "model.safetensors is no file" in refused(load_model, model_folder)
+    assert "model.safetensors is missing" in refused(load_model, model_folder)
     assert "no adapter_model.safetensors" in refused(load_adapter, load_model(TINY), adapter_folder)
     for content in (pickle.dumps(Bomb(trace)), (2**60).to_bytes(8, "little") + b"{}"):  # the second claims an exabyte
         weights.write_bytes(content), adapter.write_bytes(content)
@@ -116,7 +116,7 @@ def test_names_that_lead_out(model_folder, tmp_path, name):
     shutil.copy(model_folder / "model.safetensors", tmp_path / "other.safetensors")
     index = {"weight_map": {"model.embed_tokens.weight": name}}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "is no file beside it" in refused(load_model, model_folder)
+    assert "is not a plain file name" in refused(load_model, model_folder)
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / checkpoint.MANIFEST).write_text(json.dumps({name: {"bytes": 2, "sha256": "0"}}))
     assert checkpoint.what_is_broken(tmp_path / "checkpoint-1")
