@@ -136,13 +136,11 @@ def fit_adapter(model, folder):
 
 
 @torch.no_grad()
-def load_adapter(model, folder, dtype=None):
-    """Put the adapter of folder into model and freeze the rest; returns its LoraArgs (its own rank and alpha).
-
-    All is checked before anything changes. dtype of A and B: that of each weight unless given.
-    """
+def load_adapter(model, folder):
+    """Put the adapter of folder into model and freeze the rest; returns its LoraArgs (its own rank and alpha). All is
+    checked before anything changes."""
     args, layers, base = fit_adapter(model, Path(folder))
-    replace_linears(model, list(layers), args, dtype)
+    replace_linears(model, list(layers), args)
     for name, pair in layers.items():
         layer = model.get_submodule(name)
         layer.lora_A.copy_(pair["lora_A"])

@@ -89,7 +89,7 @@ def targets(model, args):
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
 
 
-def replace_linears(model, names, args, dtype=None):
+def replace_linears(model, names, args):
     """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
     assert not lora_layers(model), "the model carries an adapter already"
     blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
@@ -99,18 +99,18 @@ def replace_linears(model, names, args, dtype=None):
         block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
         blocks.setdefault(block, []).append(layer)
     for block, layers in blocks.items():
-        BlockAdapters(model.get_submodule(block), layers, args.lora_rank, dtype)
+        BlockAdapters(model.get_submodule(block), layers, args.lora_rank)
     model.lora_args = args
     model.lora_base_names = set()  # base tensors that came with the adapter, and are saved with it again
     set_trainable(model, args)
 
 
-def inject(model, args, dtype=None):
+def inject(model, args):
     """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
-    the layers' names. dtype of A and B: that of each weight unless given."""
+    the layers' names."""
     LoraArgs.check(args)
     names = targets(model, args)
-    replace_linears(model, names, args, dtype)
+    replace_linears(model, names, args)
     return names
 
 

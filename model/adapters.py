@@ -89,15 +89,15 @@ class BlockAdapters:
     No module: the block owns the parameter, so that optimizers, .to() and DeepSpeed may exchange its storage.
     """
 
-    def __init__(self, block, layers, rank, dtype=None):
-        """layers: the LoRALinears inside block. dtype of A and B: that of the first weight unless given."""
+    def __init__(self, block, layers, rank):
+        """layers: the LoRALinears inside block. dtype of A and B: that of the first weight."""
         self.shapes = [shape for m in layers for shape in ((rank, m.in_features), (m.out_features, rank))]
         sizes = [aligned(rows * columns) for rows, columns in self.shapes]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.padding = sum(sizes) - sum(rows * columns for rows, columns in self.shapes)
         self.block, block.block_adapters = block, self
         like = layers[0].weight
-        block.adapters = nn.Parameter(torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device))
+        block.adapters = nn.Parameter(torch.zeros(sum(sizes), dtype=like.dtype, device=like.device))
         for number, layer in enumerate(layers):
             layer.home, layer.number = self, number
             nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as PEFT and Linear itself: bound 1 / sqrt(in)

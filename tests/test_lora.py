@@ -98,8 +98,8 @@ def test_layer_is_the_formula(rslora, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_has_the_gradient_of_plain_views(dtype):
     torch.manual_seed(0)
-    block = nn.Sequential(*[LoRALinear(nn.Linear(n, n + 1), LoraArgs(lora_rank=3)) for n in (5, 6, 7)])
-    home = BlockAdapters(block, list(block), 3, dtype)
+    block = nn.Sequential(*[LoRALinear(nn.Linear(n, n + 1, dtype=dtype), LoraArgs(lora_rank=3)) for n in (5, 6, 7)])
+    home = BlockAdapters(block, list(block), 3)
     flat = block.adapters
     assert flat.dtype == dtype and len(flat) == 16 + 24 + 24 + 24 + 24 + 24  # 15, 18, 18, 21, 21, 24 numbers
     assert lora.sizes(block)["adapters"] == 15 + 18 + 18 + 21 + 21 + 24
