@@ -11,13 +11,12 @@ The newest adapter under output/ is used if it was made for this base, and clips
 # ruff: noqa: E402, I001
 from config import QUESTION, ignored_options, Infer, VideoArgs, as_dict, cli, parse, split_list  # first: Ctrl-C
 
-import copy
 import json
 import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -52,21 +51,21 @@ class Model:
 
     model: a run's folder (its best checkpoint, or its newest if none was evaluated), a checkpoint, an adapter, a whole
     model's folder, or a hub id; "" = the newest adapter under output/, else the tiny model.
-    options: those of `python infer.py --help all`; ask, stream and evaluate take them too, for one call. argv: the same
-    as words of a command line. Every mistake is a UserError, a ValueError of one line.
+    options: those of `python infer.py --help all`; argv: the same as words of a command line. They become `cfg`, and
+    may be changed there between calls: model.cfg.temperature = 1.0. A mistake is a UserError, a ValueError of one line.
     """
 
     def __init__(self, model: str | Path = "", argv=(), **options):
         is_base = (Path(model) / "config.json").exists() or not Path(model).parent.is_dir()  # the latter: a hub id
-        chosen = {"model_id": model, "model_ckpt": None} if is_base else {"model_ckpt": model}
-        self.argv = [*as_flags(chosen | options), *argv]
-        self.cfg = parse(Infer, self.argv)
-        self.adapter, why = choose_adapter(self.cfg)
-        self.folder = Path(self.adapter or self.cfg.model_id)
-        self.notes = [why, *read_as_trained(self.cfg, self.folder)]
+        options = ({"model_id": model, "model_ckpt": None} if is_base else {"model_ckpt": model}) | options
+        self.cfg = cfg = parse(Infer, [*(f"--{name}={value}" for name, value in options.items()), *argv])
+        self.adapter, why = choose_adapter(cfg)
+        self.folder = Path(self.adapter or cfg.model_id)
+        self.notes = [why, *read_as_trained(cfg, self.folder)]
         self.trained_on = read_state(self.folder).get("question") or {}  # text, system
+        self.question = cfg.text if cfg.question or cfg.prompt else self.trained_on.get("text") or QUESTION
 
-    def ask(self, clips, question: str = "", on_text=None, **options) -> Answer:
+    def ask(self, clips, question: str = "", on_text=None) -> Answer:
         """The answer about one clip, or about a list of clips and images in this order.
 
         A clip: a video, a gif, an image, or a folder of frames. question "": what the model was trained to answer.
@@ -74,15 +73,16 @@ class Model:
         """
         from look import time_ids
 
-        cfg, question = self.options(options), question or self.question
-        example = self.example(clips, question, cfg)  # before the weights are read: a broken clip ends here
-        (sampler, sampling), began, show = self.sampler(cfg), time.perf_counter(), on_text and self.show(on_text)
-        ((completion,),) = sampler([example], sampling, 1, [cfg.seed], show)
+        example = self.example(clips, question)  # before the weights are read: a broken clip ends here
+        sampler, sampling = self.sampler(self.cfg)
+        began = time.perf_counter()
+        ((completion,),) = sampler([example], sampling, 1, [self.cfg.seed], on_text and self.show(on_text))
         if not all(map(math.isfinite, completion.logprobs)):
-            problem = f"{cfg.model_id}: the model's logits are not finite, so there is no answer"
+            problem = f"{self.folder}: the model's logits are not finite, so there is no answer"
             raise UserError(f"{problem}; take another checkpoint, or --bf16 False")
         ids = [token for token in completion.ids if token not in sampling.stop_ids]
-        text, choices = self.processor.backend.decode(ids, skip_special_tokens=False), parse_options(question)
+        text = self.processor.backend.decode(ids, skip_special_tokens=False)
+        choices = parse_options(question or self.question)
         letter = extract_answer(text, choices) if choices else None
         clips = []
         for frames, grid, seconds in zip(example.frame_indices, example.grid_thw, example.second_per_grid):
@@ -100,25 +100,28 @@ class Model:
             seconds=round(time.perf_counter() - began, 4),
         )
 
-    def stream(self, clips, question: str = "", **options):
+    def stream(self, clips, question: str = ""):
         """Yields the answer's text in pieces as they are drawn, and returns the Answer. A loop that is left early waits
         for the rest of it."""
         pieces = SimpleQueue()
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(self.ask, clips, question, pieces.put, **options)
+            answer = pool.submit(self.ask, clips, question, pieces.put)
             answer.add_done_callback(lambda _: pieces.put(None))
             yield from iter(pieces.get, None)
         return answer.result()
 
     def evaluate(self, data, **options):
         """An evaluate.Evaluation of a dataset's file, or of a list of records: accuracy, interval, by_task, confusion,
-        skipped, and in `controls` the same with the frames changed (controls="none": only as they are)."""
+        skipped, and in `controls` the same with the frames changed. options: of sampling, max_samples, output, controls
+        ("none": only as they are), for this call."""
         from data import CONTROLS
         from evaluate import Predictions, evaluate, made_by
 
-        is_file = isinstance(data, str | Path)
-        cfg = self.options(options | ({"data_path": data} if is_file else {}))
-        records = spread(read_records(data) if is_file else data, cfg.max_samples, cfg.seed)
+        if fixed := options.keys() & {"model_id", "model_ckpt", "bf16", "base_dtype", *as_dict(VideoArgs())}:
+            raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
+        cfg = replace(self.cfg, **options)
+        records = read_records(data) if isinstance(data, str | Path) else data
+        records = spread(records, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: found no records, expected at least one")
         predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
@@ -127,39 +130,22 @@ class Model:
         result = again(known=predictions.known, on_answer=predictions.write)
         if not result.count:
             first = next(iter(result.skipped.values()))
-            raise UserError(f"{cfg.data_path or 'records'}: none of {len(records)} can be asked; the first: {first}")
+            raise UserError(f"evaluate: none of {len(records)} records can be asked; the first: {first}")
         result.controls = {name: again(name) for name in CONTROLS[1:] if name in split_list(cfg.controls or "")}
         return result
 
     # -- What an answer takes
 
-    def options(self, changes: dict) -> Infer:
-        """The options with some of them changed for one call."""
-        if not changes:
-            return self.cfg
-        if fixed := {"model_id", "model_ckpt", "bf16", "base_dtype"} & changes.keys():
-            raise UserError(f"{min(fixed)}: cannot change from call to call; make another Model")
-        cfg = parse(Infer, [*self.argv, *as_flags(changes)])
-        cfg.model_id = self.cfg.model_id
-        read_as_trained(cfg, self.folder)
-        return cfg
-
-    @property
-    def question(self) -> str:
-        """What is asked where nothing else is: --question, or what the run was trained to answer."""
-        return self.cfg.text if self.cfg.question or self.cfg.prompt else self.trained_on.get("text") or QUESTION
-
-    def example(self, clips, question="", cfg=None):
-        """The question about clips as a data.Example. UserError for a clip that cannot be read."""
+    def example(self, clips, question: str = ""):
+        """The question about clips as a data.Example."""
         from look import clip_part
 
-        cfg, clips = cfg or self.cfg, [clips] if isinstance(clips, str | Path) else clips
+        clips = [clips] if isinstance(clips, str | Path) else clips
         text = {"type": "text", "text": TAG.sub("", question or self.question)}
-        messages = [{"role": "user", "content": [*(clip_part(clip, cfg.image_folder) for clip in clips), text]}]
+        messages = [{"role": "user", "content": [*(clip_part(clip, self.cfg.image_folder) for clip in clips), text]}]
         if system := self.trained_on.get("system"):
             messages = [{"role": "system", "content": system}, *messages]
-        name = ", ".join(map(str, clips)) or "the question"
-        return self.processor_for(cfg).encode({"messages": messages}, answer=False, name=name)
+        return self.processor.encode({"messages": messages}, answer=False, name=", ".join(map(str, clips)))
 
     @cached_property
     def processor(self):
@@ -169,12 +155,6 @@ class Model:
 
         folder = resolve_folder(self.cfg.model_id, self.cfg.local_files_only)
         return Processor(load_tokenizer(folder), ModelConfig.from_folder(folder), self.cfg)
-
-    def processor_for(self, cfg):
-        """The same with other options; they share the decoded clips."""
-        processor = copy.copy(self.processor)
-        processor.args = cfg
-        return processor
 
     @cached_property
     def network(self):
@@ -210,7 +190,7 @@ class Model:
         from model.decode import Sampling
         from rollouts import Sampler
 
-        sampler = Sampler(self.network, self.processor_for(cfg), cfg)
+        sampler = Sampler(self.network, self.processor, cfg)
         filters = cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty
         return sampler, Sampling(cfg.max_new_tokens, *filters, stop_ids=sampler.stop_ids)
 
@@ -224,11 +204,6 @@ class Model:
 
 
 # -- Which model, and how it was trained
-
-
-def as_flags(options: dict) -> list[str]:
-    """Options as words of a command line, which parse() reads and checks."""
-    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def choose_adapter(cfg):

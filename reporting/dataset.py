@@ -23,7 +23,8 @@ def evenly_spread(records: Sequence[dict], most: int) -> range:
 
 
 def dataset_summary(splits: dict[str, Sequence[dict]], processor) -> dict:
-    """{split: records} -> {split: facts}; an empty split is left out. No clip is decoded whole."""
+    """{split: records} -> {split: facts}; an empty split is left out. No clip is decoded whole; what is
+    wrong with a record the loader reports."""
     facts = lambda records: {"samples": len(records), **class_facts(records), **clip_facts(records, processor)}
     return {name: facts(records) for name, records in splits.items() if len(records)}
 
@@ -32,7 +33,7 @@ def class_facts(records: Sequence[dict]) -> dict:
     """How often each right answer comes, and an example of each."""
     classes, examples = Counter(), {}
     for i in evenly_spread(records, MAX_READ):
-        with suppress(UserError):  # the loader reports it, when it comes to the record
+        with suppress(UserError):
             record = records[i]
             sample = sample_from_record(record)
             answer = reference_answer(sample)
@@ -45,21 +46,18 @@ def class_facts(records: Sequence[dict]) -> dict:
 
 
 def clip_facts(records: Sequence[dict], processor) -> dict:
-    """[least, median, most] of tokens, frames and seconds, and the records that cannot be read."""
-    values, unreadable = defaultdict(list), {}
+    """[least, median, most] of tokens, frames and seconds."""
+    values = defaultdict(list)
     for i in evenly_spread(records, MAX_MEASURED):
-        try:
+        with suppress(UserError):
             ids, trained, plans = processor.layout(records[i], True, f"record {i}")
-        except UserError as error:
-            unreadable[f"record {i}"] = str(error)
-            continue
-        values["tokens"].append(len(ids))
-        values["vision_tokens"].append(sum(plan.num_tokens for plan in plans))
-        values["answer_tokens"].append(int(trained.sum()))
-        for plan in plans:
-            values["frames"].append(len(plan.indices))
-            values["seconds"].append(round(plan.total_frames / plan.source_fps, 3) if plan.source_fps else 0)
-    return {key: [min(v), statistics.median(v), max(v)] for key, v in values.items()} | {"unreadable": unreadable}
+            values["tokens"].append(len(ids))
+            values["vision_tokens"].append(sum(plan.num_tokens for plan in plans))
+            values["answer_tokens"].append(int(trained.sum()))
+            for plan in plans:
+                values["frames"].append(len(plan.indices))
+                values["seconds"].append(round(plan.total_frames / plan.source_fps, 3) if plan.source_fps else 0)
+    return {key: [min(v), statistics.median(v), max(v)] for key, v in values.items()}
 
 
 def data_question(records: Sequence[dict]) -> dict | None:
