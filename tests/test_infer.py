@@ -2,8 +2,8 @@
 looks at the frames."""
 
 import json
+import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +17,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import infer
 from adapter_files import save_adapter
-from checkpoint import link_adapter, write_whole
+from checkpoint import write_whole
 from clips import png, write_mp4
-from config import QUESTION, Infer, LoraArgs, parse
+from config import QUESTION, LoraArgs
 from data import load_tokenizer
-from evaluate import made_by, opposite, wilson
+from evaluate import opposite, wilson
 from infer import Model
 from look import look_at_file
 from lora import inject, lora_layers
@@ -30,6 +30,7 @@ from model.decode import Completion
 from model.loading import load_model
 from reporting.dataset import data_question
 from rewards import Sample, accuracy
+from video import from_patches
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["(A) Left to Right", "(B) Right to Left", "(C) Falling Down", "(D) Ascending"]
@@ -143,55 +144,36 @@ def test_which_adapter_answers_and_why(capsys, here, tiny, clip):
 
 
 def test_clips_are_read_as_in_training(capsys, here, tiny, clip):
-    folder = here / "output/a/checkpoint-5"
     trained = {"nframes": 12, "video_max_pixels": 784, "video_min_pixels": 784, "fps": 2.0, "seed": 7}
-    save_trained_adapter(tiny, folder, state={"step": 5, "config": trained})
+    save_trained_adapter(tiny, here / "output/a/checkpoint-5", state={"step": 5, "config": trained})
     out, result = run(capsys, clip, "--max_new_tokens", 1)
     assert result["grid_thw"] == [6, 2, 2] and "--nframes 12, as in training" in out
     flags = ("--fps", 7.5, "--video_min_pixels", 3136)  # what is typed wins over what conflicts with it
     assert run(capsys, clip, "--max_new_tokens", 1, *flags)[1]["grid_thw"] == [2, 4, 4]
     model = Model("output/a", max_new_tokens=1)
-    assert model.ask(clip).clips[0]["grid_thw"] == [6, 2, 2]
     model.cfg.nframes = 4
     assert model.ask(clip).clips[0]["grid_thw"] == [2, 2, 2]
-    (folder / "manifest.json").unlink()
-    (folder / "trainer_state.json").write_text('{"global_step": 5}')  # as transformers' Trainer leaves it
-    result = run(capsys, clip, "--max_new_tokens", 1, "--model_ckpt", folder)[1]
-    assert result["adapter"] and result["grid_thw"] == [4, 4, 4]
 
 
-def test_a_run_is_asked_what_it_was_trained_on_from_any_folder(base, sft, tiny, tmp_path):  # noqa: F811
-    """On class folders' questions, in folders with blanks and umlauts. And PEFT loads the run's folder: the adapter of
-    its newest checkpoint."""
+def test_a_run_is_asked_what_it_was_trained_on_and_peft_loads_its_folder(base, sft, tiny):  # noqa: F811
+    """On class folders' questions, which differ in their options."""
     records = json.loads((base / "data/train.json").read_text())
-    for record, options in zip(records, ["ab", "cb", "dc", "ad"] * 4):
-        lines = [f"({letter}) {OPTIONS[ord(name) - ord('a')][4:]}" for letter, name in zip("AB", options)]
-        turns = "\n".join(["<video>\nWhat does the video show?\nOptions:", *lines]), lines[0]
+    for record, two in zip(records, [(0, 1), (2, 1), (3, 2), (0, 3)] * 4):
+        lines = [f"({letter}) {OPTIONS[k][4:]}" for letter, k in zip("AB", two)]
+        turns = "\n".join(["<video>\nWhich?\nOptions:", *lines]), lines[0]
         record["conversations"] = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), turns)]
-    (tmp_path / "my data").mkdir()
-    (tmp_path / "my data/train.json").write_text(json.dumps(records))
-    shutil.copytree(base / "data/videos", tmp_path / "my data/videos")
-    options = {"data_path": tmp_path / "my data/train.json", "max_steps": 2, "save_steps": 1, "save_total_limit": 1}
-    trained_run = sft("Läufe von heute/erster", **options)
-
-    link_adapter(tmp_path)  # as before a run's first checkpoint
-    assert not list(tmp_path.glob("*adapter*"))
+    (base / "data/classes.json").write_text(json.dumps(records))
+    folder = sft("run", data_path=base / "data/classes.json", max_steps=2, save_steps=1, save_total_limit=1)
     options = [f"({letter}) {words}" for letter, words in zip("ABCD", sorted(line[4:] for line in OPTIONS))]
-    question = "\n".join(["What does the video show?", "Options:", *options])
-    elsewhere = tmp_path / "ein anderer Ördner"
-    elsewhere.mkdir()
-    own = Path(shutil.copy(next((tmp_path / "my data/videos").iterdir()), elsewhere / "ein Äffchen.mp4"))
-    command = [sys.executable, str(ROOT / "infer.py"), own.name, "--model_ckpt", str(trained_run), "--json"]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=100, check=True)
-    assert f"question: {question}\n" in done.stdout and "checkpoint-2, as given" in done.stdout
-    model = Model(trained_run)
-    record = {"video": str(own), "conversations": [{"from": "human", "value": f"<video>\n{question}"}]}
+    model = Model(folder)
+    assert model.question == "\n".join(["Which?", "Options:", *options])
+    own = next((base / "data/videos").iterdir())
+    record = {"video": str(own), "conversations": [{"from": "human", "value": f"<video>\n{model.question}"}]}
     assert model.example(own).ids.tolist() == model.processor.encode(record, answer=False).ids.tolist()
-    assert model.ask(own).text == json.loads(done.stdout.splitlines()[-1])["text"]
 
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
-    tensors = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(hf, trained_run))
-    there = peft.load_peft_weights(trained_run / "checkpoint-2", device="cpu")
+    tensors = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(hf, folder))
+    there = peft.load_peft_weights(folder / "checkpoint-2", device="cpu")
     assert tensors.keys() == there.keys() and all(torch.equal(tensors[name], there[name]) for name in tensors)
 
 
@@ -208,9 +190,10 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     """With the calls that README names."""
     save_trained_adapter(tiny, here / "output/a/checkpoint-5")
     command = run(capsys, clip, "--max_new_tokens", 12, "--question", "Where?")[1]
-    model = Model("output/a", max_new_tokens=12)
+    model, base_alone = Model("output/a", max_new_tokens=12), Model(tiny, max_new_tokens=12)
     answer = model.ask(str(clip), "Where?")
     assert (answer.text, answer.completion_tokens) == (command["text"], 12) and capsys.readouterr().out == ""
+    assert base_alone.adapter is None and base_alone.ask(clip, "Where?").text != answer.text
     for _ in model.stream(clip, "Where?"):
         break  # a loop left early leaves the model usable
     image = here / "image.png"
@@ -219,22 +202,19 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     assert [each["frames"][-1] for each in mixed.clips] == [0, 15, 15] and len(mixed.clips[1]["time_ids"]) == 4
     assert mixed.prompt_tokens == model.ask([clip, clip], "What is alike?").prompt_tokens + 4 + 2
     assert model.ask([], "What?").clips == []  # no clip at all
-    base_alone = Model(tiny, max_new_tokens=12)  # a whole model's folder
-    assert base_alone.adapter is None and base_alone.ask(clip, "Where?").text != answer.text
-    seen = json.loads(next(look_at_file(str(base / "data/val.json"), base_alone.processor, True, "")))
+    seen = json.loads(next(look_at_file(str(base / "data/val.json"), model.processor, True, "")))
     record = json.loads((base / "data/val.json").read_text())[0]
     assert seen["learned"] == [record["conversations"][1]["value"]] and seen["clips"][0]["grid_thw"] == [4, 4, 4]
     sample = Sample(QUESTION, "(A) Left to Right")
     assert [accuracy(text, sample) for text in ("Left to right.", "(B)", "")] == [1, 0, 0]
-    for wrong, words in (
-        (lambda: list(model.stream("nowhere.mp4")), "nowhere.mp4: no such file"),
-        (lambda: Model(temprature=1), "did you mean temperature"),
-        (lambda: model.evaluate([], fps=1.0), "fps cannot change for one call"),
-        (lambda: Model("output/b"), "output/b: no such folder, expected"),
-        (lambda: Model("nobody/nothing", local_files_only=True).processor, "nobody/nothing: .*hub"),
-        (lambda: model.evaluate([{"question": "?"}]), "none of 1 records can be asked"),
-        (lambda: model.evaluate([]), "found no records"),
-    ):
+    for wrong, words in {
+        lambda: list(model.stream("nowhere.mp4")): "nowhere.mp4: no such file",
+        lambda: Model(temprature=1): "did you mean temperature",
+        lambda: Model("output/b"): "output/b: no such folder, expected",
+        lambda: Model("nobody/nothing", local_files_only=True).processor: "nobody/nothing: .*hub",
+        lambda: model.evaluate([], fps=1.0): "fps cannot change for one call",
+        lambda: model.evaluate([]): "found no records",
+    }.items():
         with pytest.raises(UserError, match=words):
             wrong()
 
@@ -242,17 +222,10 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
 def test_notebook_is_python():
     cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
     compile("\n".join(re.sub(r"(?m)^!(.*\\\n)*.*", "pass", text) for text in code), "quickstart.ipynb", "exec")
 
 
 # -- Answers that are given: by a stand-in for rollouts.generate
-
-
-def centre(frame, axis):
-    """Of what is bright in a (H, W) frame, along x (axis 0) or y (axis 1)."""
-    sums = (frame > 128).float().sum(axis)
-    return float(sums @ torch.arange(len(sums)).float() / sums.sum().clamp(min=1))
 
 
 def watches(texts=OPTIONS, asked=None):
@@ -264,17 +237,16 @@ def watches(texts=OPTIONS, asked=None):
         groups, start = [], 0
         if asked is not None:
             asked.extend(prompts.names)
-        for t, h, w in prompts.grid_thw:
-            x = prompts.patches[start : start + t * h * w].float()
-            x = x.view(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14).mean(5)  # (T, H/28, W/28, 2, 2, frame, y, x)
-            x = x.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(2 * t, 14 * h, 14 * w)
-            dx, dy = (centre(x[-1], axis) - centre(x[0], axis) for axis in (0, 1))
+        for grid in prompts.grid_thw:
+            end = start + math.prod(grid)
+            bright = from_patches(prompts.patches[start:end].numpy(), grid)[..., 0] > 128  # (F, H, W)
+            centres = [np.argwhere(frame).mean(0) if frame.any() else np.zeros(2) for frame in bright]
+            dy, dx = centres[-1] - centres[0]
             answer = (dx < 0) if abs(dx) >= abs(dy) else 2 + (dy < 0)
-            ids = tokenizer.encode(texts[answer]).ids
+            ids, start = tokenizer.encode(texts[int(answer)]).ids, end
             for token in ids if on_token else []:
                 on_token(0, token)
             groups.append([Completion(ids, [], True)])
-            start += t * h * w
         return groups
 
     return generate
@@ -303,21 +275,27 @@ def test_reasoning_and_answer_apart_and_streamed_text_is_whole(monkeypatch, here
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
+    """Nine clips of four classes, a broken one, and a record without an answer."""
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "videos").mkdir()
     records = []
-    for i, letter in enumerate("ABCDABCDA"):
+    for i, letter in enumerate("ABCDABCDAA"):
         write_mp4(folder / "videos" / f"{i}.mp4", frames_of(letter))
         turns = [("human", f"<video>\n{QUESTION}"), ("gpt", f"Answer: {OPTIONS['ABCD'.index(letter)]}")]
         records.append({"video": f"{i}.mp4", "conversations": [{"from": who, "value": said} for who, said in turns]})
+    (folder / "videos/9.mp4").write_bytes(b"no video")
+    records.append({"video": "0.mp4", "conversations": records[0]["conversations"][:1]})
     (folder / "val.json").write_text(json.dumps(records))
     return folder / "val.json"
 
 
 def test_dataset_tables(capsys, monkeypatch, here, tiny, dataset):
     monkeypatch.setattr("rollouts.generate", watches())
-    out, result = run(capsys, "--data_path", dataset, "--model_id", tiny)
-    assert (result["right"], result["count"], result["skipped"], result["chance"]) == (9, 9, 0, 0.25)
+    infer.main(["--data_path", str(dataset), "--model_id", str(tiny), "--json"])
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert (result["right"], result["count"], result["skipped"], result["chance"]) == (9, 9, 2, 0.25)
+    assert "9.mp4" in err and "record has no answer" in err
     assert result["accuracy"] == 1.0 and result["interval"] == pytest.approx([0.7009, 1.0], abs=1e-4)
     assert result["confusion"]["Left to Right"] == {"Left to Right": 3} and len(result["confusion"]) == 4
     reversed_, blank = result["controls"]["reversed"], result["controls"]["blank"]
@@ -325,19 +303,24 @@ def test_dataset_tables(capsys, monkeypatch, here, tiny, dataset):
     assert blank["right"] == 3 and set(result["controls"]) == {"reversed", "shuffled", "blank"}
     assert "9/9" in out and "100.0%" in out and re.search(r"reversed +0/9 +0.0% .* 100.0% +100.0%", out)
     assert re.search(r"Ascending +2 +0 +0 +0", out) and result["tasks"] == {"multiple choice": {"right": 9, "count": 9}}
+    flags = ["--data_path", dataset, "--model_id", tiny, "--nframes", 2, "--controls", "shuffled"]
+    out, result = run(capsys, *flags)
+    assert result["controls"]["shuffled"]["accuracy"] is None
+    assert re.search("shuffled is not possible: .*two orders", out)
 
-    model = Model(tiny, image_folder=str(dataset.parent / "videos"))
-    for controls, left in {None: [], "none": [], "blank,shuffled": ["shuffled", "blank"]}.items():
-        own = model.evaluate(dataset, controls=controls, max_samples=4)
-        assert list(own.controls) == left and (own.accuracy, own.count) == (1.0, 4)
-    records = json.loads(dataset.read_text())
-    typed = [*records[:2], {"video": "0.mp4", "question": "Who?", "answer": "Left to right"}]
-    own = model.evaluate(typed, controls="reversed")
-    assert {task: (each.right, each.count) for task, each in own.by_task.items()} == {
-        "multiple choice": (2, 2),
-        "open": (0, 1),  # "(A) Left to Right" is no answer in plain words
-    }
+
+def test_evaluate_from_python(monkeypatch, here, tiny, dataset):
+    monkeypatch.setattr("rollouts.generate", watches())
+    model, records = Model(tiny, image_folder=str(dataset.parent / "videos")), json.loads(dataset.read_text())
+    for controls, names in {None: [], "none": [], "blank,shuffled": ["shuffled", "blank"]}.items():
+        own = model.evaluate(records[:4], controls=controls, max_samples=3)
+        assert list(own.controls) == names and (own.accuracy, own.count) == (1.0, 3)
+    own = model.evaluate([*records[:2], {"video": "0.mp4", "question": "Who?", "answer": "Left to right"}])
+    tasks = {task: (each.right, each.count) for task, each in own.by_task.items()}
+    assert tasks == {"multiple choice": (2, 2), "open": (0, 1)}  # "(A) Left to Right" is no answer in plain words
     assert own.accuracy == 2 / 3 and own.interval == wilson(2, 3) and own.controls["reversed"].right == 0
+    with pytest.raises(UserError, match="none of 2 records can be asked; the first: .*9.mp4"):
+        model.evaluate(records[9:])
 
     monkeypatch.setattr("rollouts.generate", watches(["It is (A)"] * 3 + ["no idea"]))  # it ignores time
     own = model.evaluate(records[:8], controls="reversed")  # two of each class
@@ -362,39 +345,12 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     out, again = run(capsys, *flags)
     assert len(asked) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
-    for other in (["--max_new_tokens", 9], ["--base_dtype", "nf4"]):
-        with pytest.raises(UserError, match="by this model"):
-            run(capsys, *flags, *other)
-    weights = []
-    for content in "12":  # another model is merged into the same folder
-        (here / "merged").mkdir(exist_ok=True)
-        (here / "merged/manifest.json").write_text(content)
-        weights.append(made_by(parse(Infer, ["--model_id", "merged"]), None)["weights"])
-    assert weights[0] != weights[1]
-    dataset.write_text((text := dataset.read_text()).replace("(B) Right to Left", "(A) Left to Right"))  # other answers
+    with pytest.raises(UserError, match="by this model"):
+        run(capsys, *flags, "--max_new_tokens", 9)
+    other = dataset.with_name("other.json")
+    other.write_text(dataset.read_text().replace("(B) Right to Left", "(A) Left to Right"))
     with pytest.raises(UserError, match="of these records"):
-        run(capsys, *flags)
-    dataset.write_text(text)
-
-
-def test_broken_records_and_impossible_controls_are_named(capsys, monkeypatch, here, tiny, dataset):
-    monkeypatch.setattr("rollouts.generate", watches())
-    records = json.loads(dataset.read_text())[:3]
-    shutil.copytree(dataset.parent / "videos", here / "videos")
-    (here / "videos" / "2.mp4").write_bytes(b"no video")
-    records.append({"video": "0.mp4", "conversations": records[0]["conversations"][:1]})
-    (here / "val.json").write_text(json.dumps(records))
-    flags = ["--data_path", "val.json", "--model_id", str(tiny), "--nframes", "2", "--json"]
-    infer.main(flags)
-    out, err = capsys.readouterr()
-    result = json.loads(out.splitlines()[-1])
-    assert (result["right"], result["count"], result["skipped"]) == (2, 2, 2) and result["flipped"] == 1.0
-    assert "2.mp4" in err and "record has no answer" in err
-    assert result["controls"]["shuffled"]["accuracy"] is None
-    assert re.search("shuffled is not possible: .*two orders", out)
-    (here / "val.json").write_text(json.dumps(records[2:]))
-    with pytest.raises(UserError, match="none of 2 records can be asked; the first: .*2.mp4"):
-        infer.main(flags)
+        run(capsys, *flags, "--data_path", other)
 
 
 def test_wilson_interval_and_opposites():
@@ -402,34 +358,26 @@ def test_wilson_interval_and_opposites():
     table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for (right, count), interval in table.items():
         assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
-    assert opposite("Left to Right") == "right to left" and opposite("Right to Left") == "left to right"
-    assert opposite("Falling Down") == "ascending" and opposite("Ascending") == "falling down"
-    assert opposite("red") is None
-
-
-# -- Mistakes
+    for words, backwards in {"Left to Right": "right to left", "Falling Down": "ascending", "red": None}.items():
+        assert opposite(words) == backwards
 
 
 def test_mistakes_end_in_one_line(here, tiny, clip):
-    (here / "broken.mp4").write_bytes(Path(clip).read_bytes()[:300])
     (here / "folder").mkdir()
     mistakes = {
         ("missing.mp4",): "missing.mp4: no such file",
-        ("broken.mp4",): "broken.mp4",
         ("folder",): "folder: a folder without images",
         (clip, "--model_ckpt", "nowhere"): "nowhere: no such folder",
         (clip, "--question", "<|im_end|>"): r"special token <\|im_end\|>",
         (clip, "--nframes", 40): "nframes 40 of a video with 16 frames",
         ("--data_path", "missing.json"): "missing.json: no such file",
-        (clip, "--qestion", "?"): "did you mean question",
         (): "no clip given",
     }
     for argv, message in mistakes.items():
         with pytest.raises(UserError, match=message) as error:
             infer.main([*map(str, argv), "--model_id", str(tiny)])
         assert "\n" not in str(error.value), argv
-    command = [sys.executable, str(ROOT / "infer.py"), "missing.mp4", "--model_id", str(tiny)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), "missing.mp4"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: missing.mp4") and done.stderr.count("\n") == 1
     code = "import sys, infer; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules), 'slow --help'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
