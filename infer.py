@@ -123,7 +123,7 @@ class Model:
         records = read_records(data) if isinstance(data, str | Path) else data
         records = spread(records, cfg.max_samples, cfg.seed)
         if not len(records):
-            raise UserError("evaluate: found no records, expected at least one")
+            raise UserError("evaluate: no records, expected at least one")
         predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
         sampler, sampling = self.sampler(cfg)
         again = partial(evaluate, sampler, records, sampling, cfg.seed)

@@ -31,7 +31,6 @@ GROUPS = [
 # Of several runs two charts of each section are shown, these before others, and the rest is folded
 LEADING = ("eval_accuracy", "reward", "loss", "kl", "tokens_per_second", "gib")
 LOGARITHMIC = ("Loss", "Gradient norm", "Log-prob gap, sampler to trainer")
-ALWAYS_DRAWN = ("Loss", "Accuracy", "Accuracy by class", "Reward")  # even where nothing changes
 NOT_CHARTED = {"step", "epoch", "eval_count", "evaluation"}
 COLOURS = 8  # classes s0 ... s7 of the page
 POINTS = 1000  # a longer curve is thinned to so many of its points
@@ -58,7 +57,7 @@ def charts(runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
     groups = {key: next(g for g in GROUPS if re.search(g[2], key)) for run in runs.values() for key in run}
     for key, (title, unit, _, section) in sorted(groups.items(), key=lambda item: GROUPS.index(item[1])):
         values = np.concatenate([run[key][1] for run in runs.values() if key in run])
-        if title not in ALWAYS_DRAWN and values.min() == values.max():
+        if values.min() == values.max():
             constant.append(f"{label(key)} {values[0]:.4g}")
             continue
         facts = {"unit": unit, "section": section, "log": title in LOGARITHMIC, "leading": key in LEADING}

@@ -47,26 +47,22 @@ def save_trained_adapter(tiny, folder, rank=4, named=None, state=None):
     model = load_model(tiny)
     torch.manual_seed(rank)
     inject(model, LoraArgs(lora_rank=rank, lora_alpha=8))
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.3)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
 
-    def fill(beside):
-        save_adapter(model, beside, named or tiny)
-        if state:
-            (beside / "trainer_state.json").write_text(json.dumps(state))
+    def fill(temporary):
+        save_adapter(model, temporary, named or tiny)
+        (temporary / "trainer_state.json").write_text(json.dumps(state or {}))
 
-    write_whole(Path(folder), fill)
+    write_whole(folder, fill)
 
 
-def frames_of(direction, n=16, side=64):
-    """(n, side, side, 3) uint8: a white square on black."""
-    frames = np.zeros((n, side, side, 3), np.uint8)
-    for i in range(n):
-        along = 4 + round(i * (side - 28) / (n - 1))
-        back = side - 20 - along
-        x, y = {"A": (along, 20), "B": (back, 20), "C": (20, along), "D": (20, back)}[direction]
-        frames[i, y : y + 16, x : x + 16] = 255
+def frames_of(direction, n=16):
+    """(n, 64, 64, 3) uint8: a white square on black."""
+    frames = np.zeros((n, 64, 64, 3), np.uint8)
+    for frame, along in zip(frames, np.linspace(4, 40, n).round().astype(int)):
+        x, y = {"A": (along, 20), "B": (44 - along, 20), "C": (20, along), "D": (20, 44 - along)}[direction]
+        frame[y : y + 16, x : x + 16] = 255
     return frames
 
 
@@ -107,21 +103,20 @@ def test_one_clip_its_question_and_sampling(capsys, here, tiny, clip):
     assert result["text"] in out and "reasoning:" in out and "\nanswer:" in out
     assert run(capsys, *flags, "--prompt", QUESTION.replace("\n", "\\n"))[1]["text"] == result["text"]
     other = ("--base_model", tiny, "--question", "Where?", "--max_new_tokens", 1, "--fps", 7.5)
-    out, asked = run(capsys, "--video_path", clip, *other)
-    assert asked["prompt_tokens"] < result["prompt_tokens"] and asked["grid_thw"] == [2, 4, 4]
+    out, other = run(capsys, "--video_path", clip, *other)
+    assert other["prompt_tokens"] < result["prompt_tokens"] and other["grid_thw"] == [2, 4, 4]
     assert "question: Where?" in out
     one, again, two = (run(capsys, *flags, "--temperature", 1.5, "--seed", n)[1]["text"] for n in (1, 1, 2))
     assert one == again != two
 
 
-def test_image_and_folder_of_frames(capsys, here, tiny):
+def test_image_and_folder_of_frames(here, tiny):
     (here / "frames").mkdir()
     for i, frame in enumerate(frames_of("A", n=12)):  # frame10 comes after frame9
         (here / f"frames/frame{i}.png").write_bytes(png(frame))
-    flags = ("--model_id", tiny, "--max_new_tokens", 1)
-    result = run(capsys, "frames", *flags)[1]
-    assert result["frames"] == [0, 2, 3, 5, 6, 8, 9, 11] and result["grid_thw"] == [4, 4, 4]
-    image = run(capsys, "frames/frame0.png", *flags)[1]
+    model = Model(tiny, max_new_tokens=1)
+    assert model.ask("frames").clips[0]["frames"] == [0, 2, 3, 5, 6, 8, 9, 11]
+    (image,) = model.ask("frames/frame0.png").clips
     assert image["frames"] == [0] and image["time_ids"] == [0] and image["grid_thw"][0] == 1
 
 
@@ -213,30 +208,24 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
         lambda: Model("output/b"): "output/b: no such folder, expected",
         lambda: Model("nobody/nothing", local_files_only=True).processor: "nobody/nothing: .*hub",
         lambda: model.evaluate([], fps=1.0): "fps cannot change for one call",
-        lambda: model.evaluate([]): "found no records",
+        lambda: model.evaluate([]): "no records, expected",
     }.items():
         with pytest.raises(UserError, match=words):
             wrong()
 
 
-def test_notebook_is_python():
-    cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    compile("\n".join(re.sub(r"(?m)^!(.*\\\n)*.*", "pass", text) for text in code), "quickstart.ipynb", "exec")
-
-
 # -- Answers that are given: by a stand-in for rollouts.generate
 
 
-def watches(texts=OPTIONS, asked=None):
-    """A stand-in that follows the bright square; a blank clip looks to it like option A. asked: gets the names of the
-    samples."""
+def watches(texts=OPTIONS, names=None):
+    """A stand-in that follows the bright square; a blank clip looks to it like option A.
+    names: gets the names of the samples."""
     tokenizer = load_tokenizer(ROOT / "assets/tiny")
 
     def generate(model, prompts, sampling, num_generations=1, generator=None, on_token=None):
         groups, start = [], 0
-        if asked is not None:
-            asked.extend(prompts.names)
+        if names is not None:
+            names.extend(prompts.names)
         for grid in prompts.grid_thw:
             end = start + math.prod(grid)
             bright = from_patches(prompts.patches[start:end].numpy(), grid)[..., 0] > 128  # (F, H, W)
@@ -330,8 +319,8 @@ def test_evaluate_from_python(monkeypatch, here, tiny, dataset):
 
 
 def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch, here, tiny, dataset):
-    asked = []
-    monkeypatch.setattr("rollouts.generate", watches(asked=asked))
+    names = []
+    monkeypatch.setattr("rollouts.generate", watches(names=names))
     flags = ["--data_path", dataset, "--model_id", tiny, "--controls", "none", "--output", "out/predictions.jsonl"]
     whole = run(capsys, *flags)[1]
     path = here / "out/predictions.jsonl"
@@ -341,9 +330,9 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     assert rows[1]["answer"] == "Answer: (B) Right to Left" and rows[1]["said"] == "Right to Left"
     assert rows[1]["rewards"]["accuracy"] == rows[1]["right"] == 1
     path.write_text("".join(lines[:4]) + lines[4][:20])  # killed in its fifth line
-    asked.clear()
+    names.clear()
     out, again = run(capsys, *flags)
-    assert len(asked) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
+    assert len(names) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
     with pytest.raises(UserError, match="by this model"):
         run(capsys, *flags, "--max_new_tokens", 9)
