@@ -253,23 +253,28 @@ def read_as_trained(cfg, folder):
 
 def main(argv=None):
     model = Model(argv=sys.argv[1:] if argv is None else argv)
-    cfg = model.cfg
-    if not (cfg.video or cfg.data_path):
-        expected = f"--benchmark {cfg.benchmark} DIR" if cfg.benchmark else "video.mp4, or --data_path val.json"
-        raise UserError(f"no clip given; expected python infer.py {expected}")
+    cfg, began = model.cfg, time.perf_counter()
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
     if cfg.benchmark:
         from benchmarks import Task
 
+        if not cfg.video:
+            raise UserError(f"no clips given; expected the benchmark's folder: --benchmark {cfg.benchmark} DIR")
         task = Task(cfg)
-        facts = show_evaluation(model, task.records) | {"benchmark": task.report()}
+        result = model.evaluate(task.records)
+        facts = show_evaluation(model, result) | {"benchmark": task.report()}
+    elif cfg.data_path:
+        facts = show_evaluation(model, model.evaluate(cfg.data_path))
+    elif cfg.video:
+        facts = show_answer(model)
     else:
-        facts = show_evaluation(model, cfg.data_path) if cfg.data_path else show_answer(model)
-        for line in grpo_command(model.adapter, cfg.model_ckpt):
-            print(line)
+        raise UserError("no clip given; expected a file: python infer.py video.mp4, or --data_path val.json")
+    for line in grpo_command(model.adapter, cfg.model_ckpt) if not cfg.benchmark else ():
+        print(line)
     if cfg.json:
-        print(json.dumps({**facts, "model_id": cfg.model_id, "adapter": model.adapter and str(model.adapter)}))
+        facts = {"seconds": round(time.perf_counter() - began, 2), **facts, "model_id": cfg.model_id}
+        print(json.dumps(facts | {"adapter": model.adapter and str(model.adapter)}))
 
 
 def show_answer(model):
@@ -284,9 +289,8 @@ def show_answer(model):
     return facts | clip
 
 
-def show_evaluation(model, data):
-    """Evaluate a dataset, print the tables; returns the facts for --json."""
-    began, result = time.perf_counter(), model.evaluate(data)
+def show_evaluation(model, result):
+    """Print an Evaluation's tables; returns the facts for --json."""
     if result.known:
         print(f"note: {result.known} of {result.count} answers are taken from {model.cfg.output}")
     for error in result.skipped.values():
@@ -296,8 +300,7 @@ def show_evaluation(model, data):
     facts = {"data_path": model.cfg.data_path, **result.facts(result), "skipped": len(result.skipped)}
     facts |= {"chance": result.chance, "confusion": result.confusion, "controls": controls}
     facts |= {key: controls.get("reversed", {}).get(key) for key in ("changed", "flipped")}
-    facts["tasks"] = {task: {"right": own.right, "count": own.count} for task, own in result.by_task.items()}
-    return facts | {"seconds": round(time.perf_counter() - began, 2)}
+    return facts | {"tasks": {task: {"right": own.right, "count": own.count} for task, own in result.by_task.items()}}
 
 
 def print_tables(result, controls, most=8):

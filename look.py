@@ -49,7 +49,7 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
     if is_dataset:
         lengths = [result["tokens"] for result in results if "tokens" in result]
         low, median, high = np.percentile(lengths, (0, 50, 100))
-        yield f"  {len(lengths)} samples, {sum(lengths)} tokens: {low:g} to {high:g} a sample, median {median:g}"
+        yield f"  samples {len(lengths)}, {sum(lengths)} tokens: {low:g} to {high:g} a sample, median {median:g}"
         yield from (f"  skipped: {error}" for error in refused)
     else:
         (result,) = results

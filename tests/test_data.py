@@ -311,8 +311,7 @@ def test_the_plan_of_a_dataset(processor, clips):
     (clips / "d.json").write_text(json.dumps(records))
     lines = lines_of(processor, clips / "d.json").splitlines()
     lengths = [length(processor, r) for r in records[:3]]
-    stats = f"{lengths[0]} to {lengths[2]} a sample, median {lengths[1]}"
-    assert f"3 samples, {sum(lengths)} tokens: {stats}" in lines[1]
+    assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
     assert len(lines) == 3 and "sample 3: " in lines[2] and "no readable video" in lines[2]
     results = lines_of(processor, clips / "d.json", as_json=True)
     assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
