@@ -51,10 +51,12 @@ def read_run(folder: Path) -> dict:
     run["data_options"] = read_json(metadata).get("options", {}) if metadata.is_file() else {}
     metrics = read_lines(folder / METRICS)
     run["columns"] = columns(metrics)
-    if "reward" in run["columns"]:  # the value of GRPO's loss says little, and is another quantity than SFT's
+    if {"reward", "loss"} <= run[
+        "columns"
+    ].keys():  # the value of GRPO's loss says little, and is another quantity than SFT's
         run["columns"]["policy_loss"] = run["columns"].pop("loss")
     values = {key: y[np.isfinite(y)] for key, (_, y) in run["columns"].items()}
-    run["tiles"] = {label: tile(values[key]) for label, key, tile in TILES if key in values}
+    run["tiles"] = {label: tile(values[key]) for label, key, tile in TILES if len(values.get(key, ()))}
     if run["best"]:
         run["tiles"]["Best checkpoint"] = f"{100 * run['best']['accuracy']:.1f} %", f"step {run['best']['step']}"
     stats = [row["evaluation"] | {"step": row["step"]} for row in reversed(metrics) if row.get("evaluation")]
@@ -108,7 +110,7 @@ def choose_cards(groups: list[dict], shown: set[str], most: int) -> dict[str, li
     step and the first the best group and the worst. Prompts in `shown` are left out, and those chosen are added."""
     pairs, steps = before_and_after(groups), [group["step"] for group in groups]
     cards = {"The same prompt, before and after": [*pairs[:1], *pairs[1:][::-1]]}
-    for heading, step in {"Last rollouts": max(steps, default=0), "First rollouts": min(steps, default=0)}.items():
+    for step, heading in {max(steps, default=0): "Last rollouts", min(steps, default=0): "First rollouts"}.items():
         ranked = sorted(([g] for g in groups if g["step"] == step), key=lambda card: -card[0]["mean"])
         cards[heading] = [*ranked[:1], *ranked[1:][::-1]]
     for heading, choice in cards.items():
@@ -144,6 +146,7 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(output)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     return output
 

@@ -144,7 +144,10 @@ def test_frames_are_those_that_the_model_saw(tmp_path):
 
 def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     values = [1.0, float("nan"), 3.0, None, float("inf"), 6.0]
-    write_lines(grpo_run / "metrics.jsonl", [{"step": k, "loss": v, "never": None} for k, v in enumerate(values)])
+    write_lines(
+        grpo_run / "metrics.jsonl",
+        [{"step": k, "loss": v, "never": None, "gib": float("inf")} for k, v in enumerate(values)],
+    )
     with (grpo_run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     (grpo_run.parent / "data" / "videos" / "a.mp4").write_bytes(b"no video")
