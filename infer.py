@@ -260,7 +260,7 @@ def main(argv=None):
         from benchmarks import Task
 
         if not cfg.video:
-            raise UserError(f"no clips given; expected the benchmark's folder: --benchmark {cfg.benchmark} DIR")
+            raise UserError(f"no clip given; expected the benchmark's folder: --benchmark {cfg.benchmark} DIR")
         task = Task(cfg)
         result = model.evaluate(task.records)
         facts = show_evaluation(model, result) | {"benchmark": task.report()}
