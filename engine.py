@@ -1,11 +1,9 @@
 """Processes, precision, and DeepSpeed ZeRO-2 through its public interface: `python x.py`, `deepspeed x.py` and torchrun
 share one path, on a CPU (gloo) or GPUs (nccl).
 
-What DeepSpeed 0.19.8 does, and what follows for us:
-- backward divides by its own gradient_accumulation_steps (we say scale_wrt_gas=False) and gradients are averaged over
-  the ranks (we multiply the loss by their number), so that sum / global count is the gradient of the one big batch;
-- every backward pass reduces at once, so all ranks must make the same number of them, over the same parameters in the
-  same order: a rank with fewer micro-batches adds blank ones of weight 0;
+What DeepSpeed does, and what follows for us:
+- gradients are averaged over the ranks: trainer.update multiplies the loss by their number, and gets the sum;
+- every backward pass reduces at once: all ranks make the same number of them, some over blank micro-batches;
 - a gradient whose norm is not finite skips the update, in every precision; the norm is then inf;
 - its own checkpoints are pickles, one a rank; ours are whole tensors under their names (checkpoint.py).
 """
@@ -15,7 +13,6 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -25,9 +22,9 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.runtime.compiler
-from deepspeed.runtime import constants
 from pydantic import ValidationError
 
+from checkpoint import read_json
 from lora import param_groups
 from model import UserError, nearest
 
@@ -43,16 +40,13 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 
 
 def init_distributed():
-    """Join the other processes, or be the only one: `python x.py`, `deepspeed x.py` and torchrun share one path.
-
-    Returns this process's device.
-    """
+    """Join the other processes, or be the only one. Returns this process's device."""
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
+    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     else:  # the processes of a machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
     # The shared-memory collectives are for inference; at first use they would be compiled for half a minute.
@@ -60,7 +54,7 @@ def init_distributed():
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated.*")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of, the loops print themselves
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=TIMEOUT)
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    return device
 
 
 def leave_processes():
@@ -72,9 +66,8 @@ def leave_processes():
 
 def use_deterministic_kernels(on):
     """Deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation that has
-    none raises a RuntimeError with its name. The workspace is cuBLAS' rule: docs.nvidia.com/cuda/cublas, "Results
-    reproducibility"; it must be set before the first product."""
-    if on:
+    none raises a RuntimeError with its name."""
+    if on:  # cuBLAS needs it before the first product: docs.nvidia.com/cuda/cublas, "Results reproducibility"
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
@@ -82,11 +75,9 @@ def use_deterministic_kernels(on):
 
 def precision(cfg, device):
     """(dtype of weights and activations, why)."""
-    if cfg.fp16 and cfg.bf16:
-        raise UserError("--fp16: got True and --bf16 True too, expected one of them")
+    if cfg.fp16 and (cfg.bf16 or device.type == "cpu"):
+        raise UserError("--fp16: got True, expected False beside --bf16 True and on a machine without a GPU")
     if cfg.fp16:
-        if device.type == "cpu":
-            raise UserError("--fp16: got True on a machine without a GPU, expected False; fp32 is the default there")
         return torch.float16, "--fp16, with loss scaling"
     if cfg.bf16 is not None:
         return (torch.bfloat16 if cfg.bf16 else torch.float32), f"--bf16 {cfg.bf16}"
@@ -116,23 +107,20 @@ def build_engine(model, cfg, device, dtype):
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--deepspeed: {cfg.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
-    if not engine.optimizer.cpu_offload:
-        # The first of its two checks looks at each gradient apart, one kernel after the other: 9 % of a short step on a
-        # GPU. The second sees the same: a gradient that is not finite makes their norm so.
-        engine.optimizer.check_overflow = lambda partition_gradients: None
-    if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    optimizer = engine.optimizer
+    optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    if not optimizer.cpu_offload:
+        # It looks at each gradient apart: 9 % of a short step on a GPU. The norm, checked next, shows the same.
+        optimizer.check_overflow = lambda partition_gradients: None
+    if optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
+        optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.train()
     return engine, adamw, notes
 
 
 def clear_gradients(engine):
-    """After a backward pass that did not come to its end: no trace of this step's gradients is left. Alone only: the
-    ranks would have to agree.
-
-    DeepSpeed ends a step whose gradient is not finite by throwing everything away, so it is given such a one.
-    """
+    """After a backward pass that did not come to its end: no trace of this step's gradients is left. DeepSpeed throws
+    everything away where a gradient is not finite, so it is given such a one. Alone only: ranks would have to agree."""
     scaler = engine.optimizer.loss_scaler
     scale = scaler.cur_scale
     if engine.optimizer.ready_for_gradients:  # it had begun to reduce them
@@ -151,18 +139,20 @@ def deepspeed_config(cfg, device, dtype, world, count):
     Returns (config, notes to print).
     """
     cuda = device.type == "cuda"
-    bucket = min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET)
     gathered = min(count + 1024, BUCKET)
     zero = {
         "stage": 2,
         "contiguous_gradients": True,
         "overlap_comm": False,
         "reduce_scatter": cuda,  # gloo has none
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET),
         "allgather_bucket_size": gathered + gathered % 2,
     }
+    notes = []
     if cfg.offload_optimizer and cuda:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    elif cfg.offload_optimizer:
+        notes.append("--offload_optimizer has no effect: there is no GPU to free")
     config = {
         "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
         "gradient_accumulation_steps": 1,
@@ -177,62 +167,44 @@ def deepspeed_config(cfg, device, dtype, world, count):
         "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches are summed in fp32
         "communication_data_type": "fp32",  # so are ranks
     }
-    notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
     if cfg.deepspeed:
-        precision = {key: config[key]["enabled"] for key in ("bf16", "fp16")}
-        settings = deepspeed_file(cfg.deepspeed)
-        known = {*SECTIONS, *ELSEWHERE, *(name for name in vars(constants).values() if isinstance(name, str))}
-        for key in sorted(settings.keys() - known):
-            notes.append(f"{cfg.deepspeed}: {key} has no effect: DeepSpeed has no such key{nearest(key, known)}")
-        notes += merge(config, settings, cfg.deepspeed)
+        settings = read_json(cfg.deepspeed)
+        if not isinstance(settings, dict):
+            raise UserError(f"--deepspeed: {cfg.deepspeed} holds no JSON object, expected DeepSpeed's settings")
+        notes += merge(config, settings, cfg.deepspeed, top=True)
         if config["gradient_clipping"] != cfg.max_grad_norm:
             notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
-        for key, enabled in precision.items():
-            if config[key].get("enabled") != enabled:
-                problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
-                raise UserError(f"{problem}; write auto there, and give --{key}")
-    stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2):
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {stage}, expected 1 or 2; there is no ZeRO-3")
+    for key, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config[key]["enabled"] != (dtype == kind):
+            problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
+            raise UserError(f"{problem}; write auto there, and give --{key}")
+    if zero["stage"] not in (1, 2):
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {zero['stage']}, expected 1 or 2")
     return config, notes
 
 
-def deepspeed_file(path):
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed: {path} cannot be read ({error.strerror}); without it you get ZeRO-2") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--deepspeed: {path} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed: {path} holds no JSON object, expected DeepSpeed's settings")
-    return settings
-
-
-# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2.
+# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2
 ELSEWHERE = {
     "optimizer": "AdamW is set by --learning_rate, --adam_beta1 …",
     "scheduler": "the schedule is set by --lr_scheduler_type, --warmup_ratio",
     "train_batch_size": "see --per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
     "gradient_accumulation_steps": "see --gradient_accumulation_steps",
-    "offload_param": "it belongs to ZeRO-3",
     "activation_checkpointing": "see --gradient_checkpointing, --offload_activations",
+    "offload_param": "it belongs to ZeRO-3",
 }
-# The sections whose names are not in deepspeed.runtime.constants
-SECTIONS = """zero_optimization aio amp autotuning comet comms_logger compile compression_training csv_monitor timers
-    curriculum_learning data_efficiency elasticity flops_profiler nebula sparse_gradients tensorboard wandb""".split()
 
 
-def merge(ours, theirs, source):
+def merge(ours, theirs, source, top=False):
     """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect.
-    UserError for a value that has not the form of ours, and for another precision than the flags'."""
+    top: only our keys are obeyed; below, DeepSpeed itself refuses what it does not know."""
     notes = []
     for key, value in theirs.items():
         if value == "auto":
             continue
-        if key in ELSEWHERE:
-            notes.append(f"{source}: {key} has no effect: {ELSEWHERE[key]}")
+        if key in ELSEWHERE or (top and key not in ours):
+            why = ELSEWHERE.get(key, "it is not obeyed here" + nearest(key, ours))
+            notes.append(f"{source}: {key} has no effect: {why}")
         elif value is None or (key in ours and isinstance(value, dict) != isinstance(ours[key], dict)):
             form = "an object" if isinstance(ours.get(key), dict) else "a value"
             raise UserError(f"{source}: {key} is {json.dumps(value)}, expected {form}; leave it out, or write auto")

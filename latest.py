@@ -15,9 +15,9 @@ from model import UserError
 from records import data_files
 from script import command
 
-# What a resumed run cannot change: its weights have these shapes, and this scale
+# What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
 FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
-    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger""".split()
+    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype""".split()
 
 
 def follow(cfg):
@@ -27,9 +27,7 @@ def follow(cfg):
     base. data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
     """
     resumed = cfg.resume and take_options(cfg)
-    if resumed and "model_ckpt" in cfg.given:
-        cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
-    elif cfg.model_ckpt is not None and cfg.lora_enable and not resumed:
+    if cfg.model_ckpt is not None and cfg.lora_enable and not resumed:
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -48,19 +46,20 @@ def take_options(cfg):
     if not path.exists():
         return False
     run = read_json(path)
+    theirs, given = run["config"], {name: getattr(cfg, name) for name in cfg.given}
     if run["script"] != script:
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py; give its own")
-    given, theirs = {name: getattr(cfg, name) for name in cfg.given}, run["config"]
     new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
-    for name in FIXED:
-        if name in new:
-            what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
-            raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
+    for name in new.intersection(FIXED):
+        what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+        raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
     for name in as_dict(cfg).keys() & theirs.keys() - {"resume", "overwrite", "output_dir"}:
         setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
     cfg.settle(new)  # a new --fps is not held up by the run's nframes
-    for name, value in given.items():
-        setattr(cfg, name, value)
+    for name in given.keys() - {"model_ckpt"}:
+        setattr(cfg, name, given[name])
+    if "model_ckpt" in given:
+        cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
     cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
     return True
 
@@ -76,7 +75,7 @@ def take_adapter(cfg):
     file = adapter and adapter / "adapter_config.json"
     config = read_json(file) if file else {}
     base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
-    if cfg.lora_enable and "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
         cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, file)
         cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
@@ -93,14 +92,14 @@ def take_adapter(cfg):
 def take_dataset(cfg):
     """What the adapter was trained on, else the newest under data/. UserError where there is none."""
     state = Path(cfg.model_ckpt or "") / STATE
-    if cfg.model_ckpt and state.exists():
+    files = by_age(Path("data"), "train.json")
+    if state.exists():
         cfg.data_path, why = read_json(state)["config"]["data_path"], "which the adapter was trained on"
-    else:
-        files = by_age(Path("data"), "train.json")
-        if not files:
-            make = "make one by python generate.py --num_samples 1400, of your own clips by --from_folder DIR"
-            raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
+    elif files:
         cfg.data_path, why = str(files[-1]), "the dataset made last"
+    else:
+        make = "make one by python generate.py --num_samples 1400, of your own clips by --from_folder DIR"
+        raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
     cfg.notes += (f"--data_path {cfg.data_path}, {why}",)
     name = Path(data_files(cfg.data_path)[0][0]).resolve().parent.name
     if "output_dir" not in cfg.given and not cfg.resume and name != "synthetic_videos":

@@ -1,7 +1,5 @@
-"""What the processes of a run exchange. With one process, or without torch.distributed, the values are its own.
-
-Every rank must call each of these, in the same order.
-"""
+"""What the processes of a run exchange; every rank must call each of these, in the same order. One process, with or
+without torch.distributed, gets its own values."""
 
 import torch
 import torch.distributed as dist
@@ -19,10 +17,9 @@ def world_size() -> int:
 
 def gather(value) -> list:
     """[value of each rank], on every rank; anything that can be pickled."""
-    if world_size() == 1:
-        return [value]
-    every = [None] * world_size()
-    dist.all_gather_object(every, value)
+    every = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(every, value)
     return every
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import console
 import ranks
+from adapter_files import copy_small_files, save_adapter
 from checkpoint import BEST, METRICS, ROLLOUTS, STATE, NotFiniteError, append_lines, write_json
 from config import as_dict
 from data import pack
@@ -30,9 +31,8 @@ from evaluate import progress
 from lora import lora_layers
 from memory import out_of_memory
 from model import UserError
-from model.loading import not_finite
+from model.loading import not_finite, resolve_folder, save_model
 from report import write_report
-from trackers import open_trackers
 
 BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
 SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
@@ -47,7 +47,7 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype
-    dtype_reason: str
+    dtype_reason: str = ""
     rank: int = 0
     world: int = 1  # ranks
     lock: object = None  # open file: the folder is ours while it lives (rank 0)
@@ -56,15 +56,15 @@ class Run:
     state: dict = field(default_factory=dict)  # trainer_state.json of `source`
     step: int = 0  # steps done
     total: int = 0  # steps of the whole run
-    data_hash: str = ""  # of the training data's file
-    question: dict | None = None  # what the training data asks, for infer.py: see reporting.dataset.data_question
+    data_hash: str | None = None  # of the training data
+    question: dict | None = None  # what the training data asks, for infer.py
     updates: int = 0  # steps that changed the weights
+    bad: int = 0  # steps in a row without an update
     best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
     start_accuracy: float | None = None  # before the first step, where that was measured
     last_accuracy: float | None = None  # of the last evaluation
-    bad: int = 0  # steps in a row without an update
-    loader: object = None  # of the training data: names what it leaves out
-    skipped_seen: int = 0  # len(loader.skipped) summed over the ranks: see count_skipped()
+    loader: object = None  # of the training data
+    skipped_seen: int = 0  # len(loader.skipped) summed over the ranks
     skipped: int = 0  # samples that are left out
     sampler: object = None  # rollouts.Sampler
     plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
@@ -95,12 +95,11 @@ class Run:
             return False, ", the start"
         if self.best is not None and accuracy < self.best["accuracy"]:
             return False, ""
-        self.best = {"step": self.step, "accuracy": accuracy}
-        if self.start_accuracy is None:
-            return True, ", the best so far"
-        below = accuracy < self.start_accuracy
-        self.best |= {"start_accuracy": self.start_accuracy, "below_start": below}
-        return True, ", the best so far" + (f", but below the start's {self.start_accuracy:.1%}" if below else "")
+        self.best, start = {"step": self.step, "accuracy": accuracy}, self.start_accuracy
+        if start is not None:
+            self.best |= {"start_accuracy": start, "below_start": accuracy < start}
+        below = f", but below the start's {start:.1%}" if self.best.get("below_start") else ""
+        return True, f", the best so far{below}"
 
     def loop_state(self, name):
         """What the loop saved under this name in the checkpoint that the run goes on from, or None."""
@@ -111,8 +110,8 @@ class Run:
 
 
 def begin_step(run, engine, step):
-    """Seed torch's random numbers, CPU and GPU, by step and rank, and set every parameter group to its share of its
-    peak learning rate, for step 1 … total. Returns the last group's rate: the language model's, if that is trained."""
+    """Seed torch's random numbers by step and rank, and set every parameter group to its share of its peak learning
+    rate, for step 1 … total. Returns the last group's rate: the language model's, if that is trained."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
     warmup = warmup_steps(cfg, run.total)
@@ -120,11 +119,6 @@ def begin_step(run, engine, step):
     for group in engine.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return engine.optimizer.param_groups[-1]["lr"]
-
-
-def total_steps(cfg, loader):
-    """Optimizer steps of the whole run."""
-    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
 
 
 def warmup_steps(cfg, total):
@@ -184,19 +178,16 @@ def check_numbers(run, step, loss, grad_norm, updated):
     run.bad += 1
     why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
     run.warn(f"step {step}: {why}: no update ({run.bad} in a row)")
-    limit = SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW
-    if run.bad >= limit:
+    if run.bad >= (SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW):
         last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
         text = f"{run.bad} steps in a row without an update ({why})"
         raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
 
 
 def count_skipped(run, seen):
-    """How many samples are left out on all ranks together; ends the run where too many are broken. Every rank must call
-    it.
+    """How many samples are left out on all ranks together; ends the run where too many are broken.
 
-    seen: len(loader.skipped) summed over the ranks. A sample may be skipped on several, so where the sum changed they
-    gather the names.
+    seen: len(loader.skipped) summed over the ranks, which may know of the same ones: where it grew they gather names.
     """
     if seen != run.skipped_seen:
         run.skipped_seen = seen
@@ -205,10 +196,8 @@ def count_skipped(run, seen):
         run.skipped = len(names)
         try:
             run.loader.check_share(len(names - too_long))
-        except UserError:
-            if run.rank:
-                raise SystemExit(2) from None  # one line is enough
-            raise
+        except UserError as error:
+            raise error if run.rank == 0 else SystemExit(2) from None  # one line is enough
     return run.skipped
 
 
@@ -226,7 +215,7 @@ class Log:
         self.run, self.columns = run, columns
         self.started, self.first = time.perf_counter(), run.step
         self.bar = progress(run.total, run.rank, initial=run.step, unit="step")
-        self.trackers = [] if run.rank else open_trackers(run)
+        self.trackers = [] if run.rank else console.open_trackers(run)
 
     def write(self, step, metrics):
         """One line of metrics.jsonl, there for any reader at once. Numbers that are not finite become null."""
@@ -235,7 +224,7 @@ class Log:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         append_lines(self.run.folder / METRICS, [{"step": step, **clean}])
         for tracker in self.trackers:
-            tracker.log(step, clean)
+            tracker.log(step, {name: value for name, value in clean.items() if isinstance(value, (int, float))})
 
     def step(self, step, metrics, seconds, waited, tokens, warnings=(), lines=()):
         """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks. warnings and
@@ -273,11 +262,9 @@ class Log:
 
 
 def duration(seconds):
-    """12:38, 3h12 or 5d03h."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours >= 24:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes % 60:02}" if hours else f"{minutes}:{int(seconds % 60):02}"
+    """12:38 or 3h12"""
+    minutes = int(seconds // 60)
+    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{int(seconds % 60):02}"
 
 
 def memory_gib(device):
@@ -295,22 +282,14 @@ def is_due(every, step, total):
     return step == total or (every > 0 and step % every == 0)
 
 
-def save_is_due(run):
-    cfg = run.cfg
-    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-    return is_due(every, run.step, run.total)
-
-
 def before_first_step(run, engine, evaluate, judge_start=False):
-    """Evaluate the start, where that is wanted, or what a signal left undone: the run is then as if it had not come."""
-    if evaluate and run.loop_state("evaluation_due"):
-        if evaluate() or save_is_due(run):
-            save(run, engine, run.state["loop"] | {"evaluation_due": False})
-        return
-    if evaluate and judge_start and run.step == 0:
-        evaluate()
+    """Evaluate the start, where that is wanted; after a signal, do what was left undone: as if it had not come."""
     if run.rank == 0:  # a run killed after its last checkpoint had not come to it
         checkpoint.rotate(run.folder, run.cfg.save_total_limit)
+    if run.state.get("stopped"):
+        after_step(run, engine, evaluate, run.state["loop"])
+    elif evaluate and judge_start and run.step == 0:
+        evaluate()
 
 
 def after_step(run, engine, evaluate, loop=None):
@@ -319,34 +298,33 @@ def after_step(run, engine, evaluate, loop=None):
     evaluate(): logs answer accuracy and returns whether it is the best so far; None where there is nothing to judge.
     loop: what the script wants back when the run is resumed.
     """
-    better, evaluation_due = False, evaluate is not None and is_due(run.cfg.eval_steps, run.step, run.total)
-    stop = stop_requested(run)
-    if evaluation_due and not stop:
-        better, evaluation_due = evaluate(), False
-        write_page(run)
+    cfg, better, stop = run.cfg, False, stop_requested(run)
+    if evaluate and not stop and is_due(cfg.eval_steps, run.step, run.total):
+        better = evaluate()
+        if run.rank == 0:
+            write_page(run)
         stop = stop_requested(run)
-    if better or stop or save_is_due(run):
-        only_for_stop = not better and not save_is_due(run)
-        save(run, engine, (loop or {}) | {"evaluation_due": evaluation_due}, stop, only_for_stop)
+    every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
+    if better or stop or is_due(every, run.step, run.total):
+        save(run, engine, loop or {}, stop)
     return bool(stop)
 
 
-def save(run, engine, loop, stop=False, only_for_stop=False):
+def save(run, engine, loop, stopped=0):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
 
-    stop: a signal came; what is deleted depends on an evaluation that may be due, so it waits for the resumed run.
-    only_for_stop: without the signal there would be no checkpoint here.
+    stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
     A full disk ends the run with one line; the earlier checkpoints are intact.
     """
     folder, error = run.folder / f"checkpoint-{run.step}", None
-    facts = run_facts(run, engine, loop) | {"only_for_stop": only_for_stop}
+    facts = run_facts(run, engine) | {"loop": loop, "stopped": bool(stopped)}
     state = checkpoint.optimizer_state(engine, run.updates)
 
     def fill(temporary):
         if names := not_finite(engine.module):
             raise NotFiniteError(f"{names[0]} holds NaN or Inf")
         checkpoint.save_state(state, temporary)
-        checkpoint.save_weights(engine.module, temporary, run.cfg, whole=not lora_layers(engine.module))
+        save_weights(engine.module, run.cfg, temporary)
         (temporary / STATE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     if run.rank == 0:
@@ -358,7 +336,7 @@ def save(run, engine, loop, stop=False, only_for_stop=False):
             if run.best:
                 write_json(run.folder / BEST, run.best)
             checkpoint.link_adapter(run.folder)
-            if not stop:
+            if not stopped:
                 checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
             error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
@@ -369,24 +347,28 @@ def save(run, engine, loop, stop=False, only_for_stop=False):
     ranks.raise_together(error and f"{folder}: {error}")
 
 
-def run_facts(run, engine, loop):
+def save_weights(model, cfg, folder):
+    """The adapter in PEFT's form, or the whole model with the small files of its base."""
+    if lora_layers(model):
+        save_adapter(model, folder, cfg.model_id)
+    else:
+        save_model(model, folder)
+        copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
+
+
+def run_facts(run, engine):
     """trainer_state.json: what a resumed run needs besides weights and optimizer state."""
     scaler = engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
-    return {
-        "step": run.step,
-        "updates": run.updates,
-        "best": run.best,
-        "start_accuracy": run.start_accuracy,
+    facts = {
+        name: getattr(run, name) for name in ("step", "updates", "best", "start_accuracy", "data_hash", "question")
+    }
+    return facts | {
         "samples_per_step": samples_per_step(run),
-        "data_hash": run.data_hash,
-        "question": run.question,
-        "ranks": run.world,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "skipped": ranks.gather(run.loader.state()),
         "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
         "plan": asdict(run.plan),
-        "loop": loop,
         "config": as_dict(run.cfg),
     }
 
@@ -397,11 +379,10 @@ def samples_per_step(run):
 
 def write_page(run):
     """Write report.html of the run so far; a page that cannot be written is reported and ends nothing."""
-    if run.rank == 0:
-        try:
-            write_report([run.folder], run.folder / "report.html")
-        except UserError as error:
-            run.say(f"report: {error}")
+    try:
+        write_report([run.folder], run.folder / "report.html")
+    except UserError as error:
+        run.say(f"report: {error}")
 
 
 # -- Signals and the end
@@ -422,8 +403,7 @@ def watch_signals(run):
             os.write(2, text.encode())  # print() may be in the middle of another line
         run.signal = run.signal or number
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        run.handlers[number] = signal.signal(number, note)
+    run.handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def stop_requested(run):
@@ -433,10 +413,10 @@ def stop_requested(run):
 
 def finish(run, log):
     """Close the log, write the page, print how the run ended; after a signal exit with 128 + its number."""
-    write_page(run)
-    log.close()  # W&B takes the page along
     number = stop_requested(run)
     if run.rank == 0:
+        write_page(run)
+        log.close()  # W&B takes the page along
         for line in console.closing_lines(run, number):
             run.say(line)
     for each, handler in run.handlers.items():
