@@ -193,22 +193,19 @@ def link_adapter(run_folder):
             temporary.rename(run_folder / name)
 
 
-def newest_run(besides=None, script=None):
-    """The run under output/ that saved an adapter last, or None; `besides` is left out, runs of `script` go first."""
-    runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
-    runs = [run for run in runs if checkpoints(run) and run.resolve() != Path(besides or "/").resolve()]
-    of_script = [run for run in runs if (run / RUN).exists() and read_json(run / RUN).get("script") == script]
-    saved = lambda run: max(p.stat().st_mtime for p in checkpoints(run))
-    return max(of_script or runs, key=saved, default=None)
-
-
-def find_adapter(path, besides=None, script=None):
+def find_adapter(path, script=None):
     """The folder with the adapter that a user means by --model_ckpt: an adapter's folder (ours, or PEFT's); a
-    checkpoint-N; a run's folder, for its best checkpoint, or its newest if none was evaluated; "" for
-    newest_run(besides, script), which may be None."""
-    path = newest_run(besides, script) if path == "" else Path(path)
-    if path is None:
-        return None
+    checkpoint-N; a run's folder, for its best checkpoint, or its newest if none was evaluated; "" for the run under
+    output/ that saved an adapter last, of this script if one is named, or None."""
+    if path == "":
+        runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
+        if script:
+            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN)["script"] == script}
+        saved = lambda run: max(p.stat().st_mtime for p in run.glob("checkpoint-*"))
+        path = max(runs, key=saved, default=None)
+        if path is None:
+            return None
+    path = Path(path)
     if not path.exists():
         there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
         problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
@@ -229,10 +226,6 @@ def find_adapter(path, besides=None, script=None):
 
 SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while saving
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
-
-
-class NotFiniteError(ArithmeticError):
-    """A weight or moment that is NaN or Inf: such a state is not worth keeping."""
 
 
 def trained(engine):
@@ -265,7 +258,7 @@ def save_state(state, folder):
     shard, size, number = {}, 0, 0
     for name, tensor in state:
         if not tensor.isfinite().all():
-            raise NotFiniteError(f"{name} holds NaN or Inf")
+            raise FloatingPointError(f"{name} holds NaN or Inf")
         shard[name], size = tensor.contiguous(), size + tensor.nbytes
         if size >= SHARD_BYTES:
             save_file(shard, folder / f"optimizer-{number:05d}.safetensors")

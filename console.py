@@ -22,19 +22,12 @@ def highlight(text):
     return f"\033[33m{text}\033[0m" if colour else text
 
 
-class Handler(logging.Handler):
-    """What data.py, rewards.py and rollouts.py log, as warnings above the progress bar."""
-
-    def emit(self, record):
-        tqdm.write(highlight(f"warning: {record.getMessage()}"))
-
-
 def show_logged_warnings():
+    """What data.py, rewards.py and rollouts.py log, above the progress bar."""
+    handler = logging.Handler()
+    handler.emit = lambda record: tqdm.write(highlight(f"warning: {record.getMessage()}"))
     for name in ("data", "rewards", "rollouts"):
-        logging.getLogger(name).handlers = [Handler()]
-
-
-# -- The last lines
+        logging.getLogger(name).handlers = [handler]
 
 
 def closing_lines(run, stop_signal):
@@ -85,7 +78,8 @@ class TensorBoard:
 
 class Wandb:
     def __init__(self, run):
-        self.wandb, self.folder, facts = importlib.import_module("wandb"), run.folder, read_json(run.folder / RUN)
+        self.wandb, self.page = importlib.import_module("wandb"), run.folder / "report.html"
+        facts = read_json(run.folder / RUN)
         options = {"id": facts["id"], "name": run.folder.name, "dir": str(run.folder), "resume": "allow"}
         try:
             self.run = self.wandb.init(config=facts["config"], **options)
@@ -97,20 +91,19 @@ class Wandb:
         self.run.log(scalars, step=step)
 
     def close(self):
-        if (self.folder / "report.html").exists():
-            self.run.log({"report": self.wandb.Html(str(self.folder / "report.html"))})
+        if self.page.exists():
+            self.run.log({"report": self.wandb.Html(str(self.page))})
         self.run.finish()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}  # packages; also the folders in the run's folder
 
 
-def check_installed(cfg):
-    for name in split_list(cfg.report_to):
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
+def trackers(cfg):
+    """[class] that --report_to names."""
+    names = [name for name in split_list(cfg.report_to) if name in TRACKERS]
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             problem = f"--report_to {name}: that package is not installed; pip install {name}, or leave the flag out"
             raise UserError(f"{problem}: metrics.jsonl and report.html have it all")
-
-
-def open_trackers(run):
-    return [TRACKERS[name](run) for name in split_list(run.cfg.report_to) if name in TRACKERS]
+    return [TRACKERS[name] for name in names]

@@ -26,16 +26,17 @@ from pydantic import ValidationError
 
 from checkpoint import read_json
 from lora import param_groups
-from model import UserError, nearest
+from model import UserError
 
 # Its check of the optimizer imports Muon, whose functions it gives to torch.compile: 2.5 s for what never runs here
 deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
 BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
-# With several ranks: only the last bucket of a step is waited for; 100 MB of fp32 still fill a link.
-SHARED_BUCKET = 25_000_000
-# One process and its own port (0: whichever is free). Without these variables deepspeed looks for MPI.
+SHARED_BUCKET = 25_000_000  # with several ranks, where only the last is waited for; 100 MB of fp32 still fill a link
+# Keys of a --deepspeed file: the first two are counted here, the last is of ZeRO-3
+NOT_OBEYED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "offload_param")
+# One process and any free port. Without these variables deepspeed looks for MPI.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -43,9 +44,9 @@ def init_distributed():
     """Join the other processes, or be the only one. Returns this process's device."""
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:  # the processes of a machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
@@ -59,14 +60,10 @@ def init_distributed():
 
 def leave_processes():
     deepspeed.comm.destroy_process_group()
-    if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
-        for name in ALONE:
-            del os.environ[name]
 
 
 def use_deterministic_kernels(on):
-    """Deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation that has
-    none raises a RuntimeError with its name."""
+    """Deterministic kernels on CUDA, or the fastest; an operation that has none raises a RuntimeError with its name."""
     if on:  # cuBLAS needs it before the first product: docs.nvidia.com/cuda/cublas, "Results reproducibility"
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(on)
@@ -93,10 +90,10 @@ def precision(cfg, device):
 
 def build_engine(model, cfg, device, dtype):
     """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, that AdamW, notes to print)."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = param_groups(model, cfg)
     for group in groups:
         group["base_lr"] = group["lr"]  # the peak; lr follows the schedule
+    count = sum(p.numel() for group in groups for p in group["params"])
     config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
@@ -134,25 +131,8 @@ def clear_gradients(engine):
 
 
 def deepspeed_config(cfg, device, dtype, world, count):
-    """Our ZeRO-2 settings with those of the --deepspeed file over them. count: parameters trained.
-
-    Returns (config, notes to print).
-    """
-    cuda = device.type == "cuda"
-    gathered = min(count + 1024, BUCKET)
-    zero = {
-        "stage": 2,
-        "contiguous_gradients": True,
-        "overlap_comm": False,
-        "reduce_scatter": cuda,  # gloo has none
-        "reduce_bucket_size": min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET),
-        "allgather_bucket_size": gathered + gathered % 2,
-    }
-    notes = []
-    if cfg.offload_optimizer and cuda:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    elif cfg.offload_optimizer:
-        notes.append("--offload_optimizer has no effect: there is no GPU to free")
+    """(our ZeRO-2 settings with those of the --deepspeed file over them, notes to print). count: parameters trained."""
+    cuda, notes, gathered = device.type == "cuda", [], min(count + 1024, BUCKET)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
         "gradient_accumulation_steps": 1,
@@ -161,55 +141,53 @@ def deepspeed_config(cfg, device, dtype, world, count):
         "timers": {"throughput": {"enabled": False}},  # it would halt the host before every forward pass
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; its fused form runs on CPU memory too, so that
         "zero_force_ds_cpu_optimizer": False,  # offloading has no C++ to compile
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": cuda,  # gloo has none
+            "reduce_bucket_size": min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET),
+            "allgather_bucket_size": gathered + gathered % 2,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches are summed in fp32
         "communication_data_type": "fp32",  # so are ranks
     }
+    if cfg.offload_optimizer and cuda:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    elif cfg.offload_optimizer:
+        notes.append("--offload_optimizer has no effect: there is no GPU to free")
     if cfg.deepspeed:
         settings = read_json(cfg.deepspeed)
         if not isinstance(settings, dict):
             raise UserError(f"--deepspeed: {cfg.deepspeed} holds no JSON object, expected DeepSpeed's settings")
-        notes += merge(config, settings, cfg.deepspeed, top=True)
-        if config["gradient_clipping"] != cfg.max_grad_norm:
-            notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
+        notes += merge(config, settings, cfg.deepspeed)
+    if config["gradient_clipping"] != cfg.max_grad_norm:
+        notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
     for key, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if config[key]["enabled"] != (dtype == kind):
             problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
             raise UserError(f"{problem}; write auto there, and give --{key}")
-    if zero["stage"] not in (1, 2):
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {zero['stage']}, expected 1 or 2")
+    if config["zero_optimization"]["stage"] not in (1, 2):
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is no ZeRO-1 and no ZeRO-2, expected 1 or 2")
     return config, notes
 
 
-# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2
-ELSEWHERE = {
-    "optimizer": "AdamW is set by --learning_rate, --adam_beta1 …",
-    "scheduler": "the schedule is set by --lr_scheduler_type, --warmup_ratio",
-    "train_batch_size": "see --per_device_train_batch_size",
-    "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
-    "gradient_accumulation_steps": "see --gradient_accumulation_steps",
-    "activation_checkpointing": "see --gradient_checkpointing, --offload_activations",
-    "offload_param": "it belongs to ZeRO-3",
-}
-
-
-def merge(ours, theirs, source, top=False):
-    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect.
-    top: only our keys are obeyed; below, DeepSpeed itself refuses what it does not know."""
+def merge(ours, theirs, source, top=True):
+    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns notes of those without effect; in a
+    section DeepSpeed itself refuses what it does not know."""
     notes = []
     for key, value in theirs.items():
         if value == "auto":
             continue
-        if key in ELSEWHERE or (top and key not in ours):
-            why = ELSEWHERE.get(key, "it is not obeyed here" + nearest(key, ours))
-            notes.append(f"{source}: {key} has no effect: {why}")
+        if key in NOT_OBEYED or (top and key not in ours):
+            notes.append(f"{source}: {key} has no effect; what can be set here is an option: --help all")
         elif value is None or (key in ours and isinstance(value, dict) != isinstance(ours[key], dict)):
             form = "an object" if isinstance(ours.get(key), dict) else "a value"
             raise UserError(f"{source}: {key} is {json.dumps(value)}, expected {form}; leave it out, or write auto")
         elif isinstance(value, dict):
-            notes += merge(ours.setdefault(key, {}), value, source)
+            notes += merge(ours.setdefault(key, {}), value, source, top=False)
         else:
             ours[key] = value
     return notes

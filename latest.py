@@ -67,7 +67,7 @@ def take_options(cfg):
 def take_adapter(cfg):
     """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
     newest = cfg.model_ckpt == ""
-    adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"

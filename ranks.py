@@ -1,5 +1,4 @@
-"""What the processes of a run exchange; every rank must call each of these, in the same order. One process, with or
-without torch.distributed, gets its own values."""
+"""What the processes of a run exchange; every rank must call each of these, in the same order. One gets its own."""
 
 import torch
 import torch.distributed as dist
@@ -25,13 +24,13 @@ def gather(value) -> list:
 
 def gather_numbers(*values) -> torch.Tensor:
     """Numbers of every rank, (world, len(values)) float64 on the host."""
-    own = torch.tensor(values, dtype=torch.float64)
+    own = torch.tensor([values], dtype=torch.float64)
     if world_size() == 1:
-        return own[None]
-    own = own.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    every = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(every, own)
-    return torch.stack(every).cpu()
+        return own
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    every = [torch.empty_like(own, device=device) for _ in range(world_size())]
+    dist.all_gather(every, own.to(device))
+    return torch.cat(every).cpu()
 
 
 def add(*values) -> list[float]:
@@ -42,6 +41,6 @@ def add(*values) -> list[float]:
 def raise_together(message: str | None) -> None:
     """Where any rank has a message all end with exit code 2, and the first such rank says why."""
     every = gather(message)
-    first = next((number for number, each in enumerate(every) if each), None)
-    if first is not None:
-        raise UserError(every[first]) if rank() == first else SystemExit(2)
+    if any(every):
+        is_first = rank() == [bool(each) for each in every].index(True)
+        raise UserError(message) if is_first else SystemExit(2)

@@ -28,7 +28,7 @@ from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapte
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
-from lora import FLAT, inject, part_of, set_trainable, sizes
+from lora import FLAT, inject, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
@@ -39,7 +39,7 @@ from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
-from trainer import Run, samples_per_step, warmup_steps, watch_signals
+from trainer import Run, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
@@ -51,32 +51,24 @@ def launch(cfg, records, held_out, notes=()):
 
     records, held_out: what the run is trained and judged on. Nothing in the folder is changed yet (start() does).
     """
-    console.check_installed(cfg)
+    console.trackers(cfg)  # their packages are there
     console.show_logged_warnings()
-    device = init_distributed()
-    lock = message = None
-    if ranks.rank() == 0:
-        try:
-            lock = claim(Path(cfg.output_dir), cfg)
-        except UserError as error:
-            message = str(error)
-    ranks.raise_together(message)
+    device, folder = init_distributed(), Path(cfg.output_dir)
+    rank, world = ranks.rank(), ranks.world_size()
+    lock = claim(folder, cfg) if rank == 0 else None
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
         use_deterministic_kernels(cfg.deterministic)
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
-    script, folder = Path(sys.argv[0]).stem, Path(cfg.output_dir)
-    run = Run(cfg, script, folder, device, dtype, reason, ranks.rank(), ranks.world_size(), lock, notes=list(notes))
+    run = Run(cfg, Path(sys.argv[0]).stem, folder, device, dtype, reason, rank, world, lock, notes=list(notes))
     run.data_hash = data_hash(cfg.data_path)
     if cfg.resume:
         find_source(run)
-    rewards = [name.rpartition(":")[0] for name in getattr(cfg, "rewards", "").split(",")]
-    files = [sha256(path) for path in [cfg.deepspeed, *rewards] if path and os.path.isfile(path)]
     data = len(records), len(held_out), run.data_hash, data_hash(cfg.eval_data_path)
-    every = ranks.gather(repr((as_dict(cfg), data, files, dtype, run.step)))
-    problem = f"rank {run.rank} has other flags, data, rewards, precision or checkpoint than rank 0"
-    ranks.raise_together(f"{problem}; start all with the same" if every[run.rank] != every[0] else None)
+    every = ranks.gather(repr((as_dict(cfg), data, dtype, run.step)))
+    problem = f"rank {rank} has other flags, data, precision or checkpoint than rank 0; start all with the same"
+    ranks.raise_together(problem if every[rank] != every[0] else None)
     return run
 
 
@@ -86,11 +78,9 @@ def claim(folder, cfg):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = f"--output_dir: another process trains in {folder}"
-        raise UserError(f"{problem}; wait for it or choose another") from None
     except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
+        why = "another process trains there" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"--output_dir: {folder}: {why}; choose another folder") from None
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
     if others and not (cfg.resume or cfg.overwrite):
         what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
@@ -106,22 +96,14 @@ def data_hash(text):
 
 
 def find_source(run):
-    """--resume: the newest whole checkpoint, and what must follow it."""
+    """--resume: the newest whole checkpoint, and where it left the run."""
     run.source, *_ = ranks.gather(checkpoint.newest_checkpoint(run.folder) if run.rank == 0 else None)
-    if run.source is None:
-        run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
-        return
-    run.notes.append(f"--resume: going on from {run.source}")
-    run.state = read_json(run.source / STATE)
-    for name in ("step", "updates", "best", "start_accuracy"):
-        setattr(run, name, run.state[name])
-    cfg, wanted, samples = run.cfg, run.state["samples_per_step"], samples_per_step(run)
-    if samples != wanted:
-        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
-        text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
-        raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
-    if run.state["config"]["data_path"] == cfg.data_path and run.state["data_hash"] != run.data_hash:
-        run.notes.append(f"--resume: {cfg.data_path} was changed since that run: other samples, another order")
+    where = f"going on from {run.source}" if run.source else f"no checkpoint in {run.folder} yet, starting anew"
+    run.notes.append(f"--resume: {where}")
+    if run.source:
+        run.state = read_json(run.source / STATE)
+        for name in ("step", "updates", "best", "start_accuracy"):
+            setattr(run, name, run.state[name])
 
 
 # -- Model
@@ -177,14 +159,19 @@ def start(run, model, processor, loader, records, held_out):
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
-        try:
-            prepare_folder(run)
-        except OSError as error:
-            problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
-        lines = summary(model, cfg, records, processor, loader, run.total, run.world, 2)
-        for line in describe(run, model, lines, len(held_out)):
+        prepare_folder(run)
+        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+        precision = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
+        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done")
+        run.say(f"  precision  {precision}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
+        for line in describe(cfg, model, processor, records, loader, run.world):
             run.say(line)
+        when = f"every {cfg.eval_steps} steps and " * bool(cfg.eval_steps)
+        run.notes.append(f"{len(held_out):,} held-out samples, evaluated {when}at the end")
+        if run.plan.pack_tokens:
+            run.notes.append(f"micro-batches of at most {run.plan.pack_tokens:,} tokens")
+        for text in run.notes:
+            run.say(f"  note       {text}")
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
     run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
@@ -193,12 +180,20 @@ def start(run, model, processor, loader, records, held_out):
 
 def restore(run, engine, adamw):
     """Optimizer, loss scale, counts of what was left out, and what memory taught, as in the checkpoint."""
+    cfg, loader, state, memory = run.cfg, run.loader, run.state, run.state["memory"]
+    if loader.global_batch != state["global_batch"]:
+        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        text = (
+            f"expected {state['global_batch']} samples (GRPO: prompts) a step as in that run, got {loader.global_batch}"
+        )
+        raise UserError(f"--resume: {text} by {product}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
-    if run.state["loss_scale"]:
-        engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
-    if run.state["config"]["data_path"] == run.cfg.data_path:
-        run.loader.restore(run.state["skipped"])
-    memory = run.state["memory"]
+    if state["loss_scale"]:
+        engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+    if state["config"]["data_path"] == cfg.data_path:
+        loader.restore(state["skipped"])
+        if state["data_hash"] != run.data_hash:
+            run.notes.append(f"--resume: {cfg.data_path} was changed since that run: other samples, another order")
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
     run.sampler.max_tokens = memory["max_sampled_tokens"]
 
@@ -230,7 +225,7 @@ def prepare_folder(run):
     checkpoint.link_adapter(folder)  # not to one that was removed
     known = read_json(folder / RUN) if (folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
-    write_json(folder / RUN, facts | {"config": as_dict(run.cfg)} | environment() | {"ranks": run.world})
+    write_json(folder / RUN, facts | {"config": as_dict(run.cfg), "ranks": run.world} | environment())
 
 
 def environment():
@@ -238,21 +233,14 @@ def environment():
     packages = ("torch", "transformers", "safetensors", "deepspeed", "numpy", "av")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        versions["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass  # not a clone
+    if shutil.which("git"):
+        versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
     return {"versions": versions, "machine": machine}
 
 
 # -- What is printed
-
-
-def total_steps(cfg, loader):
-    """Optimizer steps of the whole run."""
-    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
 
 
 def dry_run(cfg, make_loader, records):
@@ -270,55 +258,33 @@ def dry_run(cfg, make_loader, records):
         inject(model, cfg)
     set_trainable(model, cfg)
     processor = Processor(load_tokenizer(folder), model.config, cfg)
-    loader = make_loader(cfg, records, processor, 0, int(world))
-    print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
-    lines = summary(model, cfg, records, processor, loader, total_steps(cfg, loader), int(world), 2)
-    print(*lines, f"  trained    {trained_shares(model)}", sep="\n")
-    for line in ignored_options(cfg):
-        print(f"  note       {line}")
+    loader, notes = make_loader(cfg, records, processor, 0, int(world)), ignored_options(cfg)
     if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        print(f"  note       {cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+    print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
+    print(*describe(cfg, model, processor, records, loader, int(world)), sep="\n")
+    print(*(f"  note       {text}" for text in notes), sep="\n")
 
 
-def describe(run, model, lines, held_out):
-    """The start-up lines: what differs from the defaults, precision and why, what is trained, a step's arithmetic.
-    lines: memory.summary's; held_out: how many samples."""
-    cfg = run.cfg
+def total_steps(cfg, loader):
+    """Optimizer steps of the whole run."""
+    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
+
+
+def describe(cfg, model, processor, records, loader, world):
+    """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if run.device.type == "cuda":
-        where = torch.cuda.get_device_name(run.device)
-    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.world
-    vision, merger = (cfg.learning_rate if rate is None else rate for rate in (cfg.vision_lr, cfg.merger_lr))
-    yield f"{run.script}: {cfg.model_id} -> {run.folder}"
+    batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
+    llm, vision, merger = cfg.learning_rate, cfg.vision_lr, cfg.merger_lr
+    numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
+    trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
+    whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
-    yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
-    yield f"  trained    {trained_shares(model)}"
-    packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
-    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
-    if run.step < run.total:
-        warmup = f"{cfg.lr_scheduler_type}, {warmup_steps(cfg, run.total)} of warm-up"
-        rates = f"llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
-        yield f"  schedule   from step {run.step + 1}; {warmup}; peak rates {rates}"
-    else:
-        yield f"  schedule   nothing is left of {run.total} steps; a larger --max_steps goes on"
-    yield from lines
-    when = f"evaluated every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "evaluated at the end"
-    yield f"  held out   {f'{held_out:,} samples, {when}' if held_out else 'no samples: nothing is evaluated'}"
-    for text in run.notes:
-        yield f"  note       {text}"
-
-
-def trained_shares(model):
-    """ "76,800 of 297,680 parameters (25.8 %): vision 23.5 %, merger 20.7 %, llm 29.8 %"."""
-    counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
-    for name, parameter in model.named_parameters():
-        counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
-        counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
-    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
-    some, whole = (sum(column) for column in zip(*counts.values(), strict=True))
-    shares = ", ".join(f"{part} {100 * mine / own:.3g} %" for part, (mine, own) in counts.items())
-    return f"{some:,} of {whole:,} parameters ({100 * some / whole:.3g} %): {shares}"
+    yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
+    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
+    rates = f"llm {llm:g}, vision {llm if vision is None else vision:g}, merger {llm if merger is None else merger:g}"
+    yield f"  schedule   {cfg.lr_scheduler_type}, {warmup_steps(cfg, total)} of warm-up; peak rates {rates}"
+    yield from summary(model, cfg, records, processor, loader, total, world, 2)
 
 
 def ask_about(run, processor, record):
@@ -329,12 +295,9 @@ def ask_about(run, processor, record):
         clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
     except UserError:  # of a broken record: named when it is read
         clip = ""
-    words = ["infer.py", clip]
+    words = []
     if not run.cfg.lora_enable:  # checkpoints are whole models
-        words += ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
-    else:
-        if Path("output").resolve() not in run.folder.resolve().parents:
-            words += ["--model_ckpt", str(run.folder)]
-        if run.cfg.model_id != type(run.cfg)().model_id:
-            words += ["--model_id", run.cfg.model_id]
-    return command(*words) if clip else ""
+        words = ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
+    elif Path("output").resolve() not in run.folder.resolve().parents:
+        words = ["--model_ckpt", str(run.folder)]
+    return command("infer.py", clip, *words) if clip else ""

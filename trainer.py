@@ -1,11 +1,9 @@
 """What both training loops do at each step: learning rate, optimizer update, log line, evaluation, checkpoint, signals.
 
-What comes before the first step is startup.py. Every step seeds the random numbers, dropout's by (seed, step, rank), a
-prompt's completions by (seed, step, prompt): they do not depend on how often the run was evaluated or interrupted, nor
-completions on the number of ranks, and there is no generator state to carry over.
+Every step seeds the random numbers, dropout's by (seed, step, rank), a prompt's completions by (seed, step, prompt):
+they do not depend on how often the run was evaluated or interrupted, and there is no generator state to carry over.
 """
 
-import json
 import math
 import os
 import resource
@@ -23,7 +21,7 @@ import checkpoint
 import console
 import ranks
 from adapter_files import copy_small_files, save_adapter
-from checkpoint import BEST, METRICS, ROLLOUTS, STATE, NotFiniteError, append_lines, write_json
+from checkpoint import BEST, METRICS, ROLLOUTS, STATE, append_lines, write_json
 from config import as_dict
 from data import pack
 from engine import leave_processes
@@ -52,24 +50,23 @@ class Run:
     world: int = 1  # ranks
     lock: object = None  # open file: the folder is ours while it lives (rank 0)
     source: Path | None = None  # checkpoint to go on from
-    adapter: Path | None = None  # adapter that the run began with
-    state: dict = field(default_factory=dict)  # trainer_state.json of `source`
-    step: int = 0  # steps done
-    total: int = 0  # steps of the whole run
+    state: dict = field(default_factory=dict)  # its trainer_state.json
+    adapter: Path | None = None  # that the run began with
     data_hash: str | None = None  # of the training data
     question: dict | None = None  # what the training data asks, for infer.py
-    updates: int = 0  # steps that changed the weights
-    bad: int = 0  # steps in a row without an update
-    best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
-    start_accuracy: float | None = None  # before the first step, where that was measured
-    last_accuracy: float | None = None  # of the last evaluation
-    loader: object = None  # of the training data
-    skipped_seen: int = 0  # len(loader.skipped) summed over the ranks
-    skipped: int = 0  # samples that are left out
+    loader: object = None
     sampler: object = None  # rollouts.Sampler
     plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
+    total: int = 0  # steps of the whole run
+    step: int = 0  # steps done
+    updates: int = 0  # steps that changed the weights
+    bad: int = 0  # steps in a row that did not
+    best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
+    start_accuracy: float | None = None
+    last_accuracy: float | None = None
+    skipped_seen: int = 0  # samples that are left out, summed over the ranks
+    skipped: int = 0  # each counted once
     signal: int = 0  # SIGINT or SIGTERM, once it came
-    handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start
     next_command: str = ""  # to print at the end
 
@@ -83,17 +80,13 @@ class Run:
         self.say(console.highlight(f"warning: {text}"))
 
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
-        """Record the accuracy after this step. Returns (whether it is the best so far, what to add to its line).
-
-        Of equals the latest is best. The start itself is no checkpoint, but what the best one is compared with.
-        """
-        if accuracy is None:
-            return False, ""
+        """Record the accuracy after this step. Returns (whether it is the best so far, of equals the latest; what to
+        add to its line). The start itself is no checkpoint, but what the best one is compared with."""
         self.last_accuracy = accuracy
         if self.step == 0:
             self.start_accuracy = accuracy
             return False, ", the start"
-        if self.best is not None and accuracy < self.best["accuracy"]:
+        if accuracy is None or (self.best and accuracy < self.best["accuracy"]):
             return False, ""
         self.best, start = {"step": self.step, "accuracy": accuracy}, self.start_accuracy
         if start is not None:
@@ -110,8 +103,8 @@ class Run:
 
 
 def begin_step(run, engine, step):
-    """Seed torch's random numbers by step and rank, and set every parameter group to its share of its peak learning
-    rate, for step 1 … total. Returns the last group's rate: the language model's, if that is trained."""
+    """Seed torch's random numbers by step and rank, and set the learning rates of step 1 … total. Returns the last
+    parameter group's: the language model's, if that is trained."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
     warmup = warmup_steps(cfg, run.total)
@@ -126,11 +119,8 @@ def warmup_steps(cfg, total):
 
 
 def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
-    """Share of the peak learning rate in step 0 … total-1.
-
-    The warm-up rises by equal amounts, from above 0 to below 1. After it, "cosine" and "linear" fall from 1 towards
-    `floor`, which they would reach in step `total`; "constant" stays 1.
-    """
+    """Share of the peak learning rate in step 0 … total-1: a warm-up by equal amounts, from above 0 to below 1; then
+    "cosine" and "linear" fall from 1 towards `floor`, which they would reach in step `total`; "constant" stays 1."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if kind == "constant":
@@ -143,7 +133,7 @@ def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
 def update(engine, micro_batches, loss_of, num_micro_batches):
     """One optimizer step over this rank's micro-batches. Every rank must call it.
 
-    loss_of(micro_batch): the micro-batch's share of the loss, already divided by the count over the whole global batch.
+    loss_of(micro_batch): its share of the loss, already divided by the count over the whole global batch.
     num_micro_batches: of the rank that has most. DeepSpeed reduces gradients in every backward pass, so this rank makes
     as many, the rest of them blank.
     Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
@@ -185,19 +175,15 @@ def check_numbers(run, step, loss, grad_norm, updated):
 
 
 def count_skipped(run, seen):
-    """How many samples are left out on all ranks together; ends the run where too many are broken.
+    """How many samples are left out on all ranks together; UserError where too many are broken.
 
     seen: len(loader.skipped) summed over the ranks, which may know of the same ones: where it grew they gather names.
     """
     if seen != run.skipped_seen:
-        run.skipped_seen = seen
         every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
         names, too_long = (set().union(*column) for column in zip(*every))
-        run.skipped = len(names)
-        try:
-            run.loader.check_share(len(names - too_long))
-        except UserError as error:
-            raise error if run.rank == 0 else SystemExit(2) from None  # one line is enough
+        run.skipped_seen, run.skipped = seen, len(names)
+        run.loader.check_share(len(names - too_long))
     return run.skipped
 
 
@@ -207,15 +193,14 @@ def count_skipped(run, seen):
 class Log:
     """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, what --report_to names.
 
-    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Rank 0 writes; on the others every call
-    does nothing.
+    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Rank 0 writes, the others do nothing.
     """
 
     def __init__(self, run, columns):
         self.run, self.columns = run, columns
         self.started, self.first = time.perf_counter(), run.step
         self.bar = progress(run.total, run.rank, initial=run.step, unit="step")
-        self.trackers = [] if run.rank else console.open_trackers(run)
+        self.trackers = [] if run.rank else [tracker(run) for tracker in console.trackers(run.cfg)]
 
     def write(self, step, metrics):
         """One line of metrics.jsonl, there for any reader at once. Numbers that are not finite become null."""
@@ -249,7 +234,8 @@ class Log:
             text = "-" if value is None else format(value, form)
             shown.append(f"{heading} {text if len(text) < 8 else format(value, '.1e'):>6}")
         left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
-        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {duration(left)}"]
+        minutes, seconds = divmod(int(left), 60)
+        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
         if self.run.cfg.verbose:
             known = {name for name, *_ in self.columns}
             others = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in known}
@@ -261,12 +247,6 @@ class Log:
             thing.close()
 
 
-def duration(seconds):
-    """12:38 or 3h12"""
-    minutes = int(seconds // 60)
-    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{int(seconds % 60):02}"
-
-
 def memory_gib(device):
     """Peak so far: of the GPU's allocator, else of the process (ru_maxrss is in KiB on Linux)."""
     if device.type == "cuda":
@@ -275,11 +255,6 @@ def memory_gib(device):
 
 
 # -- After a step: evaluation, checkpoint, end
-
-
-def is_due(every, step, total):
-    """Whether something that happens every so many steps (0 = only at the end) happens after step 1 … total."""
-    return step == total or (every > 0 and step % every == 0)
 
 
 def before_first_step(run, engine, evaluate, judge_start=False):
@@ -298,14 +273,14 @@ def after_step(run, engine, evaluate, loop=None):
     evaluate(): logs answer accuracy and returns whether it is the best so far; None where there is nothing to judge.
     loop: what the script wants back when the run is resumed.
     """
+    is_due = lambda every: run.step == run.total or (every > 0 and run.step % every == 0)
     cfg, better, stop = run.cfg, False, stop_requested(run)
-    if evaluate and not stop and is_due(cfg.eval_steps, run.step, run.total):
+    if evaluate and not stop and is_due(cfg.eval_steps):
         better = evaluate()
-        if run.rank == 0:
-            write_page(run)
+        write_page(run)
         stop = stop_requested(run)
     every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
-    if better or stop or is_due(every, run.step, run.total):
+    if better or stop or is_due(every):
         save(run, engine, loop or {}, stop)
     return bool(stop)
 
@@ -313,19 +288,39 @@ def after_step(run, engine, evaluate, loop=None):
 def save(run, engine, loop, stopped=0):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
 
-    stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
-    A full disk ends the run with one line; the earlier checkpoints are intact.
+    loop: what the script wants back. stopped: by this signal; the resumed run does all of after_step once more, and
+    then deletes. A full disk ends the run with one line; the earlier checkpoints are intact.
     """
-    folder, error = run.folder / f"checkpoint-{run.step}", None
-    facts = run_facts(run, engine) | {"loop": loop, "stopped": bool(stopped)}
-    state = checkpoint.optimizer_state(engine, run.updates)
+    model, folder, error, scaler = (
+        engine.module,
+        run.folder / f"checkpoint-{run.step}",
+        None,
+        engine.optimizer.loss_scaler,
+    )
+    retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
+    names = ("step", "updates", "best", "start_accuracy", "data_hash", "question")
+    state = {name: getattr(run, name) for name in names} | {
+        "global_batch": run.loader.global_batch,
+        "loss_scale": scaler.cur_scale if scaler.dynamic else None,
+        "skipped": ranks.gather(run.loader.state()),
+        "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
+        "plan": asdict(run.plan),
+        "loop": loop,
+        "stopped": bool(stopped),
+        "config": as_dict(run.cfg),
+    }
+    tensors = checkpoint.optimizer_state(engine, run.updates)
 
     def fill(temporary):
-        if names := not_finite(engine.module):
-            raise NotFiniteError(f"{names[0]} holds NaN or Inf")
-        checkpoint.save_state(state, temporary)
-        save_weights(engine.module, run.cfg, temporary)
-        (temporary / STATE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if names := not_finite(model):
+            raise FloatingPointError(f"{names[0]} holds NaN or Inf")
+        checkpoint.save_state(tensors, temporary)
+        if lora_layers(model):
+            save_adapter(model, temporary, run.cfg.model_id)
+        else:  # with the tokenizer and so on of its base
+            save_model(model, temporary)
+            copy_small_files(resolve_folder(run.cfg.model_id, run.cfg.local_files_only), temporary)
+        write_json(temporary / STATE, state)
 
     if run.rank == 0:
         try:
@@ -340,47 +335,18 @@ def save(run, engine, loop, stopped=0):
                 checkpoint.rotate(run.folder, run.cfg.save_total_limit)
         except (OSError, SafetensorError) as problem:
             error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
-        except NotFiniteError as problem:
+        except FloatingPointError as problem:
             error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
-    for _ in state:  # whatever happens on rank 0: the ranks meet in every reduction of it
+    for _ in tensors:  # whatever happens on rank 0: the ranks meet in every reduction of it
         pass
     ranks.raise_together(error and f"{folder}: {error}")
 
 
-def save_weights(model, cfg, folder):
-    """The adapter in PEFT's form, or the whole model with the small files of its base."""
-    if lora_layers(model):
-        save_adapter(model, folder, cfg.model_id)
-    else:
-        save_model(model, folder)
-        copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
-
-
-def run_facts(run, engine):
-    """trainer_state.json: what a resumed run needs besides weights and optimizer state."""
-    scaler = engine.optimizer.loss_scaler
-    retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
-    facts = {
-        name: getattr(run, name) for name in ("step", "updates", "best", "start_accuracy", "data_hash", "question")
-    }
-    return facts | {
-        "samples_per_step": samples_per_step(run),
-        "loss_scale": scaler.cur_scale if scaler.dynamic else None,
-        "skipped": ranks.gather(run.loader.state()),
-        "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
-        "plan": asdict(run.plan),
-        "config": as_dict(run.cfg),
-    }
-
-
-def samples_per_step(run):
-    return run.cfg.per_device_train_batch_size * run.cfg.gradient_accumulation_steps * run.world
-
-
 def write_page(run):
-    """Write report.html of the run so far; a page that cannot be written is reported and ends nothing."""
+    """report.html of the run so far; a page that cannot be written ends nothing."""
     try:
-        write_report([run.folder], run.folder / "report.html")
+        if run.rank == 0:
+            write_report([run.folder], run.folder / "report.html")
     except UserError as error:
         run.say(f"report: {error}")
 
@@ -403,7 +369,8 @@ def watch_signals(run):
             os.write(2, text.encode())  # print() may be in the middle of another line
         run.signal = run.signal or number
 
-    run.handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
 
 
 def stop_requested(run):
@@ -414,13 +381,12 @@ def stop_requested(run):
 def finish(run, log):
     """Close the log, write the page, print how the run ended; after a signal exit with 128 + its number."""
     number = stop_requested(run)
-    if run.rank == 0:
-        write_page(run)
-        log.close()  # W&B takes the page along
-        for line in console.closing_lines(run, number):
-            run.say(line)
-    for each, handler in run.handlers.items():
-        signal.signal(each, handler)
+    write_page(run)
+    log.close()  # W&B takes the page along
+    for line in console.closing_lines(run, number) if run.rank == 0 else ():
+        run.say(line)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     leave_processes()
     if run.lock:
         run.lock.close()
