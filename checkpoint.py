@@ -31,17 +31,14 @@ ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names th
 
 
 def sync(path):
-    """Flush a file's or folder's data to the disk: a rename may otherwise become visible before what it names."""
+    """Flush a file or folder to the disk: a rename may otherwise become visible before what it names."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_file(path, data):
     """Bytes into a file: all of them, or it stays as it was."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     sync(temporary)
@@ -50,7 +47,7 @@ def write_file(path, data):
 
 
 def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path):
@@ -94,8 +91,8 @@ def sha256(path):
 
 
 def write_whole(folder, fill):
-    """Write a checkpoint folder: fill(temporary folder) makes its files; it appears under its name only when complete,
-    in place of what stood there."""
+    """fill(temporary folder) makes a checkpoint's files; they appear as `folder`, in place of what stood there, only
+    when complete."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -104,8 +101,8 @@ def write_whole(folder, fill):
         fill(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        (temporary / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
-        for path in [*files, temporary / MANIFEST, temporary]:
+        write_json(temporary / MANIFEST, listed)
+        for path in [*files, temporary]:
             sync(path)
         remove(folder)
         temporary.rename(folder)
@@ -121,7 +118,7 @@ def remove(folder):
         rest = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(rest, ignore_errors=True)
         folder.rename(rest)
-        shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(rest)
 
 
 def what_is_broken(folder):
@@ -146,8 +143,7 @@ def step_of(folder):
 
 def checkpoints(run_folder):
     """Its checkpoint-N folders, oldest step first, whole or not."""
-    folders = [path for path in Path(run_folder).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in folders if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
+    return sorted((path for path in Path(run_folder).glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of)
 
 
 def newest_checkpoint(run_folder):
@@ -157,18 +153,17 @@ def newest_checkpoint(run_folder):
         if fault is None:
             return folder
         print(f"{folder}: broken checkpoint passed over: {fault}", file=sys.stderr)
-    return None
 
 
 def best_checkpoint(run_folder):
     """The checkpoint that best.json names, if it stands, else None."""
     path = Path(run_folder) / BEST
-    folder = Path(run_folder) / f"checkpoint-{read_json(path)['step']}" if path.exists() else None
-    return folder if folder is not None and folder.is_dir() else None
+    folder = path.with_name(f"checkpoint-{read_json(path)['step']}") if path.exists() else None
+    return folder if folder and folder.is_dir() else None
 
 
 def rotate(run_folder, limit):
-    """Delete the oldest checkpoints beyond `limit` (None = keep all); the best one stays and is not counted, nor is one
+    """Delete the oldest checkpoints beyond `limit` (None = keep all). The best one stays and is not counted, nor is one
     that a signal left: it goes as soon as there is a newer one, so that a stopped run ends with the same ones."""
     best, every = best_checkpoint(run_folder), checkpoints(run_folder)
     others = [folder for folder in every if folder != best]
@@ -179,11 +174,10 @@ def rotate(run_folder, limit):
 
 
 def link_adapter(run_folder):
-    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there.
-    Nothing where there is no checkpoint yet, or whole models."""
+    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there."""
     folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
-    for name in ADAPTER if folder else ():
-        if (folder / name).is_file():
+    for name in ADAPTER:
+        if folder and (folder / name).is_file():  # no whole model
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
@@ -201,10 +195,9 @@ def find_adapter(path, script=None):
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
             runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN)["script"] == script}
-        saved = lambda run: max(p.stat().st_mtime for p in run.glob("checkpoint-*"))
-        path = max(runs, key=saved, default=None)
-        if path is None:
+        if not runs:
             return None
+        path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
     if not path.exists():
         there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
@@ -228,14 +221,13 @@ SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while savin
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
 
 
-def trained(engine):
+def trained(engine, updates):
+    """[(name, parameter)] that are trained. After an update DeepSpeed is shown where their moments lie: by itself it
+    looks once, and at one of several groups."""
+    if updates:
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-
-
-def link_state(engine):
-    """Let DeepSpeed see where the moments of each parameter lie. Alone it does so once, for one of several groups."""
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_state(engine, updates):
@@ -243,9 +235,7 @@ def optimizer_state(engine, updates):
     run it to its end: the getters meet in a reduction."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if updates:
-        link_state(engine)
-    for name, param in trained(engine):
+    for name, param in trained(engine, updates):
         yield f"weight/{name}", safe_get_full_fp32_param(param).cpu()
         for key in MOMENTS if updates else ():
             yield f"{key}/{name}", safe_get_full_optimizer_state(param, key).cpu()
@@ -273,14 +263,12 @@ def load_state(engine, adamw, folder, updates):
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from safetensors import safe_open
 
-    if updates:
-        for flat in (p for group in adamw.param_groups for p in group["params"]):  # this rank's share of each group
-            step = torch.tensor(float(updates), device=flat.device)
-            adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        link_state(engine)
+    for flat in (p for group in adamw.param_groups for p in group["params"] if updates):  # this rank's share
+        step = torch.tensor(float(updates), device=flat.device)
+        adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
     shards = [safe_open(file, framework="pt") for file in sorted(folder.glob("optimizer-*.safetensors"))]
     shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (a file handle, no dict)
-    for name, param in trained(engine):
+    for name, param in trained(engine, updates):
         for key in ("weight", *MOMENTS) if updates else ("weight",):
             tensor = shard_of[f"{key}/{name}"].get_tensor(f"{key}/{name}") if f"{key}/{name}" in shard_of else None
             if tensor is None or tensor.shape != param.shape:

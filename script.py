@@ -4,6 +4,7 @@ Every script imports it before torch: what the environment must hold by then is 
 handled here.
 """
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -37,30 +38,29 @@ def cli(main, each_rank=True):
     except KeyboardInterrupt:
         interrupted()
     except UserError as error:
-        fail(f"error: {error}" if each_rank or os.environ.get("LOCAL_RANK", "0") == "0" else "")
+        leave(f"error: {error}" if each_rank or os.environ.get("LOCAL_RANK", "0") == "0" else "")
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
-        fail("another rank of this run has ended; see what it printed")
+        leave("another rank of this run has ended; see what it printed")
+    except BrokenPipeError:  # `--help | head`
+        leave("", code=141)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # `--help | head`
-            fail("", code=141)
         if error.errno not in DISK:
             raise
         what = error.filename or "standard output, or a file"
-        fail(f"error: {what}: {error.strerror}; make room or choose another place, then run again")
+        leave(f"error: {what}: {error.strerror}; make room or choose another place, then run again")
     finally:
         watch_imports()
 
 
-def fail(line, code=2):
-    """One line on stderr, then the exit code, also where the streams go to a closed pipe or a full disk: Python flushes
-    them once more at its end."""
+def leave(line, code=2):
+    """End with a line on stderr and this exit code, also where a stream goes to a closed pipe or a full disk."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, line and f"{line}\n")):
         try:
             stream.write(text)
             stream.flush()
-        except OSError:
+        except OSError:  # Python flushes it once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code) from None
 
@@ -74,11 +74,8 @@ def watch_imports():
 def interrupted(*_):
     if os.environ.get("LOCAL_RANK", "0") == "0" and multiprocessing.parent_process() is None:
         os.write(2, b"\nstopped by Ctrl-C\n")
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
-            pass
+    with contextlib.suppress(OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
+        sys.stdout.flush()
     os._exit(130)
 
 

@@ -183,10 +183,10 @@ def restore(run, engine, adamw):
     cfg, loader, state, memory = run.cfg, run.loader, run.state, run.state["memory"]
     if loader.global_batch != state["global_batch"]:
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
-        text = (
-            f"expected {state['global_batch']} samples (GRPO: prompts) a step as in that run, got {loader.global_batch}"
+        problem = (
+            f"expected {state['global_batch']} samples or prompts a step as in that run, got {loader.global_batch}"
         )
-        raise UserError(f"--resume: {text} by {product}; change --gradient_accumulation_steps")
+        raise UserError(f"--resume: {problem} by {product}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
     if state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
@@ -246,9 +246,10 @@ def environment():
 def dry_run(cfg, make_loader, records):
     """--dry_run: print data, steps, memory and options without effect; nothing is run or written. The weights are not
     read: config.json and the tokenizer are enough. make_loader: the trainer's own."""
-    if int(os.environ.get("RANK", "0")):
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank:
         return
-    folder, world = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False), os.environ.get("WORLD_SIZE", "1")
+    folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
     quantise_base(model, cfg.base_dtype)
@@ -258,11 +259,11 @@ def dry_run(cfg, make_loader, records):
         inject(model, cfg)
     set_trainable(model, cfg)
     processor = Processor(load_tokenizer(folder), model.config, cfg)
-    loader, notes = make_loader(cfg, records, processor, 0, int(world)), ignored_options(cfg)
+    loader, notes = make_loader(cfg, records, processor, 0, world), ignored_options(cfg)
     if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
         notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
-    print(*describe(cfg, model, processor, records, loader, int(world)), sep="\n")
+    print(*describe(cfg, model, processor, records, loader, world), sep="\n")
     print(*(f"  note       {text}" for text in notes), sep="\n")
 
 

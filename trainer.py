@@ -197,33 +197,35 @@ class Log:
     """
 
     def __init__(self, run, columns):
-        self.run, self.columns = run, columns
-        self.started, self.first = time.perf_counter(), run.step
+        self.run, self.columns, self.started, self.first = run, columns, time.perf_counter(), run.step
         self.bar = progress(run.total, run.rank, initial=run.step, unit="step")
         self.trackers = [] if run.rank else [tracker(run) for tracker in console.trackers(run.cfg)]
 
     def write(self, step, metrics):
         """One line of metrics.jsonl, there for any reader at once. Numbers that are not finite become null."""
-        if self.run.rank:
-            return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        append_lines(self.run.folder / METRICS, [{"step": step, **clean}])
-        for tracker in self.trackers:
-            tracker.log(step, {name: value for name, value in clean.items() if isinstance(value, (int, float))})
+        if self.run.rank == 0:
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            append_lines(self.run.folder / METRICS, [{"step": step, **clean}])
+            for tracker in self.trackers:
+                tracker.log(step, {k: v for k, v in clean.items() if isinstance(v, (int, float))})
 
     def step(self, step, metrics, seconds, waited, tokens, warnings=(), lines=()):
         """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks. warnings and
         lines: shown below the step's."""
-        timing = {"tokens_per_second": tokens / seconds, "gib": memory_gib(self.run.device), "ms": 1000 * seconds}
-        metrics = metrics | timing | {"wait": waited / seconds}
+        run = self.run
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process; in KiB on Linux
+        if run.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(run.device)
+        metrics = metrics | {"tokens_per_second": tokens / seconds, "gib": peak / 2**30}
+        metrics |= {"ms": 1000 * seconds, "wait": waited / seconds}
         self.write(step, metrics)
         self.bar.update()
-        if step % self.run.cfg.logging_steps == 0 or step == self.run.total:
-            self.run.say(self.line(step, metrics))
+        if step % run.cfg.logging_steps == 0 or step == run.total:
+            run.say(self.line(step, metrics))
         for text in warnings:
-            self.run.warn(f"step {step}: {text}")
+            run.warn(f"step {step}: {text}")
         for text in lines:
-            self.run.say(f"step {step:>6}  {text}")
+            run.say(f"step {step:>6}  {text}")
 
     def line(self, step, metrics):
         """At most 100 columns; with --verbose, behind them, every other number of metrics.jsonl."""
@@ -245,13 +247,6 @@ class Log:
     def close(self):
         for thing in (self.bar, *self.trackers):
             thing.close()
-
-
-def memory_gib(device):
-    """Peak so far: of the GPU's allocator, else of the process (ru_maxrss is in KiB on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # -- After a step: evaluation, checkpoint, end
@@ -291,12 +286,8 @@ def save(run, engine, loop, stopped=0):
     loop: what the script wants back. stopped: by this signal; the resumed run does all of after_step once more, and
     then deletes. A full disk ends the run with one line; the earlier checkpoints are intact.
     """
-    model, folder, error, scaler = (
-        engine.module,
-        run.folder / f"checkpoint-{run.step}",
-        None,
-        engine.optimizer.loss_scaler,
-    )
+    folder, error = run.folder / f"checkpoint-{run.step}", None
+    model, scaler = engine.module, engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
     names = ("step", "updates", "best", "start_accuracy", "data_hash", "question")
     state = {name: getattr(run, name) for name in names} | {

@@ -113,13 +113,8 @@ def test_a_batch_without_answers_changes_nothing(sft, tmp_path, monkeypatch, cap
     monkeypatch.setattr(startup, "precision", lambda cfg, device: (torch.float16, "a test"))
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
     (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 8}}')
-    real, calls = train_sft.count_tokens, []
-
-    def count_tokens(packs):
-        calls.append(packs)
-        return (0, 9) if len(calls) == 3 else real(packs)
-
-    monkeypatch.setattr(train_sft, "count_tokens", count_tokens)
+    real, counts = train_sft.count_tokens, iter([None, None, (0, 9), None])
+    monkeypatch.setattr(train_sft, "count_tokens", lambda packs: next(counts) or real(packs))
     folder = sft("run", max_steps=4, save_steps=1, save_total_limit="none", deepspeed=tmp_path / "scale.json")
     two, three, four = (state(folder / f"checkpoint-{i}") for i in (2, 3, 4))
     assert all(torch.equal(two[name], three[name]) for name in two) and finite(folder)
@@ -139,19 +134,6 @@ def test_a_step_with_nan_is_reported_and_skipped_and_many_stop_the_run(grpo, tmp
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(two[name], three[name]) for name in one)
     assert "step 2: loss" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("nothing", "reward nothing returned None, expected a finite number"),
-        ("raises", "reward raises raised KeyError: 'no such thing'; completion"),
-    ],
-)
-def test_a_reward_that_is_no_number_ends_the_run_in_one_line(grpo, base, name, words):
-    with pytest.raises(UserError, match=words) as error:
-        grpo("run", rewards=f"{base}/rewards.py:{name}")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
@@ -322,9 +304,9 @@ def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
     assert column(again, "loss", "grad_norm") == column(whole, "loss", "grad_norm")
 
 
-def small_memory(monkeypatch, most, sizes):
-    """A memory that holds `most` completions: more than that cannot be sampled together."""
-    real = decode.generate
+def small_memory(monkeypatch, most):
+    """A memory that holds `most` completions: more than that cannot be sampled together. -> sizes that were tried"""
+    real, sizes = decode.generate, []
 
     def generate(model, packed, sampling, count, *rest, **kwargs):
         sizes.append(len(packed.names) * count)
@@ -334,6 +316,7 @@ def small_memory(monkeypatch, most, sizes):
         return real(model, packed, sampling, count, *rest, **kwargs)
 
     monkeypatch.setattr(rollouts, "generate", generate)
+    return sizes
 
 
 def same_rollouts(one, other):
@@ -348,9 +331,9 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     """Every prompt once, the same completions and steps; also with a second draw in the step (shuffled frames)."""
     options = {"per_device_train_batch_size": 24, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
     options |= {"rewards": f"{base}/rewards.py:vowels,temporal", "learning_rate": 1e-2}
-    whole, sizes = grpo("whole", **options), []
+    whole = grpo("whole", **options)
     assert column(whole, "oom_retries") == [0] * 4
-    small_memory(monkeypatch, 10, sizes)
+    sizes = small_memory(monkeypatch, 10)
     halves = grpo("halves", **options)
     assert sizes[:6] == [24, 12, 8, 4, 8, 4]  # 24 do not fit, 12 do not; from now on neither is tried again
     assert max(sizes[2:]) == 8 and column(halves, "oom_retries") == [2] * 4
@@ -365,7 +348,7 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     again = grpo("halves", **options, resume=True)
     assert max(sizes) == 8 and column(again, "oom_retries") == [2] * 4  # the resumed run knows
     same_rollouts(again, whole)
-    small_memory(monkeypatch, 0, [])
+    small_memory(monkeypatch, 0)
     lower = "--max_completion_length, --max_new_tokens or --nframes lowers"
     with pytest.raises(UserError, match=f"while sampling 4 x 1 prompt; .* tokens in 1 packs.*{lower}"):
         grpo("none")
