@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import deepspeed
@@ -59,71 +60,49 @@ def test_a_base_or_adapter_with_a_number_that_is_none_neither_trains_nor_answers
             attempt()
 
 
-def at_step(monkeypatch, number, act):
-    """Call act(engine) before the update of step `number` and of those after it."""
-    update, seen = trainer.update, []
-
-    def acting(engine, *rest):
-        seen.append(engine)
-        if len(seen) >= number:
-            act(engine)
-        return update(engine, *rest)
-
-    monkeypatch.setattr(trainer, "update", acting)
+def before_update(monkeypatch, act):
+    """Call act(number of the update: 1, 2, …; engine) before each."""
+    update, numbers = trainer.update, count(1)
+    monkeypatch.setattr(trainer, "update", lambda engine, *rest: (act(next(numbers), engine), update(engine, *rest))[1])
 
 
-@pytest.mark.parametrize("where", ["weights", "master weights"])
-def test_spoilt_weights_are_never_saved_over_good_ones(sft, tmp_path, monkeypatch, where):
-    def spoil(engine):
-        if where == "weights":
-            engine.module.model.layers[0].adapters.data[5] = math.nan
-        else:
-            engine.optimizer.single_partition_of_fp32_groups[-1].data[5] = math.inf
-
-    at_step(monkeypatch, 3, spoil)
-    with pytest.raises(UserError, match="checkpoint-3: is not written: .* holds NaN or Inf; earlier ones are intact"):
-        sft("run", save_steps=1, save_total_limit=1, max_steps=9)
-    folder = tmp_path / "run"
-    assert steps_saved(folder) == [2] and not list(folder.glob(".checkpoint*")) and finite(folder)
-
-
-@pytest.mark.parametrize("bf16, clip, value", [(False, 1.0, "nan"), (True, 0.0, "1e25")])
-def test_one_bad_number_in_one_gradient_changes_nothing(sft, tmp_path, monkeypatch, bf16, clip, value):
-    """Also with a DeepSpeed file that turns its check off. 1e25 is finite, its square is not."""
-    (tmp_path / "zero.json").write_text('{"bf16": {"check_grad_overflow": false}}')
-    hooks = []
-
-    def poison(engine):
-        if hooks:
-            hooks[0].remove()
-        else:
-            spoilt = lambda grad: torch.where(torch.arange(len(grad)) == 7, float(value), grad)
-            hooks.append(engine.module.model.layers[1].adapters.register_hook(spoilt))
-
-    at_step(monkeypatch, 2, poison)
-    options = {"bf16": bf16, "max_grad_norm": clip, "deepspeed": tmp_path / "zero.json", "save_total_limit": "none"}
-    folder = sft("run", **options, max_steps=3, save_steps=1)
-    one, two = (state(folder / f"checkpoint-{i}") for i in (1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)  # moments too
-    assert column(folder, "updated") == [True, False, True] and finite(folder)
-
-
-def test_a_batch_without_answers_changes_nothing(sft, tmp_path, monkeypatch, capfd):
-    """No weight, no moment, no loss scale. (fp16 is made to run on a CPU for it.)"""
-    monkeypatch.setattr(startup, "precision", lambda cfg, device: (torch.float16, "a test"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypatch, capfd, dtype):
+    """Step 2: one bad number in one gradient (1e25 is finite, its square is not), with a DeepSpeed file that turns its
+    check off; step 3: no answers; step 5: a bad number in the weights or in their fp32 copy."""
+    monkeypatch.setattr(startup, "precision", lambda cfg, device: (dtype, "a test"))
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
-    (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 8}}')
-    real, counts = train_sft.count_tokens, iter([None, None, (0, 9), None])
-    monkeypatch.setattr(train_sft, "count_tokens", lambda packs: next(counts) or real(packs))
-    folder = sft("run", max_steps=4, save_steps=1, save_total_limit="none", deepspeed=tmp_path / "scale.json")
-    two, three, four = (state(folder / f"checkpoint-{i}") for i in (2, 3, 4))
-    assert all(torch.equal(two[name], three[name]) for name in two) and finite(folder)
+    (tmp_path / "zero.json").write_text('{"bf16": {"check_grad_overflow": false}, "fp16": {"initial_scale_power": 8}}')
+    real, counts, hooks = train_sft.count_tokens, iter([None, None, (0, 9)]), []
+    monkeypatch.setattr(train_sft, "count_tokens", lambda packs: next(counts, None) or real(packs))
+    bad = 1e25 if dtype == torch.bfloat16 else math.nan
+
+    def act(number, engine):
+        adapters = engine.module.model.layers[1].adapters
+        if number == 2:
+            spoilt = lambda grad: torch.where(torch.arange(len(grad)) == 7, bad, grad)
+            hooks.append(adapters.register_hook(spoilt))
+        elif number == 3:
+            hooks[0].remove()
+        elif number == 4:
+            here = engine.optimizer.single_partition_of_fp32_groups[-1] if dtype == torch.bfloat16 else adapters
+            here.data[5] = math.nan
+
+    before_update(monkeypatch, act)
+    with pytest.raises(UserError, match="checkpoint-5: is not written: .* holds NaN or Inf; earlier ones are intact"):
+        sft(
+            "run", save_steps=1, save_total_limit="none", max_steps=9, deepspeed=tmp_path / "zero.json", max_grad_norm=0
+        )
+    folder = tmp_path / "run"
+    assert steps_saved(folder) == [1, 2, 3, 4] and not list(folder.glob(".checkpoint*")) and finite(folder)
+    one, two, three, four = (state(folder / f"checkpoint-{i}") for i in (1, 2, 3, 4))
+    assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in one)  # moments too
     assert any(not torch.equal(three[name], four[name]) for name in three)
     scales = [read_json(folder / f"checkpoint-{i}/trainer_state.json")["loss_scale"] for i in (2, 3)]
     assert scales[0] == scales[1]
     rows = column(folder, "answer_tokens", "loss", "grad_norm", "updated")
-    assert rows[2] == (0, None, None, False) and [updated for *_, updated in rows] == [True, True, False, True]
-    assert "step 3: no answer tokens in the batch: no update (1 in a row)" in capfd.readouterr().out
+    assert rows[2] == (0, None, None, False) and [updated for *_, updated in rows[:4]] == [True, False, False, True]
+    assert "step 3: no answer tokens in the batch: no update (2 in a row)" in capfd.readouterr().out
 
 
 def test_a_step_with_nan_is_reported_and_skipped_and_many_stop_the_run(grpo, tmp_path, monkeypatch, capfd):
@@ -241,7 +220,7 @@ def no_memory(*_, **__):
 
 
 def full_once(where):
-    """-> act(engine): memory runs out in the second pass of the update that follows, in its forward or backward."""
+    """-> act: memory runs out in the second pass of the fourth update, in its forward or backward."""
     calls = []
 
     def hook(_layer, _args, out):
@@ -251,7 +230,7 @@ def full_once(where):
         elif len(calls) == 2:
             no_memory()
 
-    return lambda engine: calls or engine.module.model.layers[0].register_forward_hook(hook)
+    return lambda number, engine: number == 4 and engine.module.model.layers[0].register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -260,7 +239,7 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     options = {"save_steps": 2, "pack_tokens": 400, "max_steps": 6}
     whole = sft("whole", **options)
     with monkeypatch.context() as patch:
-        at_step(patch, 4, full_once(where))
+        before_update(patch, full_once(where))
         run = sft("run", **options)
     assert capfd.readouterr().out.count("step 4: out of GPU memory; it is repeated, from now on packs of at most ") == 1
     plans = [read_json(run / f"checkpoint-{step}/trainer_state.json")["plan"] for step in (4, 6)]
@@ -288,11 +267,12 @@ def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
     options = {"save_steps": 2, "pack_tokens": 400}
     whole = sft("whole", **options)
 
-    def act(engine):
-        setattr(*((engine.module, "forward") if where == "one sample" else (engine.optimizer, "step")), no_memory)
+    def act(number, engine):
+        if number == 4:
+            setattr(*((engine.module, "forward") if where == "one sample" else (engine.optimizer, "step")), no_memory)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 4, act)
+        before_update(patch, act)
         with pytest.raises(SystemExit) as ended:
             cli(lambda: sft("run", **options))
     assert ended.value.code == 2 and steps_saved(tmp_path / "run") == [2]
