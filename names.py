@@ -136,6 +136,9 @@ COMMANDS = {  # docs/migrating.md's last table
     "generate.py: preview.png, preview.gif": "`python data.py CLIP --preview out.png`",
     "`rollout_halved`, `idle`, `traffic` in metrics.jsonl": "`oom_retries`; torch's profiler shows the others",
     "exit code 75 of a lost machine": "its launcher ends the other ranks, after ten minutes where it is silent",
+    "a `--deepspeed` file's profilers, monitors and other sections": "noted, not obeyed; "
+        "zero_optimization, bf16, fp16, gradient_clipping and the other keys that engine.py sets are obeyed",
+    "flags that differ between ranks": "all ranks take the same, folders and files included",
     "configs/qwen_SIZE_METHOD_MEMORY.py": "configs/SIZE_METHOD.py, with other cards' values in its comments",
     "bench/sft.py, rollout.py, grpo.py, data.py and others": "`python bench/step.py`, `python bench/loading.py`; "
         "findings of the others are in dev/LOG.md",

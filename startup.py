@@ -39,7 +39,7 @@ from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
-from trainer import Run, warmup_steps, watch_signals
+from trainer import Run, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
@@ -167,7 +167,7 @@ def start(run, model, processor, loader, records, held_out):
         for line in describe(cfg, model, processor, records, loader, run.world):
             run.say(line)
         when = f"every {cfg.eval_steps} steps and " * bool(cfg.eval_steps)
-        run.notes.append(f"{len(held_out):,} held-out samples, evaluated {when}at the end")
+        run.notes.append(f"{len(held_out):,} held-out samples" + f", judged {when}at the end" * bool(held_out))
         if run.plan.pack_tokens:
             run.notes.append(f"micro-batches of at most {run.plan.pack_tokens:,} tokens")
         for text in run.notes:
@@ -276,15 +276,15 @@ def describe(cfg, model, processor, records, loader, world):
     """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
-    llm, vision, merger = cfg.learning_rate, cfg.vision_lr, cfg.merger_lr
+    rates = {"llm": cfg.learning_rate, "vision": cfg.vision_lr, "merger": cfg.merger_lr}
     numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
     trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
-    rates = f"llm {llm:g}, vision {llm if vision is None else vision:g}, merger {llm if merger is None else merger:g}"
-    yield f"  schedule   {cfg.lr_scheduler_type}, {warmup_steps(cfg, total)} of warm-up; peak rates {rates}"
+    rates = ", ".join(f"{name} {cfg.learning_rate if rate is None else rate:g}" for name, rate in rates.items())
+    yield f"  schedule   {cfg.lr_scheduler_type}; peak rates {rates}"
     yield from summary(model, cfg, records, processor, loader, total, world, 2)
 
 

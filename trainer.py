@@ -107,15 +107,11 @@ def begin_step(run, engine, step):
     parameter group's: the language model's, if that is trained."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
-    warmup = warmup_steps(cfg, run.total)
+    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * run.total)
     factor = lr_factor(step - 1, run.total, cfg.lr_scheduler_type, warmup, cfg.min_lr_ratio)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return engine.optimizer.param_groups[-1]["lr"]
-
-
-def warmup_steps(cfg, total):
-    return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
 
 
 def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
@@ -134,9 +130,8 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
     """One optimizer step over this rank's micro-batches. Every rank must call it.
 
     loss_of(micro_batch): its share of the loss, already divided by the count over the whole global batch.
-    num_micro_batches: of the rank that has most. DeepSpeed reduces gradients in every backward pass, so this rank makes
-    as many, the rest of them blank.
-    Returns (global gradient norm before clipping, whether the update was made: False if the gradient was not finite).
+    num_micro_batches: of the rank that has most; the others make blank passes, for DeepSpeed reduces gradients in each.
+    Returns (global gradient norm before clipping, whether the update was made: not where the gradient is not finite).
     OutOfMemoryError: in a pass, before anything was updated. UserError: in the update itself.
     """
     assert len(micro_batches) <= num_micro_batches, f"{len(micro_batches)} micro-batches, at most {num_micro_batches}"
@@ -159,8 +154,7 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
 
 
 def check_numbers(run, step, loss, grad_norm, updated):
-    """Count the update, or report that it was skipped; UserError when several in a row were. loss None: there was
-    nothing to train on."""
+    """Count the update, or report why there was none; UserError after several in a row. loss None: no answers."""
     run.updates += updated
     if updated and loss is not None and math.isfinite(loss):
         run.bad = 0
@@ -170,15 +164,13 @@ def check_numbers(run, step, loss, grad_norm, updated):
     run.warn(f"step {step}: {why}: no update ({run.bad} in a row)")
     if run.bad >= (SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW):
         last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
-        text = f"{run.bad} steps in a row without an update ({why})"
-        raise UserError(f"{text}; stopped, last good checkpoint: {last[0]}; lower --learning_rate or look at the data")
+        problem = f"{run.bad} steps in a row without an update ({why}), last good checkpoint: {last[0]}"
+        raise UserError(f"{problem}; lower --learning_rate or look at the data")
 
 
 def count_skipped(run, seen):
-    """How many samples are left out on all ranks together; UserError where too many are broken.
-
-    seen: len(loader.skipped) summed over the ranks, which may know of the same ones: where it grew they gather names.
-    """
+    """How many samples are left out on all ranks together; UserError where too many are broken. seen: the sum over the
+    ranks, which may know of the same ones: where it grew they gather names."""
     if seen != run.skipped_seen:
         every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
         names, too_long = (set().union(*column) for column in zip(*every))
@@ -265,8 +257,7 @@ def before_first_step(run, engine, evaluate, judge_start=False):
 def after_step(run, engine, evaluate, loop=None):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
 
-    evaluate(): logs answer accuracy and returns whether it is the best so far; None where there is nothing to judge.
-    loop: what the script wants back when the run is resumed.
+    evaluate() -> whether the answers are the best so far, or None; loop: what the script wants back on --resume.
     """
     is_due = lambda every: run.step == run.total or (every > 0 and run.step % every == 0)
     cfg, better, stop = run.cfg, False, stop_requested(run)
@@ -281,10 +272,10 @@ def after_step(run, engine, evaluate, loop=None):
 
 
 def save(run, engine, loop, stopped=0):
-    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it.
+    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk
+    ends the run with one line; the earlier checkpoints are intact.
 
-    loop: what the script wants back. stopped: by this signal; the resumed run does all of after_step once more, and
-    then deletes. A full disk ends the run with one line; the earlier checkpoints are intact.
+    stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
     """
     folder, error = run.folder / f"checkpoint-{run.step}", None
     model, scaler = engine.module, engine.optimizer.loss_scaler
