@@ -81,11 +81,9 @@ def claim(folder, cfg):
     except OSError as error:
         why = "another process trains there" if isinstance(error, BlockingIOError) else error.strerror
         raise UserError(f"--output_dir: {folder}: {why}; choose another folder") from None
-    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
-    if others and not (cfg.resume or cfg.overwrite):
-        what = "a run" if RUN in others else f"other things ({', '.join(others[:3])})"
+    if (folder / RUN).exists() and not (cfg.resume or cfg.overwrite):
         ways = "--resume goes on with it, --overwrite starts anew, another --output_dir keeps it"
-        raise UserError(f"--output_dir: {folder} already holds {what}; {ways}")
+        raise UserError(f"--output_dir: {folder} already holds a run; {ways}")
     return lock
 
 
@@ -184,9 +182,9 @@ def restore(run, engine, adamw):
     if loader.global_batch != state["global_batch"]:
         product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
         problem = (
-            f"expected {state['global_batch']} samples or prompts a step as in that run, got {loader.global_batch}"
+            f"that run had {state['global_batch']} samples or prompts a step, {product} make {loader.global_batch}"
         )
-        raise UserError(f"--resume: {problem} by {product}; change --gradient_accumulation_steps")
+        raise UserError(f"--resume: {problem}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
     if state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]

@@ -41,7 +41,7 @@ def test_two_ranks_times_accumulation_two_equal_one_big_batch_and_go_on_on_one(s
     assert mine.keys() == theirs.keys() and len(mine) == 5
     assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-5
     shutil.rmtree(two / "checkpoint-5")
-    with pytest.raises(UserError, match="expected 8 samples .* as in that run, got 4 by 2 x 2 x 1 ranks"):
+    with pytest.raises(UserError, match="that run had 8 samples .* a step, 2 x 2 x 1 ranks make 4; change --gradient"):
         sft("two", resume=True, **options)
     release_run()
     on = sft("two", resume=True, **(options | {"gradient_accumulation_steps": 4}))
@@ -282,10 +282,6 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     assert steps_saved(folder) == [1] and column(folder, "step") == [1]
     start, given = (path / "adapter_model.safetensors" for path in (folder / "start_adapter", whole / "checkpoint-2"))
     assert start.read_bytes() == given.read_bytes() and column(folder, "loss")[0] < column(whole, "loss")[0]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/train.json").write_text("[]")
-    with pytest.raises(UserError, match="other things .train.json"):
-        sft("other")
     first = startup.claim(tmp_path / "new", SFT())
     with pytest.raises(UserError, match="another process"):
         startup.claim(tmp_path / "new", SFT(resume=True))
