@@ -200,9 +200,8 @@ def find_adapter(path, script=None):
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
     if not path.exists():
-        there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
         problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
-        raise UserError(f"{problem} ({path.parent} holds {there}){nearest_path(path)}")
+        raise UserError(f"{problem}{nearest_path(path)}")
     if every := checkpoints(path):
         path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
     if (path / MANIFEST).exists() and (fault := what_is_broken(path)):

@@ -39,7 +39,8 @@ def closing_lines(run, stop_signal):
     values = [row[name] for row in map(json.loads, text.splitlines()) if row.get(name) is not None]
     results = [f"{name} {values[0]:.4g} in the first step, {values[-1]:.4g} in the last"] if values else []
     if run.last_accuracy is not None:
-        results.append(f"answers right {run.last_accuracy:.1%}{against_start(run)}")
+        start = "" if run.start_accuracy is None else f" at the end, {run.start_accuracy:.1%} at the start"
+        results.append(f"answers right {run.last_accuracy:.1%}{start}")
     if run.best:
         results.append(f"best {run.best['accuracy']:.1%} at step {run.best['step']}")
     yield f"  result  {'; '.join(results) or 'nothing was trained or judged'}"
@@ -49,16 +50,6 @@ def closing_lines(run, stop_signal):
     if run.world > 1:  # its folder has the options, not the number of processes
         resume = "the same command with --resume, and without --overwrite"
     yield f"  next    {resume if stop_signal else run.next_command}"
-
-
-def against_start(run):
-    """How the last evaluation compares with the one before the first step: "" where that was not made."""
-    if run.start_accuracy is None or run.step == 0:
-        return ""
-    end, start = run.last_accuracy, run.start_accuracy
-    relation = "better than" if end > start else "worse than" if end < start else "as good as"
-    advice = " (the run made it worse; try a lower --learning_rate or a larger --beta)" if end < start else ""
-    return f" at the end, {start:.1%} at the start: {relation} the start{advice}"
 
 
 # -- --report_to: the scalars of metrics.jsonl, for packages that the user installs

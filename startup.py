@@ -274,15 +274,12 @@ def describe(cfg, model, processor, records, loader, world):
     """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
-    rates = {"llm": cfg.learning_rate, "vision": cfg.vision_lr, "merger": cfg.merger_lr}
     numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
     trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
-    rates = ", ".join(f"{name} {cfg.learning_rate if rate is None else rate:g}" for name, rate in rates.items())
-    yield f"  schedule   {cfg.lr_scheduler_type}; peak rates {rates}"
     yield from summary(model, cfg, records, processor, loader, total, world, 2)
 
 

@@ -61,7 +61,7 @@ class Run:
     step: int = 0  # steps done
     updates: int = 0  # steps that changed the weights
     bad: int = 0  # steps in a row that did not
-    best: dict | None = None  # {"step", "accuracy"}; where the start was judged "start_accuracy" and "below_start" too
+    best: dict | None = None  # {"step", "accuracy"}
     start_accuracy: float | None = None
     last_accuracy: float | None = None
     skipped_seen: int = 0  # samples that are left out, summed over the ranks
@@ -80,19 +80,16 @@ class Run:
         self.say(console.highlight(f"warning: {text}"))
 
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
-        """Record the accuracy after this step. Returns (whether it is the best so far, of equals the latest; what to
-        add to its line). The start itself is no checkpoint, but what the best one is compared with."""
+        """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; what to add to
+        its line). The start is no checkpoint, so it is never the best."""
         self.last_accuracy = accuracy
         if self.step == 0:
             self.start_accuracy = accuracy
             return False, ", the start"
         if accuracy is None or (self.best and accuracy < self.best["accuracy"]):
             return False, ""
-        self.best, start = {"step": self.step, "accuracy": accuracy}, self.start_accuracy
-        if start is not None:
-            self.best |= {"start_accuracy": start, "below_start": accuracy < start}
-        below = f", but below the start's {start:.1%}" if self.best.get("below_start") else ""
-        return True, f", the best so far{below}"
+        self.best = {"step": self.step, "accuracy": accuracy}
+        return True, ", the best so far"
 
     def loop_state(self, name):
         """What the loop saved under this name in the checkpoint that the run goes on from, or None."""
