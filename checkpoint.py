@@ -143,7 +143,8 @@ def step_of(folder):
 
 def checkpoints(run_folder):
     """Its checkpoint-N folders, oldest step first, whole or not."""
-    return sorted((path for path in Path(run_folder).glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of)
+    folders = Path(run_folder).glob("checkpoint-*")
+    return sorted((path for path in folders if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
 
 
 def newest_checkpoint(run_folder):
@@ -153,6 +154,7 @@ def newest_checkpoint(run_folder):
         if fault is None:
             return folder
         print(f"{folder}: broken checkpoint passed over: {fault}", file=sys.stderr)
+    return None
 
 
 def best_checkpoint(run_folder):
