@@ -92,9 +92,9 @@ class Model:
         if not len(records):
             raise UserError("evaluate: found no records, expected at least one")
         sampler = Sampler(self.network, self.processor_for(cfg), cfg)
-        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
+        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter)) if cfg.output else None
         again = partial(evaluate, sampler, records, sampling_of(cfg, sampler), cfg.seed)
-        result = again(known=predictions.known, on_answer=predictions.write)
+        result = again(predictions=predictions)
         if not result.count:
             first = next(iter(result.skipped.values()))
             name = cfg.data_path or cfg.video or "records"

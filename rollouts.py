@@ -19,7 +19,7 @@ from data import Example, pack
 from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
-from rewards import Reward, Sample, accuracy, can_shuffle, group_context, sample_from_record, score, total
+from rewards import Reward, Sample, accuracy, can_shuffle, group_context, sample_from_record, score, temporal, total
 
 log = logging.getLogger("rollouts")
 
@@ -141,7 +141,7 @@ class GroupSampler:
 
     def __init__(self, run, rewards: list[Reward], batches: Iterator, rounds: int):
         self.run, self.rewards, self.batches, self.rounds = run, rewards, batches, rounds
-        self.needs_shuffled = any("shuffled_accuracy" in reward.needs for reward in rewards)
+        self.needs_shuffled = any(reward.fn is temporal for reward in rewards)
         self.waited = 0.0  # seconds that the last step waited for data
 
     def sample_step(self, step: int, wanted: int) -> tuple[list[Group], dict[int, Example]]:
@@ -229,7 +229,7 @@ def score_groups(
             rollout.right = accuracy(rollout.text, sample)
     for sample, theirs, on_shuffled in zip(samples, rollouts, shuffled, strict=True):
         texts = [rollout.text for rollout in theirs]
-        context = group_context(sample, texts, on_shuffled) if any(reward.needs for reward in rewards) else {}
+        context = group_context(sample, texts, on_shuffled)
         for reward in rewards:
             reward.prepare(texts, sample)
         for rollout in theirs:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from judges import JUDGES
 from model import UserError
-from rewards import accuracy, check_solution, is_correct, sample_from_record
+from rewards import accuracy, check_solution, sample_from_record
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
@@ -152,4 +152,4 @@ def test_from_0_to_1_whatever_is_said(kind, said):
     assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
     assert reward(kind, true, true, duration=10) == 1
     sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})
-    assert not is_correct(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)
+    assert 0 == accuracy(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)

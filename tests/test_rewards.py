@@ -11,7 +11,7 @@ from test_client import Server, completion
 
 import rewards
 from model import UserError
-from rewards import Sample, is_correct, load_rewards, reference_answer, sample_from_record, score, total
+from rewards import Sample, accuracy, load_rewards, reference_answer, sample_from_record, score, total
 
 QUESTION = "In which direction is the ball moving?\nOptions:\n(A) Left to Right\n(B) Right to Left\n(C) Falling Down"
 PLAIN = Sample(QUESTION, "Answer: (A) Left to Right")
@@ -21,7 +21,7 @@ def test_unreadable_reference():
     sample = Sample(QUESTION, "I cannot tell")
     assert reference_answer(sample) is None
     with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
-        is_correct("(A)", sample)
+        accuracy("(A)", sample)
 
 
 T, A = "<think>a</think>", "<answer>(A)</answer>"
@@ -83,10 +83,10 @@ def test_unread_list_is_logged_once(caplog):
     rewards.warned.clear()
     for _ in range(2):
         sample = Sample("Options:\nA left\nB right", "right")
-        assert sample.options == {} and is_correct("right", sample)
+        assert sample.options == {} and accuracy("right", sample)
     assert caplog.text.count("so it counts as an open question") == 1
     letters = Sample("Where?", "B")
-    assert is_correct("(B) right", letters) and not is_correct("A", letters)
+    assert accuracy("(B) right", letters) and not accuracy("A", letters)
     assert "only letters are compared" in caplog.text
 
 
