@@ -47,24 +47,14 @@ def normalise(text: str) -> str:
 
 # -- The options of a question
 
-LABEL = r"\s*([A-Za-z]|[0-9]{1,2})\s*"
-# The ways to write an option's label. One list keeps to one way; of equally long lists the later way counts.
-STYLES = [re.compile(rf"(?<![\w.(\[]){LABEL}{mark}") for mark in ("-", ":", r"\)", r"\.")]  # A-  A:  A)  A.
-BRACKETS = (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))  # <A>  [A]  (A), and no f(A)
-STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two in BRACKETS]
-# What may stand before the first label of a line: a bullet, a word as in "Option A:"
-LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
-
-
-class Mark(NamedTuple):
-    """What looks like a label in a question. start, end: in characters."""
-
-    label: str
-    rank: int  # among labels of its kind
-    start: int
-    end: int
-    at_line_start: bool  # at most a bullet or "Option" is before it
-    bracketed: bool
+# A label at a line's start has at most a bullet or a word as "Option" before it. One list keeps to one way of writing;
+# of equally good lists the later way counts. Without brackets it is no part of 2:30 or 12.5, and in a line a capital.
+LEAD = r"(?P<lead>^[ \t*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s+)?)"
+LABEL = r"(?P<label>[a-z]|[0-9]{1,2})\s*"
+BARE = [rf"{LEAD}{LABEL}-"]  # A-  A:  A)  A.
+BARE += [rf"(?:{LEAD}|(?<![\w.(\[])(?=(?-i:[A-Z0-9]))){LABEL}{mark}(?![0-9])" for mark in (":", r"\)", r"\.")]
+BRACKETED = [rf"{LEAD}?(?<!\b[a-z0-9]){one}\s*{LABEL}{two}[.:]?" for one, two in ("<>", (r"\[", "]"), (r"\(", r"\)"))]
+STYLES = [(re.compile(style, re.IGNORECASE | re.MULTILINE), style in BRACKETED) for style in BARE + BRACKETED]
 
 
 @lru_cache(1024)
@@ -75,62 +65,53 @@ def parse_options(question: str) -> dict[str, str]:
     labels at line starts counts, then the longest, then the last.
     """
     text, lists = fold(question).replace("**", ""), []
-    for style in STYLES:
-        marks = [mark for match in style.finditer(text) if (mark := to_mark(text, match))]
+    for style, bracketed in STYLES:
+        marks = list(style.finditer(text))
         for i, first in enumerate(marks):
-            if first.label not in ("A", "1") and not (first.bracketed and first.at_line_start):
+            if first["label"] not in ("A", "a", "1") and not (bracketed and first["lead"] is not None):
                 continue
-            later = [mark for mark in marks[i + 1 :] if mark.label.isdigit() == first.label.isdigit()]
-            by_lines = [mark for mark in later if mark.at_line_start and first.at_line_start]
-            for chain in (chain_of(first, later, gaps=False), chain_of(first, by_lines, gaps=first.bracketed)):
+            by_lines = [mark for mark in marks[i + 1 :] if None not in (mark["lead"], first["lead"])]
+            for chain in (
+                chain_of(first, marks[i + 1 :], most=1),
+                chain_of(first, by_lines, most=9 if bracketed else 1),
+            ):
                 options = words_of(text, chain)
-                if len(options) > 1 and (first.bracketed or behind_question(text, chain)):
-                    lists.append((sum(mark.at_line_start for mark in chain), len(chain), options))
+                if len(options) > 1 and (bracketed or behind_question(text, chain)):
+                    lists.append((sum(mark["lead"] is not None for mark in chain), len(chain), options))
     return max(reversed(lists), key=lambda each: each[:2], default=(0, 0, {}))[2]
 
 
-def to_mark(text: str, match: re.Match) -> Mark | None:
-    label, matched = match[1].upper(), match[0].lstrip()
-    before = text[text.rfind("\n", 0, match.start(1)) + 1 : match.start(1)].rstrip("([< ")
-    at_line_start, bracketed = LINE_START.fullmatch(before + " ") is not None, matched[0] in "([<"
-    if not bracketed and label.isdigit() and matched[-1] in ".:" and text[match.end() :][:1].isdigit():
-        return None  # 2:30, 12.5
-    if not bracketed and not at_line_start and (matched[-1] == "-" or match[1].islower()):
-        return None  # in a line these are words
-    rank = int(label) if label.isdigit() else ord(label)
-    return Mark(label, rank, match.end() - len(matched), match.end(), at_line_start, bracketed)
-
-
-def chain_of(first: Mark, later: list[Mark], gaps: bool) -> list[Mark]:
-    """The labels that follow in order. gaps: some may be left out, as in (1), (3), (4)."""
+def chain_of(first: re.Match, later: list[re.Match], most: int = 1) -> list[re.Match]:
+    """The labels that follow in order, at most so many steps apart: (1), (3), (4)."""
+    rank = lambda mark: int(mark["label"]) if mark["label"].isdigit() else 100 + ord(mark["label"].upper())
     chain = [first]
     for mark in later:
-        if mark.rank == chain[-1].rank + 1 or (gaps and mark.rank > chain[-1].rank):
+        if 0 < rank(mark) - rank(chain[-1]) <= most:
             chain.append(mark)
     return chain
 
 
-def behind_question(text: str, chain: list[Mark]) -> bool:
+def behind_question(text: str, chain: list[re.Match]) -> bool:
     """Whether labels without brackets are a list: a dialogue and subtitles stand before the question, and
     "A. Smith and B. Jones meet." is a sentence."""
-    before, below = text[: chain[0].start].strip(), text[chain[-1].end :].split("\n")[1:]
+    before, below = text[: chain[0].start()].strip(), text[chain[-1].end() :].split("\n")[1:]
     if not before or any(line.rstrip().endswith("?") for line in below):
         return False
-    dotted = text[chain[0].end - 1] == "." and not all(mark.at_line_start for mark in chain)
+    dotted = chain[0][0].endswith(".") and not all(mark["lead"] is not None for mark in chain)
     return not dotted or len(chain) > 2 or before.endswith(("?", ":"))
 
 
-def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
+def words_of(text: str, chain: list[re.Match]) -> dict[str, str]:
     """{label: words up to the next label or the line's end}, {} if a label has no words of its own."""
     options = {}
     for mark, following in zip(chain, [*chain[1:], None]):
-        words = text[mark.end : following.start if following else len(text)]
+        words = text[mark.end() : following.start() if following else len(text)]
         words = " ".join(words.lstrip().split("\n")[0].split())  # a label may have a line of its own
-        if following and not following.at_line_start:
+        if following and following["lead"] is None:
             words = words.rstrip(" ,;/|").removesuffix(" or").removesuffix(" and")
-        if not following and not mark.at_line_start:  # the next sentence of a line is none of the option's words
+        if not following and mark["lead"] is None:  # the next sentence of a line is none of the option's words
             words = re.split(r"(?<=\w\w[.?!]) (?=[A-Z])", words)[0].removesuffix("?")
-        options[mark.label] = words.rstrip(" ,;.") or words
+        options[mark["label"].upper()] = words.rstrip(" ,;.") or words
     empty = any(not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and") for words in options.values())
     return {} if empty else options
 
@@ -146,12 +127,8 @@ def last_block(text: str, tag: str) -> str | None:
 
 def after_thinking(text: str) -> str:
     """What stands outside the reasoning. The opening tag may be missing (it stood in the prompt), or the closing."""
-    before, *thoughts = re.split("<think>", SPECIAL.sub("", text), flags=re.IGNORECASE)
-    outside = re.split("</think>", before, flags=re.IGNORECASE)[-1]
-    for thought in thoughts:
-        _, *after = re.split("</think>", thought, flags=re.IGNORECASE)
-        outside += after[-1] if after else ""
-    return outside
+    text = re.sub("<think>.*?(?:</think>|$)", "", SPECIAL.sub("", text), flags=re.IGNORECASE | re.DOTALL)
+    return re.split("</think>", text, flags=re.IGNORECASE)[-1]
 
 
 def answer_spans(text: str) -> list[str]:
@@ -201,6 +178,7 @@ TOGETHER = set("and or maybe perhaps possibly probably also either both even it 
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
 BETWEEN = {"the", "a", "option", "choice", "answer", "letter", "be"}  # words between a denial and its option
+NEAR = 60  # characters before a mention that are looked at: all of them, for each of "A, A, A, …", took seconds
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
 
 
@@ -247,20 +225,16 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         elif kind == "words" and text.upper() not in options:
             mentions.append(Mention(match.start(), match.end(), owners))
         else:
-            sure = kind == "wrapped" or bare_label(before(span, match.start()), text, span[match.end() :], options)
+            sure = kind == "wrapped" or bare_label(span, match.start(), match.end(), options)
             if sure is not None:
                 mentions.append(Mention(match.start(), match.end(), {text.upper()}, True, sure))
     return mentions
 
 
-def before(span: str, end: int) -> str:
-    """The last few words before a place: all of them, for each mention of "A, A, A, …", took seconds."""
-    return span[max(0, end - 60) : end].casefold()
-
-
-def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
+def bare_label(span: str, start: int, end: int, options: dict[str, str]) -> bool | None:
     """Whether a letter or number without brackets is meant as a label: True, False for one that only stands beside
     others, as the second of "A and B", None for an article or a number of another kind."""
+    before, word, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
     if not re.search(r"\w", before + behind):
@@ -287,6 +261,7 @@ def together(span: str, one: Mention, two: Mention) -> bool:
 
 def is_denied(span: str, mention: Mention) -> bool:
     """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
-    words = [word for word in re.findall(r"[\w']+", before(span, mention.start)) if word not in BETWEEN]
+    before = span[max(0, mention.start - NEAR) : mention.start].casefold()
+    words = [word for word in re.findall(r"[\w']+", before) if word not in BETWEEN]
     denied = bool(words) and (words[-1] in DENIALS or words[-1].endswith("n't"))
     return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

@@ -45,7 +45,7 @@ def read_number(text: str) -> tuple[float, str] | None:
 
 
 def equal_number(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """1 for the same number to two places, as Video-R1 compares them, else 0. A unit may be left out."""
+    """1 for the same number to two places, as Video-R1 compares them. A unit may be left out."""
     return float(said[1] in ("", true[1]) and round(said[0], 2) == round(true[0], 2))
 
 
@@ -63,14 +63,6 @@ def mean_relative_accuracy(said: tuple[float, str], true: tuple[float, str]) -> 
 
 
 # -- Text
-
-
-def read_text(text: str) -> str | None:
-    return normalize("NFC", text).strip() or None
-
-
-def read_yes_no(text: str) -> str | None:
-    return (re.findall("^(?:yes|no)\\b", plain(text).casefold()) or [None])[0]
 
 
 def read_words(text: str) -> list[str]:
@@ -96,32 +88,25 @@ def edits(said: list[str], true: list[str], change: int = 1) -> int:
     return distances[-1]
 
 
-def word_accuracy(said: str, true: str) -> float:
-    """1 - word error rate, at least 0: words are split at blanks, case counts (Video-R1's OCR)."""
-    return max(0.0, 1 - edits(said.split(), true.split()) / len(true.split()))
-
-
-def rouge_l(said: str, true: str) -> float:
-    """F1 of the longest common subsequence: what is left when words are only inserted and deleted."""
+def rouge(said: str, true: str) -> list[float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, without stemming: F1 of single words, of pairs, and of the longest common
+    subsequence, which is what is left when words are only inserted and deleted."""
     said, true = read_words(said), read_words(true)
-    return 1 - edits(said, true, change=2) / max(1, len(said) + len(true))
-
-
-def rouge_n(said: str, true: str, n: int) -> float:
-    """F1 of the word n-grams."""
-    said, true = (Counter(zip(*(read_words(text)[i:] for i in range(n)))) for text in (said, true))
-    common = (said & true).total()
-    return 2 * common / (said.total() + true.total()) if common else 0.0
+    scores = []
+    for grams in (lambda words: words, lambda words: zip(words, words[1:])):
+        one, two = Counter(grams(said)), Counter(grams(true))
+        scores.append(2 * (one & two).total() / max(1, one.total() + two.total()))
+    return [*scores, 1 - edits(said, true, change=2) / max(1, len(said) + len(true))]
 
 
 def likeness(said: str, true: str) -> float:
-    """The mean of ROUGE-1, -2 and -L (Video-R1's free-form), without stemming; the same text is 1, also of one word.
-    A number, a time or a name with initials ("12.5", "2:30", "3 m", "J. Smith") is right or wrong."""
+    """The mean of ROUGE-1, -2 and -L (Video-R1's free-form); the same text is 1, also of one word. A number, a time or
+    a name with initials ("12.5", "2:30", "3 m", "J. Smith") is right or wrong."""
     first, *more = plain(true).split() or [""]
     number, initial = first.lstrip("-+.(")[:1].isdigit(), re.fullmatch(r"[^\W\d_]\.", first)
     if same_text(said, true) or (number and len(more) < 2) or (initial and len(more) < 3):
         return same_text(said, true)
-    return (rouge_n(said, true, 1) + rouge_n(said, true, 2) + rouge_l(said, true)) / 3
+    return sum(rouge(said, true)) / 3
 
 
 # -- Time spans
@@ -216,26 +201,27 @@ def boxes_iou(said: dict, true: dict) -> float:
 
 # -- The table
 
+read_text = lambda text: normalize("NFC", text).strip() or None
+read_yes_no = lambda text: (re.findall(r"^(?:yes|no)\b", plain(text).casefold()) or [None])[0]
 SPAN = Judge('one time span, such as "2.5 to 7.5"', partial(read_spans, most=1), span_iou)
+TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
 TABLE = {
     "multiple choice": None,  # an option, answers.py's
     "": Judge("text", read_text, same_text),  # an open question without a type
     "yes or no": Judge("yes or no", read_yes_no, same_text),
     "numerical": Judge("a number", read_number, equal_number),
-    # 1 - relative error, at least 0: Video-R1's
-    "regression": Judge("a number", read_number, lambda said, true: 1 - min(1.0, relative_error(said, true))),
+    "regression": Judge("a number", read_number, lambda p, t: 1 - min(1.0, relative_error(p, t))),  # Video-R1's
     "MRA, VSI": Judge("a number", read_number, mean_relative_accuracy),
-    "OCR": Judge("text", read_text, word_accuracy),
+    # 1 - word error rate, case counts: Video-R1's
+    "OCR": Judge("text", read_text, lambda p, t: max(0.0, 1 - edits(p.split(), t.split()) / len(t.split()))),
     "free-form, open-ended": Judge("text", read_text, likeness),
-    "ROUGE-L": Judge("text", lambda text: text if read_words(text) else None, rouge_l),
+    "ROUGE-L": Judge("text", lambda text: text if read_words(text) else None, lambda p, t: rouge(p, t)[2]),
     "temporal grounding, timestamp, time span": SPAN,
     "timestamp tIoU": SPAN._replace(score=span_iou_by_duration, timed=True),
     "span set, glue": Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou, tag="glue"),
     "spatial grounding, box": Judge('{"boxes": [x1, y1, x2, y2]}', partial(read_boxes, most=1), boxes_iou),
     "tracking": Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou),
-    "spatial-temporal, spatial-temporal grounding": Judge(
-        '{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou
-    ),
+    "spatial-temporal, spatial-temporal grounding": TUBE,
 }
 JUDGES = {name: judge for names, judge in TABLE.items() for name in names.split(", ")}
 
