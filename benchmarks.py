@@ -120,8 +120,7 @@ def official_score(family: str, text: str, q: Question) -> float | None:
     true, said = q.answer, text.strip()
     match family:
         case "mvbench":  # the first word in "(b)", or the other way round: so "" and "(" are right
-            begun = text.startswith("Best option:(")  # the answer's prefix, of which it keeps the last sign
-            said = "(" * begun + text.removeprefix("Best option:(").strip().split("\n")[0].lower()
+            said = text.replace("Best option:(", "(").strip().split("\n")[0].lower()  # of its prefix it keeps the "("
             word, true = said.split(" ")[0].replace(".", ""), f"({true})".lower()
             return float(word in true or true in word)
         case "tempcompass" if q.kind == "yes or no":

@@ -27,8 +27,7 @@ from rollouts import Group, facts_of, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
-# Looked at before the first step: 0.3 s. What a larger dataset holds beyond them is looked at when it is used
-CHECKED_RECORDS = 10_000
+CHECKED_RECORDS = 10_000  # before the first step: some seconds. Later ones are looked at when they are used
 Z = 1.959964  # standard normal quantile of a 95 % interval
 # What a clip shows when it is played backwards, besides "X to Y" and "Y to X"
 OPPOSITES = {"falling down": "ascending", "ascending": "falling down", "down": "up", "up": "down"}
@@ -55,8 +54,8 @@ def check_answer(number, record):
 def answerable(cfg, what, records, most=None):
     """The records whose right answer can be read, and a note that counts the others and names the first.
 
-    Looks at the first CHECKED_RECORDS only; a later one raises its UserError when it is taken, and is counted then.
-    UserError if more than `most` of those looked at are faulty, max_skip_share unless given.
+    A fault beyond the first CHECKED_RECORDS is raised when its record is taken, and counted then. UserError if more
+    than `most` of those looked at are faulty, max_skip_share unless given.
     """
     looked_at, faults = min(len(records), CHECKED_RECORDS), {}
     for number in range(looked_at):
@@ -100,17 +99,15 @@ class Evaluation:
     interval = property(lambda self: wilson(self.right, self.count) if self.count else None)
 
     @property
-    def by_task(self) -> dict[str, "Evaluation"]:
-        """Each task's own answers, in alphabetical order."""
-        tasks = {}
-        for number, answer in self.answers.items():
-            tasks.setdefault(answer.task, {})[number] = answer
-        return {task: Evaluation(answers) for task, answers in sorted(tasks.items())}
-
-    @property
     def chance(self) -> float | None:
         """Accuracy of blind guessing among the options; None where no question has any."""
         return mean([1 / answer.options for answer in self.answers.values() if answer.options])
+
+    @property
+    def by_task(self) -> dict[str, "Evaluation"]:
+        """Each task's own answers, in alphabetical order."""
+        of = lambda task: {number: answer for number, answer in self.answers.items() if answer.task == task}
+        return {task: Evaluation(of(task)) for task in sorted({answer.task for answer in self.answers.values()})}
 
     @property
     def confusion(self) -> dict[str, Counter]:
@@ -156,8 +153,8 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
     known = predictions.known if predictions else {}
     answers, skipped, rows = dict(known), {}, []
     numbers = [i for i in range(ranks.rank(), len(records), ranks.world_size()) if i not in known]
-    checked = Selection(records, range(len(records)), lambda number, record: check_solution(record))
-    prompts = examples(sampler.processor, checked, numbers, control, sampler.cfg.dataloader_num_workers)
+    prompts = Selection(records, range(len(records)), check_answer)
+    prompts = examples(sampler.processor, prompts, numbers, control, sampler.cfg.dataloader_num_workers)
     mode = sampler.model.training
     sampler.model.eval()
     with progress(len(numbers), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
@@ -169,9 +166,13 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
                 rollout.text = example.record.get("answer_prefix", "") + rollout.text
                 rollout.right = rollout.reward = float(accuracy(rollout.text, sample)) if rollout.finite else 0.0
                 rollout.components = {"accuracy": rollout.right}
-                answers[number] = judged(sample, rollout)
+                labels = reference_answer(sample), extract_answer(rollout.text, sample.options)
+                true, said = (sample.options.get(label) or label or NO_ANSWER for label in labels)
+                task = sample.problem_type or ("multiple choice" if sample.options else "open")
+                choices = sum(map(bool, sample.options.values()))
+                answers[number] = Judged(true, said, choices, rollout.right, task)
                 if predictions:
-                    sample = replace(sample, truncated=not rollout.finished)
+                    sample.truncated = not rollout.finished
                     predictions.write(number, sample, rollout.text, answers[number])
                 if number < EVAL_SHOWN:
                     facts, group = facts_of(example.record, sample), Group(number, len(example), [rollout])
@@ -192,14 +193,6 @@ def readable(prompts, skipped, bar):
             skipped[prompt[0]] = str(prompt[1])
         else:
             yield prompt
-
-
-def judged(sample: Sample, rollout) -> Judged:
-    """A rollout's answer and the right one, in words."""
-    letters = reference_answer(sample), extract_answer(rollout.text, sample.options)
-    true, said = (sample.options.get(letter) or letter or NO_ANSWER for letter in letters)
-    task = sample.problem_type or ("multiple choice" if sample.options else "open")
-    return Judged(true, said, sum(map(bool, sample.options.values())), rollout.right, task)
 
 
 def progress(total, rank=0, **more):
@@ -251,10 +244,8 @@ def evaluate_and_log(run, log, held_out, sampled=False):
 
 def made_by(cfg, adapter) -> dict:
     """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
-    names = (
-        "bf16 base_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark prompt"
-    )
-    names = sorted({*as_dict(VideoArgs()), *names.split()} - {"cache_mb"})
+    names = "bf16 base_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark"
+    names = sorted({*as_dict(VideoArgs()), *names.split(), "prompt"} - {"cache_mb"})
     merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
     file = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
     settings = short_hash({name: getattr(cfg, name) for name in names})

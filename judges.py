@@ -21,13 +21,11 @@ class Judge(NamedTuple):
     expects: str  # what a solution must be, for messages
     read: Callable[[str], Any]  # an answer's text -> its value, None where it cannot be read
     score: Callable[..., float]  # (value of the answer, value of the solution[, duration]) -> 0 to 1
-    tag: str = "answer"  # the block that holds it; without one, the answer
     timed: bool = False  # score takes the record's duration too
 
     def value(self, text: str) -> Any:
-        """What a whole completion or solution says, None where it cannot be read."""
-        block = None if self.tag == "answer" else last_block(after_thinking(text), self.tag)
-        return self.read(block or answer_span(text) or "")
+        """What a whole completion or solution says, in <glue> or as its answer; None where it cannot be read."""
+        return self.read(last_block(after_thinking(text), "glue") or answer_span(text) or "")
 
 
 # -- Numbers
@@ -218,7 +216,7 @@ TABLE = {
     "ROUGE-L": Judge("text", lambda text: text if read_words(text) else None, lambda p, t: rouge(p, t)[2]),
     "temporal grounding, timestamp, time span": SPAN,
     "timestamp tIoU": SPAN._replace(score=span_iou_by_duration, timed=True),
-    "span set, glue": Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou, tag="glue"),
+    "span set, glue": Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou),
     "spatial grounding, box": Judge('{"boxes": [x1, y1, x2, y2]}', partial(read_boxes, most=1), boxes_iou),
     "tracking": Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou),
     "spatial-temporal, spatial-temporal grounding": TUBE,

@@ -253,7 +253,6 @@ def read_score(reply: str | None) -> tuple[str | None, str]:
 
 # -- Choosing and calling
 
-LARGEST = 1e30  # of a reward: itself is finite in float32, squares of it and their sums in float64
 SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, repetition, temporal)} | {"judge": ServerJudge}
 
 
@@ -270,8 +269,8 @@ class Reward:
         except Exception as error:  # a user's function may raise anything; whatever it is, the run stops with its name
             what = f"raised {type(error).__name__}: {error}"
             raise UserError(f"reward {self.name} {what}; completion: {short(text)}") from error
-        if not isinstance(value, Real) or not abs(value) <= LARGEST:
-            what = f"returned {value!r}, expected a finite number of at most {LARGEST:g}"
+        if not isinstance(value, Real) or not math.isfinite(value):
+            what = f"returned {value!r}, expected a finite number"
             raise UserError(f"reward {self.name} {what}; completion: {short(text)}")
         return float(value)
 
@@ -294,30 +293,30 @@ def load_rewards(spec: str, weights: list[float] | None = None) -> list[Reward]:
 def load_function(spec: str) -> Callable[[str, Sample], float]:
     """The name of a shipped reward, or "my_rewards.py:name"."""
     path, is_file, name = spec.rpartition(":")
+    functions = SHIPPED
+    if is_file:
+        file = Path(path).expanduser().resolve()
+        sys.path.append(str(file.parent))  # it may import what stands beside it
+        try:
+            functions = runpy.run_path(str(file))
+        except Exception as error:  # the user's file may fail in any way; name the file, keep the cause
+            what = f"{type(error).__name__}: {error}{nearest_path(path)}"
+            raise UserError(f"--rewards: {path} does not import: {what}") from error
+    if not callable(functions.get(name)):
+        expected = f"expected one of {', '.join(SHIPPED)}, or my_rewards.py:name{nearest(name, functions)}"
+        raise UserError(f"--rewards {spec}: no reward {name!r}; {expected}")
+    fn = functions[name]
     if not is_file:
-        if name not in SHIPPED:
-            raise UserError(f"--rewards: no reward {name!r}, expected {', '.join(SHIPPED)} or my_rewards.py:name"
-                            f"{nearest(name, SHIPPED)}")  # fmt: skip
-        return ServerJudge() if name == "judge" else SHIPPED[name]
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise UserError(f"--rewards {spec}: no file {path}{nearest_path(path)}")
-    sys.path.append(str(file.parent))  # it may import what stands beside it
-    try:
-        functions = {key: value for key, value in runpy.run_path(str(file)).items() if callable(value)}
-    except Exception as error:  # the user's file may fail in any way; name the file, keep the cause
-        raise UserError(f"--rewards: {path} does not import: {type(error).__name__}: {error}") from error
-    if name not in functions:
-        raise UserError(f"--rewards: no reward {name!r} in {path}{nearest(name, functions)}")
-    signature = inspect.signature(functions[name])
+        return fn() if fn is ServerJudge else fn
+    signature = inspect.signature(fn)
     if "completions" in signature.parameters:
-        return from_trl(functions[name], signature.parameters)
+        return from_trl(fn, signature.parameters)
     try:
         signature.bind("text", "sample")
     except TypeError:
         right = f"{name}(text, sample) -> float, or as in TRL {name}(completions, **columns) -> list of floats"
         raise UserError(f"--rewards {spec}: its signature is {name}{signature}, expected {right}") from None
-    return functions[name]
+    return fn
 
 
 def from_trl(fn: Callable, parameters: dict) -> Callable[[str, Sample], float]:

@@ -40,17 +40,6 @@ def test_list_made_by_hand(listed, data):
         assert accuracy(text, sample) == (named == right), "options in a column of their own"
 
 
-numbers = st.decimals(0, 1000, places=2, allow_nan=False)
-openings = st.sampled_from(["{}", "{} s", "J. {}", "{}:30", "({}"])
-
-
-@given(numbers, numbers, openings, st.sampled_from(["How long?", "1:05 he says\n2:10 she says\nHow long is it?"]))
-def test_open_answer_is_no_list(true, said, form, question):
-    sample = sample_from_record({"question": question, "answer": form.format(true)})
-    assert sample.options == {}
-    assert accuracy(f"<answer>{form.format(said)}</answer>", sample) == (true == said)
-
-
 @pytest.mark.parametrize(
     "question, options",
     [
@@ -64,12 +53,10 @@ def test_open_answer_is_no_list(true, said, form, question):
         ("Say (A), (B) or (C).\n (A) Left;\n (B) Right;\n (C) Up.", {"A": "Left", "B": "Right", "C": "Up"}),
         ("Which way?\n(A) Left (B) Right\n(C) Down (D) Up", {"A": "Left", "B": "Right", "C": "Down", "D": "Up"}),
         ("Where to?\nA:\nleft\nB:\nright", {"A": "left", "B": "right"}),
-        ("At 0:05 he runs 12.5 m\n3.14 is pi\n2.71 is e", {}),
-        ("A. Smith and B. Jones meet. Who speaks?", {}),
-        ("Mr. X\nDr. Y", {}),
-        ("A. Smith asks: what happens?", {}),
+        ("At 0:05 he runs 12.5 m\n3.14 is pi\n2.71 is e", {}), ("Mr. X\nDr. Y", {}),
+        ("A. Smith and B. Jones meet. Who speaks?", {}), ("A. Smith asks: what happens?", {}),
     ],
-)
+)  # fmt: skip
 def test_list(question, options):
     assert parse_options(question) == options
 
@@ -96,11 +83,9 @@ TIME = "Which?\n1. 10 s\n2. 20 s\n3. 2 s"
         ("Welche?\nA) rot\nB) grün", "B", "Die Antwort ist B", 1), ("Welche?\nA) rot\nB) grün", "B", "A oder B", 0),
         ("Laquelle ?\nA) rouge\nB) vert", "B", "La réponse est B", 1), (COLOUR, "B", "答案是B", 1),
         (COLOUR, "B", "选B。", 1), (COLOUR, "A", "B和A", 0), (COLOUR, "B", "不是A，是B", 1),
-        (COLOUR, "B", "A. 绿色", 0),
-        ("これは？\n(A) 赤\n(B) 緑", "B", "答えはBです", 1),
         ("What is written?", "it's", "it’s", 1), ("What is written?", "its", "it's", 0), ("How many?", "7", "(7)", 1),
         ("How many?", "7", "-7", 0), ("How many?", "7", "7 or 8", 0), ("How many?", "1,000", "1000", 1),
-        ("Who?", "A. Smith", "A. Jones", 0), ("Which word?", "STRASSE", "straße", 1),
+        ("Who?", "A. Smith", "A. Jones", 0), ("How long?", "2:30", "2:59", 0), ("Which word?", "STRASSE", "straße", 1),
     ],
 )  # fmt: skip
 def test_answer(question, answer, said, right):
@@ -114,28 +99,25 @@ RIGHT = [
     "<think>(B) (C) <answer>(D) Ascending</answer></think><answer>A</answer>", "<answer>left to right</answer>",
     "the ball goes right, so not (B)</think><answer>(A) Left to Right</answer>", "<answer>A</answer><think>B</think>",
     "<answer>(B) Right to Left</answer> Wait. <answer>(A) Left to Right</answer>", "( A )", "(A) left-to-right",
-    "<answer>(B)? No, (A) Left to Right</answer>", "<answer>(A) Left to Right</answer> It is not (B).", "Answer: A",
-    "answer: a", "**Answer:** (A) Left to Right", "**Answer**: **A**", "Answer:\n(A) Left to Right", "(a)",
-    "A Left to Right", "The answer is A, Left to Right.", "Answer: (B)\nNo.\nAnswer: (A)",
-    "(A) The ball moves from left to right.", "a", "A.", "A - Left to Right", "LEFT TO RIGHT.", "Left to Right (A)",
-    "A ball is seen. It moves left to right.", "A<|im_end|>\n", "It could be (B) Right to Left, but it is (A)",
-    "(B) Right to Left? No.\n(A) Left to Right",
+    "<answer>(B)? No, (A) Left to Right</answer>", "<answer>(A) Left to Right</answer> It is not (B).", "answer: a",
+    "**Answer:** (A) Left to Right", "**Answer**: **A**", "Answer:\n(A) Left to Right", "A Left to Right", "a", "A.",
+    "The answer is A, Left to Right.", "Answer: (B)\nNo.\nAnswer: (A)", "A - Left to Right", "Left to Right (A)",
+    "(A) The ball moves from left to right.", "A ball is seen. It moves left to right.", "A<|im_end|>\n",
+    "It could be (B) Right to Left, but it is (A)", "(B) Right to Left? No.\n(A) Left to Right",
 ]  # fmt: skip
 WRONG = [
     "", "A ball moves.", "Right to Left", "B", "E", "(E) Left to Right", "(A) Right to Left", "Right to Left (A)",
     "<answer>(A) the ball moves right to left</answer>", "Answer: (A) Left to Right or Right to Left", "left right",
-    "<think>(A) Left to Right", "<think>(A)</think> I do not know.", "<answer></answer>",
-    "<answer>A</answer><answer></answer>", "<answer>(A) Left to Right</answer> <answer>(B) Right to Left</answer>",
-    "<think>a</think><answer>(B)</answer><think>(A)",
+    "<think>(A) Left to Right", "<think>(A)</think> I do not know.", "<answer>A</answer><answer></answer>",
+    "<answer>(A) Left to Right</answer> <answer>(B)</answer>", "<think>a</think><answer>(B)</answer><think>(A)",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, right", [(text, 1) for text in RIGHT] + [(text, 0) for text in WRONG])
 def test_where_the_answer_stands(text, right):
     """Whether the dataset's answer is in plain form or a chain of thought."""
-    plain = {"question": OPTIONS, "answer": "Answer: (A) Left to Right"}
-    thought = plain | {"answer": "<think>From the left, not (B).</think><answer>(A) Left to Right</answer>"}
-    assert [accuracy(text, sample_from_record(record)) for record in (plain, thought)] == [right, right]
+    for answer in ("Answer: (A) Left to Right", "<think>Not (B).</think><answer>(A) Left to Right</answer>"):
+        assert accuracy(text, sample_from_record({"question": OPTIONS, "answer": answer})) == right
 
 
 @pytest.mark.parametrize("text", ["A, " * 2000, "word B then " * 500, "((A) " * 1000, "<think>" * 2000])

@@ -15,15 +15,6 @@ from rewards import Sample, accuracy, load_rewards, reference_answer, sample_fro
 
 QUESTION = "In which direction is the ball moving?\nOptions:\n(A) Left to Right\n(B) Right to Left\n(C) Falling Down"
 PLAIN = Sample(QUESTION, "Answer: (A) Left to Right")
-
-
-def test_unreadable_reference():
-    sample = Sample(QUESTION, "I cannot tell")
-    assert reference_answer(sample) is None
-    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
-        accuracy("(A)", sample)
-
-
 T, A = "<think>a</think>", "<answer>(A)</answer>"
 GOOD = [T + A, f"<think>It\nmoves.</think>\n\n{A}\n", f"{T}{A}<|im_end|>", f"{T}<answer>(B)</answer>"]
 BAD = [f"{T}{A} Bye.", f"Well. {T}{A}", f"{T} so {A}", A + T, T + T + A, T + A + A, f"<think>a{T}{A}", A,
@@ -36,38 +27,26 @@ def test_format(text, expected):
     assert rewards.format(text, Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
-@pytest.mark.parametrize(
-    "n_tokens, expected", [(0, 0), (10, 0.4), (25, 1), (50, 1), (65, 0.5), (80, 0), (90, -0.5), (99, -0.95), (100, -1)]
-)
-def test_length(n_tokens, expected):
-    sample = Sample(QUESTION, "(A)", n_tokens=n_tokens, max_tokens=100)
-    assert rewards.length("", sample) == pytest.approx(expected)
-    sample.truncated = True
-    assert rewards.length("", sample) == -1
-
-
-def test_repetition():
+def test_length_and_repetition():
+    sample = Sample(QUESTION, "(A)", max_tokens=100)
+    for sample.n_tokens, expected in zip((0, 10, 25, 50, 65, 80, 90, 99, 100), (0, 0.4, 1, 1, 0.5, 0, -0.5, -0.95, -1)):
+        assert rewards.length("", sample) == pytest.approx(expected)
+    assert rewards.length("", Sample(QUESTION, "(A)", n_tokens=10, max_tokens=100, truncated=True)) == -1
     assert rewards.repetition("the ball moves from the left to the right", PLAIN) == 0
     assert rewards.repetition("ball", PLAIN) == 0
     assert rewards.repetition("so so so so so so", PLAIN) == pytest.approx(-0.75)  # 4 trigrams, 1 distinct
 
 
-@pytest.mark.parametrize("true, shuffled, bonus", [(0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)])
-def test_temporal(true, shuffled, bonus):
-    sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
-    assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
-
-
-def test_temporal_of_a_typed_reward_and_without_frames_to_shuffle(caplog):
-    """Text, a picture, a clip of two frames: 0, named once, and the run goes on."""
-    sample = Sample("How long?", "10", problem_type="regression")
-    sample.context = rewards.group_context(sample, ["9", "5"], ["0"])
-    assert sample.context == {"accuracy": pytest.approx(0.7), "shuffled_accuracy": 0}
-    assert rewards.temporal("9", sample) == pytest.approx(0.27)
-    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
+def test_temporal(caplog):
+    """Of a typed reward too; without frames to shuffle it is 0, named once."""
+    for true, shuffled, bonus in ((0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)):
+        sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
+        assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
+    typed = Sample("How long?", "10", problem_type="regression", context={"accuracy": 0.7, "shuffled_accuracy": 0})
+    assert rewards.temporal("9", typed) == pytest.approx(0.27)
     rewards.warned.clear()
-    sample.context = rewards.group_context(sample, ["9", "5"], None)
-    assert [score(load_rewards("temporal"), text, sample) for text in ("9", "5")] == [{"temporal": 0}] * 2
+    typed.context = {}
+    assert [score(load_rewards("temporal"), text, typed) for text in ("9", "5")] == [{"temporal": 0}] * 2
     assert caplog.text.count("no frames can be shuffled") == 1
 
 
@@ -79,14 +58,18 @@ def test_totals_that_differ_by_rounding_are_equal():
     assert [reward.weight for reward in load_rewards("accuracy, format")] == [1, 1]
 
 
-def test_unread_list_is_logged_once(caplog):
+def test_what_cannot_be_read_is_said(caplog):
+    unreadable = Sample(QUESTION, "I cannot tell")
+    assert reference_answer(unreadable) is None
+    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
+        accuracy("(A)", unreadable)
     rewards.warned.clear()
     for _ in range(2):
         sample = Sample("Options:\nA left\nB right", "right")
-        assert sample.options == {} and accuracy("right", sample)
+        assert sample.options == {} and accuracy("right", sample) == 1
     assert caplog.text.count("so it counts as an open question") == 1
     letters = Sample("Where?", "B")
-    assert accuracy("(B) right", letters) and not accuracy("A", letters)
+    assert accuracy("(B) right", letters) == 1 and accuracy("A", letters) == 0
     assert "only letters are compared" in caplog.text
 
 
@@ -94,9 +77,9 @@ def test_unread_list_is_logged_once(caplog):
 def user_file(tmp_path):
     file = tmp_path / "my_rewards.py"
     (tmp_path / "beside_it.py").write_text("from math import nan\n")
+    (tmp_path / "broken.py").write_text("def name(:\n")
     file.write_text(
         "import beside_it\n"
-        "def short(text, sample):\n    return len(text) < 10\n"
         "def fails(text, sample):\n    return 1 / 0\n"
         "def nan(text, sample):\n    return beside_it.nan\n"
         "def words(text, sample):\n    return '1'\n"
@@ -133,41 +116,34 @@ def test_first_record_shows_a_mistake(user_file, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "spec, weights, message",
-    [
+def test_bad_spec(user_file):
+    for spec, weights, message in (
         ("acuracy", None, "did you mean accuracy"),
-        ("accuracy,", None, "no reward ''"),
         ("accuracy,accuracy", None, "twice"),
         ("accuracy", [float("nan")], "finite"),
-        ("nowhere.py:fn", None, "no file nowhere.py"),
-        ("FILE:shrt", None, "did you mean short"),
-        ("FILE:narrow", None, r"signature is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
-        ("BROKEN:name", None, "broken.py does not import: SyntaxError"),
-    ],
-)
-def test_bad_spec(user_file, spec, weights, message):
-    broken = user_file.with_name("broken.py")
-    broken.write_text("def name(:\n")
-    with pytest.raises(UserError, match=message):
-        load_rewards(spec.replace("FILE", str(user_file)).replace("BROKEN", str(broken)), weights)
+        ("nowhere.py:fn", None, "nowhere.py does not import: FileNotFoundError"),
+        (f"{user_file}:sourc", None, "did you mean source"),
+        (f"{user_file}:narrow", None, r"is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
+        (f"{user_file.with_name('broken.py')}:name", None, "broken.py does not import: SyntaxError"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_rewards(spec, weights)
 
 
 def test_command(tmp_path):
     """Records of any form, a completion each -> every component; what cannot be judged is refused in its line."""
     rows = [{"record": RECORD, "completion": "<think>x</think><answer>(A)</answer>"}, {**RECORD, "completion": "(B)"}]
     rows += [{"record": {"problem": "?", "solution": "x", "problem_type": "dance"}, "completion": "x"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; rewards.main(); "
-    code += "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, RECORD]))
+    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; from script import cli\ntry: cli(rewards.main)\n"
+    code += "finally: print([name for name in ('torch', 'numpy') if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     *lines, torch = done.stdout.splitlines()
     assert json.loads(lines[0]) == {"accuracy": 1, "format": 1, "repetition": 0}
     assert json.loads(lines[1]) == {"accuracy": 0, "format": 0, "repetition": 0}
     assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
-    wrong = subprocess.run([sys.executable, rewards.__file__, "no.jsonl"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no file no.jsonl" in wrong.stderr
+    assert done.returncode == 2 and "a.jsonl: object 4 has no record and completion" in done.stderr
 
 
 def test_server_judge(monkeypatch, tmp_path):
@@ -197,7 +173,6 @@ def test_server_judge(monkeypatch, tmp_path):
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
     server, judge = start(500)
     with server:
-        judge.prepare(["<answer>Frost</answer>", "Cold"], sample)
-        assert judge("Cold", sample) == 1 and not server.requests, "from the disk"
+        assert judge.fn.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
         with pytest.raises(UserError, match="no response.*HTTP 500"):
             judge("Snow", sample)
