@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
 from judges import judge_for
@@ -256,23 +256,10 @@ def read_score(reply: str | None) -> tuple[str | None, str]:
 SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, repetition, temporal)} | {"judge": ServerJudge}
 
 
-@dataclass
-class Reward:
+class Reward(NamedTuple):
     name: str
     fn: Callable[[str, Sample], float]
-    weight: float = 1.0
-
-    def __call__(self, text: str, sample: Sample) -> float:
-        """The unweighted reward. Raises UserError with its name and the completion if it fails or is not finite."""
-        try:
-            value = self.fn(text, sample)
-        except Exception as error:  # a user's function may raise anything; whatever it is, the run stops with its name
-            what = f"raised {type(error).__name__}: {error}"
-            raise UserError(f"reward {self.name} {what}; completion: {short(text)}") from error
-        if not isinstance(value, Real) or not math.isfinite(value):
-            what = f"returned {value!r}, expected a finite number"
-            raise UserError(f"reward {self.name} {what}; completion: {short(text)}")
-        return float(value)
+    weight: float
 
 
 def load_rewards(spec: str, weights: list[float] | None = None) -> list[Reward]:
@@ -342,8 +329,18 @@ def from_trl(fn: Callable, parameters: dict) -> Callable[[str, Sample], float]:
 
 
 def score(rewards: list[Reward], text: str, sample: Sample) -> dict[str, float]:
-    """Every component apart, unweighted: {name: value}."""
-    return {reward.name: reward(text, sample) for reward in rewards}
+    """Every component apart, unweighted: {name: value}. UserError where one fails or is not finite."""
+    components = {}
+    for name, fn, _ in rewards:
+        try:
+            value = fn(text, sample)
+        except Exception as error:  # a user's function may raise anything; whatever it is, the run stops with its name
+            what = f"raised {type(error).__name__}: {error}"
+            raise UserError(f"reward {name} {what}; completion: {short(text)}") from error
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise UserError(f"reward {name} returned {value!r}, expected a finite number; completion: {short(text)}")
+        components[name] = float(value)
+    return components
 
 
 def total(rewards: list[Reward], components: dict[str, float]) -> float:

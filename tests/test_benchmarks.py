@@ -7,6 +7,7 @@ from pathlib import Path
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import numpy as np
 import pytest
+from lists import cases
 
 import benchmarks
 import clips
@@ -69,84 +70,20 @@ def ask(put, monkeypatch, capsys):
     return run
 
 
-# Each layout: name, files, clips, answers in order, prompt of the first, ours, official, how many cannot be read
+# Each layout: files, clips, answers in order, prompt of the first, ours, official, how many cannot be read
+CASES = cases("benchmarks")
+MVBENCH = CASES[0]["files"]["json/moving_count.json"]
 TAIL = "Please think about this question as if you were a human pondering deeply."
-MVBENCH = [{"video": "a.mp4", "question": "Which way?", "candidates": ["A.M.", "Down"], "answer": "Down"}] * 4
-TEMPCOMPASS = {"question": "Which way does it go?\nA. up\nB. down", "answer": "B. down"}
-YES_NO = [{"question": "Does it go up?", "answer": answer} for answer in ("yes", "no", "no")]
-CAPTIONS = "Which fits?\nCaption A: It goes up.\nCaption B: It goes down."
-VSI = [("object_counting", "2", None), ("object_counting", "2", None), ("object_abs_distance", "100", None)]
-VSI += [(f"object_rel_direction_{kind}", "B", ["A. left", "B. right"]) for kind in ("easy", "medium", "hard")]
-VSI = [{"id": i, "dataset": "scannet", "scene_name": "s0", "question_type": kind, "question": "What?",
-        "ground_truth": true, "options": options} for i, (kind, true, options) in enumerate(VSI)]  # fmt: skip
-MMVU = {"id": "validation_0", "video": "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos/Art/9.mp4",
-        "question_type": "multiple-choice", "question": "Which?", "answer": "C", "metadata": {"subject": "Art"},
-        "choices": dict(zip("ABCDE", "vwxyz"))}  # fmt: skip
-OPEN = MMVU | {"id": "validation_1", "question_type": "open-ended", "choices": "", "answer": "six"}
-MME = {"duration": "short", "videoID": "xyz", "question_id": "001-1", "question": "What?", "answer": "C"}
-MME = [MME | {"options": ["A. Hat.", "B. Dog.", "C. Cup.", "D. Car."]}] * 3
-HOLMES = {"video ID": "v", "Question ID": 7, "Question Type": "SR", "Question": "Who?", "Answer": "D"}
-HOLMES["Options"] = dict(zip("ABCDEF", ("A cat", "A dog", "A bird", "A man", "A car", "A cup")))
-LONG = {"id": "l0", "video_path": "a.mp4", "question": "Who?", "candidates": ["Ann", "Bob"], "duration_group": 15}
-LONG = [LONG | {"correct_choice": 1}] * 2
-SPANS = "AB12C 1.0 4.0##person sits.\n" * 4  # the clip ends at 3.0
-CHARADES = {"AB12C": {"duration": 3.0, "timestamps": [[1.0, 4.0]] * 4, "sentences": ["person sits."] * 4}}
-SPAN = 'To accurately pinpoint the event "person sits." in the video, determine the precise time period of the eve…'
-SPOKEN = "<answer>1.0 to 4.0</answer>", "It is 2 to 4", "<answer>2.0s to 3.0s</answer>", "never"
-R1 = [{"problem": "How far?", "problem_type": "regression", "data_type": "video", "path": "./VSI/a.mp4", "options": [],
-       "solution": "<answer>100</answer>"}] * 2  # fmt: skip
-R1 += [R1[0] | {"problem_type": "multiple choice", "options": ["A. x", "B. y"], "solution": "<answer>B</answer>"}] * 3
-IOU = {"R1@0.3": 3 / 4, "R1@0.5": 2 / 4, "R1@0.7": 1 / 4, "mIoU": (1 + 2 / 3 + 1 / 3) / 4}
-IOU_OFFICIAL = IOU | {"R1@0.3": 2 / 4, "mIoU": (1 + 2 / 3) / 4}
-
-CASES = [
-    ("MVBench", {"json/moving_count.json": MVBENCH}, ["video/clevrer/video_validation/a.mp4"],
-     ["B) Down.", "", "A", "B\nAs (A) is wrong"], "Question: Which way?\nOptions:\n(A) A.M.\n(B) Down\nOnly give the "
-     "best option.", 2 / 4, 3 / 4, 1),
-    ("tempcompass-multi-choice", {"questions/multi-choice.json": {"9": {"speed": [TEMPCOMPASS] * 4}}}, ["videos/9.mp4"],
-     ["B. down", "(B)", "A. up", "Hm"], TEMPCOMPASS["question"] + "\nPlease directly give the best option:",
-     2 / 4, 1 / 4, 1),
-    ("tempcompass-yes_no", {"questions/yes_no.json": {"9": {"action": YES_NO}}}, ["videos/9.mp4"],
-     ["Yes, there is no other.", "nothing moves", "yes"], "Does it go up?\nPlease answer yes or no:", 1 / 3, 2 / 3, 1),
-    ("tempcompass-caption_matching",
-     {"caption_matching.json": {"9": {"order": [{"question": CAPTIONS, "answer": "Caption B: It goes down."}] * 4}}},
-     ["videos/9.mp4"], ["Caption B", "It goes down.", "A.", "Surely B!"],
-     CAPTIONS + "\nPlease directly give the best option:", 2 / 4, 2 / 4, 1),
-    ("vsi-bench", {"test.jsonl": "".join(json.dumps(row) + "\n" for row in VSI)}, ["scannet/s0.mp4"],
-     ["2", "3 chairs", "74", "B", "A", "B\nas it is"],
-     "These are frames of a video.\nWhat?\nPlease answer the question using a single word or phrase.",
-     {"mean of 3 tasks": (1 / 2 + 0.5 + 2 / 3) / 3}, {"mean of 3 tasks": ((1 + 0.1) / 2 + 0.5 + 1 / 3) / 3}, 0),
-    *[("charades-sta", files, [f"{folder}/AB12C.mp4"], SPOKEN, SPAN, IOU, IOU_OFFICIAL, 1) for files, folder in
-      (({"charades_sta_test.txt": SPANS}, "Charades_v1"), ({"charades_test.json": CHARADES}, "Charades_v1_480"))],
-    ("mmvu", {"data/validation.json": [MMVU, OPEN]}, ["videos/Art/9.mp4"], ["C"],
-     "\nQuestion: Which?\nA: v\nB: w\nC: x\nD: y\nE: z\n\nDo not generate any intermediate reasoning process. Answer "
-     "directly with the option letter from the given choices.\n", 1, None, 0),
-    ("Video-MME", {"videomme.json": MME}, ["data/xyz.MP4"], ["The best answer is C.", "Based on C", "?"],
-     "Select the best answer to the following multiple-choice question based on the video. Respond with only the "
-     "letter (A, B, C, or D) of the correct option.\nWhat?\nA. Hat.\nB. Dog.\nC. Cup.\nD. Car.\nThe best answer is:",
-     1 / 3, 1 / 2, 2),
-    ("video-mme", {"test.json": [{"videoID": "v", "questions": MME[:1]}]}, ["data/xyz.mkv"], ["(B)"], "…", 0, 0, 0),
-    ("video-holmes", {"test_Video-Holmes.json": [HOLMES] * 2}, ["videos_cropped/v.mp4"],
-     ["<think>A</think><answer>D</answer>", "<answer>D. A man</answer>"],
-     "Based on the given video, reason and answer the single-choice question. Provide your reasoning between the "
-     "<think> and </think> tags, and then give your final answer between the <answer> and </answer> tags. The question "
-     "is: Who?. The options are: A: A cat, B: A dog, C: A bird, D: A man, E: A car, F: A cup. Your answer:",
-     1, 1 / 2, 0),
-    ("longvideobench", {"lvb_val.json": LONG}, ["videos/a.mp4"], ["B", "A"],
-     "Who?\nA. Ann\nB. Bob\nAnswer with the option's letter from the given choices directly.", 1 / 2, None, 0),
-    ("video-r1-vsibench", {"eval_vsibench.json": R1}, ["Evaluation/VSI/a.mp4"],
-     [f"<think>So.</think><answer>{text}</answer>" for text in ("90", "50", "B", "B.", "A")], f"How far?\n{TAIL}…",
-     {"mean_acc": 2 / 3, "mean_mra": (0.9 + 0.1) / 2}, {"mean_acc": 1 / 3, "mean_mra": None}, 0),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "files", "places", "answers", "prompt", "ours", "official", "unreadable"), CASES)
-def test_layouts_prompts_and_numbers(ask, name, files, places, answers, prompt, ours, official, unreadable):
-    out, score, prompts = ask(name, files, places, answers)
-    ours, official = (each if isinstance(each, dict) else {"accuracy": each} for each in (ours, official))
-    for key, row in ((key, score["table"][key]) for key in ours):
-        assert (row["ours"], row["official"]) == (pytest.approx(ours[key]), pytest.approx(official[key])), key
-        assert (row["asked"], row["unreadable"]) == (len(answers), unreadable)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_layouts_prompts_and_numbers(ask, case):
+    name, answers, prompt = case["name"], case["answers"], case["prompt"]
+    out, score, prompts = ask(name, case["files"], case["clips"], answers)
+    for key, right in case["ours"].items():
+        row = score["table"][key]
+        assert (row["ours"], row["official"]) == (pytest.approx(right), pytest.approx(case["official"][key])), key
+        assert (row["asked"], row["unreadable"]) == (len(answers), case["unreadable"])
     assert f"{name.lower()}: prompt {score['prompt']}, 8 frames of 3136 to 3136 pixels a frame, at most 256 t" in out
     assert prompts[0].split("<|vision_end|>")[1].startswith(f"{prompt}<|im_end|>".partition("…")[0])
     assert not score["missing"] and ("1 open questions are not asked" in out) == (name == "mmvu")
@@ -184,8 +121,11 @@ def test_only_the_span_of_a_clip_is_shown_and_folders_of_frames_are_clips(put):
 
 def test_controls_and_answers_on_disk(ask, tmp_path):
     path, flags = tmp_path / "said.jsonl", ["--output", str(tmp_path / "said.jsonl")]
-    files = {"lvb_val.json": LONG * 2}, ["videos/a.mp4"]
-    out, score, prompts = ask("longvideobench", *files, ["B"] * 12, *flags, "--controls", "blank,shuffled")
+    (case,) = (case for case in CASES if case["name"] == "longvideobench")
+    files = {"lvb_val.json": case["files"]["lvb_val.json"] * 2}
+    out, score, prompts = ask(
+        "longvideobench", files, case["clips"], ["B"] * 12, *flags, "--controls", "blank,shuffled"
+    )
     assert "blank" in out and "shuffled" in out and len(prompts) == 12
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:30])

@@ -157,9 +157,9 @@ def test_server_judge(monkeypatch, tmp_path):
     def start(*script):
         server = Server(*script)
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        (reward,) = load_rewards("judge")
-        reward.fn.client.first_wait, reward.fn.client.tries = 0.01, 3
-        return server, reward
+        ((_, judge, _),) = load_rewards("judge")
+        judge.client.first_wait, judge.client.tries = 0.01, 3
+        return server, judge
 
     sample = Sample("Why?", "It is cold.")
     server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
@@ -168,11 +168,11 @@ def test_server_judge(monkeypatch, tmp_path):
         assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
         assert judge("<think>x</think>", sample) == 0, "nothing was said"
         assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge.fn.client.counts["scored"] == 2 and judge.fn.client.counts["not scored"] == 1
+        assert judge.client.counts["scored"] == 2 and judge.client.counts["not scored"] == 1
         message = server.requests[0][2]["messages"][0]["content"]
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
     server, judge = start(500)
     with server:
-        assert judge.fn.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
+        assert judge.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
         with pytest.raises(UserError, match="no response.*HTTP 500"):
             judge("Snow", sample)
