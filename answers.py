@@ -1,12 +1,9 @@
 r"""Text -> the options of a question, and the one that a completion settles on. No torch, no state.
 
 The rewards, the evaluation and infer.py share these rules; docs/data.md has them as a table.
-  1. What stands inside <think> is ignored, also when the block was never closed.
-  2. The answer stands in the last <answer> block; without one, after the last "Answer:"; without that, in the last
-     line that names an option.
-  3. There, the last option named counts: by its label, "(A)", "A.", "option a", or by its words, in any case.
-  4. A label whose text names another option, as in "(A) Right to Left", is no answer; nor is one that no option has.
-  5. Options named together, "A and B", are no answer. An option that is denied, "not B", is not named.
+The answer stands outside <think>, in the last <answer> block; without one, after the last "Answer:"; without that, in
+the last line that names an option. The option named last counts, by its label or its words. No answer is one that
+contradicts itself, "(A) Right to Left", several together, "A and B", and a denied one, "not B".
 """
 
 import re
@@ -59,11 +56,8 @@ STYLES = [(re.compile(style, re.IGNORECASE | re.MULTILINE), style in BRACKETED) 
 
 @lru_cache(1024)
 def parse_options(question: str) -> dict[str, str]:
-    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list.
-
-    A list has labels of one way of writing in rising order, one or several a line. Of several lists that with most
-    labels at line starts counts, then the longest, then the last.
-    """
+    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list. Of several that
+    with most labels at line starts counts, then the longest, then the last."""
     text, lists = fold(question).replace("**", ""), []
     for style, bracketed in STYLES:
         marks = list(style.finditer(text))
@@ -148,10 +142,8 @@ def answer_span(text: str) -> str | None:
 
 
 def extract_answer(text: str, options: dict[str, str]) -> str | None:
-    """Completion -> label of the option it settles on; without options, its answer's words, normalised.
-
-    None where there is no answer, or one that contradicts itself (module docstring, 4 and 5).
-    """
+    """Completion -> label of the option it settles on; without options, its answer's words, normalised; None where
+    there is no answer."""
     return cached_answer(text, tuple(options.items()))
 
 

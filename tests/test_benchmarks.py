@@ -137,40 +137,19 @@ def test_controls_and_answers_on_disk(ask, tmp_path):
     assert part["asked"] == 2
 
 
-def question(answer, kind="multiple choice", options=()):
-    return Question("", "", "", answer, dict(options), kind, [], None)
+@pytest.mark.parametrize("family, kind, true, text, right", cases("official"))
+def test_what_the_official_scorers_say(family, kind, true, text, right):
+    options = dict(zip("ABCD", LABELS)) if kind == "multiple choice" else {}
+    assert benchmarks.official_score(family, text, Question("", "", "", true, options, kind, [], None)) == right
 
 
 def test_mra_thresholds_bit_for_bit():
     rng = np.random.default_rng(0)
     for true, share in zip(rng.integers(1, 400, 3000).tolist(), rng.choice(np.arange(101), 3000).tolist()):
-        said = repr(true * share / 100)
+        said, q = repr(true * share / 100), Question("", "", "", str(true), {}, "MRA", [], None)
         mra = np.mean(abs(float(said) - true) / true <= 1 - np.linspace(0.5, 0.95, 10))
-        assert benchmarks.official_score("vsi-bench", said, question(str(true), "MRA")) == mra
+        assert benchmarks.official_score("vsi-bench", said, q) == mra
         assert accuracy(said, Sample("", str(true), problem_type="MRA")) == mra
-
-
-CHOICE = question("D", options=zip("ABCD", LABELS))
-NUMERICAL = question("<answer>3.0</answer>", "numerical")
-TEN = question("10", "MRA")
-
-
-@pytest.mark.parametrize(("family", "question", "text", "right"), [
-    *[("mvbench", CHOICE, f"Best option:({text}", right) for text, right in
-      {"": 1, ")": 0, ".": 1, "D": 1, "D) Ascending": 1, "A) or (D)": 0, "The answer is (D)": 0}.items()],
-    ("mvbench", CHOICE, "(D). Ascending", 1), ("mvbench", CHOICE, ")", 1), ("mvbench", CHOICE, "a", 0),
-    ("vsi-bench", CHOICE, "d.", 1), ("vsi-bench", CHOICE, "(D)", 0), ("vsi-bench", CHOICE, "D because", 1),
-    ("vsi-bench", TEN, "8 m", 0.6), ("vsi-bench", TEN, "about 10", 0), ("vsi-bench", TEN, "nan", 0),
-    ("video-mme", CHOICE, "The best answer is: D", 1), ("video-mme", CHOICE, "Best option: D", 0),
-    ("video-mme", CHOICE, "no idea at all", None), ("video-holmes", CHOICE, "", 0),
-    ("video-holmes", CHOICE, "Answer: D", 0), ("video-holmes", CHOICE, "D: by A", 1),
-    ("video-r1", CHOICE, " D ", 1), ("video-r1", NUMERICAL, "three", 0), ("video-r1", NUMERICAL, "3", 0),
-    ("video-r1", CHOICE, "<answer>A</answer> <answer>D</answer>", 0), ("video-r1", NUMERICAL, "3.001", 1),
-    ("charades-sta", question("1 to 5"), "4 to 9, or 1 to 3", 0.5), ("charades-sta", question("1 to 5"), "1s - 5s", 0),
-    ("longvideobench", CHOICE, "D", None),
-])  # fmt: skip
-def test_what_the_official_scorers_say(family, question, text, right):
-    assert benchmarks.official_score(family, text, question) == right
 
 
 def test_mistakes_end_in_one_line(put):

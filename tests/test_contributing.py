@@ -45,11 +45,11 @@ def test_the_option(tmp_path):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / "model", tmp_path / "model")
     for part in re.split(r"^# (?=\S+\.py$)", f"# config.py\n{block('CONTRIBUTING.md', 'config.py')}", flags=re.M)[1:]:
-        name, _, diff = part.partition("\n")
-        cut = lambda signs, diff=diff: "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in signs)
+        name, *diff = part.splitlines()
+        before, after = ("".join(f"{line[1:]}\n" for line in diff if line[0] in signs) for signs in (" -", " +"))
         source = (tmp_path / name).read_text(encoding="utf-8")
-        assert source.count(cut(" -")) == 1, f"{name} does not hold the lines of the example once"
-        (tmp_path / name).write_text(source.replace(cut(" -"), cut(" +")), encoding="utf-8")
+        assert source.count(before) == 1, f"{name} does not hold the lines of the example once"
+        (tmp_path / name).write_text(source.replace(before, after), encoding="utf-8")
 
     def parse(*flags):
         code = "from config import SFT, cli, parse; print(cli(lambda: parse(SFT)).eval_temperature)"

@@ -21,10 +21,9 @@ BAD = [f"{T}{A} Bye.", f"Well. {T}{A}", f"{T} so {A}", A + T, T + T + A, T + A +
        f"{T}<answer>(A)", f"<think> </think>{A}", f"{T}<answer></answer>", "Answer: (A) Left to Right"]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, expected", [(text, 1) for text in GOOD] + [(text, 0) for text in BAD])
-def test_format(text, expected):
-    assert rewards.format(text, PLAIN) == expected
-    assert rewards.format(text, Sample(QUESTION, "(A)", truncated=True)) == 0
+def test_format():
+    assert [rewards.format(text, PLAIN) for text in GOOD + BAD] == [1] * len(GOOD) + [0] * len(BAD)
+    assert rewards.format(GOOD[0], Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
 def test_length_and_repetition():
