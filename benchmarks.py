@@ -171,11 +171,8 @@ def totals(family: str, scores: list[tuple[Question, float]]) -> dict[str, float
 
 
 class Task:
-    """The questions of a benchmark whose clips are there, as `records`, and what becomes of their answers.
-
-    cfg: a config.Infer whose `video` is the benchmark's folder; its `output` and `controls` are filled in where they
-    were not given. UserError for an unknown name or prompt, and where no annotation file or no clip is there.
-    """
+    """The questions of a benchmark whose clips are there, as `records`, and what becomes of their answers. cfg: a
+    config.Infer whose `video` is the benchmark's folder; `output` and `controls` are filled in if not given."""
 
     def __init__(self, cfg):
         root, self.cfg, self.benchmark = Path(cfg.video), cfg, load_benchmark(cfg.benchmark)

@@ -51,12 +51,9 @@ def check_answer(number, record):
         raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
-def answerable(cfg, what, records, most=None):
-    """The records whose right answer can be read, and a note that counts the others and names the first.
-
-    A fault beyond the first CHECKED_RECORDS is raised when its record is taken, and counted then. UserError if more
-    than `most` of those looked at are faulty, max_skip_share unless given.
-    """
+def answerable(cfg, what, records, strict=True):
+    """The records whose right answer can be read, and a note that counts the others and names the first. UserError if
+    strict and more than max_skip_share of those looked at are faulty."""
     looked_at, faults = min(len(records), CHECKED_RECORDS), {}
     for number in range(looked_at):
         try:
@@ -68,7 +65,7 @@ def answerable(cfg, what, records, most=None):
         return good, []
     note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
     first = f"the first: {next(iter(faults.values()))}"
-    if most is None and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
+    if strict and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
         raise UserError(f"{note}, max_skip_share is {cfg.max_skip_share}; {first}")
     return good, [f"{note}, so they are left out; {first}"]
 
@@ -258,10 +255,7 @@ def short_hash(facts: dict) -> str:
 
 class Predictions:
     """The answers of an evaluation in a .jsonl, a line for each as it comes; what is there already need not be asked.
-
-    made_by: what the answers depend on besides their records. A last line cut short is removed.
-    UserError where the lines are of other records, or made by another model or other settings.
-    """
+    A last line cut short is removed. UserError for lines of other records, or `made_by` another model or settings."""
 
     def __init__(self, path, records, made_by: dict):
         self.path, self.records, self.made_by = Path(path), records, made_by
