@@ -37,23 +37,7 @@ def test_list_made_by_hand(listed, data):
         assert accuracy(text, sample) == (named == right), "options in a column of their own"
 
 
-@pytest.mark.parametrize(
-    "question, options",
-    [
-        ("Where to? A. left B. right C. up", {"A": "left", "B": "right", "C": "up"}),
-        ("Where to? (A) left, (B) up or (C) down", {"A": "left", "B": "up", "C": "down"}),
-        ("Steps:\n1. He enters\n2. He sits\nWhat next?\nA. stands\nB. leaves", {"A": "stands", "B": "leaves"}),
-        ("Compare (A) the cat with (B) the dog.\n(A) left\n(B) right", {"A": "left", "B": "right"}),
-        ("(A) both (B) and (C)\n(B) the cone\n(C) it", {"A": "both (B) and (C)", "B": "the cone", "C": "it"}),
-        ("Where to?\nA、左\nB、右", {"A": "左", "B": "右"}),
-        ("(1) yes (it does)\n(2) no", {"1": "yes (it does)", "2": "no"}),
-        ("Say (A), (B) or (C).\n (A) Left;\n (B) Right;\n (C) Up.", {"A": "Left", "B": "Right", "C": "Up"}),
-        ("Which way?\n(A) Left (B) Right\n(C) Down (D) Up", {"A": "Left", "B": "Right", "C": "Down", "D": "Up"}),
-        ("Where to?\nA:\nleft\nB:\nright", {"A": "left", "B": "right"}),
-        ("At 0:05 he runs 12.5 m\n3.14 is pi\n2.71 is e", {}), ("Mr. X\nDr. Y", {}),
-        ("A. Smith and B. Jones meet. Who speaks?", {}), ("A. Smith asks: what happens?", {}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("question, options", cases("lists"))
 def test_list(question, options):
     assert parse_options(question) == options
 

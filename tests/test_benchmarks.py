@@ -26,23 +26,19 @@ BASE = ["--model_id", str(TINY), "--model_ckpt", "none"]
 LABELS = ["Left to Right", "Right to Left", "Falling Down", "Ascending"]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Three seconds of a ball that moves to the right."""
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    clips.write_mp4(path, clips.render(clips.draw_clip(np.random.default_rng(0), LABELS[0], 64, 90)))
-    return path.read_bytes()
-
-
 @pytest.fixture
-def put(tmp_path, clip):
-    """put({path: JSON, text or bytes}, paths of clips) writes a benchmark's folder and returns it."""
+def put(tmp_path):
+    """put({path: JSON, text or bytes}, paths of clips) writes a benchmark's folder and returns it. Each clip is three
+    seconds of a ball that moves to the right."""
 
     def write(files, places=()):
-        for path, data in (files | dict.fromkeys(places, clip)).items():
+        for path, data in files.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             text = data if isinstance(data, str | bytes) else json.dumps(data)
             (tmp_path / path).write_bytes(text if isinstance(text, bytes) else text.encode())
+        for path in places:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            clips.write_mp4(tmp_path / path, clips.render(clips.draw_clip(np.random.default_rng(0), LABELS[0], 64, 90)))
         return str(tmp_path)
 
     return write

@@ -72,25 +72,26 @@ def test_what_cannot_be_read_is_said(caplog):
     assert "only letters are compared" in caplog.text
 
 
+MY_REWARDS = """
+import beside_it
+def fails(text, sample): return 1 / 0
+def nan(text, sample): return beside_it.nan
+def words(text, sample): return "1"
+def source(text, sample): return sample.record["source"] == text
+def narrow(text): return 1.0
+def trl(completions, source, **kwargs): return [float(text == s) for text, s in zip(completions, source, strict=True)]
+def trl_chat(prompts, completions, solution): return [len(c[0]["content"]) for c in completions]
+def trl_none(completions, **kwargs): return [None]
+def trl_two(completions, **kwargs): return [1.0, 2.0]
+"""
+
+
 @pytest.fixture
 def user_file(tmp_path):
-    file = tmp_path / "my_rewards.py"
     (tmp_path / "beside_it.py").write_text("from math import nan\n")
     (tmp_path / "broken.py").write_text("def name(:\n")
-    file.write_text(
-        "import beside_it\n"
-        "def fails(text, sample):\n    return 1 / 0\n"
-        "def nan(text, sample):\n    return beside_it.nan\n"
-        "def words(text, sample):\n    return '1'\n"
-        "def source(text, sample):\n    return sample.record['source'] == text\n"
-        "def narrow(text):\n    return 1.0\n"
-        "def trl(completions, source, **kwargs):\n"
-        "    return [float(text == s) for text, s in zip(completions, source, strict=True)]\n"
-        "def trl_chat(prompts, completions, solution):\n    return [len(c[0]['content']) for c in completions]\n"
-        "def trl_none(completions, **kwargs):\n    return [None]\n"
-        "def trl_two(completions, **kwargs):\n    return [1.0, 2.0]\n"
-    )
-    return file
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    return tmp_path / "my_rewards.py"
 
 
 RECORD = {"question": QUESTION, "answer": "(A)", "source": "a"}
