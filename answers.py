@@ -156,7 +156,7 @@ def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None
         if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
             return None
         if any(mention.sure for mention in mentions):
-            return settled_option(span, mentions, dict(options))
+            return settled_option(mentions, dict(options))
     return None
 
 
@@ -184,7 +184,7 @@ class Mention(NamedTuple):
     sure: bool = True
 
 
-def settled_option(span: str, mentions: list[Mention], options: dict[str, str]) -> str | None:
+def settled_option(mentions: list[Mention], options: dict[str, str]) -> str | None:
     """The label of the option named last, None for a contradiction."""
     last = next((mention for mention in reversed(mentions) if mention.is_label and mention.sure), None)
     if last is None:
@@ -193,8 +193,6 @@ def settled_option(span: str, mentions: list[Mention], options: dict[str, str]) 
     (label,) = last.labels
     behind = [mention for mention in mentions if mention.start >= last.end and not mention.is_label]
     agrees = label in options and all(label in mention.labels for mention in behind)
-    if len(options) == 1 and not behind:  # of a question without a list: other words are another answer
-        agrees &= not span[last.end :].strip(" .,;:!)]") or not options[label]
     return label if agrees else None
 
 

@@ -67,9 +67,7 @@ def options_of(question: str, answer: str, is_choice: bool) -> dict[str, str]:
         return ANY_LETTER
     if re.search(r"^\W*[A1]\b.*\n\W*[B2]\b|\b(?:options|choices)\s*:", question, re.MULTILINE | re.IGNORECASE):
         warn_once("options", f"{unread} it counts as an open question")
-    # a question without a list may still have an answer with label and words, "(A) Left to Right"
-    labelled = re.match(r"[(\[]([A-Z])[)\]]\s*(.+)", words)
-    return {labelled[1]: labelled[2]} if labelled else {}
+    return {}
 
 
 def warn_once(what: str, message: str) -> None:
