@@ -104,20 +104,15 @@ def test_boxes(true, said, seconds, others):
     assert reward("spatial-temporal grounding", *tube) == pytest.approx((time + mean) / 2)
 
 
-TUBE = '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
-SOLUTIONS = {"multiple choice": "B", "tracking": "[[0, 0, 9, 9]]"}
-SOLUTIONS |= dict.fromkeys(["spatial-temporal", "spatial-temporal grounding"], TUBE)
-SOLUTIONS |= dict.fromkeys(["timestamp", "temporal grounding", "time span", "timestamp tIoU"], "3 to 8")
-SOLUTIONS |= {"span set": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
+SOLUTIONS = {kind: true for kind, true, said, expected in cases("judges") if said == true and expected == 1}
 
 
-@pytest.mark.parametrize("kind", JUDGES)
+@pytest.mark.parametrize("kind, true", SOLUTIONS.items())
 @settings(max_examples=25)
 @given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
-def test_from_0_to_1_whatever_is_said(kind, said):
-    """The solution itself is 1, in any spelling of the type; hedging with it inside <think> earns nothing."""
-    true = SOLUTIONS.get(kind, "no" if kind == "yes or no" else "12")
+def test_from_0_to_1_whatever_is_said(kind, true, said):
+    """In any spelling of the type; the solution said inside <think> earns nothing."""
+    assert JUDGES.keys() <= SOLUTIONS.keys()
     assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
-    assert reward(kind, true, true, duration=10) == 1
     sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})
     assert 0 == accuracy(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)
