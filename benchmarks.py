@@ -7,13 +7,12 @@ judges.py and answers.py, and the official scorer's, its published rule stated a
 
 import json
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from answers import LETTERS
-from evaluate import mean
+from evaluate import Evaluation, mean
 from model import UserError, nearest_path
 from records import spread
 from rewards import Sample, accuracy, read_answer, sample_from_record, without_label
@@ -172,7 +171,7 @@ def totals(family: str, scores: list[tuple[Question, float]]) -> dict[str, float
 
 class Task:
     """The questions of a benchmark whose clips are there, as `records`, and what becomes of their answers. cfg: a
-    config.Infer whose `video` is the benchmark's folder; `output` and `controls` are filled in if not given."""
+    config.Infer whose `video` is the benchmark's folder; no `controls` unless they are given."""
 
     def __init__(self, cfg):
         root, self.cfg, self.benchmark = Path(cfg.video), cfg, load_benchmark(cfg.benchmark)
@@ -189,8 +188,6 @@ class Task:
             raise UserError(f"--benchmark {cfg.benchmark}: none of its clips is in {root}; expected {first}")
         there = spread(there, cfg.max_samples, cfg.seed)
         self.questions, self.records = [q for q, _ in there], [self.record(*each) for each in there]
-        self.folder = tempfile.TemporaryDirectory(prefix="benchmark_")
-        cfg.output = cfg.output or f"{self.folder.name}/predictions.jsonl"
         cfg.controls = cfg.controls if "controls" in cfg.given else "none"
 
     def record(self, q: Question, place: Path) -> dict:
@@ -215,14 +212,14 @@ class Task:
             record |= {"video_start": q.span[0], "video_end": q.span[1]}
         return record
 
-    def report(self) -> dict:
-        """Print the numbers of the answers in the predictions file, and what they were got with; the same as a dict."""
+    def report(self, result: Evaluation) -> dict:
+        """Print the numbers of the answers, and what they were got with; the same as a dict."""
         family, answers, table = self.benchmark["family"], [], {}
-        for row in map(json.loads, Path(self.cfg.output).read_text(encoding="utf-8").splitlines()):
-            q, sample = self.questions[row["number"]], sample_from_record(self.records[row["number"]])
-            text = first_answer(row["text"]) if self.style == "video-r1" else row["text"]
-            unreadable = read_answer(row["text"], sample) is None
-            answers.append((q, unreadable, row["right"], official_score(family, text, q)))
+        for number, line in result.answers.items():
+            q, sample = self.questions[number], sample_from_record(self.records[number])
+            text = first_answer(line["text"]) if self.style == "video-r1" else line["text"]
+            unreadable = read_answer(line["text"], sample) is None
+            answers.append((q, unreadable, line["right"], official_score(family, text, q)))
         for task in [*sorted({q.task for q, *_ in answers}), None]:
             some = [each for each in answers if task in (each[0].task, None)]
             scores = [[(each[0], each[i]) for each in some if each[i] is not None] for i in (2, 3)]

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -70,54 +69,47 @@ def answerable(cfg, what, records, strict=True):
     return good, [f"{note}, so they are left out; {first}"]
 
 
-class Judged(NamedTuple):
-    """An answer beside the right one."""
-
-    true: str  # the right answer's words
-    said: str  # the model's
-    options: int  # how many the question has; 0 for an open one, and where they could not be read
-    right: float  # the accuracy reward
-    task: str = ""  # the record's problem_type, or "multiple choice", or "open"
-
-
 @dataclass
 class Evaluation:
     """What an evaluation gave, of all ranks. Accuracies are None where nothing was answered."""
 
-    answers: dict[int, Judged]  # by the number of the record
+    # By the number of the record, as in --output: among others "true" and "said" (words of the right answer and of the
+    # model's), "right" (the accuracy reward), "options" (how many the question has, 0 for an open one), "task"
+    answers: dict[int, dict]
     skipped: dict[int, str] = field(default_factory=dict)  # number of a record that could not be read -> why
     rows: list[dict] = field(default_factory=list)  # of rollouts.jsonl: the first answers as they were given
     controls: dict[str, "Evaluation"] = field(default_factory=dict)  # with the frames reversed, shuffled, blank
     known: int = 0  # answers that were there before
 
     count = property(lambda self: len(self.answers))
-    right = property(lambda self: sum(answer.right for answer in self.answers.values()))
+    right = property(lambda self: sum(answer["right"] for answer in self.answers.values()))
     accuracy = property(lambda self: self.right / self.count if self.count else None)
     interval = property(lambda self: wilson(self.right, self.count) if self.count else None)
 
     @property
     def chance(self) -> float | None:
         """Accuracy of blind guessing among the options; None where no question has any."""
-        return mean([1 / answer.options for answer in self.answers.values() if answer.options])
+        return mean([1 / answer["options"] for answer in self.answers.values() if answer["options"]])
 
     @property
     def by_task(self) -> dict[str, "Evaluation"]:
         """Each task's own answers, in alphabetical order."""
-        of = lambda task: {number: answer for number, answer in self.answers.items() if answer.task == task}
-        return {task: Evaluation(of(task)) for task in sorted({answer.task for answer in self.answers.values()})}
+        of = lambda task: {number: answer for number, answer in self.answers.items() if answer["task"] == task}
+        return {task: Evaluation(of(task)) for task in sorted({answer["task"] for answer in self.answers.values()})}
 
     @property
     def confusion(self) -> dict[str, Counter]:
         """{right answer: {answer: count}}, in alphabetical order."""
         table = {}
-        for answer in sorted(self.answers.values()):
-            table.setdefault(answer.true, Counter())[answer.said] += 1
+        for true, said in sorted((answer["true"], answer["said"]) for answer in self.answers.values()):
+            table.setdefault(true, Counter())[said] += 1
         return table
 
     def facts(self, plain: "Evaluation") -> dict:
         """Accuracy for a log, and the share of answers that `changed` against those to the frames as they are, and that
         `flipped` to the opposite, of those that have one."""
-        pairs = [(plain.answers[i].said, answer.said) for i, answer in self.answers.items() if i in plain.answers]
+        both = self.answers.keys() & plain.answers.keys()
+        pairs = [(plain.answers[number]["said"], self.answers[number]["said"]) for number in both]
         flipped = [opposite(before) == after.casefold() for before, after in pairs if opposite(before)]
         facts = {name: getattr(self, name) for name in ("accuracy", "interval", "right", "count")}
         return facts | {"changed": mean([before != after for before, after in pairs]), "flipped": mean(flipped)}
@@ -163,14 +155,9 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
                 rollout.text = example.record.get("answer_prefix", "") + rollout.text
                 rollout.right = rollout.reward = float(accuracy(rollout.text, sample)) if rollout.finite else 0.0
                 rollout.components = {"accuracy": rollout.right}
-                labels = reference_answer(sample), extract_answer(rollout.text, sample.options)
-                true, said = (sample.options.get(label) or label or NO_ANSWER for label in labels)
-                task = sample.problem_type or ("multiple choice" if sample.options else "open")
-                choices = sum(map(bool, sample.options.values()))
-                answers[number] = Judged(true, said, choices, rollout.right, task)
+                answers[number] = answer_line(example.record, replace(sample, truncated=not rollout.finished), rollout)
                 if predictions:
-                    sample.truncated = not rollout.finished
-                    predictions.write(number, sample, rollout.text, answers[number])
+                    predictions.write(number, answers[number])
                 if number < EVAL_SHOWN:
                     facts, group = facts_of(example.record, sample), Group(number, len(example), [rollout])
                     line = row(step, facts, group, rollout, decode_token)
@@ -190,6 +177,16 @@ def readable(prompts, skipped, bar):
             skipped[prompt[0]] = str(prompt[1])
         else:
             yield prompt
+
+
+def answer_line(record, sample: Sample, rollout) -> dict:
+    """A line of --output."""
+    labels = reference_answer(sample), extract_answer(rollout.text, sample.options)
+    true, said = (sample.options.get(label) or label or NO_ANSWER for label in labels)
+    line = {"id": record.get("id", record_name(record)), "prompt": sample.question, "text": rollout.text}
+    line |= {"answer": sample.answer, "true": true, "said": said, "options": sum(map(bool, sample.options.values()))}
+    line |= {"right": rollout.right, "rewards": rollout.components | {"format": format(rollout.text, sample)}}
+    return line | {"task": sample.problem_type or ("multiple choice" if sample.options else "open")}
 
 
 def progress(total, rank=0, **more):
@@ -259,7 +256,7 @@ class Predictions:
 
     def __init__(self, path, records, made_by: dict):
         self.path, self.records, self.made_by = Path(path), records, made_by
-        self.known: dict[int, Judged] = {}
+        self.known: dict[int, dict] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -268,16 +265,13 @@ class Predictions:
                 number = line["number"]
                 if (line["record_hash"], line["made_by"]) != (short_hash(records[number]), made_by):
                     raise ValueError(f"line {len(self.known) + 1} is of {line['id']}, by {line['made_by']}")
-                self.known[number] = Judged(*(line[name] for name in Judged._fields))
+                self.known[number] = line
         except (ValueError, KeyError, TypeError, IndexError) as error:
             problem = f"--output: {path} holds other lines than predictions of these records by this model ({error})"
             raise UserError(f"{problem}; choose another file") from None
         if whole != data:
             self.path.write_bytes(whole)
 
-    def write(self, number: int, sample: Sample, text: str, judged: Judged):
-        record = self.records[number]
-        line = {"number": number, "id": record.get("id", record_name(record)), "record_hash": short_hash(record)}
-        line |= {"prompt": sample.question, "text": text, "answer": sample.answer, **judged._asdict()}
-        line |= {"rewards": {"accuracy": judged.right, "format": format(text, sample)}, "made_by": self.made_by}
-        append_lines(self.path, [line])
+    def write(self, number: int, line: dict):
+        source = {"record_hash": short_hash(self.records[number]), "made_by": self.made_by}
+        append_lines(self.path, [{"number": number, **line, **source}])

@@ -365,9 +365,10 @@ def main(argv=None):
         from benchmarks import Task  # not at the top: it imports torch
 
         task = Task(cfg)
-        facts = show_evaluation(model, task.records) | {"benchmark": task.report()}
+        facts, result = show_evaluation(model, task.records)
+        facts["benchmark"] = task.report(result)
     else:
-        facts = show_evaluation(model, read_records(cfg.data_path)) if cfg.data_path else show_answer(model)
+        facts = show_evaluation(model, read_records(cfg.data_path))[0] if cfg.data_path else show_answer(model)
         for line in grpo_command(model.adapter, cfg.model_ckpt):
             print(line)
     if cfg.json:
@@ -408,7 +409,7 @@ def show_answer(model):
 
 
 def show_evaluation(model, records):
-    """Evaluate records, print the tables; returns the facts for --json."""
+    """Evaluate records, print the tables; returns the facts for --json, and the Evaluation."""
     began, cfg = time.perf_counter(), model.cfg
     print(describe(model))
     result = model.evaluate(records)
@@ -422,7 +423,7 @@ def show_evaluation(model, records):
     facts |= {"chance": result.chance, "confusion": result.confusion, "controls": controls}
     facts |= {key: controls.get("reversed", {}).get(key) for key in ("changed", "flipped")}
     facts["tasks"] = {task: {"right": own.right, "count": own.count} for task, own in result.by_task.items()}
-    return facts | {"seconds": round(time.perf_counter() - began, 2)}
+    return facts | {"seconds": round(time.perf_counter() - began, 2)}, result
 
 
 def print_tables(result, controls, most=8):
@@ -436,7 +437,7 @@ def print_tables(result, controls, most=8):
         right, interval = f"{row['right']:g}/{row['count']}", " to ".join(map(share, row["interval"]))
         against = f"{share(row['changed']):>8}{share(row['flipped']):>9}" if name in controls else ""
         print(f"{name:<12}{right:>10}{share(row['accuracy']):>10}   {interval:<18}{against}".rstrip())
-    choices = sum(answer.options > 0 for answer in result.answers.values())
+    choices = sum(answer["options"] > 0 for answer in result.answers.values())
     of = f" of the {choices} with options" if 0 < choices < result.count else ""
     print(
         f"chance is {share(result.chance)}{of}; changed: other than for the clip as it is; flipped: become the opposite"
