@@ -28,9 +28,9 @@ def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypat
     flags = re.sub(r"--num_samples \d+", "--num_samples 8", quickstart.CLIPS).replace("0.7143", "0.5")
     monkeypatch.setattr(sys, "argv", ["generate.py", "--output_dir", str(tmp_path / "data"), *flags.split()])
     generate.main()
-    names = [f"{tmp_path}/my_rewards.py:{name}" for name in ("shortness", "names_motion")]
+    names = f"accuracy,{tmp_path}/my_rewards.py:shortness,{tmp_path}/my_rewards.py:names_motion"
     options = {"model_id": ROOT / "assets/tiny", "data_path": tmp_path / "data/train.json", "max_steps": 1}
-    folder = grpo("run", **options, rewards=",".join(["accuracy", *names]), max_completion_length=48)
+    folder = grpo("run", **options, rewards=names, max_completion_length=48)
     rows = [row for row in lines(folder, "rollouts.jsonl") if "advantage" in row]
     assert len(rows) == 16
     for row in rows:
