@@ -157,7 +157,7 @@ def test_mistakes_end_in_one_line(put):
         ("mvbench", folder): "none of its clips is in .*; expected video/clevrer/video_validation/a.mp4",
         ("longvideobench", folder + "/broken"): "lvb_val.json: not as it is published .KeyError: 'candidates'.",
         ("mvbench", folder, "--prompt", "cot"): "--prompt: found 'cot', expected official or video-r1",
-        ("mvbench",): "expected the benchmark's folder: --benchmark mvbench DIR",
+        ("mvbench",): "no clip given; expected .*--benchmark mvbench DIR",
     }
     for argv, message in mistakes.items():
         with pytest.raises(UserError, match=message) as error:
