@@ -64,11 +64,9 @@ def parse_options(question: str) -> dict[str, str]:
         for i, first in enumerate(marks):
             if first["label"] not in ("A", "a", "1") and not (bracketed and first["lead"] is not None):
                 continue
-            by_lines = [mark for mark in marks[i + 1 :] if None not in (mark["lead"], first["lead"])]
-            for chain in (
-                chain_of(first, marks[i + 1 :], most=1),
-                chain_of(first, by_lines, most=9 if bracketed else 1),
-            ):
+            later = marks[i + 1 : i + 100]  # of a text full of labels not all
+            by_lines = [mark for mark in later if None not in (mark["lead"], first["lead"])]
+            for chain in (chain_of(first, later), chain_of(first, by_lines, most=9 if bracketed else 1)):
                 options = words_of(text, chain)
                 if len(options) > 1 and (bracketed or behind_question(text, chain)):
                     lists.append((sum(mark["lead"] is not None for mark in chain), len(chain), options))

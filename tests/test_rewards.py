@@ -38,14 +38,13 @@ def test_length_and_repetition():
 
 def test_temporal(caplog):
     """Of a typed reward too; without frames to shuffle it is 0, named once."""
-    for true, shuffled, bonus in ((0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)):
-        sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
-        assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
-    typed = Sample("How long?", "10", problem_type="regression", context={"accuracy": 0.7, "shuffled_accuracy": 0})
-    assert rewards.temporal("9", typed) == pytest.approx(0.27)
+    sample = Sample("How long?", "10", problem_type="regression")
+    for true, shuffled, bonus in ((0.75, 0.5, 0.27), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)):
+        sample.context = {"accuracy": true, "shuffled_accuracy": shuffled}
+        assert rewards.temporal("9", sample) == pytest.approx(bonus) and rewards.temporal("late", sample) == 0
     rewards.warned.clear()
-    typed.context = {}
-    assert [score(load_rewards("temporal"), text, typed) for text in ("9", "5")] == [{"temporal": 0}] * 2
+    sample.context = {}
+    assert [score(load_rewards("temporal"), text, sample) for text in ("9", "5")] == [{"temporal": 0}] * 2
     assert caplog.text.count("no frames can be shuffled") == 1
 
 
