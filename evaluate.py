@@ -42,24 +42,16 @@ def held_out_records(cfg):
     return [] if path is None else spread(read_records(path), cfg.eval_samples, cfg.seed)
 
 
-def check_answer(number, record):
-    """UserError, naming the sample, if its right answer cannot be read."""
-    try:
-        check_solution(record)
-    except UserError as error:
-        raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
-
-
 def answerable(cfg, what, records, strict=True):
     """The records whose right answer can be read, and a note that counts the others and names the first. UserError if
     strict and more than max_skip_share of those looked at are faulty."""
     looked_at, faults = min(len(records), CHECKED_RECORDS), {}
     for number in range(looked_at):
         try:
-            check_answer(number, records[number])
+            check_solution(number, records[number])
         except UserError as error:
             faults[number] = error
-    good = Selection(records, (i for i in range(len(records)) if i not in faults), check_answer)
+    good = Selection(records, (i for i in range(len(records)) if i not in faults), check_solution)
     if not faults:
         return good, []
     note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
@@ -142,7 +134,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
     known = predictions.known if predictions else {}
     answers, skipped, rows = dict(known), {}, []
     numbers = [i for i in range(ranks.rank(), len(records), ranks.world_size()) if i not in known]
-    prompts = Selection(records, range(len(records)), check_answer)
+    prompts = Selection(records, range(len(records)), check_solution)
     prompts = examples(sampler.processor, prompts, numbers, control, sampler.cfg.dataloader_num_workers)
     mode = sampler.model.training
     sampler.model.eval()

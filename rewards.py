@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
 from judges import judge_for
 from model import UserError, nearest, nearest_path
-from records import first_of, read_form, read_records
+from records import first_of, read_form, read_records, record_name
 
 ANY_LETTER = dict.fromkeys(LETTERS, "")  # the options of a question whose list is not there, or cannot be read
 short = lambda text: repr(text[:300])
@@ -121,9 +121,12 @@ def reference_answer(sample: Sample) -> str | None:
     return extract_answer(sample.answer, sample.options)
 
 
-def check_solution(record: dict) -> None:
-    """For loading data: UserError for an unknown problem_type, and where the dataset's own answer cannot be read."""
-    accuracy("", sample_from_record(record))
+def check_solution(number: int, record: dict) -> None:
+    """UserError, naming the sample, for an unknown problem_type, and where the dataset's own answer cannot be read."""
+    try:
+        accuracy("", sample_from_record(record))
+    except UserError as error:
+        raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
 def accuracy(text: str, sample: Sample) -> float:
@@ -351,7 +354,7 @@ def main() -> None:
         if not isinstance(text, str) or not isinstance(record, dict):
             raise UserError(f"{cfg.file}: object {number} has no record and completion")
         try:
-            check_solution(record)
+            check_solution(number, record)
         except UserError as error:
             print(json.dumps({"refused": str(error)}, ensure_ascii=False))
             continue

@@ -20,7 +20,7 @@ settings.load_profile("busy machine")
 
 def reward(kind, solution, said, **columns):
     record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
-    check_solution(record)
+    check_solution(0, record)
     return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
 
 
