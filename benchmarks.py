@@ -78,7 +78,7 @@ def read_question(row: dict, benchmark: dict) -> Question:
     if kind == "time span":  # it is what is asked for; an end behind the clip's own stays as it is
         row, span = row | {"span": f"{span[0]} to {span[1]}"}, None
     answer = row[names["answer"]]
-    if not isinstance(answer, str) or (isinstance(words, list) and answer in words):  # its place, or its words
+    if not isinstance(answer, str) or (isinstance(words, list) and answer in words):  # its position, or its words
         answer = LETTERS[answer if isinstance(answer, int) else words.index(answer)]
     folders = benchmark.get("folders", {}).get(row["file"], [""])
     clips = [clip.format(**row, folder=folder) for folder in folders for clip in benchmark["clips"]]
@@ -180,9 +180,9 @@ class Task:
             raise UserError(f"--prompt: found {cfg.prompt!r}, expected official or video-r1 beside --benchmark")
         self.style = cfg.prompt if "prompts" in self.benchmark else "video-r1"  # its own files have no other
         every = read_questions(self.benchmark, root)
-        placed = [(q, next((root / clip for clip in q.clips if (root / clip).exists()), None)) for q in every if q.kind]
-        self.missing, self.unjudged = [q for q, place in placed if not place], len(every) - len(placed)
-        there = [each for each in placed if each[1]]
+        paired = [(q, next((root / clip for clip in q.clips if (root / clip).exists()), None)) for q in every if q.kind]
+        self.missing, self.unjudged = [q for q, path in paired if not path], len(every) - len(paired)
+        there = [each for each in paired if each[1]]
         if not there:
             first = every[0].clips[0] if every else "any question"
             raise UserError(f"--benchmark {cfg.benchmark}: none of its clips is in {root}; expected {first}")
@@ -190,7 +190,7 @@ class Task:
         self.questions, self.records = [q for q, _ in there], [self.record(*each) for each in there]
         cfg.controls = cfg.controls if "controls" in cfg.given else "none"
 
-    def record(self, q: Question, place: Path) -> dict:
+    def record(self, q: Question, path: Path) -> dict:
         """The question as records.py reads it, with its prompt."""
         benchmark, lines = self.benchmark, lambda form: [form.format(*option) for option in q.options.items()]
         if self.style == "video-r1":
@@ -199,8 +199,8 @@ class Task:
         else:
             options = benchmark.get("between", "\n").join(lines(benchmark.get("option", "{}. {}")))
             prompt = benchmark["prompts"][q.kind].format(question=q.text, options=options)
-        media = {"type": "video", "video": str(place)}
-        if place.is_dir():
+        media = {"type": "video", "video": str(path)}
+        if path.is_dir():
             media |= {"fps": FRAME_RATE} | ({"nframes": self.cfg.nframes} if self.cfg.nframes else {})
         messages = [{"role": "user", "content": [media, {"type": "text", "text": prompt}]}]
         record = {"id": q.id, "messages": messages, "solution": q.answer, "problem_type": q.kind}
@@ -208,7 +208,7 @@ class Task:
             messages.insert(0, {"role": "system", "content": benchmark["system"]})
             record["answer_prefix"] = benchmark["prefix"]
         record |= {"options": q.options} if q.options else {}
-        if q.span and "_segment" not in place.parent.name:  # there clips are cut to it already
+        if q.span and "_segment" not in path.parent.name:  # there clips are cut to it already
             record |= {"video_start": q.span[0], "video_end": q.span[1]}
         return record
 
