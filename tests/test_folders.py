@@ -15,7 +15,7 @@ import folders
 import generate as G
 from config import Generate
 from model import UserError
-from rewards import is_correct, reference_answer, sample_from_record
+from rewards import accuracy, reference_answer, sample_from_record
 
 CLASSES = ("ball_rising", "ball_falling", "playing_billiards", "RidingABike", "über uns")
 
@@ -157,7 +157,7 @@ def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys)
     assert counts["kept"] == 4 and counts["dropped"] == 26 and metadata["counts"]["train"] == {"ball rising": 2}
     for record in load(root):
         answer = record["conversations"][1]["value"]
-        assert answer.startswith("<think>It goes up") and is_correct(answer, sample_from_record(record))
+        assert answer.startswith("<think>It goes up") and accuracy(answer, sample_from_record(record))
     prompt, _ = server.requests[0][2]["messages"][0]["content"]
     assert "ball" not in prompt["text"].split("Options:")[0] and KEY not in capsys.readouterr().out
     with av.open(io.BytesIO(folders.strip_of(folders.Video(clip, "x", ""), 8))) as container:

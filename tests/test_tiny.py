@@ -14,7 +14,7 @@ from generate import record
 from model.decode import Sampling, generate
 from model.loading import load_model
 from model.qwen import normalise_patches
-from rewards import is_correct, sample_from_record
+from rewards import accuracy, sample_from_record
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
@@ -68,4 +68,4 @@ def test_it_is_small_and_was_never_taught_direction(tiny, tmp_path):
     prompts = pack([processor.encode(r, answer=False) for r in samples])
     rows = generate(model, prompts, Sampling(12, 0.0, stop_ids=(processor.im_end,)))
     texts = [processor.backend.decode(row.ids, skip_special_tokens=True) for (row,) in rows]
-    assert sum(is_correct(t, sample_from_record(r)) for t, r in zip(texts, samples)) <= 13, texts  # 40 %
+    assert sum(accuracy(t, sample_from_record(r)) for t, r in zip(texts, samples)) <= 13, texts  # 40 %
