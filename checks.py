@@ -18,8 +18,9 @@ AT_LEAST = {
        "image_resized_height image_resized_width logging_steps lora_rank max_completion_length max_new_tokens "
        "max_samples max_seq_length num_iterations pack_tokens per_device_train_batch_size save_steps "
        "save_total_limit video_max_pixels video_min_pixels video_resized_height video_resized_width",
-    2: "max_frames min_frames nframes num_generations num_options num_samples video_length",
-    16: "frame_size",
+    2: "max_frames min_frames nframes num_generations num_options",
+    8: "num_samples video_length",  # a clip of each class for train and val; the frames at which motion is judged
+    40: "frame_size",  # as wide as the largest ball
 }  # fmt: skip
 RANGES = [  # options, what they may be, in words
     ("adam_epsilon epsilon epsilon_high fps learning_rate lora_alpha merger_lr num_train_epochs repetition_penalty "
