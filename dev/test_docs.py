@@ -1,6 +1,6 @@
 """Run the commands that README.md and docs/ show, as they stand there, on a CPU: `make test-docs`.
 
-Every fenced bash or python block counts, every line that begins with "$ " in another one, and the notebooks of examples/.
+Fenced bash and python blocks count, lines that begin with "$ " in another one, and the notebooks of examples/.
 They run in order in a temporary clone, one page after the other. By rule
 
     released models   become assets/tiny: the same flags, configs and launchers, the tiny model
