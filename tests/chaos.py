@@ -11,9 +11,11 @@ byte of rollouts.jsonl, the names of all files.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from datetime import date
 from pathlib import Path
 
@@ -64,45 +65,32 @@ def prepare(folder: Path, seed: int) -> None:
     Path("rewards.py").write_text(REWARD)
 
 
-def fork(main, log: Path) -> int:
-    """main() in a child whose output goes to `log`; its process id."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
+def fork(main, log: Path):
+    """main() in a process whose output goes to `log`."""
+
+    def child():
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
         main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    finally:
-        if sys.exc_info()[0]:  # the process ends here, with its reason in the log
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
-def end_of(pid: int, seconds: float = 300.0) -> int | None:
+def end_of(process, seconds: float = 300.0) -> int | None:
     """Exit code, or minus the signal; None if it had to be killed because it ran longer."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
 
 
-def start(script: str, run: Path, flags: str = "", kill_before: int = 0, env=()) -> int:
-    """Fork a trainer; its process id. kill_before: SIGKILL before its n-th change of a file of the run, fsync too."""
+def start(script: str, run: Path, flags: str = "", kill_before: int = 0, env=()):
+    """A trainer's process. kill_before: SIGKILL before its n-th change of a file of the run, fsync too."""
     changes, sync = [], os.fsync
 
     def change():
@@ -183,10 +171,10 @@ def random_moments(script: str):
         run, number, wrong = Path(f"random{number}"), number + 1, ""
         for life in range(RNG.randint(1, 4)):
             kind = RNG.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            pid, before = start(script, run, "--resume True" * bool(life)), len(lines(run / "metrics.jsonl"))
+            trainer, before = start(script, run, "--resume True" * bool(life)), len(lines(run / "metrics.jsonl"))
             time.sleep(RNG.uniform(0, 0.9 * undisturbed(script)[1]))
-            os.kill(pid, kind)
-            code, stepped = end_of(pid), len(lines(run / "metrics.jsonl")) > before
+            os.kill(trainer.pid, kind)
+            code, stepped = end_of(trainer), len(lines(run / "metrics.jsonl")) > before
             expected = 128 + kind if kind != signal.SIGKILL else -kind
             if code not in (expected, 0) and (stepped or code != -kind):  # a trainer that still starts just ends
                 wrong = f"{kind.name}: exit code {code}"
@@ -212,7 +200,7 @@ def other_ranks(script: str):
     size = 4 if script == "train_sft" else 8
     options = "--lora_dropout 0 --eval_data_path none --save_total_limit none"
 
-    def launch(run, world, more="") -> list[int]:
+    def launch(run, world, more="") -> list:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         env = {"WORLD_SIZE": f"{world}", "LOCAL_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
@@ -227,12 +215,12 @@ def other_ranks(script: str):
     expected, number = numbers(undisturbed(script, options)[0]), 0
     while True:
         run, number, world = Path(f"ranks{number}"), number + 1, RNG.choice([1, 2])
-        pids, steps, until = launch(run, 2), RNG.randint(3, 6), time.monotonic() + 60
+        ranks, steps, until = launch(run, 2), RNG.randint(3, 6), time.monotonic() + 300
         while len(lines(run / "metrics.jsonl")) < steps and time.monotonic() < until:
             time.sleep(0.02)
-        os.kill(RNG.choice(pids), signal.SIGKILL)
-        codes = [end_of(pid, 60) for pid in pids]
-        again, result = [end_of(pid) for pid in launch(run, world, "--resume True")], numbers(run)
+        RNG.choice(ranks).kill()
+        codes = [end_of(rank, 60) for rank in ranks]
+        again, result = [end_of(rank) for rank in launch(run, world, "--resume True")], numbers(run)
         equal = result.shape == expected.shape and np.allclose(result, expected, rtol=1e-4, atol=1e-4)
         held = equal and None not in codes and not any(again)
         yield "" if held else f"{codes}, then {again} on {world}; equal {equal}"
@@ -255,6 +243,7 @@ def mutated(kind: str):
                 processor.encode(each)
         except UserError as error:
             assert "\n" not in str(error).strip() and str(error).strip(), f"not one line: {error!r}"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 * 2**20, "more than 3 GiB"
 
     while True:
         number += 1
@@ -264,9 +253,8 @@ def mutated(kind: str):
             path, data = Path(f"{number}.json"), mutate_records(json.dumps([record] * 3)).encode()
             data = mutate_bytes(data) if RNG.random() < 0.3 else data
         path.write_bytes(data)
-        _, status, usage = os.wait4(fork(lambda: read(path), log), 0)  # noqa: B023
-        code = os.waitstatus_to_exitcode(status)
-        yield f"{path.name}: exit code {code}: {log.read_text()[-400:]}" if code or usage.ru_maxrss > 3 * 2**20 else ""
+        code = end_of(fork(lambda: read(path), log))  # noqa: B023
+        yield f"{path.name}: exit code {code}: {log.read_text()[-400:]}" if code else ""
         log.unlink()
         path.unlink()
 
