@@ -31,6 +31,7 @@ RANGES = [  # options, what they may be, in words
     ("max_steps num_lora_modules", lambda value: value == -1 or value > 0, "-1 (all) or a count above 0"),
     ("split", lambda value: 0 < value < 1, "a share between 0 and 1, both excluded"),
     ("num_options", lambda value: value <= 8, "at most 8"),
+    ("frame_size", lambda value: value % 2 == 0, "an even number, as yuv420p needs"),
     *((names, lambda value, low=low: value >= low, f"at least {low}") for low, names in AT_LEAST.items()),
 ]  # fmt: skip
 WORDS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}

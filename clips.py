@@ -1,7 +1,7 @@
 """The drawn clips of generate.py: a ball, its pixels and its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: the processes that
-draw do not load torch.
+The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: drawing does not
+wait for torch.
 """
 
 from dataclasses import dataclass, replace
@@ -175,8 +175,8 @@ def blurred(picture: np.ndarray, sigma: float, length: float, angle: float) -> n
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """(F, S, S, 3) uint8 -> h264, yuv420p, FPS. One thread, for the worker processes are the parallelism, and no
-    lookahead (zerolatency): with it x264 gave other bytes for the same frames from run to run."""
+    """(F, S, S, 3) uint8 -> h264, yuv420p, FPS. One thread, for many clips are made at a time, and no lookahead
+    (zerolatency): with it x264 gave other bytes for the same frames from run to run."""
     with av.open(str(path), "w", format="mp4") as container:
         options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
         stream = container.add_stream("libx264", rate=FPS, options=options)

@@ -327,11 +327,9 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
 def check_options(cfg: Generate) -> None:
     """UserError for options that contradict each other, before anything is drawn."""
     cfg.check()
-    if cfg.from_folder is None:
-        require(cfg.frame_size % 2 == 0, "frame_size", cfg.frame_size, "an even number, as yuv420p needs")
-        if cfg.cot and cfg.task != "direction":
-            raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
-    else:
+    if cfg.cot and cfg.task != "direction":
+        raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
+    if cfg.from_folder is not None:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
         apart = root != out and root not in out.parents and out not in root.parents
         require(apart, "output_dir", cfg.output_dir, f"a folder of its own, apart from --from_folder {root}")
