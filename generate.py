@@ -118,8 +118,8 @@ def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
         texts = [f"Answer: {OPTIONS[job.label]}" for job in jobs]
     elif uses_server(cfg):
         strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
-        asked = [(QUESTION, OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
-        texts, report = ask_server(cfg, asked, out / CACHE, TORUS)
+        requests = [(QUESTION, OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
+        texts, report = ask_server(cfg, requests, out / CACHE, TORUS)
     else:
         print("chains of thought: trajectory")
         rngs, report = [np.random.default_rng([cfg.seed, 4, job.index]) for job in jobs], {"source": "trajectory"}
@@ -164,7 +164,7 @@ Compare the frames before you decide. Reply in exactly this form:
 Between the think tags, do not name any option or its letter."""
 TORUS = " A ball that leaves a frame at one edge comes back at the opposite edge."
 STRIP_FRAMES = 8
-MAX_THINK = 1500  # characters: some 250 words; we asked for two or three sentences
+MAX_THINK = 1500  # characters: some 250 words; the prompt wants two or three sentences
 
 
 def check_answer(text, right: str) -> tuple[str | None, str]:
@@ -188,12 +188,12 @@ def uses_server(cfg: Generate) -> bool:
     return cfg.cot and (cfg.cot_source == "openai" or from_key)
 
 
-def ask_server(cfg: Generate, asked: list[tuple], cache: Path, about: str = "") -> tuple[list, dict]:
-    """asked: of each clip the question, its right option, a hash of the video, and a function that makes the strip as
-    PNG. Returns the answers, None where a clip is dropped, and what metadata.json holds about them."""
+def ask_server(cfg: Generate, requests: list[tuple], cache: Path, about: str = "") -> tuple[list, dict]:
+    """requests: (question, right option, hash of the video, function that makes the strip as PNG) of each clip.
+    Returns the answers, None where a clip is dropped, and what metadata.json holds about them."""
     print(f"chains of thought: openai, {cfg.cot_model}")
     client, questions = Client.from_env(cfg.cot_model), []
-    for question, right, video_hash, strip in asked:
+    for question, right, video_hash, strip in requests:
         prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, about=about)
         questions.append(Question(prompt, video_hash, strip, partial(check_answer, right=right)))
     texts = ask_all(client, cache, questions, cfg.cot_workers)
@@ -269,7 +269,7 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
 
 
 def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]:
-    """What is asked of each clip: (question with its options, the right one of them, "(A) playing guitar").
+    """For each clip (question with its options, the right one of them, "(A) playing guitar").
 
     Hard negatives are names spelt much like the right one, drawn out of twice as many as needed: the nearest alone
     would be one set of options for each class, and tell it.
@@ -306,10 +306,9 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
     choices, report = multiple_choice(cfg, videos), {}
     texts = [f"Answer: {right}" for _, right in choices]
     if cfg.cot:
-        digest = lambda video: hashlib.sha256(video.path.read_bytes()).hexdigest()
-        strips = [partial(strip_of, video.path) for video in videos]
-        asked = [(*choice, digest(video), strip) for choice, video, strip in zip(choices, videos, strips, strict=True)]
-        texts, report = ask_server(cfg, asked, out / CACHE)
+        request = lambda path: (hashlib.sha256(path.read_bytes()).hexdigest(), partial(strip_of, path))
+        requests = [(*choice, *request(video.path)) for choice, video in zip(choices, videos, strict=True)]
+        texts, report = ask_server(cfg, requests, out / CACHE)
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
     base = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out))
     records = []

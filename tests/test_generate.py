@@ -56,12 +56,12 @@ def test_only_motion_tells_the_class(augment):
     cfg = options("", num_samples=2000, augment=augment, augment_prob=0.2, seed=7)
     drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
     y = np.array([LABELS.index(clip.label) for clip in drawn])
-    maps, places = seen(drawn, C.sampled_frames(cfg.video_length))
-    unordered = np.concatenate([np.sort(places, 1).reshape(2000, -1), maps.mean(1), maps.max(1)], 1)
-    steps = (np.diff(places, axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
+    maps, positions = seen(drawn, C.sampled_frames(cfg.video_length))
+    unordered = np.concatenate([np.sort(positions, 1).reshape(2000, -1), maps.mean(1), maps.max(1)], 1)
+    steps = (np.diff(positions, axis=1) + 0.5) % 1 - 0.5  # between neighbours, the short way round
     still, as_set, in_order = probe(maps[:, 0], y), probe(unordered, y), probe(steps.reshape(2000, -1), y)
     assert still <= 0.35 and 0.40 <= as_set <= 0.60 and in_order >= 0.95, (still, as_set, in_order)
-    quarter = (places[:, 0] > 0.5) @ [1, 2]  # that the same probe sees on the same still
+    quarter = (positions[:, 0] > 0.5) @ [1, 2]  # that the same probe sees on the same still
     assert probe(maps[:, 0], quarter) >= 0.8 or augment, "the probe sees nothing"
 
 
