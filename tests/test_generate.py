@@ -189,6 +189,7 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
         ({"frame_size": 32}, "at least 40"),
         ({"frame_size": 41}, "even number"),
         ({"num_samples": 7}, "at least 8"),
+        ({"video_length": 4}, "at least 8"),
         ({"cot": True, "cot_source": "openai"}, "OPENAI_API_KEY: not set"),
         ({"cot": True, "task": "distance"}, "--cot .* direction"),
     ],
