@@ -47,13 +47,10 @@ def test_transformers_loads_it_and_agrees(tiny, tmp_path):
     text = text.replace("<|video_pad|>", "<|video_pad|>" * example.num_vision_tokens)
     assert tokenizer(text)["input_ids"] == example.ids.tolist()
     ids = torch.from_numpy(example.ids)[None]
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": 2 * (ids == model.config.video_token_id).int(),
-        "pixel_values_videos": normalise_patches(example.patches, torch.float32),
-        "video_grid_thw": torch.tensor(example.grid_thw),
-    }
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["mm_token_type_ids"] = 2 * (ids == model.config.video_token_id).int()
+    inputs["pixel_values_videos"] = normalise_patches(example.patches, torch.float32)
+    inputs["video_grid_thw"] = torch.tensor(example.grid_thw)
     with torch.no_grad():
         reference = theirs(**inputs, position_ids=torch.from_numpy(example.position_ids)[:, None]).logits[0]
         ours = model.logits(pack([example]))
