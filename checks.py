@@ -11,7 +11,7 @@ from model import UserError, nearest
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 AT_LEAST = {
-    0: "beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
+    0: "beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps max_grad_norm "
        "max_resample seed temperature top_k warmup_steps "
        "weight_decay workers",
     1: "cot_workers eval_samples gradient_accumulation_steps image_max_pixels image_min_pixels "

@@ -126,6 +126,7 @@ REMOVED = {  # what to do: options that were here once
     "adapters of both key styles are read; for use elsewhere: python lora.py merge ADAPTER OUT": "keys",
     "python assets/make_tiny.py clips draws what the tiny base learns from": "base_coordinates",
     "balls vary in size, colour and speed, so that only motion tells the class": "style",
+    "rollouts.jsonl has every completion, report.html shows them": "log_completions",
     "any regular file that a record names is read": "allow_outside_files",
     "download the files first, and name them in the records":
         "allow_remote_files remote_folder remote_max_mb remote_seconds",

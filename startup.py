@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import autofit
 import checkpoint
 import console
 import ranks
@@ -29,7 +28,7 @@ from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
 from lora import FLAT, inject, part_of, set_trainable, sizes
-from memory import summary
+from memory import choose, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
@@ -208,7 +207,7 @@ def start(run, model, processor, loader, records, held_out):
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
         restore(run, engine, adamw)
-    run.plan = autofit.choose(run, model, partial(autofit.sample_of, run, records, processor))
+    run.plan = choose(run, model, partial(largest_sample, run, records, processor))
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
@@ -217,7 +216,7 @@ def start(run, model, processor, loader, records, held_out):
         except OSError as error:
             problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
             raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
-        lines = [*summary(model, cfg, records, processor, loader, run.total, run.world, 2)]
+        lines = [*summary(model, cfg, records, processor, loader, run.total, run.world)]
         for line in describe(run, model, lines, len(held_out)):
             run.say(line)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
@@ -321,7 +320,7 @@ def dry_run(cfg, make_loader, records):
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
-    for line in summary(model, cfg, records, processor, loader, total_steps(cfg, loader), world, 2):
+    for line in summary(model, cfg, records, processor, loader, total_steps(cfg, loader), world):
         print(line)
     print(f"  trained    {trained_shares(model)}")
     for line in ignored_options(cfg):

@@ -67,7 +67,7 @@ class Run:
     skipped_seen: int = 0  # len(loader.skipped) summed over the ranks: see count_skipped()
     skipped: int = 0  # samples that are left out
     sampler: object = None  # rollouts.Sampler
-    plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
+    plan: object = None  # memory.Plan: size of the packs, and how many blocks are recomputed
     signal: int = 0  # SIGINT or SIGTERM, once it came
     handlers: dict = field(default_factory=dict)  # what took these signals before
     notes: list = field(default_factory=list)  # to print at the start

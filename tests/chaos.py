@@ -54,7 +54,7 @@ COMMON = {
 FLAGS = {
     "train_sft": COMMON | {"max_steps": 12, "per_device_train_batch_size": 4, "lora_dropout": 0.1},
     "train_grpo": COMMON | {"max_steps": 8, "per_device_train_batch_size": 8, "num_generations": 4,
-                            "log_completions": 0, "max_completion_length": 12, "model_ckpt": "none"},
+                            "max_completion_length": 12, "model_ckpt": "none"},
 }  # fmt: skip
 # The tiny model is seldom right before it is trained; this reward differs within its groups at every step.
 REWARD = "def vowels(text, sample):\n    return sum(map(text.count, 'aeiou')) / max(1, len(text))\n"
