@@ -194,7 +194,7 @@ def shown(step, example, rollout, decode_token):
     rollout.reward = float(rollout.right)
     rollout.components = {"accuracy": rollout.reward}
     group = Group(example.number, len(example), [rollout])
-    line = row(step, facts_of(example.record), group, rollout, decode_token)
+    line = row(step, facts_of(example.record, sample_from_record(example.record)), group, rollout, decode_token)
     return {name: value for name, value in line.items() if name not in ("advantage", "trained")}
 
 

@@ -21,35 +21,27 @@ ADVANTAGE_EPS = 1e-4  # added to the std of the rewards, as in TRL
 LOG_RATIO_LIMIT = 10.0
 
 
-def group_advantages(rewards, index, scale="group"):
-    """How much better each completion is than the mean of its own group.
+def group_advantages(rewards, scale="group"):
+    """rewards (groups, G) -> how much better each completion is than the mean of its group, (groups, G) float32, and
+    the unbiased std of each group, (groups,) float32: both exactly 0 where all rewards of a group are equal.
 
-    rewards (N,): total reward of each completion. index (N,) int64: its group; groups may have any order and size.
-    scale: the difference is divided by the std of its "group", of the whole "batch", or by nothing ("none"). Unbiased
-    std + 1e-4, as TRL. Returns advantages (N,) float32 and the std of each group (n_groups,) float32: both exactly 0
-    where all rewards of a group are equal.
+    scale: the difference is divided by the std (+ 1e-4, as TRL) of its "group", of the whole "batch", or by nothing.
     """
     rewards = rewards.double()  # in float32 the mean of equal rewards can miss them, and / 1e-4 makes that a signal
     assert rewards.isfinite().all(), f"rewards hold {rewards[~rewards.isfinite()].tolist()}, expected finite numbers"
-    count = index.bincount()
-    mean = sum_by(index, rewards, len(count)) / count
-    low = torch.full_like(mean, torch.inf).scatter_reduce(0, index, rewards, "amin")
-    high = torch.full_like(mean, -torch.inf).scatter_reduce(0, index, rewards, "amax")
-    centred = torch.where((low == high)[index], 0.0, rewards - mean[index])
-    std = (sum_by(index, centred**2, len(count)) / (count - 1).clamp(min=1)).sqrt()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred[rewards.amin(1) == rewards.amax(1)] = 0.0
+    std = (centred.square().sum(1) / max(1, rewards.shape[1] - 1)).sqrt()
     if scale == "group":
-        centred = centred / (std[index] + ADVANTAGE_EPS)
+        centred = centred / (std[:, None] + ADVANTAGE_EPS)
     elif scale == "batch":
         centred = centred / (rewards.std() + ADVANTAGE_EPS)
     return centred.float(), std.float()
 
 
 def loss_normalizer(aggregation, n_tokens, n_completions, max_completion_length):
-    """The number that the loss is divided by, from counts over the whole global batch.
-
-    n_tokens: without those of masked completions. n_completions: with the masked ones, as TRL counts them: they give
-    nothing, but do not make the others weigh more.
-    """
+    """The number that the loss is divided by, from counts over the whole global batch. n_tokens: without those of
+    masked completions. n_completions: with them, as TRL: they give nothing, but do not make the others weigh more."""
     counts = {"token": n_tokens, "sequence": n_completions, "constant": n_completions * max_completion_length}
     return max(counts[aggregation], 1)
 
@@ -60,11 +52,11 @@ def grpo_loss(
     """Loss of one micro-batch, already divided: the sum over micro-batches and ranks is the loss of the global batch.
 
     logprobs (N,): of the completions' tokens under the policy, with gradient. advantages (G,): one a completion.
-    index (N,) int64: completion of each token; a completion is never split over micro-batches. cfg: config.GRPO's
-    options under "Loss". Each (N,) without gradient, None where it is not needed:
+    index (N,) int64: completion of each token; no completion is split over micro-batches. cfg: config.GRPO.
+    Each (N,) without gradient, None where it is not needed:
         old      log-probs by the training forward before the first update; None: this very policy, so the ratio is 1
         ref      log-probs under the frozen reference, for the KL
-        sampler  log-probs as the sampler gave them; see `sampler_weights`
+        sampler  log-probs as the sampler gave them
         entropy  of the policy's distribution at each token, for the metrics
     keep (G,) bool: completions to train on; None: all.
 
@@ -75,39 +67,31 @@ def grpo_loss(
     if keep is not None:  # taken out rather than multiplied by 0: NaN * 0 is NaN
         tensors = [None if tensor is None else tensor[keep[index]] for tensor in tensors]
     logprobs, index, old, ref, sampler, entropy = tensors
-    logprobs = logprobs.float()
+    logprobs, advantage = logprobs.float(), advantages.float()[index]
     old = logprobs.detach() if old is None else old.float()
-    lengths = sum_by(index, torch.ones_like(old), len(advantages)).clamp(min=1)  # (G,)
+    sums = lambda values: values.new_zeros(len(advantages)).index_add(0, index, values)  # (N,) -> (G,)
+    lengths = sums(torch.ones_like(old)).clamp(min=1)
 
     log_ratio, per_token = logprobs - old, cfg.importance_sampling_level == "token"
     if not per_token:  # the geometric mean of a completion's ratios (GSPO)
-        log_ratio = (sum_by(index, log_ratio, len(lengths)) / lengths)[index]
+        log_ratio = (sums(log_ratio) / lengths)[index]
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    loss, metrics = clipped_policy_loss(ratio, advantages.float()[index], cfg.epsilon, cfg.epsilon_high)
+    low, high = 1 - cfg.epsilon, 1 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = {"clip_low": (ratio < low) & (advantage < 0), "clip_high": (ratio > high) & (advantage > 0)}
+    metrics = {"tokens": torch.ones_like(ratio), "ratio": ratio, **clipped}
     if entropy is not None:
-        metrics["entropy"] = entropy.float().sum()
+        metrics["entropy"] = entropy.float()
     if sampler is not None:
-        weight, gap_metrics = sampler_weights(old, sampler.float(), cfg.sampler_is_cap)
-        loss, metrics = loss * weight, metrics | gap_metrics
+        weight, gap = sampler_weights(old, sampler.float(), cfg.sampler_is_cap)
+        loss, metrics = loss * weight, metrics | gap
     if ref is not None:
-        metrics["kl"] = k3(ref.float() - logprobs).sum()
+        metrics["kl"] = k3(ref.float() - logprobs)
     if cfg.beta:
         loss = loss + cfg.beta * kl_loss(logprobs, ref.float(), old, ratio, per_token, cfg.use_bias_correction_kl)
     if cfg.aggregation == "sequence":
         loss = loss / lengths[index]
-    return loss.sum() / normalizer, {name: value.detach().float() for name, value in metrics.items()}
-
-
-def clipped_policy_loss(ratio, advantage, epsilon, epsilon_high=None):
-    """PPO's clipped objective, negated: (N,) and metrics. epsilon_high None: the same as epsilon."""
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    return loss, {
-        "tokens": torch.ones_like(ratio).sum(),
-        "ratio": ratio.sum(),
-        "clip_low": ((ratio < low) & (advantage < 0)).sum(),
-        "clip_high": ((ratio > high) & (advantage > 0)).sum(),
-    }
+    return loss.sum() / normalizer, {name: value.detach().sum().float() for name, value in metrics.items()}
 
 
 def k3(gap):
@@ -143,14 +127,8 @@ def sampler_weights(old, sampler, cap):
     min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the gap.
     """
     gap = (old - sampler).detach()
-    metrics = {"sampler_gap": gap.abs().sum(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}
+    metrics = {"sampler_gap": gap.abs(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}
     if cap is None:
         return 1.0, metrics
     weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
-    metrics["sampler_capped"] = (weight > cap).sum()
-    return weight.clamp(max=cap), metrics
-
-
-def sum_by(index, values, n):
-    """index (N,), values (N,) -> (n,): the sum of each index's values."""
-    return values.new_zeros(n).index_add(0, index, values)
+    return weight.clamp(max=cap), metrics | {"sampler_capped": weight > cap}

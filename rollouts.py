@@ -17,7 +17,7 @@ from data import Example, pack
 from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
-from rewards import Reward, accuracy, group_context, sample_from_record, score, total
+from rewards import Reward, Sample, accuracy, group_context, sample_from_record, score, total
 
 log = logging.getLogger("rollouts")
 
@@ -57,7 +57,7 @@ class Group:
     number: int = 0  # among the groups of the step
     owner: int = 0  # rank that sampled it
     facts: dict = field(default_factory=dict)  # id, video, question and answer of the record, for rollouts.jsonl
-    differs: bool = False  # it can be trained on, and its completions differ in accuracy
+    differs: bool = False  # its completions differ in accuracy, and are finite
     trained: bool = False  # it is trained on in this step
 
     @property
@@ -65,16 +65,12 @@ class Group:
         return all(rollout.finite for rollout in self.rollouts)
 
 
-# -- Sampling
-
-
 class Sampler:
     """Samples completions of Examples, what is too large for the memory in two halves. Where memory runs out, whatever
     is as large is too large from then on."""
 
     def __init__(self, model, processor, cfg):
-        self.model, self.processor, self.cfg = model, processor, cfg
-        self.device = model.head_weight.device
+        self.model, self.processor, self.cfg, self.device = model, processor, cfg, model.head_weight.device
         self.stop_ids = processor.im_end, processor.token_id("<|endoftext|>")
         self.oom_retries = 0  # times that it was done in halves
         self.max_tokens = SAMPLED_TOKENS  # as many are not tried at once
@@ -106,11 +102,9 @@ class Sampler:
         first = self(batch[:half], sampling, count, seeds[:half], on_token)
         return first + self(batch[half:], sampling, count, seeds[half:], on_token)
 
-    def text(self, completion: Completion) -> str:
-        return self.processor.backend.decode(completion.ids, skip_special_tokens=True)
-
     def rollout(self, prompt: int, completion: Completion) -> Rollout:
-        return Rollout(prompt, completion.ids, completion.logprobs, completion.finished, self.text(completion))
+        text = self.processor.backend.decode(completion.ids, skip_special_tokens=True)
+        return Rollout(prompt, completion.ids, completion.logprobs, completion.finished, text)
 
 
 def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Example]]:
@@ -124,9 +118,6 @@ def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Ex
         tokens += len(example)
     if batch:
         yield batch
-
-
-# -- Rewards
 
 
 def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict], shuffled: list, limit: int):
@@ -145,16 +136,15 @@ def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict]
             length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
             rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
             rollout.reward = total(rewards, rollout.components)
-        group.facts, group.differs = facts_of(record), group.finite and differ(group.rollouts)
+        group.facts, group.differs = facts_of(record, sample), group.finite and differ(group.rollouts)
 
 
 def differ(rollouts: list[Rollout]) -> bool:
     """Whether completions differ in accuracy (in reward, where that is no component), and in reward too, which a weight
     of 0 may prevent. Values that are apart by rounding alone are equal."""
     apart = lambda values: max(values) - min(values) > 1e-9 * max(1.0, max(map(abs, values)))
-    rewards = [rollout.reward for rollout in rollouts]
     accuracies = [rollout.components.get("accuracy", rollout.reward) for rollout in rollouts]
-    return apart(rewards) and apart(accuracies)
+    return apart([rollout.reward for rollout in rollouts]) and apart(accuracies)
 
 
 def reward_metrics(groups: list[Group], group_std: list[float]) -> dict[str, float]:
@@ -178,9 +168,6 @@ def reward_metrics(groups: list[Group], group_std: list[float]) -> dict[str, flo
     }
 
 
-# -- rollouts.jsonl
-
-
 def write_rollouts(run, step: int, groups: list[Group]):
     """Append every completion of the step, of all ranks, to rollouts.jsonl: text and rewards; question and answer once
     a group, tokens and log-probs only of the groups that report.py may show: best, worst and widest in reward."""
@@ -192,17 +179,16 @@ def write_rollouts(run, step: int, groups: list[Group]):
     detailed = max(groups, key=height), min(groups, key=height), max(groups, key=width)
     rows = []
     for group in groups:
-        facts, decode = group.facts, decode_token if group in detailed else None
-        for rollout in group.rollouts:
-            rows.append(row(step, facts, group, rollout, decode))
-            facts = {"id": facts["id"]}
+        for k, rollout in enumerate(group.rollouts):
+            facts = {"id": group.facts["id"]} if k else group.facts
+            rows.append(row(step, facts, group, rollout, decode_token if group in detailed else None))
     append_lines(run.folder / ROLLOUTS, rows)
 
 
-def facts_of(record: dict) -> dict:
+def facts_of(record: dict, sample: Sample) -> dict:
     """What rollouts.jsonl says of a prompt."""
-    sample, name = sample_from_record(record), record.get("id", record_name(record))
-    return {"id": name, "video": clip_name(record), "question": sample.question, "answer": sample.answer}
+    name = {"id": record.get("id", record_name(record)), "video": clip_name(record)}
+    return name | {"question": sample.question, "answer": sample.answer}
 
 
 def row(step: int, facts: dict, group: Group, rollout: Rollout, decode_token: Callable[[int], str] | None) -> dict:

@@ -156,7 +156,7 @@ def sample_round(run, rewards, prompts, step, stream):
         others = [sampler.processor.encode(record, answer=False, control="shuffled") for record in able.values()]
         seeds = [seed + 15_485_863 + 7_919 * number for number in able]
         drawn = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
-        shuffled = {number: [sampler.text(each) for each in completions] for number, completions in zip(able, drawn)}
+        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, drawn)}
     groups = [Group(prompt.number, len(prompt), each) for prompt, each in zip(prompts, rollouts)]
     records, texts = [prompt.record for prompt in prompts], [shuffled.get(prompt.number) for prompt in prompts]
     score_groups(rewards, groups, records, texts, cfg.max_completion_length)
@@ -176,10 +176,9 @@ def compare_within_groups(run, groups, wanted):
     """
     cfg = run.cfg
     everyone = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64)
-    index = torch.arange(len(groups)).repeat_interleave(cfg.num_generations)
-    advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
-    for rollout, advantage in zip(everyone, advantages.tolist()):
+    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+    advantages, std = group_advantages(torch.tensor(rewards, dtype=torch.float64), cfg.scale_rewards)
+    for rollout, advantage in zip(everyone, advantages.flatten().tolist()):
         rollout.advantage = advantage
         rollout.masked = cfg.mask_truncated_completions and not rollout.finished
     priority = lambda group: 0 if group.differs else 1 if std[group.number] > 0 else 2
@@ -187,7 +186,7 @@ def compare_within_groups(run, groups, wanted):
     for group in counted:
         group.trained = (std[group.number] > 0 or cfg.beta > 0) and group.finite
     if lost := sum(not rollout.finite for rollout in everyone):
-        problem = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
+        problem = f"{lost} of {len(everyone)} completions have log-probs that are not finite"
         run.warn(f"{problem}: their groups are not trained on")
     completions = [rollout for group in counted for rollout in group.rollouts]
     tokens = sum(len(rollout.ids) for rollout in completions if not rollout.masked)
