@@ -1,8 +1,7 @@
 """GPU memory: a formula of a dozen terms for --dry_run, and what --pack_tokens auto and --gradient_checkpointing auto
-choose by it.
+choose by it: the formula proposes, a trial of the largest pack decides.
 
-The more blocks keep their activations, the less is computed twice. The formula proposes, a trial of the largest pack
-decides. The choice is printed, kept in checkpoints and obeyed by --resume; it changes no result but the order of sums.
+The choice is printed, kept in checkpoints and obeyed by --resume. It changes no result but the order of sums.
 """
 
 import math
@@ -127,36 +126,33 @@ def estimate(model, cfg, lengths, world=1, kept=None):
 
 
 def sample_sizes(records, processor, answer):
-    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, {number: why} of those left out
-    of them."""
-    found, left_out, most = {}, {}, min(LOOKED_AT, len(records))
-    for i in (k * len(records) // most for k in range(most)):
+    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset; without those that cannot be
+    read, which the loader will skip, count and name."""
+    found, most = {}, min(LOOKED_AT, len(records))
+    for number in (k * len(records) // most for k in range(most)):
         try:
-            ids, _, plans = processor.layout(records[i], answer)
-            found[i] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
+            ids, _, plans = processor.layout(records[number], answer)
+            found[number] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
         except UserError as error:
-            left_out[i] = str(error)
+            why = error
     if not found:
-        raise UserError(f"all samples are left out; the first: {next(iter(left_out.values()))}")
-    return found, left_out
+        raise UserError(f"all samples are left out; the last: {why}")
+    return found
 
 
 def summary(model, cfg, records, processor, loader, steps, world):
     """The lines that a run begins with, and that --dry_run prints: data, steps, memory."""
     is_grpo = hasattr(cfg, "num_generations")
-    found, left_out = sample_sizes(records, processor, answer=not is_grpo)
-    tokens = [size for size, _ in found.values()]
-    looked = f"{len(found) + len(left_out):,} of {len(records):,} looked at"
+    sizes = sample_sizes(records, processor, answer=not is_grpo)
+    tokens = [length for length, _ in sizes.values()]
     span = f"{min(tokens):,} to {max(tokens):,} {'prompt tokens' if is_grpo else 'tokens'}"
+    looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} that were looked at can be read"
     yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(tokens):,.0f}"
-    for number, why in [*left_out.items()][:1]:
-        yield f"             {len(left_out)} of them would be left out; the first: sample {number}: {why}"
     yield f"  steps      {loader.steps_per_epoch:,} an epoch, {steps:,} in all"
-    peaks = estimate(model, cfg, list(found.values()), world)
-    auto, most = "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing), max(peaks.values())
-    about, fills = ("at least", "; packs and kept activations fill what is free") if auto else ("about", "")
-    each = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items())
-    yield f"  memory     on a GPU in bf16 {about} {most / GIB:.1f} GiB ({each}){fills}"
+    peaks = estimate(model, cfg, list(sizes.values()), world)
+    each, most = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items()), max(peaks.values())
+    fills = "; auto fills what is free" if "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing) else ""
+    yield f"  memory     on a GPU in bf16 at least {most / GIB:.1f} GiB ({each}){fills}"
     whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
     if most > 0.92 * whole:
         # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
@@ -188,12 +184,12 @@ def choose(run, model, sample):
 def largest_sample(run, records, processor):
     """The largest Example that can be read, of those looked at, the same on all ranks."""
     answer = not hasattr(run.cfg, "num_generations")
-    found, *_ = ranks.gather(sample_sizes(records, processor, answer)[0] if run.rank == 0 else None)
-    for number in sorted(found, key=found.get, reverse=True):
+    sizes, *_ = ranks.gather(sample_sizes(records, processor, answer) if run.rank == 0 else None)
+    for number in sorted(sizes, key=sizes.get, reverse=True):
         try:
             return processor.encode(records[number], answer=answer)
         except UserError:
-            continue  # the loader will skip, count and name it
+            continue
     raise UserError("no sample can be read; python data.py FILE says why")
 
 
@@ -255,7 +251,6 @@ def trial_bytes(run, model, examples):
     packed = hidden = logprobs = None
     model.ops.graphs = graphs
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     return used
 
 
@@ -273,15 +268,12 @@ def shrink(run, engine, packs, step, repeatable=True):
     if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
         lower = "--offload_activations, --video_max_pixels or --nframes"
         raise out_of_memory(run.device, f"training step {step}", packs, lower)
-    if is_single:
-        plan.kept = 0
-    else:
-        plan.pack_tokens = largest // 2
+    plan.pack_tokens, plan.kept = largest // 2, 0
     plan.apply(engine.module)
     clear_gradients(engine)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    smaller = "everything is recomputed" if is_single else f"packs of at most {plan.pack_tokens:,} tokens"
+    smaller = f"packs of at most {plan.pack_tokens:,} tokens, everything recomputed"
     run.warn(f"step {step}: out of GPU memory; it is repeated, from now on {smaller}: the same update")
 
 
