@@ -61,7 +61,7 @@ def grpo_loss(
     keep (G,) bool: completions to train on; None: all.
 
     Returns the loss (scalar float32) and metrics: detached sums over the kept tokens, to be added over micro-batches
-    and ranks and divided by "tokens"; "sampler_gap_max" is to be reduced by max instead.
+    and ranks and divided by "tokens".
     """
     tensors = logprobs, index, old, ref, sampler, entropy
     if keep is not None:  # taken out rather than multiplied by 0: NaN * 0 is NaN
@@ -127,8 +127,7 @@ def sampler_weights(old, sampler, cap):
     min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the gap.
     """
     gap = (old - sampler).detach()
-    metrics = {"sampler_gap": gap.abs(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}
     if cap is None:
-        return 1.0, metrics
+        return 1.0, {"sampler_gap": gap.abs()}
     weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
-    return weight.clamp(max=cap), metrics | {"sampler_capped": weight > cap}
+    return weight.clamp(max=cap), {"sampler_gap": gap.abs(), "sampler_capped": weight > cap}

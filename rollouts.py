@@ -120,16 +120,17 @@ def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Ex
         yield batch
 
 
-def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict], shuffled: list, limit: int):
-    """Fill in the groups' facts and rewards. shuffled: texts of completions on shuffled frames for each, where a reward
-    needs them. limit: tokens that a completion may take."""
+def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict], shuffled: dict, limit: int):
+    """Fill in the groups' facts and rewards. shuffled: {number of the record: texts of completions on shuffled frames}.
+    limit: tokens that a completion may take."""
     samples = [sample_from_record(record) for record in records]
     for sample, group in zip(samples, groups):
         for rollout in group.rollouts:
             rollout.right = accuracy(rollout.text, sample)
-    for sample, record, group, others in zip(samples, records, groups, shuffled):
+    for sample, record, group in zip(samples, records, groups):
         texts = [rollout.text for rollout in group.rollouts]
-        context = group_context(sample, texts, others) if any(reward.needs for reward in rewards) else {}
+        needed = any(reward.needs for reward in rewards)
+        context = group_context(sample, texts, shuffled.get(group.record)) if needed else {}
         for reward in rewards:
             reward.prepare(texts, sample)
         for rollout in group.rollouts:

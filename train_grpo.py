@@ -85,7 +85,6 @@ def main():
         seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
         metrics |= {"rounds": made, "epoch": rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
         metrics |= {"skipped": trainer.count_skipped(run, seen), "rollout_seconds": sampled - began - waited}
-        metrics["update_seconds"] = ended - sampled
         log.step(step, metrics, ended - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
         if trainer.after_step(run, engine, evaluate, {"rounds": rounds}):
             break
@@ -158,8 +157,7 @@ def sample_round(run, rewards, prompts, step, stream):
         drawn = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
         shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, drawn)}
     groups = [Group(prompt.number, len(prompt), each) for prompt, each in zip(prompts, rollouts)]
-    records, texts = [prompt.record for prompt in prompts], [shuffled.get(prompt.number) for prompt in prompts]
-    score_groups(rewards, groups, records, texts, cfg.max_completion_length)
+    score_groups(rewards, groups, [prompt.record for prompt in prompts], shuffled, cfg.max_completion_length)
     return groups
 
 
@@ -308,8 +306,6 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
         batch.old = logprobs.detach()
     tensors = {"old": batch.old, "ref": batch.ref, "sampler": batch.sampler, "entropy": entropy, "keep": batch.keep}
     loss, metrics = grpo_loss(logprobs, batch.advantages, batch.completion, normalizer, cfg, **tensors)
-    gap = metrics.pop("sampler_gap_max")
-    sums["sampler_gap_max"] = torch.maximum(gap, sums.get("sampler_gap_max", gap))
     for name, value in (metrics | {"loss": loss.detach()}).items():
         sums[name] += value
     return loss
@@ -318,14 +314,13 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
 def reduce_sums(run, sums):
     """Sums over this rank's micro-batches -> ({name: mean over the tokens of all ranks}, sum of the loss)."""
     cfg, names = run.cfg, ["loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "sampler_gap"]
-    names += ["kl"] * (cfg.beta > 0) + ["sampler_capped"] * (cfg.sampler_is_cap is not None) + ["sampler_gap_max"]
+    names += ["kl"] * (cfg.beta > 0) + ["sampler_capped"] * (cfg.sampler_is_cap is not None)
     own = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in names])
-    every = ranks.gather_numbers(*own.tolist())  # (ranks, names)
-    totals = dict(zip(names, every.sum(0).tolist()))
+    totals = dict(zip(names, ranks.gather_numbers(*own.tolist()).sum(0).tolist()))
     loss, tokens = totals.pop("loss"), totals.pop("tokens")
     means = {name: value / tokens for name, value in totals.items()}
     means |= {"loss": loss / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
-    return means | {"sampler_gap_max": float(every[:, -1].max())}, loss
+    return means, loss
 
 
 if __name__ == "__main__":
