@@ -109,13 +109,12 @@ class Sampler:
 
 def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Example]]:
     """Examples in lists of at most `budget` prompt tokens (one Example at least)."""
-    batch, tokens = [], 0
+    batch = []
     for example in examples:
-        if batch and tokens + len(example) > budget:
+        if batch and sum(map(len, batch)) + len(example) > budget:
             yield batch
-            batch, tokens = [], 0
+            batch = []
         batch.append(example)
-        tokens += len(example)
     if batch:
         yield batch
 

@@ -229,21 +229,22 @@ def share(groups, rank, world):
 
 
 def split_micro_batches(groups, cfg, pack_tokens):
-    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once a
-    micro-batch, or, where that is None, per_device_train_batch_size of them. A group that fits into one is not cut."""
+    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once, or,
+    where that is None, per_device_train_batch_size of them. Only a group that is too large for one is cut."""
     if pack_tokens is None:
         rollouts, size = [r for group in groups for r in group.rollouts], cfg.per_device_train_batch_size
         return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
     batches, room = [], 0
     for group in groups:
         whole = group.prompt_tokens + sum(len(rollout.ids) for rollout in group.rollouts)
-        for rollouts in [group.rollouts] if whole <= pack_tokens else [[rollout] for rollout in group.rollouts]:
-            goes_on = bool(batches) and batches[-1][-1].prompt == group.number  # its prompt stands there already
-            tokens = sum(len(rollout.ids) for rollout in rollouts) + (0 if goes_on else group.prompt_tokens)
-            if not batches or tokens > room:
+        pieces = [group.rollouts] if whole <= pack_tokens else [[rollout] for rollout in group.rollouts]
+        room -= group.prompt_tokens
+        for piece in pieces:
+            tokens = sum(len(rollout.ids) for rollout in piece)
+            if tokens > room:
                 batches.append([])
-                room, tokens = pack_tokens, tokens + (group.prompt_tokens if goes_on else 0)
-            batches[-1] += rollouts
+                room = pack_tokens - group.prompt_tokens
+            batches[-1] += piece
             room -= tokens
     return batches
 

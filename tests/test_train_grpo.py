@@ -30,15 +30,18 @@ from rollouts import Group, Rollout, Sampler, differ, score_groups
 @pytest.fixture(scope="session")
 def bench(base):
     """(model with a random adapter, processor, prompts of two clips, cfg)"""
-    model = load_model(base / "tiny")
     cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
-    cfg.data_path = str(base / "data/few.json")
+    model, records = adapted(base, cfg), read_records(base / "data/few.json")
+    processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
+    return model, processor, [processor.encode(records[k], answer=False) for k in (0, 1)], cfg
+
+
+def adapted(base, cfg):
+    model = load_model(base / "tiny")
     torch.manual_seed(0)
     inject(model, cfg)
     shake(model)
-    processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
-    records = read_records(cfg.data_path)
-    return model, processor, [processor.encode(record, answer=False) for record in (records[0], records[1])], cfg
+    return model
 
 
 def shake(model, size=0.05, seed=0):
@@ -149,28 +152,26 @@ def compare(rewards, accuracy=None, wanted=9, **options):
 def test_groups_are_known_by_index_not_by_text():
     groups, metrics, normalizer = compare([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]], wanted=2, beta=0.0)
     advantages = [[r.advantage for r in group.rollouts] for group in groups]
-    assert advantages[0] == pytest.approx([0.7070, -0.7070], abs=1e-4)
-    assert advantages[1] == pytest.approx(advantages[0], abs=1e-4) and advantages[2] == [0.0, 0.0]
-    assert [group.trained for group in groups] == [True, True, False, False]  # of those that differ the first
-    assert normalizer == 4 and metrics["groups_counted"] == 2 and metrics["groups_differing"] == 3
-    assert metrics["no_variance"] == 0.25 and metrics["reward"] == pytest.approx(3.625)
-    assert metrics["reward_std"] == pytest.approx(np.std([1, 0, 9, 8, 3, 3, 0, 5], ddof=1))
-    assert metrics["prompt_tokens"] == 12 and metrics["completion_tokens"] == 8 and metrics["reward/accuracy"] == 3.625
+    assert advantages[0] == advantages[1] == pytest.approx([0.7070, -0.7070], abs=1e-4) and advantages[2] == [0.0, 0.0]
+    expected = {"groups_counted": 2, "groups_differing": 3, "no_variance": 0.25, "reward": 3.625, "prompt_tokens": 12,
+                "reward_std": np.std([1, 0, 9, 8, 3, 3, 0, 5], ddof=1), "reward/accuracy": 3.625,
+                "completion_tokens": 8, "all_right": 0.5, "all_wrong": 0.0}  # fmt: skip
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected) and normalizer == 4
 
 
-@pytest.mark.parametrize("wanted, trained", [(3, [True, False, True, True]), (2, [False, False, True, True])])
-def test_groups_that_differ_in_accuracy_go_before_those_that_differ_in_length(wanted, trained):
-    rewards, accuracy = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
-    assert [group.trained for group in compare(rewards, accuracy, wanted, beta=0.0)[0]] == trained
+SAME = [[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]]
+LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_groups_without_variance_are_trained_for_their_kl_alone(beta):
-    groups, metrics, normalizer = compare([[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]], beta=beta)
-    assert normalizer == 6  # their tokens count in the mean
-    assert [group.trained for group in groups] == [beta > 0] * 3
-    assert all(r.advantage == 0 for group in groups for r in group.rollouts)
-    assert (metrics["all_right"], metrics["all_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+@pytest.mark.parametrize("rewards, accuracy, wanted, beta, normalizer, trained", [
+    ([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]], None, 2, 0.0, 4, [0, 1]),  # of those that differ the first
+    (LENGTHS, RIGHT, 3, 0.0, 6, [0, 2, 3]),  # those that differ in accuracy before those that differ in length
+    (LENGTHS, RIGHT, 2, 0.0, 4, [2, 3]),
+    (SAME, None, 3, 0.0, 6, []), (SAME, None, 3, 0.1, 6, [0, 1, 2]),  # for their KL alone; they count in the mean
+])  # fmt: skip
+def test_which_groups_a_step_trains_on(rewards, accuracy, wanted, beta, normalizer, trained):
+    groups, _, divisor = compare(rewards, accuracy, wanted, beta=beta)
+    assert [group.number for group in groups if group.trained] == trained and divisor == normalizer
 
 
 # -- Runs
@@ -249,9 +250,7 @@ def accuracy(text, sample):
 def test_a_run_killed_before_its_first_checkpoint_has_its_adapter(grpo, base, tmp_path, monkeypatch):
     """Its own copy: that of the run that it went on from may be gone."""
     options = {"model_ckpt": tmp_path / "begun", "vision_lora": False, "merger_lora": False}
-    model = load_model(base / "tiny")
-    inject(model, GRPO(vision_lora=False, merger_lora=False))
-    shake(model)
+    model = adapted(base, GRPO(vision_lora=False, merger_lora=False))
     save_adapter(model, tmp_path / "begun", base / "tiny")
     whole = grpo("whole", **options)
     with monkeypatch.context() as patch:
@@ -264,10 +263,8 @@ def test_a_run_killed_before_its_first_checkpoint_has_its_adapter(grpo, base, tm
 
 
 def test_the_reference_stays_as_it_was(bench, base):
-    model, cfg = load_model(base / "tiny"), GRPO(beta=0.1)
-    inject(model, cfg)
-    shake(model)
-    prompts = pack(bench[2])
+    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
+    model = adapted(base, cfg)
     before = model(prompts).detach()
     frozen = train_grpo.freeze_reference(model, cfg)
     without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
