@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import base, column, execute, grpo, lines, release_run, two_ranks, weights  # noqa: F401 (fixtures)
-from safetensors.torch import load_file
+from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
 
 import train_grpo
-from adapter_files import save_adapter
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from grpo import grpo_loss, loss_normalizer
@@ -203,24 +201,23 @@ def test_it_learns_and_logs(grpo, base, capfd):
     assert (folder / "report.html").exists()
 
 
-def test_resume_goes_on_bit_for_bit(grpo):
-    """Same rollouts, same update, and the reference is still the policy as the run began."""
+@pytest.mark.parametrize("lost", [(4, 5), (2, 4, 5)], ids=["some checkpoints", "all"])
+def test_resume_goes_on_bit_for_bit(grpo, lost):
+    """Same rollouts, same update, and the reference is still the policy as the run began: the run has its own copy."""
     start = grpo("start", max_steps=2, learning_rate=1e-2)
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": "none", "learning_rate": 1e-2, "num_iterations": 2}
     options |= {"model_ckpt": start, "beta": 0.5}
     whole = grpo("whole", **options)
     broken = shutil.copytree(whole, whole.with_name("broken"))
-    for step in (4, 5):
+    for step in lost:
         shutil.rmtree(broken / f"checkpoint-{step}")
+    shutil.rmtree(start)
     grpo("broken", **options, resume=True)
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
     names = "kl", "loss", "grad_norm", "reward", "entropy", "clipped"
-    assert column(whole, *names) == column(broken, *names)
+    assert column(whole, *names) == column(broken, *names) and min(column(whole, "kl")) > 1e-3
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
         assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
-    starts = [load_file(p / "adapter_model.safetensors") for p in (start / "checkpoint-2", whole / "start_adapter")]
-    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
-    assert min(column(whole, "kl")) > 1e-3  # of the second update too
 
 
 def test_more_is_sampled_until_enough_groups_differ(grpo, base):
@@ -245,21 +242,6 @@ def accuracy(text, sample):
         shutil.rmtree(broken / f"checkpoint-{step}", ignore_errors=True)
     grpo("broken", **options, resume=True)
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
-
-
-def test_a_run_killed_before_its_first_checkpoint_has_its_adapter(grpo, base, tmp_path, monkeypatch):
-    """Its own copy: that of the run that it went on from may be gone."""
-    options = {"model_ckpt": tmp_path / "begun", "vision_lora": False, "merger_lora": False}
-    model = adapted(base, GRPO(vision_lora=False, merger_lora=False))
-    save_adapter(model, tmp_path / "begun", base / "tiny")
-    whole = grpo("whole", **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "learn", lambda *args: pytest.fail("killed"))
-        with pytest.raises(pytest.fail.Exception):
-            grpo("run", **options)
-    release_run()
-    shutil.rmtree(tmp_path / "begun")
-    assert lines(grpo("run", **options, resume=True), "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
 
 
 def test_the_reference_stays_as_it_was(bench, base):
