@@ -24,14 +24,11 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, trace):
-        self.trace = trace
+class Bomb(str):
+    """A path: unpickled, it makes a folder there."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
+        return os.mkdir, (str(self),)
 
 
 @pytest.fixture

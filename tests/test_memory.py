@@ -68,70 +68,60 @@ def test_estimate_is_within_8_percent(name):
 
 
 def choose(monkeypatch, gib, factor=1.0, cls=SFT, state=None, **options):
-    """(The Plan on a GPU of so many GiB, 10 of them taken, whose passes need `factor` times what the formula says, what
+    """(the Plan on a GPU of so many GiB, 10 of them taken, whose passes need `factor` times what the formula says, what
     was tried, the note) for a step of eight clips of R."""
-    tried, counts = [], memory.count(adapted_3b())
+    model, counts, tried = adapted_3b(), memory.count(adapted_3b()), []
     cfg = cls(lora_rank=64, **({"per_device_train_batch_size": 64 if cls is GRPO else 8} | options))
 
     def trial(run, model, examples):
-        unit = memory.unit_tokens(cfg, len(examples[0]))
-        tried.append((len(examples), model.kept_blocks))
-        sizes = len(examples) * unit, sum(len(one.patches) for one in examples), model.kept_blocks
+        tried.append(len(examples))
+        tokens = len(examples) * memory.unit_tokens(cfg, len(examples[0]))
+        sizes = tokens, sum(len(one.patches) for one in examples), model.kept_blocks
         used = factor * memory.activation_bytes(model.config, counts, cfg, *sizes)
         return used if used <= (gib - 10) * GIB else math.inf
 
     monkeypatch.setattr(memory, "room_bytes", lambda *_: (gib - 10) * GIB)
     monkeypatch.setattr(memory, "trial_bytes", trial)
     run = SimpleNamespace(cfg=cfg, state=state or {}, device=torch.device("cuda"), world=1, notes=[])
-    plan = memory.choose(run, adapted_3b(), lambda: example(model_config("3b"), R, 0, cls is SFT))
-    assert adapted_3b().kept_blocks == plan.kept and adapted_3b().gradient_checkpointing == (plan.kept < 68)
+    plan = memory.choose(run, model, lambda: example(model_config("3b"), R, 0, cls is SFT))
+    assert (model.kept_blocks, model.gradient_checkpointing) == (plan.kept, plan.kept < 68)
     return plan, tried, run.notes
 
 
-def test_a_large_card_keeps_everything_and_a_small_one_nothing(monkeypatch):
-    assert choose(monkeypatch, 139)[0] == Plan(11_344, 68)
-    assert choose(monkeypatch, 10.5)[0] == Plan(1418, 0)  # nothing fits: the smallest there is
-    group = 1162 + 8 * 128
-    assert choose(monkeypatch, 80, cls=GRPO)[0] == Plan(4 * group, 68)  # no group is cut
+@pytest.mark.parametrize("gib, options, expected", [
+    (139, {}, Plan(11_344, 68)), (10.5, {}, Plan(1418, 0)),  # a large card keeps everything; the smallest there is
+    (80, {"cls": GRPO}, Plan(4 * (1162 + 8 * 128), 68)),  # no group is cut
+    (139, {"pack_tokens": 5000}, Plan(5000, 68)),
+    (139, {"pack_tokens": None, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, Plan(None, 68)),
+    (139, {"gradient_checkpointing": True}, Plan(11_344, 0)),
+])  # fmt: skip
+def test_what_is_auto_is_chosen(monkeypatch, gib, options, expected):
+    assert choose(monkeypatch, gib, **options)[0] == expected
 
 
-@pytest.mark.parametrize("factor", [0.8, 1.0, 1.4])
-def test_the_trial_decides(monkeypatch, factor):
+@pytest.mark.parametrize("factor, scale", [(0.8, 0.8), (1.0, 1.0), (1.4, 1.2)])  # the last: memory ran out in the trial
+def test_the_trial_decides(monkeypatch, factor, scale):
     """On 24 GiB some blocks keep their activations: as many as fit by the trial, not by the formula."""
     plan, tried, notes = choose(monkeypatch, 24, factor)
-    size = lambda kept: memory.activation_bytes(
-        adapted_3b().config, memory.count(adapted_3b()), SFT(lora_rank=64), 11_344, 8 * 4320, kept
-    )
-    assert 0 < plan.kept < 68 and len(tried) == 1 and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
-    scale = 1.2 if factor > 1 else factor  # memory ran out in the trial
-    assert scale * size(plan.kept) <= 14 * GIB < scale * size(plan.kept + 1)
-
-
-@pytest.mark.parametrize("options, expected", [
-    ({"pack_tokens": 5000}, Plan(5000, 68)),
-    ({"pack_tokens": None, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, Plan(None, 68)),
-    ({"gradient_checkpointing": True}, Plan(11_344, 0)), ({"gradient_checkpointing": False}, Plan(11_344, 68)),
-])  # fmt: skip
-def test_what_is_given_is_not_chosen(monkeypatch, options, expected):
-    assert choose(monkeypatch, 139, **options)[0] == expected
+    model, cfg, counts = adapted_3b(), SFT(lora_rank=64), memory.count(adapted_3b())
+    size = lambda kept: scale * memory.activation_bytes(model.config, counts, cfg, 11_344, 8 * 4320, kept)
+    assert size(plan.kept) <= 14 * GIB < size(plan.kept + 1) and 0 < plan.kept < 68
+    assert tried == [8] and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
 
 
 def test_a_resumed_run_obeys_its_checkpoint(monkeypatch):
-    saved = {
-        "plan": {"pack_tokens": 3000, "kept": 7},
-        "config": {"pack_tokens": "auto", "gradient_checkpointing": "auto"},
-    }
-    assert choose(monkeypatch, 24, state=saved)[:2] == (Plan(3000, 7), [])
-    assert choose(monkeypatch, 139, state=saved, gradient_checkpointing=True)[0] == Plan(11_344, 0)  # another option
-    saved["config"] = {"pack_tokens": 6000, "gradient_checkpointing": False}  # given to that run, which shrank it
-    assert choose(monkeypatch, 24, state=saved, **saved["config"])[:2] == (Plan(3000, 7), [])
+    for given in ({}, {"pack_tokens": 6000, "gradient_checkpointing": False}):  # given to that run, which shrank it
+        config = {"pack_tokens": "auto", "gradient_checkpointing": "auto"} | given
+        saved = {"plan": {"pack_tokens": 3000, "kept": 7}, "config": config}
+        assert choose(monkeypatch, 24, state=saved, **given)[:2] == (Plan(3000, 7), [])
+        assert choose(monkeypatch, 139, state=saved, gradient_checkpointing=True)[0] == Plan(11_344, 0)  # changed
 
 
 def test_on_a_cpu_auto_is_a_constant():
-    model, run = adapted_3b(), SimpleNamespace(cfg=SFT(), state={}, device=torch.device("cpu"))
-    assert memory.choose(run, model, None) == Plan(8192, 68) and not model.gradient_checkpointing
+    run = SimpleNamespace(cfg=SFT(), state={}, device=torch.device("cpu"))
+    assert memory.choose(run, adapted_3b(), None) == Plan(8192, 68)
     run.cfg = SFT(gradient_checkpointing=True, pack_tokens=None)
-    assert memory.choose(run, model, None) == Plan(None, 0) and model.gradient_checkpointing
+    assert memory.choose(run, adapted_3b(), None) == Plan(None, 0)
 
 
 @pytest.mark.parametrize("size, options, first", [
@@ -140,7 +130,7 @@ def test_on_a_cpu_auto_is_a_constant():
 ])  # fmt: skip
 def test_what_to_do_where_a_card_is_too_small(monkeypatch, size, options, first):
     cfg = SFT(**options)
-    monkeypatch.setattr(memory, "sample_sizes", lambda *_args, **_more: ({0: (1418, 4320)}, {}))
+    monkeypatch.setattr(memory, "sample_sizes", lambda *_args, **_more: {0: (1418, 4320)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
     *_, last = memory.summary(model_of(size, cfg), cfg, [0], None, SimpleNamespace(steps_per_epoch=1), 1, 1)
