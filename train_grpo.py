@@ -6,9 +6,8 @@
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics.
-Several ranks: each samples the groups of its own prompts, all know the rewards of all, each trains on its own as far
-as that is even.
+sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of several
+ranks each samples and trains on the groups of its own prompts, as far as that is even; all know the rewards of all.
 """
 
 # ruff: noqa: E402
@@ -17,10 +16,10 @@ from config import GRPO, cli, parse
 if __name__ == "__main__":
     cli(lambda: parse(GRPO), each_rank=False)  # before torch is imported: a mistyped flag is reported at once
 
-import copy
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -96,10 +95,9 @@ def main():
 
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
-    plain = copy.copy(cfg)
-    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those split the update, not the sampling
+    whole = replace(cfg, gradient_accumulation_steps=1, pack_tokens=None)  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
-    return Loader(records, processor, plain, global_batch=memory.units_per_step(cfg) * world, **options)
+    return Loader(records, processor, whole, global_batch=memory.units_per_step(cfg) * world, **options)
 
 
 def freeze_reference(model, cfg):
@@ -272,10 +270,10 @@ def micro_batch(examples, rollouts, device):
 def update_policy(run, engine, frozen, batches, normalizer, step, num_micro_batches):
     """num_iterations updates with the same rollouts -> metrics. num_micro_batches: of the rank that has most; 0 where
     no rank has a token to learn from."""
-    cfg, sums, metrics, loss = run.cfg, Counter(), {"grad_norm": None, "updated": False}, 0.0
+    cfg, metrics, sums, loss = run.cfg, {"grad_norm": None, "updated": False}, Counter(), 0.0
+    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
     if frozen:
         reference_pass(engine.module, frozen, batches, cfg)
-    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
     for _ in range(cfg.num_iterations if num_micro_batches else 0):
         before, (grad_norm, updated) = loss, trainer.update(engine, batches, loss_of, num_micro_batches)
         means, loss = reduce_sums(run, sums)
