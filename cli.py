@@ -35,7 +35,7 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 # -- What options may be: the tables name each once, whichever script has it
 
 LIMITS = [  # numbers that may be something else than above 0
-    ("beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps log_completions max_grad_norm "
+    ("beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps max_grad_norm "
      "max_resample seed temperature top_k warmup_steps "
      "weight_decay workers", "at least 0", lambda v: v >= 0),
     ("max_frames min_frames nframes num_generations", "at least 2", lambda v: v >= 2),

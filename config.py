@@ -205,7 +205,6 @@ class GRPO(SFT):
     rewards: str = "accuracy,format"  # of accuracy,format,length,repetition,temporal,judge, or my_rewards.py:name
     reward_weights: list[float] | None = field(default_factory=lambda: [1.0, 0.2])  # one a reward; none = 1 for all
     mask_truncated_completions: bool = False  # completions cut by the limit give no gradient
-    log_completions: int = 10  # steps between two rollouts on the console; 0 = never; rollouts.jsonl has all
 
     # -- Loss
     beta: float = 0.02  # weight of the KL to the frozen reference; 0 = off, no reference pass

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import autofit
 import checkpoint
 import console
 import ranks
@@ -29,7 +28,7 @@ from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
 from lora import FLAT, inject, set_trainable, sizes
-from memory import summary
+from memory import choose, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, load_model, not_finite, resolve_folder
@@ -153,7 +152,7 @@ def start(run, model, processor, loader, records, held_out):
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
         restore(run, engine, adamw)
-    run.plan = autofit.choose(run, model, partial(autofit.sample_of, run, records, processor))
+    run.plan = choose(run, model, partial(largest_sample, run, records, processor))
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
@@ -280,7 +279,7 @@ def describe(cfg, model, processor, records, loader, world):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
-    yield from summary(model, cfg, records, processor, loader, total, world, 2)
+    yield from summary(model, cfg, records, processor, loader, total, world)
 
 
 def ask_about(run, processor, record):

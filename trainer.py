@@ -56,7 +56,7 @@ class Run:
     question: dict | None = None  # what the training data asks, for infer.py
     loader: object = None
     sampler: object = None  # rollouts.Sampler
-    plan: object = None  # autofit.Plan: size of the packs, and how many blocks are recomputed
+    plan: object = None  # memory.Plan: size of the packs, and how many blocks are recomputed
     total: int = 0  # steps of the whole run
     step: int = 0  # steps done
     updates: int = 0  # steps that changed the weights

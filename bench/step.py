@@ -37,8 +37,8 @@ import torch
 from peer import Peer
 from workloads import SIZES, example, model_config, step_flops, workload
 
-import autofit
 import lora
+import memory
 from config import GRPO, SFT
 from data import pack
 from engine import build_engine, init_distributed, leave_processes, use_deterministic_kernels
@@ -54,7 +54,7 @@ from train_grpo import (
     micro_batch,
     reference_pass,
     split_micro_batches,
-    train_on,
+    update_policy,
 )
 from train_sft import micro_loss
 from trainer import Run, update
@@ -205,7 +205,7 @@ class Ours:
         """A trainers' Run with the size of packs and the kept activations that its options ask for."""
         bench, cfg.per_device_train_batch_size, self.cfg.max_completion_length = self.bench, samples, work.completion
         run, one = Run(cfg, "bench", Path(), bench.device, bench.dtype, ""), example(bench.config, work, 0, answer)
-        run.plan = autofit.choose(run, self.model, lambda: ([(len(one), len(one.patches))], one))
+        run.plan = memory.choose(run, self.model, lambda: one)
         print(*(f"  {note}" for note in run.notes), sep="\n", end="\n" * bool(run.notes), flush=True)
         return run
 
@@ -245,10 +245,11 @@ class Ours:
             sampled = time.perf_counter()
             _, normalizer = compare_within_groups(run, groups, len(groups))
             splits = split_micro_batches(groups, cfg, run.plan.pack_tokens)
-            batches = [micro_batch(prompts, rollouts).to(bench.device) for rollouts in splits]
-            reference_pass(run, self.model, frozen, batches, Counter())
+            batches = [micro_batch(prompts, rollouts, bench.device) for rollouts in splits]
+            if frozen:
+                reference_pass(self.model, frozen, batches, cfg)
             referred = clock()
-            train_on(run, engine, None, batches, normalizer, 1, len(batches))
+            update_policy(run, engine, None, batches, normalizer, 1, len(batches))
             end = clock()
             parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}
             return {"": end - start} | parts

@@ -46,7 +46,7 @@ SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo}
 COMMON = "--nframes 4 --eval_steps 3 --eval_samples 4 --max_new_tokens 12 --logging_steps 1000 --save_steps 2"
 FLAGS = {
     "train_sft": f"{COMMON} --max_steps 12 --per_device_train_batch_size 4 --lora_dropout 0.1",
-    "train_grpo": f"{COMMON} --max_steps 8 --per_device_train_batch_size 8 --num_generations 4 --log_completions 0 "
+    "train_grpo": f"{COMMON} --max_steps 8 --per_device_train_batch_size 8 --num_generations 4 "
     "--max_completion_length 12 --model_ckpt none --rewards rewards.py:vowels",
 }
 # The tiny model is seldom right before it is trained; this reward differs within its groups at every step.

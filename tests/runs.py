@@ -65,7 +65,7 @@ def flags_for(script, base, output, **options):
     else:
         flags |= {"data_path": base / "data/few.json", "max_steps": 3, "per_device_train_batch_size": 16}
         flags |= {"model_ckpt": "none", "num_generations": 4, "max_resample": 0, "max_completion_length": 8}
-        flags |= {"log_completions": 0, "rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
+        flags |= {"rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
     return [word for name, value in (flags | options).items() for word in (f"--{name}", str(value))]
 
 

@@ -19,10 +19,10 @@ import startup
 import train_grpo
 import train_sft
 import trainer
-from autofit import Plan
 from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
 from config import SFT
 from engine import deepspeed_config
+from memory import Plan
 from model import UserError
 from model.loading import load_model
 from trainer import Log, Run, lr_factor
