@@ -202,7 +202,6 @@ PICTURES = {  # name -> picture, options of Pillow's save, largest mean error
     "rgba.png": (FADING, {}, 0.01),
     "alpha.webp": (FADING, dict(quality=90), 0.5),
     "rgba.tif": (FADING, {}, 0.01),
-    "default.png": (COLOURS, dict(save_all=True, default_image=True, append_images=[Image.new("RGB", (W, H))]), 0),
 }
 
 
@@ -230,12 +229,6 @@ def test_modes_of_png(tmp_path, mode, options):
     assert np.abs(mine - on_white(Image.open(tmp_path / "a.png"))).max() <= 0.51
 
 
-def test_a_tiff_in_other_colours(tmp_path):
-    Image.fromarray(COLOURS).convert("YCbCr").save(tmp_path / "a.tif")
-    mine = read_image(str(tmp_path / "a.tif")).permute(1, 2, 0).numpy()
-    assert np.abs(mine - on_white(Image.open(tmp_path / "a.tif"))).mean() < 0.6
-
-
 def test_a_picture_is_not_turned_by_its_exif_data(tmp_path):
     """As qwen-vl-utils opens it."""
     exif = Image.Exif()
@@ -255,9 +248,8 @@ def broken_files(folder):
     write_clip(folder / "good.mkv", ramp(60, 128, 128))
     write_clip(folder / "narrow.mp4", ramp(4, 2, 512))
     write_clip(folder / "pieces.mp4", ramp(60, 128, 128), g="10", container={"movflags": "frag_keyframe+empty_moov"})
-    write_clip(folder / "good.gif", ramp(30), codec="gif", pix_fmt="rgb8")
     cuts = (("cut.mp4", "good.mp4", 0.5), ("cut_late.mp4", "ahead.mp4", 0.8), ("cut.mkv", "good.mkv", 0.5))
-    cuts += (("cut_pieces.mp4", "pieces.mp4", 0.8), ("cut.gif", "good.gif", 0.5))
+    cuts += (("cut_pieces.mp4", "pieces.mp4", 0.8),)
     for name, source, share in cuts:
         data = (folder / source).read_bytes()
         (folder / name).write_bytes(data[: int(len(data) * share)])
@@ -293,10 +285,9 @@ def broken_files(folder):
         "text.mp4": "no readable video",
         "damaged.mp4": "does not decode",
         "cut.mp4": "cut off",
-        "cut_late.mp4": "cut off: .* promises 60",
-        "cut.mkv": "cut off: .* promises 6.0",
-        "cut_pieces.mp4": "cut off: ",
-        "cut.gif": "cut off: no end of the GIF",
+        "cut_late.mp4": "cut off .* promises 60 frames",
+        "cut.mkv": "cut off .* promises .* 6.0 seconds",
+        "cut_pieces.mp4": "cut off ",
         "text.txt": "a playlist or text",
         "list.txt": "a playlist or text",
         "jpeg.tif": "a TIFF with a JPEG inside",
@@ -304,7 +295,7 @@ def broken_files(folder):
         "audio.mp4": "found audio",
         "frameless.avi": "0 frames",
         "narrow.mp4": "ratio is above 200",
-        "tiled.avif": "a picture in 4 tiles",
+        "tiled.avif": "a picture in tiles",
         "alpha.avif": "transparency or depth is a stream of its own",
         "animated.webp": "an animated webp",
     }
@@ -312,7 +303,14 @@ def broken_files(folder):
 
 def test_broken_files_say_what_is_wrong(tmp_path):
     for name, message in broken_files(tmp_path).items():
-        for kind in ("video", "image") if name.endswith(("avif", "webp")) else ("video",):
+        kinds = (
+            ("image",)
+            if name.endswith("tif")
+            else ("video", "image")
+            if name.endswith(("avif", "webp"))
+            else ("video",)
+        )
+        for kind in kinds:
             with pytest.raises(UserError, match=message) as caught:
                 read_clip(plan_clip(kind, (str(tmp_path / name),), Options()))
             assert name in str(caught.value) and "\n" not in str(caught.value)

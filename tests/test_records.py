@@ -1,21 +1,25 @@
-"""Records as other projects have them load unchanged, for SFT and for the rewards; others are refused in one line."""
+"""Files of records, and records as other projects have them: read unchanged, for SFT and for the rewards; others are
+refused in one line."""
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import SYSTEM, as_transformers, clips, processor, text_of, trained_text, turns  # noqa: F401 fixtures
+from test_data import SYSTEM, as_transformers, text_of, trained_text, turns
 
 from loader import Loader
 from model import UserError
-from records import Media, clip_name, read_records, read_turns, record_name, spread
+from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, shares, spread
 from rewards import accuracy, reference_answer, sample_from_record
 
+clips, processor = test_data.clips, test_data.processor  # fixtures
 QUESTION = "Where does it go?\n(A) left\n(B) right"
 USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}
 VIDEO, IMAGE = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
@@ -66,7 +70,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("form", SAME)
-def test_each_form_says_the_same(processor, form):  # noqa: F811
+def test_each_form_says_the_same(processor, form):
     """One clip, question and answer in every form: the same ids, targets and reward, and what transformers' own chat
     template makes of them."""
     record = SAME[form]
@@ -98,7 +102,7 @@ VIDEO_R1 = {
 }
 
 
-def test_video_r1(processor):  # noqa: F811
+def test_video_r1(processor):
     example = processor.encode(VIDEO_R1)
     asked = f"{SYSTEM}<|im_start|>user\n{VIDEO}Where does it go?\nOptions:\nA. left\nB. right\nC. up<|im_end|>\n"
     assert text_of(processor, example.ids).startswith(asked)
@@ -106,48 +110,53 @@ def test_video_r1(processor):  # noqa: F811
     sample = sample_from_record(VIDEO_R1)
     assert sample.answer == "<answer>B</answer>" and sample.options == {"A": "left", "B": "right", "C": "up"}
     assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
-    rl = {**VIDEO_R1, "process": None}  # Video-R1-260k has no reasoning: the solution alone is learned
-    assert trained_text(processor, processor.encode(rl)) == "<answer>B</answer><|im_end|>"
-    assert record_name(rl) == "2" and clip_name(rl) == "./0.mp4"
-    bare = {**rl, "options": ["left", "right"], "problem": "A. Smith asks: where?"}
+    assert record_name(VIDEO_R1) == "2" and clip_name(VIDEO_R1) == "./0.mp4"
+    bare = {**VIDEO_R1, "process": None, "options": ["left", "right"], "problem": "A. Smith asks: where?"}
     assert sample_from_record(bare).options == {"A": "left", "B": "right"}
-    assert accuracy("<answer>B</answer>", sample_from_record(bare)) == 1
     number = {"problem": "How many?", "problem_type": "numerical", "options": [], "solution": 3, "path": "p.png"}
     number |= {"data_type": "image"}
     assert accuracy(f"{THINK}<answer>3</answer>", sample_from_record(number)) == 1
     span = number | {"problem_type": "time span", "solution": [2.0, 6]}  # 2 of 6 seconds are in both
     assert accuracy(f"{THINK}<answer>4 to 8</answer>", sample_from_record(span)) == 2 / 6
     assert text_of(processor, processor.encode(number).ids).startswith(f"{SYSTEM}<|im_start|>user\n{IMAGE}How many?<")
+    lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
+    assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
 
 
 def kinds(record):
-    turns_ = read_turns(record, "r")
-    return [(p.kind, *p.paths) if isinstance(p, Media) else p for turn in turns_ for p in turn.parts]
+    parts = [part for turn in read_turns(record, "r") for part in turn.parts]
+    return [(part.kind, *part.paths) if isinstance(part, Media) else part for part in parts]
 
 
-def test_several_clips_in_one_record(processor):  # noqa: F811
-    mixed = {"messages": chat("<image>What, <video>and what?", "So"), "images": ["p.png"], "videos": ["0.mp4"]}
-    assert kinds(mixed) == [("image", "p.png"), "What, ", ("video", "0.mp4"), "and what?", "So"]
-    assert processor.encode(mixed).grid_thw == [(1, 4, 6), (2, 4, 4)]
-    later = [*chat("<image>Who?", "A"), *chat("And here?<image>", "B")]
-    assert kinds({"messages": later, "images": ["p.png", "q.png"]})[3:5] == ["And here?", ("image", "q.png")]
-    frames = {"messages": chat("<video>?", "!"), "videos": [["a.png", "b.png"]]}  # ms-swift's form for frames
-    assert kinds(frames)[0] == ("video", "a.png", "b.png")
-    ahead = {"conversations": turns("?", "!"), "image": ["a.png", "b.png"], "video": "c.mp4"}
-    assert kinds(ahead) == [("image", "a.png"), ("image", "b.png"), ("video", "c.mp4"), "?", "!"]
-    parts = typed({"type": "image"}, "or", {"type": "image"}, "?")
-    assert kinds({"prompt": [{**USER, "content": parts}], "completion": "!", "images": ["a.png", "b.png"]}) == [
-        *(("image", "a.png"), "or", ("image", "b.png"), "?", "!")
-    ]
-    tags = {"messages": chat(typed("<video>\nWhere?"), "!"), "videos": ["c.mp4"]}
-    assert kinds(tags) == [("video", "c.mp4"), "Where?", "!"]
-    both = {"video": [["a.png", "b.png"], "file:///c.mp4"], "conversations": turns("<video> <video>", "!")}
-    assert kinds(both) == [("video", "a.png", "b.png"), " ", ("video", "/c.mp4"), "!"]
-    two = {"video": ["a.mp4", "b.mp4"], "conversations": turns("<video>\n<video>\n?", "!")}
-    assert kinds(two) == [("video", "a.mp4"), ("video", "b.mp4"), "?", "!"] and record_name(two) == "a.mp4"
+CLIPS = [  # record, where its clips stand
+    ({"messages": chat("<image>What, <video>and what?", "So"), "images": ["p.png"], "videos": ["0.mp4"]},
+     [("image", "p.png"), "What, ", ("video", "0.mp4"), "and what?", "So"]),
+    ({"messages": [*chat("<image>Who?", "A"), *chat("And here?<image>", "B")], "images": ["p.png", "q.png"]},
+     [("image", "p.png"), "Who?", "A", "And here?", ("image", "q.png"), "B"]),
+    ({"messages": chat("<video>?", "!"), "videos": [["a.png", "b.png"]]},  # ms-swift's form for frames
+     [("video", "a.png", "b.png"), "?", "!"]),
+    ({"conversations": turns("?", "!"), "image": ["a.png", "b.png"], "video": "c.mp4"},
+     [("image", "a.png"), ("image", "b.png"), ("video", "c.mp4"), "?", "!"]),
+    ({"prompt": [{**USER, "content": typed({"type": "image"}, "or", {"type": "image"}, "?")}], "completion": "!",
+      "images": ["a.png", "b.png"]}, [("image", "a.png"), "or", ("image", "b.png"), "?", "!"]),
+    ({"messages": chat(typed("<video>\nWhere?"), "!"), "videos": ["c.mp4"]}, [("video", "c.mp4"), "Where?", "!"]),
+    ({"video": [["a.png", "b.png"], "file:///c.mp4"], "conversations": turns("<video> <video>", "!")},
+     [("video", "a.png", "b.png"), " ", ("video", "/c.mp4"), "!"]),
+    ({"video": ["a.mp4", "b.mp4"], "conversations": turns("<video>\n<video>\n?", "!")},
+     [("video", "a.mp4"), ("video", "b.mp4"), "?", "!"]),
+]  # fmt: skip
+DATA = "data:image/png;base64,AA"
+for _names in (["1.png", "2.png"], [{"path": "1.png"}, {"url": "2.jpg"}], [DATA, DATA], [{"url": DATA}, "2.png"]):
+    _paths = [name if isinstance(name, str) else next(iter(name.values())) for name in _names]
+    CLIPS.append(({"question": "?", "answer": "!", "video": _names}, [("video", *_paths), "?", "!"]))
 
 
-def test_what_is_not_learned(processor):  # noqa: F811
+@pytest.mark.parametrize("record, expected", CLIPS)
+def test_clips_stand_where_the_record_says(record, expected):
+    assert kinds(record) == expected
+
+
+def test_what_is_not_learned(processor):
     """The marks of ms-swift, OpenAI, LLaMA-Factory v1, and the prompt of TRL's prompt and completion."""
     for mark in ({"loss": False}, {"loss": 0}, {"weight": 0}, {"loss_weight": 0.0}):
         messages = [*chat("Hi", "Ho"), *chat("And?", "So")]
@@ -161,7 +170,7 @@ def test_what_is_not_learned(processor):  # noqa: F811
     assert text_of(processor, processor.encode(history).ids).startswith("<|im_start|>system\nBe short.<|im_end|>")
 
 
-def test_clips_inside_a_record(processor, clips):  # noqa: F811
+def test_clips_inside_a_record(processor, clips):
     """data: addresses, as OpenAI and ms-swift have them: the same ids and patches as from the file."""
 
     def address(name, kind):
@@ -181,7 +190,7 @@ def test_clips_inside_a_record(processor, clips):  # noqa: F811
     assert processor.encode({"messages": chat(typed(file, "?"), "!")}).grid_thw == [(2, 4, 4)]
 
 
-def test_text_and_clips_mix_in_one_file(processor, tmp_path):  # noqa: F811
+def test_text_and_clips_mix_in_one_file(processor, tmp_path):
     """Every form in one .jsonl, records of text alone among them: all can be batched together."""
     text_alone = [{"messages": chat("Capital of France?", "Paris")}, {"prompt": "1+1=", "answer": 2}]
     records = [*SAME.values(), VIDEO_R1, *text_alone]
@@ -207,9 +216,9 @@ LAYOUTS = {
     "LLaMA-Factory mllm_video_demo": ({"messages": chat("<video>Why?", "So"), "videos": ["0.mp4"]}, ["So"]),
     "LLaMA-Factory mllm_audio_demo": ({"messages": chat("<audio>?", "!"), "audios": ["1.mp3"]}, "holds audios"),
     "LLaMA-Factory glaive_toolcall": ({"conversations": turns("?", "!"), "tools": '[{"name": "f"}]'}, "holds tools"),
-    "LLaMA-Factory dpo_en_demo": ({"conversations": turns("?"), "chosen": {}, "rejected": {}}, "a preference"),
-    "LLaMA-Factory kto_en_demo": ({"messages": chat("?", "!"), "label": False}, "label is False"),
-    "LLaMA-Factory kto_tag": ({"instruction": "?", "output": "!", "kto_tag": False}, "kto_tag is False"),
+    "LLaMA-Factory dpo_en_demo": ({"conversations": turns("?"), "chosen": {"value": "!"}}, "holds chosen"),
+    "LLaMA-Factory kto_en_demo": ({"messages": chat("?", "!"), "label": False}, "label false"),
+    "LLaMA-Factory kto_tag": ({"instruction": "?", "output": "!", "kto_tag": False}, "label false"),
     "LLaMA-Factory c4_demo": ({"text": "A whole text."}, "no known form"),
     "LLaMA-Factory v1_multimodal": (
         {"messages": [
@@ -235,8 +244,8 @@ LAYOUTS = {
     "TRL language modeling": ({"messages": chat("?", "!")}, ["!"]),
     "TRL prompt-only": ({"prompt": chat("?", "")[:1]}, "ends with a turn of the user"),
     "TRL prompt-completion": ({"prompt": "The sky is", "completion": " blue."}, [" blue."]),
-    "TRL preference": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "a preference"),
-    "TRL unpaired preference": ({"prompt": "The sky is", "completion": " green.", "label": False}, "label is False"),
+    "TRL preference": ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "holds chosen"),
+    "TRL unpaired preference": ({"prompt": "The sky is", "completion": " green.", "label": False}, "label false"),
     "TRL stepwise": ({"prompt": "?", "completions": ["a"], "labels": [True]}, "ends with a turn of the user"),
     "TRL thinking": (
         {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "thinking": "Hm", "content": "!"}]}, "holds thinking",
@@ -248,7 +257,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_is_read_whole_or_refused(processor, layout):  # noqa: F811
+def test_each_layout_is_read_whole_or_refused(processor, layout):
     record, expected = LAYOUTS[layout]
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
@@ -287,16 +296,15 @@ WRONG = {
     "its keys are: none": {},
     "conversations is '\\[\\]'; expected a list of turns": {"conversations": []},
     "weight is 0.5; expected 0 or 1": {"messages": [*chat("?", "!"), {**ASSISTANT, "content": "!", "weight": 0.5}]},
-    "stand in the column frames": {"frames": [{"x": "a.JPG"}], "question": "?", "answer": "!"},
+    "the column frames": {"frames": [{"x": "a.JPG"}], "question": "?", "answer": "!"},
     "video_start beside 0 videos": {"question": "?", "answer": "!", "video_start": 1.0},
-    "found conversations and messages": {"conversations": turns("?", "!"), "messages": chat("?", "!")},
     "found video and videos": {"conversations": turns("<video>", "!"), "video": "a.mp4", "videos": ["a.mp4"]},
     "2 <video> tag.* 1 video": {"video": "0.mp4", "conversations": turns("<video><video>", "L")},
     "no user's turn": {"conversations": turns("L", roles=("gpt", "gpt"))},
     "ends with a turn of the user": {"conversations": turns("?")},
     "special token <.im_end.>": {"conversations": turns("?<|im_end|>", "L")},
     "no file nothing.mp4; .*--image_folder": {"video": "nothing.mp4", "conversations": turns("?", "L")},
-    "video is ''": {"video": "", "conversations": turns("<video>", "L")},
+    "1 <video> tag.* 0 video": {"video": "", "conversations": turns("<video>", "L")},
     "unknown content part": {"messages": [{**USER, "content": [{"type": "audio"}]}]},
     "unknown video option 'speed'": {"messages": chat([{"type": "video", "video": "0.mp4", "speed": 2}], "L")},
     "turn of the assistant; expected it in a user's": {"messages": chat("?", [{"type": "video", "video": "0.mp4"}])},
@@ -308,8 +316,8 @@ WRONG = {
     "does not decode": {"messages": chat("<image>", "!"), "images": ["data:image/png;base64,AAAA"]},
     "unknown role 'tool'": {"messages": [*chat("?", "!"), {"role": "tool", "content": "3"}]},
     r"unknown role \"\['human'\]\"": {"conversations": [{"from": ["human"], "value": "?"}]},
-    "holds tool_calls": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": None, "tool_calls": [{}]}]},
-    "data_type is 'audio'": {**VIDEO_R1, "data_type": "audio"},
+    "holds tool_calls": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": "", "tool_calls": [{}]}]},
+    "in the column path": {**VIDEO_R1, "data_type": "audio"},
     "options are left": {**VIDEO_R1, "options": "left"},
     "solution is \\['B'\\]": {**VIDEO_R1, "solution": ["B"]},
     "an empty turn of the user": {"messages": chat(" \n", "!")},
@@ -318,25 +326,24 @@ WRONG = {
     "loss_scale is 0.3": {"messages": [{**USER, "content": "?"}, {**ASSISTANT, "content": "!", "loss_scale": 0.3}]},
     "loss_weight is 0.5": {"question": "?", "answer": "!", "loss_weight": 0.5},
     "a part of a turn": {"messages": chat("?", [{"type": "text", "value": "!", "loss_weight": 0.0}])},
-    "label is false": {"question": "?", "answer": "!", "label": "false"},
+    "label false": {"question": "?", "answer": "!", "label": "false"},
     "holds rejected_images": {"query": "<image>?", "response": "!", "images": ["p.png"], "rejected_images": ["q.png"]},
     "system column beside another": {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("?", "!")]},
     "stand in the column path": {"question": "?", "answer": "!", "path": "0.mp4"},
     "the column image_path": {"video": "0.mp4", "question": "?", "answer": "!", "image_path": "p.png"},
     "expected one file name": {"messages": chat([{"type": "video", "video": "0.mp4", "path": "1.mp4"}], "!")},
-    "fps and sample_fps": {"messages": chat([{"type": "video", "video": "0.mp4", "fps": 1, "sample_fps": 2}], "!")},
     "unknown image option 'fps'": {"messages": chat([{"type": "image", "image": "p.png", "fps": 1}], "!")},
-    "video_start of the record and of": {
+    "video_start beside 1 videos": {
         "messages": chat([{"type": "video", "video": "0.mp4", "video_start": 0.1}], "!"), "video_start": 0.2,
     },
-    "expected the assistant's answer": {"prompt": "?", "solution": " "},
+    "expected an answer": {"prompt": "?", "solution": " "},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("told", WRONG)
-def test_a_wrong_record_is_told_in_one_line(processor, told):  # noqa: F811
-    record = WRONG[told]
-    with pytest.raises(UserError, match=told) as caught:
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_record_is_refused_in_one_line(processor, message):
+    record = WRONG[message]
+    with pytest.raises(UserError, match=message) as caught:
         processor.encode(record, name="sample 3")
     text = str(caught.value)
     assert "\n" not in text and len(text) < 500 and ("sample 3" in text or "inline_clips" in text)
@@ -367,7 +374,7 @@ def test_no_record_does_anything_but_load_or_be_refused(record):
     record_name(record), clip_name(record)
 
 
-def test_options_beside_a_name_count_wherever_it_stands(processor):  # noqa: F811
+def test_options_beside_a_name_count_wherever_it_stands(processor):
     part = {"type": "video", "nframes": 4}
     for record in (
         {"messages": chat([{**part, "video": "0.mp4"}, *typed("?")], "!")},
@@ -379,21 +386,89 @@ def test_options_beside_a_name_count_wherever_it_stands(processor):  # noqa: F81
         assert len(processor.encode(record).frame_indices[0]) == 4
 
 
-def test_frames_of_a_clip_by_any_name():
-    data = "data:image/png;base64,AA"
-    for names in (["1.png", "2.png"], [{"path": "1.png"}, {"url": "2.jpg"}], [data, data], [{"url": data}, "2.png"]):
-        for record in ({"question": "?", "answer": "!", "video": names}, {"query": "<video>?", "videos": names}):
-            (clip, _) = read_turns(record, "r")[0].parts
-            assert len(clip.paths) == 2
-
-
-def test_absent_options_and_numbers(processor):  # noqa: F811
-    record = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
-    assert read_turns(record, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
-
-
 def test_the_reader_leaves_the_record_alone():
     for record in [*SAME.values(), VIDEO_R1]:
         before = json.dumps(record)
         read_turns(record, "r"), sample_from_record(record)
         assert json.dumps(record) == before
+
+
+# -- Files
+
+
+def test_several_files_and_their_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("a.json", "b.jsonl", "c:3.json", "d,e.json", "f.json:2")):
+        Path(name).write_text(json.dumps({"i": i}) if name == "b.jsonl" else json.dumps([{"i": i}, {"i": i}]))
+    for text, files in (
+        ("a.json", [("a.json", 1)]),
+        ("a.json:2,b.jsonl:0.5", [("a.json", 2), ("b.jsonl", 0.5)]),
+        ("a.json,b.jsonl:3", [("a.json", 1), ("b.jsonl", 3)]),
+        ("c:3.json", [("c:3.json", 1)]),  # names that exist are taken as they are
+        ("c:3.json:2,a.json", [("c:3.json", 2), ("a.json", 1)]),
+        ("d,e.json", [("d,e.json", 1)]),
+        ("f.json:2", [("f.json:2", 1)]),
+    ):
+        assert data_files(text) == files
+    records = read_records("b.jsonl:2,a.json")
+    assert [record["i"] for record in records] == [1, 0, 0] and records[1].folder == "."
+    assert shares(records) == [(2, [0]), (1, [1, 2])] and shares(Selection(records, [0, 2])) == [(2, [0]), (1, [1])]
+    for weight in ("0", "-1", "nan", "inf", "x", "", "1e5000"):
+        with pytest.raises(UserError, match="the weight is .*; expected a number above 0"):
+            read_records(f"a.json:{weight},b.jsonl")
+
+
+@pytest.mark.parametrize("name, separator", [("a.json", " ,\n"), ("a.jsonl", "\n"), ("a.jsonl", "\r\n\n")])
+def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
+    whole = [{"i": i, "text": 'ä \u00e9\u2028 [{"},\\', "empty": {}, "list": [1, [2.5, None]]} for i in range(30)]
+    text = separator.join(json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(whole))
+    for mark in (b"", b"\xef\xbb\xbf"):  # the second as Windows saves UTF-8
+        (tmp_path / name).write_bytes(mark + (f" [{text} ]\n" if name == "a.json" else text).encode())
+        records = read_records(tmp_path / name)
+        assert list(records) == whole and records[-1]["i"] == 29 and len(records) == 30
+        assert [r["i"] for r in Selection(records, [3, 7, 11])] == [3, 7, 11]
+
+
+NOT_JSON = {
+    "a.json": {
+        "line 1 column 1 is not JSON": ["hello", ""],
+        "line 2 column 1 is not JSON (Extra data); one object a line is .jsonl": ['{"a": 1}\n{"a": 2}'],
+        "is not JSON": ["[\n{}\n {}]", "[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', "[{}]]"],
+        "expected records": ["12", "{}", "[]", "[{}, 1]"],
+        "cannot be read": ['[{"a": ' + "[" * 100_000, '[{"a": ' + "1" * 5000 + "}]", b'[\n{"a": "\xc3"}]'],
+        "record 1 holds half a character": ['[{}, {"a": "\\ud83d"}]'],
+    },
+    "a.jsonl": {
+        "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
+        "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
+        "expected records": ["{}\n[]\n", "\n\n"],
+        "cannot be read, after line 1": ['{}\n{"a":' + "[" * 100_000],
+    },
+    "a.csv": {"a.csv: a table, which is not read": ["question,answer"]},
+}
+
+
+@pytest.mark.parametrize("name, message", [(name, message) for name in NOT_JSON for message in NOT_JSON[name]])
+def test_what_is_no_dataset(tmp_path, name, message):
+    for content in NOT_JSON[name][message]:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError) as caught:
+            read_records(tmp_path / name)
+        assert message in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+def test_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.json").touch()
+    for name, message in (
+        ("none.json", "no such file"),
+        ("zero\0.json", "no such file"),
+        ("x" * 300, "no such file"),
+        ("fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
+        ("folder", "not a file; .*did you mean .*folder/train.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path / name)
+    with pytest.raises(UserError, match="https://a.b/c.json is a web address; download it first"):
+        read_records("https://a.b/c.json")
