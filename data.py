@@ -104,9 +104,8 @@ class Processor:
                 raise UserError(f"{problem}; use the files of one checkpoint")
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
-        self.encode_text: Callable[[str], list[int]] = lru_cache(4096)(
-            lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        )
+        tokenise = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.encode_text: Callable[[str], list[int]] = lru_cache(4096)(tokenise)
         if args.image_folder and not Path(args.image_folder).is_dir():
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
@@ -124,12 +123,9 @@ class Processor:
     # -- From record to Example
 
     def encode(self, record: dict, answer: bool = True, control: str = "none", name: str | None = None) -> Example:
-        """One record as an Example.
-
-        answer=True: the whole conversation, with targets. answer=False: up to the last user turn, ready for the reply.
-        control: "none", or the clips "reversed", "shuffled" (by the record's name) or "blank".
-        Raises UserError naming the sample or file; TooLong if it cannot be brought within max_seq_length.
-        """
+        """One record as an Example. answer: the whole conversation, with targets; else up to the last user turn, ready
+        for the reply. control: "none", or the clips "reversed", "shuffled" (by the record's name) or "blank".
+        Raises UserError naming the sample or file; TooLong if it cannot be brought within max_seq_length."""
         assert control in CONTROLS, f"control {control!r}, expected one of {CONTROLS}"
         name = name or record_name(record)
         ids, trained, plans = self.layout(record, answer, name)
@@ -137,8 +133,8 @@ class Processor:
         targets[:-1][trained[1:]] = ids[1:][trained[1:]]
         grids, seconds = [plan.grid_thw for plan in plans], [plan.second_per_grid for plan in plans]
         clips = [self.read(plan, control, f"{name} {i}") for i, plan in enumerate(plans)]
-        orders = [order[: len(plan.indices)] for plan, (_, order) in zip(plans, clips)]
         patches = [patches for patches, _ in clips]
+        shown = [(plan, order[: len(plan.indices)]) for plan, (_, order) in zip(plans, clips)]
         example = Example(
             name=name,
             ids=ids,
@@ -147,8 +143,8 @@ class Processor:
             patches=None if not patches else patches[0] if len(patches) == 1 else torch.cat(patches),
             grid_thw=grids,
             second_per_grid=seconds,
-            frame_indices=[[plan.indices[i] for i in order] for plan, order in zip(plans, orders)],
-            frame_times=[[plan.times[i] for i in order] for plan, order in zip(plans, orders)],
+            frame_indices=[[plan.indices[i] for i in order] for plan, order in shown],
+            frame_times=[[plan.times[i] for i in order] for plan, order in shown],
             num_vision_tokens=sum(plan.num_tokens for plan in plans),
             record=record,
             notes=tuple(note for plan in plans for note in plan.notes),
@@ -196,8 +192,8 @@ class Processor:
     # -- Clips
 
     def fit(self, media: list[tuple[Media, str | None, str]], text: int) -> list[ClipPlan]:
-        """Plans of clips whose tokens stay within max_seq_length beside `text` others: the clip with most frames loses
-        two at a time, keeping two. media: the first three arguments of plan()."""
+        """Plans of clips that fit into max_seq_length beside `text` tokens: the clip with most frames loses two at a
+        time, keeping two. media: the first three arguments of plan()."""
         plans, limit = [self.plan(*item) for item in media], self.args.max_seq_length
         steps = [plan.grid_thw[0] for plan in plans]
         a_step = [plan.num_tokens // plan.grid_thw[0] for plan in plans]  # tokens a grid step
@@ -303,10 +299,7 @@ def chat_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
 
 def pack(examples: list[Example], pin: bool = False) -> Packed:
     """Examples laid end to end, each seeing only itself. pin: pixels in memory that a GPU reads while the host goes on.
-
-    An empty list gives one untrained token: all ranks must run the same number of passes, also where all samples of one
-    were skipped.
-    """
+    An empty list gives one untrained token: all ranks must run the same number of passes, also where all is skipped."""
     if not examples:
         zero = torch.zeros(1, dtype=torch.int64)
         return Packed(zero, zero.expand(3, 1), Segments.causal([1]), targets=torch.full((1,), IGNORE))
@@ -358,7 +351,5 @@ def join(arrays: Iterable[np.ndarray], axis: int = 0) -> Tensor:
 
 def join_patches(examples: list[Example], pin: bool = False) -> Tensor | None:
     patches = [e.patches for e in examples if e.patches is not None]
-    if not pin or not patches:
-        return torch.cat(patches) if patches else None
-    whole = torch.empty(sum(map(len, patches)), patches[0].shape[1], dtype=patches[0].dtype, pin_memory=True)
-    return torch.cat(patches, out=whole)
+    whole = torch.cat(patches) if patches else None
+    return whole.pin_memory() if patches and pin else whole

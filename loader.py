@@ -46,8 +46,7 @@ class Samples(torch.utils.data.Dataset):
     def read(self, numbers: Iterable[int], workers: int, ahead: int) -> Iterator[Example | tuple[int, UserError]]:
         """The samples of these numbers, in their order; `ahead` of them are decoded in advance, if there are workers.
 
-        Workers are forked. They touch nothing of CUDA, which is up by then, share the records' buffer, and start in
-        milliseconds; a fork server would import torch and the training script in each of them, at every evaluation.
+        Workers are forked: they touch nothing of CUDA, share the records' buffer, and start in milliseconds.
         """
         # a generator of its own: the loader draws from it, and torch's own random state must not depend on workers
         options = {"generator": torch.Generator(), "collate_fn": lambda sample: sample}
@@ -87,14 +86,10 @@ def examples(
 class Loader:
     """The batches of one rank.
 
-    args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
-    dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (pack, or list).
-    answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
-
-    An epoch has each record as often as the weight of its file says; of a fraction, other records in each epoch.
-    A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these into
-    micro-batches of at most batch_size samples; or, with pack_tokens, into as few as hold them within that many tokens
-    each. The update is the same. A sample that is broken is skipped, counted and named, and nothing takes its place.
+    args: a config.CommonTrain. collate: list of Examples -> what is yielded. global_batch: samples a step, if not what
+    args say. A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these
+    into micro-batches; or, with pack_tokens, into as few as hold them within that many tokens each. The update is the
+    same. A sample that is broken is skipped, counted and named, and nothing takes its place.
     """
 
     def __init__(
@@ -128,12 +123,12 @@ class Loader:
         ahead = STEPS_AHEAD * math.ceil(self.global_batch / self.world_size)
         samples = self.samples.read(numbers, self.args.dataloader_num_workers, ahead)
         for step in steps():
-            parts = [[next(samples) for _ in part] for part in self.share(step)]
-            for part in parts:
-                for sample in part:
-                    if not isinstance(sample, Example):
-                        self.skip(*sample)
-            self.last_parts = [[sample for sample in part if isinstance(sample, Example)] for part in parts]
+            self.last_parts = []
+            for part in self.share(step):
+                part = [next(samples) for _ in part]
+                self.last_parts.append([sample for sample in part if isinstance(sample, Example)])
+                for number, error in (sample for sample in part if not isinstance(sample, Example)):
+                    self.skip(number, error)
             yield self.packs()
 
     def packs(self) -> list:
@@ -178,9 +173,9 @@ class Loader:
 
     def check_share(self, broken: int) -> None:
         """broken: samples of all ranks. UserError if it is more than max_skip_share of them."""
-        total, most = len(self.records), self.args.max_skip_share
-        if broken > most * total:
-            raise UserError(f"{broken} of {total} samples are broken, max_skip_share is {most}{self.last}")
+        if broken > self.args.max_skip_share * len(self.records):
+            most = f"max_skip_share is {self.args.max_skip_share}{self.last}"
+            raise UserError(f"{broken} of {len(self.records)} samples are broken, {most}")
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""

@@ -4,15 +4,7 @@
     read_form(record)    messages, clips, solution, options, problem_type: training, rewards and evaluation read this
     read_turns(record)   its turns, each clip in its place
 
-The forms of record, by the key that tells them, and where they are described:
-
-    conversations  LLaVA, 2U1 (its README), LLaMA-Factory sharegpt (its data/README.md): from/value or role/content
-    messages       OpenAI (guides/vision-fine-tuning); ms-swift (docs/source_en/Customization/Custom-dataset.md);
-                   TRL (docs/source/dataset_formats.md): parts {"type": "image"} stand for `images`; LLaMA-Factory v1
-    conversation   ms-swift sharegpt: [{"human": ..., "assistant": ...}]
-    prompt         TRL: messages or text, with `completion`, which alone is learned, or `solution` for GRPO
-    problem        Video-R1 (src/r1-v/src/open_r1/sft_video.py), without the wording of its prompt
-    query, question, instruction   ms-swift's query and response; question and answer; Alpaca
+docs/data.md lists the forms, and what each becomes.
 """
 
 import json
@@ -36,7 +28,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES["developer"] = "system"  # OpenAI's newer word
 ANSWERS = ("response", "output", "completion")
 NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
-WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "train")  # 0 = not learned; of a record, a turn or a part
+WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "train")  # 0 = not learned; of a record or a turn
 # What changes the meaning of a record or a turn and is not read: where it holds something, the record is refused
 UNREAD = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools", "audio", "audios")
 UNREAD += ("objects", "chat_template_kwargs", "tool_calls", "thinking", "reasoning_content")
@@ -239,7 +231,7 @@ def read_form(record: dict, where: str) -> Conversation:
             if not isinstance(record.get(key), str | None):
                 raise UserError(f"{key} is a {type(record[key]).__name__}, expected text")
         solution, options, system = read_solution(record), read_options(record), record.get("system")
-        turns = read_question(record, form, options) if is_question else read_chat(record, form)
+        turns = read_question(record, form, options, solution) if is_question else read_chat(record, form)
         if solution is not None and turns[-1].role != "assistant":
             turns.append(Turn("assistant", solution))
         if system and turns[0].role == "system":
@@ -260,37 +252,31 @@ def read_chat(record: dict, form: str) -> list[Turn]:
         completion = [{"role": "assistant", "content": completion}]
     if not isinstance(chat, list) or not chat or not isinstance(completion, list | None):
         raise UserError(f"{form} is {str(chat)[:80]!r}; expected a list of turns")
-    turns = [read_message(message) for message in [*chat, *(completion or [])]]
-    for turn in turns[: len(chat)] if form == "prompt" else []:
-        turn.trained = False
+    turns = []
+    for i, message in enumerate([*chat, *(completion or [])]):
+        given = message if isinstance(message, dict) else {}
+        role, content = first_of(given, "from", "role"), first_of(given, "value", "content")
+        if str(role) not in ROLES or not isinstance(content, (str, list)):
+            expected = "a role (human/user, gpt/assistant or system), and text or a list of parts"
+            raise UserError(f"a turn is {str(message)[:80]}; expected {expected}")
+        if not all(is_learned(part) for part in content if isinstance(part, dict)):
+            raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
+        trained = is_learned(given) and (form != "prompt" or i >= len(chat))
+        turns.append(Turn(ROLES[role], content, trained))
     return turns
 
 
-def read_message(message) -> Turn:
-    if not isinstance(message, dict):
-        raise UserError(f"a turn is a {type(message).__name__}, expected an object")
-    role, content = first_of(message, "from", "role"), first_of(message, "value", "content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"unknown role {str(role)[:40]!r}; expected human/user, gpt/assistant or system")
-    if not isinstance(content, (str, list)):
-        raise UserError(f"the {role}'s turn holds {str(content)[:80]}; expected text or a list of parts")
-    if not all(is_learned(part) for part in content if isinstance(part, dict)):
-        raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
-    return Turn(ROLES[role], content, is_learned(message))
-
-
-def read_question(record: dict, form: str, options: list[str]) -> list[Turn]:
+def read_question(record: dict, form: str, options: list[str], solution: str | None) -> list[Turn]:
     """Video-R1, query and response, Alpaca: earlier questions and answers, one question, and at most one answer."""
     turns, history = [], record.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise UserError(f"history holds {str(pair)[:80]}; expected pairs of a question and its answer")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     question = "\n".join(filter(None, (record[form], record.get("input"))))
     if options:
         question = "\n".join([question.rstrip("\n"), "Options:", *options])
-    answer = next(filter(None, map(record.get, ANSWERS)), None)
-    process, solution = record.get("process"), read_solution(record)
+    answer, process = next(filter(None, map(record.get, ANSWERS)), None), record.get("process")
     if answer is None and process and solution:
         answer = f"{process}\n{solution}"  # the reasoning, then the answer in its tags
     return [*turns, Turn("user", question), *([Turn("assistant", answer)] if answer else [])]
@@ -402,7 +388,9 @@ def assign_clips(turns: list[Turn], kind: str, names) -> None:
              if isinstance(part, Media) and part.kind == kind]  # fmt: skip
     tags = [(turn, i, part) for turn, i, part in media if not part.paths]
     names = names if isinstance(names, list) else [] if names is None else [names]
-    if kind == "video" and len(tags) <= 1 and names and all(map(names_picture, names)):
+    files = [str(file_of(name)).lower() for name in names]
+    pictures = [file for file in files if file.startswith("data:image/") or file.endswith(IMAGE_SUFFIXES)]
+    if kind == "video" and len(tags) <= 1 and names and pictures == files:
         names = [names]  # at most one tag, nothing but pictures: the frames of one clip
     clips = [read_media(kind, name) for name in names]
     question = next((turn for turn in turns if turn.role == "user"), None)
@@ -417,11 +405,8 @@ def assign_clips(turns: list[Turn], kind: str, names) -> None:
             turn.parts[i] = Media(kind, clip.paths, clip.options | part.options)
 
 
-def names_picture(name) -> bool:
-    name = first_of(name, "url", "path") if isinstance(name, dict) else name
-    return (
-        isinstance(name, str) and name.lower().startswith("data:image/") or str(name).lower().endswith(IMAGE_SUFFIXES)
-    )
+def file_of(name):
+    return first_of(name, "url", "path") if isinstance(name, dict) else name
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:
@@ -438,8 +423,7 @@ def read_media(kind: str, names, unnamed: bool = False) -> Media:
         if len(keys) != 1:
             raise UserError(f"{kind} is {str(names)[:80]!r}; expected one file name")
         names, unnamed = given[keys[0]], False
-    files = [first_of(name, "url", "path") if isinstance(name, dict) else name
-             for name in (names if isinstance(names, list) else [names])]  # fmt: skip
+    files = list(map(file_of, names if isinstance(names, list) else [names]))
     if not files or not all(isinstance(name, str) and name for name in files) or (kind == "image" and len(files) > 1):
         raise UserError(f"{kind} is {str(names)[:80]!r}; expected a file name, of a video also a list of frames")
     return Media(kind, tuple(name.removeprefix("file://") for name in files), options)

@@ -70,8 +70,6 @@ class Options:
             low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
-        if {"fps", "nframes"} <= set(item) and not listed:
-            raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
         if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
         if "max_pixels" in item and values["min_pixels"] is not None:  # the item's bound beats the script's other bound
@@ -80,10 +78,11 @@ class Options:
             values["max_pixels"] = max(values["max_pixels"], item["min_pixels"])
         options = cls(**values | item)
         low, high, height, width = (getattr(options, name) for name in SIZES)
-        if low is not None and high is not None and low > high:
-            raise UserError(f"{where}: min_pixels {low} is above max_pixels {high}; lower the one or raise the other")
-        if (height is None) != (width is None):
-            raise UserError(f"{where}: resized_height {height}, resized_width {width}; give both or none")
+        bounds = low is not None and high is not None and low > high
+        if bounds or (height is None) != (width is None) or ({"fps", "nframes"} <= set(item) and not listed):
+            rules = "fps or nframes, min_pixels at most max_pixels, both of resized_height and resized_width or none"
+            given = {name: value for name, value in (values | item).items() if value is not None}
+            raise UserError(f"{where}: options that contradict each other, {given}; expected {rules}")
         return options
 
 
