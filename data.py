@@ -97,11 +97,6 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, args):
         self.backend, self.config, self.args = tokenizer, config, args
         self.im_end = self.token_id("<|im_end|>")
-        for name in ("vision_start", "vision_end", "video_pad", "image_pad"):
-            ours, theirs = self.token_id(f"<|{name}|>"), getattr(config, f"{name.replace('_pad', '')}_token_id")
-            if ours != theirs:
-                problem = f"<|{name}|> is {ours} in the tokenizer, {theirs} in config.json"
-                raise UserError(f"{problem}; use the files of one checkpoint")
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
         tokenise = lambda text: tokenizer.encode(text, add_special_tokens=False).ids

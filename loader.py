@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from data import Example, Processor, TooLong, pack
 from model import UserError
-from records import shares
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -101,10 +100,10 @@ class Loader:
         self.samples = Samples(records, processor, answer)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.global_batch = global_batch or each * world_size
-        files = ((weight, numbers) for weight, numbers in shares(records) if len(numbers))
-        self.files = [
-            (max(1, round(weight * len(numbers))), numbers) for weight, numbers in files
-        ]  # how many an epoch has
+        file, weights = np.asarray(getattr(records, "file", [0] * len(records))), getattr(records, "weights", [1.0])
+        files = [(weight, np.flatnonzero(file == i)) for i, weight in enumerate(weights)]
+        # of each file: how many of its records an epoch has; their numbers
+        self.files = [(max(1, round(weight * len(numbers))), numbers) for weight, numbers in files if len(numbers)]
         self.epoch_size = sum(size for size, _ in self.files)
         self.steps_per_epoch = math.ceil(self.epoch_size / self.global_batch)
         self.skipped: dict[str, str] = {}  # {name: reason} of this rank's samples that were left out

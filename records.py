@@ -74,11 +74,6 @@ class Records(Sequence):
         self.file = array("H")  # of each record: which of the files
         self.folders, self.weights = [], []  # of each file; how often an epoch of training has its records
 
-    def append(self, record: dict) -> None:
-        self.data += json.dumps(record, ensure_ascii=False).encode("utf-8")
-        self.ends.append(len(self.data))
-        self.file.append(len(self.folders) - 1)
-
     def __len__(self) -> int:
         return len(self.file)
 
@@ -94,8 +89,8 @@ class Selection(Sequence):
 
     def __init__(self, records: Sequence[dict], numbers: Iterable[int], check: Callable | None = None):
         self.records, self.numbers, self.check = records, array("Q", numbers), check
-        if isinstance(records, (Records, Selection)):
-            self.weights, self.file = records.weights, [records.file[number] for number in self.numbers]
+        self.weights, all_files = getattr(records, "weights", [1.0]), getattr(records, "file", None)
+        self.file = array("H", (all_files[number] if all_files else 0 for number in self.numbers))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,15 +100,6 @@ class Selection(Sequence):
         if self.check:
             self.check(self.numbers[i], record)
         return record
-
-
-def shares(records: Sequence[dict]) -> list[tuple[float, Sequence[int]]]:
-    """(weight, numbers of its records) of each file: how often an epoch of training has them."""
-    if not hasattr(records, "file"):
-        return [(1.0, range(len(records)))]
-    return [
-        (weight, [i for i, k in enumerate(records.file) if k == file]) for file, weight in enumerate(records.weights)
-    ]
 
 
 def spread(records: Sequence[dict], wanted: int | None, seed: int) -> Sequence[dict]:
@@ -138,26 +124,20 @@ def data_files(text: str | Path) -> list[tuple[str, float]]:
 
 
 def read_records(path: str | Path) -> Records:
-    """The records of a .json or .jsonl file, or of several with weights. UserError naming file and line or record."""
+    """The records of a .json or .jsonl file, or of several with weights. UserError naming the file."""
     records = Records()
-    for file, weight in data_files(path):
+    for i, (file, weight) in enumerate(data_files(path)):
         records.folders.append(str(Path(file).parent))
         records.weights.append(weight)
-        values = read_file(file)
-        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-            raise UserError(f"{file}: expected records, an array [...] of objects, or one object a line in .jsonl")
-        for number, record in enumerate(values):
-            try:
-                records.append(record)
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{file}: record {number} holds half a character (\\ud800-\\udfff); remove it"
-                ) from None
+        for text in read_file(file):
+            records.data += text
+            records.ends.append(len(records.data))
+            records.file.append(i)
     return records
 
 
-def read_file(file: str):
-    """The JSON value of a file; of .jsonl a list of its lines' values."""
+def read_file(file: str) -> list[bytes]:
+    """The records of a file, as JSON in UTF-8."""
     if "://" in file:
         raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
     if not os.path.isfile(file):  # a fifo would block for good
@@ -167,20 +147,23 @@ def read_file(file: str):
         raise UserError(f"{file}: {reason}; expected a .json or .jsonl dataset, python generate.py makes one{hint}")
     if file.lower().endswith(TABLE_SUFFIXES):
         raise UserError(f"{file}: a table, which is not read; load_dataset(...).to_json(...) makes a .jsonl of it")
-    number, values = 0, []
+    lines, values = 0, []
     try:
         text = Path(file).read_text("utf-8-sig")
-        if not file.lower().endswith(".jsonl"):
-            return json.loads(text)
-        for line in text.split("\n"):
-            values += [json.loads(line)] if line.strip() else []
-            number += 1
-        return values
+        if file.lower().endswith(".jsonl"):
+            for line in text.split("\n"):
+                values += [json.loads(line)] if line.strip() else []
+                lines += 1
+        else:
+            values = json.loads(text)
+        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
+            raise ValueError("expected an array [...] of objects, or one object a line in .jsonl")
+        return [json.dumps(value, ensure_ascii=False).encode("utf-8") for value in values]
     except json.JSONDecodeError as error:
-        where = f"line {number + error.lineno} column {error.colno}"
+        where = f"line {lines + error.lineno} column {error.colno}"
         raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
-    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, a number of 4,300 digits, nested too deeply
-        raise UserError(f"{file}: cannot be read, after line {number} ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
+        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
 # -- A record in any form -> its messages, and what stands beside them

@@ -18,7 +18,6 @@ import data
 import look
 from config import VideoArgs
 from data import Processor, TooLong
-from model import UserError
 from model.loading import ModelConfig
 from model.packed import IGNORE
 from video import ClipPlan, frame_indices
@@ -245,14 +244,6 @@ def test_overruled_options_are_told_once(processor, caplog):
     told = [r.message for r in caplog.records]
     assert len(told) == 2 and "fps 0.5 asks for 1.5 of 30 frames" in told[0] and "max_pixels 3136" in told[1]
     assert sorted(processor.notes.values()) == [3, 3]
-
-
-def test_tokenizer_and_config_must_belong_together(processor):
-    wrong = replace(processor.config, video_token_id=5)
-    with pytest.raises(UserError, match="is 269 in the tokenizer, 5 in config.json"):
-        Processor(processor.backend, wrong, processor.args)
-    with pytest.raises(UserError, match="tokenizer has no <.im_end.>"):
-        Processor(Tokenizer(models.BPE()), processor.config, processor.args)
 
 
 # -- python data.py FILE...

@@ -16,7 +16,7 @@ from test_data import SYSTEM, as_transformers, text_of, trained_text, turns
 
 from loader import Loader
 from model import UserError
-from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, shares, spread
+from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, spread
 from rewards import accuracy, reference_answer, sample_from_record
 
 clips, processor = test_data.clips, test_data.processor  # fixtures
@@ -218,7 +218,7 @@ def test_several_files_and_their_weights(tmp_path, monkeypatch):
         assert data_files(text) == files
     records = read_records("b.jsonl:2,a.json")
     assert [record["i"] for record in records] == [1, 0, 0] and records[1].folder == "."
-    assert shares(records) == [(2, [0]), (1, [1, 2])] and shares(Selection(records, [0, 2])) == [(2, [0]), (1, [1])]
+    assert records.weights == [2, 1] and list(Selection(records, [0, 2]).file) == [0, 1]
     for weight in ("0", "-1", "nan", "inf", "x", "", "1e5000"):
         with pytest.raises(UserError, match="the weight is .*; expected a number above 0"):
             read_records(f"a.json:{weight},b.jsonl")
@@ -240,15 +240,15 @@ NOT_JSON = {
         "line 1 column 1 is not JSON": ["hello", ""],
         "line 2 column 1 is not JSON (Extra data); one object a line is .jsonl": ['{"a": 1}\n{"a": 2}'],
         "is not JSON": ["[\n{}\n {}]", "[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', "[{}]]"],
-        "expected records": ["12", "{}", "[]", "[{}, 1]"],
+        "expected an array": ["12", "{}", "[]", "[{}, 1]"],
         "cannot be read": ['[{"a": ' + "[" * 100_000, '[{"a": ' + "1" * 5000 + "}]", b'[\n{"a": "\xc3"}]'],
-        "record 1 holds half a character": ['[{}, {"a": "\\ud83d"}]'],
+        "can't encode character": ['[{}, {"a": "\\ud83d"}]'],
     },
     "a.jsonl": {
         "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
         "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
-        "expected records": ["{}\n[]\n", "\n\n"],
-        "cannot be read, after line 1": ['{}\n{"a":' + "[" * 100_000],
+        "expected an array": ["{}\n[]\n", "\n\n"],
+        "cannot be read": ['{}\n{"a":' + "[" * 100_000],
     },
     "a.csv": {"a.csv: a table, which is not read": ["question,answer"]},
 }
