@@ -120,13 +120,6 @@ def test_spans_equal_qwen_vl_utils(case):
     assert video.frame_indices(span, n, first) == case["indices"]
 
 
-def test_only_the_span_is_seen(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", ramp(60))
-    plan = plan_clip("video", (path,), Options(fps=4.0, video_start=2.0, video_end=4.0))
-    assert plan.indices == (20, 23, 26, 29, 31, 34, 37, 40) and (plan.times[0], plan.times[-1]) == (2.0, 4.0)
-    assert np.abs(brightness(plan) - np.array(plan.indices) * 255 / 59).max() < 4.2
-
-
 # -- Options
 
 
