@@ -24,18 +24,25 @@ from model import UserError, nearest_path
 
 TAG = re.compile(r"<(video|image)>\n?")  # it and the line break after it give way to the clip, as in Qwen's fine-tuning
 FORMS = ("conversations", "messages", "conversation", "prompt", "problem", "query", "question", "instruction")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES["developer"] = "system"  # OpenAI's newer word
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # the last is OpenAI's newer word
+ROLES |= {role: role for role in ("user", "assistant", "system")}
 ANSWERS = ("response", "output", "completion")
 NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
-WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "train")  # 0 = not learned; of a record or a turn
-# What changes the meaning of a record or a turn and is not read: where it holds something, the record is refused
-UNREAD = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools", "audio", "audios")
-UNREAD += ("objects", "chat_template_kwargs", "tool_calls", "thinking", "reasoning_content")
-IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico".split())
-IMAGE_SUFFIXES += (".avif", ".heic", ".heif")
-VIDEO_SUFFIXES = tuple(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .m2v .flv .wmv .3gp .gif".split())
-VIDEO_SUFFIXES += (".apng", ".vob", ".ogv", ".mxf", ".h264", ".hevc")
+WEIGHTS = (
+    "loss_weight",
+    "loss_scale",
+    "loss",
+    "weight",
+    "train",
+)  # 0 = not learned: of a record the first two, of a turn
+# What changes the meaning of a record, or of a turn, and is not read: where it holds something, the record is refused
+UNREAD = "chosen rejected rejected_response rejected_messages rejected_images tools audio audios objects".split()
+UNREAD_IN_TURN = ("tool_calls", "thinking", "reasoning_content")
+IMAGE_SUFFIXES = ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif"
+VIDEO_SUFFIXES = (
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .m2v .flv .wmv .3gp .gif .apng .vob .ogv .mxf"
+)
+IMAGE_SUFFIXES, VIDEO_SUFFIXES = tuple(IMAGE_SUFFIXES.split()), (*VIDEO_SUFFIXES.split(), ".h264", ".hevc")
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow", ".xlsx")  # of datasets that are not read
 MEDIA = "|".join(map(re.escape, IMAGE_SUFFIXES + VIDEO_SUFFIXES))
 # In JSON: a quoted name with one of these suffixes, perhaps of a web address; or a picture or clip itself
@@ -207,7 +214,8 @@ def read_form(record: dict, where: str) -> Conversation:
         if form is None:
             names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
             raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
-        if not is_learned(record):
+        rejected = any(str(record.get(key)).lower() in ("false", "0", "0.0") for key in ("label", "kto_tag"))
+        if rejected or not is_learned(record, WEIGHTS[:2], UNREAD):
             raise UserError("marked as not learned (weight 0, or label false: a rejected answer); leave it out")
         is_question = form in FORMS[4:]
         for key in ("system", "problem_type", *((form, "input", "process", *ANSWERS) if is_question else ())):
@@ -240,12 +248,12 @@ def read_chat(record: dict, form: str) -> list[Turn]:
         given = message if isinstance(message, dict) else {}
         role, content = first_of(given, "from", "role"), first_of(given, "value", "content")
         if str(role) not in ROLES or not isinstance(content, (str, list)):
-            expected = "a role (human/user, gpt/assistant or system), and text or a list of parts"
-            raise UserError(f"a turn is {str(message)[:80]}; expected {expected}")
+            raise UserError(
+                f"a turn is {str(message)[:80]}; expected a role (user, assistant, system) and text or parts"
+            )
         if not all(is_learned(part) for part in content if isinstance(part, dict)):
             raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
-        trained = is_learned(given) and (form != "prompt" or i >= len(chat))
-        turns.append(Turn(ROLES[role], content, trained))
+        turns.append(Turn(ROLES[role], content, is_learned(given) and (form != "prompt" or i >= len(chat))))
     return turns
 
 
@@ -257,25 +265,22 @@ def read_question(record: dict, form: str, options: list[str], solution: str | N
             raise UserError(f"history holds {str(pair)[:80]}; expected pairs of a question and its answer")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     question = "\n".join(filter(None, (record[form], record.get("input"))))
-    if options:
-        question = "\n".join([question.rstrip("\n"), "Options:", *options])
+    question = "\n".join([question.rstrip("\n"), "Options:", *options]) if options else question
     answer, process = next(filter(None, map(record.get, ANSWERS)), None), record.get("process")
     if answer is None and process and solution:
         answer = f"{process}\n{solution}"  # the reasoning, then the answer in its tags
     return [*turns, Turn("user", question), *([Turn("assistant", answer)] if answer else [])]
 
 
-def is_learned(item: dict) -> bool:
+def is_learned(item: dict, weights: Sequence[str] = WEIGHTS, unread: Sequence[str] = UNREAD_IN_TURN) -> bool:
     """Whether a record, a turn or a part of one is learned. UserError for what is not read, and for other weights."""
-    for key in UNREAD:
+    for key in unread:
         if item.get(key) not in (None, "", [], {}, "[]"):
             raise UserError(f"holds {key}, which is not read here; remove it, or leave the record out")
-    weights = {key: item[key] for key in WEIGHTS if item.get(key) is not None}
-    for key, weight in weights.items():
-        if weight not in (0, 1):
-            raise UserError(f"{key} is {str(weight)[:40]}; expected 0 or 1: an answer is learned whole or not at all")
-    rejected = any(str(item.get(key)).lower() in ("false", "0", "0.0") for key in ("label", "kto_tag"))
-    return 0 not in weights.values() and not rejected
+    weight = {key: item[key] for key in weights if item.get(key) is not None}
+    if any(value not in (0, 1) for value in weight.values()):
+        raise UserError(f"{str(weight)[:80]}: expected 0 or 1, for an answer is learned whole or not at all")
+    return 0 not in weight.values()
 
 
 def first_of(record: dict, *keys: str):
@@ -351,7 +356,8 @@ def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Med
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
     for part in [content] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, dict) else None
-        text = first_of(part, "text", "value") if kind == "text" else part
+        is_text = kind == "text" and not any(map(part.get, NAMES[:-1]))
+        text = first_of(part, "text", "value") if is_text else part
         if isinstance(text, str):
             has_tags = role == "user" and (tagged or text is content)
             pieces = TAG.split(text) if has_tags else [text]  # text, kind, text, kind, text
@@ -365,8 +371,7 @@ def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Med
 
 
 def assign_clips(turns: list[Turn], kind: str, names) -> None:
-    """Put the clips that a record names beside its turns where its tags stand; without tags, before the first question,
-    as with TRL and in 2U1's GRPO sets."""
+    """Put the clips that a record names beside its turns where its tags stand, or before the first question."""
     media = [(turn, i, part) for turn in turns for i, part in enumerate(turn.parts)
              if isinstance(part, Media) and part.kind == kind]  # fmt: skip
     tags = [(turn, i, part) for turn, i, part in media if not part.paths]
@@ -380,9 +385,7 @@ def assign_clips(turns: list[Turn], kind: str, names) -> None:
     if clips and not media and question:
         question.parts[:0] = clips
     elif len(tags) != len(clips):
-        raise UserError(
-            f"{len(tags)} <{kind}> tag(s) for {len(clips)} {kind}(s); expected one for each, or none at all"
-        )
+        raise UserError(f"{len(tags)} <{kind}> tag(s) for {len(clips)} {kind}(s); expected one for each, or no tags")
     else:
         for (turn, i, part), clip in zip(tags, clips):
             turn.parts[i] = Media(kind, clip.paths, clip.options | part.options)
@@ -393,8 +396,8 @@ def file_of(name):
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:
-    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it: a typed part, OpenAI's
-    {"url": name}, the {"path": name} of Hugging Face's datasets. unnamed: it may leave its file to the record."""
+    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it, as a typed part or
+    OpenAI's {"url": name}. unnamed: it may leave its file to the record."""
     options = {}
     while isinstance(names, dict):
         given = {key: value for key, value in names.items() if value is not None and value != ""}
@@ -433,10 +436,9 @@ def refuse_unread_clips(record: dict, read: list[str]) -> None:
 
 def record_name(record: dict) -> str:
     """What messages call a record: its id, else its first clip, else the start of its text."""
-    number = first_of(record, "id", "problem_id")
-    if number is not None:
-        return str(number)[:80]
-    return clip_name(record) or json.dumps(first_of(record, *FORMS) or record, ensure_ascii=False)[:60]
+    name = first_of(record, "id", "problem_id")
+    text = first_of(record, *FORMS) or record
+    return str(name)[:80] if name is not None else clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
 
 
 def clip_name(record: dict) -> str | None:
