@@ -8,7 +8,6 @@ docs/data.md lists the forms, and what each becomes.
 """
 
 import json
-import math
 import os
 import random
 import re
@@ -289,7 +288,7 @@ def first_of(record: dict, *keys: str):
 
 
 def is_number(value) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) in (int, float) and abs(value) < float("inf")  # no truth value, NaN or Infinity
 
 
 def read_solution(record: dict) -> str | None:
