@@ -1,0 +1,104 @@
+"""The tables of figures in README.md and docs/, made from the files that hold the figures.
+
+    python dev/figures.py            write the tables anew
+    python dev/figures.py --check    exit code 1 where a page says something else (a test runs it)
+
+A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. docs/figures/learn.json is what bench/learn.py
+measured; docs/figures/speed.json has the last lines of bench/step.py's runs, one a table row's source.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/results.md")
+STUDENT = {3: 4.30, 5: 2.78}  # 97.5 %, by the number of seeds
+LEARN = json.loads((ROOT / "docs/figures/learn.json").read_text())
+SPEED = json.loads((ROOT / "docs/figures/speed.json").read_text())
+
+NAMES = {
+    "cot": "chains of thought (the quickstart)", "plain": "plain answers", "int8": "chains, base in int8",
+    "fp8": "chains, base in fp8", "nf4": "chains, base in nf4", "format": "reward `format` alone, 40 steps",
+    "beta0": "plain, 40 steps, beta 0", "beta0.02": "plain, 40 steps, beta 0.02 (the default)",
+    "beta1": "plain, 40 steps, beta 1", "beta10": "plain, 40 steps, beta 10",
+}  # fmt: skip
+FAR = {
+    "speed": "speed 3.2-4.5 px a frame (trained: 1.5-2.8)", "radius": "radius 2-3 or 22-26 px (4-20)",
+    "ball": "orange and cyan balls (six others)", "background": "dark balls on light (light on dark)",
+}  # fmt: skip
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def mean(values: list[float], sign: str = "") -> str:
+    """Of shares: the mean in percent, and half of Student's 95 % interval over seeds."""
+    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{100 * statistics.mean(values):{sign}.1f} ± {100 * half:.1f}"
+
+
+def column(run: str, stage: str, key: str) -> list[float]:
+    return [rows[stage][key] for _, rows in sorted(LEARN["runs"][run]["seeds"].items())]
+
+
+def learn() -> str:
+    rows = []
+    for run, name in NAMES.items():
+        cells = (
+            ("SFT", "greedy"),
+            ("SFT", "sampled"),
+            ("start of GRPO", "sampled"),
+            ("GRPO", "sampled"),
+            ("GRPO", "greedy"),
+        )
+        count = len(LEARN["runs"][run]["seeds"])
+        rows.append([name, str(count), *(mean(column(run, *cell)) for cell in cells)])
+    head = ["SFT, greedy", "SFT, sampled", "start of GRPO, sampled", "GRPO, sampled", "GRPO, greedy"]
+    return table(["run", "seeds", *head], rows)
+
+
+def seeds() -> str:
+    rows = []
+    for run in ("plain", "cot"):
+        for seed, stages in sorted(LEARN["runs"][run]["seeds"].items()):
+            start, end, greedy = stages["start of GRPO"]["sampled"], stages["GRPO"]["sampled"], stages["GRPO"]["greedy"]
+            rows.append([NAMES[run], seed, f"{start:.1%}", f"{end:.1%}", f"{greedy:.1%}"])
+    return table(["run", "seed", "start of GRPO, sampled", "GRPO, sampled", "GRPO, greedy"], rows)
+
+
+def low_bit() -> str:
+    rows = []
+    for run in ("int8", "fp8", "nf4"):
+        cells = []
+        for stage, key in (("SFT", "greedy"), ("GRPO", "sampled"), ("GRPO", "greedy")):
+            pairs = zip(column(run, stage, key), column("cot", stage, key), strict=True)
+            cells.append(mean([low - full for low, full in pairs], "+"))
+        rows.append([run, *cells])
+    return table(["base", "after SFT, greedy", "after GRPO, sampled", "after GRPO, greedy"], rows)
+
+
+def far() -> str:
+    rows = [[name, *(mean(column("plain", stage, key)) for stage in ("SFT", "GRPO"))] for key, name in FAR.items()]
+    return table(["outside the training range", "SFT", "early SFT, then GRPO"], rows)
+
+
+def main() -> int:
+    code = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        block = re.compile(r"(<!-- figures: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
+        new = block.sub(lambda match: match[1] + globals()[match[2]]() + match[3], text)
+        if new != text and "--check" in sys.argv:
+            print(f"{page}: its tables are not those of docs/figures; python dev/figures.py writes them")
+            code = 1
+        elif new != text:
+            (ROOT / page).write_text(new)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
