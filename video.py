@@ -98,7 +98,7 @@ class ClipPlan:
     source_size: tuple[int, int]
     total_frames: int
     source_fps: float
-    sample_fps: float
+    second_per_grid: float  # from one temporal patch to the next; 0 for an image
     seeks: tuple[tuple[int | None, int], ...]  # of a video file: FrameIndex.seek of each frame
     notes: tuple[str, ...]  # options that were overruled, and by what
     stamp: tuple  # times and sizes of the files, so that a changed file is another clip in a cache
@@ -110,11 +110,6 @@ class ClipPlan:
     @property
     def num_tokens(self) -> int:
         return math.prod(self.grid_thw) // MERGE**2
-
-    @property
-    def second_per_grid(self) -> float:
-        """Seconds from one temporal patch to the next; 0 for an image."""
-        return TEMPORAL / self.sample_fps if self.kind == "video" else 0.0
 
 
 # ---- Which frames
@@ -251,21 +246,32 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     source, total = (index.size, len(index.pts)) if index else (image_size(paths[0]), len(paths))
     with errors_name(paths[0]):
         if kind == "image":
-            indices, sample_fps, notes = [0], 0.0, []
+            indices, sample_fps, notes = [0], math.inf, []
         elif total == 1 or index is None:
             indices, sample_fps, notes = sample_list(total, options, most_frames)
         else:
             indices, sample_fps, notes = sample_video(total, fps := index.fps, options, most_frames)
         h, w, size_notes = frame_size(kind, *source, len(indices), options)
-    times = [index.seconds(i) if index else i / options.fps for i in indices]
+    times = tuple(index.seconds(i) if index else i / options.fps for i in indices)
     if index and total > 1:
         off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))
         if off > 1 / sample_fps / 4:
             shown = f"a frame of {time:.2f} s counts as one of {by_rate:.2f} s"
             notes.append(f"the frame rate varies, time ids follow its mean, {fps:.4g}: {shown}")
-    seeks, notes, size = tuple(map(index.seek, indices)) if index else (), (*notes, *size_notes), size or (h, w)
-    times = tuple(times)
-    return ClipPlan(kind, paths, tuple(indices), times, size, source, total, fps, sample_fps, seeks, notes, stamp)
+    return ClipPlan(
+        kind=kind,
+        paths=paths,
+        indices=tuple(indices),
+        times=times,
+        size=size or (h, w),
+        source_size=source,
+        total_frames=total,
+        source_fps=fps,
+        second_per_grid=TEMPORAL / sample_fps,
+        seeks=tuple(map(index.seek, indices)) if index else (),
+        notes=(*notes, *size_notes),
+        stamp=stamp,
+    )
 
 
 def read_clip(plan: ClipPlan) -> Tensor:
@@ -305,13 +311,13 @@ def apply_control(patches: Tensor, grid_thw, control: str, seed: str) -> tuple[T
     if control == "blank":
         row = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).repeat_interleave(ROW // 3)
         return row.expand(len(patches), ROW).contiguous(), order
-    order.reverse()
-    if control == "shuffled":
-        if len(order) < 3:
-            raise UserError(f"control shuffled: {len(order)} frames have only two orders; take more frames")
-        backward, rng = list(order), random.Random(seed)
+    if control == "reversed":
         order.reverse()
-        while order in (backward, backward[::-1]):
+    elif len(order) < 3:
+        raise UserError(f"control shuffled: {len(order)} frames have only two orders; take more frames")
+    else:
+        forward, rng = list(order), random.Random(seed)
+        while order in (forward, forward[::-1]):
             rng.shuffle(order)
     x = patches.view(t, -1, 3, TEMPORAL, PATCH * PATCH).permute(0, 3, 1, 2, 4)  # (T, frame, cell, colour, pixel)
     x = x.reshape(t * TEMPORAL, *x.shape[2:])[order].view(x.shape)
