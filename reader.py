@@ -79,9 +79,7 @@ def open_stream(path: str, picture: bool = False) -> Iterator[av.VideoStream]:
             yield stream
         except av.FFmpegError as error:
             reasons = "damaged, cut off, too large, or of a kind that FFmpeg does not read, as an animated webp"
-            raise UserError(
-                f"{path}: does not decode ({error.strerror}): {reasons}; write it again or convert it"
-            ) from None
+            raise UserError(f"{path}: does not decode ({error.strerror}): {reasons}; convert it") from None
 
 
 def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
@@ -92,10 +90,7 @@ def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
     readable = [s for s in streams if s.codec_context is not None]
     if not readable:
         types = ", ".join(s.type for s in container.streams) or "nothing"
-        return (
-            None,
-            f"no video that FFmpeg decodes in this file, found {types}; convert it to h264, or a picture to png",
-        )
+        return None, f"no video that FFmpeg decodes, found {types}; convert it to h264, or a picture to png"
     if any(s.disposition & Disposition.dependent for s in streams):
         return None, "a picture in tiles (HEIC, AVIF), which FFmpeg does not join; convert it to png"
     stream = max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
@@ -149,8 +144,8 @@ def index_frames(path: str) -> FrameIndex:
             pts = pts[bisect_left(pts, keyframes[0][0]) :]  # cut at its head: nothing decodes before a keyframe
             seconds = (pts[-1] - pts[0]) * time_base if pts else 0.0
             mean = (len(pts) - 1) / seconds if seconds else float(rate or 25)
-            if not rate or not 2 / 3 < mean / rate < 1.5:  # of a slide show: its header names any rate
-                rate = mean
+            is_show = "matroska" in container.format.name and rate and not 2 / 3 < mean / rate < 1.5
+            rate = mean if is_show else rate or mean  # the header of a slide show names any rate
             container.seek(keyframes[0][1], stream=stream)
             size = next((shown_size(frame) for frame in stream.container.decode(stream)), None)
             if pts and size:
