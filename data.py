@@ -155,8 +155,8 @@ class Processor:
         turns = chat_turns(read_turns(record, name), answer, name)
         ids, trained = self.render(turns, answer, name, record.get("answer_prefix", ""))
         folder = self.args.image_folder or getattr(record, "folder", None)
-        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
-        plans = self.fit([(item, folder, name) for item in media], len(ids) - len(media))
+        media = [(part, folder, name) for turn in turns for part in turn.parts if isinstance(part, Media)]
+        plans = self.fit(media, len(ids) - len(media), name)
         repeats = np.ones(len(ids), np.int64)  # a pad stands once for each vision token of its clip
         is_pad = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
         repeats[is_pad] = [plan.num_tokens for plan in plans]
@@ -186,7 +186,7 @@ class Processor:
 
     # -- Clips
 
-    def fit(self, media: list[tuple[Media, str | None, str]], text: int) -> list[ClipPlan]:
+    def fit(self, media: list[tuple[Media, str | None, str]], text: int, name: str) -> list[ClipPlan]:
         """Plans of clips that fit into max_seq_length beside `text` tokens: the clip with most frames loses two at a
         time, keeping two. media: the first three arguments of plan()."""
         plans, limit = [self.plan(*item) for item in media], self.args.max_seq_length
@@ -196,13 +196,13 @@ class Processor:
             i = max(range(len(plans)), key=steps.__getitem__, default=None)
             if self.args.overlong == "drop" or i is None or steps[i] == 1:
                 whole = text + sum(plan.num_tokens for plan in plans)
-                raise TooLong(f"{media[0][2]}: {whole} tokens, {text} of them text; max_seq_length is {limit}")
+                raise TooLong(f"{name}: {whole} tokens, {text} of them text; max_seq_length is {limit}")
             steps[i] -= 1
         frames = [len(plan.indices) for plan in plans], [n * TEMPORAL for n in steps]
         for i, plan in enumerate(plans):
             if steps[i] < plan.grid_thw[0]:
                 plans[i] = self.plan(*media[i], steps[i] * TEMPORAL, plan.size)
-                self.rebudgeted[media[i][2]] = f"{frames[0]} -> {frames[1]} frames for max_seq_length {limit}"
+                self.rebudgeted[name] = f"{frames[0]} -> {frames[1]} frames for max_seq_length {limit}"
         return plans
 
     def plan(self, media: Media, folder: str | None, name: str, most_frames: int | None = None, size=None) -> ClipPlan:

@@ -255,12 +255,10 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | N
                     break
     missing = [i for i, seek in zip(indices, seeks, strict=True) if seek not in frames]
     counted = [(None, i) for i in indices]
-    if missing and seeks != counted:  # packets and frames do not match one to one: count frames
+    if missing and list(seeks) != counted:  # packets and frames do not match one to one: count frames
         return read_frames(path, indices, counted, size)
     if missing:
-        raise UserError(
-            f"{path}: frame {missing[0]} is announced but does not decode; it may be damaged, write it again"
-        )
+        raise UserError(f"{path}: frame {missing[0]} does not decode; the file may be damaged, write it again")
     return [frames[seek] for seek in seeks]
 
 

@@ -228,7 +228,10 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
 
 def frames_in(folder: str) -> tuple[str, ...]:
     """The images of a folder, the frames of one clip, by number: 2.jpg before 10.jpg. UserError without any."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+    try:
+        names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
     if not names:
         raise UserError(f"{folder}: a folder without images; expected the frames of a clip, or give one file")
     names.sort(key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])

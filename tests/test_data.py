@@ -232,8 +232,9 @@ def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor):
     with pytest.raises(TooLong, match="0.mp4: .* tokens"):
         processor.encode(record())
     args.overlong, args.max_seq_length = "drop", len(full) - 1
-    with pytest.raises(TooLong):
-        processor.encode(record())
+    for too_long in (record(), {"id": "text alone", "question": "?" * 999, "answer": "!"}):
+        with pytest.raises(TooLong):
+            processor.encode(too_long)
 
 
 def test_overruled_options_are_told_once(processor, caplog):
