@@ -125,7 +125,7 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
         n = math.floor(min(max(total / video_fps * options.fps, low), high, total) / TEMPORAL) * TEMPORAL
     if not TEMPORAL <= n <= total:
         wanted = f"nframes {options.nframes}" if options.nframes is not None else f"max_frames {options.max_frames}"
-        raise UserError(f"{wanted} of a video with {total} frame(s); expected 2 to {total}")
+        raise UserError(f"{wanted} of a video with {total} frames; expected 2 to {total}")
     return n
 
 
