@@ -55,7 +55,7 @@ class Samples(torch.utils.data.Dataset):
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a clip in shared memory is an open file
         for sample in DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options):
-            if workers and isinstance(sample, Example):
+            if workers and isinstance(sample, Example) and sample.notes:
                 self.processor.warn_once(sample)
             yield sample
 
