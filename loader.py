@@ -85,7 +85,7 @@ def examples(
 class Loader:
     """The batches of one rank.
 
-    args: a config.CommonTrain. collate: list of Examples -> what is yielded. global_batch: samples a step, if not what
+    args: a config.SFT. collate: list of Examples -> what is yielded. global_batch: samples a step, if not what
     args say. A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these
     into micro-batches; or, with pack_tokens, into as few as hold them within that many tokens each. The update is the
     same. A sample that is broken is skipped, counted and named, and nothing takes its place.
