@@ -2,10 +2,9 @@
 
     Processor.encode(record)   one record -> an Example
     pack, pack_groups          Examples -> a packed batch without padding; in GRPO a prompt stands once for its group
-    python data.py FILE...     what the model will see of each video, image or dataset
+    python data.py FILE...     what the model will see of each video, image or dataset (look.py)
 
-SFT, rollouts, evaluation and inference all come through here. records.py reads records, video.py frames and
-sizes; loader.py puts Examples in order.
+SFT, rollouts, evaluation and inference all come through here.
 L tokens of a sample, T of a batch, F frames, P patches, N clips, G completions a prompt.
 """
 
@@ -24,13 +23,12 @@ if __name__ == "__main__":
 
 import base64
 import logging
-import math
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -47,23 +45,11 @@ from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
 from reader import file_stamp
 from records import Media, Turn, read_records, read_turns, record_name  # noqa: F401 (scripts take read_records here)
-from video import (
-    MERGE,
-    PATCH,
-    TEMPORAL,
-    ClipPlan,
-    Options,
-    apply_control,
-    frames_in,
-    plan_clip,
-    read_clip,
-)
+from video import TEMPORAL, ClipPlan, Options, apply_control, frames_in, plan_clip, read_clip
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
-DEFAULT_SYSTEM = Turn("system", ("You are a helpful assistant.",))
+DEFAULT_SYSTEM = Turn("system", "", parts=["You are a helpful assistant."])
 CONTROLS = ("none", "reversed", "shuffled", "blank")
-SHOWN = 8  # samples that cannot be used, named one by one
-
 log = logging.getLogger("data")
 
 
@@ -106,25 +92,15 @@ class Example:
 
 
 class Processor:
-    """Turns records into Examples.
-
-    args: a config.VideoArgs, or anything with its fields.
-    """
+    """Turns records into Examples. args: a config.VideoArgs, or anything with its fields."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, args):
         self.backend, self.config, self.args = tokenizer, config, args
         self.im_end = self.token_id("<|im_end|>")
-        for name in ("vision_start", "vision_end", "video_pad", "image_pad"):
-            ours, theirs = self.token_id(f"<|{name}|>"), getattr(config, f"{name.replace('_pad', '')}_token_id")
-            if ours != theirs:
-                problem = f"<|{name}|> is {ours} in the tokenizer, {theirs} in config.json"
-                raise UserError(f"{problem}; use the files of one checkpoint")
-        v = config.vision
-        theirs, ours = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size), (PATCH, TEMPORAL, MERGE)
-        assert theirs == ours, f"config.json is for patches of {theirs}, video.py makes {ours}"
-        special = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self.special = re.compile("|".join(map(re.escape, special)))
-        self.encode_text: Callable[[str], tuple[int, ...]] = lru_cache(4096)(self.tokenise)
+        tokenise = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.encode_text: Callable[[str], list[int]] = lru_cache(4096)(tokenise)
         if args.image_folder and not Path(args.image_folder).is_dir():
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
@@ -139,18 +115,12 @@ class Processor:
             raise UserError(f"the tokenizer has no {token}; expected that of a Qwen2.5-VL checkpoint")
         return number
 
-    def tokenise(self, text: str) -> tuple[int, ...]:
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
-
     # -- From record to Example
 
     def encode(self, record: dict, answer: bool = True, control: str = "none", name: str | None = None) -> Example:
-        """One record as an Example.
-
-        answer=True: the whole conversation, with targets. answer=False: up to the last user turn, ready for the reply.
-        control: "none", or the clips "reversed", "shuffled" (by the record's name) or "blank".
-        Raises UserError naming the sample or file; TooLong if it cannot be brought within max_seq_length.
-        """
+        """One record as an Example. answer: the whole conversation, with targets; else up to the last user turn, ready
+        for the reply. control: "none", or the clips "reversed", "shuffled" (by the record's name) or "blank".
+        Raises UserError naming the sample or file; TooLong if it cannot be brought within max_seq_length."""
         assert control in CONTROLS, f"control {control!r}, expected one of {CONTROLS}"
         name = name or record_name(record)
         ids, trained, plans = self.layout(record, answer, name)
@@ -158,8 +128,8 @@ class Processor:
         targets[:-1][trained[1:]] = ids[1:][trained[1:]]
         grids, seconds = [plan.grid_thw for plan in plans], [plan.second_per_grid for plan in plans]
         clips = [self.read(plan, control, f"{name} {i}") for i, plan in enumerate(plans)]
-        orders = [order[: len(plan.indices)] for plan, (_, order) in zip(plans, clips)]
         patches = [patches for patches, _ in clips]
+        shown = [(plan, order[: len(plan.indices)]) for plan, (_, order) in zip(plans, clips)]
         example = Example(
             name=name,
             ids=ids,
@@ -168,8 +138,8 @@ class Processor:
             patches=None if not patches else patches[0] if len(patches) == 1 else torch.cat(patches),
             grid_thw=grids,
             second_per_grid=seconds,
-            frame_indices=[[plan.indices[i] for i in order] for plan, order in zip(plans, orders)],
-            frame_times=[[plan.times[i] for i in order] for plan, order in zip(plans, orders)],
+            frame_indices=[[plan.indices[i] for i in order] for plan, order in shown],
+            frame_times=[[plan.times[i] for i in order] for plan, order in shown],
             num_vision_tokens=sum(plan.num_tokens for plan in plans),
             record=record,
             notes=tuple(note for plan in plans for note in plan.notes),
@@ -185,10 +155,8 @@ class Processor:
         turns = chat_turns(read_turns(record, name), answer, name)
         ids, trained = self.render(turns, answer, name, record.get("answer_prefix", ""))
         folder = self.args.image_folder or getattr(record, "folder", None)
-        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
-        media = [replace(item, paths=self.locate(item, folder, name)) for item in media]
-        plans = [self.plan(item, name) for item in media]
-        plans = self.fit(media, plans, len(ids) - len(plans), name)
+        media = [(part, folder, name) for turn in turns for part in turn.parts if isinstance(part, Media)]
+        plans = self.fit(media, len(ids) - len(media), name)
         repeats = np.ones(len(ids), np.int64)  # a pad stands once for each vision token of its clip
         is_pad = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
         repeats[is_pad] = [plan.num_tokens for plan in plans]
@@ -218,25 +186,55 @@ class Processor:
 
     # -- Clips
 
-    def plan(self, media: Media, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
-        """The plan of a clip, remembered as long as its files do not change."""
-        options = Options.from_args(media.kind, self.args, media.options, name, listed=len(media.paths) > 1)
-        stamp = tuple(map(file_stamp, media.paths))
-        key = (media.kind, stamp, options, most_frames, size)
-        plan = self.cache.get(key)
-        if plan is None:
-            plan = replace(plan_clip(media.kind, media.paths, options, most_frames, size), stamp=stamp)
-            self.remember(key, plan, 1000 + 200 * len(plan.indices))  # about its bytes
-        return plan
+    def fit(self, media: list[tuple[Media, str | None, str]], text: int, name: str) -> list[ClipPlan]:
+        """Plans of clips that fit into max_seq_length beside `text` tokens: the clip with most frames loses two at a
+        time, keeping two. media: the first three arguments of plan()."""
+        plans, limit = [self.plan(*item) for item in media], self.args.max_seq_length
+        steps = [plan.grid_thw[0] for plan in plans]
+        a_step = [plan.num_tokens // plan.grid_thw[0] for plan in plans]  # tokens a grid step
+        while text + sum(n * tokens for n, tokens in zip(steps, a_step)) > limit:
+            i = max(range(len(plans)), key=steps.__getitem__, default=None)
+            if self.args.overlong == "drop" or i is None or steps[i] == 1:
+                whole = text + sum(plan.num_tokens for plan in plans)
+                raise TooLong(f"{name}: {whole} tokens, {text} of them text; max_seq_length is {limit}")
+            steps[i] -= 1
+        frames = [len(plan.indices) for plan in plans], [n * TEMPORAL for n in steps]
+        for i, plan in enumerate(plans):
+            if steps[i] < plan.grid_thw[0]:
+                plans[i] = self.plan(*media[i], steps[i] * TEMPORAL, plan.size)
+                self.rebudgeted[name] = f"{frames[0]} -> {frames[1]} frames for max_seq_length {limit}"
+        return plans
 
-    def locate(self, media: Media, folder: str | None, name: str) -> tuple[str, ...]:
-        """The files that record `name` means by a video or image. folder: where relative names are looked up first."""
+    def plan(self, media: Media, folder: str | None, name: str, most_frames: int | None = None, size=None) -> ClipPlan:
+        """The plan of a clip that record `name` means. folder: where relative names are looked up first."""
         paths = tuple(self.locate_file(path, folder, name) for path in media.paths)
-        is_folder = media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0])
-        return frames_in(paths[0]) if is_folder else paths
+        if media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0]):
+            paths = frames_in(paths[0])
+        options = Options.from_args(media.kind, self.args, media.options, name, listed=len(paths) > 1)
+        key = (media.kind, tuple(map(file_stamp, paths)), options, most_frames, size)
+        about = lambda plan: 1000 + 200 * len(plan.indices)  # bytes
+        return self.cached(key, lambda: plan_clip(media.kind, paths, options, most_frames, size), about)
+
+    def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
+        """The patches of a clip, (P, 1176) uint8, and the order of its frames."""
+        patches = self.cached(plan, lambda: read_clip(plan), lambda patches: patches.nbytes)
+        still = plan.kind == "image" and control in ("reversed", "shuffled")
+        return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
+
+    def cached(self, key, make: Callable, size: Callable):
+        """make(), remembered until the cache is full: of more clips than fit some stay for good, where a cache of the
+        most recent ones would have forgotten each before its next epoch."""
+        value = self.cache.get(key)
+        if value is None:
+            value = make()
+            # a worker's patches go to shared memory, which is small in containers
+            if size(value) <= self.cache_room and not (isinstance(value, Tensor) and get_worker_info()):
+                self.cache[key] = value
+                self.cache_room -= size(value)
+        return value
 
     def locate_file(self, path: str, folder: str | None, name: str) -> str:
-        """In the folder's videos/, in the folder, or in the current one."""
+        """In the folder's videos/, in the folder, or in the current one; a clip inside its record as a file."""
         if path[:5].lower() == "data:":
             return self.inline_file(path, name)
         if "://" in path:
@@ -250,54 +248,17 @@ class Processor:
         raise UserError(f"{name}: no file {shown[0]}; looked for {', '.join(shown[1:] or shown)}; check --image_folder")
 
     def inline_file(self, address: str, name: str) -> str:
-        """data:video/mp4;base64,… (RFC 2397, as OpenAI and ms-swift use it) as a file, written once."""
+        """data:video/mp4;base64,... (RFC 2397, as OpenAI and ms-swift use it) as a file, written once a process."""
         head, _, text = address.partition(",")
         suffix = re.sub(r"\W", "", head.partition("/")[2].partition(";")[0])
-        path = Path(self.inline.name) / f"{blake2b(address.encode(), digest_size=16).hexdigest()}.{suffix}"
+        digest = blake2b(address.encode(), digest_size=16).hexdigest()
+        path = Path(self.inline.name) / f"{digest}_{os.getpid()}.{suffix}"
         if not path.exists():
             try:
-                data = base64.b64decode("".join(text.split()), validate=True)
+                path.write_bytes(base64.b64decode("".join(text.split()), validate=True))
             except ValueError as error:
                 raise UserError(f"{name}: {address[:40]}… is not base64 ({error}); encode the file again") from None
-            with tempfile.NamedTemporaryFile(dir=self.inline.name, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, path)  # other workers may write the same
         return str(path)
-
-    def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
-        """The patches of a clip, (P, 1176) uint8, and the order of its frames."""
-        patches = self.cache.get(plan)
-        if patches is None:
-            patches = read_clip(plan)
-            if get_worker_info() is None:  # a worker's patches go to shared memory, which is small in containers
-                self.remember(plan, patches, patches.nbytes)
-        still = plan.kind == "image" and control in ("reversed", "shuffled")
-        return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
-
-    def remember(self, key, value, size: int) -> None:
-        """Until the cache is full: with more clips than fit, some are kept for good, where a cache of the most recent
-        ones would have forgotten each before its next epoch."""
-        if size <= self.cache_room:
-            self.cache[key] = value
-            self.cache_room -= size
-
-    def fit(self, media: list[Media], plans: list[ClipPlan], text: int, name: str) -> list[ClipPlan]:
-        """Plans whose tokens stay within max_seq_length: the clip with most frames loses two at a time, keeping two."""
-        limit, frames = self.args.max_seq_length, [len(plan.indices) for plan in plans]
-        a_step = [math.prod(plan.size) // (PATCH * MERGE) ** 2 for plan in plans]  # tokens a grid step
-        steps = [plan.grid_thw[0] for plan in plans]
-        whole = length = text + sum(n * s for n, s in zip(steps, a_step, strict=True))
-        while length > limit:
-            i = max(range(len(plans)), key=lambda i: steps[i], default=None)
-            if self.args.overlong == "drop" or i is None or steps[i] == 1:
-                raise TooLong(f"{name}: {whole} tokens, {text} of them text; max_seq_length is {limit}")
-            steps[i] -= 1
-            length -= a_step[i]
-        for i, plan in enumerate(plans):
-            if steps[i] < plan.grid_thw[0]:
-                plans[i] = self.plan(media[i], name, steps[i] * TEMPORAL, plan.size)
-                self.rebudgeted[name] = f"{frames} -> {[n * TEMPORAL for n in steps]} frames for max_seq_length {limit}"
-        return plans
 
     def warn_once(self, example: Example) -> None:
         """Log each kind of overruled option once, however many samples it touches."""
@@ -312,22 +273,20 @@ def chat_turns(turns: list[Turn], answer: bool, name: str) -> list[Turn]:
     """The turns to render: a system turn first; with the answers checked, or without the last one."""
     if not answer and turns[-1].role == "assistant":
         turns = turns[:-1]
-    elif answer and turns[-1].role != "assistant":
-        raise UserError(f"{name}: ends with a turn of the {turns[-1].role}; expected the assistant's answer")
-    if not any(turn.role == "user" for turn in turns):
-        raise UserError(f"{name}: no user's turn; expected a question")
-    if any(turn.role == "assistant" and not answer_in(turn.text).strip() for turn in turns):
-        raise UserError(f"{name}: an empty answer; expected text in every turn of the assistant")
-    if answer and not any(turn.trained for turn in turns if turn.role == "assistant"):
-        raise UserError(f"{name}: every answer is marked as not learned (loss, weight); leave the record out")
-    if any(turn.role == "user" and not any(not isinstance(p, str) or p.strip() for p in turn.parts) for turn in turns):
-        raise UserError(f"{name}: an empty turn of the user; expected text, a video or an image")
+    answers, questions = ([turn for turn in turns if turn.role == role] for role in ("assistant", "user"))
+    last = turns[-1].role if turns else "nobody"
+    is_empty = lambda turn: not any(not isinstance(part, str) or part.strip() for part in turn.parts)
+    last_answers = [turn.text.rpartition("<answer>")[2].partition("</answer>")[0] for turn in answers]
+    for is_wrong, problem in (
+        (answer and last != "assistant", f"ends with a turn of the {last}; expected an answer"),
+        (not questions, "no user's turn; expected a question"),
+        (not all(map(str.strip, last_answers)), "an empty answer; expected text in every turn of the assistant"),
+        (answer and not any(turn.trained for turn in answers), "every answer is marked as not learned (loss, weight)"),
+        (any(map(is_empty, questions)), "an empty turn of the user; expected text, a video or an image"),
+    ):
+        if is_wrong:
+            raise UserError(f"{name}: {problem}; correct the record or leave it out")
     return turns if turns[0].role == "system" else [DEFAULT_SYSTEM, *turns]
-
-
-def answer_in(text: str) -> str:
-    """What stands in the last <answer> tags; the text without any."""
-    return text.rpartition("<answer>")[2].partition("</answer>")[0]
 
 
 # -- Examples -> packed batches
@@ -335,10 +294,7 @@ def answer_in(text: str) -> str:
 
 def pack(examples: list[Example], pin: bool = False) -> Packed:
     """Examples laid end to end, each seeing only itself. pin: pixels in memory that a GPU reads while the host goes on.
-
-    An empty list gives one untrained token: all ranks must run the same number of passes, also where all samples of one
-    were skipped.
-    """
+    An empty list gives one untrained token: all ranks must run the same number of passes, also where all is skipped."""
     if not examples:
         zero = torch.zeros(1, dtype=torch.int64)
         return Packed(zero, zero.expand(3, 1), Segments.causal([1]), targets=torch.full((1,), IGNORE))
@@ -390,7 +346,5 @@ def join(arrays: Iterable[np.ndarray], axis: int = 0) -> Tensor:
 
 def join_patches(examples: list[Example], pin: bool = False) -> Tensor | None:
     patches = [e.patches for e in examples if e.patches is not None]
-    if not pin or not patches:
-        return torch.cat(patches) if patches else None
-    whole = torch.empty(sum(map(len, patches)), patches[0].shape[1], dtype=patches[0].dtype, pin_memory=True)
-    return torch.cat(patches, out=whole)
+    whole = torch.cat(patches) if patches else None
+    return whole.pin_memory() if patches and pin else whole

@@ -21,110 +21,77 @@ ADVANTAGE_EPS = 1e-4  # added to the std of the rewards, as in TRL
 LOG_RATIO_LIMIT = 10.0
 
 
-def group_advantages(rewards, index, scale="group"):
-    """Rewards of whole groups -> advantages: how much better than the mean of its own group.
+def group_advantages(rewards, scale="group"):
+    """rewards (groups, G) -> how much better each completion is than the mean of its group, (groups, G) float32, and
+    the unbiased std of each group, (groups,) float32: both exactly 0 where all rewards of a group are equal.
 
-    rewards (N,) float: total reward of each completion. index (N,) int64: the group it belongs to; groups may
-    lie in any order and have any size. scale: what the difference is divided by: "group", the std of its group;
-    "batch", the std of all N rewards (so pass the rewards of all ranks); "none". Unbiased std + 1e-4, as TRL.
-
-    Returns advantages (N,) float32 and the std of each group (n_groups,) float32. Where all rewards of a group
-    are equal both are exactly 0: such a group teaches nothing.
+    scale: the difference is divided by the std (+ 1e-4, as TRL) of its "group", of the whole "batch", or by nothing.
     """
-    assert rewards.shape == index.shape, f"rewards {tuple(rewards.shape)} and index {tuple(index.shape)} differ"
-    assert scale in ("group", "batch", "none"), f"scale is {scale!r}, expected 'group', 'batch' or 'none'"
     rewards = rewards.double()  # in float32 the mean of equal rewards can miss them, and / 1e-4 makes that a signal
     assert rewards.isfinite().all(), f"rewards hold {rewards[~rewards.isfinite()].tolist()}, expected finite numbers"
-    count = index.bincount()
-    mean = _sums(rewards, index, len(count)) / count
-    low = torch.full_like(mean, torch.inf).scatter_reduce(0, index, rewards, "amin")
-    high = torch.full_like(mean, -torch.inf).scatter_reduce(0, index, rewards, "amax")
-    centred = torch.where((low == high)[index], 0.0, rewards - mean[index])
-    std = (_sums(centred**2, index, len(count)) / (count - 1).clamp(min=1)).sqrt()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred[rewards.amin(1) == rewards.amax(1)] = 0.0
+    std = (centred.square().sum(1) / max(1, rewards.shape[1] - 1)).sqrt()
     if scale == "group":
-        centred = centred / (std[index] + ADVANTAGE_EPS)
+        centred = centred / (std[:, None] + ADVANTAGE_EPS)
     elif scale == "batch":
         centred = centred / (rewards.std() + ADVANTAGE_EPS)
     return centred.float(), std.float()
 
 
 def loss_normalizer(aggregation, n_tokens, n_completions, max_completion_length):
-    """The number that the loss is divided by, from counts over the *global* batch (all micro-batches, all ranks).
-
-    n_tokens: completion tokens of the groups that the step counts, masked ones left out. n_completions: their
-    completions, those included whose tokens are masked (as TRL counts them: a masked completion gives nothing, but does
-    not make the others weigh more).
-    """
-    assert aggregation in ("token", "sequence", "constant"), f"aggregation is {aggregation!r}"
-    if aggregation == "constant":
-        return max(n_completions, 1) * max_completion_length
-    return max(n_tokens if aggregation == "token" else n_completions, 1)
+    """The number that the loss is divided by, from counts over the whole global batch. n_tokens: without those of
+    masked completions. n_completions: with them, as TRL: they give nothing, but do not make the others weigh more."""
+    counts = {"token": n_tokens, "sequence": n_completions, "constant": n_completions * max_completion_length}
+    return max(counts[aggregation], 1)
 
 
-def grpo_loss(logprobs, advantages, completion_index, normalizer, *, old_logprobs=None, ref_logprobs=None,
-              sampler_logprobs=None, entropy=None, keep=None, epsilon=0.2, epsilon_high=None, beta=0.0,
-              use_bias_correction_kl=True, aggregation="token", importance_sampling_level="token",
-              sampler_is_cap=None):  # fmt: skip
+def grpo_loss(
+    logprobs, advantages, index, normalizer, cfg, *, old=None, ref=None, sampler=None, entropy=None, keep=None
+):
     """Loss of one micro-batch, already divided: the sum over micro-batches and ranks is the loss of the global batch.
 
-    logprobs (N,): of the completions' tokens under the policy, with gradient. completion_index (N,) int64: completion
-    of each token; all tokens of a completion are in the same micro-batch. advantages (G,): one a completion.
-    normalizer: of `loss_normalizer`. Each (N,) without gradient, None where not needed:
-        old_logprobs      by the training forward before the first update; None: this very policy, so the ratio is 1
-        ref_logprobs      under the frozen reference, for the KL; needed where beta > 0
-        sampler_logprobs  as the sampler gave them; see `sampler_weights`
-        entropy           of the policy's distribution at each token, for the metrics
-    keep (G,) bool: completions to train on, e.g. those that ended by themselves; None: all.
-    use_bias_correction_kl: see `kl_loss`.
+    logprobs (N,): of the completions' tokens under the policy, with gradient. advantages (G,): one a completion.
+    index (N,) int64: completion of each token; no completion is split over micro-batches. cfg: config.GRPO.
+    Each (N,) without gradient, None where it is not needed:
+        old      log-probs by the training forward before the first update; None: this very policy, so the ratio is 1
+        ref      log-probs under the frozen reference, for the KL
+        sampler  log-probs as the sampler gave them
+        entropy  of the policy's distribution at each token, for the metrics
+    keep (G,) bool: completions to train on; None: all.
 
     Returns the loss (scalar float32) and metrics: detached sums over the kept tokens, to be added over micro-batches
-    and ranks and divided by "tokens"; names that end in "_max" are reduced by max instead.
+    and ranks and divided by "tokens".
     """
-    assert beta == 0 or ref_logprobs is not None, f"beta is {beta}, expected ref_logprobs for the KL"
-    assert sampler_is_cap is None or sampler_logprobs is not None, f"sampler_is_cap {sampler_is_cap} without log-probs"
-    tensors = logprobs, completion_index, old_logprobs, ref_logprobs, sampler_logprobs, entropy
+    tensors = logprobs, index, old, ref, sampler, entropy
     if keep is not None:  # taken out rather than multiplied by 0: NaN * 0 is NaN
-        tensors = [None if tensor is None else tensor[keep[completion_index]] for tensor in tensors]
+        tensors = [None if tensor is None else tensor[keep[index]] for tensor in tensors]
     logprobs, index, old, ref, sampler, entropy = tensors
-    logprobs = logprobs.float()
+    logprobs, advantage = logprobs.float(), advantages.float()[index]
     old = logprobs.detach() if old is None else old.float()
-    lengths = _sums(torch.ones_like(old), index, len(advantages)).clamp(min=1)  # (G,)
+    sums = lambda values: values.new_zeros(len(advantages)).index_add(0, index, values)  # (N,) -> (G,)
+    lengths = sums(torch.ones_like(old)).clamp(min=1)
 
-    ratio = importance_ratio(logprobs - old, index, lengths, importance_sampling_level)
-    loss, metrics = clipped_policy_loss(ratio, advantages.float()[index], epsilon, epsilon_high)
-    if entropy is not None:
-        metrics["entropy"] = entropy.float().sum()
-    if sampler is not None:
-        weight, gap_metrics = sampler_weights(old, sampler.float(), sampler_is_cap)
-        loss, metrics = loss * weight, metrics | gap_metrics
-    if ref is not None:
-        metrics["kl"] = k3(ref.float() - logprobs).sum()
-    if beta:
-        per_token = importance_sampling_level == "token"
-        loss = loss + beta * kl_loss(logprobs, ref.float(), old, ratio, per_token, use_bias_correction_kl)
-    if aggregation == "sequence":
-        loss = loss / lengths[index]
-    return loss.sum() / normalizer, {name: value.detach().float() for name, value in metrics.items()}
-
-
-def importance_ratio(log_ratio, index, lengths, level):
-    """Policy / old policy of each token (N,): its own, or the geometric mean of its completion ("sequence", GSPO)."""
-    assert level in ("token", "sequence"), f"importance_sampling_level is {level!r}, expected 'token' or 'sequence'"
-    if level == "sequence":
-        log_ratio = (_sums(log_ratio, index, len(lengths)) / lengths)[index]
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-
-def clipped_policy_loss(ratio, advantage, epsilon, epsilon_high=None):
-    """PPO's clipped objective, negated: (N,) and metrics. epsilon_high None: the same as epsilon."""
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    log_ratio, per_token = logprobs - old, cfg.importance_sampling_level == "token"
+    if not per_token:  # the geometric mean of a completion's ratios (GSPO)
+        log_ratio = (sums(log_ratio) / lengths)[index]
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    low, high = 1 - cfg.epsilon, 1 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
     loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    return loss, {
-        "tokens": torch.ones_like(ratio).sum(),
-        "ratio": ratio.sum(),
-        "clip_low": ((ratio < low) & (advantage < 0)).sum(),
-        "clip_high": ((ratio > high) & (advantage > 0)).sum(),
-    }
+    clipped = {"clip_low": (ratio < low) & (advantage < 0), "clip_high": (ratio > high) & (advantage > 0)}
+    metrics = {"tokens": torch.ones_like(ratio), "ratio": ratio, **clipped}
+    if entropy is not None:
+        metrics["entropy"] = entropy.float()
+    if sampler is not None:
+        weight, gap = sampler_weights(old, sampler.float(), cfg.sampler_is_cap)
+        loss, metrics = loss * weight, metrics | gap
+    if ref is not None:
+        metrics["kl"] = k3(ref.float() - logprobs)
+    if cfg.beta:
+        loss = loss + cfg.beta * kl_loss(logprobs, ref.float(), old, ratio, per_token, cfg.use_bias_correction_kl)
+    if cfg.aggregation == "sequence":
+        loss = loss / lengths[index]
+    return loss.sum() / normalizer, {name: value.detach().sum().float() for name, value in metrics.items()}
 
 
 def k3(gap):
@@ -156,19 +123,11 @@ def kl_loss(logprobs, ref, old, ratio, per_token, bias_correction):
 def sampler_weights(old, sampler, cap):
     """Truncated importance weights: the sampler's numerics (bf16, caches, graphs) differ from the training forward's.
 
-    old, sampler (N,): log-probs of the sampled tokens by the training forward and by the sampler.
-    Returns weights min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the
-    gap.
+    old, sampler (N,): log-probs of the sampled tokens by the training forward and by the sampler. Returns weights
+    min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the gap.
     """
     gap = (old - sampler).detach()
-    metrics = {"sampler_gap": gap.abs().sum(), "sampler_gap_max": gap.abs().max() if len(gap) else gap.sum()}
     if cap is None:
-        return 1.0, metrics
+        return 1.0, {"sampler_gap": gap.abs()}
     weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
-    metrics["sampler_capped"] = (weight > cap).sum()
-    return weight.clamp(max=cap), metrics
-
-
-def _sums(values, index, n):
-    """values (N,), index (N,) -> (n,): the sum of each index's values."""
-    return values.new_zeros(n).index_add(0, index, values)
+    return weight.clamp(max=cap), {"sampler_gap": gap.abs(), "sampler_capped": weight > cap}

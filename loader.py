@@ -1,4 +1,4 @@
-"""In which order samples are read, by whom, and how they are cut into micro-batches.
+"""In which order samples are read, by which processes, and how they are cut into micro-batches.
 
 Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
 examples    prompts for evaluation and inference, in their order
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from data import Example, Processor, TooLong, pack
 from model import UserError
-from records import shares
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -46,22 +45,18 @@ class Samples(torch.utils.data.Dataset):
     def read(self, numbers: Iterable[int], workers: int, ahead: int) -> Iterator[Example | tuple[int, UserError]]:
         """The samples of these numbers, in their order; `ahead` of them are decoded in advance, if there are workers.
 
-        Workers are forked. They touch nothing of CUDA, which is up by then, share the records' buffer, and start in
-        milliseconds; a fork server would import torch and the training script in each of them, at every evaluation.
+        Workers are forked: they touch nothing of CUDA, share the records' buffer, and start in milliseconds.
         """
-        options = {}
+        # a generator of its own: the loader draws from it, and torch's own random state must not depend on workers
+        options = {"generator": torch.Generator(), "collate_fn": lambda sample: sample}
         if workers:
-            options = {"multiprocessing_context": "fork", "worker_init_fn": start_worker}
+            options |= {"multiprocessing_context": "fork", "worker_init_fn": start_worker}
             options["prefetch_factor"] = max(1, math.ceil(ahead / workers))
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a clip in shared memory is an open file
-        # a generator of its own: the loader draws from it, and torch's own random state must not depend on workers
-        options |= {"generator": torch.Generator(), "collate_fn": lambda sample: sample}
-        loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options)
-        for sample in loader:
-            if isinstance(sample, Example):
-                if sample.notes:
-                    self.processor.warn_once(sample)
+        for sample in DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options):
+            if workers and isinstance(sample, Example) and sample.notes:
+                self.processor.warn_once(sample)
             yield sample
 
 
@@ -90,34 +85,28 @@ def examples(
 class Loader:
     """The batches of one rank.
 
-    args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
-    dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (pack, or list).
-    answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
-
-    An epoch has each record as often as the weight of its file says: of a fraction, as many records as it makes, other
-    ones in each epoch.
-    A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these into
-    micro-batches of at most batch_size samples; or, with pack_tokens, into as few as hold them within that many tokens
-    each. The update is the same. A sample that is broken is skipped, counted and named, and nothing takes its place:
-    after or during iteration, `skipped` holds {name: reason} of this rank's samples that were left out.
+    args: a config.SFT. collate: list of Examples -> what is yielded. global_batch: samples a step, if not what
+    args say. A step's global batch is cut into one run of samples a rank, so that each opens only its own, and these
+    into micro-batches; or, with pack_tokens, into as few as hold them within that many tokens each. The update is the
+    same. A sample that is broken is skipped, counted and named, and nothing takes its place.
     """
 
     def __init__(
         self, records: Sequence[dict], processor, args, *, rank: int = 0, world_size: int = 1, answer: bool = True,
         collate: Callable = pack, global_batch: int | None = None,
     ):  # fmt: skip
-        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        self.records, self.processor, self.collate, self.args = records, processor, collate, args
-        self.total, self.pack_tokens = len(records), args.pack_tokens
+        self.records, self.collate, self.args, self.pack_tokens = records, collate, args, args.pack_tokens
         self.rank, self.world_size = rank, world_size
         self.samples = Samples(records, processor, answer)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.global_batch = global_batch or each * world_size
-        files = ((weight, mine) for weight, mine in shares(records) if len(mine))
-        self.files = [(max(1, round(weight * len(mine))), mine) for weight, mine in files]  # how many an epoch has
-        self.epoch_size = sum(count for count, _ in self.files)
+        file, weights = np.asarray(getattr(records, "file", [0] * len(records))), getattr(records, "weights", [1.0])
+        files = [(weight, np.flatnonzero(file == i)) for i, weight in enumerate(weights)]
+        # of each file: how many of its records an epoch has; their numbers
+        self.files = [(max(1, round(weight * len(numbers))), numbers) for weight, numbers in files if len(numbers)]
+        self.epoch_size = sum(size for size, _ in self.files)
         self.steps_per_epoch = math.ceil(self.epoch_size / self.global_batch)
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # {name: reason} of this rank's samples that were left out
         self.too_long: set[str] = set()  # of them, those that are not broken, but longer than max_seq_length
         self.last = ""  # the last broken one, and why
         self.order = lru_cache(2)(self.order)  # the end of an epoch is read beside the start of the next
@@ -133,13 +122,12 @@ class Loader:
         ahead = STEPS_AHEAD * math.ceil(self.global_batch / self.world_size)
         samples = self.samples.read(numbers, self.args.dataloader_num_workers, ahead)
         for step in steps():
-            parts = [[next(samples) for _ in part] for part in self.share(step)]
-            for part in parts:
-                for sample in part:
-                    if not isinstance(sample, Example):
-                        self.skip(*sample)
-            parts = [[sample for sample in part if isinstance(sample, Example)] for part in parts]
-            self.last_parts = parts
+            self.last_parts = []
+            for part in self.share(step):
+                part = [next(samples) for _ in part]
+                self.last_parts.append([sample for sample in part if isinstance(sample, Example)])
+                for number, error in (sample for sample in part if not isinstance(sample, Example)):
+                    self.skip(number, error)
             yield self.packs()
 
     def packs(self) -> list:
@@ -147,8 +135,7 @@ class Loader:
         parts = self.last_parts
         if self.pack_tokens is not None:
             whole = [example for part in parts for example in part]
-            bins = fill_bins([len(example) for example in whole], self.pack_tokens)
-            parts = [[whole[i] for i in each] for each in bins]
+            parts = [[whole[i] for i in each] for each in fill_bins(list(map(len, whole)), self.pack_tokens)]
         return [self.collate(part) for part in parts]
 
     def share(self, step: int) -> list[list[int]]:
@@ -161,12 +148,12 @@ class Loader:
 
     def order(self, epoch: int) -> np.ndarray:
         """Numbers of the records of an epoch, a pure function of seed and epoch."""
-        rng, numbers = np.random.default_rng((self.args.seed, epoch)), []
-        for size, mine in self.files:
-            numbers.append(np.tile(mine, size // len(mine)))
-            if part := size % len(mine):
-                numbers.append(rng.choice(mine, part, replace=False))
-        return rng.permutation(np.concatenate(numbers))
+        rng, order = np.random.default_rng((self.args.seed, epoch)), []
+        for size, numbers in self.files:
+            order.append(np.tile(numbers, size // len(numbers)))
+            if part := size % len(numbers):
+                order.append(rng.choice(numbers, part, replace=False))
+        return rng.permutation(np.concatenate(order))
 
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
@@ -185,9 +172,9 @@ class Loader:
 
     def check_share(self, broken: int) -> None:
         """broken: samples of all ranks. UserError if it is more than max_skip_share of them."""
-        total, most = self.total, self.args.max_skip_share
-        if broken > most * total:
-            raise UserError(f"{broken} of {total} samples are broken, max_skip_share is {most}{self.last}")
+        if broken > self.args.max_skip_share * len(self.records):
+            most = f"max_skip_share is {self.args.max_skip_share}{self.last}"
+            raise UserError(f"{broken} of {len(self.records)} samples are broken, {most}")
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""
@@ -204,10 +191,9 @@ def fill_bins(lengths: list[int], budget: int) -> list[list[int]]:
     """Numbers of the samples of each micro-batch: about as few as hold `budget` tokens at most each; the longest first,
     each into the emptiest that has room. A sample longer than the budget stands alone."""
     bins = max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget))
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
         filled, used = [[] for _ in range(bins)], [0] * bins
-        for i in order:
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             room = [b for b in range(bins) if not used[b] or used[b] + lengths[i] <= budget]
             if not room:
                 break

@@ -1,207 +1,286 @@
-"""GPU memory of a run: a formula of a dozen terms, what --dry_run prints of it, and what to do when memory runs out.
+"""GPU memory: a formula of a dozen terms for --dry_run, and what --pack_tokens auto and --gradient_checkpointing auto
+choose by it: the formula proposes, a trial of the largest pack decides.
 
-The estimate is within some percent of measured peaks (dev/LOG.md). It knows the largest micro-batch by its tokens and
-patches, which parts are trained, and recomputation; the allocator's fragments it does not know. autofit.py chooses by
-it how large packs are, and how many blocks keep their activations.
+The choice is printed, kept in checkpoints and obeyed by --resume. It changes no result but the order of sums.
 """
 
 import math
 import statistics
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
+import ranks
+from data import pack, pack_groups
 from lora import FLAT, part_of, sizes
 from model import UserError
+from model.packed import IGNORE
 from model.quantized import quantized_weights
-from model.qwen import LONG, PART
+from model.qwen import LONG, PART, PIECE, target_logprobs
 
 GIB = 2**30
 # Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it
 # the workspaces of cuBLAS and the float32 logits of one chunk of rows
 CONTEXT, LOGITS = int(1.3 * GIB), int(0.25 * GIB)
+FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
 LOOKED_AT = 1000  # samples whose size is found for an estimate
+CPU_TOKENS = 8192  # of a pack on a CPU, where nothing is recomputed
+HOST = 3e6  # / hidden size: tokens that would take an H200 as long as a pass costs besides
 
 
 @dataclass
-class Counts:
-    """Numbers (not bytes) of a model's parts; `trained` those that get a gradient."""
+class Plan:
+    pack_tokens: int | None  # of a micro-batch at most, which is one sample or group at least; None: as given
+    kept: int  # blocks of tower and language model, the last so many, that keep their activations
 
-    base: int = 0  # without adapters
-    vision: int = 0  # trained, of the tower and the merger
-    tower: int = 0  # trained, of the tower alone
-    language: int = 0  # trained
-    adapters: int = 0  # all, trained
-    head: bool = False  # whether the head or embedding is trained
-    low_bit: int = 0  # bytes, not numbers, of weights in few bits, which are not in `base`
-
-    @classmethod
-    def of(cls, model):
-        counts, numbers = cls(), sizes(model)
-        for name, parameter in model.named_parameters():
-            is_adapter, part = name.endswith(FLAT), part_of(name)
-            counts.base += 0 if is_adapter else numbers[name]
-            if parameter.requires_grad:
-                counts.adapters += numbers[name] * is_adapter
-                counts.language += numbers[name] * (part == "llm")
-                counts.vision += numbers[name] * (part != "llm")
-                counts.tower += numbers[name] * (part == "vision")
-        counts.head = model.head_weight.requires_grad
-        counts.low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
-        return counts
-
-    @property
-    def trained(self):
-        return self.language + self.vision
-
-    @property
-    def frozen(self):
-        return self.base - (self.trained - self.adapters)
+    def apply(self, model):
+        model.kept_blocks, model.gradient_checkpointing = self.kept, self.kept < num_blocks(model)
 
 
-def activation_bytes(config, counts, cfg, tokens, patches, kept=0, number=2):
-    """What the passes of a micro-batch take at most. kept: blocks of tower and language model, the last so many, that
-    keep their activations; the others keep their input, with --offload_activations in host memory."""
-    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    v, depth = config.vision, config.vision.depth if counts.tower else 0
-    heads, keys = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-    rank, vision_rank = (cfg.lora_rank * bool(n) for n in (counts.adapters, counts.tower))
-    layer = tokens * (4 * C + 2 * heads + keys + 3 * inner + 7 * rank)
-    block = (9 * v.hidden_size + 3 * v.intermediate_size + 5 * vision_rank) * bool(depth)  # of a patch
-    layers, on_card = min(kept, L), not cfg.offload_activations
-    blocks = min(kept - layers, depth)
-    kept_bytes = layers * layer + (L - layers) * tokens * C * on_card
-    redone = 1.5 * tokens * (8 * C + 3 * inner) if layers < L else tokens * (C + 3 * inner)
-    if depth and blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
-        kept_bytes += patches // 4 * C
-        return number * int(max(kept_bytes + redone, patches // 4 * C + PART * depth * block))
-    kept_bytes += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
-    if blocks < depth:
-        redone = max(redone, 1.5 * patches * (3 * v.intermediate_size + 8 * v.hidden_size))
-    return number * int(kept_bytes + redone)
-
-
-def gradient_bytes(counts, cfg, world, number):
-    """Summed in float32, beside the bucket that is reduced."""
-    summed = 0 if cfg.offload_optimizer else 4 * counts.trained / world
-    return summed + number * min(counts.trained, 25e6 if world > 1 else 100e6)
-
-
-def update_bytes(config, counts, cfg, tokens, patches, kept=0, world=1, number=2):
-    """Peak of a training step. tokens, patches: of the largest micro-batch; number: bytes of a weight."""
-    head = (4 + 2 * number) * config.vocab_size * config.hidden_size if counts.head else 0
-    passes = activation_bytes(config, counts, cfg, tokens, patches, kept, number)
-    return static_bytes(counts, cfg, world, number) + gradient_bytes(counts, cfg, world, number) + head + passes
-
-
-def static_bytes(counts, cfg, world, number):
-    """What is there all the time: weights, trained ones once more in fp32 with two moments, the reference."""
-    state = 0 if cfg.offload_optimizer else 12 * counts.trained / world
-    reference = number * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
-    return number * (counts.frozen + counts.trained) + counts.low_bit + state + reference
-
-
-def sampling_bytes(config, counts, cfg, prompts, longest, group, new_tokens, number=2):
-    """Peak of sampling `prompts` prompts of at most `longest` tokens, `group` completions each."""
-    c, L = config, config.num_hidden_layers
-    heads, keys = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
-    cache = L * keys * prompts * (longest + group * new_tokens)
-    prefill = prompts * longest * (2 * c.hidden_size + 2 * heads + keys + 3 * c.intermediate_size)
-    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
-    layer = c.hidden_size * (2 * heads + keys) + 3 * c.hidden_size * c.intermediate_size
-    copy = counts.adapters if counts.low_bit else L * layer
-    return static_bytes(counts, cfg, 1, number) + number * (copy + cache + prefill)
-
-
-def unit_sizes(cfg, lengths):
-    """[(tokens, patches)] of what a pack never cuts: a sample, or in GRPO a prompt with all its completions."""
-    group = getattr(cfg, "num_generations", 0)
-    more = group * cfg.max_completion_length if group else 0
-    return [(tokens + more, patches) for tokens, patches in lengths]
+def num_blocks(model):
+    return len(model.visual.blocks) + len(model.model.layers)
 
 
 def units_per_step(cfg):
-    """Samples of one rank, or groups."""
+    """Of one rank: samples, or in GRPO groups, which no pack cuts."""
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // getattr(cfg, "num_generations", 1)
 
 
-def estimate(model, cfg, lengths, world=1, number=2):
-    """{what: bytes}: the peak of an update, and of sampling in GRPO. lengths: [(tokens, patches)] of samples. Where an
-    option is auto, the least: one sample or group a pack, everything recomputed."""
-    counts, group = Counts.of(model), getattr(cfg, "num_generations", 0)
-    units, (longest, _) = unit_sizes(cfg, lengths), max(lengths)
-    tokens, patches = max(units)
+def unit_tokens(cfg, tokens):
+    """Of a sample, or in GRPO of a prompt with all its completions."""
+    return tokens + (cfg.num_generations * cfg.max_completion_length if hasattr(cfg, "num_generations") else 0)
+
+
+# -- The formula
+
+
+def count(model):
+    """How many numbers a model's weights have: base (without adapters and what is in few bits), adapters, trained;
+    low_bit: bytes of the weights in few bits; tower, head: whether they are trained."""
+    numbers = sizes(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapters = sum(number for name, number in numbers.items() if name.endswith(FLAT))
+    return SimpleNamespace(
+        base=sum(numbers.values()) - adapters,
+        adapters=adapters,
+        trained=sum(numbers[name] for name in trained),
+        low_bit=sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values()),
+        tower=any(part_of(name) == "vision" for name in trained),
+        head=model.head_weight.requires_grad,
+    )
+
+
+def activation_bytes(config, counts, cfg, tokens, patches, kept):
+    """What the passes of a micro-batch take at most. kept: as in Plan; the other blocks keep their input, with
+    --offload_activations in host memory."""
+    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    v, depth = config.vision, config.vision.depth if counts.tower else 0
+    heads, keys = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
+    rank = cfg.lora_rank * bool(counts.adapters)
+    layer = tokens * (4 * C + 2 * heads + keys + 3 * inner * (tokens <= PIECE) + 7 * rank)
+    block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank  # of a patch
+    layers, on_card = min(kept, L), not cfg.offload_activations
+    blocks = min(kept - layers, depth)
+    # a recomputed layer keeps its input and what attention gave; a long sequence's MLP is always computed again
+    numbers = layers * layer + (L - layers) * tokens * (C + heads) * on_card
+    mlp = 3 * inner * min(tokens, PIECE)
+    redone = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
+    if blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
+        numbers += patches // 4 * C
+        return 2 * int(max(numbers + redone, patches // 4 * C + PART * depth * block))
+    numbers += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
+    if blocks < depth:
+        redone = max(redone, 1.5 * patches * (8 * v.hidden_size + 3 * v.intermediate_size))
+    return 2 * int(numbers + redone)
+
+
+def estimate(model, cfg, lengths, world=1, kept=None):
+    """{"update", in GRPO "sampling" too: bytes at the peak}. lengths: [(tokens, patches)] of samples. kept: as in Plan,
+    if not by the options. Where one is auto, the least: one sample or group a pack, everything recomputed."""
+    c, counts, (longest, patches) = model.config, count(model), max(lengths)
+    unit = tokens = unit_tokens(cfg, longest)
     if cfg.pack_tokens != "auto":
-        step = tokens * max(1, cfg.per_device_train_batch_size // max(1, group))
-        least = longest + cfg.max_completion_length if group else tokens  # an explicit limit may cut a group
-        whole, tokens = tokens, max(least, min(step, cfg.pack_tokens or step))
-        patches = int(max(patches, patches * tokens / (whole if group else statistics.fmean(n for n, _ in lengths))))
-    kept = 0 if cfg.gradient_checkpointing else len(model.visual.blocks) + len(model.model.layers)
-    update = update_bytes(model.config, counts, cfg, tokens, patches, kept, world, number)
-    peaks = {"update": update + CONTEXT + LOGITS}
-    if group:
-        prompts, limit = max(1, units_per_step(cfg)), cfg.max_completion_length
-        sampling = sampling_bytes(model.config, counts, cfg, prompts, longest, group, limit, number)
-        peaks["sampling"] = sampling + CONTEXT + LOGITS
-    return peaks
-
-
-# -- What a run will take, before it is started
+        several = unit * max(1, units_per_step(cfg) // cfg.gradient_accumulation_steps)
+        tokens = max(unit, min(several, cfg.pack_tokens or several))
+    if kept is None:
+        kept = 0 if cfg.gradient_checkpointing else num_blocks(model)
+    # all the time: bf16 weights, trained ones once more in fp32 with two moments, the reference
+    static = 2 * (counts.base + counts.adapters) + counts.low_bit + CONTEXT + LOGITS
+    static += 0 if cfg.offload_optimizer else 12 * counts.trained / world
+    static += 2 * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
+    # gradients: summed in fp32, beside the bucket that is reduced
+    update = 0 if cfg.offload_optimizer else 4 * counts.trained / world
+    update += 2 * min(counts.trained, 25e6 if world > 1 else 100e6)
+    update += 8 * c.vocab_size * c.hidden_size if counts.head else 0
+    update += activation_bytes(c, counts, cfg, tokens, patches * tokens // unit, kept)
+    if not hasattr(cfg, "num_generations"):
+        return {"update": static + update}
+    prompts, keys = max(1, units_per_step(cfg)), 2 * c.num_key_value_heads * c.head_dim
+    layer = 2 * c.num_attention_heads * c.head_dim + keys + 3 * c.intermediate_size
+    cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
+    prefill = prompts * longest * (2 * c.hidden_size + layer)
+    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
+    copy = counts.adapters if counts.low_bit else c.num_hidden_layers * c.hidden_size * layer
+    return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
 def sample_sizes(records, processor, answer):
-    """({number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, {number: why} of those left
-    out)."""
-    count, sizes_of, left_out = len(records), {}, {}
-    for i in sorted({k * count // min(LOOKED_AT, count) for k in range(min(LOOKED_AT, count))}):
+    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset; without those that cannot be
+    read, which the loader will skip, count and name."""
+    found, most = {}, min(LOOKED_AT, len(records))
+    for number in (k * len(records) // most for k in range(most)):
         try:
-            ids, _, plans = processor.layout(records[i], answer)
-            sizes_of[i] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
+            ids, _, plans = processor.layout(records[number], answer)
+            found[number] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
         except UserError as error:
-            left_out[i] = str(error)
-    if count and not sizes_of:
-        raise UserError(f"all samples are left out; the first: {next(iter(left_out.values()))}")
-    return sizes_of, left_out
+            why = error
+    if not found:
+        raise UserError(f"all samples are left out; the last: {why}")
+    return found
 
 
-def summary(model, cfg, records, processor, loader, steps, world, number):
-    """The lines that a run begins with, and that --dry_run prints: data, steps, parameters, memory."""
+def summary(model, cfg, records, processor, loader, steps, world):
+    """The lines that a run begins with, and that --dry_run prints: data, steps, memory."""
     is_grpo = hasattr(cfg, "num_generations")
-    sizes_of, left_out = sample_sizes(records, processor, answer=not is_grpo)
-    tokens = [size for size, _ in sizes_of.values()]
-    what = "prompt tokens" if is_grpo else "tokens"
-    looked = f"{len(sizes_of) + len(left_out):,} of {len(records):,} looked at"
-    yield f"  data       {len(records):,} samples ({looked}): {min(tokens):,} to {max(tokens):,} {what}, median " \
-          f"{statistics.median(tokens):,.0f}"  # fmt: skip
-    if left_out:
-        first, why = next(iter(left_out.items()))
-        yield f"             {len(left_out)} of them would be left out; the first: sample {first}: {why}"
+    sizes = sample_sizes(records, processor, answer=not is_grpo)
+    tokens = [length for length, _ in sizes.values()]
+    span = f"{min(tokens):,} to {max(tokens):,} {'prompt tokens' if is_grpo else 'tokens'}"
+    looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} that were looked at can be read"
+    yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(tokens):,.0f}"
     yield f"  steps      {loader.steps_per_epoch:,} an epoch, {steps:,} in all"
-    peaks = estimate(model, cfg, list(sizes_of.values()), world, number)
-    most, kind = max(peaks.values()), "bf16" if number == 2 else "fp32"
-    auto = "; packs and kept activations fill what is free" * ("auto" in (cfg.pack_tokens, cfg.gradient_checkpointing))
-    each = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items())
-    yield f"  memory     on a GPU in {kind} {'at least' if auto else 'about'} {most / GIB:.1f} GiB ({each}){auto}"
-    if torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if most > 0.92 * whole:
-            tight = "this GPU has" if most > whole else "tight: this GPU has"
-            yield f"             {tight} {whole / GIB:.1f} GiB; {less_memory(model, cfg)}"
+    peaks = estimate(model, cfg, list(sizes.values()), world)
+    each, most = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items()), max(peaks.values())
+    fills = "; auto fills what is free" if "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing) else ""
+    yield f"  memory     on a GPU in bf16 at least {most / GIB:.1f} GiB ({each}){fills}"
+    whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
+    if most > 0.92 * whole:
+        # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
+        low_bit = "--base_dtype nf4, " if count(model).base > 6e9 else "--base_dtype int8, "
+        first = low_bit if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
+        less = f"try {first}--offload_activations True, a lower --video_max_pixels"
+        yield f"             this GPU has {whole / GIB:.1f} GiB: {less}"
 
 
-def less_memory(model, cfg):
-    """What to try where a run hardly fits. 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)."""
-    low_bit = "--base_dtype nf4" if Counts.of(model).base > 6e9 else "--base_dtype int8"
-    first = f"{low_bit}, " if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
-    return f"try {first}--offload_activations True, a lower --video_max_pixels"
+# -- The choice
+
+
+def choose(run, model, sample):
+    """The Plan of a run, applied to the model: on a GPU what is auto is chosen; a resumed run has its checkpoint's.
+    Every rank must call it, with the optimizer's state in place. sample() -> the largest Example."""
+    cfg = run.cfg
+    given = {name: getattr(cfg, name) for name in ("pack_tokens", "gradient_checkpointing")}
+    plan = Plan(cfg.pack_tokens, 0 if cfg.gradient_checkpointing is True else num_blocks(model))
+    if run.state and given.items() <= run.state["config"].items():
+        plan = Plan(**run.state["plan"])
+    elif "auto" in given.values() and run.device.type == "cuda":
+        plan = fit(run, model, sample(), plan)
+    elif cfg.pack_tokens == "auto":
+        plan.pack_tokens = CPU_TOKENS
+    plan.apply(model)
+    return plan
+
+
+def largest_sample(run, records, processor):
+    """The largest Example that can be read, of those looked at, the same on all ranks."""
+    answer = not hasattr(run.cfg, "num_generations")
+    sizes, *_ = ranks.gather(sample_sizes(records, processor, answer) if run.rank == 0 else None)
+    for number in sorted(sizes, key=sizes.get, reverse=True):
+        try:
+            return processor.encode(records[number], answer=answer)
+        except UserError:
+            continue
+    raise UserError("no sample can be read; python data.py FILE says why")
+
+
+def fit(run, model, example, given):
+    """The fastest Plan that fits on every rank's GPU, by the formula as a trial corrects it."""
+    cfg, config, counts, total = run.cfg, model.config, count(model), num_blocks(model)
+    unit, patches = unit_tokens(cfg, len(example)), 0 if example.patches is None else len(example.patches)
+    step, options = units_per_step(cfg), []
+    sizes = {math.ceil(step / passes): passes for passes in range(step, 0, -1)}  # of packs, in units
+    if cfg.pack_tokens != "auto":
+        sizes = {max(1, cfg.pack_tokens // unit if cfg.pack_tokens else step // cfg.gradient_accumulation_steps): 1}
+    for units, passes in sizes.items():
+        for kept in range(total + 1) if cfg.gradient_checkpointing == "auto" else [given.kept]:
+            cost = passes * (units * unit + HOST / config.hidden_size) * (3 - kept / total)  # 3: forward, back, again
+            size = activation_bytes(config, counts, cfg, units * unit, units * patches, kept)
+            options.append((cost, size, units, kept))
+    options.sort()
+    room = float(ranks.gather_numbers(room_bytes(run, counts)).min())
+    smallest = min(options, key=lambda option: option[1])
+    fitting = lambda scale: next((option for option in options if scale * option[1] <= room), smallest)
+    _, size, units, kept = fitting(1.0)
+    Plan(None, kept).apply(model)
+    used = float(ranks.gather_numbers(trial_bytes(run, model, [example] * units)).max())
+    scale = used / size if used < math.inf else 1.2
+    _, size, units, kept = fitting(scale)
+    what = f"packs of {units * unit:,} tokens; {kept} of {total} blocks keep their activations"
+    run.notes.append(f"memory: {what}: {scale * size / GIB:.1f} GiB by a trial, {room / GIB:.1f} are free")
+    return Plan(units * unit if cfg.pack_tokens == "auto" else cfg.pack_tokens, kept)
+
+
+def room_bytes(run, counts):
+    """What the passes may take: of what this process may allocate, without fragments, what is not there already, nor
+    will be: AdamW's moments come with the first step, gradients in each."""
+    torch.cuda.empty_cache()
+    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    limit = min(torch.cuda.get_per_process_memory_fraction() * total, free + reserved)
+    state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * counts.trained / run.world
+    return (1 - FRAGMENTS) * limit - reserved - state - 2 * min(counts.trained, 100e6) - LOGITS
+
+
+def trial_bytes(run, model, examples):
+    """What a forward and a backward pass over these samples or groups take; infinity where memory runs out."""
+    if hasattr(run.cfg, "num_generations"):
+        group = [[0] * run.cfg.max_completion_length] * run.cfg.num_generations
+        packed = pack_groups(examples, [group] * len(examples))
+    else:
+        packed = pack(examples)
+    rows, trained = (packed.targets != IGNORE).nonzero()[:, 0], [p for p in model.parameters() if p.requires_grad]
+    graphs, model.ops.graphs, before = model.ops.graphs, None, torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        packed = packed.to(run.device)
+        hidden = model(packed, rows=rows)
+        logprobs, *_ = target_logprobs(hidden, model.head_weight, packed.targets[rows.to(run.device)])
+        torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
+        used = torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
+        used = math.inf
+    packed = hidden = logprobs = None
+    model.ops.graphs = graphs
+    torch.cuda.empty_cache()
+    return used
+
+
+# -- When memory runs out all the same
+
+
+def shrink(run, engine, packs, step, repeatable=True):
+    """Memory ran out in a pass of this step: its gradients are cleared and run.plan gets smaller, so that the step can
+    be repeated. UserError where that is no use: a single sample is too much, or other ranks are in the middle of adding
+    up gradients."""
+    from engine import clear_gradients  # here, for infer.py needs no DeepSpeed
+
+    plan, largest = run.plan, max(len(packed.input_ids) for packed in packs)
+    is_single = plan.pack_tokens is not None and largest > plan.pack_tokens  # a sample, or a prompt and a completion
+    if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
+        lower = "--offload_activations, --video_max_pixels or --nframes"
+        raise out_of_memory(run.device, f"training step {step}", packs, lower)
+    plan.pack_tokens, plan.kept = largest // 2, 0
+    plan.apply(engine.module)
+    clear_gradients(engine)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = f"packs of at most {plan.pack_tokens:,} tokens, everything recomputed"
+    run.warn(f"step {step}: out of GPU memory; it is repeated, from now on {smaller}: the same update")
 
 
 def out_of_memory(device, doing, packs, lower):
     """The UserError for an OutOfMemoryError. lower: the options that help."""
-    room = ""
+    tokens, most = [len(packed.input_ids) for packed in packs], ""
     if device.type == "cuda":
-        used, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-        room = f" ({used / GIB:.1f} of {whole / GIB:.1f} GiB were in use at most)"
-    tokens = [len(packed.input_ids) for packed in packs]
+        most = f" ({torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB were in use at most)"
     batch = f"{sum(tokens):,} tokens in {len(packs)} packs, the largest {max(tokens, default=0):,}"
-    return UserError(f"out of GPU memory{room} while {doing}; {batch}; {lower} lowers it; checkpoints are intact")
+    return UserError(f"out of GPU memory{most} while {doing}; {batch}; {lower} lowers it; checkpoints are intact")

@@ -1,12 +1,10 @@
 """A dataset's files -> records -> turns of text and clips. Imports no torch.
 
-    read_records(path)    .json arrays and .jsonl files with one object a line
-    read_form(record)     messages, clips, solution, options, problem_type: training, rewards and evaluation read this
-    read_turns(record)    its turns, each clip in its place
+    read_records(path)   .json arrays and .jsonl files with one object a line
+    read_form(record)    messages, clips, solution, options, problem_type: training, rewards and evaluation read this
+    read_turns(record)   its turns, each clip in its place
 
-forms.py knows the forms of other trainers. One of a list of videos may itself be a list: the frames of a clip. The
-other keys of a typed part are its own sampling options. A tag and the line break after it give way to the clip, as in
-Qwen's own fine-tuning; without tags, clips stand before the first question.
+docs/data.md lists the forms, and what each becomes.
 """
 
 import json
@@ -15,27 +13,57 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
+from typing import NamedTuple
 
-from forms import FORMS, KNOWN_COLUMNS, Conversation, first_of, read_form
 from model import UserError, nearest_path
 
-SPACE = re.compile(r"[ \t\r\n]*")
-TAG = re.compile(r"<(video|image)>\n?")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".tga", ".jp2")
-IMAGE_SUFFIXES += (".avif", ".heic", ".heif", ".jpe", ".pgm", ".pbm", ".ico")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
-VIDEO_SUFFIXES += (".gif", ".apng", ".m2ts", ".mts", ".m2v", ".vob", ".ogv", ".mxf", ".h264", ".hevc")
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow", ".xlsx")  # of datasets that are not read
+TAG = re.compile(r"<(video|image)>\n?")  # it and the line break after it give way to the clip, as in Qwen's fine-tuning
+FORMS = ("conversations", "messages", "conversation", "prompt", "problem", "query", "question", "instruction")
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # the last is OpenAI's newer word
+ROLES |= {role: role for role in ("user", "assistant", "system")}
+ANSWERS = ("response", "output", "completion")
 NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
+WEIGHTS = (
+    "loss_weight",
+    "loss_scale",
+    "loss",
+    "weight",
+    "train",
+)  # 0 = not learned: of a record the first two, of a turn
+# What changes the meaning of a record, or of a turn, and is not read: where it holds something, the record is refused
+UNREAD = "chosen rejected rejected_response rejected_messages rejected_images tools audio audios objects".split()
+UNREAD_IN_TURN = ("tool_calls", "thinking", "reasoning_content")
+IMAGE_SUFFIXES = ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif"
+VIDEO_SUFFIXES = (
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .m2v .flv .wmv .3gp .gif .apng .vob .ogv .mxf"
+)
+IMAGE_SUFFIXES, VIDEO_SUFFIXES = tuple(IMAGE_SUFFIXES.split()), (*VIDEO_SUFFIXES.split(), ".h264", ".hevc")
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow", ".xlsx")  # of datasets that are not read
+MEDIA = "|".join(map(re.escape, IMAGE_SUFFIXES + VIDEO_SUFFIXES))
+# In JSON: a quoted name with one of these suffixes, perhaps of a web address; or a picture or clip itself
+CLIP_NAME = re.compile(rf'"(data:(?:image|video)/[^"]*|[^"]*(?:{MEDIA})(?:\?[^"]*)?)"', re.IGNORECASE)
 # Columns that hold a picture or clip in other people's datasets, whatever their value looks like
 CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
                 for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
 CLIP_COLUMNS |= {"path", "file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
+KNOWN_COLUMNS = {*FORMS, *ANSWERS, "id", "problem_id", "video", "videos", "image", "images", "system", "solution"}
+KNOWN_COLUMNS |= {"answer", "options", "problem_type", "process", "data_type", "input", "history"}
 
 
-# -- A file -> records
+@contextmanager
+def errors_name(where: str):
+    """A UserError inside begins with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# -- Files -> records
 
 
 class Record(dict):
@@ -45,38 +73,30 @@ class Record(dict):
 
 
 class Records(Sequence):
-    """The records of one or several files, parsed when they are used. One buffer holds their text: forked workers share
-    it, and it takes no more memory than the files."""
+    """The records of one or several files, parsed when they are used: one buffer, which forked workers share."""
 
     def __init__(self):
         self.data, self.ends = bytearray(), array("Q", [0])
-        self.files: list[tuple[str, float, int]] = []  # folder, weight, number of the first record
-
-    def append(self, text: str) -> None:
-        self.data += text.encode("utf-8")
-        self.ends.append(len(self.data))
+        self.file = array("H")  # of each record: which of the files
+        self.folders, self.weights = [], []  # of each file; how often an epoch of training has its records
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.file)
 
     def __getitem__(self, i):
         i = range(len(self))[i]
         record = Record(json.loads(self.data[self.ends[i] : self.ends[i + 1]]))
-        record.folder = next(folder for folder, _, first in reversed(self.files) if first <= i)
+        record.folder = self.folders[self.file[i]]
         return record
-
-    def shares(self) -> list[tuple[float, Sequence[int]]]:
-        """(weight, numbers of the records) of each file."""
-        firsts = [first for _, _, first in self.files] + [len(self)]
-        return [(weight, range(first, end)) for (_, weight, first), end in zip(self.files, firsts[1:])]
 
 
 class Selection(Sequence):
     """Some records of a sequence, by number. check: called with (number, record), raises for one not to be used."""
 
     def __init__(self, records: Sequence[dict], numbers: Iterable[int], check: Callable | None = None):
-        self.records, self.check = records, check
-        self.numbers = numbers if isinstance(numbers, range) else array("Q", numbers)
+        self.records, self.numbers, self.check = records, array("Q", numbers), check
+        self.weights, all_files = getattr(records, "weights", [1.0]), getattr(records, "file", None)
+        self.file = array("H", (all_files[number] if all_files else 0 for number in self.numbers))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -87,23 +107,21 @@ class Selection(Sequence):
             self.check(self.numbers[i], record)
         return record
 
-    def shares(self) -> list[tuple[float, Sequence[int]]]:
-        place = {number: i for i, number in enumerate(self.numbers)}
-        return [(weight, [place[n] for n in mine if n in place]) for weight, mine in shares(self.records)]
 
-
-def shares(records: Sequence[dict]) -> list[tuple[float, Sequence[int]]]:
-    """(weight, numbers of its records) of each file: how often an epoch of training has them."""
-    return records.shares() if isinstance(records, (Records, Selection)) else [(1.0, range(len(records)))]
+def spread(records: Sequence[dict], wanted: int | None, seed: int) -> Sequence[dict]:
+    """`wanted` of the records in their order, spread by the seed over all of them: files are often sorted by class."""
+    if wanted is None or wanted >= len(records):
+        return records
+    return Selection(records, sorted(random.Random(seed).sample(range(len(records)), wanted)))
 
 
 def data_files(text: str | Path) -> list[tuple[str, float]]:
-    """(path, weight) of each file of a --data_path: "train.json", or "a.json:2,b.jsonl:0.5". UserError for a weight
-    that is none. A name that exists is taken as it is, whatever colons and commas it holds."""
+    """(path, weight) of each file of a --data_path: "train.json", or "a.json:2,b.jsonl:0.5". A name that exists is
+    taken as it is, whatever colons and commas it holds."""
     files = []
     for item in [str(text)] if os.path.exists(text) else str(text).split(","):
         path, _, weight = item.rpartition(":")
-        if os.path.exists(item) or not os.path.exists(path):  # no weight; or no file, which read_file() says
+        if os.path.exists(item) or not os.path.exists(path):  # no weight; or no file, as read_file() says
             path, weight = item, "1"
         if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
             raise UserError(f"{item}: the weight is {weight!r}; expected a number above 0, as in {path}:2")
@@ -112,96 +130,49 @@ def data_files(text: str | Path) -> list[tuple[str, float]]:
 
 
 def read_records(path: str | Path) -> Records:
-    """The records of a .json or .jsonl file, or of several, as data_files() takes them apart. UserError naming file and
-    line for what does not parse."""
+    """The records of a .json or .jsonl file, or of several with weights. UserError naming the file."""
     records = Records()
-    for file, weight in data_files(path):
-        if "://" in file:
-            raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
-        records.files.append((str(Path(file).parent), weight, len(records)))
-        read_file(Path(file), records)
+    for i, (file, weight) in enumerate(data_files(path)):
+        records.folders.append(str(Path(file).parent))
+        records.weights.append(weight)
+        for text in read_file(file):
+            records.data += text
+            records.ends.append(len(records.data))
+            records.file.append(i)
     return records
 
 
-def read_file(path: Path, records: Records) -> None:
-    """Append the records of one file."""
-    if not os.path.isfile(path):  # a fifo would block for good
-        inside = path / "train.json"
-        hint = f"; did you mean {inside}?" if os.path.isfile(inside) else nearest_path(path)
-        expected = f"expected a .json or .jsonl dataset, python generate.py makes one{hint}"
-        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}; {expected}")
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        makes = "datasets.load_dataset(...) has to_json, which writes .jsonl"
-        raise UserError(f"{path}: a table, which is not read; expected .json or .jsonl; {makes}")
+def read_file(file: str) -> list[bytes]:
+    """The records of a file, as JSON in UTF-8."""
+    if "://" in file:
+        raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
+    if not os.path.isfile(file):  # a fifo would block for good
+        inside = os.path.join(file, "train.json")
+        hint = f"; did you mean {inside}?" if os.path.isfile(inside) else nearest_path(file)
+        reason = "not a file" if os.path.exists(file) else "no such file"
+        raise UserError(f"{file}: {reason}; expected a .json or .jsonl dataset, python generate.py makes one{hint}")
+    if file.lower().endswith(TABLE_SUFFIXES):
+        raise UserError(f"{file}: a table, which is not read; load_dataset(...).to_json(...) makes a .jsonl of it")
+    lines, values = 0, []
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl dataset") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    first, items = len(records), line_items(text) if path.suffix.lower() == ".jsonl" else array_items(text)
-    try:
-        for record, source in items:
-            if not isinstance(record, dict):
-                raise ValueError(f"is a {type(record).__name__}, expected an object")
-            if "\\u" in source:  # only an escape can make half of a character
-                json.dumps(record, ensure_ascii=False).encode("utf-8")
-            records.append(source)
+        text = Path(file).read_text("utf-8-sig")
+        if file.lower().endswith(".jsonl"):
+            for line in text.split("\n"):
+                values += [json.loads(line)] if line.strip() else []
+                lines += 1
+        else:
+            values = json.loads(text)
+        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
+            raise ValueError("expected an array [...] of objects, or one object a line in .jsonl")
+        return [json.dumps(value, ensure_ascii=False).encode("utf-8") for value in values]
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{path}: {where} is not JSON ({error.msg}); correct or remove it") from None
-    except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
-        names = {RecursionError: "is nested too deeply", UnicodeEncodeError: "holds half a character (\\ud800-\\udfff)"}
-        why = names.get(type(error), error)
-        raise UserError(f"{path}: record {len(records) - first} {why}; correct or remove it") from None
-    if len(records) == first:
-        raise UserError(f"{path}: holds no records; expected at least one")
+        where = f"line {lines + error.lineno} column {error.colno}"
+        raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
+    except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
+        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
-def line_items(text: str) -> Iterator[tuple[object, str]]:
-    """(value, its text) of each line that is not blank. json.JSONDecodeError for what is no JSON."""
-    start = 0
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                yield json.loads(line), line
-            except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
-        start += len(line) + 1
-
-
-def array_items(text: str) -> Iterator[tuple[object, str]]:
-    """(value, its text) of each entry of a JSON array. json.JSONDecodeError for what is none."""
-    decode, at = json.JSONDecoder().raw_decode, SPACE.match(text).end()
-    if text[at : at + 1] != "[":
-        raise json.JSONDecodeError("expected [ ] around the records; one a line is .jsonl: rename it", text, at)
-    at = SPACE.match(text, at + 1).end()
-    sign = "]" if text[at : at + 1] == "]" else ","
-    end = at = SPACE.match(text, at + (sign == "]")).end()
-    while sign == ",":
-        value, end = decode(text, at)
-        yield value, text[at:end]
-        end = SPACE.match(text, end).end()
-        sign, at = text[end : end + 1], SPACE.match(text, end + 1).end()
-    if sign != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
-    if at < len(text):
-        raise json.JSONDecodeError("Extra data", text, at)
-
-
-def spread(records: Sequence[dict], wanted: int | None, seed: int) -> Sequence[dict]:
-    """`wanted` of the records in their order, spread over all of them by the seed; all where that is not fewer.
-
-    The first ones of a file are no fair sample: files are often sorted by class or by source.
-    """
-    if wanted is None or wanted >= len(records):
-        return records
-    return Selection(records, sorted(random.Random(seed).sample(range(len(records)), wanted)))
-
-
-# -- Messages -> turns, each clip in its place
+# -- A record in any form -> its messages, and what stands beside them
 
 
 @dataclass(frozen=True)
@@ -209,148 +180,254 @@ class Media:
     """One video (a file, or a list of frames) or image of a turn, as the record names it."""
 
     kind: str  # "video" or "image"
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # (): the next one that the record names beside its turns
     options: dict = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     role: str  # system, user or assistant
-    parts: tuple[str | Media, ...]
+    content: str | list  # as the record has it: text, or typed parts
     trained: bool = True  # of the assistant: whether this answer is learned
+    parts: list[str | Media] = field(default_factory=list)  # filled by read_turns
 
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
-def read_turns(record: dict, where: str) -> list[Turn]:
-    """The turns of a record. UserError, beginning with `where`, for an unknown role or form or wrong count of tags."""
-    form = read_form(record, where)
-    try:
-        return turns_of(record, form)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+class Conversation(NamedTuple):
+    """A record, whatever its form was."""
+
+    messages: list[Turn]
+    clips: dict  # "video", "image" -> what the record names beside its messages: a name, a list of them, or None
+    solution: str | None  # what the rewards judge by, where it stands apart from the messages
+    options: list[str]  # lettered, "A. Left"; [] where they are not apart from the question
+    problem_type: str  # as Video-R1 has it; "" where there is none
 
 
-def turns_of(record: dict, form: Conversation) -> list[Turn]:
-    tagged = any(form.clips.values())  # in typed parts, tags are tags only where the record names clips beside them
-    turns = [Turn(m.role, tuple(parts_of(m.role, m.content, tagged)), m.trained) for m in form.messages]
-    for kind, names in form.clips.items():
-        named = [part for turn in turns for part in turn.parts if isinstance(part, Media) and part.kind == kind]
-        tags = sum(not part.paths for part in named)
-        pool = media_pool(kind, names, tags)
-        first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-        if pool and not named and first is not None:  # before the first question, as with TRL and in 2U1's GRPO sets
-            turns[first] = replace(turns[first], parts=(*pool, *turns[first].parts))
-        elif tags != len(pool):
+def read_form(record: dict, where: str) -> Conversation:
+    """What a record says. UserError, beginning with `where`, for no known form, and for what is not learned here."""
+    with errors_name(where):
+        form = next((key for key in FORMS if record.get(key) is not None), None)
+        if form is None:
+            names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
+            raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
+        rejected = any(str(record.get(key)).lower() in ("false", "0", "0.0") for key in ("label", "kto_tag"))
+        if rejected or not is_learned(record, WEIGHTS[:2], UNREAD):
+            raise UserError("marked as not learned (weight 0, or label false: a rejected answer); leave it out")
+        is_question = form in FORMS[4:]
+        for key in ("system", "problem_type", *((form, "input", "process", *ANSWERS) if is_question else ())):
+            if not isinstance(record.get(key), str | None):
+                raise UserError(f"{key} is a {type(record[key]).__name__}, expected text")
+        solution, options, system = read_solution(record), read_options(record), record.get("system")
+        turns = read_question(record, form, options, solution) if is_question else read_chat(record, form)
+        if solution is not None and turns[-1].role != "assistant":
+            turns.append(Turn("assistant", solution))
+        if system and turns[0].role == "system":
+            raise UserError("a system column beside another system turn; expected one of them")
+        turns = [Turn("system", system), *turns] if system else turns
+        return Conversation(turns, read_clips(record), solution, options, record.get("problem_type") or "")
+
+
+def read_chat(record: dict, form: str) -> list[Turn]:
+    """A list of messages; of TRL's prompt and completion only the completion is learned, as there."""
+    chat, completion = record[form], record.get("completion") if form == "prompt" else None
+    if form == "conversation" and isinstance(chat, list):
+        pairs = [pair.items() for pair in chat if isinstance(pair, dict)]
+        chat = [{"role": role, "content": text} for pair in pairs for role, text in pair if text is not None]
+    elif form == "prompt" and isinstance(chat, str):
+        chat = [{"role": "user", "content": chat}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(chat, list) or not chat or not isinstance(completion, list | None):
+        raise UserError(f"{form} is {str(chat)[:80]!r}; expected a list of turns")
+    turns = []
+    for i, message in enumerate([*chat, *(completion or [])]):
+        given = message if isinstance(message, dict) else {}
+        role, content = first_of(given, "from", "role"), first_of(given, "value", "content")
+        if str(role) not in ROLES or not isinstance(content, (str, list)):
             raise UserError(
-                f"{tags} <{kind}> tag(s) for {len(pool)} {kind}(s); expected one tag for each, or none at all"
+                f"a turn is {str(message)[:80]}; expected a role (user, assistant, system) and text or parts"
             )
-        clips = iter(pool)
-        turns = [replace(turn, parts=tuple(fill(part, kind, clips) for part in turn.parts)) for turn in turns]
-    media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
-    refuse_unread_clips(record, [path for part in media for path in part.paths])
-    span = {key: record[key] for key in ("video_start", "video_end") if record.get(key) is not None}
-    videos = [part for part in media if part.kind == "video"]
-    if span and len(videos) != 1:
-        raise UserError(f"{' and '.join(span)} beside {len(videos)} videos; expected one video")
-    for key, value in span.items():
-        if key in videos[0].options:
-            raise UserError(f"{key} of the record and of its video; expected one of them")
-        videos[0].options[key] = value
+        if not all(is_learned(part) for part in content if isinstance(part, dict)):
+            raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
+        turns.append(Turn(ROLES[role], content, is_learned(given) and (form != "prompt" or i >= len(chat))))
     return turns
 
 
-def fill(part: str | Media, kind: str, clips: Iterator[Media]) -> str | Media:
-    """The next clip for a part of its kind that names no file, with the options of both."""
-    if not isinstance(part, Media) or part.kind != kind or part.paths:
-        return part
-    clip = next(clips)
-    return replace(clip, options=clip.options | part.options)
+def read_question(record: dict, form: str, options: list[str], solution: str | None) -> list[Turn]:
+    """Video-R1, query and response, Alpaca: earlier questions and answers, one question, and at most one answer."""
+    turns, history = [], record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise UserError(f"history holds {str(pair)[:80]}; expected pairs of a question and its answer")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    question = "\n".join(filter(None, (record[form], record.get("input"))))
+    question = "\n".join([question.rstrip("\n"), "Options:", *options]) if options else question
+    answer, process = next(filter(None, map(record.get, ANSWERS)), None), record.get("process")
+    if answer is None and process and solution:
+        answer = f"{process}\n{solution}"  # the reasoning, then the answer in its tags
+    return [*turns, Turn("user", question), *([Turn("assistant", answer)] if answer else [])]
+
+
+def is_learned(item: dict, weights: Sequence[str] = WEIGHTS, unread: Sequence[str] = UNREAD_IN_TURN) -> bool:
+    """Whether a record, a turn or a part of one is learned. UserError for what is not read, and for other weights."""
+    for key in unread:
+        if item.get(key) not in (None, "", [], {}, "[]"):
+            raise UserError(f"holds {key}, which is not read here; remove it, or leave the record out")
+    weight = {key: item[key] for key in weights if item.get(key) is not None}
+    if any(value not in (0, 1) for value in weight.values()):
+        raise UserError(f"{str(weight)[:80]}: expected 0 or 1, for an answer is learned whole or not at all")
+    return 0 not in weight.values()
+
+
+def first_of(record: dict, *keys: str):
+    """The first value that is there: exports write null for what a record lacks."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")  # no truth value, NaN or Infinity
+
+
+def read_solution(record: dict) -> str | None:
+    """Text or a number, or a list of numbers, a span or a box, as its text; None where there is none."""
+    for key in ("solution", "answer"):
+        value = record.get(key)
+        numbers = value if isinstance(value, list) else [value]
+        if not (value is None or isinstance(value, str) or (numbers and all(map(is_number, numbers)))):
+            raise UserError(f"{key} is {str(value)[:80]}; expected text, a finite number, or a list of such numbers")
+        if value is not None and str(value).strip():
+            return str(value)
+    return None
+
+
+def read_options(record: dict) -> list[str]:
+    """["A. Left", ...]. Options without letters get them."""
+    options = record.get("options") or []
+    if isinstance(options, dict):  # exports write null for an option that a question lacks
+        options = [f"{letter}. {words}" for letter, words in options.items() if words is not None]
+    is_list = isinstance(options, list) and all(isinstance(words, str) or is_number(words) for words in options)
+    if not is_list or len(options) > len(ascii_uppercase):
+        raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(ascii_uppercase)} texts")
+    options = list(map(str, options))
+    lettered = all(re.match(rf"\(?{letter}[.):]", words) for words, letter in zip(options, ascii_uppercase))
+    return options if lettered else [f"{letter}. {words}" for letter, words in zip(ascii_uppercase, options)]
+
+
+def read_clips(record: dict) -> dict:
+    clips = {}
+    for kind in ("video", "image"):
+        names = [record[key] for key in (kind, f"{kind}s") if record.get(key) not in (None, [], "")]
+        if len(names) == 2:
+            raise UserError(f"found {kind} and {kind}s; expected one of them")
+        clips[kind] = names[0] if names else None
+    if not any(clips.values()) and record.get("data_type") in clips:
+        clips[record["data_type"]] = record.get("path")
+    return clips
+
+
+# -- Messages -> turns, each clip in its place
+
+
+def read_turns(record: dict, where: str) -> list[Turn]:
+    """The turns of a record. UserError, beginning with `where`, for an unknown role or form or wrong count of tags."""
+    turns, clips, *_ = read_form(record, where)
+    with errors_name(where):
+        tagged = any(clips.values())  # in typed parts, tags are tags only where the record names clips beside them
+        for turn in turns:
+            turn.parts = list(parts_of(turn.role, turn.content, tagged))
+        for kind, names in clips.items():
+            assign_clips(turns, kind, names)
+        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+        refuse_unread_clips(record, [path for part in media for path in part.paths])
+        span = {key: record[key] for key in ("video_start", "video_end") if record.get(key) is not None}
+        videos = [part for part in media if part.kind == "video"]
+        if span and (len(videos) != 1 or span.keys() & videos[0].options.keys()):
+            raise UserError(f"{' and '.join(span)} beside {len(videos)} videos; expected one video without its own")
+        for video in videos:
+            video.options.update(span)
+    return turns
 
 
 def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Media]:
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
     for part in [content] if isinstance(content, str) else content:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and not any(map(part.get, NAMES[:-1]))
-        text = first_of(part, "text", "value") if is_text else part
         kind = part.get("type") if isinstance(part, dict) else None
+        is_text = kind == "text" and not any(map(part.get, NAMES[:-1]))
+        text = first_of(part, "text", "value") if is_text else part
         if isinstance(text, str):
             has_tags = role == "user" and (tagged or text is content)
             pieces = TAG.split(text) if has_tags else [text]  # text, kind, text, kind, text
             yield from (Media(piece, ()) if i % 2 else piece for i, piece in enumerate(pieces) if piece)
         elif kind not in ("image", "video", "image_url", "video_url"):
-            raise UserError(
-                f"unknown content part {str(part)[:80]}; expected type text, video, image or video_url, image_url"
-            )
+            raise UserError(f"unknown content part {str(part)[:80]}; expected text, video, image, video_url, image_url")
         elif role != "user":
             raise UserError(f"a video or image in a turn of the {role}; expected it in a user's turn")
         else:
             yield read_media(kind[:5], part, unnamed=True)
 
 
-def media_pool(kind: str, names, tags: int) -> list[Media]:
-    """The clips that a record names beside its turns, in the order of their tags, of which there are `tags`."""
-    if names is None or not isinstance(names, list):
-        return [] if names is None else [read_media(kind, names)]
-    if kind == "video" and tags <= 1 and names and all(map(names_picture, names)):
-        return [read_media(kind, names)]  # at most one tag, nothing but pictures: the frames of one clip
-    return [read_media(kind, name) for name in names]
+def assign_clips(turns: list[Turn], kind: str, names) -> None:
+    """Put the clips that a record names beside its turns where its tags stand, or before the first question."""
+    media = [(turn, i, part) for turn in turns for i, part in enumerate(turn.parts)
+             if isinstance(part, Media) and part.kind == kind]  # fmt: skip
+    tags = [(turn, i, part) for turn, i, part in media if not part.paths]
+    names = names if isinstance(names, list) else [] if names is None else [names]
+    files = [str(file_of(name)).lower() for name in names]
+    pictures = [file for file in files if file.startswith("data:image/") or file.endswith(IMAGE_SUFFIXES)]
+    if kind == "video" and len(tags) <= 1 and names and pictures == files:
+        names = [names]  # at most one tag, nothing but pictures: the frames of one clip
+    clips = [read_media(kind, name) for name in names]
+    question = next((turn for turn in turns if turn.role == "user"), None)
+    if clips and not media and question:
+        question.parts[:0] = clips
+    elif len(tags) != len(clips):
+        raise UserError(f"{len(tags)} <{kind}> tag(s) for {len(clips)} {kind}(s); expected one for each, or no tags")
+    else:
+        for (turn, i, part), clip in zip(tags, clips):
+            turn.parts[i] = Media(kind, clip.paths, clip.options | part.options)
 
 
-def names_picture(name) -> bool:
-    name = first_of(name, "url", "path") if isinstance(name, dict) else name
-    name = name.lower() if isinstance(name, str) else ""
-    return name.startswith("data:image/") or name.endswith(IMAGE_SUFFIXES)
+def file_of(name):
+    return first_of(name, "url", "path") if isinstance(name, dict) else name
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:
-    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it: a typed part, OpenAI's
-    {"url": name}, the {"path": name} of Hugging Face's datasets. unnamed: it may leave its file to the record."""
+    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it, as a typed part or
+    OpenAI's {"url": name}. unnamed: it may leave its file to the record."""
     options = {}
     while isinstance(names, dict):
         given = {key: value for key, value in names.items() if value is not None and value != ""}
-        found = [key for key in NAMES if key in given]
+        keys = [key for key in NAMES if key in given]
         # `detail` is OpenAI's price class; options set the size here
-        options |= {key: given[key] for key in given if key not in (*found, "type", "detail")}
-        if not found and unnamed:
+        options |= {key: given[key] for key in given if key not in (*keys, "type", "detail")}
+        if not keys and unnamed:
             return Media(kind, (), options)
-        if len(found) != 1:
+        if len(keys) != 1:
             raise UserError(f"{kind} is {str(names)[:80]!r}; expected one file name")
-        names, unnamed = given[found[0]], False
-    plain = [first_of(name, "url", "path") if isinstance(name, dict) else name
-             for name in (names if isinstance(names, list) else [names])]  # fmt: skip
-    if not plain or not all(isinstance(name, str) and name for name in plain) or (kind == "image" and len(plain) > 1):
-        expected = "a file name or a list of frames" if kind == "video" else "a file name"
-        raise UserError(f"{kind} is {str(names)[:80]!r}; expected {expected}")
-    return Media(kind, tuple(name.removeprefix("file://") for name in plain), options)
+        names, unnamed = given[keys[0]], False
+    files = list(map(file_of, names if isinstance(names, list) else [names]))
+    if not files or not all(isinstance(name, str) and name for name in files) or (kind == "image" and len(files) > 1):
+        raise UserError(f"{kind} is {str(names)[:80]!r}; expected a file name, of a video also a list of frames")
+    return Media(kind, tuple(name.removeprefix("file://") for name in files), options)
 
 
 def refuse_unread_clips(record: dict, read: list[str]) -> None:
     """UserError where a record names a picture or clip in a column that no form knows: it would be lost. Beside clips
     that are read, only in a column whose own name says so, for a file of another name: others may describe the clip."""
     read_names = {os.path.basename(path) for path in read}
-    for column, value in record.items():
-        named = column.lower() in CLIP_COLUMNS
+    for column in record.keys() - KNOWN_COLUMNS:
+        value, is_named = record[column], column.lower() in CLIP_COLUMNS
+        files = CLIP_NAME.findall(json.dumps(value, ensure_ascii=False))
         if read:
-            lost = named and any(os.path.basename(name) not in read_names for name in file_names(value))
+            lost = is_named and any(os.path.basename(name) not in read_names for name in files)
         else:
-            lost = (named and isinstance(value, (str, list, dict)) and value) or any(file_names(value))
-        if lost and column not in KNOWN_COLUMNS:
+            lost = files or (is_named and value and isinstance(value, (str, list, dict)))
+        if lost:
             message = f"its picture or clip seems to stand in the column {column}, which no form of record has"
             raise UserError(f"{message}; rename the column to video or image, or remove it if it is none")
-
-
-def file_names(value) -> Iterator[str]:
-    """The names of pictures and clips in a value; web addresses of them, and their data, too."""
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from file_names(item)
-    elif isinstance(value, str) and "\n" not in value.strip():
-        name = value.strip().partition("?")[0].lower()
-        if name.startswith(("data:image/", "data:video/")) or name.endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
-            yield value.strip()
 
 
 # -- Names
@@ -358,11 +435,9 @@ def file_names(value) -> Iterator[str]:
 
 def record_name(record: dict) -> str:
     """What messages call a record: its id, else its first clip, else the start of its text."""
-    for key in ("id", "problem_id"):
-        if record.get(key) is not None:
-            return str(record[key])[:80]
-    text = next((record[key] for key in FORMS if record.get(key) is not None), record)
-    return clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
+    name = first_of(record, "id", "problem_id")
+    text = first_of(record, *FORMS) or record
+    return str(name)[:80] if name is not None else clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
 
 
 def clip_name(record: dict) -> str | None:

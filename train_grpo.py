@@ -1,16 +1,13 @@
 """GRPO: sample groups of completions -> score them -> advantages in each group -> update. Read it from top to bottom.
 
     python train_grpo.py                                         goes on from the SFT run made last
-    deepspeed train_grpo.py --config configs/3b_grpo.py     all GPUs of the machine
+    deepspeed train_grpo.py --config configs/3b_grpo.py          all GPUs of the machine
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
 A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. rollouts.py samples and scores, grpo.py
-has the mathematics.
-
-Several ranks: each samples the groups of its own prompts, all completions are gathered with their rewards, each rank
-trains on its own groups as far as that is even, and one reduction adds up what is logged.
+sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of several
+ranks each samples and trains on the groups of its own prompts, as far as that is even; all know the rewards of all.
 """
 
 # ruff: noqa: E402
@@ -19,36 +16,31 @@ from config import GRPO, cli, parse
 if __name__ == "__main__":
     cli(lambda: parse(GRPO), each_rank=False)  # before torch is imported: a mistyped flag is reported at once
 
-import copy
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
-import autofit
+import memory
 import ranks
 import trainer
 from data import pack_groups, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
-from grpo import group_advantages, grpo_loss, k3, loss_normalizer
+from grpo import group_advantages, grpo_loss, loss_normalizer
 from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
-from memory import out_of_memory, units_per_step
-from model.packed import IGNORE, Packed
+from model.decode import Sampling
+from model.packed import IGNORE
 from model.qwen import target_logprobs
-from rewards import load_rewards, try_rewards
-from rollouts import Alarm, GroupSampler, reward_metrics, shown_rollouts, write_rollouts
+from rewards import load_rewards, temporal, try_rewards
+from rollouts import Group, reward_metrics, score_groups, write_rollouts
 from startup import build_model, dry_run, launch, start
-
-# What an update adds up over its micro-batches and ranks, for metrics.jsonl
-SUMS = ("sampled_kl", "sampled_tokens", "loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "kl",
-        "sampler_gap", "sampler_capped")  # fmt: skip
-
 
 # Of the console's line: name in metrics.jsonl, heading, format
 COLUMNS = (("reward", "reward", ".3f"), ("accuracy", "acc", ".1%"), ("kl", "kl", ".1e"), ("length", "len", ".1f"))
@@ -66,40 +58,34 @@ def main():
     model, processor = build_model(run)
     frozen = freeze_reference(model, cfg)
     loader = make_loader(cfg, records, processor, run.rank, run.world)
-    run.notes += notes_of(run, loader)
     engine = start(run, model, processor, loader, records, held_out)
-    log, alarm = trainer.Log(run, COLUMNS), Alarm(run.loop_state("alarm"))
+    log = trainer.Log(run, COLUMNS)
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
     trainer.before_first_step(run, engine, evaluate, judge_start=True)
     if run.start_accuracy == 1:
         run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
     rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
-    sampler, wanted = GroupSampler(run, rewards, loader.iterate(rounds), rounds), loader.global_batch  # groups a step
+    batches, wanted = loader.iterate(rounds), loader.global_batch  # groups that a step counts
     for step in range(run.step + 1, run.total + 1):
-        began, before = time.perf_counter(), sampler.rounds
+        began = time.perf_counter()
         lr = trainer.begin_step(run, engine, step)
 
         # sample a group of completions for each prompt and score them, until enough groups differ in accuracy
-        groups, examples = sampler.sample_step(step, wanted)
+        groups, examples, made, waited = sample_groups(run, rewards, batches, step, wanted)
         # how much better is each completion than the mean of its group, and which groups does the step count?
         metrics, normalizer = compare_within_groups(run, groups, wanted)
-        warnings, shown = alarm.look(step, metrics), shown_rollouts(cfg, step, groups)
         write_rollouts(run, step, groups)
         sampled = time.perf_counter()
-
         # update the policy with the groups that the step counts
         metrics |= learn(run, engine, frozen, groups, examples, normalizer, step)
-        seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
-        skipped = trainer.count_skipped(run, seen)
 
-        run.step, seconds = step, time.perf_counter() - began
-        metrics |= {"rounds": sampler.rounds - before, "skipped": skipped, "oom_retries": oom_retries, "lr": lr}
-        metrics["epoch"] = sampler.rounds / loader.steps_per_epoch
-        metrics |= {"rollout_seconds": sampled - began - sampler.waited, "update_seconds": began + seconds - sampled}
-        tokens = metrics["prompt_tokens"] + metrics["completion_tokens"]
-        log.step(step, metrics, seconds, sampler.waited, tokens, warnings, shown)
-        if trainer.after_step(run, engine, evaluate, {"rounds": sampler.rounds, "alarm": alarm.state}):
+        run.step, rounds, ended = step, rounds + made, time.perf_counter()
+        seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
+        metrics |= {"rounds": made, "epoch": rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
+        metrics |= {"skipped": trainer.count_skipped(run, seen), "rollout_seconds": sampled - began - waited}
+        log.step(step, metrics, ended - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
+        if trainer.after_step(run, engine, evaluate, {"rounds": rounds}):
             break
     trainer.finish(run, log)
 
@@ -109,32 +95,69 @@ def main():
 
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
-    plain = copy.copy(cfg)
-    plain.gradient_accumulation_steps, plain.pack_tokens = 1, None  # those split the update, not the sampling
+    whole = replace(cfg, gradient_accumulation_steps=1, pack_tokens=None)  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
-    return Loader(records, processor, plain, global_batch=units_per_step(cfg) * world, **options)
-
-
-def notes_of(run, loader):
-    cfg = run.cfg
-    if run.adapter is None:
-        yield "no adapter to go on from: a new one on the base" if cfg.lora_enable else "trains the base itself"
-    yield f"a step samples {loader.global_batch} prompts x {cfg.num_generations}, at most {1 + cfg.max_resample} times"
+    return Loader(records, processor, whole, global_batch=memory.units_per_step(cfg) * world, **options)
 
 
 def freeze_reference(model, cfg):
-    """-> frozen: inside `with frozen():` the model is the reference. None if beta is 0.
+    """-> frozen: inside `with frozen():` the model is the reference, the policy as the run began. None if beta is 0.
 
-    It is called before a checkpoint's state is put back, so it is the policy as the run began, also in a resumed run.
     Dropout is off from now on: the policy that is updated is the one that was sampled.
     """
     for _, layer in lora_layers(model):
         layer.dropout = 0.0
     if cfg.beta == 0:
         return None
-    if cfg.reference == "base":
-        return partial(disabled, model)
-    return partial(reference, model, reference_snapshot(model))
+    return partial(disabled, model) if cfg.reference == "base" else partial(reference, model, reference_snapshot(model))
+
+
+# -- Rollout and score
+
+
+def sample_groups(run, rewards, batches, step, wanted):
+    """Rounds of sampling, each with the next prompts, until `wanted` groups of all ranks together differ in accuracy,
+    or max_resample more rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
+
+    Returns the groups of all ranks, {number: Example} of this rank's, the rounds, and the seconds waited for data.
+    """
+    groups, examples, waited = [], {}, 0.0
+    for made in count(1):
+        began = time.perf_counter()
+        (prompts,) = next(batches)
+        waited += time.perf_counter() - began
+        for rank, theirs in enumerate(ranks.gather(sample_round(run, rewards, prompts, step, 2 * (made - 1)))):
+            for k, group in enumerate(theirs):
+                group.number, group.owner = len(groups), rank
+                for rollout in group.rollouts:
+                    rollout.prompt = group.number
+                if rank == run.rank:
+                    examples[group.number] = prompts[k]
+                groups.append(group)
+        enough = made > run.cfg.max_resample or sum(group.differs for group in groups) >= wanted
+        if groups and enough:  # none: no prompt could be read
+            return groups, examples, made, waited
+
+
+def sample_round(run, rewards, prompts, step, stream):
+    """A Group of scored completions for each of this rank's prompts. stream: of random numbers in this step; the next
+    one is for the same prompts with their frames shuffled, where a reward needs that."""
+    cfg, sampler = run.cfg, run.sampler
+    sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
+    seed = cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream  # and a prompt's number: the same on any rank
+    drawn = sampler(prompts, sampling, cfg.num_generations, [seed + 7_919 * prompt.number for prompt in prompts])
+    rollouts = [[sampler.rollout(0, completion) for completion in each] for each in drawn]
+    shuffled = {}  # prompt's number: texts
+    if any(reward.fn is temporal for reward in rewards):
+        movable = [prompt for prompt in prompts if any(steps > 1 for steps, _, _ in prompt.grid_thw)]
+        able = {prompt.number: prompt.record for prompt in movable}
+        others = [sampler.processor.encode(record, answer=False, control="shuffled") for record in able.values()]
+        seeds = [seed + 15_485_863 + 7_919 * number for number in able]
+        drawn = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
+        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, drawn)}
+    groups = [Group(prompt.number, len(prompt), each) for prompt, each in zip(prompts, rollouts)]
+    score_groups(rewards, groups, [prompt.record for prompt in prompts], shuffled, cfg.max_completion_length)
+    return groups
 
 
 # -- Advantages
@@ -145,17 +168,14 @@ def compare_within_groups(run, groups, wanted):
     accuracy, then those that differ in their reward alone, then the rest.
 
     The loss is divided by what is counted: or the last few groups that differ would get the whole step. With a KL every
-    counted group is trained on, for the policy may drift where rewards are equal too; without it a group whose rewards
-    are equal has no gradient. Returns the metrics of everything that was sampled, and the loss' normalizer.
+    counted group is trained on, for the policy may drift where rewards are equal too. Returns the metrics of everything
+    that was sampled, and the loss' normalizer.
     """
     cfg = run.cfg
-    if not groups:
-        return {"prompt_tokens": 0, "completion_tokens": 0, "groups_differing": 0, "groups_counted": 0}, 1
     everyone = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64)
-    index = torch.arange(len(groups)).repeat_interleave(cfg.num_generations)
-    advantages, std = group_advantages(rewards, index, cfg.scale_rewards)
-    for rollout, advantage in zip(everyone, advantages.tolist(), strict=True):
+    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+    advantages, std = group_advantages(torch.tensor(rewards, dtype=torch.float64), cfg.scale_rewards)
+    for rollout, advantage in zip(everyone, advantages.flatten().tolist()):
         rollout.advantage = advantage
         rollout.masked = cfg.mask_truncated_completions and not rollout.finished
     priority = lambda group: 0 if group.differs else 1 if std[group.number] > 0 else 2
@@ -163,7 +183,7 @@ def compare_within_groups(run, groups, wanted):
     for group in counted:
         group.trained = (std[group.number] > 0 or cfg.beta > 0) and group.finite
     if lost := sum(not rollout.finite for rollout in everyone):
-        problem = f"{lost} of {len(rewards)} completions have log-probs that are not finite"
+        problem = f"{lost} of {len(everyone)} completions have log-probs that are not finite"
         run.warn(f"{problem}: their groups are not trained on")
     completions = [rollout for group in counted for rollout in group.rollouts]
     tokens = sum(len(rollout.ids) for rollout in completions if not rollout.masked)
@@ -172,131 +192,102 @@ def compare_within_groups(run, groups, wanted):
     return reward_metrics(groups, std.tolist()) | metrics, normalizer
 
 
-# -- The update
-
-
-@dataclass(eq=False)
-class MicroBatch:
-    """Completions of one forward pass. N completion tokens, G completions."""
-
-    packed: Packed
-    rows: Tensor  # (N,) int64: packed positions that predict a completion's token
-    completion: Tensor  # (N,) int64: whose token it is
-    advantages: Tensor  # (G,) float32
-    keep: Tensor  # (G,) bool: whether it gives a gradient
-    sampler: Tensor  # (N,) float32: log-probs as drawn
-    ref: Tensor | None = None  # (N,) under the frozen reference
-    old: Tensor | None = None  # (N,) before the first update, with several updates a set of rollouts
-
-    def to(self, device):
-        names = ("packed", "completion", "advantages", "keep", "sampler")  # the model takes rows from the host
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+# -- Update
 
 
 def learn(run, engine, frozen, groups, examples, normalizer, step):
-    """Updates with the groups that are trained on -> metrics. examples: {number: Example} of this rank's groups."""
-    cfg = run.cfg
-    trained = [group for group in groups if group.trained]
-    shares = assign(trained, run.world)
-    for group in shares[run.rank]:
+    """Update with the groups that are trained on -> metrics. examples: {number: Example} of this rank's own groups.
+    Where memory runs out the step is repeated with smaller micro-batches."""
+    trained, updates = [group for group in groups if group.trained], run.updates
+    mine = share(trained, run.rank, run.world)
+    for group in mine:
         if group.number not in examples:  # another rank's prompt
-            record = run.loader.records[group.record]
-            examples[group.number] = run.sampler.processor.encode(record, answer=False)
-    tokens = float(sum(len(r.ids) for group in trained for r in group.rollouts if not r.masked))
-    updates = run.updates
+            examples[group.number] = run.sampler.processor.encode(run.loader.records[group.record], answer=False)
+    nothing = all(rollout.masked for group in trained for rollout in group.rollouts)  # to learn from, on any rank
     while True:
-        splits = [split_micro_batches(share, cfg, run.plan.pack_tokens) for share in shares]
-        batches = [micro_batch(examples, rollouts) for rollouts in splits[run.rank]]
-        most = max(map(len, splits)) if tokens else 0
+        rollouts = split_micro_batches(mine, run.cfg, run.plan.pack_tokens)
+        batches = [micro_batch(examples, each, run.device) for each in rollouts]
+        most = 0 if nothing else int(ranks.gather_numbers(len(batches)).max())
         try:
-            on_device = [batch.to(run.device) for batch in batches]
-            metrics = train_on(run, engine, frozen, on_device, normalizer, step, most)
+            metrics = update_policy(run, engine, frozen, batches, normalizer, step, most)
             break
         except torch.OutOfMemoryError:
-            packs, on_device = [batch.packed for batch in batches], None
-            if run.updates > updates:  # with these rollouts: what it was made from is gone
-                raise out_of_memory(run.device, f"training step {step}", packs, autofit.LOWER) from None
-        autofit.shrink(run, engine, packs, step)
-    if groups and not any(group.finite for group in groups):  # the model itself may be beyond repair
+            packs = [batch.packed for batch in batches]
+        memory.shrink(run, engine, packs, step, repeatable=run.updates == updates)
+    if not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
-    return metrics | {"trained_tokens": tokens}
+    return metrics
 
 
-def assign(groups, world):
-    """Groups to train on -> those of each rank: its own, whose clips it has decoded, but as many as any other's."""
-    shares = [[group for group in groups if group.owner == rank] for rank in range(world)]
-    while True:
-        most, least = max(shares, key=len), min(shares, key=len)
-        if len(most) - len(least) < 2:
-            return [sorted(share, key=lambda group: group.number) for share in shares]
-        least.append(most.pop())
+def share(groups, rank, world):
+    """This rank's groups to train on: its own, whose clips it has decoded, but as many as any other's."""
+    shares = [[group for group in groups if group.owner == each] for each in range(world)]
+    while len(max(shares, key=len)) - len(min(shares, key=len)) > 1:
+        min(shares, key=len).append(max(shares, key=len).pop())
+    return sorted(shares[rank], key=lambda group: group.number)
 
 
 def split_micro_batches(groups, cfg, pack_tokens):
-    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once a
-    micro-batch, or, where that is None, per_device_train_batch_size of them. A group that fits into one is not cut."""
-    batches, size = [], 0
+    """The Rollouts of each micro-batch, in their order: at most pack_tokens tokens, a group's prompt counted once, or,
+    where that is None, per_device_train_batch_size of them. Only a group that is too large for one is cut."""
+    if pack_tokens is None:
+        rollouts, size = [r for group in groups for r in group.rollouts], cfg.per_device_train_batch_size
+        return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    batches, room = [], 0
     for group in groups:
         whole = group.prompt_tokens + sum(len(rollout.ids) for rollout in group.rollouts)
-        for k, rollout in enumerate(group.rollouts):
-            again = batches and batches[-1][-1].prompt == rollout.prompt
-            cost = len(rollout.ids) + (0 if again else group.prompt_tokens)
-            full = batches and not pack_tokens and len(batches[-1]) == cfg.per_device_train_batch_size
-            needed = whole if k == 0 and pack_tokens and whole <= pack_tokens else cost
-            if not batches or full or (pack_tokens and size + needed > pack_tokens):
+        pieces = [group.rollouts] if whole <= pack_tokens else [[rollout] for rollout in group.rollouts]
+        room -= group.prompt_tokens
+        for piece in pieces:
+            tokens = sum(len(rollout.ids) for rollout in piece)
+            if tokens > room:
                 batches.append([])
-                size, cost = 0, len(rollout.ids) + group.prompt_tokens
-            batches[-1].append(rollout)
-            size += cost
+                room = pack_tokens - group.prompt_tokens
+            batches[-1] += piece
+            room -= tokens
     return batches
 
 
-def micro_batch(examples, rollouts):
-    """Rollouts, those of a group next to each other -> MicroBatch. examples: {number of the group: Example}."""
+def micro_batch(examples, rollouts, device):
+    """What one forward pass takes. rollouts: those of a group next to each other. examples: {number: Example}. N
+    completion tokens, G completions."""
     numbers = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
     completions = [[rollout.ids for rollout in rollouts if rollout.prompt == number] for number in numbers]
     packed = pack_groups([examples[number] for number in numbers], completions)
     lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
-    return MicroBatch(
-        packed=packed,
-        rows=(packed.targets != IGNORE).nonzero()[:, 0],
-        completion=torch.arange(len(rollouts)).repeat_interleave(lengths),
-        advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
-        keep=torch.tensor([not rollout.masked for rollout in rollouts]),
-        sampler=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+    sampler = [logprob for rollout in rollouts for logprob in rollout.logprobs]
+    return SimpleNamespace(
+        packed=packed.to(device),
+        rows=(packed.targets != IGNORE).nonzero()[:, 0],  # (N,) on the host: positions that predict a completion
+        completion=torch.arange(len(rollouts)).repeat_interleave(lengths).to(device),  # (N,): whose token it is
+        advantages=torch.tensor([rollout.advantage for rollout in rollouts], device=device),  # (G,)
+        keep=torch.tensor([not rollout.masked for rollout in rollouts], device=device),  # (G,): it gives a gradient
+        sampler=torch.tensor(sampler, device=device),  # (N,): log-probs as drawn
+        ref=None,  # (N,): log-probs under the frozen reference
+        old=None,  # (N,): and before the first update, with several updates a set of rollouts
     )
 
 
-def train_on(run, engine, frozen, batches, normalizer, step, num_micro_batches):
-    """The reference pass, then num_iterations updates with the same rollouts -> metrics.
-
-    num_micro_batches: of the rank that has most; 0 where no rank has a token to learn from.
-    """
-    cfg, sums, metrics = run.cfg, Counter(), {"grad_norm": None, "updated": False}
-    reference_pass(run, engine.module, frozen, batches, sums)
-    if num_micro_batches == 0:
-        return metrics | token_metrics(cfg, reduce_sums(run, sums))
-    loss_before, loss_of = 0.0, partial(micro_loss, engine, cfg, normalizer, sums)
-    for _ in range(cfg.num_iterations):
-        grad_norm, updated = trainer.update(engine, batches, loss_of, num_micro_batches)
-        totals = reduce_sums(run, sums)
-        metrics |= token_metrics(cfg, totals)
-        metrics |= {"grad_norm": grad_norm, "updated": metrics["updated"] or updated}
-        trainer.check_numbers(run, step, totals["loss"] - loss_before, grad_norm, updated)
-        loss_before = totals["loss"]
+def update_policy(run, engine, frozen, batches, normalizer, step, num_micro_batches):
+    """num_iterations updates with the same rollouts -> metrics. num_micro_batches: of the rank that has most; 0 where
+    no rank has a token to learn from."""
+    cfg, metrics, sums, loss = run.cfg, {"grad_norm": None, "updated": False}, Counter(), 0.0
+    loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
+    if frozen:
+        reference_pass(engine.module, frozen, batches, cfg)
+    for _ in range(cfg.num_iterations if num_micro_batches else 0):
+        before, (grad_norm, updated) = loss, trainer.update(engine, batches, loss_of, num_micro_batches)
+        means, loss = reduce_sums(run, sums)
+        trainer.check_numbers(run, step, loss - before, grad_norm, updated)
+        metrics |= means | {"grad_norm": grad_norm, "updated": updated or metrics["updated"]}
     return metrics
 
 
-def reference_pass(run, model, frozen, batches, sums):
-    """Put the reference's log-probs into the batches, for the loss, and add up the KL of the policy that sampled.
-
-    Where more was sampled than is counted that is no fair sample: groups chosen because they differ show a larger KL.
-    """
-    for batch in batches if frozen else ():
-        with torch.no_grad(), frozen():
-            batch.ref = token_logprobs(model, model, batch, run.cfg)[0]
-        sums["sampled_kl"] += k3(batch.ref - batch.sampler).sum().double()
-        sums["sampled_tokens"] += len(batch.ref)
+def reference_pass(model, frozen, batches, cfg):
+    """Put the frozen reference's log-probs into the batches, for the KL."""
+    with torch.no_grad(), frozen():
+        for batch in batches:
+            batch.ref = token_logprobs(model, model, batch, cfg)[0]
 
 
 def token_logprobs(forward, model, batch, cfg):
@@ -309,46 +300,27 @@ def token_logprobs(forward, model, batch, cfg):
 
 
 def micro_loss(engine, cfg, normalizer, sums, batch):
-    """One micro-batch's share of the loss. Adds to sums what is logged."""
+    """One micro-batch's share of the loss. Adds to sums what is logged; nothing here waits for the GPU."""
     logprobs, entropy = token_logprobs(engine, engine.module, batch, cfg)
     if cfg.num_iterations > 1 and batch.old is None:  # no update has been made yet: this is the policy that sampled
         batch.old = logprobs.detach()
-    loss, metrics = grpo_loss(
-        logprobs, batch.advantages, batch.completion, normalizer, old_logprobs=batch.old, ref_logprobs=batch.ref,
-        sampler_logprobs=batch.sampler, entropy=entropy, keep=batch.keep, epsilon=cfg.epsilon,
-        epsilon_high=cfg.epsilon_high, beta=cfg.beta, use_bias_correction_kl=cfg.use_bias_correction_kl,
-        aggregation=cfg.aggregation, importance_sampling_level=cfg.importance_sampling_level,
-        sampler_is_cap=cfg.sampler_is_cap,
-    )  # fmt: skip
-    gap = metrics.pop("sampler_gap_max")
-    sums["sampler_gap_max"] = torch.maximum(gap, sums.get("sampler_gap_max", gap))  # nothing here waits for the GPU
+    tensors = {"old": batch.old, "ref": batch.ref, "sampler": batch.sampler, "entropy": entropy, "keep": batch.keep}
+    loss, metrics = grpo_loss(logprobs, batch.advantages, batch.completion, normalizer, cfg, **tensors)
     for name, value in (metrics | {"loss": loss.detach()}).items():
         sums[name] += value
     return loss
 
 
 def reduce_sums(run, sums):
-    """Sums over this rank's micro-batches -> over all ranks, in one reduction; "sampler_gap_max" is their maximum."""
-    named = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in SUMS])
-    every = ranks.gather_numbers(*named.tolist(), float(sums["sampler_gap_max"]))
-    return dict(zip(SUMS, every[:, :-1].sum(0).tolist())) | {"sampler_gap_max": float(every[:, -1].max())}
-
-
-def token_metrics(cfg, total):
-    """The sums of an update over all ranks -> means over the tokens that were trained on, and updates."""
-    means, tokens = {}, total["tokens"]
-    if total["sampled_tokens"]:
-        means["kl"] = total["sampled_kl"] / total["sampled_tokens"]
-    if not tokens:
-        return means
-    for name in ("ratio", "clip_low", "clip_high", "entropy", "sampler_gap"):
-        means[name] = total[name] / tokens
-    if cfg.beta:
-        means["kl_trained"] = total["kl"] / tokens
-    if cfg.sampler_is_cap is not None:
-        means["sampler_capped"] = total["sampler_capped"] / tokens
-    means |= {"loss": total["loss"] / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
-    return means | {"sampler_gap_max": total["sampler_gap_max"]}
+    """Sums over this rank's micro-batches -> ({name: mean over the tokens of all ranks}, sum of the loss)."""
+    cfg, names = run.cfg, ["loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "sampler_gap"]
+    names += ["kl"] * (cfg.beta > 0) + ["sampler_capped"] * (cfg.sampler_is_cap is not None)
+    own = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in names])
+    totals = dict(zip(names, ranks.gather_numbers(*own.tolist()).sum(0).tolist()))
+    loss, tokens = totals.pop("loss"), totals.pop("tokens")
+    means = {name: value / tokens for name, value in totals.items()}
+    means |= {"loss": loss / cfg.num_iterations, "clipped": means["clip_low"] + means["clip_high"]}
+    return means, loss
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from functools import partial
 
 import torch
 
-import autofit
 import ranks
 import trainer
 from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from latest import follow
 from loader import Loader
+from memory import shrink
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from startup import build_model, dry_run, launch, start
@@ -38,7 +38,7 @@ COLUMNS = (("loss", "loss", ".4f"), ("token_accuracy", "token acc", ".1%"))
 def main():
     cfg = follow(parse(SFT))
     records = read_records(cfg.data_path)
-    held_out, notes = answerable(cfg, "held-out", held_out_records(cfg), most=1.0)  # free text is no task to grade
+    held_out, notes = answerable(cfg, "held-out", held_out_records(cfg), strict=False)  # free text is no task to grade
     if cfg.dry_run:
         return dry_run(cfg, make_loader, records)
     run = launch(cfg, records, held_out, notes)
@@ -68,7 +68,7 @@ def main():
                 break
             except torch.OutOfMemoryError:
                 pass  # outside of this clause nothing holds the pass's tensors any more
-            autofit.shrink(run, engine, micro_batches, step)
+            shrink(run, engine, micro_batches, step)
             micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
             micro_batches = loader.packs()
             most = len(micro_batches)
@@ -79,9 +79,8 @@ def main():
         skipped = trainer.count_skipped(run, seen)
 
         run.step, seconds = step, time.perf_counter() - began
-        metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": right}
-        metrics |= {"grad_norm": grad_norm, "lr": lr, "updated": updated}
-        metrics |= {"answer_tokens": int(answer_tokens), "skipped": skipped}
+        metrics = {"epoch": step / loader.steps_per_epoch, "loss": loss, "token_accuracy": right, "lr": lr}
+        metrics |= {"grad_norm": grad_norm, "updated": updated, "answer_tokens": int(answer_tokens), "skipped": skipped}
         log.step(step, metrics, seconds, waited, int(tokens))
         if trainer.after_step(run, engine, evaluate):
             break
@@ -94,20 +93,20 @@ def make_loader(cfg, records, processor, rank, world):
     return Loader(records, processor, cfg, rank=rank, world_size=world, collate=collate)
 
 
-def micro_loss(engine, answer_tokens, sums, packed):
-    """One micro-batch's share of the loss. answer_tokens: of the global batch. Adds to sums what is logged."""
-    model = engine.module
-    rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
-    packed = packed.to(engine.device)
-    hidden, rows = engine(packed, rows=rows), rows.to(engine.device, non_blocking=True)  # (N, C)
-    logprobs, _, right = target_logprobs(hidden, model.head_weight, packed.targets[rows], with_entropy=False)
-    sums += torch.stack([-logprobs.detach().sum(), right.sum()])
-    return -logprobs.sum() / answer_tokens
-
-
 def count_tokens(micro_batches):
     """(answer tokens, all tokens) of this rank's share of a step."""
     return sum(int((m.targets != IGNORE).sum()) for m in micro_batches), sum(len(m.input_ids) for m in micro_batches)
+
+
+def micro_loss(engine, answer_tokens, sums, packed):
+    """One micro-batch's share of the loss. answer_tokens: of the global batch. Adds to sums what is logged."""
+    rows = (packed.targets != IGNORE).nonzero()[:, 0]  # only these go through the head
+    packed = packed.to(engine.device)
+    hidden, rows = engine(packed, rows=rows), rows.to(engine.device, non_blocking=True)  # (N, C)
+    head = engine.module.head_weight
+    logprobs, _, right = target_logprobs(hidden, head, packed.targets[rows], with_entropy=False)
+    sums += torch.stack([-logprobs.detach().sum(), right.sum()])
+    return -logprobs.sum() / answer_tokens
 
 
 if __name__ == "__main__":

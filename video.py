@@ -13,15 +13,15 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model import UserError
-from reader import FrameIndex, image_size, index_frames, read_frames, read_image
-from records import IMAGE_SUFFIXES
+from reader import file_stamp, image_size, index_frames, read_frames, read_image
+from records import IMAGE_SUFFIXES, errors_name
 
 PATCH, TEMPORAL, MERGE = 14, 2, 2  # pixels, frames, patches a side; the same in every Qwen2.5-VL
 FACTOR = PATCH * MERGE  # 28: heights and widths are multiples of it
@@ -34,6 +34,7 @@ VIDEO_PIXELS = 128 * FACTOR**2, 768 * FACTOR**2  # of one frame
 VIDEO_TOTAL_PIXELS = int(128000 * FACTOR**2 * 0.9)  # of all frames, per temporal patch
 MAX_RATIO = 200  # of the sides
 OPTION_RANGE = 1e-4, 2**31  # of the numbers in a record; beyond them positions or sizes overflow
+SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # the options of an image
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,11 @@ class Options:
         """The script's options (a config.VideoArgs), overruled by those of one item of a record.
 
         listed: the item is a list of frames, so its fps is their rate and may stand beside nframes.
-
         UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
         """
-        sizes = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-        known = sizes if kind == "image" else cls.__dataclass_fields__
-        values = {name: getattr(args, f"{kind}_{name}") for name in sizes}
+        known = SIZES if kind == "image" else cls.__dataclass_fields__
+        values = {name: getattr(args, f"{kind}_{name}") for name in SIZES}
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
-        if {"fps", "sample_fps"} <= set(item):
-            raise UserError(f"{where}: fps and sample_fps are both given; give one")
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
             if name not in known:
@@ -73,8 +70,6 @@ class Options:
             low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
-        if {"fps", "nframes"} <= set(item) and not listed:
-            raise UserError(f"{where}: fps {item['fps']} and nframes {item['nframes']} are both given; give one")
         if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
         if "max_pixels" in item and values["min_pixels"] is not None:  # the item's bound beats the script's other bound
@@ -82,11 +77,12 @@ class Options:
         if "min_pixels" in item and values["max_pixels"] is not None:
             values["max_pixels"] = max(values["max_pixels"], item["min_pixels"])
         options = cls(**values | item)
-        low, high, height, width = (getattr(options, name) for name in sizes)
-        if low is not None and high is not None and low > high:
-            raise UserError(f"{where}: min_pixels {low} is above max_pixels {high}; lower the one or raise the other")
-        if (height is None) != (width is None):
-            raise UserError(f"{where}: resized_height {height}, resized_width {width}; give both or none")
+        low, high, height, width = (getattr(options, name) for name in SIZES)
+        bounds = low is not None and high is not None and low > high
+        if bounds or (height is None) != (width is None) or ({"fps", "nframes"} <= set(item) and not listed):
+            rules = "fps or nframes, min_pixels at most max_pixels, both of resized_height and resized_width or none"
+            given = {name: value for name, value in (values | item).items() if value is not None}
+            raise UserError(f"{where}: options that contradict each other, {given}; expected {rules}")
         return options
 
 
@@ -102,10 +98,10 @@ class ClipPlan:
     source_size: tuple[int, int]
     total_frames: int
     source_fps: float
-    sample_fps: float
-    seeks: tuple[tuple[int | None, int], ...] = ()  # of a video file: FrameIndex.seek of each frame
-    notes: tuple[str, ...] = ()  # options that were overruled, and by what
-    stamp: tuple = ()  # times and sizes of the files, so that a changed file is another clip in a cache
+    second_per_grid: float  # from one temporal patch to the next; 0 for an image
+    seeks: tuple[tuple[int | None, int], ...]  # of a video file: FrameIndex.seek of each frame
+    notes: tuple[str, ...]  # options that were overruled, and by what
+    stamp: tuple  # times and sizes of the files, so that a changed file is another clip in a cache
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -115,11 +111,6 @@ class ClipPlan:
     def num_tokens(self) -> int:
         return math.prod(self.grid_thw) // MERGE**2
 
-    @property
-    def second_per_grid(self) -> float:
-        """Seconds from one temporal patch to the next; 0 for an image."""
-        return TEMPORAL / self.sample_fps if self.kind == "video" else 0.0
-
 
 # ---- Which frames
 
@@ -128,16 +119,13 @@ def smart_nframes(total: int, video_fps: float, options: Options) -> int:
     """Number of frames to sample of `total`: even, at least 2. Raises UserError when there are too few."""
     if options.nframes is not None:
         n = round(options.nframes / TEMPORAL) * TEMPORAL
-        if not TEMPORAL <= n <= total:
-            expected = f"expected 2 to {total}, or fps instead"
-            raise UserError(f"nframes {options.nframes} of a video with {total} frames; {expected}")
-        return n
-    low = math.ceil(options.min_frames / TEMPORAL) * TEMPORAL
-    high = math.floor(min(options.max_frames, total) / TEMPORAL) * TEMPORAL
-    n = min(max(total / video_fps * options.fps, low), high, total)
-    n = math.floor(n / TEMPORAL) * TEMPORAL
-    if n < TEMPORAL:
-        raise UserError(f"{total} frame(s), max_frames {options.max_frames}; a video needs 2, a picture is an image")
+    else:
+        low = math.ceil(options.min_frames / TEMPORAL) * TEMPORAL
+        high = math.floor(min(options.max_frames, total) / TEMPORAL) * TEMPORAL
+        n = math.floor(min(max(total / video_fps * options.fps, low), high, total) / TEMPORAL) * TEMPORAL
+    if not TEMPORAL <= n <= total:
+        wanted = f"nframes {options.nframes}" if options.nframes is not None else f"max_frames {options.max_frames}"
+        raise UserError(f"{wanted} of a video with {total} frames; expected 2 to {total}")
     return n
 
 
@@ -157,6 +145,31 @@ def frame_span(total: int, video_fps: float, options: Options) -> tuple[int, int
         span = f"video_start {options.video_start}, video_end {options.video_end}"
         raise UserError(f"{span}: no two frames of its {seconds:.2f} seconds lie between them")
     return first, last - first + 1
+
+
+def sample_video(total: int, fps: float, options: Options, most_frames: int | None) -> tuple[list[int], float, list]:
+    """(frame numbers, frames a second of them, notes) of a video file."""
+    first, span = frame_span(total, fps, options)
+    n, wanted, notes = smart_nframes(span, fps, options), span / fps * options.fps, []
+    if options.nframes is None and not n <= wanted < n + TEMPORAL:
+        notes = [f"fps {options.fps:g} asks for {wanted:.1f} of {span} frames; min_frames and max_frames make it {n}"]
+    n = min(n, most_frames or n)
+    return frame_indices(span, n, first), n / span * fps, notes
+
+
+def sample_list(total: int, options: Options, most_frames: int | None) -> tuple[list[int], float, list]:
+    """The same of a list of frames: taken whole, an odd last one repeated. nframes and max_frames thin it out."""
+    first, span = frame_span(total, options.fps, options)
+    n = min((total > 1 and options.nframes) or options.max_frames, span, most_frames or span)
+    indices, notes = list(range(first, first + span)), []
+    if n < span:
+        indices = frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
+    if total == 1:
+        notes = ["one picture where a video is expected: a clip of two equal frames"]
+    elif options.nframes and options.nframes > span:
+        notes = [f"nframes {options.nframes} of a list of {span} frames: all are taken"]
+    sample_fps = options.fps * len(indices) / span
+    return indices + indices[-1:] * (len(indices) % TEMPORAL), sample_fps, notes
 
 
 # ---- Which size
@@ -231,66 +244,37 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
     kind: "video" (one file, or one image file per frame) or "image". most_frames, size: set by the token budget of a
     sample, on top of the options. Raises UserError naming the file.
     """
-    frames = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
-    if frames is not None and frames.is_picture and len(frames.pts) == 1:
-        frames = None
-    source = image_size(paths[0]) if frames is None else frames.size
-    try:
+    stamp, fps = tuple(map(file_stamp, paths)), options.fps if kind == "video" else 0.0
+    index = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
+    source, total = (index.size, len(index.pts)) if index else (image_size(paths[0]), len(paths))
+    with errors_name(paths[0]):
         if kind == "image":
-            plan = plan_image(paths, source, options)
-        elif frames is None:
-            plan = plan_frames(paths, source, options, most_frames)
-        elif len(frames.pts) == 1:
-            plan = replace(plan_frames(paths, source, options, most_frames), seeks=(frames.seek(0),) * TEMPORAL)
+            indices, sample_fps, notes = [0], math.inf, []
+        elif total == 1 or index is None:
+            indices, sample_fps, notes = sample_list(total, options, most_frames)
         else:
-            plan = plan_video(paths, frames, options, most_frames)
-    except UserError as error:  # of the options, or of the picture's shape
-        raise UserError(f"{paths[0]}: {error}") from None
-    return plan if size is None else replace(plan, size=size)
-
-
-def plan_video(paths, frames: FrameIndex, options: Options, most_frames: int | None) -> ClipPlan:
-    total, fps, notes = len(frames.pts), frames.fps, []
-    first, span = frame_span(total, fps, options)
-    n = smart_nframes(span, fps, options)
-    by_rate = span / fps * options.fps
-    if options.nframes is None and not n <= by_rate < n + TEMPORAL:
-        wanted = f"fps {options.fps:g} asks for {by_rate:.1f} of {span} frames"
-        notes.append(f"{wanted}; min_frames and max_frames make it {n}")
-    n = min(n, most_frames or n)
-    sample_fps, indices = n / span * fps, frame_indices(span, n, first)
-    times = tuple(map(frames.seconds, indices))
-    off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))
-    if off > 1 / sample_fps / 4:
-        shown = f"a frame of {time:.2f} s counts as one of {by_rate:.2f} s"
-        notes.append(f"the frame rate varies, time ids follow its mean, {fps:.4g}: {shown}")
-    h, w, size_notes = frame_size("video", *frames.size, n, options)
-    seeks, notes = tuple(map(frames.seek, indices)), (*notes, *size_notes)
-    return ClipPlan("video", paths, tuple(indices), times, (h, w), frames.size, total, fps, sample_fps, seeks, notes)
-
-
-def plan_frames(paths, source: tuple[int, int], options: Options, most_frames: int | None) -> ClipPlan:
-    """A list of frames, taken whole, an odd last one repeated. nframes and max_frames thin it out."""
-    total, rate = len(paths), options.fps
-    first, span = frame_span(total, rate, options)
-    n = (total > 1 and options.nframes) or min(span, options.max_frames)
-    n = min(n, span, most_frames or n)
-    whole = list(range(first, first + span))
-    indices = whole if n == span else frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
-    sample_fps = rate * len(indices) / span
-    indices += indices[-1:] * (len(indices) % TEMPORAL)
-    h, w, notes = frame_size("video", *source, len(indices), options)
-    if options.nframes and total > 1 and options.nframes > span:
-        notes.append(f"nframes {options.nframes} of a list of {span} frames: all are taken")
-    if total == 1:
-        notes.append("one picture where a video is expected: a clip of two equal frames")
-    times = tuple(i / rate for i in indices)
-    return ClipPlan("video", paths, tuple(indices), times, (h, w), source, total, rate, sample_fps, notes=tuple(notes))
-
-
-def plan_image(paths, source: tuple[int, int], options: Options) -> ClipPlan:
-    h, w, notes = frame_size("image", *source, 1, options)
-    return ClipPlan("image", paths, (0,), (0.0,), (h, w), source, 1, 0.0, 0.0, notes=tuple(notes))
+            indices, sample_fps, notes = sample_video(total, fps := index.fps, options, most_frames)
+        h, w, size_notes = frame_size(kind, *source, len(indices), options)
+    times = tuple(index.seconds(i) if index else i / options.fps for i in indices)
+    if index and total > 1:
+        off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))
+        if off > 1 / sample_fps / 4:
+            shown = f"a frame of {time:.2f} s counts as one of {by_rate:.2f} s"
+            notes.append(f"the frame rate varies, time ids follow its mean, {fps:.4g}: {shown}")
+    return ClipPlan(
+        kind=kind,
+        paths=paths,
+        indices=tuple(indices),
+        times=times,
+        size=size or (h, w),
+        source_size=source,
+        total_frames=total,
+        source_fps=fps,
+        second_per_grid=TEMPORAL / sample_fps,
+        seeks=tuple(map(index.seek, indices)) if index else (),
+        notes=(*notes, *size_notes),
+        stamp=stamp,
+    )
 
 
 def read_clip(plan: ClipPlan) -> Tensor:
@@ -318,9 +302,6 @@ def from_patches(patches: np.ndarray, grid_thw) -> np.ndarray:
     return x.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(TEMPORAL * t, PATCH * h, PATCH * w, 3)
 
 
-# ---- Controls for evaluation
-
-
 def apply_control(patches: Tensor, grid_thw, control: str, seed: str) -> tuple[Tensor, list[int]]:
     """A clip's patches with its frames in another order, or blank; and that order. The input is not changed.
 
@@ -328,20 +309,19 @@ def apply_control(patches: Tensor, grid_thw, control: str, seed: str) -> tuple[T
     """
     t = grid_thw[0]
     order = list(range(t * TEMPORAL))
+    if control == "none":
+        return patches, order
     if control == "blank":
         row = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).repeat_interleave(ROW // 3)
         return row.expand(len(patches), ROW).contiguous(), order
     if control == "reversed":
         order.reverse()
-    elif control == "shuffled":
-        if len(order) < 3:
-            raise UserError(f"control shuffled: {len(order)} frames have only two orders; take more frames")
+    elif len(order) < 3:
+        raise UserError(f"control shuffled: {len(order)} frames have only two orders; take more frames")
+    else:
         forward, rng = list(order), random.Random(seed)
         while order in (forward, forward[::-1]):
             rng.shuffle(order)
-    else:
-        assert control == "none", f"control {control!r}, expected none, reversed, shuffled or blank"
-        return patches, order
     x = patches.view(t, -1, 3, TEMPORAL, PATCH * PATCH).permute(0, 3, 1, 2, 4)  # (T, frame, cell, colour, pixel)
     x = x.reshape(t * TEMPORAL, *x.shape[2:])[order].view(x.shape)
     return x.permute(0, 2, 3, 1, 4).reshape(patches.shape), order

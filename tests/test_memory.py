@@ -13,14 +13,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from workloads import model_config
+from workloads import R, example, model_config
 
-import autofit
 import memory
-from autofit import Plan, candidates
 from config import GRPO, SFT
 from lora import inject, set_trainable
-from memory import GIB, LOGITS, Counts
+from memory import CONTEXT, GIB, Plan
 from model.qwen import Qwen2_5_VL
 
 FROZEN_TOWER = {"vision_lora": False, "merger_lora": False}
@@ -63,136 +61,77 @@ def adapted_3b():
 @pytest.mark.parametrize("name", PEAKS)
 def test_estimate_is_within_8_percent(name):
     size, clips, kept, options, expected = PEAKS[name]
-    cfg = SFT(**({"lora_rank": 64, "lora_alpha": 64} | options))
-    model = model_of(size, cfg)
-    peak = memory.update_bytes(model.config, Counts.of(model), cfg, 1418 * clips, 4320 * clips, kept) + LOGITS
+    options = {"lora_rank": 64, "lora_alpha": 64, "pack_tokens": None, "per_device_train_batch_size": clips} | options
+    cfg = SFT(**options)
+    peak = memory.estimate(model_of(size, cfg), cfg, [(1418, 4320)], kept=kept)["update"] - CONTEXT
     assert peak / GIB == pytest.approx(expected, rel=0.08)
 
 
-# -- What is chosen
+def choose(monkeypatch, gib, factor=1.0, cls=SFT, state=None, **options):
+    """(the Plan on a GPU of so many GiB, 10 of them taken, whose passes need `factor` times what the formula says, what
+    was tried, the note) for a step of eight clips of R."""
+    model, counts, tried = adapted_3b(), memory.count(adapted_3b()), []
+    cfg = cls(lora_rank=64, **({"per_device_train_batch_size": 64 if cls is GRPO else 8} | options))
+
+    def trial(run, model, examples):
+        tried.append(len(examples))
+        tokens = len(examples) * memory.unit_tokens(cfg, len(examples[0]))
+        sizes = tokens, sum(len(one.patches) for one in examples), model.kept_blocks
+        used = factor * memory.activation_bytes(model.config, counts, cfg, *sizes)
+        return used if used <= (gib - 10) * GIB else math.inf
+
+    monkeypatch.setattr(memory, "room_bytes", lambda *_: (gib - 10) * GIB)
+    monkeypatch.setattr(memory, "trial_bytes", trial)
+    run = SimpleNamespace(cfg=cfg, state=state or {}, device=torch.device("cuda"), world=1, notes=[])
+    plan = memory.choose(run, model, lambda: example(model_config("3b"), R, 0, cls is SFT))
+    assert (model.kept_blocks, model.gradient_checkpointing) == (plan.kept, plan.kept < 68)
+    return plan, tried, run.notes
 
 
-@pytest.mark.parametrize("cls", [SFT, GRPO])
-def test_candidates_hold_whole_samples_and_groups(cls):
-    """A step of 8 samples, or 8 groups of a prompt with 8 x 256 tokens: from all in one pack to one a pack, every
-    number of kept blocks; more kept takes more memory and less time."""
-    cfg = cls(lora_rank=64)
-    cfg.per_device_train_batch_size, cfg.max_completion_length = (64 if cls is GRPO else 8), 256
-    model, unit = adapted_3b(), 1000 + (8 * 256 if cls is GRPO else 0)
-    found = candidates(model.config, Counts.of(model), cfg, [(1000, 3000)], Plan(0, 0), 7e14)
-    sizes = {option["plan"].pack_tokens: option["passes"] for option in found}
-    assert sizes == {unit * n: math.ceil(8 / n) for n in (8, 4, 3, 2, 1)}
-    assert len(found) == 5 * 69 and {option["plan"].kept for option in found} == set(range(69))
-    assert found[0]["plan"] == Plan(8 * unit, 68)  # as if there were no end of memory
-    for tokens in sizes:
-        mine = sorted((o for o in found if o["tokens"] == tokens), key=lambda o: o["plan"].kept)
-        assert all(a["bytes"] < b["bytes"] and a["seconds"] >= b["seconds"] for a, b in zip(mine[1:], mine[2:]))
+@pytest.mark.parametrize("gib, options, expected", [
+    (139, {}, Plan(11_344, 68)), (10.5, {}, Plan(1418, 0)),  # a large card keeps everything; the smallest there is
+    (80, {"cls": GRPO}, Plan(4 * (1162 + 8 * 128), 68)),  # no group is cut
+    (139, {"pack_tokens": 5000}, Plan(5000, 68)),
+    (139, {"pack_tokens": None, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, Plan(None, 68)),
+    (139, {"gradient_checkpointing": True}, Plan(11_344, 0)),
+])  # fmt: skip
+def test_what_is_auto_is_chosen(monkeypatch, gib, options, expected):
+    assert choose(monkeypatch, gib, **options)[0] == expected
 
 
-@pytest.mark.parametrize(
-    "options, packs, kept",
-    [
-        ({"pack_tokens": 5000}, {5000}, set(range(69))),
-        ({"pack_tokens": None, "gradient_accumulation_steps": 2}, {None}, set(range(69))),
-        ({"gradient_checkpointing": True}, {1000, 2000, 3000, 4000, 8000}, {0}),
-        ({"gradient_checkpointing": False}, {1000, 2000, 3000, 4000, 8000}, {68}),
-    ],
-)
-def test_what_is_given_is_not_chosen(options, packs, kept):
-    cfg = SFT(per_device_train_batch_size=8 // options.get("gradient_accumulation_steps", 1), **options)
-    model = adapted_3b()
-    given = Plan(options.get("pack_tokens"), 0 if cfg.gradient_checkpointing is True else 68)
-    found = candidates(model.config, Counts.of(model), cfg, [(1000, 3000)], given, 7e14)
-    assert {option["plan"].pack_tokens for option in found} == packs
-    assert {option["plan"].kept for option in found} == kept
-
-
-class FakeGpu:
-    """Stands for a GPU of so many GiB, 10 of them taken, whose passes need `factor` times what the formula says."""
-
-    def __init__(self, monkeypatch, gib, factor):
-        self.gib, self.factor, self.tried = gib, factor, []
-        monkeypatch.setattr(autofit, "room_bytes", lambda *_: (gib - 10) * GIB)
-        monkeypatch.setattr(autofit, "product_rate", lambda device, dtype: 7e14)
-        monkeypatch.setattr(autofit, "trial_bytes", self.trial)
-
-    def trial(self, run, model, example, option):
-        self.tried.append(option["plan"])
-        used = self.factor * option["bytes"]
-        return used if used <= (self.gib - 10) * GIB else math.inf
-
-    def choose(self, state=None, **options):
-        cfg = SFT(lora_rank=64, per_device_train_batch_size=8, **options)
-        model = adapted_3b()
-        run = SimpleNamespace(
-            cfg=cfg, state=state or {}, device=torch.device("cuda"), dtype=torch.bfloat16, world=1, notes=[]
-        )
-        plan = autofit.choose(run, model, lambda: ([(1418, 4320)], None))
-        assert model.kept_blocks == plan.kept and model.gradient_checkpointing == (plan.kept < 68)
-        return plan, run.notes
-
-
-@pytest.mark.parametrize("factor", [0.8, 1.0, 1.4])
-def test_the_trial_decides(monkeypatch, factor):
-    """On 24 GiB some blocks keep their activations: the fastest plan of those that fit by the trial, not by the
-    formula."""
-    gpu = FakeGpu(monkeypatch, 24, factor)
-    plan, notes = gpu.choose()
-    cfg = SFT(lora_rank=64, per_device_train_batch_size=8)
-    model = adapted_3b()
-    counts = Counts.of(model)
-    found = candidates(model.config, counts, cfg, [(1418, 4320)], Plan(0, 0), 7e14)
-    fitting = [option for option in found if factor * option["bytes"] <= 14 * GIB]
-    assert plan == min(fitting, key=lambda option: option["seconds"])["plan"] and 0 < plan.kept < 68
-    assert len(gpu.tried) <= autofit.TRIALS and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
-
-
-@pytest.mark.parametrize("gib", [24, 28, 60])
-def test_ranks_whose_products_differ_in_speed_choose_alike(monkeypatch, gib):
-    rates, plans = [7.0e14, 7.7e14], []
-    for mine in rates:
-        gpu = FakeGpu(monkeypatch, gib, 1.0)
-        monkeypatch.setattr(autofit, "product_rate", lambda *_, mine=mine: mine)
-        both = lambda number: torch.tensor([rates if number in rates else [number] * 2], dtype=torch.float64).T
-        monkeypatch.setattr(autofit.ranks, "gather_numbers", both)
-        plans.append(gpu.choose()[0])
-    assert plans[0] == plans[1]
-
-
-def test_a_large_card_keeps_everything_and_a_small_one_nothing(monkeypatch):
-    assert FakeGpu(monkeypatch, 139, 1.0).choose()[0] == Plan(11_344, 68)
-    assert FakeGpu(monkeypatch, 10.5, 1.0).choose()[0] == Plan(1418, 0)  # nothing fits: the smallest there is
+@pytest.mark.parametrize("factor, scale", [(0.8, 0.8), (1.0, 1.0), (1.4, 1.2)])  # the last: memory ran out in the trial
+def test_the_trial_decides(monkeypatch, factor, scale):
+    """On 24 GiB some blocks keep their activations: as many as fit by the trial, not by the formula."""
+    plan, tried, notes = choose(monkeypatch, 24, factor)
+    model, cfg, counts = adapted_3b(), SFT(lora_rank=64), memory.count(adapted_3b())
+    size = lambda kept: scale * memory.activation_bytes(model.config, counts, cfg, 11_344, 8 * 4320, kept)
+    assert size(plan.kept) <= 14 * GIB < size(plan.kept + 1) and 0 < plan.kept < 68
+    assert tried == [8] and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
 
 
 def test_a_resumed_run_obeys_its_checkpoint(monkeypatch):
-    gpu = FakeGpu(monkeypatch, 24, 1.0)
-    saved = {"plan": {"pack_tokens": 3000, "kept": 7}, "config": {"pack_tokens": 6000, "gradient_checkpointing": False}}
-    assert gpu.choose(saved)[0] == Plan(3000, 7) and gpu.tried == []
-    assert gpu.choose(saved, gradient_checkpointing=True)[0] == Plan(3000, 0)
-    assert gpu.choose(saved, pack_tokens=5000)[0] == Plan(5000, 7)
-    # as given to that run, which ran out of memory with it
-    assert gpu.choose(saved, pack_tokens=6000, gradient_checkpointing=False)[0] == Plan(3000, 7)
+    for given in ({}, {"pack_tokens": 6000, "gradient_checkpointing": False}):  # given to that run, which shrank it
+        config = {"pack_tokens": "auto", "gradient_checkpointing": "auto"} | given
+        saved = {"plan": {"pack_tokens": 3000, "kept": 7}, "config": config}
+        assert choose(monkeypatch, 24, state=saved, **given)[:2] == (Plan(3000, 7), [])
+        assert choose(monkeypatch, 139, state=saved, gradient_checkpointing=True)[0] == Plan(11_344, 0)  # changed
 
 
 def test_on_a_cpu_auto_is_a_constant():
-    model = adapted_3b()
     run = SimpleNamespace(cfg=SFT(), state={}, device=torch.device("cpu"))
-    assert autofit.choose(run, model, None) == Plan(8192, 68) and not model.gradient_checkpointing
+    assert memory.choose(run, adapted_3b(), None) == Plan(8192, 68)
     run.cfg = SFT(gradient_checkpointing=True, pack_tokens=None)
-    assert autofit.choose(run, model, None) == Plan(None, 0) and model.gradient_checkpointing
+    assert memory.choose(run, adapted_3b(), None) == Plan(None, 0)
 
 
 @pytest.mark.parametrize("size, options, first", [
     ("3b", {}, "--base_dtype int8"), ("7b", {}, "--base_dtype nf4"), ("3b", {"base_dtype": "nf4"}, "--offload"),
     ("3b", {"lora_enable": False, "freeze_llm": False}, "--offload"),
 ])  # fmt: skip
-def test_what_a_card_that_is_too_small_is_told(monkeypatch, size, options, first):
+def test_what_to_do_where_a_card_is_too_small(monkeypatch, size, options, first):
     cfg = SFT(**options)
-    model = model_of(size, cfg)
-    sizes = {0: (1418, 4320)}
-    monkeypatch.setattr(memory, "sample_sizes", lambda *_args, **_more: (sizes, {}))
+    monkeypatch.setattr(memory, "sample_sizes", lambda *_args, **_more: {0: (1418, 4320)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * GIB))
-    lines = [*memory.summary(model, cfg, [0], None, SimpleNamespace(steps_per_epoch=1), 1, 1, 2)]
-    assert "this GPU has 4.0 GiB" in lines[-1] and f"try {first}" in lines[-1]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=4 * GIB))
+    *_, last = memory.summary(model_of(size, cfg), cfg, [0], None, SimpleNamespace(steps_per_epoch=1), 1, 1)
+    assert "4.0 GiB" in last and f"try {first}" in last

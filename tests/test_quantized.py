@@ -17,7 +17,7 @@ import infer
 import lora
 from bench.workloads import model_config
 from config import LoraArgs
-from memory import Counts
+from memory import count
 from model import UserError, loading, qwen
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
@@ -215,7 +215,7 @@ def test_memory_of_a_base_at_its_released_size(size, kind, gib):
     with torch.device("meta"):
         model = qwen.Qwen2_5_VL(model_config(size)).to(torch.bfloat16)
     quantise_base(model, kind)
-    counts = Counts.of(model)
+    counts = count(model)
     assert abs((2 * counts.base + counts.low_bit) / 2**30 - gib) < 0.01
 
 
