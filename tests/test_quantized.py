@@ -15,15 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import adapter_files
 import infer
 import lora
-from bench.workloads import model_config
 from config import LoraArgs
-from memory import Counts
 from model import UserError, loading, qwen
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
 from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
-from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantise_base, quantized_weights, rounded_rows
+from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -207,16 +205,6 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     packed = pack_sequences([Sequence(whole.config, CASES["mixed"])]).to(DEVICE)
     logits, expected = loaded.logits(packed), whole.logits(packed)
     assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
-
-
-@pytest.mark.parametrize("size, kind, gib", [("3B", "int8", 4.41), ("7B", "nf4", 6.52)])
-def test_memory_of_a_base_at_its_released_size(size, kind, gib):
-    """By arithmetic, made with other code; tower and embeddings in bf16."""
-    with torch.device("meta"):
-        model = qwen.Qwen2_5_VL(model_config(size)).to(torch.bfloat16)
-    quantise_base(model, kind)
-    counts = Counts.of(model)
-    assert abs((2 * counts.base + counts.low_bit) / 2**30 - gib) < 0.01
 
 
 def test_a_low_bit_model_moves_and_names_what_is_not_finite(tmp_path):
