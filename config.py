@@ -4,34 +4,29 @@
     cfg = parse(SFT)      # defaults, then each --config file, then --name value or --name=value
 
 The defaults suit the tiny model (assets/tiny) on a laptop; a larger --model_id brings those of its file in configs/.
-The comment behind a default is its text in --help. Standard library only: --help must not wait for torch.
+The comment behind a default is its text in --help, a class's docstring the example there. Nothing here imports torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import checks
-from checks import ignored_options, split_list
-from cli import as_dict, changed, parse
+from cli import as_dict, changed, check, ignored_options, parse, split_list
 from script import cli
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]
 
-# The dataset's question, as generate.py writes it and infer.py asks it.
-QUESTION = (
-    "In which direction is the ball moving?\n"
-    "Options:\n(A) Left to Right\n(B) Right to Left\n(C) Falling Down\n(D) Ascending"
-)
+# The dataset's question, as generate.py writes it and infer.py asks it
+QUESTION = "In which direction is the ball moving?\nOptions:\n"
+QUESTION += "(A) Left to Right\n(B) Right to Left\n(C) Falling Down\n(D) Ascending"
 
 
 class Options:
-    """What every script's options share. A class's docstring is the example in its --help."""
-
     given: ClassVar = frozenset()  # names that the command line or a config file set
     notes: ClassVar = ()  # what became of other trainers' names, and which defaults the model has chosen
-    check = checks.check
+    check = check  # UserError for values out of their range and for contradictions
 
     def settle(self, settings):
         """After each layer of settings: what they set beats a conflicting default, or an earlier layer's setting."""
@@ -97,12 +92,11 @@ class VideoArgs(Options):
     def settle(self, settings):
         if "fps" in settings and "nframes" not in settings:
             self.nframes = None
-        low, high = self.video_min_pixels, self.video_max_pixels
-        if low is not None and high is not None and low > high:
+        if (self.video_min_pixels or 0) > (self.video_max_pixels or math.inf):
             if "video_min_pixels" not in settings:
-                self.video_min_pixels = high
+                self.video_min_pixels = self.video_max_pixels
             elif "video_max_pixels" not in settings:
-                self.video_max_pixels = low
+                self.video_max_pixels = self.video_min_pixels
 
 
 @dataclass
@@ -115,7 +109,6 @@ class LoraArgs(Options):
     lora_rank: int = 16  # r; 16 suffices for the tiny model
     lora_alpha: float = 32  # the update is scaled by alpha / r
     lora_dropout: float = 0.0  # probability, on the adapter's input; 0 keeps sampling and training log-probs equal
-    lora_bias: Literal["none", "all", "lora_only"] = "none"  # biases trained too; lora_only: of adapted layers
     use_rslora: bool = False  # scale by alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732)
     num_lora_modules: int = -1  # adapt only the last N layers that match, vision before language; -1 = all
     lora_namespan_exclude: list[str] = field(default_factory=lambda: ["lm_head", "embed_tokens"])  # parts of names
@@ -125,13 +118,15 @@ class LoraArgs(Options):
 
 
 @dataclass
-class CommonTrain(VideoArgs, LoraArgs):
+class SFT(VideoArgs, LoraArgs):
+    """python train_sft.py --data_path my/train.json --output_dir output/my_run"""
+
     # -- Model, data, run
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id; the tiny one needs neither hub nor GPU
     model_ckpt: str | None = None  # adapter to continue from: its folder, a checkpoint-N or a run; none = a new one
     data_path: str = ""  # json(l); a.json:2,b.json:0.5 = a twice an epoch, half of b; "" = the run's, or made last
     eval_data_path: str | None = ""  # held-out set; "" = val.json beside data_path if it exists, none = no evaluation
-    output_dir: str = "output/run"  # the run's folder: checkpoints, metrics.jsonl, config
+    output_dir: str = "output/video_lora"  # the run's folder: checkpoints, metrics.jsonl, config
     overwrite: bool = False  # start anew in an output_dir that already holds a run
     resume: bool = False  # continue exactly where the run in output_dir stopped
     local_files_only: bool = False  # never contact the hub
@@ -151,14 +146,14 @@ class CommonTrain(VideoArgs, LoraArgs):
     dataloader_num_workers: int = 0  # processes that decode ahead; 0 = none, and decoded clips are kept (cache_mb)
 
     # -- Batch and length
-    num_train_epochs: float = 1.0  # passes over the data; may be a fraction
+    num_train_epochs: float = 6.0  # passes over the data, may be a fraction; 192 steps on 1000 clips
     max_steps: int = -1  # optimizer steps; -1 = by num_train_epochs
     per_device_train_batch_size: int = 32  # samples a micro-batch and process
     gradient_accumulation_steps: int = 1  # micro-batches an optimizer step
     pack_tokens: int | Literal["auto"] | None = "auto"  # tokens a micro-batch: a step is repacked; none = as given
 
     # -- Optimizer and schedule
-    learning_rate: float = 1e-3  # AdamW's peak rate
+    learning_rate: float = 3e-3  # AdamW's peak rate; for rank 16 on the tiny model
     vision_lr: float | None = None  # peak rate of the vision tower's tensors; none = learning_rate
     merger_lr: float | None = None  # peak rate of the merger's tensors; none = learning_rate
     weight_decay: float = 0.0  # never on biases and norms
@@ -166,10 +161,10 @@ class CommonTrain(VideoArgs, LoraArgs):
     adam_beta2: float = 0.99  # second moment; 0.999 is too slow for a few hundred steps
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float = 1.0  # clip the global gradient norm; 0 = off
-    warmup_ratio: float = 0.0  # share of all steps with a rising rate
+    warmup_ratio: float = 0.15  # share of all steps with a rising rate; 29 of 192
     warmup_steps: int = 0  # steps; above 0 it beats warmup_ratio
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    min_lr_ratio: float = 0.0  # the schedule ends at this share of the peak
+    min_lr_ratio: float = 0.05  # the schedule ends at this share of the peak
 
     # -- Log, evaluate, save
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
@@ -187,18 +182,7 @@ class CommonTrain(VideoArgs, LoraArgs):
 
 
 @dataclass
-class SFT(CommonTrain):
-    """python train_sft.py --data_path my/train.json --output_dir output/my_run"""
-
-    output_dir: str = "output/video_lora"  # the run's folder: checkpoints, metrics.jsonl, config
-    num_train_epochs: float = 6.0  # passes over the data; 192 steps on 1000 clips
-    learning_rate: float = 3e-3  # AdamW's peak rate; for rank 16 on the tiny model
-    warmup_ratio: float = 0.15  # share of all steps with a rising rate; 29 of 192
-    min_lr_ratio: float = 0.05  # the schedule ends at this share of the peak
-
-
-@dataclass
-class GRPO(CommonTrain):
+class GRPO(SFT):
     """python train_grpo.py --data_path my/train.json --model_ckpt output/my_run"""
 
     output_dir: str = "output/grpo_video_lora"  # the run's folder: checkpoints, metrics.jsonl, rollouts.jsonl, config
@@ -244,7 +228,6 @@ class GRPO(CommonTrain):
 
 @dataclass
 class View(VideoArgs):
-    # -- Model and question
     model_id: str = "assets/tiny"  # base checkpoint: folder or hub id (or --base_model)
     local_files_only: bool = False  # never contact the hub
     question: str = ""  # what to ask of each clip; "" = the dataset's question
@@ -259,7 +242,6 @@ class View(VideoArgs):
 class Look(View):
     """python data.py clip.mp4 my/train.json"""
 
-    # -- What to look at
     files: list[str] = field(default_factory=list, metadata={"positional": True})  # clips, images, folders, json(l)
     json: bool = False  # one JSON line a record or clip: learned texts or refused, clips, warnings
     preview: str | None = None  # .png to write: frames of the first file, or its first record, as the model sees them
@@ -269,12 +251,9 @@ class Look(View):
 class Infer(View):
     """python infer.py video.mp4 --question 'What happens?'"""
 
-    # -- One clip
     video: str | None = field(default=None, metadata={"positional": True})  # file to ask about (or --video_path)
     prompt: str = ""  # question under another name; of a benchmark: official (its own) or video-r1
     json: bool = False  # last line: one JSON object
-
-    # -- Adapter and sampling
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
     base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = "auto"  # auto: the base that the adapter was trained on
@@ -298,20 +277,17 @@ class Infer(View):
 class Adapter(Options):
     """python lora.py merge output/video_lora output/merged"""
 
-    # -- What to do
     command: str = field(default="", metadata={"positional": True})  # merge or check
     model_ckpt: str | None = field(default=None, metadata={"positional": True})  # adapter: its folder, or a run
     model_id: str = ""  # its base checkpoint: folder or hub id; "" = the one that the adapter names
     local_files_only: bool = False  # never contact the hub
     output_dir: str | None = field(default=None, metadata={"positional": True})  # new folder for the merged model
     merge_base: Literal["original", "quantised"] = "original"  # of an adapter trained on a low-bit base: merge into
-    shard_gb: float = 5.0  # GB a file at most, and about what is held in memory; 5 as on the hub
 
 
 @dataclass
 class Report(Options):
     """python report.py output/video_lora"""
 
-    # -- What to show
     runs: list[str] = field(default_factory=list, metadata={"positional": True})  # folders; several are compared
     output: str | None = None  # file to write; none = report.html in the run's folder, compare.html beside several

@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clips
-from checks import require
+from cli import require
 from clips import DIRECTIONS, FPS, OPTIONS, SIGNS, Clip
 from model import UserError
 from openai_client import Client, Question, ask_all

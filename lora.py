@@ -1,11 +1,5 @@
 """LoRA: put adapters in, choose what is trained, switch them off, swap to a reference, merge.
 
-    inject(model, args)                    Linear -> LoRALinear in the components that args switch on
-    set_trainable(model, args)             exactly what args name has requires_grad, all else is frozen
-    with disabled(model): …                the base model
-    with reference(model, snapshot): …     the model as it was at reference_snapshot(model)
-    merge(model)                           the adapters added to the weights
-
     python lora.py merge ADAPTER OUT       a whole model, as transformers and vLLM load it
     python lora.py check ADAPTER           what it is, and whether it fits its base
 
@@ -35,10 +29,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model import UserError, nearest
-from model.adapters import BlockAdapters, LoRALinear
+from model import UserError
+from model.adapters import BlockAdapters, LoRALinear, shifted
 
-# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end).
+# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end)
 COMPONENTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
 FLAT = "adapters"  # the parameter of a block
 
@@ -53,89 +47,6 @@ def adapter_blocks(model):
     return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
 
 
-# -- Where adapters go, and what is trained
-
-
-def part_of(name):
-    """Component of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
-    if name.startswith("visual."):
-        return "merger" if name.startswith("visual.merger.") else "vision"
-    return "llm"
-
-
-def switches(args):
-    """{component: whether it carries adapters}. A merger that is trained whole carries none."""
-    on = {"vision": args.vision_lora, "merger": args.merger_lora and not args.tune_merger, "llm": args.llm_lora}
-    return {component: args.lora_enable and wanted for component, wanted in on.items()}
-
-
-def targets(model, args):
-    """Names of the layers that args ask to adapt. UserError for an exclusion that matches nothing, or everything."""
-    modules = dict(model.named_modules())
-    prefixes = [COMPONENTS[component] for component, wanted in switches(args).items() if wanted]
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
-    for word in args.lora_namespan_exclude:
-        # the usual two are never candidates, and a tied model has no lm_head
-        if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
-            hint = nearest(word, {piece for name in modules for piece in name.split(".")})
-            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {names[0]}{hint}")
-    names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
-    if not names:
-        raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
-    return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
-
-
-def replace_linears(model, names, args, dtype):
-    """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
-    if lora_layers(model):
-        raise UserError("the model carries an adapter already; a second one would sit on top of it: merge the first")
-    blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
-    for name in names:
-        layer = LoRALinear(model.get_submodule(name), args)
-        model.set_submodule(name, layer)
-        block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
-        blocks.setdefault(block, []).append(layer)
-    for block, layers in blocks.items():
-        BlockAdapters(model.get_submodule(block), layers, args.lora_rank, dtype)
-    model.lora_args = args
-    model.lora_base_names = set()  # base tensors that came with the adapter, and are saved with it again
-    set_trainable(model, args)
-
-
-def inject(model, args, dtype=None):
-    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free.
-
-    Returns the layers' names, [] without lora_enable. dtype of A and B: that of each weight unless given. UserError for
-    contradictory args, for what matches nothing, and for a model that carries an adapter already.
-    """
-    LoraArgs.check(args)
-    names = targets(model, args) if args.lora_enable else []
-    replace_linears(model, names, args, dtype)
-    return names
-
-
-def set_trainable(model, args):
-    """Freeze everything, then free exactly what args (LoraArgs) name; returns the count of trainable numbers.
-
-    Adapters of a component whose switch is off stay frozen. Raises UserError when nothing is left to train.
-    """
-    LoraArgs.check(args)
-    adapts = switches(args)
-    whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
-    adapted = {name for name, _ in lora_layers(model) if adapts[part_of(name)]}
-    for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        bias = leaf == "bias" and (args.lora_bias == "all" or (args.lora_bias == "lora_only" and module in adapted))
-        component = part_of(name)
-        trained = adapts[component] if leaf == FLAT else whole[component] or (args.lora_enable and bias)
-        parameter.requires_grad_(trained)
-    trainable, numbers = trainable_parameters(model), sizes(model)
-    if not trainable:
-        raise UserError("nothing is left to train: no component is free, and those switched on have no adapter")
-    return sum(numbers[name] for name, _ in trainable)
-
-
 def trainable_parameters(model):
     """[(name, parameter)] of everything with requires_grad."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -147,17 +58,84 @@ def sizes(model):
     return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
+def part_of(name):
+    """Component of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
+    if name.startswith("visual."):
+        return "merger" if name.startswith("visual.merger.") else "vision"
+    return "llm"
+
+
+# -- Where adapters go, and what is trained
+
+
+def switches(args):
+    """{component: whether it carries adapters}. A merger that is trained whole carries none."""
+    on = {"vision": args.vision_lora, "merger": args.merger_lora and not args.tune_merger, "llm": args.llm_lora}
+    return {component: args.lora_enable and wanted for component, wanted in on.items()}
+
+
+def targets(model, args):
+    """Names of the linear layers that args (LoraArgs) ask to adapt, in the order of COMPONENTS."""
+    modules, adapts = dict(model.named_modules()), switches(args)
+    prefixes = [prefix for component, prefix in COMPONENTS.items() if adapts[component]]
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    for word in args.lora_namespan_exclude:  # the usual two are never candidates, and a tied model has no lm_head
+        if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
+            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {linears[-1]}")
+    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
+    names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
+    if args.lora_enable and not names:
+        raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
+    return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
+
+
+def replace_linears(model, names, args):
+    """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
+    assert not lora_layers(model), "the model carries an adapter already"
+    blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
+    for name in names:
+        layer = LoRALinear(model.get_submodule(name), args)
+        model.set_submodule(name, layer)
+        block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
+        blocks.setdefault(block, []).append(layer)
+    for block, layers in blocks.items():
+        BlockAdapters(model.get_submodule(block), layers, args.lora_rank)
+    model.lora_args = args
+    model.lora_base_names = set()  # base tensors that came with the adapter, and are saved with it again
+    set_trainable(model, args)
+
+
+def inject(model, args):
+    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
+    the layers' names."""
+    LoraArgs.check(args)
+    names = targets(model, args)
+    replace_linears(model, names, args)
+    return names
+
+
+def set_trainable(model, args):
+    """Freeze everything, then free exactly what args (LoraArgs) name. UserError when nothing is left to train."""
+    LoraArgs.check(args)
+    adapts = switches(args)
+    whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
+    for name, parameter in model.named_parameters():
+        trained = adapts if name.endswith(f".{FLAT}") else whole
+        parameter.requires_grad_(trained[part_of(name)])
+    if not trainable_parameters(model):
+        raise UserError("nothing is left to train: no component is free, and those switched on have no adapter")
+
+
 def param_groups(model, args):
-    """Optimizer groups: one learning rate a component (args: CommonTrain), weight decay on matrices and adapters."""
-    rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
-    groups = {}
+    """Optimizer groups: one learning rate a component (args: SFT), weight decay on matrices and adapters."""
+    rates, groups = {"llm": None, "vision": args.vision_lr, "merger": args.merger_lr}, {}
     for name, parameter in trainable_parameters(model):
         component, decays = part_of(name), parameter.ndim >= 2 or name.endswith(FLAT)
-        rate = args.learning_rate if rates[component] is None else rates[component]
-        new = {"name": f"{component}{'' if decays else ' no decay'}", "params": [], "lr": rate}
-        group = groups.setdefault((component, decays), new | {"weight_decay": args.weight_decay if decays else 0.0})
+        decay = args.weight_decay if decays else 0.0
+        new = {"params": [], "lr": rates[component] or args.learning_rate, "weight_decay": decay}
+        group = groups.setdefault(f"{component}{'' if decays else ' no decay'}", new)
         group["params"].append(parameter)
-    return list(groups.values())
+    return [{"name": name} | group for name, group in groups.items()]
 
 
 # -- Off, reference, merged
@@ -201,14 +179,15 @@ def reference(model, snapshot):
             parameters[name].data = tensor
 
 
+@torch.no_grad()
 def merge(model):
     """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
-    for _, layer in lora_layers(model):
-        layer.merge()
-    for block in adapter_blocks(model):
-        block.remove()
+    blocks = adapter_blocks(model)
     for name, layer in lora_layers(model):
-        with torch.device("meta"):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        assert isinstance(layer.weight, nn.Parameter), f"{layer.weight}: rounding would swallow most of the adapter"
+        layer.weight.copy_(shifted(layer.weight, layer.lora_A, layer.lora_B, layer.scaling))
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
+    for block in blocks:
+        block.remove()

@@ -20,48 +20,30 @@ SFT = "--save_steps 10 --save_total_limit none --eval_steps 10 --eval_samples 20
 GRPO = "--max_completion_length 64 --max_new_tokens 64"
 SAMPLED = "--controls none --temperature 1 --max_new_tokens 64"
 HALF = 0.5  # GRPO starts from the first SFT checkpoint that is right so often when it samples
-STAGES = {  # of the table at the end
-    "generate": "1,400 clips, 400 of them held out", "base": "base model: it answers other questions",
-    "sft": "after SFT", "grpo_start": "start of GRPO: an early SFT checkpoint, sampled", "grpo": "after GRPO, sampled",
-}  # fmt: skip
 
-seconds: dict[str, float] = {}
+result, seconds = {}, {}  # of the last line: accuracies, and how long each stage took
 
 
-def run(stage: str, script: str, *args, flags: str = "") -> str:
-    """Run a script of this repository, showing what it prints. Returns its last line; ends with it if it fails."""
-    command = [script, *map(str, args), *flags.split()]
-    print(f"\n$ python {' '.join(command)}", flush=True)
-    began, last_line = time.perf_counter(), ""
-    with subprocess.Popen([sys.executable, "-u", *command], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if not line.startswith(("{", "next:", "  next ")):  # what comes next is done here
-                print(line, end="", flush=True)
-            last_line = line.strip() or last_line
-    if process.returncode:
-        raise SystemExit(process.returncode)
+def run(stage: str, command: str) -> None:
+    print(f"\n$ python {command}", flush=True)
+    began = time.perf_counter()
+    if code := subprocess.run([sys.executable, *command.split()]).returncode:
+        raise SystemExit(code)
     seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - began, 1)
-    return last_line
 
 
-def accuracy(stage: str, checkpoint, *args, flags: str = "") -> float:
-    args = ["--data_path", DATA / "val.json", "--json", "--model_ckpt", checkpoint, *args]
-    return json.loads(run(stage, "infer.py", *args, flags=flags))["accuracy"]
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def predictions(checkpoint) -> Path:
-    return OUT / f"answers_{checkpoint.parent.name}_{checkpoint.name}.jsonl"
-
-
-def half_right(folder: Path) -> tuple[Path, float]:
-    """The first checkpoint that is right half of the time, greedy by the run's own metrics and then sampled here."""
-    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        if (row.get("eval_accuracy") or 0) >= HALF:
-            checkpoint = folder / f"checkpoint-{row['step']}"
-            sampled = accuracy("grpo_start_eval", checkpoint, "--output", predictions(checkpoint), flags=SAMPLED)
-            if sampled >= HALF:
-                return checkpoint, sampled
-    raise SystemExit(f"no checkpoint of {folder} is right half of the time: SFT failed")
+def accuracy(stage: str, checkpoint, flags: str = "") -> float:
+    """Its share of right answers, which OUT/{stage}.jsonl has."""
+    answers = OUT / f"{stage}.jsonl"
+    answers.unlink(missing_ok=True)
+    run(f"{stage}_eval", f"infer.py --data_path {DATA}/val.json --model_ckpt {checkpoint} --output {answers} {flags}")
+    rows = read(answers)
+    result[f"{stage}_accuracy"] = sum(row["right"] for row in rows) / len(rows)
+    return result[f"{stage}_accuracy"]
 
 
 def last(folder: Path) -> Path:
@@ -69,41 +51,41 @@ def last(folder: Path) -> Path:
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def summary(result: dict, start: Path, end: Path):
-    """Lines: the table of the stages, and a clip that the start got wrong and GRPO gets right, with both answers."""
-    yield f"\n{'stage':<50}{'accuracy':>10}{'seconds':>9}"
-    for stage, what in STAGES.items():
-        share = f"{result[f'{stage}_accuracy']:.1%}" if f"{stage}_accuracy" in result else ""
-        yield f"{what:<50}{share:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}"
-    before, after = ([*map(json.loads, predictions(each).read_text().splitlines())] for each in (start, end))
-    right = {row["number"]: row for row in after if row["right"]}
-    wrong = next((row for row in before if not row["right"] and row["number"] in right), None)
-    if wrong:
-        video = json.loads((DATA / "val.json").read_text())[wrong["number"]]["video"]
-        yield f"\nGRPO got this one right: {DATA / 'videos' / video}{wrong['prompt'].removeprefix('<video>')}"
-        yield f"  at its start: {wrong['text']}\n  after GRPO:   {right[wrong['number']]['text']}"
-    yield f"\nThe report, curves and clips, for a browser: {result['report']}"
-    if wrong:
-        yield f"next: python infer.py {DATA / 'videos' / video} --model_ckpt {OUT / 'grpo'}"
-
-
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     print(f"Eight commands or a few more, some 7 minutes on two idle CPU cores. All is written to {DATA} and {OUT}.")
-    sft, grpo, report = OUT / "sft", OUT / "grpo", OUT / "report.html"
-    train = ["--data_path", DATA / "train.json", "--overwrite"]
-    run("generate", "generate.py", "--output_dir", DATA, "--overwrite", flags=CLIPS)
-    result = {"base_accuracy": accuracy("base_eval", "none", flags="--controls none --max_new_tokens 64")}
-    run("sft", "train_sft.py", *train, "--output_dir", sft, flags=SFT)
-    result["sft_accuracy"] = accuracy("sft_eval", last(sft))
-    start, result["grpo_start_accuracy"] = half_right(sft)
-    run("grpo", "train_grpo.py", *train, "--model_ckpt", start, "--output_dir", grpo, flags=GRPO)
-    end = last(grpo)
-    result["grpo_accuracy"] = accuracy("grpo_eval", end, "--output", predictions(end), flags=SAMPLED)
-    run("report", "report.py", sft, grpo, "--output", report)
-    result |= {"report": str(report), "seconds": seconds | {"total": round(sum(seconds.values()), 1)}}
-    print(*summary(result, start, end), sep="\n")
-    print(json.dumps(result))
+    train = f"--data_path {DATA}/train.json --overwrite"
+    run("generate", f"generate.py --output_dir {DATA} --overwrite {CLIPS}")
+    accuracy("base", "none", "--controls none --max_new_tokens 64")
+    run("sft", f"train_sft.py {train} --output_dir {OUT}/sft {SFT}")
+    accuracy("sft", last(OUT / "sft"))
+    early = [row["step"] for row in read(OUT / "sft/metrics.jsonl") if (row.get("eval_accuracy") or 0) >= HALF]
+    starts = (f"{OUT}/sft/checkpoint-{step}" for step in early)
+    start = next((start for start in starts if accuracy("grpo_start", start, SAMPLED) >= HALF), None)
+    if start is None:
+        raise SystemExit("no checkpoint is right half of the time: SFT failed")
+    run("grpo", f"train_grpo.py {train} --model_ckpt {start} --output_dir {OUT}/grpo {GRPO}")
+    accuracy("grpo", last(OUT / "grpo"), SAMPLED)
+    run("report", f"report.py {OUT}/sft {OUT}/grpo --output {OUT}/report.html")
+    seconds["total"] = round(sum(seconds.values()), 1)
+    show_stages()
+    print(json.dumps(result | {"report": f"{OUT}/report.html", "seconds": seconds}))
+
+
+def show_stages() -> None:
+    """Their table, the last two sampled; and a clip that GRPO's start got wrong and GRPO gets right."""
+    print(f"\n{'stage':<12}{'accuracy':>10}{'seconds':>9}")
+    for stage in ("generate", "base", "sft", "grpo_start", "grpo"):
+        share = f"{result[f'{stage}_accuracy']:.1%}" if stage != "generate" else ""
+        print(f"{stage:<12}{share:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}")
+    print(f"\nThe report, curves and clips, for a browser: {OUT}/report.html")
+    for wrong, right in zip(read(OUT / "grpo_start.jsonl"), read(OUT / "grpo.jsonl")):
+        if right["right"] > wrong["right"]:
+            clip = DATA / "videos" / json.loads((DATA / "val.json").read_text())[right["number"]]["video"]
+            print(f"\nGRPO got this one right: {clip}{right['prompt'].removeprefix('<video>')}")
+            print(f"  at its start: {wrong['text']}\n  after GRPO:   {right['text']}")
+            print(f"next: python infer.py {clip} --model_ckpt {OUT}/grpo")
+            break
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def start(run, model, processor, loader, records, held_out):
         lines = [*summary(model, cfg, records, processor, loader, run.total, run.world, 2)]
         for line in describe(run, model, lines, len(held_out)):
             run.say(line)
-        write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}, processor))
+        write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}))
     run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
     return engine

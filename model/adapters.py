@@ -47,16 +47,14 @@ class Weights(NamedTuple):
 
 def weights_of(block: nn.Module, *linears: nn.Module) -> list[Weights]:
     """The Weights of linears of this block, with its adapters as they are now."""
-    adapters = vars(block).get("block_adapters")
-    views = None if adapters is None else Unpack.apply(block.adapters, adapters)
-    weights = []
+    home = vars(block).get("block_adapters")
+    views, weights = Unpack.apply(block.adapters, home) if home else (), []
     for linear in linears:
+        adapter = ()
         if isinstance(linear, LoRALinear) and linear.enabled:
             A, B = views[2 * linear.number : 2 * linear.number + 2]
-            dropout = linear.dropout if linear.training else 0.0
-            weights.append(Weights(linear.weight, linear.bias, A, B, linear.scaling, dropout))
-        else:
-            weights.append(Weights(linear.weight, linear.bias))
+            adapter = A, B, linear.scaling, linear.dropout if linear.training else 0.0
+        weights.append(Weights(linear.weight, linear.bias, *adapter))
     return weights
 
 
@@ -69,10 +67,10 @@ class Unpack(torch.autograd.Function):
     """The flat parameter -> every A and B of the block; their gradients -> its one gradient."""
 
     @staticmethod
-    def forward(ctx, flat, adapters):
-        ctx.shapes, ctx.like = adapters.shapes, {"dtype": flat.dtype, "device": flat.device}
+    def forward(ctx, flat, home):
+        ctx.shapes, ctx.like = home.shapes, {"dtype": flat.dtype, "device": flat.device}
         ctx.set_materialize_grads(False)
-        return tuple(adapters.pieces(flat))
+        return tuple(home.pieces(flat))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -80,8 +78,7 @@ class Unpack(torch.autograd.Function):
         for grad, (rows, columns) in zip(grads, ctx.shapes, strict=True):
             size = rows * columns
             pieces.append(torch.zeros(size, **ctx.like) if grad is None else grad.reshape(size))
-            padding = -size % ALIGN
-            if padding:
+            if padding := -size % ALIGN:
                 pieces.append(torch.zeros(padding, **ctx.like))
         return torch.cat(pieces), None
 
@@ -92,18 +89,15 @@ class BlockAdapters:
     No module: the block owns the parameter, so that optimizers, .to() and DeepSpeed may exchange its storage.
     """
 
-    def __init__(self, block, layers, rank, dtype=None):
-        """layers: the LoRALinears inside block. dtype of A and B: that of the first weight unless given."""
-        kinds = {(layer.weight.dtype, layer.weight.device) for layer in layers}
-        assert len(kinds) == 1, f"one flat parameter for weights of {kinds}"
+    def __init__(self, block, layers, rank):
+        """layers: the LoRALinears inside block. dtype of A and B: that of the first weight."""
         self.shapes = [shape for m in layers for shape in ((rank, m.in_features), (m.out_features, rank))]
         sizes = [aligned(rows * columns) for rows, columns in self.shapes]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.padding = sum(sizes) - sum(rows * columns for rows, columns in self.shapes)
         self.block, block.block_adapters = block, self
         like = layers[0].weight
-        flat = torch.zeros(sum(sizes), dtype=dtype or like.dtype, device=like.device)
-        block.register_parameter("adapters", nn.Parameter(flat))
+        block.adapters = nn.Parameter(torch.zeros(sum(sizes), dtype=like.dtype, device=like.device))
         for number, layer in enumerate(layers):
             layer.home, layer.number = self, number
             nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as PEFT and Linear itself: bound 1 / sqrt(in)
@@ -112,11 +106,6 @@ class BlockAdapters:
         """flat (N,) -> its views [A_0, B_0, A_1, B_1, …]. as_strided: a third of the time that split and view take."""
         first = flat.storage_offset()
         return [flat.as_strided(s, (s[1], 1), first + i) for s, i in zip(self.shapes, self.starts, strict=True)]
-
-    def piece(self, number: int) -> Tensor:
-        """One of them, by torch's own autograd: slow, its gradient is as long as the whole parameter."""
-        rows, columns = self.shapes[number]
-        return self.block.adapters.narrow(0, self.starts[number], rows * columns).view(rows, columns)
 
     def remove(self) -> None:
         del self.block.adapters, self.block.block_adapters
@@ -129,17 +118,11 @@ class LoRALinear(nn.Module):
     block's: it has none before BlockAdapters(block, layers).
     """
 
-    lora_A = property(lambda self: self.home.piece(2 * self.number), doc="(r, in), a view")
-    lora_B = property(lambda self: self.home.piece(2 * self.number + 1), doc="(out, r), a view")
+    lora_A = property(lambda self: self.home.pieces(self.home.block.adapters)[2 * self.number])  # (r, in), a view
+    lora_B = property(lambda self: self.home.pieces(self.home.block.adapters)[2 * self.number + 1])  # (out, r)
 
     def __init__(self, base: nn.Linear, args):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scaling, self.dropout, self.enabled = scale_of(args), args.lora_dropout, True
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """weight += s · B A. Never into a low-bit weight: rounding would swallow most of the adapter."""
-        assert isinstance(self.weight, nn.Parameter), f"{self.weight} cannot take an adapter in"
-        self.weight.copy_(shifted(self.weight, self.lora_A, self.lora_B, self.scaling))

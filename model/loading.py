@@ -5,8 +5,7 @@ introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from con
 """
 
 import json
-import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from torch import nn
 from model import UserError, nearest_path
 from model.quantized import LOW_BIT, put, quantise, quantized_weights
 from model.qwen import Qwen2_5_VL
-
-SHARD_BYTES = 5 << 30  # 5 GB a file, the habit of the hub
 
 
 @dataclass
@@ -59,8 +56,8 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    tie_word_embeddings: bool
     vision: VisionConfig
+    tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read; save_model writes it back
 
@@ -79,127 +76,100 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         path = Path(folder) / "config.json"
-        if not path.exists():
-            raise UserError(f"{folder}: no config.json in this folder; expected a Qwen2.5-VL checkpoint")
         return cls.from_dict(read_object(path), str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
         """UserError for a config.json of another model, and for sizes that are missing or that no such model has."""
-        for name in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
-            if not isinstance(raw.get(name) or {}, dict):
-                raise UserError(f"{source}: {name} is {str(raw[name])[:80]}, expected an object")
-        text, vision = {**raw, **(raw.get("text_config") or {})}, raw.get("vision_config") or {}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        supported = [
-            ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
-            ("rope_scaling type", rope.get("type"), ("mrope", "default", None)),
-            ("rope_scaling rope_type", rope.get("rope_type"), ("mrope", "default", None)),
-            ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
-            ("hidden_act", text.get("hidden_act"), ("silu", None)),
-            ("vision_config's hidden_act", vision.get("hidden_act"), ("silu", None)),
-        ]
-        for name, value, allowed in supported:
-            if value not in allowed:
-                expected = f"expected {allowed[0]}; this model is not supported"
-                raise UserError(f"{source}: {name} is {str(value)[:80]}, {expected}")
-        text["mrope_section"] = rope.get("mrope_section")
-        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
-        text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        text["vision"] = fill(VisionConfig, {"in_channels": vision.get("in_chans", 3)} | vision, source)
-        return fill(cls, text | {"raw": raw}, source)
+        try:
+            text, vision = raw | (raw.get("text_config") or {}), {"in_channels": 3} | raw["vision_config"]
+            rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+            text |= {"mrope_section": rope.get("mrope_section"), "vision": fill(VisionConfig, vision), "raw": raw}
+            for name, value, allowed in [
+                ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
+                ("rope_scaling type", rope.get("rope_type", rope.get("type")), ("mrope", "default", None)),
+                ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
+                ("hidden_act", text.get("hidden_act"), ("silu", None)),
+                ("vision_config's hidden_act", vision.get("hidden_act"), ("silu", None)),
+            ]:
+                if value not in allowed:
+                    raise ValueError(f"{name} is {value}, expected {allowed[0]}")
+            tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            return fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"{source}: no Qwen2.5-VL that is supported ({str(error)[:200]})") from None
 
 
-def fill(kind, values: dict, source: str):
-    """A config dataclass from the values of its fields. UserError before anything of a nonsensical size is made."""
+def fill(kind, values: dict):
+    """A config dataclass from the values of its fields. ValueError before anything of a nonsensical size is made."""
     values = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
-    missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
-    if missing:
-        raise UserError(f"{source}: missing {', '.join(sorted(missing))}; expected a Qwen2.5-VL config.json")
+    config = kind(**values)
     for f in fields(kind):
-        value, most = values.get(f.name, f.default), 1000 if f.name in ("num_hidden_layers", "depth") else 2**20
-        if f.type is int and not (type(value) is int and 0 < value <= most):
-            raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a whole number from 1 to {most}")
-        if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1e12):
-            raise UserError(f"{source}: {f.name} is {str(value)[:80]}, expected a number")
-    return kind(**values)
+        value = getattr(config, f.name)
+        if f.type is int and not (type(value) is int and 0 < value <= 2**20):
+            raise ValueError(f"{f.name} is {value}, expected a whole number above 0")
+    return config
 
 
 # -- Models
 
 
-def load_model(
-    model_id: str | Path,
-    device="cpu",
-    dtype: torch.dtype = torch.float32,
-    local_files_only: bool = False,
-    base_dtype: str = "bf16",
-) -> Qwen2_5_VL:
-    """A checkpoint's folder or hub id -> the model, with the fast operations of its device. All weights have
-    requires_grad. Tensors go one by one from the file to their device and dtype. base_dtype: one of
-    quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
+def empty_model(config: ModelConfig) -> Qwen2_5_VL:
+    """Names and shapes, on the device `meta`."""
+    with torch.device("meta"):
+        return Qwen2_5_VL(config)
 
-    UserError that names every missing, surplus or misshapen tensor.
+
+def place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, base_dtype: str) -> None:
+    """Give a model one of its weights in its dtype, or in few bits if base_dtype says so of this one."""
+    low = base_dtype != "bf16" and LOW_BIT.fullmatch(name)
+    put(model, name, quantise(tensor, base_dtype, dtype) if low else tensor.to(dtype))
+
+
+def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=False, base_dtype="bf16") -> Qwen2_5_VL:
+    """A checkpoint's folder or hub id -> the model. Tensors go one by one from the file to their device and dtype.
+    base_dtype: one of quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
+
+    UserError that names missing, surplus and misshapen tensors.
     """
     folder = resolve_folder(model_id, local_files_only)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(ModelConfig.from_folder(folder)).to(dtype)
-    expected, tensors, surplus = dict(model.state_dict()), {}, []
+    model = empty_model(ModelConfig.from_folder(folder))
+    expected, actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, {}
     for file in shard_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as shard:
-                for key in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    name = module_name(key)
-                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        continue  # a second copy of the embedding, written by some exporters
-                    if name in expected:
-                        tensor = shard.get_tensor(key).to(device)
-                        low = base_dtype != "bf16" and LOW_BIT.fullmatch(name) and tensor.dim() == 2
-                        tensors[name] = quantise(tensor, base_dtype, dtype) if low else tensor.to(dtype)
-                    else:
-                        surplus.append(key)
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-    check_tensors(folder, expected, tensors, surplus)
-    for name, tensor in tensors.items():
-        put(model, name, tensor)
+        for name, tensor in read_tensors(file, device):
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                continue  # a second copy of the embedding, written by some exporters
+            actual[name] = tuple(tensor.shape)
+            if actual[name] == expected.get(name):
+                place(model, name, tensor.to(device), dtype, base_dtype)
+    if actual != expected:
+        raise UserError(f"{folder}: tensors do not fit config.json: {differences(actual, expected)}")
     model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
-    return model.requires_grad_(True)
+    return model
 
 
-def random_model(
-    config: "ModelConfig",
-    device="cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    base_dtype: str = "bf16",
-) -> Qwen2_5_VL:
+def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0, base_dtype="bf16") -> Qwen2_5_VL:
     """A model of this shape with random weights, N(0, initializer_range^2) for matrices, as transformers starts one.
-    Made on its device tensor by tensor, quantised as in load_model, with the fast operations of the device."""
-    with torch.device("meta"):
-        model = Qwen2_5_VL(config).to(dtype)
-    generator = torch.Generator(device).manual_seed(seed)
+    Made on its device tensor by tensor."""
+    model, generator = empty_model(config), torch.Generator(device).manual_seed(seed)
     for name, p in list(model.named_parameters()):
-        tensor = torch.empty(p.shape, device=device, dtype=dtype)
-        std = (config.vision if name.startswith("visual") else config).initializer_range
+        tensor = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0, device=device, dtype=dtype)
         if p.dim() > 1:
+            std = (config.vision if name.startswith("visual") else config).initializer_range
             tensor.normal_(0.0, std, generator=generator)
-        else:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-        low = base_dtype != "bf16" and LOW_BIT.fullmatch(name)
-        put(model, name, quantise(tensor, base_dtype, dtype) if low else tensor)
+        place(model, name, tensor, dtype, base_dtype)
     model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
     return model
 
 
 def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and safetensors shards under hub names; transformers and load_model read them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_shards(((name, t.to("cpu", dtype or t.dtype)) for name, t in model.state_dict().items()), folder)
-    (folder / "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
+    """Write config.json and model.safetensors under hub names; transformers and load_model read them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -216,102 +186,62 @@ def not_finite(model: nn.Module) -> list[str]:
 
 def module_name(key: str) -> str:
     """A checkpoint's tensor name as ours: transformers >= 4.52 prefixes -> the hub's."""
-    if key.startswith("model.visual."):
-        return key.removeprefix("model.")
-    if key.startswith("model.language_model."):
-        return "model." + key.removeprefix("model.language_model.")
+    for theirs, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
     return key
 
 
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object. UserError for anything else; nothing that is no file is opened."""
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file; expected JSON")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else "no such file"
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download or save the checkpoint again") from None
+        content = error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+        raise UserError(f"{path}: {str(content)[:80]}; expected a file with a JSON object")
     return content
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by its index where there is one."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index}: weight_map is no object of file names; download the checkpoint again")
-        names = sorted(set(weight_map.values()))
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else ["weight_map"]
     for name in names:
-        if Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{index}: shard {name!r} is not a plain file name; do not trust this checkpoint")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing or no regular file; download the checkpoint again")
+        if Path(name).name != name or not (folder / name).is_file():
+            source = index if index.exists() else folder
+            raise UserError(f"{source}: {name} is missing, or is not a plain file name; download the checkpoint again")
     return [folder / name for name in names]
 
 
-def save_tensors(tensors: dict, path: Path) -> None:
-    """A safetensors file that may be read by whom other new files may be: safetensors makes it for its owner alone."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+def read_tensors(file: Path, device="cpu"):
+    """(our name, tensor) one after the other. UserError for a file that is cut off or no safetensors."""
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as shard:
+            for key in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
+                yield module_name(key), shard.get_tensor(key)
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
 
 
-def write_shards(tensors, folder: Path, limit: int | None = None) -> list[str]:
-    """(name, CPU tensor) one after the other -> model.safetensors, or several files and their index; their names.
-
-    limit: bytes a file at most, if a tensor alone is not larger; no more than one file's tensors are held in memory.
-    """
-    limit, shard, shards, size = limit or SHARD_BYTES, {}, [], 0
-
-    def flush():
-        save_tensors(shard, folder / f".model-{len(shards)}.tmp")
-        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        shard[name], size = tensor.contiguous(), size + tensor.nbytes
-    flush()
-    count = len(shards)
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = files if count > 1 else ["model.safetensors"]
-    for i, file in enumerate(files):
-        (folder / f".model-{i}.tmp").rename(folder / file)
-    if count > 1:
-        weight_map = {name: file for file, sizes in zip(files, shards) for name in sizes}
-        index = {"metadata": {"total_size": sum(sum(s.values()) for s in shards)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return files
-
-
-def check_tensors(folder, expected: dict, tensors: dict, surplus: list[str]) -> None:
-    """UserError that names what is missing, surplus or misshapen. expected, tensors: {name: tensor}."""
-    wrong = [f"missing {n}" for n in expected if n not in tensors]
-    wrong += [f"surplus {n}" for n in surplus]
-    wrong += [
-        f"{n} is {tuple(tensors[n].shape)}, expected {tuple(expected[n].shape)}"
-        for n in tensors if tensors[n].shape != expected[n].shape
-    ]  # fmt: skip
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(wrong[:8])}{more}")
+def differences(actual: dict, expected: dict) -> str:
+    """What two {tensor's name: shape} do not share, in words: three at most."""
+    wrong = [
+        f"{name}: found {actual.get(name, 'no tensor')}, expected {expected.get(name, 'none of this name')}"
+        for name in sorted(actual.keys() | expected.keys())
+        if actual.get(name) != expected.get(name)
+    ]
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights: bool = True) -> Path:
     """A checkpoint's folder: the path itself, or the hub's snapshot, downloaded at need (weights or not)."""
-    if Path(model_id).is_dir():
-        return Path(model_id)
     name = str(model_id)
-    own = Path(__file__).resolve().parents[1] / name
-    if own.is_dir():  # assets/tiny, from whichever folder the script was started in
-        return own
+    for folder in (Path(name), Path(__file__).resolve().parents[1] / name):  # assets/tiny, wherever the script began
+        if folder.is_dir():
+            return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
         raise UserError(f"{name}: no such folder, and not a hub id; {expected}")
@@ -322,6 +252,5 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
-        message = f"not a local folder, and the hub gave nothing ({reason}); download it: hf download {name}"
-        raise UserError(f"{name}: {message}{nearest_path(name)}") from None
+        reason = f"no such folder, and the hub gave nothing ({str(error).strip().splitlines()[0]})"
+        raise UserError(f"{name}: {reason}; download it: hf download {name}{nearest_path(name)}") from None

@@ -1,8 +1,8 @@
 """Clips as the model saw them: the frames that video.py samples and resizes, as small JPEGs for the page."""
 
 import base64
-import functools
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,45 +11,39 @@ import numpy as np
 
 from config import SFT, as_dict
 from model import UserError
-from records import data_files
+from records import IMAGE_SUFFIXES, data_files
 
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def find_clip(name: str, config: dict) -> Path | None:
-    """In image_folder, in videos/ beside the data, beside the data."""
+def strip(video: str | None, config: dict) -> dict:
+    """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`, which lies in image_folder, in videos/
+    beside the data, or beside the data."""
+    from video import Options  # not at the top: it imports torch, and --help must not wait for that
+
+    if not isinstance(video, str):
+        return {}
     texts = (config.get(key) or "" for key in ("data_path", "eval_data_path"))
     data = [Path(file).parent for text in texts for file, _ in data_files(text)]
     folders = [Path(config.get("image_folder") or ""), *(folder / sub for folder in data for sub in ("videos", ""))]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def strip(video: str | list[str] | None, config: dict) -> dict:
-    """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`: a file, or a list of images."""
-    from video import Options  # not at the top: it imports torch, and --help must not wait for that
-
-    names = video if isinstance(video, list) else [video] if video else []
-    paths = [find_clip(name, config) for name in names]
-    if None in paths:
-        return {"error": f"{names[paths.index(None)]}: no such file"}
-    if not paths:
-        return {}
-    kind = "image" if len(paths) == 1 and paths[0].suffix.lower() in IMAGES else "video"
+    path = next((folder / video for folder in folders if (folder / video).is_file()), None)
+    if path is None:
+        return {"error": f"{video}: no such file"}
+    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
     try:
-        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {}, names[0])
-        return sampled(kind, tuple(map(str, paths)), options, paths[0].stat().st_mtime)
+        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {}, video)
+        return sampled(kind, str(path), options)
     except (UserError, OSError) as error:
         return {"error": str(error)}
 
 
-@functools.lru_cache(256)
-def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict:
+@lru_cache(256)  # a run's page is written again and again
+def sampled(kind: str, path: str, options) -> dict:
     """The strip of a clip: FRAMES of its sampled frames. Raises UserError naming the file."""
     from video import from_patches, plan_clip, read_clip
 
-    plan = plan_clip(kind, paths, options)
+    plan = plan_clip(kind, (path,), options)
     count = len(plan.indices)
     shown = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int).tolist()
     few = replace(plan, indices=[plan.indices[k] for k in shown], seeks=[plan.seeks[k] for k in shown if plan.seeks])
@@ -61,10 +55,10 @@ def sampled(kind: str, paths: tuple[str, ...], options, _changed: float) -> dict
 def jpeg(picture: np.ndarray) -> str:
     """(H, W, 3) uint8 as a data URL, at most SIDE pixels a side."""
     scale = min(1.0, SIDE / max(picture.shape[:2]))
+    height, width = (max(2, int(side * scale)) for side in picture.shape[:2])
     codec = av.CodecContext.create("mjpeg", "w")
-    codec.height, codec.width = (max(2, int(side * scale)) for side in picture.shape[:2])
-    codec.pix_fmt, codec.framerate, codec.options = "yuvj444p", 1, {"qmin": "2", "qmax": "3"}
-    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-    image = image.reformat(codec.width, codec.height, "yuvj444p")
+    codec.height, codec.width, codec.pix_fmt, codec.framerate = height, width, "yuvj444p", 1
+    codec.options = {"qmin": "2", "qmax": "3"}
+    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24").reformat(width, height, "yuvj444p")
     data = b"".join(bytes(packet) for packet in [*codec.encode(image), *codec.encode(None)])
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()

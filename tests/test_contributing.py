@@ -41,7 +41,7 @@ def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypat
 
 def test_the_option(tmp_path):
     """It is a flag with a --help line, checked, and arrives in cfg."""
-    for file in ("config.py", "checks.py", "cli.py", "names.py", "script.py"):
+    for file in ("config.py", "cli.py", "names.py", "names.toml", "script.py"):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / "model", tmp_path / "model")
     for part in re.split(r"^# (?=\S+\.py$)", f"# config.py\n{block('CONTRIBUTING.md', 'config.py')}", flags=re.M)[1:]:

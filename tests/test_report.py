@@ -45,15 +45,12 @@ def rollout_rows(step, right, sample="a", text="Answer: (A)"):
 def write_run(folder, config, metrics, groups):
     """A run's folder with everything in it. groups: arguments of rollout_rows."""
     folder.mkdir()
-    command = [f"{folder.name}.py", "--learning_rate", "1.25e-4"]
-    info = {"command": command, "config": as_dict(config), "machine": {"cpu": "a fast one", "gpus": []}}
-    train = {"samples": 1234, "measured": 32, "classes": {LABELS[0]: 617, LABELS[1]: 383},
-             "questions": [["Which way? [2 options]", 987]], "unreadable": {"c": "c.mp4: empty file"},
-             "examples": [{"id": "a", "video": "a.mp4", "class": LABELS[0]}, {"id": "d", "video": "d.mp4"}],
-             "tokens": [145, 147, 151], "seconds": [1, 1, 1]}  # fmt: skip
+    examples = [{"id": "c", "video": "b.mp4", "class": LABELS[0]}, {"id": "d", "video": "d.mp4"}]
+    train = {"samples": 1234, "classes": {LABELS[0]: 617, LABELS[1]: 383}, "examples": examples}
+    info = {"script": folder.name, "command": [f"{folder.name}.py", "--learning_rate", "1.25e-4"]}
+    info |= {"machine": {"cpu": "a fast one", "gpus": []}, "versions": {"torch": "9.8.7", "commit": "0123456789abcdef"}}
     data = {"train": train, "held out": {"samples": 77, "classes": {}, "examples": []}}
-    versions = {"torch": "9.8.7", "commit": "0123456789abcdef"}
-    files = {"run": info | {"versions": versions}, "best": {"step": 40, "accuracy": 0.9}, "data": data}
+    files = {"run": info | {"config": as_dict(config)}, "best": {"step": 40, "accuracy": 0.9}, "data": data}
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     write_lines(folder / "metrics.jsonl", metrics)
@@ -94,15 +91,14 @@ def page_of(*runs):
 def test_sections_and_their_contents_with_nothing_from_elsewhere(grpo_run):
     text = page_of(grpo_run)
     for words in ('id="curves"', 'id="evaluation"', 'id="rollouts"', 'id="data"', 'id="setup"', "9.8.7",
-                  "commit 0123456789", "a fast one", "grpo.py --learning_rate 1.25e-4", "0.001", "Confusion matrix",
+                  "0123456789", "a fast one", "grpo.py --learning_rate 1.25e-4", "0.001", "Confusion matrix",
                   "4.0 %", "flipped 95.0 %", "Chance is 25.0 %", "Best checkpoint", "KL to the reference",
-                  "Odd number", "before and after", "advantage −1.00", "truncated", "147 <small>(145 to 151)",
-                  "Which way? [2 options]", "The same at every step: ratio 1.",
-                  "c.mp4: empty file", "d.mp4: no such", "seed = 3"):  # fmt: skip
+                  "Odd number", "before and after", "advantage −1.00", "truncated",
+                  "The same at every step:", "ratio 1.", "d.mp4: no such", "seed = 3"):  # fmt: skip
         assert words in text, words
-    assert text.count(IMAGE) == 4 * frames.FRAMES  # before and after, last, first, an example
+    assert text.count(IMAGE) == 2 * frames.FRAMES  # before and after, an example
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
-    assert "default-src 'none'; img-src data:; style-src 'sha256-" in policy and "unsafe" not in policy
+    assert "default-src 'none'; img-src data:; style-src 'nonce-" in policy and "unsafe" not in policy
     assert not re.search(r"https:|@import|url\(|http://(?!www.w3.org/2000/svg\")| style=| on[a-z]+=", text)
 
 
@@ -130,65 +126,52 @@ def test_two_runs_are_laid_over_each_other(two_runs):
     assert shown == [2, 2, 2] and text.count("<figure") > 6, "three groups, two charts of each before the folded ones"
     first_screen = text[: text.index("<nav>")]
     assert "Before and after: b" in first_screen and first_screen.count(IMAGE) == frames.FRAMES
-    images = re.findall("<ol.*?</ol>", text, re.DOTALL)
-    assert len(images) == text.count(IMAGE) / frames.FRAMES == 2, "clips a and b, once each"
     again = shutil.copytree(grpo, grpo.parent / "again" / "grpo")
     assert f"<h1>{grpo} and {again}</h1>" in page_of(grpo, again), "of the same name: told apart by their paths"
 
 
 def test_frames_are_those_that_the_model_saw(tmp_path):
     write_clip(tmp_path / "a.mp4")
-    options = video.Options.from_args("video", SFT(nframes=4), {}, "")
-    plan = video.plan_clip("video", (str(tmp_path / "a.mp4"),), options)
+    plan = video.plan_clip(
+        "video", (str(tmp_path / "a.mp4"),), video.Options.from_args("video", SFT(nframes=4), {}, "")
+    )
     pictures = video.from_patches(video.read_clip(plan).numpy(), plan.grid_thw)
-    assert pictures.shape == (4, *plan.size, 3)
     bars = [picture[..., 0].mean(0).argmax() / plan.size[1] for picture in pictures.astype(float)]
     np.testing.assert_allclose(bars, [(4 * k + 4) / 64 for k in plan.indices], atol=0.08)
     shown = frames.strip("a.mp4", as_dict(SFT(nframes=4, image_folder=str(tmp_path))))
     assert [at for at, _ in shown["images"]] == list(plan.times) and "4 of 4 sampled frames, " in shown["note"]
 
 
-def test_gaps_broken_lines_and_broken_clips_are_named(grpo_run):
+def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     values = [1.0, float("nan"), 3.0, None, float("inf"), 6.0]
-    write_lines(grpo_run / "metrics.jsonl", [{"step": k, "loss": v, "never": None} for k, v in enumerate(values)])
+    write_lines(
+        grpo_run / "metrics.jsonl",
+        [{"step": k, "loss": v, "never": None, "gib": float("inf")} for k, v in enumerate(values)],
+    )
     with (grpo_run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     (grpo_run.parent / "data" / "videos" / "a.mp4").write_bytes(b"no video")
     text = page_of(grpo_run)
-    assert "3 values not finite" in text and "never" not in text and 'data-points="0,1 1, 2,3 3, 4, 5,6"' in text
-    assert "1 of 7 lines are not JSON" in text and re.search("a.mp4: [^<]", text) and IMAGE not in text
+    assert "never" not in text and 'data-points="0,1 1, 2,3 3, 4, 5,6"' in text and re.search("a.mp4: [^<]", text)
+    rows = [row for step in range(50) for row in rollout_rows(step, 2, sample=f"{step % 5}")]
+    write_lines(grpo_run / "rollouts.jsonl", rows)
+    assert len(report.read_run(grpo_run)["groups"]) == 50
+    monkeypatch.setattr(report, "WINDOW", 5000)  # of a file of gigabytes both ends are read
+    steps = [group["step"] for group in report.read_run(grpo_run)["groups"]]
+    assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
+    y = np.arange(10.0 * charts.POINTS)
+    assert charts.curve("", y, y, 0, "")["points"].startswith("0,0 10,10 20,20 "), "a long curve is thinned"
 
 
 def test_users_mistakes(tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/run.json").write_text("{}")
-    with pytest.raises(UserError, match="no run.json in it; .* did you mean .*runs/a"):
-        page_of(tmp_path / "runs")
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        page_of(tmp_path / "nowhere")
+    for folder in ("runs", "nowhere"):
+        with pytest.raises(UserError, match=f"{folder}: no run.json in it; expected a run's folder"):
+            page_of(tmp_path / folder)
     assert "Nothing has been written" in page_of(tmp_path / "runs/a")
     with pytest.raises(UserError, match="cannot be written"):
         report.write_report([tmp_path / "runs/a"], tmp_path / "none" / "x.html")
     (tmp_path / "runs/a/best.json").write_text("{")
-    with pytest.raises(UserError, match="best.json: not JSON"):
+    with pytest.raises(UserError, match="best.json: cannot be read"):
         page_of(tmp_path / "runs/a")
-
-
-def test_a_long_curve_is_thinned_to_means_and_extremes():
-    y = np.random.default_rng(0).normal(size=10 * charts.POINTS)
-    y[7] = np.nan
-    points = charts.curve("", np.arange(len(y)), y, 0)["points"].split(" ")
-    _, mean, low, high = np.array([p.split(",") for p in points], float).T
-    assert len(mean) == charts.POINTS
-    np.testing.assert_allclose([low.min(), high.max()], [np.nanmin(y), np.nanmax(y)], rtol=1e-5)
-    np.testing.assert_allclose([mean[0], mean[3]], [np.nanmean(y[:10]), y[30:40].mean()], rtol=1e-4)
-
-
-def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch):
-    path = tmp_path / "rollouts.jsonl"
-    (tmp_path / "run.json").write_text("{}")
-    write_lines(path, [row for step in range(50) for row in rollout_rows(step, 2, sample=f"{step % 5}")])
-    assert len(report.read_run(tmp_path).groups) == 50
-    monkeypatch.setattr(report, "WINDOW", 5000)
-    steps = [group.step for group in report.read_run(tmp_path).groups]
-    assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)

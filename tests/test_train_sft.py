@@ -359,12 +359,8 @@ def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base, c
     assert "before and after" in (folder / "report.html").read_text()
 
     train, held_out = (read_json(folder / "data.json")[name] for name in ("train", "held out"))
-    assert (train["samples"], held_out["samples"]) == (20, 4) and not train["unreadable"]
+    assert (train["samples"], held_out["samples"]) == (20, 4)
     assert sorted(held_out["classes"].items()) == [(label, 1) for label in labels]
-    assert train["questions"][0] == ["In which direction is the ball moving? Options: [4 options]", 16]
-    assert held_out["frames"] == [4, 4, 4] and held_out["seconds"] == [0.4, 0.4, 0.4]  # 12 frames at 30 a second
-    assert held_out["sizes"] == {"56 x 56": 4} and held_out["source_sizes"] == {"64 x 64": 4}
-    assert held_out["vision_tokens"] == [8, 8, 8] and train["vision_tokens"][0] == 0  # 2 grid steps of 2 x 2
 
 
 # The first step of a real run, and numbers as large as they get
