@@ -1,13 +1,9 @@
 r"""Text -> the options of a question, and the one that a completion settles on. No torch, no state.
 
 The rewards, the evaluation and infer.py share these rules; docs/data.md has them as a table.
-  1. What stands inside <think> is ignored, also when the block was never closed.
-  2. The answer stands in the last <answer> block; without one, after the last "Answer:"; without that, in the last
-     line that names an option.
-  3. There, the last option named counts: by its label, "(A)", "A.", "option a", or by its words, in any case.
-  4. A label owns the text up to the next one: if that text names another option, as in "(A) Right to Left", the answer
-     contradicts itself and counts as none, so it is never right. So does a label that no option has.
-  5. Options named together, "A and B", are no answer. An option that is denied, "not B", is not named.
+The answer stands outside <think>, in the last <answer> block; without one, after the last "Answer:"; without that, in
+the last line that names an option. The option named last counts, by its label or its words. No answer is one that
+contradicts itself, "(A) Right to Left", several together, "A and B", and a denied one, "not B".
 """
 
 import re
@@ -17,11 +13,9 @@ from typing import NamedTuple
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|im_end|> and its like are no words of the answer
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# Full-width characters, and marks of other scripts, as ASCII
+# Full-width characters, and marks of other scripts, as ASCII; zero-width ones as nothing
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("、"): ". "}
-HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　‘’", """[]<><>\"\"\"\"--- ''""")
-HALF_WIDTH |= dict.fromkeys(map(ord, "\u200b\ufeff"))  # of no width at all
-
+HALF_WIDTH |= str.maketrans("【】《》〈〉「」『』–—−　‘’", """[]<><>\"\"\"\"--- ''""", "\u200b\ufeff")
 EAST_ASIAN = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # kana, Chinese characters, Hangul
 
 
@@ -32,8 +26,7 @@ def fold(text: str) -> str:
 
 @lru_cache(4096)  # options' words come again with every completion
 def plain(text: str) -> str:
-    r"""One line without markdown, quotes and \boxed{}; hyphens inside words as spaces: "**Left-to-Right**" -> "Left to
-    Right"."""
+    r"""One line without markdown, quotes and \boxed{}: "**Left-to-Right**" -> "Left to Right"."""
     text = fold(text)
     for _ in range(2):  # one may stand in the other
         text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
@@ -51,107 +44,68 @@ def normalise(text: str) -> str:
 
 # -- The options of a question
 
-LABEL = r"\s*([A-Za-z]|[0-9]{1,2})\s*"
-# The ways to write an option's label. One list keeps to one way; of equally long lists the later way counts.
-STYLES = [re.compile(rf"(?<![\w.(\[]){LABEL}{mark}") for mark in ("-", ":", r"\)", r"\.")]  # A-  A:  A)  A.
-BRACKETS = (("<", ">"), (r"\[", r"\]"), (r"\(", r"\)"))  # <A>  [A]  (A), and no f(A)
-STYLES += [re.compile(rf"(?<!\b[A-Za-z0-9]){one}{LABEL}{two}[.:]?") for one, two in BRACKETS]
-# What may stand before the first label of a line: a bullet, a word as in "Option A:"
-LINE_START = re.compile(r"[\s*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s)?", re.IGNORECASE)
-
-
-class Mark(NamedTuple):
-    """A label found in a question. start, end: its place; at_line_start: at most a bullet or "Option" is before it."""
-
-    label: str
-    rank: int  # among labels of its kind
-    start: int
-    end: int
-    at_line_start: bool
+# A label at a line's start has at most a bullet or a word as "Option" before it. One list keeps to one way of writing;
+# of equally good lists the later way counts. Without brackets it is no part of 2:30 or 12.5, and in a line a capital.
+LEAD = r"(?P<lead>^[ \t*>•·-]*(?:(?:option|choice|caption|sentence|answer)\s+)?)"
+LABEL = r"(?P<label>[a-z]|[0-9]{1,2})\s*"
+BARE = [rf"{LEAD}{LABEL}-"]  # A-  A:  A)  A.
+BARE += [rf"(?:{LEAD}|(?<![\w.(\[])(?=(?-i:[A-Z0-9]))){LABEL}{mark}(?![0-9])" for mark in (":", r"\)", r"\.")]
+BRACKETED = [rf"{LEAD}?(?<!\b[a-z0-9]){one}\s*{LABEL}{two}[.:]?" for one, two in ("<>", (r"\[", "]"), (r"\(", r"\)"))]
+STYLES = [(re.compile(style, re.IGNORECASE | re.MULTILINE), style in BRACKETED) for style in BARE + BRACKETED]
 
 
 @lru_cache(1024)
 def parse_options(question: str) -> dict[str, str]:
-    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list.
-
-    A list has labels of one way of writing in rising order, each with words behind it: one a line, or several a line.
-    Of several lists that with most labels at line starts counts, then the longest, then the last. Letters without
-    brackets must begin at A, numbers at 1, and stand behind the question: "J. Smith", "2:30" and "12.5" begin no list.
-    """
+    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list. Of several that
+    with most labels at line starts counts, then the longest, then the last."""
     text, lists = fold(question).replace("**", ""), []
-    for style in STYLES:
-        marks = list(marks_of(text, style))
-        for kind in (str.isdigit, str.isalpha):
-            lists += lists_of(text, [mark for mark in marks if kind(mark.label)])
-    return max(reversed(lists), key=lambda each: each[0], default=(0, {}))[1]
+    for style, bracketed in STYLES:
+        marks = list(style.finditer(text))
+        for i, first in enumerate(marks):
+            if first["label"] not in ("A", "a", "1") and not (bracketed and first["lead"] is not None):
+                continue
+            later = marks[i + 1 : i + 100]  # of a text full of labels not all
+            by_lines = [mark for mark in later if None not in (mark["lead"], first["lead"])]
+            for chain in (chain_of(first, later), chain_of(first, by_lines, most=9 if bracketed else 1)):
+                options = words_of(text, chain)
+                if len(options) > 1 and (bracketed or behind_question(text, chain)):
+                    lists.append((sum(mark["lead"] is not None for mark in chain), len(chain), options))
+    return max(reversed(lists), key=lambda each: each[:2], default=(0, 0, {}))[2]
 
 
-def marks_of(text: str, style: re.Pattern):
-    for match in style.finditer(text):
-        before = text[text.rfind("\n", 0, match.start(1)) + 1 : match.start(1)].rstrip("([< ")
-        at_line_start = LINE_START.fullmatch(before + " ") is not None
-        bare = match[0].lstrip()[0] not in "([<"
-        behind = text[match.end() : match.end() + 1]
-        number = bare and match[1].isdigit() and match[0][-1] in ".:" and behind.isdigit()  # 2:30, 12.5
-        dash_or_small = match[0].endswith("-") or match[1].islower()  # in a line these are words
-        if not number and (at_line_start or not (bare and dash_or_small)):
-            label, start = match[1].upper(), match.end() - len(match[0].lstrip())
-            yield Mark(label, int(label) if label.isdigit() else ord(label), start, match.end(), at_line_start)
+def chain_of(first: re.Match, later: list[re.Match], most: int = 1) -> list[re.Match]:
+    """The labels that follow in order, at most so many steps apart: (1), (3), (4)."""
+    rank = lambda mark: int(mark["label"]) if mark["label"].isdigit() else 100 + ord(mark["label"].upper())
+    chain = [first]
+    for mark in later:
+        if 0 < rank(mark) - rank(chain[-1]) <= most:
+            chain.append(mark)
+    return chain
 
 
-def lists_of(text: str, marks: list[Mark]):
-    """Every list that starts at one of the marks: ((labels at line starts, labels), {label: words})."""
-    for i, first in enumerate(marks):
-        bracketed = text[first.start] in "([<"
-        if not (first.label in ("A", "1") or (bracketed and first.at_line_start)):
-            continue
-        chain = [first]
-        while (following := next_mark(chain[-1], marks[i + 1 :], first.at_line_start)) is not None:
-            chain.append(following)
-        options = words_of(text, chain)
-        if len(options) > 1 and (bracketed or behind_question(text, chain)):
-            yield (sum(mark.at_line_start for mark in chain), len(options)), options
-
-
-def behind_question(text: str, chain: list[Mark]) -> bool:
-    """Whether labels without brackets are a list: a dialogue, chess moves and subtitles stand before the question, and
+def behind_question(text: str, chain: list[re.Match]) -> bool:
+    """Whether labels without brackets are a list: a dialogue and subtitles stand before the question, and
     "A. Smith and B. Jones meet." is a sentence."""
-    before, below = text[: chain[0].start].strip(), text[chain[-1].end :].split("\n")[1:]
+    before, below = text[: chain[0].start()].strip(), text[chain[-1].end() :].split("\n")[1:]
     if not before or any(line.rstrip().endswith("?") for line in below):
         return False
-    if any(two.rank != one.rank + 1 for one, two in zip(chain, chain[1:])):
-        return False
-    dotted = text[chain[0].end - 1] == "." and not all(mark.at_line_start for mark in chain)
+    dotted = chain[0][0].endswith(".") and not all(mark["lead"] is not None for mark in chain)
     return not dotted or len(chain) > 2 or before.endswith(("?", ":"))
 
 
-def next_mark(last: Mark, marks: list[Mark], by_lines: bool) -> Mark | None:
-    """The label that follows: the next letter or number, at a line start if the list began at one and there is such a
-    label; a label of another order, as in "(C) both (A) and (B)", belongs to the option's words."""
-    later = [mark for mark in marks if mark.start > last.start and mark.rank > last.rank]
-    next_in_order = next((mark for mark in later if mark.rank == last.rank + 1), None)
-    at_line = next((mark for mark in later if mark.at_line_start), None) if by_lines else None
-    if at_line and (at_line.rank == last.rank + 1 or not next_in_order or next_in_order.start > at_line.start):
-        return at_line
-    return next_in_order
-
-
-def words_of(text: str, chain: list[Mark]) -> dict[str, str]:
+def words_of(text: str, chain: list[re.Match]) -> dict[str, str]:
     """{label: words up to the next label or the line's end}, {} if a label has no words of its own."""
     options = {}
     for mark, following in zip(chain, [*chain[1:], None]):
-        end = following.start if following else len(text)
-        indent = len(text[mark.end : end]) - len(text[mark.end : end].lstrip())  # a label may have a line of its own
-        words = " ".join(text[mark.end : end][indent:].split("\n")[0].split())
-        if following and not following.at_line_start:
+        words = text[mark.end() : following.start() if following else len(text)]
+        words = " ".join(words.lstrip().split("\n")[0].split())  # a label may have a line of its own
+        if following and following["lead"] is None:
             words = words.rstrip(" ,;/|").removesuffix(" or").removesuffix(" and")
-        if not following and not mark.at_line_start:  # the next sentence of a line is none of the option's words
+        if not following and mark["lead"] is None:  # the next sentence of a line is none of the option's words
             words = re.split(r"(?<=\w\w[.?!]) (?=[A-Z])", words)[0].removesuffix("?")
-        words = words.rstrip(" ,;.") or words
-        if not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and"):
-            return {}
-        options[mark.label] = words
-    return options
+        options[mark["label"].upper()] = words.rstrip(" ,;.") or words
+    empty = any(not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and") for words in options.values())
+    return {} if empty else options
 
 
 # -- Where a completion's answer stands
@@ -165,23 +119,19 @@ def last_block(text: str, tag: str) -> str | None:
 
 def after_thinking(text: str) -> str:
     """What stands outside the reasoning. The opening tag may be missing (it stood in the prompt), or the closing."""
-    before, *thoughts = re.split("<think>", SPECIAL.sub("", text), flags=re.IGNORECASE)
-    said = re.split("</think>", before, flags=re.IGNORECASE)[-1]
-    for thought in thoughts:
-        _, *after = re.split("</think>", thought, flags=re.IGNORECASE)
-        said += after[-1] if after else ""
-    return said
+    text = re.sub("<think>.*?(?:</think>|$)", "", SPECIAL.sub("", text), flags=re.IGNORECASE | re.DOTALL)
+    return re.split("</think>", text, flags=re.IGNORECASE)[-1]
 
 
 def answer_spans(text: str) -> list[str]:
     """Where the answer may stand, the most binding place first."""
-    said = after_thinking(text)
-    block = last_block(said, "answer")
+    outside = after_thinking(text)
+    block = last_block(outside, "answer")
     if block is not None:
         return [block]
-    # "Answer: …" or "the answer is …": to the end of the line, or the next line when nothing stands beside it.
-    named = re.findall(r"\banswer(?:\s+is\b|\W{0,3}:)[*:\s]*([^\n]*)", said, re.IGNORECASE)
-    return named[::-1] + said.strip().split("\n")[::-1]
+    # "Answer: …" or "the answer is …": to the end of the line, or the next line when nothing stands beside it
+    named = re.findall(r"\banswer(?:\s+is\b|\W{0,3}:)[*:\s]*([^\n]*)", outside, re.IGNORECASE)
+    return named[::-1] + outside.strip().split("\n")[::-1]
 
 
 def answer_span(text: str) -> str | None:
@@ -190,10 +140,8 @@ def answer_span(text: str) -> str | None:
 
 
 def extract_answer(text: str, options: dict[str, str]) -> str | None:
-    """Completion -> label of the option it settles on; without options, its answer's words, normalised.
-
-    None where there is no answer, or one that contradicts itself (module docstring, 4 and 5).
-    """
+    """Completion -> label of the option it settles on; without options, its answer's words, normalised; None where
+    there is no answer."""
     return cached_answer(text, tuple(options.items()))
 
 
@@ -201,10 +149,12 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
 def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None:
     if not options:
         return normalise(answer_span(text) or "") or None
-    for span in answer_spans(text):
-        named, label = named_option(plain(span), dict(options))
-        if named:
-            return label
+    for span in map(plain, answer_spans(text)):
+        mentions = [mention for mention in mentions_in(span, dict(options)) if not is_denied(span, mention)]
+        if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
+            return None
+        if any(mention.sure for mention in mentions):
+            return settled_option(mentions, dict(options))
     return None
 
 
@@ -217,6 +167,8 @@ BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # w
 TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
+BETWEEN = {"the", "a", "option", "choice", "answer", "letter", "be"}  # words between a denial and its option
+NEAR = 60  # characters before a mention that are looked at: all of them, for each of "A, A, A, …", took seconds
 DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
 
 
@@ -230,27 +182,22 @@ class Mention(NamedTuple):
     sure: bool = True
 
 
-def named_option(span: str, options: dict[str, str]) -> tuple[bool, str | None]:
-    """-> (an option is named at all, label of the last one named or None for a contradiction)."""
-    named = [mention for mention in mentions_in(span, options) if not is_denied(span, mention)]
-    if any(together(span, one, two) for one, two in zip(named, named[1:])):
-        return True, None
-    last = next((mention for mention in reversed(named) if mention.is_label and mention.sure), None)
+def settled_option(mentions: list[Mention], options: dict[str, str]) -> str | None:
+    """The label of the option named last, None for a contradiction."""
+    last = next((mention for mention in reversed(mentions) if mention.is_label and mention.sure), None)
     if last is None:
-        words = [mention for mention in named if not mention.is_label][-1:]
-        return bool(words), min(words[0].labels) if words and len(words[0].labels) == 1 else None
+        words = [mention.labels for mention in mentions if not mention.is_label][-1]
+        return min(words) if len(words) == 1 else None
     (label,) = last.labels
-    behind = [mention for mention in named if mention.start >= last.end and not mention.is_label]
+    behind = [mention for mention in mentions if mention.start >= last.end and not mention.is_label]
     agrees = label in options and all(label in mention.labels for mention in behind)
-    if len(options) == 1 and not behind:  # of a question without a list: other words are another answer
-        agrees &= not span[last.end :].strip(" .,;:!)]") or not options[label]
-    return True, label if agrees else None
+    return label if agrees else None
 
 
 def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
     """Each mention of an option, in order: by its words, the longest that fit, by a label in brackets, or by a bare
     one. So "both (A) and (B)" is one mention where these are an option's words."""
-    by_words = {}
+    by_words, mentions = {}, []
     for label, words in options.items():
         by_words.setdefault(plain(words).casefold(), set()).add(label)
     longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
@@ -258,7 +205,6 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
     # Words are no piece of a word, nor of a number such as 12.5
     patterns = [rf"(?<!\w)(?<!\d[.,:])(?P<words>{'|'.join(map(re.escape, longest_first))})(?!\w)(?![.,:]\d)"]
     patterns += [rf"(?<!\w)[(\[{{<]\s*(?P<wrapped>{label})\s*[)\]}}>]", rf"(?<!\w)(?P<bare>{label})(?!\w)"]
-    mentions = []
     for match in re.finditer("|".join(patterns if longest_first else patterns[1:]), span, re.IGNORECASE):
         kind, text = match.lastgroup, match[match.lastgroup]
         owners = by_words.get(text.casefold(), set())
@@ -267,39 +213,31 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         elif kind == "words" and text.upper() not in options:
             mentions.append(Mention(match.start(), match.end(), owners))
         else:
-            before, behind = text_before(span, match.start()), span[match.end() :]
-            sure = kind == "wrapped" or bare_label(before, text, behind, options)
+            sure = kind == "wrapped" or bare_label(span, match.start(), match.end(), options)
             if sure is not None:
                 mentions.append(Mention(match.start(), match.end(), {text.upper()}, True, sure))
     return mentions
 
 
-def text_before(span: str, end: int) -> str:
-    """The last few words before a place: all of them, for each mention of "A, A, A, …", took seconds."""
-    return span[max(0, end - 60) : end]
-
-
-def bare_label(before: str, word: str, behind: str, options: dict[str, str]) -> bool | None:
+def bare_label(span: str, start: int, end: int, options: dict[str, str]) -> bool | None:
     """Whether a letter or number without brackets is meant as a label: True, False for one that only stands beside
     others, as the second of "A and B", None for an article or a number of another kind."""
+    before, word, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
     if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return None  # 12.5, -2, 2 %
-    if not re.search(r"\w", before) and not re.search(r"\w", behind):
+    if not re.search(r"\w", before + behind):
         return True  # nothing else was said
     first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
-    previous = re.findall(r"[\w']+", before.casefold())[-1:]
-    cued = bool(previous) and (previous[0] in CUES or re.match(EAST_ASIAN, previous[0]))
+    previous = (re.findall(r"[\w']+", before) or [""])[-1]
+    cued = previous in CUES or bool(re.match(EAST_ASIAN, previous))
     if word.islower():
         ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
-    else:  # the end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
-        own = [options.get(word, "")] if word in ("A", "I") else options.values()
-        follows = "|".join(map(re.escape, [*BEHIND, *filter(None, map(plain, own))]))
-        ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
-    if not ended or (word == "I" and word not in options):
-        return None
-    if first or cued:
-        return True
-    return False if word.isupper() or word.isdigit() else None
+        return True if ended and (first or cued) else None
+    # The end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
+    own = [options.get(word, "")] if word in ("A", "I") else options.values()
+    follows = "|".join(map(re.escape, [*BEHIND, *filter(None, map(plain, own))]))
+    ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
+    return first or cued if ended and (word != "I" or word in options) else None
 
 
 def together(span: str, one: Mention, two: Mention) -> bool:
@@ -311,9 +249,7 @@ def together(span: str, one: Mention, two: Mention) -> bool:
 
 def is_denied(span: str, mention: Mention) -> bool:
     """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
-    skip = ("the", "a", "option", "choice", "answer", "letter", "be")
-    before = [word for word in re.findall(r"[\w']+", text_before(span, mention.start).casefold()) if word not in skip][
-        -1:
-    ]
-    denied = bool(before) and (before[0] in DENIALS or before[0].endswith("n't"))
+    before = span[max(0, mention.start - NEAR) : mention.start].casefold()
+    words = [word for word in re.findall(r"[\w']+", before) if word not in BETWEEN]
+    denied = bool(words) and (words[-1] in DENIALS or words[-1].endswith("n't"))
     return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

@@ -1,23 +1,18 @@
 """Checkpoints that are whole or absent, and finding them again.
 
-    output_dir/
-        run.json            config, versions, machine        best.json     step and accuracy of the best checkpoint
-        metrics.jsonl       one line a step                  run.lock      held while a process trains here
-        rollouts.jsonl      completions (SFT: some answers)  data.json     summary of the data, for report.html
-        tensorboard/, wandb/       what --report_to asks for
-        start_adapter/      the adapter that the run began with, if it was given one
-        adapter_config.json, adapter_model.safetensors     links to those of the best checkpoint, else of the newest
-        checkpoint-N/       adapter_config.json + adapter_model.safetensors, or a whole model in Hugging Face form
-            optimizer-*.safetensors    fp32 weights and AdamW moments, whole tensors under their names: any number of
-                                       ranks can read them
-            trainer_state.json         step, position in the data, schedule, what the loop keeps
+    output_dir/                        run.json: config, versions, machine; data.json: summary of the data
+        metrics.jsonl, rollouts.jsonl  a line each step; completions (SFT: some answers)
+        start_adapter/                 the adapter that the run began with, if it was given one
+        adapter_*                      links to those of the best checkpoint (best.json), else of the newest
+        checkpoint-N/                  an adapter as PEFT has it, or a whole model in Hugging Face form
+            optimizer-*.safetensors    fp32 weights and AdamW moments, whole tensors by name, for any number of ranks
+            trainer_state.json         step, position in the data, what the loop keeps
             manifest.json              size and SHA-256 of every file: written last, checked on load
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed. Nothing in it is a pickle.
-The state of the optimizer goes through DeepSpeed's own getters and setters (deepspeed/utils/tensor_fragment.py), whole
-tensors by their names.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -32,31 +27,35 @@ METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 
 
+# -- Files
+
+
 def sync(path):
-    """Flush a file's or folder's data to the disk: a rename may otherwise become visible before what it names."""
+    """Flush a file or folder to the disk: a rename may otherwise become visible before what it names."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
-def write_json(path, value):
-    """Whole or absent, as all that a resumed run relies on."""
-    path = Path(path)
+def write_file(path, data):
+    """Bytes into a file: all of them, or it stays as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(data)
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
+
+
+def write_json(path, value):
+    write_file(Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path):
     """UserError if it is not there or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint or start anew") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected JSON; take another file or checkpoint") from None
 
 
 def append_lines(path, rows):
@@ -64,13 +63,10 @@ def append_lines(path, rows):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     try:
         with open(path, "ab", buffering=0) as file:
-            size, written = file.tell(), 0
-            try:
-                while written < len(text):
-                    written += file.write(text[written:])
-            except OSError:
+            size = file.tell()
+            if file.write(text) < len(text):
                 file.truncate(size)
-                raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         why = f"cannot be written ({error.strerror}); the last checkpoint is intact: free some space, then --resume"
         raise UserError(f"{path}: {why}") from None
@@ -79,18 +75,11 @@ def append_lines(path, rows):
 def cut_after(path, step, again=lambda row: False):
     """Drop from a .jsonl what the resumed run writes again: the lines of later steps, a last line cut short, and of
     this step those that `again` is true of."""
-    if not path.exists():
-        return
-    lines = []
-    for line in path.read_bytes().splitlines(keepends=True):  # of text it would split at U+2028 too
-        row = json.loads(line) if line.endswith(b"\n") else None
-        if row is None or row["step"] > step or (row["step"] == step and again(row)):
-            break
-        lines.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(lines))
-    sync(temporary)
-    temporary.rename(path)
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)  # of text it would split at U+2028 too
+        rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
+        keep = [line for line, row in rows if row["step"] < step or (row["step"] == step and not again(row))]
+        write_file(path, b"".join(keep))
 
 
 def sha256(path):
@@ -98,11 +87,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(folder, fill):
-    """Write a checkpoint folder: fill(temporary folder) makes its files; it appears under its name only when complete.
+# -- Folders
 
-    A folder that already stands there (a broken one, else nobody writes it again) is replaced.
-    """
+
+def write_whole(folder, fill):
+    """fill(temporary folder) makes a checkpoint's files; they appear as `folder`, in place of what stood there, only
+    when complete."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -111,8 +101,8 @@ def write_whole(folder, fill):
         fill(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        (temporary / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
-        for path in [*files, temporary / MANIFEST, temporary]:
+        write_json(temporary / MANIFEST, listed)
+        for path in [*files, temporary]:
             sync(path)
         remove(folder)
         temporary.rename(folder)
@@ -128,39 +118,33 @@ def remove(folder):
         rest = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(rest, ignore_errors=True)
         folder.rename(rest)
-        shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(rest)
 
 
 def what_is_broken(folder):
     """Why a checkpoint cannot be trusted, in words; None if every file of its manifest is there, byte for byte."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError):
+        for name, entry in listed.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if (path.stat().st_size, sha256(path)) != (entry["bytes"], entry["sha256"]):
+                return f"{name} does not have the size and SHA-256 of the manifest"
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
-    if not expected:
-        return f"{MANIFEST} is empty"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        if sha256(path) != digest:
-            return f"{name} does not have the SHA-256 of the manifest"
-    return None
+    return None if listed else f"{MANIFEST} is empty"
 
 
 def step_of(folder):
-    """checkpoint-12 -> 12; -1 for any other name."""
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if folder.name.startswith("checkpoint-") and number.isdigit() else -1
+    """checkpoint-12 -> 12"""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def checkpoints(run_folder):
     """Its checkpoint-N folders, oldest step first, whole or not."""
-    folders = [p for p in Path(run_folder).glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0]
-    return sorted(folders, key=step_of)
+    folders = Path(run_folder).glob("checkpoint-*")
+    return sorted((path for path in folders if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
 
 
 def newest_checkpoint(run_folder):
@@ -176,36 +160,26 @@ def newest_checkpoint(run_folder):
 def best_checkpoint(run_folder):
     """The checkpoint that best.json names, if it stands, else None."""
     path = Path(run_folder) / BEST
-    folder = Path(run_folder) / f"checkpoint-{read_json(path)['step']}" if path.exists() else None
-    return folder if folder is not None and folder.is_dir() else None
+    folder = path.with_name(f"checkpoint-{read_json(path)['step']}") if path.exists() else None
+    return folder if folder and folder.is_dir() else None
 
 
 def rotate(run_folder, limit):
-    """Delete the oldest checkpoints beyond `limit` (None = keep all); the best one stays and is not counted. One that
-    was written only for a signal goes as soon as there is a newer one: however often a run was stopped, it ends with
-    the same checkpoints."""
+    """Delete the oldest checkpoints beyond `limit` (None = keep all). The best one stays and is not counted, nor is one
+    that a signal left: it goes as soon as there is a newer one, so that a stopped run ends with the same ones."""
     best, every = best_checkpoint(run_folder), checkpoints(run_folder)
-    for folder in every[:-1]:
-        if folder != best and only_for_stop(folder):
-            remove(folder)
-    others = [folder for folder in checkpoints(run_folder) if folder != best and not only_for_stop(folder)]
-    for folder in others[:-limit] if limit else ():
+    others = [folder for folder in every if folder != best]
+    stopped = [f for f in others if (f / STATE).is_file() and read_json(f / STATE).get("stopped")]
+    counted = [folder for folder in others if folder not in stopped]
+    for folder in [*(f for f in stopped if f != every[-1]), *(counted[:-limit] if limit else [])]:
         remove(folder)
 
 
-def only_for_stop(folder):
-    try:
-        return read_json(folder / STATE).get("only_for_stop", False)
-    except UserError:
-        return False  # a broken one
-
-
 def link_adapter(run_folder):
-    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there.
-    Nothing where there is no checkpoint yet, or whole models."""
+    """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there."""
     folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
-    for name in ADAPTER if folder else ():
-        if (folder / name).is_file():
+    for name in ADAPTER:
+        if folder and (folder / name).is_file():  # no whole model
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
@@ -215,64 +189,46 @@ def link_adapter(run_folder):
             temporary.rename(run_folder / name)
 
 
-def find_adapter(path, output="output", besides=None, script=None):
-    """The folder with the adapter that a user means by --model_ckpt.
-
-    path: an adapter's folder (ours, or PEFT's); a checkpoint-N; a run's folder, for its best checkpoint, or its newest
-    if none was evaluated; "" for the run under `output` that was saved last, the folder `besides` left out, or None.
-    script: among these, runs of this script go first.
-    Raises UserError that names what is there instead.
-    """
+def find_adapter(path, script=None):
+    """The folder with the adapter that a user means by --model_ckpt: an adapter's folder (ours, or PEFT's); a
+    checkpoint-N; a run's folder, for its best checkpoint, or its newest if none was evaluated; "" for the run under
+    output/ that saved an adapter last, of this script if one is named, or None."""
     if path == "":
-        runs = {file.parents[1] for file in Path(output).rglob("checkpoint-*/adapter_config.json")}
-        runs = [run for run in runs if besides is None or run.resolve() != Path(besides).resolve()]
-        runs = [run for run in runs if checkpoints(run)]
-        scripts = {run: read_json(run / RUN).get("script") if (run / RUN).exists() else None for run in runs}
-        runs = [run for run in runs if script and scripts[run] == script] or runs
+        runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
+        if script:
+            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN)["script"] == script}
         if not runs:
             return None
-        return find_adapter(max(runs, key=lambda run: max(p.stat().st_mtime for p in checkpoints(run))))
+        path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
-    is_run = (path / RUN).is_file() and checkpoints(path)  # its own adapter is a checkpoint's: link_adapter
-    if (path / ADAPTER[0]).is_file() and not is_run:
-        fault = what_is_broken(path) if (path / MANIFEST).exists() else None
-        if fault:
-            raise UserError(f"{path}: broken checkpoint: {fault}; take another one")
-        return path
-    if checkpoints(path):
-        folder = best_checkpoint(path) or newest_checkpoint(path)
-        if folder is None:
-            raise UserError(f"{path}: no whole checkpoint in this run, expected one with an adapter")
-        return find_adapter(folder)
-    if (path / "config.json").is_file():
-        raise UserError(f"{path}: holds a whole model, expected an adapter; a whole model is given as --model_id")
-    if path.exists():
-        raise UserError(f"{path}: no adapter_config.json and no checkpoint-N in it, expected an adapter or a run")
-    there = ", ".join(p.name for p in checkpoints(path.parent)) or "no checkpoint"
-    there = f"({path.parent} holds {there}){nearest_path(path)}"
-    raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run {there}")
+    if not path.exists():
+        problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
+        raise UserError(f"{problem}{nearest_path(path)}")
+    if every := checkpoints(path):
+        path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
+    if (path / MANIFEST).exists() and (fault := what_is_broken(path)):
+        raise UserError(f"{path}: broken checkpoint: {fault}; take another one")
+    if not (path / ADAPTER[0]).is_file():
+        is_model = (path / "config.json").is_file()
+        what = "it holds a whole model, which is given as --model_id" if is_model else "expected an adapter or a run"
+        raise UserError(f"{path}: no adapter_config.json in it; {what}")
+    return path
 
 
-# -- Optimizer state, by parameter name. torch and deepspeed are imported where they are needed: infer.py and lora.py
-# find adapters without them.
+# -- Optimizer state, by parameter name, through DeepSpeed's own getters and setters. torch and deepspeed are imported
+# where they are needed: infer.py and lora.py find adapters without them.
 
 SHARD_BYTES = 2 << 30  # of optimizer state held in memory at a time while saving
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in torch
 
 
-class NotFiniteError(ArithmeticError):
-    """A weight or moment that is NaN or Inf: such a state is not worth keeping."""
-
-
-def trained(engine):
+def trained(engine, updates):
+    """[(name, parameter)] that are trained. After an update DeepSpeed is shown where their moments lie: by itself it
+    looks once, and at one of several groups."""
+    if updates:
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-
-
-def link_state(engine):
-    """Let DeepSpeed see where the moments of each parameter lie. It links them once, when they are first asked for, and
-    then only those of one parameter group; with several groups, or new moments, it must be done again."""
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_state(engine, updates):
@@ -280,9 +236,7 @@ def optimizer_state(engine, updates):
     run it to its end: the getters meet in a reduction."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if updates:
-        link_state(engine)
-    for name, param in trained(engine):
+    for name, param in trained(engine, updates):
         yield f"weight/{name}", safe_get_full_fp32_param(param).cpu()
         for key in MOMENTS if updates else ():
             yield f"{key}/{name}", safe_get_full_optimizer_state(param, key).cpu()
@@ -295,25 +249,12 @@ def save_state(state, folder):
     shard, size, number = {}, 0, 0
     for name, tensor in state:
         if not tensor.isfinite().all():
-            raise NotFiniteError(f"{name} holds NaN or Inf")
+            raise FloatingPointError(f"{name} holds NaN or Inf")
         shard[name], size = tensor.contiguous(), size + tensor.nbytes
         if size >= SHARD_BYTES:
             save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
             shard, size, number = {}, 0, number + 1
-    if shard:
-        save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
-
-
-def save_weights(model, folder, cfg, whole):
-    """The adapter in PEFT's form, or the whole model with the small files of its base."""
-    from adapter_files import copy_small_files, save_adapter
-    from model.loading import resolve_folder, save_model
-
-    if whole:
-        save_model(model, folder)
-        copy_small_files(resolve_folder(cfg.model_id, cfg.local_files_only), folder)
-    else:
-        save_adapter(model, folder, cfg.model_id)
+    save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
 
 
 def load_state(engine, adamw, folder, updates):
@@ -323,26 +264,18 @@ def load_state(engine, adamw, folder, updates):
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from safetensors import safe_open
 
-    if updates:
-        for flat in (p for group in adamw.param_groups for p in group["params"]):  # this rank's share of each group
-            step = torch.tensor(float(updates), device=flat.device)
-            adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        link_state(engine)
-    keys = ("weight", *MOMENTS) if updates else ("weight",)
-    left = {f"{key}/{name}": (param, key) for name, param in trained(engine) for key in keys}
-    for file in sorted(folder.glob("optimizer-*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (a file handle, not a dict)
-                param, key = left.pop(name, (None, None))
-                tensor = shard.get_tensor(name)
-                if param is None or tensor.shape != param.shape:
-                    here = "nothing of that name" if param is None else list(param.shape)
-                    problem = f"{file}: {name} {list(tensor.shape)}: the model trains {here}"
-                    raise UserError(f"{problem}; resume with that run's flags")
-                if key == "weight":
-                    safe_set_full_fp32_param(param, tensor.to(param.device))
-                else:
-                    safe_set_full_optimizer_state(param, tensor.to(param.device), key)
-    if left:
-        raise UserError(f"{folder}: has no {next(iter(left))}, which this model trains; resume with that run's flags")
+    for flat in (p for group in adamw.param_groups for p in group["params"] if updates):  # this rank's share
+        step = torch.tensor(float(updates), device=flat.device)
+        adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+    shards = [safe_open(file, framework="pt") for file in sorted(folder.glob("optimizer-*.safetensors"))]
+    shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (a file handle, no dict)
+    for name, param in trained(engine, updates):
+        for key in ("weight", *MOMENTS) if updates else ("weight",):
+            tensor = shard_of[f"{key}/{name}"].get_tensor(f"{key}/{name}") if f"{key}/{name}" in shard_of else None
+            if tensor is None or tensor.shape != param.shape:
+                raise UserError(f"{folder}: has no {name} as this model trains it; resume with that run's flags")
+            if key == "weight":
+                safe_set_full_fp32_param(param, tensor.to(param.device))
+            else:
+                safe_set_full_optimizer_state(param, tensor.to(param.device), key)
     engine.optimizer.update_lp_params()

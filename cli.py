@@ -68,6 +68,7 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
     ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
     ("video", "none beside --data_path: one clip or a dataset", lambda c: not (c.video and c.data_path)),
+    ("frame_size", "an even number, as yuv420p needs", lambda c: c.frame_size % 2 == 0),
     ("command", "merge or check (convert was removed: merge instead), as in {c.__doc__}",
      lambda c: c.command in ("merge", "check")),
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),

@@ -1,11 +1,12 @@
 """The drawn clips of generate.py: a ball, its pixels and its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: the processes that
-draw do not load torch.
+The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: drawing does not
+wait for torch.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -17,16 +18,14 @@ SAMPLED = 8  # frames, first and last included, at which positions are kept: wha
 DIRECTIONS = {"Left to Right": (1, 0), "Right to Left": (-1, 0), "Falling Down": (0, 1), "Ascending": (0, -1)}
 CORNERS = {"top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1)}
 SIGNS = DIRECTIONS | CORNERS
-
 OPTIONS = {label: f"({letter}) {label}" for letter, label in zip("ABCD", DIRECTIONS)}
 
-# Sizes in pixels of a 64-pixel picture; larger pictures scale them.
+# Pixels of a 64-pixel picture; larger pictures scale them. The largest ball needs a picture of 40.
 RADIUS = (4.0, 20.0)
 # Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
 # sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart), which
 # --fps 1 takes.
 SPEED = (1.5, 2.8)
-MIN_FRAME_SIZE = 40  # pixels: as wide as the largest ball
 
 BALLS = {
     "red": (225, 45, 45), "green": (50, 190, 70), "blue": (65, 110, 250),
@@ -35,8 +34,7 @@ BALLS = {
 BACKGROUNDS = {"black": (8, 8, 8), "gray": (96, 96, 96), "navy": (18, 24, 72), "brown": (74, 44, 22)}
 
 
-@dataclass
-class Track:
+class Track(NamedTuple):
     """Where the ball is at the sampled times, in pixels of the clip as it is shown (x to the right, y downwards)."""
 
     times: np.ndarray  # (F,) seconds
@@ -92,7 +90,6 @@ def sampled_frames(length: int) -> np.ndarray:
 
 def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> Clip:
     """A clip of this label: everything but its direction is drawn independently of the label."""
-    scale = max(1.0, size / 64)
     ball, background = rng.choice(list(BALLS)), rng.choice(list(BACKGROUNDS))
     jitter = rng.uniform(-12, 12, (2, 3))
     # A longer clip is a slower one, so that the same share of the picture passes between the frames a model samples.
@@ -103,7 +100,7 @@ def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> C
         length,
         start=tuple(rng.uniform(0, size, 2).tolist()),
         velocity=tuple((speed * SIGNS[label]).tolist()),
-        radius=float(rng.uniform(*RADIUS) * scale),
+        radius=float(rng.uniform(*RADIUS) * max(1.0, size / 64)),
         ball=str(ball),
         ball_rgb=tuple((BALLS[ball] + jitter[0]).tolist()),
         background=str(background),
@@ -131,8 +128,7 @@ def augmented(clip: Clip, names: list[str], rng: np.random.Generator) -> Clip:
     if "crop" in picked:
         for shrink in np.linspace(0.35, 0.0, 40):  # the window grows until enough of the ball's way is in sight
             side = 1 - rng.uniform(shrink / 2, shrink)
-            window = (*rng.uniform(0, clip.size * (1 - side), 2).tolist(), side)
-            tried = replace(clip, crop=window)
+            tried = replace(clip, crop=(*rng.uniform(0, clip.size * (1 - side), 2).tolist(), side))
             long_enough = len(tried.track().longest_run()) >= min(3, len(clip.track().longest_run()))
             if long_enough and tried.track().inside.mean() >= 0.6:
                 return tried
@@ -145,46 +141,42 @@ def render(clip: Clip, frames=None) -> np.ndarray:
     left, top, side = clip.crop
     grid = (np.arange(clip.size, dtype=np.float32) + 0.5) * side  # the crop is drawn at its final size, never resampled
     x, y = grid + left, grid + top
-    centre = clip.centres(frames) % clip.size
-
-    def gap(line, middle):  # (F, S) distance along one axis on the torus, measured the short way round
-        return (line - middle[:, None].astype(np.float32) + clip.size / 2) % clip.size - clip.size / 2
-
-    distance = np.sqrt(gap(x, centre[:, 0])[:, None, :] ** 2 + gap(y, centre[:, 1])[:, :, None] ** 2)  # (F, S, S)
+    centre = (clip.centres(frames) % clip.size).astype(np.float32)
+    half = clip.size / 2  # distances on the torus are measured the short way round
+    dx = (x - centre[:, :1] + half) % clip.size - half  # (F, S)
+    dy = (y - centre[:, 1:] + half) % clip.size - half
+    distance = np.sqrt(dx[:, None, :] ** 2 + dy[:, :, None] ** 2)  # (F, S, S)
     cover = ((clip.radius - distance) / side + 0.5).clip(0, 1)[..., None]
     light = 1 + clip.gradient[0] * (x / clip.size - 0.5) + (clip.gradient[1] * (y / clip.size - 0.5))[:, None]
     behind = light[..., None] * np.asarray(clip.background_rgb, np.float32)  # (S, S, 3)
     picture = behind + cover * (np.asarray(clip.ball_rgb, np.float32) - behind)
-    if any(clip.blur):
-        picture = blurred(picture, blur_kernel(*clip.blur))
-    return (picture + 0.5).clip(0, 255).astype(np.uint8)
+    return (blurred(picture, *clip.blur) + 0.5).clip(0, 255).astype(np.uint8)
 
 
-def blur_kernel(sigma: float, length: float, angle: float) -> list[tuple[int, int, float]]:
-    """[(dy, dx, weight)], symmetric about 0 so that it tells no direction: a Gaussian if sigma > 0, else a line."""
-    reach = int(np.ceil(3 * sigma if sigma > 0 else length / 2 + 1))
-    offsets = np.arange(-reach, reach + 1)
-    dy, dx = np.meshgrid(offsets, offsets, indexing="ij")
+def blurred(picture: np.ndarray, sigma: float, length: float, angle: float) -> np.ndarray:
+    """(F, S, S, 3) float32 -> the same, convolved with a Gaussian if sigma > 0, else with a line; edges repeat.
+
+    Both kernels are symmetric about 0, so that a blur tells no direction.
+    """
+    if not sigma and not length:
+        return picture
+    reach, size = int(np.ceil(3 * sigma if sigma > 0 else length / 2 + 1)), picture.shape[1]
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     if sigma > 0:
         weight = np.exp(-(dx**2 + dy**2) / (2 * sigma**2))
     else:
         along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         weight = (length / 2 + 0.5 - abs(along)).clip(0, 1) * (1 - abs(across)).clip(0, 1)
     weight /= weight.sum()
-    return [(int(a), int(b), float(w)) for a, b, w in zip(dy.flat, dx.flat, weight.flat, strict=True) if w > 1e-3]
-
-
-def blurred(picture: np.ndarray, kernel) -> np.ndarray:
-    """(F, S, S, 3) float32 -> the same, convolved; edges repeat."""
-    reach, size = max(max(abs(dy), abs(dx)) for dy, dx, _ in kernel), picture.shape[1]
+    taps = [(y, x) for y, x in np.argwhere(weight > 1e-3).tolist()]
     padded = np.pad(picture, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-    shifted = lambda dy, dx: padded[:, reach + dy : reach + dy + size, reach + dx : reach + dx + size]
-    return sum(weight * shifted(dy, dx) for dy, dx, weight in kernel) / sum(weight for _, _, weight in kernel)
+    total = sum(float(weight[y, x]) * padded[:, y : y + size, x : x + size] for y, x in taps)
+    return total / sum(float(weight[y, x]) for y, x in taps)
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """(F, S, S, 3) uint8 -> h264, yuv420p, FPS. One thread, for the worker processes are the parallelism, and no
-    lookahead (zerolatency): with it x264 gave other bytes for the same frames from run to run."""
+    """(F, S, S, 3) uint8 -> h264, yuv420p, FPS. One thread, for many clips are made at a time, and no lookahead
+    (zerolatency): with it x264 gave other bytes for the same frames from run to run."""
     with av.open(str(path), "w", format="mp4") as container:
         options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -204,12 +196,14 @@ MOTION = {
     "Falling Down": ("y", "grows", "x", "down", "bottom", "top"),
     "Ascending": ("y", "shrinks", "x", "up", "top", "bottom"),
 }
+POSITIONS = (  # of the first position, of each further one
+    ("At {t:.1f} s the ball is at ({x:.0f}, {y:.0f})", ", at {t:.1f} s at ({x:.0f}, {y:.0f})"),
+    ("The ball is at ({x:.0f}, {y:.0f}) at {t:.1f} s", ", then at ({x:.0f}, {y:.0f}) at {t:.1f} s"),
+    ("I see the ball at ({x:.0f}, {y:.0f}) ({t:.1f} s)", ", ({x:.0f}, {y:.0f}) ({t:.1f} s)"),
+)
 CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
-ENDS = ("so the ball moves {heading}.", "so it is going {heading}.", "which means it travels {heading}.")
-
-
-# --task -> problem_type, question
-TASKS = {
+ENDS = ("so the ball moves {}.", "so it is going {}.", "which means it travels {}.")
+TASKS = {  # --task -> problem_type, question
     "time_span": ("time span", "When does the ball move? Answer in seconds."),
     "distance": ("regression", "How far does the ball move? Answer in pixels."),
 }
@@ -223,16 +217,6 @@ def measured(clip: Clip, task: str) -> str:
     return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
 
 
-def positions_in_words(points: list[tuple[str, str]], form: int) -> str:
-    """One of three sentences that name positions: points is [(seconds, "(x, y)")]."""
-    if form == 0:
-        (t, p), *others = points
-        return f"At {t} s the ball is at {p}" + "".join(f", at {t} s at {p}" for t, p in others) + "."
-    if form == 1:
-        return "The ball is at " + ", then at ".join(f"{p} at {t} s" for t, p in points) + "."
-    return "I see the ball at " + ", ".join(f"{p} ({t} s)" for t, p in points) + "."
-
-
 def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int) -> str:
     """The answer with its reasoning: `<think>...</think><answer>(A) Left to Right</answer>`.
 
@@ -240,31 +224,31 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
     that the ball leaves and comes back. No option letter appears in the reasoning.
     """
     a, grows, b, heading, out, back = MOTION[label]
-    run, visible = track.longest_run(), np.flatnonzero(track.inside)
-    pool = run if len(run) >= coordinates else visible
+    run = track.longest_run()
+    pool = run if len(run) >= coordinates else np.flatnonzero(track.inside)
     picks = pool[np.unique(np.linspace(0, len(pool) - 1, min(coordinates, len(pool))).round().astype(int))]
-    sentences = []
+    text = ""
     if len(picks):
-        points = [(f"{track.times[k]:.1f}", f"({track.xy[k, 0]:.0f}, {track.xy[k, 1]:.0f})") for k in picks]
-        sentences.append(positions_in_words(points, rng.integers(3)))
+        first, further = POSITIONS[rng.integers(3)]
+        for k in picks:
+            text += (further if text else first).format(t=track.times[k], x=track.xy[k, 0], y=track.xy[k, 1])
+        text += ". "
         if (track.lap[picks] != track.lap[picks[0]]).any():
-            sentences.append(f"It leaves at the {out} and comes back at the {back}.")
+            text += f"It leaves at the {out} and comes back at the {back}. "
     change = CHANGES[rng.integers(len(CHANGES))].format(a=a, b=b, grows=grows)
-    end = ENDS[rng.integers(len(ENDS))].format(heading=heading)
-    sentences.append(f"Over time {change}, {end}")
-    return f"<think>{' '.join(sentences)}</think><answer>{OPTIONS[label]}</answer>"
+    text += f"Over time {change}, {ENDS[rng.integers(len(ENDS))].format(heading)}"
+    return f"<think>{text}</think><answer>{OPTIONS[label]}</answer>"
+
+
+# -- Pictures for people and servers
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
-    """Frames (F, H, W, 3) in one row, in time order: the picture (H, W, 3) that a server is shown."""
-    enlarge, gap = -(-112 // frames.shape[-2]), 6
-    frames = frames.repeat(enlarge, axis=-3).repeat(enlarge, axis=-2)
-    count, height, width = frames.shape[:3]
-    page = np.full((height + 2 * gap, count * (width + gap) + gap, 3), 255, np.uint8)
-    for k, frame in enumerate(frames):
-        x = gap + k * (width + gap)
-        page[gap : gap + height, x : x + width] = frame
-    return page
+    """Frames (F, H, W, 3) uint8 in one row, in time order, enlarged to 112 pixels or more: (H', W', 3)."""
+    enlarge, gap = -(-112 // frames.shape[2]), 6
+    frames = frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    frames = np.pad(frames, ((0, 0), (gap, gap), (gap, 0), (0, 0)), constant_values=255)
+    return np.pad(np.concatenate(frames, axis=1), ((0, 0), (0, gap), (0, 0)), constant_values=255)
 
 
 def png(page: np.ndarray) -> bytes:

@@ -42,7 +42,7 @@ class Generate(Options):
     split: float = 0.8  # share of the clips that goes to train.json; 0 < split < 1
     seed: int = 42  # same seed and options, same files
     overwrite: bool = False  # replace a dataset that is already in output_dir
-    workers: int = 0  # processes that draw and encode; 0 = one a core
+    workers: int = 0  # threads that draw or read clips; 0 = one a core
 
     # -- Your own clips instead of drawn ones
     from_folder: str | None = None  # DIR/class/*.mp4, or DIR/train/class and DIR/val/class; clips stay where they are

@@ -1,11 +1,9 @@
 """Processes, precision, and DeepSpeed ZeRO-2 through its public interface: `python x.py`, `deepspeed x.py` and torchrun
 share one path, on a CPU (gloo) or GPUs (nccl).
 
-What DeepSpeed 0.19.8 does, and what follows for us:
-- backward divides by its own gradient_accumulation_steps (we say scale_wrt_gas=False) and gradients are averaged over
-  the ranks (we multiply the loss by their number), so that sum / global count is the gradient of the one big batch;
-- every backward pass reduces at once, so all ranks must make the same number of them, over the same parameters in the
-  same order: a rank with fewer micro-batches adds blank ones of weight 0;
+What DeepSpeed does, and what follows for us:
+- gradients are averaged over the ranks: trainer.update multiplies the loss by their number, and gets the sum;
+- every backward pass reduces at once: all ranks make the same number of them, some over blank micro-batches;
 - a gradient whose norm is not finite skips the update, in every precision; the norm is then inf;
 - its own checkpoints are pickles, one a rank; ours are whole tensors under their names (checkpoint.py).
 """
@@ -15,7 +13,6 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -25,34 +22,32 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.runtime.compiler
-from deepspeed.runtime import constants
 from pydantic import ValidationError
 
+from checkpoint import read_json
 from lora import param_groups
-from model import UserError, nearest
+from model import UserError
 
 # Its check of the optimizer imports Muon, whose functions it gives to torch.compile: 2.5 s for what never runs here
 deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
 BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
-# With several ranks: only the last bucket of a step is waited for; 100 MB of fp32 still fill a link.
-SHARED_BUCKET = 25_000_000
-# One process and its own port (0: whichever is free). Without these variables deepspeed looks for MPI.
+SHARED_BUCKET = 25_000_000  # with several ranks, where only the last is waited for; 100 MB of fp32 still fill a link
+# Keys of a --deepspeed file: the first two are counted here, the last is of ZeRO-3
+NOT_OBEYED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "offload_param")
+# One process and any free port. Without these variables deepspeed looks for MPI.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def init_distributed():
-    """Join the other processes, or be the only one: `python x.py`, `deepspeed x.py` and torchrun share one path.
-
-    Returns this process's device.
-    """
+    """Join the other processes, or be the only one. Returns this process's device."""
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     else:  # the processes of a machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
     # The shared-memory collectives are for inference; at first use they would be compiled for half a minute.
@@ -60,21 +55,16 @@ def init_distributed():
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated.*")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of, the loops print themselves
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=TIMEOUT)
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    return device
 
 
 def leave_processes():
     deepspeed.comm.destroy_process_group()
-    if os.environ["MASTER_PORT"] == ALONE["MASTER_PORT"]:
-        for name in ALONE:
-            del os.environ[name]
 
 
 def use_deterministic_kernels(on):
-    """Deterministic kernels on CUDA, FlashAttention's backward pass among them, or the fastest; an operation that has
-    none raises a RuntimeError with its name. The workspace is cuBLAS' rule: docs.nvidia.com/cuda/cublas, "Results
-    reproducibility"; it must be set before the first product."""
-    if on:
+    """Deterministic kernels on CUDA, or the fastest; an operation that has none raises a RuntimeError with its name."""
+    if on:  # cuBLAS needs it before the first product: docs.nvidia.com/cuda/cublas, "Results reproducibility"
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
@@ -82,11 +72,9 @@ def use_deterministic_kernels(on):
 
 def precision(cfg, device):
     """(dtype of weights and activations, why)."""
-    if cfg.fp16 and cfg.bf16:
-        raise UserError("--fp16: got True and --bf16 True too, expected one of them")
+    if cfg.fp16 and (cfg.bf16 or device.type == "cpu"):
+        raise UserError("--fp16: got True, expected False beside --bf16 True and on a machine without a GPU")
     if cfg.fp16:
-        if device.type == "cpu":
-            raise UserError("--fp16: got True on a machine without a GPU, expected False; fp32 is the default there")
         return torch.float16, "--fp16, with loss scaling"
     if cfg.bf16 is not None:
         return (torch.bfloat16 if cfg.bf16 else torch.float32), f"--bf16 {cfg.bf16}"
@@ -102,10 +90,10 @@ def precision(cfg, device):
 
 def build_engine(model, cfg, device, dtype):
     """model (its trained parameters require grad) -> (DeepSpeed engine over AdamW, that AdamW, notes to print)."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = param_groups(model, cfg)
     for group in groups:
         group["base_lr"] = group["lr"]  # the peak; lr follows the schedule
+    count = sum(p.numel() for group in groups for p in group["params"])
     config, notes = deepspeed_config(cfg, device, dtype, torch.distributed.get_world_size(), count)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
@@ -116,23 +104,20 @@ def build_engine(model, cfg, device, dtype):
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--deepspeed: {cfg.deepspeed}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    engine.optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
-    if not engine.optimizer.cpu_offload:
-        # The first of its two checks looks at each gradient apart, one kernel after the other: 9 % of a short step on a
-        # GPU. The second sees the same: a gradient that is not finite makes their norm so.
-        engine.optimizer.check_overflow = lambda partition_gradients: None
-    if engine.optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    optimizer = engine.optimizer
+    optimizer.check_grad_overflow = True  # whatever a --deepspeed file says: no NaN becomes a weight
+    if not optimizer.cpu_offload:
+        # It looks at each gradient apart: 9 % of a short step on a GPU. The norm, checked next, shows the same.
+        optimizer.check_overflow = lambda partition_gradients: None
+    if optimizer.loss_scaler.dynamic:  # at its lowest scale: check_numbers ends the run, with its reason
+        optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.train()
     return engine, adamw, notes
 
 
 def clear_gradients(engine):
-    """After a backward pass that did not come to its end: no trace of this step's gradients is left. Alone only: the
-    ranks would have to agree.
-
-    DeepSpeed ends a step whose gradient is not finite by throwing everything away, so it is given such a one.
-    """
+    """After a backward pass that did not come to its end: no trace of this step's gradients is left. DeepSpeed throws
+    everything away where a gradient is not finite, so it is given such a one. Alone only: ranks would have to agree."""
     scaler = engine.optimizer.loss_scaler
     scale = scaler.cur_scale
     if engine.optimizer.ready_for_gradients:  # it had begun to reduce them
@@ -146,23 +131,8 @@ def clear_gradients(engine):
 
 
 def deepspeed_config(cfg, device, dtype, world, count):
-    """Our ZeRO-2 settings with those of the --deepspeed file over them. count: parameters trained.
-
-    Returns (config, notes to print).
-    """
-    cuda = device.type == "cuda"
-    bucket = min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET)
-    gathered = min(count + 1024, BUCKET)
-    zero = {
-        "stage": 2,
-        "contiguous_gradients": True,
-        "overlap_comm": False,
-        "reduce_scatter": cuda,  # gloo has none
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": gathered + gathered % 2,
-    }
-    if cfg.offload_optimizer and cuda:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    """(our ZeRO-2 settings with those of the --deepspeed file over them, notes to print). count: parameters trained."""
+    cuda, notes, gathered = device.type == "cuda", [], min(count + 1024, BUCKET)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
         "gradient_accumulation_steps": 1,
@@ -171,73 +141,53 @@ def deepspeed_config(cfg, device, dtype, world, count):
         "timers": {"throughput": {"enabled": False}},  # it would halt the host before every forward pass
         "zero_allow_untested_optimizer": True,  # torch's own AdamW; its fused form runs on CPU memory too, so that
         "zero_force_ds_cpu_optimizer": False,  # offloading has no C++ to compile
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": cuda,  # gloo has none
+            "reduce_bucket_size": min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET),
+            "allgather_bucket_size": gathered + gathered % 2,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches are summed in fp32
         "communication_data_type": "fp32",  # so are ranks
     }
-    notes = ["--offload_optimizer has no effect: there is no GPU to free"] if cfg.offload_optimizer and not cuda else []
+    if cfg.offload_optimizer and cuda:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    elif cfg.offload_optimizer:
+        notes.append("--offload_optimizer has no effect: there is no GPU to free")
     if cfg.deepspeed:
-        precision = {key: config[key]["enabled"] for key in ("bf16", "fp16")}
-        settings = deepspeed_file(cfg.deepspeed)
-        known = {*SECTIONS, *ELSEWHERE, *(name for name in vars(constants).values() if isinstance(name, str))}
-        for key in sorted(settings.keys() - known):
-            notes.append(f"{cfg.deepspeed}: {key} has no effect: DeepSpeed has no such key{nearest(key, known)}")
+        settings = read_json(cfg.deepspeed)
+        if not isinstance(settings, dict):
+            raise UserError(f"--deepspeed: {cfg.deepspeed} holds no JSON object, expected DeepSpeed's settings")
         notes += merge(config, settings, cfg.deepspeed)
-        if config["gradient_clipping"] != cfg.max_grad_norm:
-            notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
-        for key, enabled in precision.items():
-            if config[key].get("enabled") != enabled:
-                problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
-                raise UserError(f"{problem}; write auto there, and give --{key}")
-    stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2):
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is {stage}, expected 1 or 2; there is no ZeRO-3")
+    if config["gradient_clipping"] != cfg.max_grad_norm:
+        notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
+    for key, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config[key]["enabled"] != (dtype == kind):
+            problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
+            raise UserError(f"{problem}; write auto there, and give --{key}")
+    if config["zero_optimization"]["stage"] not in (1, 2):
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is no ZeRO-1 and no ZeRO-2, expected 1 or 2")
     return config, notes
 
 
-def deepspeed_file(path):
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed: {path} cannot be read ({error.strerror}); without it you get ZeRO-2") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--deepspeed: {path} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed: {path} holds no JSON object, expected DeepSpeed's settings")
-    return settings
-
-
-# Keys of a DeepSpeed file that have a flag here, or no meaning in ZeRO-2.
-ELSEWHERE = {
-    "optimizer": "AdamW is set by --learning_rate, --adam_beta1 …",
-    "scheduler": "the schedule is set by --lr_scheduler_type, --warmup_ratio",
-    "train_batch_size": "see --per_device_train_batch_size",
-    "train_micro_batch_size_per_gpu": "see --per_device_train_batch_size",
-    "gradient_accumulation_steps": "see --gradient_accumulation_steps",
-    "offload_param": "it belongs to ZeRO-3",
-    "activation_checkpointing": "see --gradient_checkpointing, --offload_activations",
-}
-# The sections whose names are not in deepspeed.runtime.constants
-SECTIONS = """zero_optimization aio amp autotuning comet comms_logger compile compression_training csv_monitor timers
-    curriculum_learning data_efficiency elasticity flops_profiler nebula sparse_gradients tensorboard wandb""".split()
-
-
-def merge(ours, theirs, source):
-    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns a note for each without effect.
-    UserError for a value that has not the form of ours, and for another precision than the flags'."""
+def merge(ours, theirs, source, top=True):
+    """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns notes of those without effect; in a
+    section DeepSpeed itself refuses what it does not know."""
     notes = []
     for key, value in theirs.items():
         if value == "auto":
             continue
-        if key in ELSEWHERE:
-            notes.append(f"{source}: {key} has no effect: {ELSEWHERE[key]}")
+        if key in NOT_OBEYED or (top and key not in ours):
+            notes.append(f"{source}: {key} has no effect; what can be set here is an option: --help all")
         elif value is None or (key in ours and isinstance(value, dict) != isinstance(ours[key], dict)):
             form = "an object" if isinstance(ours.get(key), dict) else "a value"
             raise UserError(f"{source}: {key} is {json.dumps(value)}, expected {form}; leave it out, or write auto")
         elif isinstance(value, dict):
-            notes += merge(ours.setdefault(key, {}), value, source)
+            notes += merge(ours.setdefault(key, {}), value, source, top=False)
         else:
             ours[key] = value
     return notes

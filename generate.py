@@ -10,8 +10,8 @@ still tells nothing; the unordered set of stills tells the axis but not the sens
 of the opposite class with another, equally probable, start. (A cropped training clip must keep its ball in sight, which
 hints at the axis, never at the sense.)
 
-The steps: plan (labels and splits) -> worker processes draw, augment, encode -> texts -> everything moved into place at
-the end, so a killed run leaves nothing half-done. What is drawn and worded: clips.py.
+The steps: plan (labels and splits) -> draw, augment, encode -> texts -> everything moved into place at the end, so a
+killed run leaves nothing half-done. What is drawn and worded: clips.py.
 """
 
 # ruff: noqa: E402, I001
@@ -20,65 +20,66 @@ from config import Generate, QUESTION, as_dict, changed, cli, ignored_options, p
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import clips
 from cli import require
-from clips import DIRECTIONS, FPS, OPTIONS, SIGNS, Clip
-from model import UserError
+from clips import DIRECTIONS, OPTIONS, SIGNS, Clip
+from model import UserError, nearest_path
 from openai_client import Client, Question, ask_all
 from script import command
+
+OURS = ("videos", "train.json", "val.json", "metadata.json")  # what a dataset consists of
+CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost money
+
 
 # -- Drawn clips
 
 
-@dataclass(frozen=True)
-class Job:
-    """One clip to make."""
+class Job(NamedTuple):
+    """One clip to draw."""
 
     index: int
     label: str
     split: str  # train or val
     stream: int  # of random numbers
-
-    @property
-    def name(self):
-        return f"{self.index:06d}"
+    name: str  # 000007
 
 
 def plan(cfg: Generate, labels=tuple(DIRECTIONS), stream: int = 1) -> list[Job]:
-    """What clip i is, for all i: labels balanced as evenly as the count allows and shuffled, each split on its own.
+    """What clip i is, for all i: labels balanced as evenly as the count allows and shuffled."""
+    order = np.random.default_rng([cfg.seed, 0]).permutation(cfg.num_samples).tolist()
+    shuffled = [labels[i % len(labels)] for i in order]
+    splits = split_by_class(shuffled, cfg.split)
+    return [Job(i, shuffled[i], splits[i], stream, f"{i:06d}") for i in range(len(order))]
 
-    UserError where a label would be missing in a split.
-    """
-    count, least = cfg.num_samples, 2 * len(labels)
-    require(count >= least, "num_samples", count, f"at least {least}, so that every class is in train and in val")
-    rng = np.random.default_rng([cfg.seed, 0])
-    label = np.array([labels[i % len(labels)] for i in range(count)])[rng.permutation(count)]
-    jobs = {}
-    for name in dict.fromkeys(labels):
-        mine = np.flatnonzero(label == name)
-        train = min(max(round(len(mine) * cfg.split), 1), len(mine) - 1)
-        for k, index in enumerate(mine.tolist()):
-            jobs[index] = Job(index, name, "train" if k < train else "val", stream)
-    return [jobs[index] for index in range(count)]
+
+def split_by_class(labels: list[str], share: float, rng=None) -> list[str]:
+    """train or val for each clip: of each class its first ones, or some drawn by `rng`, go to train; at least one to
+    each split where it has two."""
+    labels, splits = np.array(labels), np.full(len(labels), "train")
+    for label in dict.fromkeys(labels.tolist()):
+        mine = np.flatnonzero(labels == label)
+        mine = mine if rng is None else rng.permutation(mine)
+        splits[mine[min(max(round(len(mine) * share), 1), max(len(mine) - 1, 1)) :]] = "val"
+    return splits.tolist()
 
 
 def clip_of(cfg: Generate, job: Job) -> Clip:
-    """The job's clip: a function of the seed and the index alone, whichever process asks."""
+    """The job's clip: a function of the seed and the index alone."""
     rng = np.random.default_rng([cfg.seed, job.stream, job.index])
     clip = clips.draw_clip(rng, job.label, cfg.frame_size, cfg.video_length)
     clip = clip if cfg.task == "direction" else clips.resting(clip, rng)
@@ -88,49 +89,54 @@ def clip_of(cfg: Generate, job: Job) -> Clip:
     return clip
 
 
-def make_clip(order: tuple[Generate, Job, Path]) -> tuple[Clip, str]:
-    """Draws one clip and writes its file; (the clip, a hash of its pixels)."""
-    cfg, job, folder = order
-    clip = clip_of(cfg, job)
-    frames = clips.render(clip)
-    clips.write_mp4(folder / f"{job.name}.mp4", frames)
-    return clip, hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
-
-
 def make_clips(cfg: Generate, jobs: list[Job], folder: Path) -> list[tuple[Clip, str]]:
-    """`make_clip` for all jobs, in order, in cfg.workers processes."""
+    """Draws the clips into the folder; of each the Clip and a hash of its pixels."""
+
+    def make(job):
+        clip = clip_of(cfg, job)
+        frames = clips.render(clip)
+        clips.write_mp4(folder / f"{job.name}.mp4", frames)
+        return clip, hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
+
     folder.mkdir()
-    orders = [(cfg, job, folder) for job in jobs]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cfg.workers or cores, -(-len(jobs) // 64))  # starting one costs some 64 clips
-    bar = {"desc": "drawing", "total": len(jobs), "unit": "clip", "disable": None}  # None: only on a terminal
-    if workers == 1:
-        return list(tqdm(map(make_clip, orders), **bar))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        return list(tqdm(pool.map(make_clip, orders, chunksize=16), **bar))
+    return in_threads(cfg, "drawing", make, jobs)
 
 
-def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
-    """Draws and words everything in `work`; ({split: records}, what metadata.json holds of it)."""
-    jobs = plan(cfg)
+def in_threads(cfg: Generate, what: str, function, items: list) -> list:
+    """function(item) of all, in order. Threads suffice: numpy and FFmpeg release Python's lock while they work."""
+    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, items), what, len(items), unit="clip", disable=None))
+
+
+def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
+    """Draws and words everything in `work`; ([(split, record)], what metadata.json holds of it)."""
+    jobs, report = plan(cfg), {}
     made = make_clips(cfg, jobs, work / "videos")
-    records = {"train": [], "val": []}
-    texts, report = answers(cfg, jobs, made, out / CACHE)
+    if cfg.task != "direction":
+        texts = [f"<answer>{clips.measured(clip, cfg.task)}</answer>" for clip, _ in made]
+    elif not cfg.cot:
+        texts = [f"Answer: {OPTIONS[job.label]}" for job in jobs]
+    elif uses_server(cfg):
+        strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
+        requests = [(QUESTION, OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
+        texts, report = ask_server(cfg, requests, out / CACHE, TORUS)
+    else:
+        print("chains of thought: trajectory")
+        rngs, report = [np.random.default_rng([cfg.seed, 4, job.index]) for job in jobs], {"source": "trajectory"}
+        explain = lambda clip, rng: clips.explain(clip.track(), clip.label, rng, cfg.cot_coordinates)
+        texts = [explain(clip, rng) for (clip, _), rng in zip(made, rngs, strict=True)]
+    records = []
     for job, (clip, _), text in zip(jobs, made, texts, strict=True):
+        video, meta = f"{job.name}.mp4", facts_of(clip)
         if text is None:  # dropped, not replaced: a clip without its chain of thought is no clip of this dataset
-            (work / "videos" / f"{job.name}.mp4").unlink()
-        elif cfg.task != "direction":
-            records[job.split].append(typed_record(job.name, cfg.task, clip))
+            (work / "videos" / video).unlink()
+        elif cfg.task == "direction":
+            records.append((job.split, record(job.name, video, [(QUESTION, text)], meta)))
         else:
-            records[job.split].append(record(job.name, f"{job.name}.mp4", [(QUESTION, text)], facts_of(clip)))
-    counts = count_labels(records)
-    missing = [f"{label} in {split}" for split in counts for label in set(DIRECTIONS) - set(counts[split])]
-    if missing and cfg.cot:
-        lost = f"too many clips were dropped, none is left of {', '.join(sorted(missing)[:3])}"
-        advice = "take another --cot_model, more --num_samples, or --cot_source trajectory"
-        raise UserError(f"chains of thought: {lost}; {advice}")
-    return records, {"fps": FPS, "counts": counts, "cot": report}
+            kind, question = clips.TASKS[cfg.task]  # Video-R1's form: `problem_type` says how an answer is scored
+            entry = {"problem_id": job.name, "problem": question, "problem_type": kind, "data_type": "video"}
+            records.append((job.split, entry | {"path": video, "options": [], "solution": text, "meta": meta}))
+    return records, {"fps": clips.FPS, "counts": {}, "cot": report}  # counts: see generate
 
 
 def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> dict:
@@ -140,24 +146,11 @@ def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> d
     return {"id": name, "video": video, "conversations": turns, "meta": meta}
 
 
-def typed_record(name: str, task: str, clip: Clip) -> dict:
-    """One entry in Video-R1's form, whose `problem_type` says how an answer is scored."""
-    kind, question = clips.TASKS[task]
-    entry = {"problem_id": name, "problem": question, "problem_type": kind, "data_type": "video"}
-    solution = f"<answer>{clips.measured(clip, task)}</answer>"
-    return entry | {"path": f"{name}.mp4", "options": [], "solution": solution, "meta": facts_of(clip)}
-
-
 def facts_of(clip: Clip) -> dict:
     """`meta` of a drawn clip: what fixes its pixels, and the axis that it moves along."""
     numbers = lambda value: value if value is None or isinstance(value, str) else np.round(value, 3).tolist()
     axis = {(1, 0): "horizontal", (0, 1): "vertical"}.get(tuple(map(abs, SIGNS[clip.label])), "diagonal")
     return {key: numbers(value) for key, value in asdict(clip).items()} | {"axis": axis}
-
-
-def count_labels(records: dict[str, list]) -> dict:
-    counts = {split: Counter(entry["meta"]["label"] for entry in entries) for split, entries in records.items()}
-    return {split: dict(sorted(counter.items())) for split, counter in counts.items()}
 
 
 # -- Chains of thought: from the known trajectory (free, offline, the same for the same seed), or from a server that is
@@ -171,42 +164,23 @@ Compare the frames before you decide. Reply in exactly this form:
 Between the think tags, do not name any option or its letter."""
 TORUS = " A ball that leaves a frame at one edge comes back at the opposite edge."
 STRIP_FRAMES = 8
-MAX_THINK = 1500  # characters: some 250 words; we asked for two or three sentences
+MAX_THINK = 1500  # characters: some 250 words; the prompt wants two or three sentences
 
 
-def check_answer(text, right: str, last: str = "D") -> tuple[str | None, str]:
-    """(the answer in our form, "") if it may be used, else (None, why not). last: the letter of the last option."""
-    if not isinstance(text, str):
-        return None, "no text"
-    match = re.fullmatch(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", text, re.DOTALL)
-    if match is None or len(re.findall(r"</?(?:think|answer)>", text)) != 4:
+def check_answer(text, right: str) -> tuple[str | None, str]:
+    """(the answer in our form, "") if it may be used, else (None, why not)."""
+    match = re.fullmatch(r"\s*<think>([^<]+)</think>\s*<answer>([^<]+)</answer>\s*", text or "")
+    if match is None:
         return None, "wrong form"
     think, answer = match[1].strip(), match[2].strip()
-    if not think or len(think) > MAX_THINK:
+    if not 0 < len(think) <= MAX_THINK:
         return None, "empty or too long reasoning"
     if answer != right:
         return None, "wrong option"
-    # "(b)", a lone capital from B on, or "option A"; a lone A may be the article
-    any_letter = rf"\([A-{last}a-{last.lower()}]\)|\b[B-{last}]\b"
-    if re.search(any_letter + r"|\b(?i:option|answer|choice|letter)\W+(?i:is\W+)?A\b", think):
+    # (b), a lone capital from B on, or "option A": a lone A may be the article
+    if re.search(r"\([A-Ha-h]\)|\b[B-H]\b|(?i:option|choice|letter|answer is) A\b", think):
         return None, "option letter in the reasoning"
     return f"<think>{think}</think><answer>{answer}</answer>", ""
-
-
-def server_question(right: str, image_hash: str, image, question: str = QUESTION, about: str = TORUS) -> Question:
-    """What the server is asked about one clip. right: the right option; image: a function that makes the PNG."""
-    last = re.findall(r"^\(([A-Z])\)", question, re.MULTILINE)[-1]
-    prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, about=about)
-    return Question(prompt, image_hash, image, partial(check_answer, right=right, last=last))
-
-
-def ask_server(cfg: Generate, questions: list[Question], cache: Path) -> tuple[list, dict]:
-    """The answers, None where a clip is dropped, and what metadata.json holds about them."""
-    print(f"chains of thought: openai, {cfg.cot_model}")
-    client = Client.from_env(cfg.cot_model)
-    texts = ask_all(client, cache, questions, cfg.cot_workers)
-    print("chains of thought: " + ", ".join(f"{name} {n}" for name, n in client.counts.items()))
-    return texts, {"source": "openai", "model": cfg.cot_model, "counts": dict(client.counts)}
 
 
 def uses_server(cfg: Generate) -> bool:
@@ -214,68 +188,147 @@ def uses_server(cfg: Generate) -> bool:
     return cfg.cot and (cfg.cot_source == "openai" or from_key)
 
 
-def answers(cfg: Generate, jobs: list[Job], made, cache: Path) -> tuple[list[str | None], dict]:
-    """The answers for drawn clips, None where a clip is dropped, and what metadata.json holds about them."""
-    if not cfg.cot:
-        return [f"Answer: {OPTIONS[job.label]}" for job in jobs], {}
-    if uses_server(cfg):
-        strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
-        questions = [server_question(OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
-        return ask_server(cfg, questions, cache)
-    print("chains of thought: trajectory")
-    texts = []
-    for job, (clip, _) in zip(jobs, made, strict=True):
-        rng = np.random.default_rng([cfg.seed, 4, job.index])
-        texts.append(clips.explain(clip.track(), clip.label, rng, cfg.cot_coordinates))
-    return texts, {"source": "trajectory"}
+def ask_server(cfg: Generate, requests: list[tuple], cache: Path, about: str = "") -> tuple[list, dict]:
+    """requests: (question, right option, hash of the video, function that makes the strip as PNG) of each clip.
+    Returns the answers, None where a clip is dropped, and what metadata.json holds about them."""
+    print(f"chains of thought: openai, {cfg.cot_model}")
+    client, questions = Client.from_env(cfg.cot_model), []
+    for question, right, video_hash, strip in requests:
+        prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, about=about)
+        questions.append(Question(prompt, video_hash, strip, partial(check_answer, right=right)))
+    texts = ask_all(client, cache, questions, cfg.cot_workers)
+    print("chains of thought: " + ", ".join(f"{name} {n}" for name, n in client.counts.items()))
+    return texts, {"source": "openai", "model": cfg.cot_model, "counts": dict(client.counts)}
 
 
-# -- Clips of one's own
+# -- Clips of one's own: multiple-choice questions about the clips where they lie
+#
+#    DIR/class_name/clip.mp4                     as UCF101 and HMDB51 come; the split is made here, class by class
+#    DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes: the split is kept
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
+# What published copies of Kinetics call their folders
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
+STRIP_HEIGHT = 160  # pixels of a frame that the server is shown
 
 
-def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[dict, dict]:
-    """The dataset of --from_folder; as drawn_dataset. Clips stay where they are, records name them from `out`."""
-    import folders  # imports torch, to read videos: neither --help nor the processes that draw must wait for that
+class Video(NamedTuple):
+    path: Path  # DIR/…
+    label: str  # its class in words: "playing guitar" of the folder playing_guitar, "Playing Guitar" of PlayingGuitar
+    split: str  # train or val; "" = not yet known
 
-    videos, unreadable = folders.find_videos(cfg)
-    choices, report = folders.multiple_choice(cfg, videos), {}
+
+def list_videos(root: Path) -> list[Video]:
+    """The clips of all classes, in order. train/ and val/ are splits where both are there."""
+    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = lambda folder: filter(Path.is_dir, inside(folder))
+    splits = {path: SPLITS[path.name.lower()] for path in folders(root) if path.name.lower() in SPLITS}
+    videos = []
+    for parent, split in splits.items() if len(set(splits.values())) == 2 else [(root, "")]:
+        for folder in folders(parent):
+            label = " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " ")).split())
+            files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()]
+            videos += [Video(path, label, split) for path in files]
+    return videos
+
+
+def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
+    """(the clips that training can read, each with its split; {path: why not} of the others)"""
+    from reader import index_frames  # imports torch: neither --help nor drawn clips must wait for that
+
+    def why_unreadable(video):
+        try:
+            str(video.path).encode()
+            index_frames(str(video.path))
+        except (UserError, UnicodeEncodeError) as error:
+            return str(error)
+
+    root = Path(cfg.from_folder)
+    if not root.is_dir():
+        expected = f"expected one with a folder for each class{nearest_path(root)}"
+        raise UserError(f"--from_folder {root}: no such folder; {expected}")
+    videos, unreadable = [], {}
+    listed = list_videos(root)
+    for video, why in zip(listed, in_threads(cfg, "reading", why_unreadable, listed), strict=True):
+        if why:
+            unreadable[os.fsencode(video.path).decode("utf-8", "backslashreplace")] = why
+        else:
+            videos.append(video)
+    for why in [*unreadable.values()][:20]:
+        print(f"unreadable: {why}")
+    if unreadable:
+        print(f"{len(unreadable)} clips are unreadable; metadata.json lists them")
+    labels = [video.label for video in videos]
+    if len(set(labels)) < 2:
+        classes = f"classes with readable videos: {', '.join(set(labels)) or 'none'}"
+        raise UserError(f"--from_folder {root}: {classes}; expected two or more, DIR/class/clip.mp4")
+    if not videos[0].split:
+        splits = split_by_class(labels, cfg.split, np.random.default_rng([cfg.seed, 7]))
+        videos = [video._replace(split=split) for video, split in zip(videos, splits, strict=True)]
+    return videos, unreadable
+
+
+def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]:
+    """For each clip (question with its options, the right one of them, "(A) playing guitar").
+
+    Hard negatives are names spelt much like the right one, drawn out of twice as many as needed: the nearest alone
+    would be one set of options for each class, and tell it.
+    """
+    labels, wrong, result = sorted({video.label for video in videos}), cfg.num_options - 1, []
+    pools = {label: [name for name in labels if name != label] for label in labels}
+    if cfg.hard_negatives:
+        pools = {label: get_close_matches(label, pool, 2 * wrong, cutoff=0) for label, pool in pools.items()}
+    for i, video in enumerate(videos):
+        rng, pool = np.random.default_rng([cfg.seed, 6, i]), pools[video.label]
+        picks = rng.choice(len(pool), min(wrong, len(pool)), replace=False)
+        options = [video.label, *(pool[i] for i in picks)]
+        options = [options[i] for i in rng.permutation(len(options))]
+        lines = [f"({letter}) {words}" for letter, words in zip("ABCDEFGH", options)]
+        result.append(("\n".join([cfg.question, "Options:", *lines]), lines[options.index(video.label)]))
+    return result
+
+
+def strip_of(path: Path) -> bytes:
+    """Frames of the file, evenly spaced, as one PNG."""
+    from reader import index_frames, read_frames
+
+    index = index_frames(str(path))
+    picks = np.linspace(0, len(index.pts) - 1, STRIP_FRAMES).round().astype(int).tolist()
+    h, w = index.size
+    size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
+    frames = read_frames(str(path), picks, [index.seek(i) for i in picks], size)  # STRIP_FRAMES times (3, H, W)
+    return clips.png(clips.strip(np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])))
+
+
+def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
+    """As drawn_dataset. The clips stay where they are, records name them from `out`."""
+    videos, unreadable = find_videos(cfg)
+    choices, report = multiple_choice(cfg, videos), {}
     texts = [f"Answer: {right}" for _, right in choices]
     if cfg.cot:
-        strips = [partial(folders.strip_of, video, STRIP_FRAMES) for video in videos]
-        questions = [
-            server_question(right, folders.file_hash(video), strip, text, about="")
-            for video, (text, right), strip in zip(videos, choices, strips, strict=True)
-        ]
-        texts, report = ask_server(cfg, questions, out / CACHE)
+        request = lambda path: (hashlib.sha256(path.read_bytes()).hexdigest(), partial(strip_of, path))
+        requests = [(*choice, *request(video.path)) for choice, video in zip(choices, videos, strict=True)]
+        texts, report = ask_server(cfg, requests, out / CACHE)
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
     base = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out))
-    records = {"train": [], "val": []}
+    records = []
     for video, (question, _), text in zip(videos, choices, texts, strict=True):
         if text is not None:
             name = video.path.relative_to(cfg.from_folder).as_posix()
             entry = record(name, f"{base}/{name}", [(question, text)], {"label": video.label})
-            records[video.split].append(entry)
-    return records, {"counts": count_labels(records), "unreadable": unreadable, "cot": report}
+            records.append((video.split, entry))
+    return records, {"counts": {}, "unreadable": unreadable, "cot": report}
 
 
 # -- Files
 
-OURS = ("videos", "train.json", "val.json", "metadata.json")
-UNFINISHED = ".unfinished"
-CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost money
-
 
 def check_options(cfg: Generate) -> None:
-    """UserError for what config.py cannot judge: what fits in the picture, what the files can hold, where they lie."""
-    if cfg.from_folder is None:
-        size, least = cfg.frame_size, clips.MIN_FRAME_SIZE
-        expected = f"an even number (yuv420p) from {least} on, so that the ball fits"
-        require(size >= least and size % 2 == 0, "frame_size", size, expected)
-        expected = f"at least {clips.SAMPLED} frames: in fewer the motion cannot be judged"
-        require(cfg.video_length >= clips.SAMPLED, "video_length", cfg.video_length, expected)
-        if cfg.cot and cfg.task != "direction":
-            raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
-    else:
+    """UserError for options that contradict each other, before anything is drawn."""
+    cfg.check()
+    if cfg.cot and cfg.task != "direction":
+        raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
+    if cfg.from_folder is not None:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
         apart = root != out and root not in out.parents and out not in root.parents
         require(apart, "output_dir", cfg.output_dir, f"a folder of its own, apart from --from_folder {root}")
@@ -283,7 +336,7 @@ def check_options(cfg: Generate) -> None:
             known = "the path of what moves is known only for drawn clips"
             raise UserError(f"--cot with --from_folder: {known}; set OPENAI_API_KEY, or leave --cot out")
     if uses_server(cfg):
-        Client.from_env(cfg.cot_model)  # for its errors, before anything is drawn
+        Client.from_env(cfg.cot_model)
 
 
 def move_into_place(work: Path, out: Path) -> None:
@@ -295,49 +348,37 @@ def move_into_place(work: Path, out: Path) -> None:
         (out / name).unlink(missing_ok=True)
         if (work / name).exists():  # clips of --from_folder stay where they are
             os.replace(work / name, out / name)
-    work.rmdir()
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def generate(cfg: Generate, make_dataset=None) -> dict:
-    """Makes the whole dataset; returns what metadata.json holds. UserError before anything is overwritten.
-
-    make_dataset: as drawn_dataset, which is the default without --from_folder.
-    """
-    cfg.check()
+    """Makes the whole dataset; returns what metadata.json holds. UserError before anything is overwritten."""
     check_options(cfg)
     make_dataset = make_dataset or (drawn_dataset if cfg.from_folder is None else folder_dataset)
-    if make_dataset is drawn_dataset:
-        plan(cfg)  # for its errors, before a folder is made
     out, began = Path(cfg.output_dir), time.monotonic()
-    work = out / UNFINISHED
     existing = [name for name in OURS if (out / name).exists()]
     if existing and not cfg.overwrite:
         holds = f"already holds {', '.join(existing)}"
         raise UserError(f"--output_dir {out}: {holds}, expected a new folder; or give --overwrite")
+    work = out / ".unfinished"
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        records, facts = make_dataset(cfg, out, work)
+        entries, facts = make_dataset(cfg, out, work)
+        records = {split: [entry for its, entry in entries if its == split] for split in ("train", "val")}
         if not records["train"]:
-            raise UserError(
-                "chains of thought: no clip is left for train; take another --cot_model, or leave --cot out"
-            )
+            raise UserError("chains of thought: no clip has one; take another --cot_model, or leave --cot out")
         # val.json in random order, so that whoever reads its first N has all classes (training shuffles train.json)
         np.random.default_rng([cfg.seed, 6]).shuffle(records["val"])
-        for split, entries in records.items():
-            if entries:
-                write_json(work / f"{split}.json", entries)
-        metadata = {"options": as_dict(cfg), **facts}
-        write_json(work / "metadata.json", metadata)
+        labels = {split: Counter(entry["meta"]["label"] for entry in records[split]) for split in records}
+        counts = {split: dict(sorted(counter.items())) for split, counter in labels.items()}
+        metadata = {"options": as_dict(cfg)} | facts | {"counts": counts}
+        for name, value in {**records, "metadata": metadata}.items():
+            if value:
+                text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+                (work / f"{name}.json").write_text(text, encoding="utf-8")
         move_into_place(work, out)
-    except OSError as error:  # PyAV's errors of that kind too
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        advice = "make room or choose another folder, then run again"
-        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror}); {advice}") from None
     seconds = time.monotonic() - began
     print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {seconds:.1f} s")
     here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last

@@ -124,10 +124,10 @@ class Model:
         records = spread(records, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: no records, expected at least one")
-        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter))
+        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter)) if cfg.output else None
         sampler, sampling = self.sampler(cfg)
         again = partial(evaluate, sampler, records, sampling, cfg.seed)
-        result = again(known=predictions.known, on_answer=predictions.write)
+        result = again(predictions=predictions)
         if not result.count:
             first = next(iter(result.skipped.values()))
             raise UserError(f"evaluate: none of {len(records)} records can be asked; the first: {first}")
@@ -263,7 +263,7 @@ def main(argv=None):
             raise UserError(f"no clip given; expected the benchmark's folder: --benchmark {cfg.benchmark} DIR")
         task = Task(cfg)
         result = model.evaluate(task.records)
-        facts = show_evaluation(model, result) | {"benchmark": task.report()}
+        facts = show_evaluation(model, result) | {"benchmark": task.report(result)}
     elif cfg.data_path:
         facts = show_evaluation(model, model.evaluate(cfg.data_path))
     elif cfg.video:

@@ -7,11 +7,11 @@ is refused when the data is loaded; a completion that it cannot read scores 0. d
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from answers import after_thinking, answer_span, fold, last_block, normalise, plain
 from model import UserError
@@ -21,14 +21,14 @@ class Judge(NamedTuple):
     expects: str  # what a solution must be, for messages
     read: Callable[[str], Any]  # an answer's text -> its value, None where it cannot be read
     score: Callable[..., float]  # (value of the answer, value of the solution[, duration]) -> 0 to 1
-    tag: str = "answer"  # the block that holds it; without one, the answer
     timed: bool = False  # score takes the record's duration too
 
     def value(self, text: str) -> Any:
-        """What a whole completion or solution says, None where it cannot be read."""
-        block = None if self.tag == "answer" else last_block(after_thinking(text), self.tag)
-        return self.read(block or answer_span(text) or "")
+        """What a whole completion or solution says, in <glue> or as its answer; None where it cannot be read."""
+        return self.read(last_block(after_thinking(text), "glue") or answer_span(text) or "")
 
+
+# -- Numbers
 
 # "-1,200.50e3": a sign, digits with commas as thousands or none, a fraction, a power of ten
 NUMBER = r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?"
@@ -36,28 +36,21 @@ UNIT = r"%|°?[^\W\d_]*(?:/[^\W\d_]+)?"  # "%", "m", "km/h", "°C"
 
 
 def read_number(text: str) -> tuple[float, str] | None:
-    """A text such as "3.50", "1,200", "-7 %" or "5 m" -> (number, unit); else None, also for words before it."""
+    """A text such as "3.50", "1,200", "-7 %" or "5 m" -> (number, unit); None also for words before it."""
     match = re.fullmatch(rf"({NUMBER})\s*({UNIT})\.?", plain(text), re.IGNORECASE)
     value = float(match[1].replace(",", "")) if match else math.nan
     return (value, match[2].casefold()) if math.isfinite(value) else None
 
 
 def equal_number(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """1 for the same number to two places, as Video-R1 compares them, else 0."""
+    """1 for the same number to two places, as Video-R1 compares them. A unit may be left out."""
     return float(said[1] in ("", true[1]) and round(said[0], 2) == round(true[0], 2))
 
 
 def relative_error(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """|said - true| / |true|; infinite for another unit, which may be left out, and for all but 0 where 0 is true."""
-    if said[1] not in ("", true[1]):
-        return math.inf
-    difference = abs(said[0] - true[0])
+    """|said - true| / |true|; infinite for another unit, and for all but 0 where 0 is true."""
+    difference = abs(said[0] - true[0]) if said[1] in ("", true[1]) else math.inf
     return difference / abs(true[0]) if true[0] else math.inf if difference else 0.0
-
-
-def closeness(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """1 - relative error, at least 0 (Video-R1's regression)."""
-    return 1 - min(1.0, relative_error(said, true))
 
 
 def mean_relative_accuracy(said: tuple[float, str], true: tuple[float, str]) -> float:
@@ -67,22 +60,19 @@ def mean_relative_accuracy(said: tuple[float, str], true: tuple[float, str]) -> 
     return sum(error <= 1 - confidence for confidence in confidences) / 10
 
 
-def read_text(text: str) -> str | None:
-    return unicodedata.normalize("NFC", text).strip() or None
+# -- Text
 
 
-def read_yes_no(text: str) -> str | None:
-    """What an answer such as "Yes, it does." begins with."""
-    word = re.match("(yes|no)\\b", plain(text), re.IGNORECASE)
-    return word[1].casefold() if word else None
+def read_words(text: str) -> list[str]:
+    """For ROUGE: runs of letters and digits of any script in lower case; each Chinese character and kana is one."""
+    spaced = re.sub(r"([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", normalize("NFC", text))
+    return re.findall(r"[^\W_]+", spaced.casefold())
 
 
 def same_text(said: str, true: str) -> float:
     """1 for the same words without case and marks, or the same number, else 0."""
-    if normalise(said) == normalise(true):
-        return 1.0
     numbers = read_number(said), read_number(true)
-    return float(None not in numbers and relative_error(*numbers) == 0)
+    return float(normalise(said) == normalise(true) or (None not in numbers and relative_error(*numbers) == 0))
 
 
 def edits(said: list[str], true: list[str], change: int = 1) -> int:
@@ -96,50 +86,32 @@ def edits(said: list[str], true: list[str], change: int = 1) -> int:
     return distances[-1]
 
 
-def word_accuracy(said: str, true: str) -> float:
-    """1 - word error rate, at least 0: words are split at blanks, case counts (Video-R1's OCR)."""
-    return max(0.0, 1 - edits(said.split(), true.split()) / len(true.split()))
-
-
-def read_words(text: str) -> list[str] | None:
-    """For ROUGE: runs of letters and digits of any script in lower case; each Chinese character and kana is one."""
-    spaced = re.sub(r"([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", unicodedata.normalize("NFC", text))
-    return re.findall(r"[^\W_]+", spaced.casefold()) or None
-
-
-def rouge_n(said: list[str], true: list[str], n: int) -> float:
-    """F1 of the word n-grams."""
-    said, true = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, true))
-    common = (said & true).total()
-    return 2 * common / (said.total() + true.total()) if common else 0.0
-
-
-def rouge_l(said: list[str], true: list[str]) -> float:
-    """F1 of the longest common subsequence: what is left when words are only inserted and deleted."""
-    return 1 - edits(said, true, change=2) / (len(said) + len(true))
+def rouge(said: str, true: str) -> list[float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, without stemming: F1 of single words, of pairs, and of the longest common
+    subsequence, which is what is left when words are only inserted and deleted."""
+    said, true = read_words(said), read_words(true)
+    scores = []
+    for grams in (lambda words: words, lambda words: zip(words, words[1:])):
+        one, two = Counter(grams(said)), Counter(grams(true))
+        scores.append(2 * (one & two).total() / max(1, one.total() + two.total()))
+    return [*scores, 1 - edits(said, true, change=2) / max(1, len(said) + len(true))]
 
 
 def likeness(said: str, true: str) -> float:
-    """The mean of ROUGE-1, ROUGE-2 and ROUGE-L (Video-R1's free-form), without stemming. The same text is 1, also of
-    one word, which has no ROUGE-2. A number, a time or a name with initials is right or wrong: 12.48 is not 12.5."""
-    if is_fact(true) or same_text(said, true):
+    """The mean of ROUGE-1, -2 and -L (Video-R1's free-form); the same text is 1, also of one word. A number, a time or
+    a name with initials ("12.5", "2:30", "3 m", "J. Smith") is right or wrong."""
+    first, *more = plain(true).split() or [""]
+    number, initial = first.lstrip("-+.(")[:1].isdigit(), re.fullmatch(r"[^\W\d_]\.", first)
+    if same_text(said, true) or (number and len(more) < 2) or (initial and len(more) < 3):
         return same_text(said, true)
-    said, true = read_words(said) or [], read_words(true) or []
-    return (rouge_n(said, true, 1) + rouge_n(said, true, 2) + rouge_l(said, true)) / 3
+    return sum(rouge(said, true)) / 3
 
 
-def is_fact(text: str) -> bool:
-    """Whether it is like "12.5", "2:30", "3 m" or "J. R. Smith"."""
-    words = plain(text).split() or [""]
-    number = words[0].lstrip("-+.(")[:1].isdigit() and len(words) <= 2
-    initial = re.fullmatch(r"[^\W\d_]\.", words[0]) and len(words) <= 3
-    return bool(number or initial)
-
+# -- Time spans
 
 TIME = r"[-+]?(?:[0-9]{1,20}:){0,2}[0-9]{0,20}\.?[0-9]{1,20}"  # 7.5, 1:05.5, 1:02:03
-PAIR = re.compile(
-    rf"(?<![\w.:])({TIME})\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*({TIME})", re.IGNORECASE
-)
+BETWEEN = r"\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*"
+PAIR = re.compile(rf"(?<![\w.:])({TIME}){BETWEEN}({TIME})", re.IGNORECASE)
 OTHER_UNIT = re.compile(r"%|\b(?:ms|min|mins|minutes?|hours?|frames?)\b", re.IGNORECASE)
 
 
@@ -150,23 +122,17 @@ def read_time(text: str) -> float:
     return math.nan if max(pieces[1:], default=0) >= 60 else -seconds if text[0] == "-" else seconds
 
 
-def read_spans(text: str) -> list[tuple[float, float]] | None:
+def read_spans(text: str, most: int | None = None) -> list[tuple[float, float]] | None:
     """A text such as "2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07" or "[(1, 2), (4, 9)]" -> [(start, end)]; None where
-    any number of the text is no part of a span, and for a span that ends before it starts."""
+    any number of it is no part of a span, for a span that ends before it starts, and for more than `most`."""
     text = fold(text)
     spans = [(read_time(start), read_time(end)) for start, end in PAIR.findall(text)]
     numbers = re.findall(r"[0-9]+(?:[.:][0-9]+)*", text)
-    clean = spans and len(numbers) == 2 * len(spans) and not OTHER_UNIT.search(text)
-    return spans if clean and all(start <= end < math.inf for start, end in spans) else None
+    clean = spans == spans[:most] and len(numbers) == 2 * len(spans) and not OTHER_UNIT.search(text)
+    return spans if spans and clean and all(start <= end < math.inf for start, end in spans) else None
 
 
-def read_span(text: str) -> list[tuple[float, float]] | None:
-    """The same, of exactly one span."""
-    spans = read_spans(text)
-    return spans if spans and len(spans) == 1 else None
-
-
-def span_iou(said: list[tuple[float, float]], true: list[tuple[float, float]]) -> float:
+def span_iou(said: list, true: list) -> float:
     """Seconds that both sets of spans cover over seconds that either covers; the same moments are 1."""
     ends = sorted({end for span in said + true for end in span})
     covers = lambda spans, start, end: any(one <= start and end <= two for one, two in spans)
@@ -178,25 +144,26 @@ def span_iou(said: list[tuple[float, float]], true: list[tuple[float, float]]) -
     return both / either if either else float(set(said) == set(true))
 
 
-def span_iou_by_duration(said: list[tuple[float, float]], true: list[tuple[float, float]], duration: float) -> float:
+def span_iou_by_duration(said: list, true: list, duration: float) -> float:
     """Of one span each, Time-R1's: IoU x (1 - error of start / duration) x (the same of the end), each at least 0."""
     start, end = (max(0.0, 1 - abs(one - two) / duration) for one, two in zip(said[0], true[0]))
     return span_iou(said, true) * start * end
 
 
-def to_box(value: Any) -> tuple[float, ...] | None:
-    """[x1, y1, x2, y2], finite, x1 <= x2, y1 <= y2, else None."""
+# -- Boxes
+
+
+def to_box(value: Any) -> tuple | None:
+    """[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, else None."""
     number = lambda x: type(x) in (int, float) and abs(x) < 1e30  # json reads NaN and 400 digits too
     if not isinstance(value, list) or len(value) != 4 or not all(map(number, value)):
         return None
     return tuple(value) if value[0] <= value[2] and value[1] <= value[3] else None
 
 
-def read_boxes(text: str, timed: bool = False) -> dict | None:
-    """{"boxes": {"1": box, …}}, a list of boxes, or one box -> {key: box, None where it is none}.
-
-    timed: with "time": its span, None where there is none.
-    """
+def read_boxes(text: str, most: int | None = None, timed: bool = False) -> dict | None:
+    """{"boxes": {"1": box, …}}, a list of boxes, or one box -> {key: box, None where it is none}; None for more than
+    `most`. timed: with "time": its span, None where there is none."""
     try:
         value = json.loads(text.strip().strip("`").removeprefix("json"))
     except (ValueError, RecursionError):
@@ -207,16 +174,11 @@ def read_boxes(text: str, timed: bool = False) -> dict | None:
         one = len(boxes) == 4 and not isinstance(boxes[0], list)
         boxes = {"1": boxes} if one else {str(i): box for i, box in enumerate(boxes, 1)}
     boxes = {key.strip(): to_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) else {}
-    return (boxes | {"time": read_span(str(value.get("time")))} if timed else boxes) or None
+    boxes |= {"time": read_spans(str(value.get("time")), most=1)} if timed else {}
+    return boxes if boxes and len(boxes) <= (most or len(boxes)) else None
 
 
-def read_box(text: str) -> dict | None:
-    """The same, of exactly one box."""
-    boxes = read_boxes(text)
-    return boxes if boxes and len(boxes) == 1 else None
-
-
-def box_iou(said: tuple[float, ...] | None, true: tuple[float, ...]) -> float:
+def box_iou(said: tuple | None, true: tuple) -> float:
     """Area of the overlap over that of the union; 0 without a box, 1 for the same box."""
     if said is None or said == true:
         return float(said == true)
@@ -235,50 +197,39 @@ def boxes_iou(said: dict, true: dict) -> float:
     return (mean + (span_iou(said["time"], true["time"]) if said["time"] else 0.0)) / 2
 
 
-OPEN = Judge("text", read_text, same_text)
-FREE_FORM = Judge("text", read_text, likeness)
-SPAN = Judge('one time span, such as "2.5 to 7.5"', read_span, span_iou)
-SPANS = Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou, tag="glue")
-BOX = Judge('{"boxes": [x1, y1, x2, y2]}', read_box, boxes_iou)
-TRACK = Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou)
+# -- The table
+
+read_text = lambda text: normalize("NFC", text).strip() or None
+read_yes_no = lambda text: (re.findall(r"^(?:yes|no)\b", plain(text).casefold()) or [None])[0]
+SPAN = Judge('one time span, such as "2.5 to 7.5"', partial(read_spans, most=1), span_iou)
 TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
-MRA = Judge("a number", read_number, mean_relative_accuracy)
-JUDGES = {  # None: an option, answers.py's
-    "multiple choice": None,
+TABLE = {
+    "multiple choice": None,  # an option, answers.py's
+    "": Judge("text", read_text, same_text),  # an open question without a type
     "yes or no": Judge("yes or no", read_yes_no, same_text),
     "numerical": Judge("a number", read_number, equal_number),
-    "regression": Judge("a number", read_number, closeness),
-    "MRA": MRA,
-    "VSI": MRA,
-    "OCR": Judge("text", read_text, word_accuracy),
-    "free-form": FREE_FORM,
-    "open-ended": FREE_FORM,
-    "ROUGE-L": Judge("text", read_words, rouge_l),
-    "temporal grounding": SPAN,
-    "timestamp": SPAN,
-    "time span": SPAN,
+    "regression": Judge("a number", read_number, lambda p, t: 1 - min(1.0, relative_error(p, t))),  # Video-R1's
+    "MRA, VSI": Judge("a number", read_number, mean_relative_accuracy),
+    # 1 - word error rate, case counts: Video-R1's
+    "OCR": Judge("text", read_text, lambda p, t: max(0.0, 1 - edits(p.split(), t.split()) / len(t.split()))),
+    "free-form, open-ended": Judge("text", read_text, likeness),
+    "ROUGE-L": Judge("text", lambda text: text if read_words(text) else None, lambda p, t: rouge(p, t)[2]),
+    "temporal grounding, timestamp, time span": SPAN,
     "timestamp tIoU": SPAN._replace(score=span_iou_by_duration, timed=True),
-    "span set": SPANS,
-    "glue": SPANS,
-    "spatial grounding": BOX,
-    "box": BOX,
-    "tracking": TRACK,
-    "spatial-temporal grounding": TUBE,
-    "spatial-temporal": TUBE,
+    "span set, glue": Judge('time spans, such as "[[0, 2], [8, 10]]"', read_spans, span_iou),
+    "spatial grounding, box": Judge('{"boxes": [x1, y1, x2, y2]}', partial(read_boxes, most=1), boxes_iou),
+    "tracking": Judge('{"boxes": {"1": [x1, y1, x2, y2], …}}', read_boxes, boxes_iou),
+    "spatial-temporal, spatial-temporal grounding": TUBE,
 }
+JUDGES = {name: judge for names, judge in TABLE.items() for name in names.split(", ")}
 
 
 @lru_cache
 def judge_for(problem_type: str) -> Judge | None:
-    """The judge of a `problem_type`, in any case, with blanks or hyphens; None for multiple choice. "" is an open
-    question: the same text, or not. UserError for an unknown one."""
+    """The judge of a `problem_type`, in any case, with blanks or hyphens; None for multiple choice. UserError for an
+    unknown one."""
     letters_of = lambda name: "".join(filter(str.isalnum, name.casefold()))
-    judges = {letters_of(name): judge for name, judge in JUDGES.items()} | {"": OPEN}
+    judges = {letters_of(name): judge for name, judge in JUDGES.items()}
     if letters_of(problem_type) not in judges:
-        raise UserError(f"problem_type is {problem_type[:40]!r}, expected one of {', '.join(JUDGES)}")
+        raise UserError(f"problem_type is {problem_type[:40]!r}, expected one of {', '.join(filter(None, JUDGES))}")
     return judges[letters_of(problem_type)]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a solution was read, all boxes of it."""
-    return value is not None and not (isinstance(value, dict) and (None in value.values() or set(value) == {"time"}))

@@ -8,28 +8,26 @@ Each choice is a note, a line at the start of the run. What is given by a flag o
 import sys
 from pathlib import Path
 
-from checkpoint import RUN, STATE, find_adapter, read_json
+from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
 from config import as_dict
 from model import UserError
 from records import data_files
 from script import command
 
-# What a resumed run cannot change: its weights have these shapes, and this scale
-FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha lora_bias use_rslora num_lora_modules
-    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger""".split()
+# What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
+FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use_rslora num_lora_modules
+    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype""".split()
 
 
 def follow(cfg):
-    """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how.
-
-    --resume: the run's own options. model_ckpt "": the newest SFT run's adapter. model_id and base_dtype: the adapter's
-    base. data_path "": the adapter's data, else the newest dataset under data/, whose name the output_dir takes.
-    """
-    resumed = cfg.resume and take_options(cfg)
-    if resumed and "model_ckpt" in cfg.given:
-        cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
-    elif cfg.model_ckpt is not None and cfg.lora_enable and not resumed:
+    """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how."""
+    if "output_dir" not in cfg.given and cfg.resume:
+        runs = [file for file in by_age("output", RUN) if read_json(file)["script"] == Path(sys.argv[0]).stem]
+        cfg.output_dir = str(runs[-1].parent) if runs else cfg.output_dir
+    if cfg.resume and (Path(cfg.output_dir) / RUN).exists():
+        take_options(cfg, Path(cfg.output_dir) / RUN)
+    elif cfg.model_ckpt is not None and cfg.lora_enable:
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -37,47 +35,38 @@ def follow(cfg):
     return cfg
 
 
-def take_options(cfg):
-    """The run's own, for all that was not given; False where there is no run yet. UserError for the run of another
-    script, and for a given option that a resumed run cannot change."""
-    script = Path(sys.argv[0]).stem
-    if "output_dir" not in cfg.given:
-        runs = [file.parent for file in by_age(Path("output"), RUN) if read_json(file).get("script") == script]
-        cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
-    path = Path(cfg.output_dir) / RUN
-    if not path.exists():
-        return False
-    run = read_json(path)
-    if run["script"] != script:
-        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py; give its own")
-    given, theirs = {name: getattr(cfg, name) for name in cfg.given}, run["config"]
+def take_options(cfg, path):
+    """--resume: the run's own options, by its run.json, for all that was not given."""
+    run, given = read_json(path), {name: getattr(cfg, name) for name in cfg.given}
+    theirs = {name: value for name, value in run["config"].items() if name in as_dict(cfg)}
+    if run["script"] != Path(sys.argv[0]).stem:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {Path(sys.argv[0]).name}")
     new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
-    for name in FIXED:
-        if name in new:
-            what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
-            raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
-    for name in as_dict(cfg).keys() & theirs.keys() - {"resume", "overwrite", "output_dir"}:
+    for name in new.intersection(FIXED):
+        what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+        raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
+    for name in theirs.keys() - {"resume", "overwrite", "output_dir"}:
         setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
     cfg.settle(new)  # a new --fps is not held up by the run's nframes
-    for name, value in given.items():
-        setattr(cfg, name, value)
+    for name in given.keys() - {"model_ckpt"}:
+        setattr(cfg, name, given[name])
     cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
-    return True
+    if "model_ckpt" in given:
+        cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
 
 
 def take_adapter(cfg):
     """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
     newest = cfg.model_ckpt == ""
-    adapter = find_adapter(cfg.model_ckpt, besides=cfg.output_dir, script="train_sft")
+    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
         cfg.notes += (made,)
-    file = adapter and adapter / "adapter_config.json"
-    config = read_json(file) if file else {}
+    config = read_json(adapter / ADAPTER[0]) if adapter else {}
     base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
-    if cfg.lora_enable and "base_dtype" not in cfg.given and kind != cfg.base_dtype:
-        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, file)
+    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
+        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, adapter)
         cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
@@ -91,16 +80,15 @@ def take_adapter(cfg):
 
 
 def take_dataset(cfg):
-    """What the adapter was trained on, else the newest under data/. UserError where there is none."""
-    state = Path(cfg.model_ckpt or "") / STATE
-    if cfg.model_ckpt and state.exists():
+    """What the adapter was trained on, else the newest under data/, whose name the output_dir takes."""
+    state, files = Path(cfg.model_ckpt or "") / STATE, by_age("data", "train.json")
+    if state.exists():
         cfg.data_path, why = read_json(state)["config"]["data_path"], "which the adapter was trained on"
-    else:
-        files = by_age(Path("data"), "train.json")
-        if not files:
-            make = "make one by python generate.py --num_samples 1400, of your own clips by --from_folder DIR"
-            raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
+    elif files:
         cfg.data_path, why = str(files[-1]), "the dataset made last"
+    else:
+        make = "make one by python generate.py --num_samples 1400, of your own clips by --from_folder DIR"
+        raise UserError(f"--data_path: no dataset under data/; {make}; or give --data_path FILE")
     cfg.notes += (f"--data_path {cfg.data_path}, {why}",)
     name = Path(data_files(cfg.data_path)[0][0]).resolve().parent.name
     if "output_dir" not in cfg.given and not cfg.resume and name != "synthetic_videos":
@@ -111,10 +99,10 @@ def take_dataset(cfg):
 def grpo_command(adapter, model_ckpt):
     """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
     run = adapter and adapter.parent / RUN
-    if run and run.exists() and read_json(run).get("script") == "train_sft":
+    if run and run.exists() and read_json(run)["script"] == "train_sft":
         yield "next: " + command("train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else []))
 
 
 def by_age(folder, name):
     """folder/*/name, the newest last."""
-    return sorted(folder.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime)
+    return sorted(Path(folder).glob(f"*/{name}"), key=lambda file: file.stat().st_mtime)

@@ -90,7 +90,7 @@ def examples(
 class Loader:
     """The batches of one rank.
 
-    args: config.CommonTrain's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
+    args: config.SFT's seed, per_device_train_batch_size, gradient_accumulation_steps, pack_tokens,
     dataloader_num_workers, max_skip_share. collate: list of Examples -> what is yielded (pack, or list).
     answer: as in Processor.encode. global_batch: samples a step, if not what args say; shares may differ by one.
 

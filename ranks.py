@@ -1,7 +1,4 @@
-"""What the processes of a run exchange. With one process, or without torch.distributed, the values are its own.
-
-Every rank must call each of these, in the same order.
-"""
+"""What the processes of a run exchange; every rank must call each of these, in the same order. One gets its own."""
 
 import torch
 import torch.distributed as dist
@@ -19,22 +16,21 @@ def world_size() -> int:
 
 def gather(value) -> list:
     """[value of each rank], on every rank; anything that can be pickled."""
-    if world_size() == 1:
-        return [value]
-    every = [None] * world_size()
-    dist.all_gather_object(every, value)
+    every = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(every, value)
     return every
 
 
 def gather_numbers(*values) -> torch.Tensor:
     """Numbers of every rank, (world, len(values)) float64 on the host."""
-    own = torch.tensor(values, dtype=torch.float64)
+    own = torch.tensor([values], dtype=torch.float64)
     if world_size() == 1:
-        return own[None]
-    own = own.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    every = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(every, own)
-    return torch.stack(every).cpu()
+        return own
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    every = [torch.empty_like(own, device=device) for _ in range(world_size())]
+    dist.all_gather(every, own.to(device))
+    return torch.cat(every).cpu()
 
 
 def add(*values) -> list[float]:
@@ -45,6 +41,6 @@ def add(*values) -> list[float]:
 def raise_together(message: str | None) -> None:
     """Where any rank has a message all end with exit code 2, and the first such rank says why."""
     every = gather(message)
-    first = next((number for number, each in enumerate(every) if each), None)
-    if first is not None:
-        raise UserError(every[first]) if rank() == first else SystemExit(2)
+    if any(every):
+        is_first = rank() == [bool(each) for each in every].index(True)
+        raise UserError(message) if is_first else SystemExit(2)

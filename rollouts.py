@@ -19,7 +19,7 @@ from data import Example, pack
 from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
-from rewards import Reward, Sample, accuracy, can_shuffle, group_context, sample_from_record, score, total
+from rewards import Reward, Sample, ServerJudge, accuracy, sample_from_record, score, temporal, total
 
 log = logging.getLogger("rollouts")
 
@@ -141,7 +141,7 @@ class GroupSampler:
 
     def __init__(self, run, rewards: list[Reward], batches: Iterator, rounds: int):
         self.run, self.rewards, self.batches, self.rounds = run, rewards, batches, rounds
-        self.needs_shuffled = any("shuffled_accuracy" in reward.needs for reward in rewards)
+        self.needs_shuffled = any(reward.fn is temporal for reward in rewards)
         self.waited = 0.0  # seconds that the last step waited for data
 
     def sample_step(self, step: int, wanted: int) -> tuple[list[Group], dict[int, Example]]:
@@ -203,7 +203,7 @@ class GroupSampler:
     def sample_shuffled(self, prompts: list[Example], seeds: list[int]) -> list[list[str] | None]:
         """Texts of half as many completions of each prompt with its frames in random order; None where there is no
         order to change: a text, an image, a clip of two frames."""
-        able = [k for k, prompt in enumerate(prompts) if can_shuffle(prompt.grid_thw)]
+        able = [k for k, prompt in enumerate(prompts) if any(steps > 1 for steps, _, _ in prompt.grid_thw)]
         encode = self.run.sampler.processor.encode
         examples = [encode(prompts[k].record, answer=False, control="shuffled") for k in able]
         count = max(1, self.run.cfg.num_generations // 2)
@@ -229,9 +229,13 @@ def score_groups(
             rollout.right = accuracy(rollout.text, sample)
     for sample, theirs, on_shuffled in zip(samples, rollouts, shuffled, strict=True):
         texts = [rollout.text for rollout in theirs]
-        context = group_context(sample, texts, on_shuffled) if any(reward.needs for reward in rewards) else {}
+        context = {}
+        if on_shuffled:
+            context["accuracy"] = statistics.fmean(rollout.right for rollout in theirs)
+            context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in on_shuffled)
         for reward in rewards:
-            reward.prepare(texts, sample)
+            if isinstance(reward.fn, ServerJudge):  # asks for all of a group at once
+                reward.fn.score_group(texts, sample)
         for rollout in theirs:
             length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
             rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))

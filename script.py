@@ -4,6 +4,7 @@ Every script imports it before torch: what the environment must hold by then is 
 handled here.
 """
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -25,8 +26,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 def command(script, *arguments):
     """How to type one of the repository's scripts, from the folder that this one was started in."""
-    folder = os.path.relpath(Path(__file__).parent)
-    return shlex.join(["python", os.path.normpath(os.path.join(folder, script)), *arguments])
+    return shlex.join(["python", os.path.relpath(Path(__file__).with_name(script)), *arguments])
 
 
 def cli(main, each_rank=True):
@@ -38,30 +38,35 @@ def cli(main, each_rank=True):
     except KeyboardInterrupt:
         interrupted()
     except UserError as error:
-        if not each_rank and os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(2) from None
-        fail(str(error))
+        leave(f"error: {error}" if each_rank or os.environ.get("LOCAL_RANK", "0") == "0" else "")
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
-        print("another rank of this run has ended; see what it printed", file=sys.stderr)
-        raise SystemExit(2) from None
+        leave("another rank of this run has ended; see what it printed")
     except BrokenPipeError:  # `--help | head`
-        silence(sys.stdout)
-        raise SystemExit(141) from None
+        leave("", code=141)
     except OSError as error:
         if error.errno not in DISK:
             raise
-        if error.filename is None:  # so it may be this one
-            silence(sys.stdout)
         what = error.filename or "standard output, or a file"
-        fail(f"{what}: {error.strerror}; make room or choose another place, then run again")
+        leave(f"error: {what}: {error.strerror}; make room or choose another place, then run again")
     finally:
         watch_imports()
 
 
+def leave(line, code=2):
+    """End with a line on stderr and this exit code, also where a stream goes to a closed pipe or a full disk."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line and f"{line}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # Python flushes it once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(code) from None
+
+
 def watch_imports():
-    """From now on Ctrl-C ends the process at once: while modules are imported an exception could end in a traceback."""
+    """While modules are imported Ctrl-C ends the process at once: an exception there could end in a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
 
@@ -69,28 +74,11 @@ def watch_imports():
 def interrupted(*_):
     if os.environ.get("LOCAL_RANK", "0") == "0" and multiprocessing.parent_process() is None:
         os.write(2, b"\nstopped by Ctrl-C\n")
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
-            pass
+    with contextlib.suppress(OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
+        sys.stdout.flush()
     os._exit(130)
 
 
-def fail(text):
-    """One line on stderr, exit code 2; the code also where stderr goes to a disk that is full."""
-    try:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        silence(sys.stderr)
-    raise SystemExit(2) from None
-
-
-def silence(stream):
-    """Python flushes its streams at its end, and would fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-if _script.parent == Path(__file__).resolve().parent:
+_main = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if _main.parent == Path(__file__).resolve().parent:
     watch_imports()  # a script of this repository, which imports this first

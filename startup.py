@@ -23,60 +23,52 @@ import autofit
 import checkpoint
 import console
 import ranks
-from adapter_files import CONFIG, TENSORS, load_adapter, trained_on
-from checkpoint import BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
+from adapter_files import load_adapter, trained_on
+from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
-from lora import FLAT, inject, part_of, set_trainable, sizes
+from lora import FLAT, inject, set_trainable, sizes
 from memory import summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, read_object, resolve_folder
+from model.loading import ModelConfig, load_model, not_finite, resolve_folder
 from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
 from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
-from trackers import TRACKERS, check_installed
-from trainer import Run, samples_per_step, total_steps, warmup_steps, watch_signals
+from trainer import Run, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
-# what --overwrite removes, beside checkpoints, START and TRACKERS
-OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", CONFIG, TENSORS)
-# Flags that may differ between ranks: folders and files, whose contents are compared, and what a machine does its way
-OWN_FLAGS = {"data_path", "eval_data_path", "image_folder", "model_id", "model_ckpt", "output_dir", "deepspeed",
-             "rewards", "cache_mb", "dataloader_num_workers", "local_files_only", "report_to"}  # fmt: skip
+OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
+OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
 
 
 def launch(cfg, records, held_out, notes=()):
     """The Run: processes joined, device and precision chosen, the folder claimed; with --resume its checkpoint.
 
-    records, held_out: what the run is trained and judged on, the same on every rank. Nothing in the folder is changed
-    yet (start() does). UserError if the folder holds something and neither --overwrite nor --resume is given, or if
-    another process trains in it.
+    records, held_out: what the run is trained and judged on. Nothing in the folder is changed yet (start() does).
     """
-    check_installed(cfg)
+    console.trackers(cfg)  # their packages are there
     console.show_logged_warnings()
-    device = init_distributed()
-    lock = message = None
-    if ranks.rank() == 0:
-        try:
-            lock = claim(Path(cfg.output_dir), cfg)
-        except UserError as error:
-            message = str(error)
-    ranks.raise_together(message)
+    device, folder = init_distributed(), Path(cfg.output_dir)
+    rank, world = ranks.rank(), ranks.world_size()
+    lock = claim(folder, cfg) if rank == 0 else None
     dtype, reason = precision(cfg, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
         use_deterministic_kernels(cfg.deterministic)
     torch.manual_seed(cfg.seed)  # the same on every rank: adapters start alike
-    script, folder = Path(sys.argv[0]).stem, Path(cfg.output_dir)
-    run = Run(cfg, script, folder, device, dtype, reason, ranks.rank(), ranks.world_size(), lock, notes=list(notes))
+    run = Run(cfg, Path(sys.argv[0]).stem, folder, device, dtype, reason, rank, world, lock, notes=list(notes))
+    run.data_hash = data_hash(cfg.data_path)
     if cfg.resume:
         find_source(run)
-    assert_same_across_ranks(run, records, held_out)
+    data = len(records), len(held_out), run.data_hash, data_hash(cfg.eval_data_path)
+    every = ranks.gather(repr((as_dict(cfg), data, dtype, run.step)))
+    problem = f"rank {rank} has other flags, data, precision or checkpoint than rank 0; start all with the same"
+    ranks.raise_together(problem if every[rank] != every[0] else None)
     return run
 
 
@@ -86,74 +78,30 @@ def claim(folder, cfg):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = f"--output_dir: another process trains in {folder}"
-        raise UserError(f"{problem}; wait for it or choose another") from None
     except OSError as error:
-        raise UserError(f"--output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from None
-    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith("."))
-    ended_at_the_start = set(others) <= {RUN, DATA, START}
-    if others and not (ended_at_the_start or cfg.resume or cfg.overwrite):
-        if RUN not in others:
-            things = f"other things ({', '.join(others[:3])})"
-            raise UserError(f"--output_dir: {folder} already holds {things}; give a new folder, or --overwrite")
+        why = "another process trains there" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"--output_dir: {folder}: {why}; choose another folder") from None
+    if (folder / RUN).exists() and not (cfg.resume or cfg.overwrite):
         ways = "--resume goes on with it, --overwrite starts anew, another --output_dir keeps it"
         raise UserError(f"--output_dir: {folder} already holds a run; {ways}")
     return lock
 
 
-def assert_same_across_ranks(run, records, held_out):
-    """UserError on one rank, exit code 2 on all, if flags, data or the checkpoint differ between ranks."""
-    cfg = run.cfg
-    file = lambda path: sha256(path) if path and os.path.isfile(path) else None
-    facts = {
-        "flags": sorted((name, str(value)) for name, value in as_dict(cfg).items() if name not in OWN_FLAGS),
-        "training data": (len(records), data_hash(cfg.data_path)),
-        "held-out data": (len(held_out), data_hash(cfg.eval_data_path or "")),
-        "--deepspeed": file(cfg.deepspeed),
-        "rewards": [file(name.rpartition(":")[0]) for name in getattr(cfg, "rewards", "").split(",")],
-        "precision": str(run.dtype),
-        "checkpoint to go on from": run.source and (run.source.name, file(run.source / checkpoint.MANIFEST)),
-    }
-    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
-    run.data_hash = hashes["training data"]
-    first, *_ = ranks.gather(hashes)
-    differing = [name for name in hashes if hashes[name] != first[name]]
-    problem = f"rank {run.rank} differs from rank 0: {', '.join(differing)}; start all with the same flags and files"
-    ranks.raise_together(problem if differing else None)
-
-
 def data_hash(text):
-    """Of the files of a --data_path and their weights; of one file alone, its own."""
-    files = [(sha256(path), weight) for path, weight in data_files(text) if os.path.isfile(path)]
-    return files[0][0] if len(files) == 1 and files[0][1] == 1 else files or None
+    """Of the files of a --data_path, with their weights."""
+    files = [(sha256(path), weight) for path, weight in data_files(text or "") if os.path.isfile(path)]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def find_source(run):
-    """--resume: the newest whole checkpoint, and what must follow it."""
-    newest, *_ = ranks.gather(checkpoint.newest_checkpoint(run.folder) if run.rank == 0 else None)
-    if newest is None:
-        run.notes.append(f"--resume: no checkpoint in {run.folder} yet, starting at the beginning")
-        return
-    run.source = run.folder / newest.name
-    run.state = read_json(run.source / STATE)
-    run.step, run.updates, run.best = (run.state[name] for name in ("step", "updates", "best"))
-    run.start_accuracy = run.state.get("start_accuracy")
-    cfg, wanted, samples = run.cfg, run.state["samples_per_step"], samples_per_step(run)
-    if samples != wanted:
-        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
-        text = f"expected {wanted} samples a step as in that run, got {samples} ({product})"
-        raise UserError(f"--resume: {text}; change --per_device_train_batch_size or --gradient_accumulation_steps")
-    base = run.state["config"].get("base_dtype", "bf16")
-    if base != cfg.base_dtype:
-        raise UserError(f"--resume: the run trains on a {base} base, got --base_dtype {cfg.base_dtype}; give {base}")
-    run.notes.append(f"--resume: going on from {run.source}")
-    ignore = {"resume", "overwrite", "output_dir", "gradient_accumulation_steps", "per_device_train_batch_size",
-              "model_ckpt"}  # fmt: skip
-    now, before = as_dict(cfg), run.state["config"]
-    for name in now.keys() & before.keys() - ignore:
-        if now[name] != before[name]:
-            run.notes.append(f"--resume: {name} was {before[name]!r} in that run and is {now[name]!r} now")
+    """--resume: the newest whole checkpoint, and where it left the run."""
+    run.source, *_ = ranks.gather(checkpoint.newest_checkpoint(run.folder) if run.rank == 0 else None)
+    where = f"going on from {run.source}" if run.source else f"no checkpoint in {run.folder} yet, starting anew"
+    run.notes.append(f"--resume: {where}")
+    if run.source:
+        run.state = read_json(run.source / STATE)
+        for name in ("step", "updates", "best", "start_accuracy"):
+            setattr(run, name, run.state[name])
 
 
 # -- Model
@@ -167,20 +115,17 @@ def build_model(run):
     """
     cfg = run.cfg
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
-    begun = cfg.resume and (run.folder / RUN).exists()  # also a run without a checkpoint yet has its copy
-    if begun and (run.folder / START).exists():
+    if cfg.resume and (run.folder / START).exists():
         run.adapter = run.folder / START
-    elif not begun and cfg.model_ckpt is not None and cfg.lora_enable:
+    elif cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = find_adapter(cfg.model_ckpt)
     if run.adapter:
         given = load_adapter(model, run.adapter)
-        if (base := trained_on(read_object(run.adapter / CONFIG))) != cfg.base_dtype:
+        if (base := trained_on(read_json(run.adapter / ADAPTER[0]))) != cfg.base_dtype:
             run.notes.append(f"the adapter was trained with --base_dtype {base} and goes on with {cfg.base_dtype}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
-        own = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
-        for name in own:
-            if name in cfg.given and getattr(cfg, name) != getattr(given, name):
-                run.notes.append(f"--{name} has no effect: the adapter has its own")
+        own = [name for name in OF_ADAPTER if name in cfg.given and getattr(cfg, name) != getattr(given, name)]
+        run.notes += [f"--{name} has no effect: the adapter has its own" for name in own]
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
@@ -212,92 +157,85 @@ def start(run, model, processor, loader, records, held_out):
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
     if run.rank == 0:
-        try:
-            prepare_folder(run)
-        except OSError as error:
-            problem = f"{run.folder}: cannot be written ({error.strerror}: {error.filename})"
-            raise UserError(f"{problem}; free some space, or choose another --output_dir") from None
-        lines = [*summary(model, cfg, records, processor, loader, run.total, run.world, 2)]
-        for line in describe(run, model, lines, len(held_out)):
+        prepare_folder(run)
+        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+        precision = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
+        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done")
+        run.say(f"  precision  {precision}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
+        for line in describe(cfg, model, processor, records, loader, run.world):
             run.say(line)
+        when = f"every {cfg.eval_steps} steps and " * bool(cfg.eval_steps)
+        run.notes.append(f"{len(held_out):,} held-out samples" + f", judged {when}at the end" * bool(held_out))
+        if run.plan.pack_tokens:
+            run.notes.append(f"micro-batches of at most {run.plan.pack_tokens:,} tokens")
+        for text in run.notes:
+            run.say(f"  note       {text}")
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}))
     run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
     return engine
 
 
-def ask_about(run, processor, record):
-    """The command that asks the run's model about a record's clip, as it can be typed; "" where it names no file."""
-    try:
-        name = clip_name(record)
-        folder = run.cfg.image_folder or getattr(record, "folder", None)
-        clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
-    except UserError:  # of a broken record: named when it is read
-        clip = ""
-    words = ["infer.py", clip]
-    if not run.cfg.lora_enable:  # checkpoints are whole models
-        words += ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
-    else:
-        if Path("output").resolve() not in run.folder.resolve().parents:
-            words += ["--model_ckpt", str(run.folder)]
-        if run.cfg.model_id != type(run.cfg)().model_id:
-            words += ["--model_id", run.cfg.model_id]
-    return command(*words) if clip else ""
-
-
 def restore(run, engine, adamw):
     """Optimizer, loss scale, counts of what was left out, and what memory taught, as in the checkpoint."""
+    cfg, loader, state, memory = run.cfg, run.loader, run.state, run.state["memory"]
+    if loader.global_batch != state["global_batch"]:
+        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        problem = (
+            f"that run had {state['global_batch']} samples or prompts a step, {product} make {loader.global_batch}"
+        )
+        raise UserError(f"--resume: {problem}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
-    if run.state["loss_scale"]:
-        engine.optimizer.loss_scaler.cur_scale = run.state["loss_scale"]
-    if run.state["config"].get("data_path") == run.cfg.data_path:
-        run.loader.restore(run.state["skipped"])
-        if run.state.get("data_hash", run.data_hash) != run.data_hash:
-            run.notes.append(f"--resume: {run.cfg.data_path} was changed since that run: other samples, another order")
-    memory = run.state["memory"]
+    if state["loss_scale"]:
+        engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+    if state["config"]["data_path"] == cfg.data_path:
+        loader.restore(state["skipped"])
+        if state["data_hash"] != run.data_hash:
+            run.notes.append(f"--resume: {cfg.data_path} was changed since that run: other samples, another order")
     run.sampler.oom_retries = memory["oom_retries"] if run.rank == 0 else 0
     run.sampler.max_tokens = memory["max_sampled_tokens"]
 
 
 def prepare_folder(run):
     """Remove what an overwritten run left, or what a killed run wrote after its last checkpoint; write run.json."""
-    for rest in run.folder.glob(".checkpoint-*"):
+    folder, start = run.folder, run.folder / START
+    for rest in folder.glob(".checkpoint-*"):
         shutil.rmtree(rest)
-    if run.source is None:
-        copy_start_adapter(run)  # before anything is removed: it may lie in the run that is overwritten
-    for folder in checkpoint.checkpoints(run.folder):
-        if checkpoint.step_of(folder) > run.step:  # of an older run, or broken: the newest whole one is older
-            checkpoint.remove(folder)
+    if run.source is None and run.adapter:  # a copy: the adapter's run may delete it, or be the one that is overwritten
+        copy = lambda to: [shutil.copyfile(run.adapter / name, to / name) for name in ADAPTER]
+        checkpoint.write_whole(start, copy)
+    elif run.source is None:
+        checkpoint.remove(start)
+    for other in checkpoint.checkpoints(folder):
+        if checkpoint.step_of(other) > run.step:  # of an older run, or broken: the newest whole one is older
+            checkpoint.remove(other)
     if run.source is None:
         for name in OURS:
-            (run.folder / name).unlink(missing_ok=True)
-        for name in TRACKERS:
-            shutil.rmtree(run.folder / name, ignore_errors=True)
-    due = run.loop_state("evaluation_due")  # its lines may be there: it was made, and the run killed before it saved
-    checkpoint.cut_after(run.folder / METRICS, run.step, lambda row: due and "evaluation" in row)
-    checkpoint.cut_after(run.folder / ROLLOUTS, run.step, lambda row: due and "advantage" not in row)
+            (folder / name).unlink(missing_ok=True)
+        for name in console.TRACKERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    stopped = run.state.get("stopped")  # this step's evaluation is made once more
+    checkpoint.cut_after(folder / METRICS, run.step, lambda row: stopped and "evaluation" in row)
+    checkpoint.cut_after(folder / ROLLOUTS, run.step, lambda row: stopped and "advantage" not in row)
+    (folder / BEST).unlink(missing_ok=True)  # it may be of a checkpoint that was broken since
     if run.best:
-        write_json(run.folder / BEST, run.best)
-    else:
-        (run.folder / BEST).unlink(missing_ok=True)  # of a checkpoint that was broken since
-    checkpoint.link_adapter(run.folder)  # not to one that was removed
-    known = read_json(run.folder / RUN) if (run.folder / RUN).exists() else {}
+        write_json(folder / BEST, run.best)
+    checkpoint.link_adapter(folder)  # not to one that was removed
+    known = read_json(folder / RUN) if (folder / RUN).exists() else {}
     facts = {"id": known.get("id", secrets.token_hex(4)), "script": run.script, "command": sys.argv}
-    facts |= {"config": as_dict(run.cfg), "versions": versions(), "machine": machine() | {"ranks": run.world}}
-    write_json(run.folder / RUN, facts)
+    write_json(folder / RUN, facts | {"config": as_dict(run.cfg), "ranks": run.world} | environment())
 
 
-def copy_start_adapter(run):
-    """Copy the adapter that the run begins with: its own run may delete it before this one is resumed."""
-    temporary = run.folder / f".{START}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    if run.adapter:
-        temporary.mkdir()
-        for name in (CONFIG, TENSORS):
-            shutil.copyfile(run.adapter / name, temporary / name)
-    shutil.rmtree(run.folder / START, ignore_errors=True)
-    if run.adapter:
-        temporary.rename(run.folder / START)
+def environment():
+    """Versions and machine, for run.json."""
+    packages = ("torch", "transformers", "safetensors", "deepspeed", "numpy", "av")
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    if shutil.which("git"):
+        versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {"versions": versions, "machine": machine}
 
 
 # -- What is printed
@@ -306,7 +244,8 @@ def copy_start_adapter(run):
 def dry_run(cfg, make_loader, records):
     """--dry_run: print data, steps, memory and options without effect; nothing is run or written. The weights are not
     read: config.json and the tokenizer are enough. make_loader: the trainer's own."""
-    if int(os.environ.get("RANK", "0")):
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank:
         return
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
     with torch.device("meta"):
@@ -317,75 +256,44 @@ def dry_run(cfg, make_loader, records):
     else:
         inject(model, cfg)
     set_trainable(model, cfg)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     processor = Processor(load_tokenizer(folder), model.config, cfg)
-    loader = make_loader(cfg, records, processor, 0, world)
-    print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
-    for line in summary(model, cfg, records, processor, loader, total_steps(cfg, loader), world, 2):
-        print(line)
-    print(f"  trained    {trained_shares(model)}")
-    for line in ignored_options(cfg):
-        print(f"  note       {line}")
+    loader, notes = make_loader(cfg, records, processor, 0, world), ignored_options(cfg)
     if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        print(f"  note       {cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+    print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
+    print(*describe(cfg, model, processor, records, loader, world), sep="\n")
+    print(*(f"  note       {text}" for text in notes), sep="\n")
 
 
-def describe(run, model, lines, held_out):
-    """The start-up lines: what differs from the defaults, precision and why, what is trained, a step's arithmetic.
-    held_out: how many samples."""
-    cfg = run.cfg
+def total_steps(cfg, loader):
+    """Optimizer steps of the whole run."""
+    return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
+
+
+def describe(cfg, model, processor, records, loader, world):
+    """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if run.device.type == "cuda":
-        where = torch.cuda.get_device_name(run.device)
-    batch, micro, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, run.world
-    vision, merger = (cfg.learning_rate if rate is None else rate for rate in (cfg.vision_lr, cfg.merger_lr))
-    warmup = warmup_steps(cfg, run.total)
-    yield f"{run.script}: {cfg.model_id} -> {run.folder}"
+    batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
+    numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
+    trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
+    whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
-    yield f"  precision  {str(run.dtype).removeprefix('torch.')} ({run.dtype_reason}); fp32 master weights; {where}"
-    yield f"  trained    {trained_shares(model)}"
-    packed = f", in micro-batches of at most {run.plan.pack_tokens:,} tokens" if run.plan.pack_tokens else ""
-    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples{packed}"
-    rates = f"llm {cfg.learning_rate:g}, vision {vision:g}, merger {merger:g}"
-    if run.step < run.total:
-        yield f"  schedule   from step {run.step + 1}; {cfg.lr_scheduler_type}, {warmup} of warm-up; peak rates {rates}"
-    else:
-        yield f"  schedule   nothing is left of {run.total} steps; a larger --max_steps goes on"
-    yield from lines
-    when = f"evaluated every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "evaluated at the end"
-    yield f"  held out   {f'{held_out:,} samples, {when}' if held_out else 'no samples: nothing is evaluated'}"
-    for text in run.notes:
-        yield f"  note       {text}"
+    yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
+    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
+    yield from summary(model, cfg, records, processor, loader, total, world, 2)
 
 
-def trained_shares(model):
-    """ "76,800 of 297,680 parameters (25.8 %): vision 23.5 %, merger 20.7 %, llm 29.8 %"."""
-    counts, numbers = {"vision": [0, 0], "merger": [0, 0], "llm": [0, 0]}, sizes(model)
-    for name, parameter in model.named_parameters():
-        counts[part_of(name)][0] += numbers[name] * parameter.requires_grad
-        counts[part_of(name)][1] += numbers[name] * (not name.endswith(FLAT))  # of the model's own
-    counts["llm"][1] += sum(weight.numel() for weight in quantized_weights(model).values())
-    some, whole = (sum(column) for column in zip(*counts.values(), strict=True))
-    shares = ", ".join(f"{part} {100 * mine / own:.3g} %" for part, (mine, own) in counts.items())
-    return f"{some:,} of {whole:,} parameters ({100 * some / whole:.3g} %): {shares}"
-
-
-def versions():
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def ask_about(run, processor, record):
+    """The command that asks the run's model about a record's clip, as it can be typed; "" where it names no file."""
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a clone
-    packages = ("torch", "transformers", "safetensors", "deepspeed", "numpy", "av")
-    installed = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **installed, "commit": commit}
-
-
-def machine():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count()}
-    return {**cpu, "threads": torch.get_num_threads(), "gpus": gpus, "system": platform.platform()}
+        name = clip_name(record)
+        folder = run.cfg.image_folder or getattr(record, "folder", None)
+        clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
+    except UserError:  # of a broken record: named when it is read
+        clip = ""
+    words = []
+    if not run.cfg.lora_enable:  # checkpoints are whole models
+        words = ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
+    elif Path("output").resolve() not in run.folder.resolve().parents:
+        words = ["--model_ckpt", str(run.folder)]
+    return command("infer.py", clip, *words) if clip else ""

@@ -16,28 +16,22 @@ from pathlib import Path
 TORCHS = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 COMPILE = ["-m", "uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes", "--no-header"]
 COMPILE += ["--no-annotate", "--no-emit-index-url", "--quiet"]
-HEAD = "# Written by make lock from {source}; not edited by hand.\n"
 
 
 def resolve(source):
-    """The blocks of text, a package each (its version, then a line a hash), that a file of requirements comes to."""
-    found = subprocess.run([sys.executable, *COMPILE, source], check=True, capture_output=True, text=True).stdout
-    return re.findall(r"^\S.*(?:\n .*)*\n", found, re.M)
+    """{package and version: its block of text, with a line a hash} of what a file of requirements comes to."""
+    text = subprocess.run([sys.executable, *COMPILE, source], check=True, capture_output=True, text=True).stdout
+    return {block.split()[0]: block for block in re.findall(r"^\S.*(?:\n .*)*\n", text, re.M)}
 
 
-def main():
-    everything = resolve("requirements-dev.txt")
-    runs = {re.match(r"\S+", block)[0] for block in resolve("requirements.txt")}
-    torchs = [block for block in everything if TORCHS.match(block)]
-    rest = [block for block in everything if block not in torchs]
-    first = [block for block in rest if re.match(r"\S+", block)[0] in runs]
-    files = {"requirements.lock": first, "requirements-dev.lock": [block for block in rest if block not in first]}
-    files["requirements-torch.lock"] = [block.split(" \\\n")[0] + "\n" for block in torchs]
-    for name, blocks in files.items():
-        source = "requirements-dev.txt" if "dev" in name else "requirements.txt"
-        Path(name).write_text(HEAD.format(source=source) + "".join(blocks), encoding="utf-8")
-        print(f"{name}: {len(blocks)} packages")
+def write(name, source, blocks):
+    Path(name).write_text(f"# Written by make lock from {source}; not edited by hand.\n" + "".join(blocks))
+    print(f"{name}: {len(blocks)} packages")
 
 
-if __name__ == "__main__":
-    main()
+runs, everything = resolve("requirements.txt"), resolve("requirements-dev.txt")
+torchs = [name for name in everything if TORCHS.match(name)]
+rest = {name: block for name, block in everything.items() if name not in torchs}
+write("requirements.lock", "requirements.txt", [block for name, block in rest.items() if name in runs])
+write("requirements-dev.lock", "requirements-dev.txt", [block for name, block in rest.items() if name not in runs])
+write("requirements-torch.lock", "requirements.txt", [everything[name].split(" \\\n")[0] + "\n" for name in torchs])

@@ -14,7 +14,6 @@ There GRPO starts from the first checkpoint with a mean reward of 0.6 (greedy); 
 
 import argparse
 import json
-import re
 import shlex
 import statistics
 import subprocess
@@ -28,14 +27,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from clips import DIRECTIONS, draw_clip, render, write_mp4
+from clips import OPTIONS, draw_clip, render, write_mp4
 from quickstart import GRPO, HALF, SAMPLED, SFT, last
 
-CLIPS = ["--num_samples", 1800, "--split", 0.5556]  # 1,000 to train on, 400 to choose by, 400 to report
-COT = "--cot --cot_source trajectory --cot_coordinates 0"
+CLIPS = "--num_samples 1800 --split 0.5556 --overwrite"  # 1,000 to train on, 400 to choose by, 400 to report
+COT = " --cot --cot_source trajectory --cot_coordinates 0"
 # Answers such as "<answer>0.2 to 0.7</answer>" take 14 tokens; they have no reasoning for the format reward
+TYPED_SFT, TYPED_GRPO = "--max_steps 400 --max_new_tokens 24", "--rewards accuracy --max_completion_length 24"
 TYPED_START = 0.6
-TYPED = {"sft": "--max_steps 400 --max_new_tokens 24", "grpo": "--rewards accuracy --max_completion_length 24"}
 FAR = ("speed", "radius", "ball", "background")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by seeds
 
@@ -49,10 +48,10 @@ def run(script: str, *flags) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def accuracy(adapter: Path, data: Path, *flags) -> dict:
+def accuracy(adapter: Path, data: Path, flags: str = "") -> dict:
     """{"accuracy", "interval", …} on all clips of a dataset, greedy if no flags say otherwise."""
-    common = ["--controls", "none", "--max_new_tokens", 64, "--json"]
-    return json.loads(run("infer.py", "--data_path", data, "--model_ckpt", adapter, *common, *flags))
+    common = ["--data_path", data, "--model_ckpt", adapter, "--controls", "none", "--max_new_tokens", 64, "--json"]
+    return json.loads(run("infer.py", *common, *flags.split()))
 
 
 def early(folder: Path, data: Path, typed: bool) -> Path:
@@ -62,29 +61,30 @@ def early(folder: Path, data: Path, typed: bool) -> Path:
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         checkpoint = folder / f"checkpoint-{row['step']}"
         if (row.get("eval_accuracy") or 0) >= least:
-            if typed or accuracy(checkpoint, data, *SAMPLED.split())["accuracy"] >= HALF:
+            if typed or accuracy(checkpoint, data, SAMPLED)["accuracy"] >= HALF:
                 return checkpoint
     raise SystemExit(f"{folder}: no checkpoint reaches {least}")
 
 
-def make_data(folder: Path, task: str, plain: bool, far: bool) -> None:
+def make_data(folder: Path, args, typed: bool) -> None:
     if not (folder / "report.json").exists():
-        flags = [*CLIPS, "--task", task, *([] if plain else COT.split())]
-        run("generate.py", "--output_dir", folder, "--overwrite", *flags)
+        flags = f"{CLIPS} --task {args.task}" + ("" if args.plain or typed else COT)
+        run("generate.py", "--output_dir", folder, *flags.split())
         held_out = json.loads((folder / "val.json").read_text())
         (folder / "choose.json").write_text(json.dumps(held_out[:400]))
         (folder / "report.json").write_text(json.dumps(held_out[400:]))
-    if far and not (folder / "background.json").exists():
+    if args.far and not (folder / "background.json").exists():
         far_clips(folder, json.loads((folder / "val.json").read_text()))
 
 
 def far_clips(folder: Path, records: list[dict]) -> None:
     """100 clips of each kind in FAR, with this one thing outside the training ranges, on records of the same labels."""
-    rng, labels = np.random.default_rng(7), list(DIRECTIONS)
+    rng = np.random.default_rng(7)
     for kind in FAR:
         rows = []
         for i in range(100):
-            clip, odd = draw_clip(rng, labels[i % 4], 64, 30), i % 2
+            label, odd = [*OPTIONS][i % 4], i % 2
+            clip = draw_clip(rng, label, 64, 30)
             if kind == "speed":  # trained: 1.5 to 2.8 px a frame
                 factor = rng.uniform(3.2, 4.5) / max(map(abs, clip.velocity))
                 clip = replace(clip, velocity=tuple(v * factor for v in clip.velocity))
@@ -96,45 +96,43 @@ def far_clips(folder: Path, records: list[dict]) -> None:
                 light = (200.0, 170.0, 190.0) if odd else (150.0, 190.0, 150.0)
                 clip = replace(clip, background_rgb=light, ball_rgb=(20.0, 20.0, 30.0))
             write_mp4(folder / "videos" / f"{kind}{i}.mp4", render(clip))
-            alike = next(r for r in records if re.search(rf"\(\w\) {clip.label}", r["conversations"][1]["value"]))
+            alike = next(record for record in records if OPTIONS[label] in record["conversations"][1]["value"])
             rows.append(alike | {"id": f"{kind}{i}", "video": f"{kind}{i}.mp4"})
         (folder / f"{kind}.json").write_text(json.dumps(rows))
 
 
 def learn(seed: int, data: Path, out: Path, args) -> dict[str, dict]:
     """{run: {column: result of accuracy}} of one seed."""
-    sft, grpo = out / f"sft{seed}", out / f"grpo{seed}"
+    sft, grpo, typed = out / f"sft{seed}", out / f"grpo{seed}", args.task != "direction"
     common = ["--data_path", data / "train.json", "--eval_data_path", data / "choose.json"]
     common += ["--seed", seed, "--overwrite"]
     began = time.perf_counter()
     run("train_sft.py", *common, "--output_dir", sft, *SFT.split(), *shlex.split(args.sft))
     trained = time.perf_counter()
-    adapters, seconds = {"SFT": last(sft)}, {"SFT": trained - began}
-    if not args.sft_only:
-        adapters["start of GRPO"] = start = early(sft, data / "choose.json", args.task != "direction")
-        began = time.perf_counter()
-        flags = ["--model_ckpt", start, "--output_dir", grpo, *GRPO.split(), *shlex.split(args.grpo)]
-        run("train_grpo.py", *common, *flags)
-        adapters["GRPO"], seconds["GRPO"] = last(grpo), time.perf_counter() - began
-    columns = {"greedy": ("report", []), "sampled": ("report", SAMPLED.split())}
-    columns |= {kind: (kind, []) for kind in FAR if args.far}
+    start = early(sft, data / "choose.json", typed)
+    again = time.perf_counter()
+    flags = ["--model_ckpt", start, "--output_dir", grpo, *GRPO.split(), *shlex.split(args.grpo)]
+    run("train_grpo.py", *common, *flags)
+    seconds = {"SFT": trained - began, "start of GRPO": 0, "GRPO": time.perf_counter() - again}
+    columns = {"greedy": ("report", ""), "sampled": ("report", SAMPLED)}
+    columns |= {kind: (kind, "") for kind in FAR if args.far}
     rows = {}
-    for name, adapter in adapters.items():
-        rows[name] = {key: accuracy(adapter, data / f"{file}.json", *flags) for key, (file, flags) in columns.items()}
-        rows[name]["seconds"] = seconds.get(name)
+    for name, adapter in {"SFT": last(sft), "start of GRPO": start, "GRPO": last(grpo)}.items():
+        rows[name] = {key: accuracy(adapter, data / f"{file}.json", how) for key, (file, how) in columns.items()}
+        rows[name]["seconds"] = seconds[name]
     return rows
 
 
 def table(results: dict[int, dict]) -> str:
     """results: {seed: what learn returns}."""
-    cells = lambda found: f"{found['accuracy']:.1%} ({found['interval'][0]:.1%} to {found['interval'][1]:.1%})"
-    names = list(next(iter(results.values())))
-    columns = [key for key in next(iter(results.values()))[names[0]] if key != "seconds"]
+    runs = next(iter(results.values()))
+    columns = [key for key in runs["SFT"] if key != "seconds"]
     lines = [["run", "seed", *columns, "seconds"], ["---"] * (len(columns) + 3)]
-    for name in names:
+    for name in runs:
         for seed, rows in results.items():
-            seconds = f"{rows[name]['seconds']:.0f}" if rows[name]["seconds"] else ""
-            lines.append([name, str(seed), *(cells(rows[name][key]) for key in columns), seconds])
+            cells = [rows[name][key] for key in columns]
+            shares = [f"{c['accuracy']:.1%} ({c['interval'][0]:.1%} to {c['interval'][1]:.1%})" for c in cells]
+            lines.append([name, str(seed), *shares, f"{rows[name]['seconds']:.0f}"])
         if len(results) in STUDENT:
             means = []
             for key in columns:
@@ -145,24 +143,22 @@ def table(results: dict[int, dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def main(argv=None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--name", default="learn", help="folder under output/learn")
     parser.add_argument("--task", default="direction", choices=("direction", "time_span", "distance"))
     parser.add_argument("--plain", action="store_true", help="answers without chains of thought")
     parser.add_argument("--far", action="store_true", help="also clips outside the training ranges")
-    parser.add_argument("--sft_only", action="store_true")
     parser.add_argument("--sft", default="", help="further flags of train_sft.py, in quotes")
     parser.add_argument("--grpo", default="", help="further flags of train_grpo.py, in quotes")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     typed = args.task != "direction"
     if typed:
-        args.sft, args.grpo = f"{TYPED['sft']} {args.sft}", f"{TYPED['grpo']} {args.grpo}"
-    name = f"learn_{args.task}" if typed else "learn_plain" if args.plain else "learn"
-    data, out = ROOT / "data" / name, ROOT / "output" / "learn" / args.name
-    make_data(data, args.task, args.plain or typed, args.far)
-    results = {}
+        args.sft, args.grpo = f"{TYPED_SFT} {args.sft}", f"{TYPED_GRPO} {args.grpo}"
+    kind = f"learn_{args.task}" if typed else "learn_plain" if args.plain else "learn"
+    data, out, results = ROOT / "data" / kind, ROOT / "output" / "learn" / args.name, {}
+    make_data(data, args, typed)
     for seed in args.seeds:
         results[seed] = learn(seed, data, out, args)
         (out / "table.md").write_text(table(results))

@@ -12,7 +12,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,15 +33,6 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 SMALL = {"nframes": 8, "resized_height": 56, "resized_width": 56}  # how the tiny model sees a 64x64 clip
 
 
-def draw_small(folder: Path, count: int) -> list[str]:
-    """64x64 clips of one second, as generate.py draws them."""
-    rng, paths = np.random.default_rng(0), []
-    for i in range(count):
-        paths.append(folder / f"small{i}.mp4")
-        write_mp4(paths[-1], render(draw_clip(rng, "Ascending", 64, 30)))
-    return list(map(str, paths))
-
-
 def ours(options: dict, workers: int):
     """-> function: paths -> they are read once, with so many worker processes."""
     processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
@@ -56,12 +46,9 @@ def ours(options: dict, workers: int):
 
 
 def peer(options: dict, decoder: str):
-    """-> function: paths -> they are read once by qwen-vl-utils with this decoder; or why there is none."""
-    try:
-        importlib.import_module(decoder)
-        vision_process = importlib.import_module("qwen_vl_utils.vision_process")
-    except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
-        return f"not usable here: {str(error).strip().splitlines()[0]}"
+    """-> function: paths -> they are read once by qwen-vl-utils with this decoder. ImportError where there is none."""
+    importlib.import_module(decoder)
+    vision_process = importlib.import_module("qwen_vl_utils.vision_process")
 
     def read(paths):
         vision_process.FORCE_QWENVL_VIDEO_READER = decoder  # what its environment variable sets, read at import
@@ -71,11 +58,6 @@ def peer(options: dict, decoder: str):
             assert facts["video_backend"] == decoder, f"{facts['video_backend']} was taken, expected {decoder}"
 
     return read
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def main():
@@ -90,26 +72,28 @@ def main():
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        sets = [("64x64, 1 s", draw_small(Path(folder), 16), SMALL, args.clips)]
-        sets += [(Path(path).name[:20], [path], {"fps": args.fps}, args.clips // 10) for path in args.files]
+        rng, drawn = np.random.default_rng(0), [f"{folder}/{i}.mp4" for i in range(16)]
+        for path in drawn:
+            write_mp4(path, render(draw_clip(rng, "Ascending", 64, 30)))
+        sets = [("64x64, 1 s", drawn * args.clips, SMALL, args.clips)]
+        sets += [(Path(f).name[:20], [f] * args.clips, {"fps": args.fps}, max(1, args.clips // 10)) for f in args.files]
         print(f"{'files':<20}  {'reader':<26}  clips/s  CPU ms a clip")
         for name, paths, options, count in sets:
-            paths = (paths * count)[: max(1, count)]
             readers = {f"{workers} workers": ours(options, workers) for workers in args.workers}
-            decoders = ("decord", "torchcodec") if args.peer else ()
-            readers |= {f"qwen-vl-utils, {decoder}": peer(options, decoder) for decoder in decoders}
-            rounds = {who: [] for who, read in readers.items() if not isinstance(read, str)}
+            for decoder in ("decord", "torchcodec") if args.peer else ():
+                try:
+                    readers[f"qwen-vl-utils, {decoder}"] = peer(options, decoder)
+                except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
+                    print(f"{decoder} is not usable here: {str(error).strip().splitlines()[0]}")
+            rounds = {who: [] for who in readers}
             for i in range(args.repeats + 1):  # they take turns, so that a busy machine slows them alike
-                for who, times in rounds.items():
-                    wall, cpu = time.perf_counter(), cpu_seconds()
-                    readers[who](paths)
-                    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-                    times += [(len(paths) / wall, 1000 * cpu / len(paths))] * (i > 0)  # the first fills the page cache
-            for who, read in readers.items():
-                if isinstance(read, str):
-                    print(f"{name:<20}  {who:<26}  {read}")
-                    continue
-                rate, cpu = map(statistics.median, zip(*rounds[who]))
+                for who, read in readers.items():
+                    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+                    read(paths[:count])
+                    wall, cpu = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
+                    rounds[who] += [(count / wall, 1000 * cpu / count)] * (i > 0)  # the first fills the page cache
+            for who, times in rounds.items():
+                rate, cpu = map(statistics.median, zip(*times))
                 print(f"{name:<20}  {who:<26}  {rate:>7.1f}  {cpu:>13.2f}", flush=True)
                 results.append({"files": name, "reader": who, "clips_s": rate, "cpu_ms": cpu})
     print(json.dumps({"bench": "loading", "cores": os.cpu_count(), "args": vars(args), "results": results}))

@@ -23,13 +23,12 @@ class Peer:
 
     def __init__(self, bench):
         self.bench, cfg = bench, bench.cfg
-        self.plain, self.note = peer_model(bench.model)  # for sampling, as if its adapters had been merged
+        self.plain = peer_model(bench.model)  # for sampling, as if its adapters had been merged
         if "sft" in bench.args.kinds:
-            self.trained = peft_model(peer_model(bench.model)[0], bench.model, cfg)
+            self.trained = peft_model(peer_model(bench.model), bench.model, cfg)
             self.params = [p for p in self.trained.parameters() if p.requires_grad]
             betas = (cfg.adam_beta1, cfg.adam_beta2)
             self.adamw = torch.optim.AdamW(self.params, cfg.learning_rate, betas, cfg.adam_epsilon, fused=True)
-            self.max_norm = cfg.max_grad_norm
 
     def inputs(self, packed, batch: int) -> dict:
         """A batch of equally long samples or prompts as transformers' keyword arguments, on the device; no padding."""
@@ -45,11 +44,11 @@ class Peer:
     def sft(self, work, batch: int):
         inputs = self.inputs(self.bench.pack(work, batch, True), batch)
         labels = inputs["input_ids"].clone()
-        labels[:, : work.prompt_tokens] = IGNORE
+        labels[:, : work.prompt] = IGNORE
 
         def step():
             self.trained(**inputs, labels=labels, use_cache=False).loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.params, self.bench.cfg.max_grad_norm)
             self.adamw.step()
             self.adamw.zero_grad()
             return float(norm)
@@ -66,7 +65,7 @@ class Peer:
 
 
 def peer_model(model):
-    """(transformers' model on the weights of `model`, what it runs with)."""
+    """transformers' model on the weights of `model`; prints what it runs with."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     with torch.device("meta"):
@@ -76,18 +75,29 @@ def peer_model(model):
     result = peer.load_state_dict(state, strict=False, assign=True)
     assert not result.missing_keys and not result.unexpected_keys, result
     for module in peer.modules():  # angles are buffers that no checkpoint holds: made on meta, so made again
-        if hasattr(module, "inv_freq"):
-            fresh = type(module)(module.config)
-            for name in ("inv_freq", "original_inv_freq"):
-                if hasattr(module, name):
-                    setattr(module, name, getattr(fresh, name).to(model.head_weight.device))
-    name = choose_attention(peer, model.head_weight.is_cuda)
+        for name in ("inv_freq", "original_inv_freq"):
+            if hasattr(module, name):
+                setattr(module, name, getattr(type(module)(module.config), name).to(model.head_weight.device))
+    name = "SDPA"
+    if not model.head_weight.is_cuda:
+        peer.set_attn_implementation("sdpa")
+    elif importlib.util.find_spec("flash_attn"):
+        peer.set_attn_implementation("flash_attention_2")
+        name = "FlashAttention 2"
+    else:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("flash_attention_2", flash_torch)
+        for config in (peer.config, peer.config.text_config, peer.config.vision_config):
+            config._attn_implementation = "flash_attention_2"  # set_attn_implementation would look for the package
+        name = "torch's FlashAttention 2"
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
 
         apply_liger_kernel_to_qwen2_5_vl(model=peer)
         name += ", Liger"
-    return peer.requires_grad_(False).eval(), f"peer: transformers + PEFT, {name}"
+    print(f"peer: transformers + PEFT, {name}")
+    return peer.requires_grad_(False).eval()
 
 
 def peft_model(peer, model, cfg):
@@ -99,22 +109,6 @@ def peft_model(peer, model, cfg):
     names = [hf_name(name) for name in targets(model, cfg)]
     config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
     return get_peft_model(peer, config, autocast_adapter_dtype=False).train()
-
-
-def choose_attention(peer, cuda: bool) -> str:
-    """FlashAttention 2 on a GPU. Returns its name."""
-    if not cuda:
-        peer.set_attn_implementation("sdpa")
-        return "SDPA"
-    if importlib.util.find_spec("flash_attn"):
-        peer.set_attn_implementation("flash_attention_2")
-        return "FlashAttention 2"
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("flash_attention_2", flash_torch)
-    for config in (peer.config, peer.config.text_config, peer.config.vision_config):
-        config._attn_implementation = "flash_attention_2"  # set_attn_implementation would look for the package
-    return "torch's FlashAttention 2"
 
 
 def flash_torch(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **_):

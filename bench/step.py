@@ -3,7 +3,7 @@
     python bench/step.py                                    # on a GPU 3B and R, on a CPU the tiny model and its shape
     python bench/step.py sft grpo --shape S R --peer        # transformers + PEFT in turns with us, in this process
     python bench/step.py sft --memory 12.5                  # GiB that the allocator may take
-    python bench/step.py sft --frames 768 --offload_activations --memory 23.5 --repeats 1
+    python bench/step.py sft --shape long768 --offload_activations --memory 23.5 --repeats 1
     python bench/step.py sft --model 7b --recompute yes --pack_tokens 4096
     python bench/step.py sft --shape 32x448x448 --batch 2   # frames x height x width
     python bench/step.py grpo --prompts 8 --trace           # where the time goes: kernels, idle share
@@ -15,8 +15,8 @@
     sft       one optimizer step of train_sft.py: to the device, forward, loss, backward, clipping, AdamW
     grpo      a step of train_grpo.py: rollout, reference, update; random rewards that differ within each group
 
-The floor is the arithmetic (bench/flops.py) at this machine's measured product rate; for a decode step the bytes at its
-copy rate: every weight once, each prompt's keys and values once, each row's own once. The last line is one JSON object.
+The floor is the arithmetic (bench/workloads.py) at this machine's measured product rate; for a decode step the bytes at
+its copy rate: every weight once, each prompt's keys and values once, each row's own once. The last line is JSON.
 """
 
 import argparse
@@ -34,9 +34,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import torch
-from flops import forward_flops, training_flops
 from peer import Peer
-from workloads import SIZES, example, model_config, workload
+from workloads import SIZES, example, model_config, step_flops, workload
 
 import autofit
 import lora
@@ -63,41 +62,37 @@ from trainer import Run, update
 RECOMPUTE = {"auto": "auto", "yes": True, "no": False}
 KINDS = ("prefill", "decode", "rollout", "sft", "grpo")
 BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
+COLUMNS = ("seconds", "min", "max", "floor", "gib", "device_gib")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    flag = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
-    parser.add_argument("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
-    shapes = "S, R, tiny, longN, FxHxW or FxHxW+PROMPT+ANSWER (bench/workloads.py)"
-    parser.add_argument("--shape", nargs="+", default=[], help=f"{shapes}; R, on a CPU tiny")
-    parser.add_argument("--frames", type=int, nargs="+", default=[], help="N stands for --shape longN")
-    parser.add_argument("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
-    parser.add_argument("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
-    parser.add_argument("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
-    parser.add_argument("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
-    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
-    number = lambda text: text if text == "auto" else int(text)
-    parser.add_argument("--pack_tokens", type=number, default="auto", help="of a forward pass at most")
-    parser.add_argument("--recompute", default="auto", choices=RECOMPUTE, help="activations, instead of keeping them")
-    parser.add_argument("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
-    parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
-    flag("--offload_activations", default=False, help="as the trainers' option of this name")
-    flag("--offload_optimizer", default=False, help="as the trainers' option of this name")
-    flag("--cuda_graphs", default=cuda)
-    flag("--peer", default=False, help="transformers + PEFT too, but for grpo")
-    flag("--trace", default=False, help="torch's profiler over one call of each row")
-    flag("--twice", default=False, help="three steps of sft and grpo from the same seed, twice")
-    flag("--deterministic", default=False, help="as the trainers' --deterministic")
+    cuda, add = torch.cuda.is_available(), parser.add_argument
+    switch = partial(add, action="store_true")
+    add("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
+    add("--shape", nargs="+", default=["R" if cuda else "tiny"], help="S, R, tiny, longN, FxHxW, FxHxW+PROMPT+ANSWER")
+    add("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
+    add("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
+    add("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
+    add("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
+    add("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
+    add("--group", type=int, default=8, help="completions of a prompt")
+    add("--pack_tokens", type=lambda text: text if text == "auto" else int(text), default="auto")
+    add("--recompute", default="auto", choices=RECOMPUTE, help="activations, instead of keeping them")
+    add("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
+    add("--repeats", type=int, default=5 if cuda else 3)
+    switch("--offload_activations")
+    switch("--offload_optimizer")
+    switch("--deterministic")
+    switch("--peer", help="transformers + PEFT too, but for grpo")
+    switch("--trace", help="torch's profiler over one call of each row")
+    switch("--twice", help="three steps of sft and grpo from the same seed, twice")
     args = parser.parse_args(argv)
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: expected {', '.join(KINDS)}")
     args.kinds = [kind for kind in KINDS if kind in args.kinds or not args.kinds]  # those that train come last
-    names = args.shape + [f"long{frames}" for frames in args.frames] or ["R" if cuda else "tiny"]
     try:
-        args.work = {name: workload(name) for name in names}
+        args.work = {name: workload(name) for name in args.shape}
     except ValueError as error:
         parser.error(f"--shape: {error}")
     return args
@@ -116,9 +111,9 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = random_model(self.config, self.device, self.dtype, 0, args.base_dtype).requires_grad_(False)
-        graphs = self.cuda and args.cuda_graphs and not args.offload_activations
-        self.model.ops.graphs, self.model.ops.offload = GraphCache() if graphs else None, args.offload_activations
+        self.model = random_model(self.config, device, self.dtype, 0, args.base_dtype).requires_grad_(False)
+        self.model.ops.graphs = GraphCache() if self.cuda and not args.offload_activations else None
+        self.model.ops.offload = args.offload_activations
         names = ("pack_tokens", "lora_rank", "offload_activations", "offload_optimizer")
         common = {name: getattr(args, name) for name in names} | {"lora_alpha": args.lora_rank, "learning_rate": 1e-4}
         common["gradient_checkpointing"] = RECOMPUTE[args.recompute]
@@ -127,12 +122,11 @@ class Bench:
 
     def measured_rates(self) -> tuple[float, float]:
         """Matrix products (FLOP/s) and copies (bytes/s, read + write)."""
-        n, dtype = (8192, torch.bfloat16) if self.cuda else (1024, torch.float32)
-        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
-        x = torch.empty((4 << 30) if self.cuda else (64 << 20), dtype=torch.uint8, device=self.device)
-        y = torch.empty_like(x)
+        n, size = (8192, 4 << 30) if self.cuda else (1024, 64 << 20)
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+        x, y = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         median = lambda function: statistics.median([self.seconds(function) for _ in range(7)][2:])
-        return 2 * n**3 / median(lambda: a @ b), 2 * x.numel() / median(lambda: y.copy_(x))
+        return 2 * n**3 / median(lambda: a @ b), 2 * size / median(lambda: y.copy_(x))
 
     def pack(self, work, count, answer=False):
         return pack([example(self.config, work, i, answer) for i in range(count)])
@@ -164,28 +158,25 @@ class Bench:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        calls = {who: [] for who in steps}
+        calls, warm_up = {who: [] for who in steps}, 1 + self.cuda
         try:
-            for _ in range(1 + self.cuda + self.args.repeats):
+            for _ in range(warm_up + self.args.repeats):
                 for who, step in steps.items():
                     calls[who].append(self.call(who, step))
         except torch.OutOfMemoryError:
             print(f"{label}: out of memory", flush=True)
             return
-        for part, floor in floors.items():
-            medians = []
-            for who in steps:
-                times = [parts[part] for parts, _ in calls[who][1 + self.cuda :]]  # the first do not count
-                medians.append(statistics.median(times))
-                row = {"work": f"{label} {part}".strip(), "who": who, "seconds": medians[-1], "min": min(times)}
-                row |= {"max": max(times), "gib": max(gib for _, gib in calls[who]), "floor": floor}
-                if self.cuda:  # of all processes, contexts and the allocator's reserve included
-                    row["device_gib"] = (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**30
-                self.rows.append(row)
-                numbers = "".join(f"{row[name]:10.4f}" for name in ("seconds", "min", "max", "floor"))
-                memory = f"{row['gib']:8.2f}{row['device_gib']:8.2f}" if self.cuda else f"{'-':>8}{'-':>8}"
-                more = f"{medians[-1] / floor:8.2f}{medians[-1] / medians[0]:8.2f}"
-                print(f"{row['work']:<36}{who:<6}{numbers}{memory}{more}", flush=True)
+        free, total = torch.cuda.mem_get_info() if self.cuda else (0, 0)
+        for (part, floor), who in product(floors.items(), steps):
+            times = [parts[part] for parts, _ in calls[who][warm_up:]]
+            row = {"work": f"{label} {part}".strip(), "who": who, "seconds": statistics.median(times)}
+            row |= {"min": min(times), "max": max(times), "floor": floor, "gib": max(gib for _, gib in calls[who])}
+            row["device_gib"] = (
+                total - free
+            ) / 2**30  # of all processes, contexts and the allocator's reserve included
+            self.rows.append(row)
+            numbers = "".join(f"{row[name]:10.4f}" for name in COLUMNS)
+            print(f"{row['work']:<36}{who:<6}{numbers}{row['seconds'] / floor:10.2f}", flush=True)
 
 
 class Ours:
@@ -240,25 +231,25 @@ class Ours:
         prompts = {n: example(bench.config, work, n) for n in range(count)}
         sample = self.rollout(work, count, work.completion)
 
+        def clock():
+            bench.sync()
+            return time.perf_counter()
+
         def step():
             cfg.per_device_train_batch_size = count * cfg.num_generations
             run.plan.apply(self.model)
-            bench.sync()
-            start, draw = time.perf_counter(), random.Random(0)
-            groups = []
+            start, draw, groups = clock(), random.Random(0), []
             for n, group in enumerate(sample()):
                 rollouts = [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
-                groups.append(Group(n, work.prompt_tokens, rollouts, n))
+                groups.append(Group(n, work.prompt, rollouts, n))
             sampled = time.perf_counter()
             _, normalizer = compare_within_groups(run, groups, len(groups))
             splits = split_micro_batches(groups, cfg, run.plan.pack_tokens)
             batches = [micro_batch(prompts, rollouts).to(bench.device) for rollouts in splits]
             reference_pass(run, self.model, frozen, batches, Counter())
-            bench.sync()
-            referred = time.perf_counter()
+            referred = clock()
             train_on(run, engine, None, batches, normalizer, 1, len(batches))
-            bench.sync()
-            end = time.perf_counter()
+            end = clock()
             parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}
             return {"": end - start} | parts
 
@@ -273,35 +264,37 @@ def step_of(contestant, kind, work, count):
     if kind == "decode":
         half, whole = (contestant.rollout(work, count, tokens) for tokens in (T // 2, T))
         return lambda: {"": max(1e-9, (seconds(whole) - seconds(half)) / (T - T // 2))}
-    tokens = {"prefill": 1, "rollout": T}
-    step = contestant.sft(work, count) if kind == "sft" else contestant.rollout(work, count, tokens[kind])
+    if kind == "sft":
+        step = contestant.sft(work, count)
+    else:
+        step = contestant.rollout(work, count, T if kind == "rollout" else 1)
     return lambda: {"": seconds(step)}
 
 
 def floors_of(bench, kind, work, count):
     """{part: seconds} of `count` prompts or samples."""
-    config, grids, L, T, G = bench.config, [work.grid], work.prompt_tokens, work.completion, bench.args.group
-    compute = lambda flops: count * flops / bench.product_rate
-    move = lambda mean_own: step_bytes(bench.model, work, count, G, mean_own) / bench.copy_rate
-    prefill = compute(forward_flops(config, grids, L, head_tokens=1))
+    L, T, G = work.prompt, work.completion, bench.args.group
+    flops = partial(step_flops, bench.config, work.grid, recompute=bench.args.recompute == "yes")
+    compute = lambda flops_of_one: count * flops_of_one / bench.product_rate
+    token = lambda own: step_bytes(bench.model, work, count, G, own) / bench.copy_rate  # own: tokens of a row so far
     if kind == "sft":
-        return {"": compute(training_flops(config, grids, L + T, T, recompute=bench.args.recompute == "yes"))}
+        return {"": compute(flops(L + T, head=T, train=True))}
+    prefill = compute(flops(L, head=1))
+    rollout = prefill + T * token(0.5 * T)
     if kind != "grpo":
-        return {"": {"prefill": prefill, "decode": move(0.75 * T), "rollout": prefill + T * move(0.5 * T)}[kind]}
-    parts = {"rollout": prefill + T * move(0.5 * T)}
-    parts["reference"] = compute(forward_flops(config, grids, L, [T] * G, G * T))
-    parts["update"] = compute(training_flops(config, grids, L, G * T, [T] * G, bench.args.recompute == "yes"))
+        return {"": {"prefill": prefill, "decode": token(0.75 * T), "rollout": rollout}[kind]}
+    parts = {"rollout": rollout, "reference": compute(flops(L, [T] * G, G * T))}
+    parts["update"] = compute(flops(L, [T] * G, G * T, train=True))
     return {"": sum(parts.values())} | parts
 
 
-def step_bytes(model, work, N: int, G: int, mean_own: float) -> float:
+def step_bytes(model, work, N: int, G: int, own: float) -> float:
     """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
     config, size = model.config, model.head_weight.element_size()
     layers = sum(p.numel() for p in model.model.layers.parameters())
     low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    own = token * N * (work.prompt_tokens + G * mean_own)
-    return low_bit + size * (layers + model.head_weight.numel() + own)
+    return low_bit + size * (layers + model.head_weight.numel() + token * N * (work.prompt + G * own))
 
 
 def rows(bench, contestants):
@@ -322,7 +315,7 @@ def trace(bench, step) -> None:
 
     with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
         wall = bench.seconds(step)
-    order = f"self_{'cuda' if bench.cuda else 'cpu'}_time_total"
+    order = f"self_{bench.device.type}_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
     if bench.cuda:
         kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
@@ -337,10 +330,9 @@ def twice(args, device) -> bool:
     results, args.kinds = [], [kind for kind in args.kinds if kind in ("sft", "grpo")]
     for _ in range(2):
         bench = Bench(args, device)
-        ours = Ours(bench)
-        for _, steps, _ in rows(bench, [ours]):
+        for _, steps, _ in rows(bench, [Ours(bench)]):
             for _ in range(3):
-                steps[ours.name]()
+                steps[Ours.name]()
         results.append([p.detach().cpu().clone() for p in bench.model.parameters() if p.requires_grad])
     gap = max(float((a.float() - b.float()).abs().max()) for a, b in zip(*results, strict=True))
     equal = all(map(torch.equal, *results))
@@ -356,17 +348,13 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    kind = f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}"
-    settings = f"{kind}, LoRA r={args.lora_rank}, recomputation {args.recompute}"
-    print(f"{settings}; {machine}, torch {torch.__version__}")
+    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
+          f"{args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
-    columns = "".join(f"{name:>10}" for name in ("median s", "min", "max", "floor"))
-    print(f"{'work':<36}{'who':<6}{columns}{'GiB':>8}{'device':>8}{'x floor':>8}{'x ours':>8}")
+    print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>10}" for name in (*COLUMNS, "x floor")))
     contestants = []
     for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
         contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])
-    if args.peer:
-        print(contestants[1].note)
     for label, steps, floors in rows(bench, contestants):
         bench.measure(label, steps, floors)
         if args.trace:

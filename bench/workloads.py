@@ -1,4 +1,5 @@
-"""Qwen2.5-VL's released shapes, the sizes of the work that benchmarks measure, and made-up samples.
+"""Qwen2.5-VL's released shapes, the sizes of the work that benchmarks measure, made-up samples, and what a step costs
+by its shapes alone.
 
 S       the smallest real use: a 2x4x4 grid (8 video tokens), 72 prompt tokens, 128 answer tokens
 R       a real clip: 16 frames of 252x420, grid 8x18x30 (1,080 video tokens), 82 prompt tokens, 256 answer tokens
@@ -8,10 +9,11 @@ tiny    the tiny model's own: 8 frames of 56x56, grid 4x4x4 (16 video tokens), 1
 
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
@@ -20,8 +22,6 @@ from data import Example
 from model.loading import ModelConfig
 from model.packed import IGNORE
 from model.rope import mrope_position_ids
-
-TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
 # hidden, MLP, layers, heads, kv heads, rows of the embedding, tied, merger's output; config.json of each hub repository
 SIZES = {
@@ -32,44 +32,39 @@ SIZES = {
 }
 
 
-def config_dict(size: str) -> dict:
-    """config.json of Qwen2.5-VL-{size.upper()}-Instruct, as far as the model reads it."""
-    C, inner, L, H, K, V, tied, vision_inner = SIZES[size.lower()]
+def model_config(size: str = "3b") -> ModelConfig:
+    """A released size, from config.json as far as the model reads it, or `tiny`: the shape of assets/tiny."""
+    if size == "tiny":
+        return ModelConfig.from_folder(ROOT / "assets" / "tiny")
+    C, inner, L, H, K, V, tied, vision_inner = SIZES[size]
     vision = dict(
         model_type="qwen2_5_vl", depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_inner,
         out_hidden_size=C, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
         fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
     )  # fmt: skip
-    return dict(
+    return ModelConfig.from_dict(dict(
         architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", hidden_size=C,
         intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=K, vocab_size=V,
         rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
         hidden_act="silu", max_position_embeddings=128000, tie_word_embeddings=tied, vision_config=vision,
         vision_start_token_id=151652, vision_end_token_id=151653, image_token_id=151655, video_token_id=151656,
         bos_token_id=151643, eos_token_id=151645,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
-def model_config(size: str = "3b") -> ModelConfig:
-    """A released size, or `tiny`: the shape of assets/tiny."""
-    return ModelConfig.from_folder(TINY) if size == "tiny" else ModelConfig.from_dict(config_dict(size))
-
-
-@dataclass
-class Workload:
+class Workload(NamedTuple):
     """One sample's size."""
 
     grid: tuple[int, int, int]  # of its clip, in patches
-    prompt: int  # text tokens of the prompt, vision start and end included
+    text: int  # tokens of the prompt, vision start and end included
     completion: int  # tokens to be answered
 
     @property
-    def prompt_tokens(self) -> int:
-        return self.prompt + self.grid[0] * self.grid[1] * self.grid[2] // 4
+    def prompt(self) -> int:
+        return self.text + self.grid[0] * self.grid[1] * self.grid[2] // 4
 
 
-R = Workload((8, 18, 30), 82, 256)
-NAMED = {"S": Workload((2, 4, 4), 72, 128), "R": R, "tiny": Workload((4, 4, 4), 101, 80)}
+NAMED = {"S": Workload((2, 4, 4), 72, 128), "R": Workload((8, 18, 30), 82, 256), "tiny": Workload((4, 4, 4), 101, 80)}
 
 
 def workload(name: str) -> Workload:
@@ -83,15 +78,15 @@ def workload(name: str) -> Workload:
         raise ValueError(f"{name!r}, expected S, R, tiny, long64, 32x448x448 or 32x448x448+80+256")
     frames, height, width = map(int, own.groups()[:3])
     grid = max(1, frames // 2), height // 28 * 2, width // 28 * 2
-    return Workload(grid, int(own[4] or R.prompt), int(own[5] or R.completion))
+    return Workload(grid, int(own[4] or NAMED["R"].text), int(own[5] or NAMED["R"].completion))
 
 
 def example(config: ModelConfig, work: Workload, number: int, answer: bool = False) -> Example:
     """Example `number` of random words around one clip, as data.Processor makes them: a prompt, or with an answer that
     is to be learned."""
     generator = torch.Generator().manual_seed(number)
-    words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.prompt,), generator=generator).tolist()
-    pads = [config.video_token_id] * (work.prompt_tokens - work.prompt)
+    words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.text,), generator=generator).tolist()
+    pads = [config.video_token_id] * (work.prompt - work.text)
     ids = words[:20] + [config.vision_start_token_id] + pads + [config.vision_end_token_id] + words[22:]
     common = 1000 if config.vocab_size > 1000 else 200
     own = torch.randint(0, common, (work.completion if answer else 0,), generator=generator).tolist()
@@ -104,3 +99,49 @@ def example(config: ModelConfig, work: Workload, number: int, answer: bool = Fal
         patches=torch.randint(0, 256, (t * h * w, 1176), generator=generator, dtype=torch.uint8),
         second_per_grid=[1.0], frame_indices=[], frame_times=[], record={},
     )  # fmt: skip
+
+
+# -- Floating-point operations, a multiplication and its addition counted as two
+#
+# Products with weights grow with the tokens, attention with queries times keys. They are counted apart: with frozen
+# weights a product's backward pass is one more product (the gradient to its input), while FlashAttention's backward is
+# 2.5 times its forward (five products instead of two; Dao, 2023). Adapters and everything elementwise are left out.
+
+ATTENTION_BACKWARD = 2.5  # times the forward pass
+
+
+def vision_flops(config, grid: tuple[int, int, int]) -> tuple[float, float]:
+    """(products, attention) of the tower's forward pass over one clip of this (t, h, w) in patches: attention within
+    windows and, in a few blocks, within whole grid steps."""
+    v, (t, h, w) = config.vision, grid
+    P, cell = t * h * w, v.spatial_merge_size**2 * v.hidden_size
+    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
+    embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
+    merger = (cell * cell + cell * v.out_hidden_size) / v.spatial_merge_size**2
+    side, whole = v.window_size // v.patch_size, len(v.fullatt_block_indexes)
+    area = [n // side * side**2 + (n % side) ** 2 for n in (h, w)]  # patches x patches of the windows along each side
+    keys = whole * h * w + (v.depth - whole) * area[0] * area[1] / (h * w)  # of a patch, in all blocks together
+    return 2 * P * (block * v.depth + embed + merger), 4 * P * keys * v.hidden_size
+
+
+def language_flops(config, prompt: int, completions=()) -> tuple[float, float]:
+    """(products, attention) of the layers' forward pass over a prompt of so many tokens, causal, and its completions'
+    lengths; without the head."""
+    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    weights = 2 * C * C + 2 * C * config.num_key_value_heads * config.head_dim + 3 * C * inner
+    pairs = prompt * prompt / 2 + sum(own * (prompt + own / 2) for own in completions)  # queries x keys
+    return layers * 2 * (prompt + sum(completions)) * weights, layers * 4 * pairs * C
+
+
+def head_flops(config, tokens: int) -> float:
+    return 2 * tokens * config.hidden_size * config.vocab_size
+
+
+def step_flops(config, grid, prompt: int, completions=(), head: int = 0, train=False, recompute=False) -> float:
+    """One clip, its prompt once, its completions, `head` tokens through the head: a forward pass, or with its backward
+    pass, adapters on frozen weights. The head's logits are made again there; recompute: the blocks' forward too."""
+    products, attention = map(sum, zip(vision_flops(config, grid), language_flops(config, prompt, completions)))
+    if not train:
+        return products + attention + head_flops(config, head)
+    again = products + attention if recompute else 0.0
+    return 2 * products + (1 + ATTENTION_BACKWARD) * attention + again + 3 * head_flops(config, head)

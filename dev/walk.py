@@ -1,8 +1,7 @@
-"""How far one training step leads through the files: python dev/walk.py sft|grpo [--fast]
+"""How far one training step leads through the files: python dev/walk.py sft|grpo
 
 Prints the functions of this repository in the order in which step 2 of a short run on a CPU first enters them in the
-main thread, a line for each jump into another file, and counts. The model takes the plain forms of its operations;
---fast: those that it takes on a CPU otherwise.
+main thread, a line for each jump into another file, and counts. The model takes the plain forms of its operations.
 """
 
 import sys
@@ -22,20 +21,18 @@ def main(kind: str) -> None:
     import model.ops
     import trainer
 
-    if "--fast" not in sys.argv:
-        model.ops.FAST = False
-    loop, step, steps = __import__(f"train_{kind}"), trainer.Log.step, []
-    walk, seen = [], set()  # walk: [(file, [its functions])], a new entry at every jump
+    model.ops.FAST = False
+    loop, step, steps, walk, seen = __import__(f"train_{kind}"), trainer.Log.step, [], [], set()
 
     def enter(frame, event, _):
         path, name = frame.f_code.co_filename, frame.f_code.co_qualname.split(".<locals>.<")[0]
         ours = path.startswith(f"{ROOT}/") and "/.venv/" not in path and path != __file__ and not name.startswith("<")
-        if event == "call" and ours and threading.current_thread() is threading.main_thread():
-            if (path, name) not in seen:
-                seen.add((path, name))
-                if not walk or walk[-1][0] != path:
-                    walk.append((path, []))
-                walk[-1][1].append(name)
+        first = event == "call" and ours and (path, name) not in seen
+        if first and threading.current_thread() is threading.main_thread():
+            seen.add((path, name))
+            if not walk or walk[-1][0] != path:
+                walk.append((path, []))  # a jump
+            walk[-1][1].append(name)
 
     def log_step(*args, **kwargs):
         step(*args, **kwargs)

@@ -113,15 +113,13 @@ class Sequence:
         if positions:
             out["position_ids"] = torch.from_numpy(self.positions)[:, None]
         sizes = [t * h * w for t, h, w in self.grids]
-        chunks = list(self.patches.split(sizes)) if sizes else []
-        for kind, keys in (
-            ("image", ("pixel_values", "image_grid_thw")),
-            ("video", ("pixel_values_videos", "video_grid_thw")),
-        ):
-            mine = [i for i, v in enumerate(self.is_video) if v == (kind == "video")]
-            if mine:
-                out[keys[0]] = torch.cat([chunks[i] for i in mine])
-                out[keys[1]] = torch.tensor([self.grids[i] for i in mine])
+        chunks = self.patches.split(sizes) if sizes else []
+        clips = list(zip(self.is_video, chunks, self.grids))
+        names = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
+        for video, (name, grid) in enumerate(names):
+            if video in self.is_video:
+                out[name] = torch.cat([patches for kind, patches, _ in clips if kind == video])
+                out[grid] = torch.tensor([thw for kind, _, thw in clips if kind == video])
         if any(self.is_video):
             out["second_per_grid_ts"] = torch.tensor([s for s, v in zip(self.seconds, self.is_video) if v])
         return out
@@ -136,14 +134,3 @@ def pack_sequences(sequences: list[Sequence]) -> Packed:
         patches=torch.cat(patches) if patches else None,
         grid_thw=[g for s in sequences for g in s.grids],
     )
-
-
-def same_weights(mine: dict, theirs: dict) -> None:
-    """Two runs' {name: weights} after a few updates, equal within float error.
-
-    AdamW's first steps are nearly a gradient's sign, also of one that is rounding: of ten thousand weights one may be
-    apart.
-    """
-    assert mine.keys() == theirs.keys()
-    apart = torch.cat([(mine[name] - theirs[name]).abs().flatten() for name in mine])
-    assert apart.max() < 1e-4 and (apart > 1e-5).double().mean() <= 1e-4, apart.topk(12).values.tolist()

@@ -3,7 +3,17 @@
 Nothing is imported from the product: a mistake of its reader cannot hide in this maker.
 """
 
+import json
+from pathlib import Path
+
 from hypothesis import strategies as st
+
+
+def cases(name):
+    """The lines of a file in tests/cases."""
+    path = Path(__file__).parent / f"cases/{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
 
 WORDS = (
     "the red cube", "a ball", "left", "Jones", "12.5", "2:30", "both (A) and (B)", "J. Smith", "no one", "3 of 4", "-2",

@@ -58,12 +58,9 @@ def main():
     with torch.no_grad():
         for i, (_, parameter) in enumerate(p for p in model.named_parameters() if "lora_" in p[0]):
             parameter.copy_(waves(parameter.shape, 1.3 + 0.01 * i))
-        logits = model(
-            input_ids=torch.tensor([IDS]),
-            position_ids=torch.arange(len(IDS)).expand(3, 1, -1),
-            pixel_values_videos=patches(),
-            video_grid_thw=torch.tensor([GRID]),
-        ).logits[0]
+        clip = {"pixel_values_videos": patches(), "video_grid_thw": torch.tensor([GRID])}
+        positions = torch.arange(len(IDS)).expand(3, 1, -1)
+        logits = model(input_ids=torch.tensor([IDS]), position_ids=positions, **clip).logits[0]
     model.peft_config["default"].base_model_name_or_path = "arithmetic"
     model.save_pretrained(FOLDER)
     (FOLDER / "README.md").unlink()

@@ -18,6 +18,7 @@ import generate
 import train_grpo
 import train_sft
 from assets.make_tiny import init
+from config import Generate
 from engine import leave_processes
 
 # Random weights write random text: these rewards differ within its groups, and can be learned.
@@ -45,11 +46,7 @@ def base(tmp_path_factory):
     few.json: six of them), 4 held out; rewards for random text."""
     folder = tmp_path_factory.mktemp("base")
     init(folder / "tiny")
-    monkey = pytest.MonkeyPatch()
-    flags = ["--output_dir", str(folder / "data"), "--num_samples", "20", "--split", "0.8", "--video_length", "12"]
-    monkey.setattr(sys, "argv", ["generate.py", *flags])
-    generate.main()
-    monkey.undo()
+    generate.generate(Generate(output_dir=f"{folder}/data", num_samples=20, split=0.8, video_length=12))
     records = json.loads((folder / "data/train.json").read_text())
     (folder / "data/few.json").write_text(json.dumps(records[:6]))
     for i in (2, 3, 9, 14):

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import flops
 import workloads
 
 from data import pack
@@ -52,6 +51,6 @@ def test_floor_counts_the_products():
     counted = sum(
         n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
     )
-    tokens = work.prompt_tokens + work.completion
-    expected = flops.vision_flops(config, work.grid)[0] + flops.language_flops(config, tokens)[0]
-    assert counted == pytest.approx(expected + flops.head_flops(config, tokens), rel=0.01)
+    tokens = work.prompt + work.completion
+    expected = workloads.vision_flops(config, work.grid)[0] + workloads.language_flops(config, tokens)[0]
+    assert counted == pytest.approx(expected + workloads.head_flops(config, tokens), rel=0.01)

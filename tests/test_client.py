@@ -15,7 +15,7 @@ import pytest
 
 from generate import check_answer
 from model import UserError
-from openai_client import MAX_ASKS, MAX_SILENT, Client, NoAnswerError, Question, ask_all
+from openai_client import MAX_ASKS, Client, Question, ask_all
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-secret-0123456789"
@@ -128,27 +128,21 @@ def test_a_slow_server_is_asked_again():
         assert len(server.requests) > 2
 
 
-def test_trouble_that_lasts_ends_the_run_after_few_requests(tmp_path):
-    with Server(503) as server:
-        with pytest.raises(UserError, match="5 clips in a row got no response"):
-            ask(server.url, tmp_path / "cache", count=40, tries=2)
-        assert len(server.requests) <= 2 * (MAX_SILENT + 3 + 3)
-
-
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
+        (503, "HTTP 503"),  # for good
         (status(401, KEY.encode()), "HTTP 401"),
         (status(404, f"no such\nmodel {KEY}".encode()), "HTTP 404: no such model .key."),
         (status(302, Location="http://127.0.0.1:9/"), "HTTP 302"),  # not followed: it would carry the key along
         (status(429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
     ],
 )
-def test_a_hopeless_answer_ends_the_run_and_a_later_run_pays_for_the_rest(tmp_path, trouble, words):
+def test_trouble_that_lasts_ends_the_run_and_a_later_run_pays_for_the_rest(tmp_path, trouble, words):
     good = completion(GOOD)
     with Server(good, good, trouble) as server, pytest.raises(UserError, match=words) as error:
-        ask(server.url, tmp_path / "cache", workers=1)
-    assert len(server.requests) in (3, 4) and "\n" not in str(error.value) and KEY not in str(error.value)
+        ask(server.url, tmp_path / "cache", workers=1, tries=2)
+    assert 3 <= len(server.requests) <= 6 and "\n" not in str(error.value) and KEY not in str(error.value)
     with open(tmp_path / "cache", "ab") as file:
         file.write(b'\n{"key": "cut by a kill')
     with Server(good) as server:
@@ -163,7 +157,7 @@ def test_unusable_answers_are_asked_again_then_dropped_and_paid_for_once(tmp_pat
     with Server(completion("hm"), wrong, completion(GOOD), completion(None)) as server:
         asker, answers = ask(server.url, tmp_path / "cache", count=2, workers=1)
         assert answers == [GOOD, None] and len(server.requests) == 2 * MAX_ASKS
-        rejected = {"rejected: wrong form": 1, "rejected: wrong option": 1, "rejected: no text": 3}
+        rejected = {"rejected: wrong form": 4, "rejected: wrong option": 1}
         assert asker.counts == {"answers received": 6, "kept": 1, "dropped": 1} | rejected
         assert ask(server.url, tmp_path / "cache", count=2)[1] == answers and len(server.requests) == 2 * MAX_ASKS
         ask(server.url, tmp_path / "cache", count=1, model="other")  # another model is another question
@@ -188,7 +182,7 @@ def test_the_request_and_the_key(tmp_path, monkeypatch):
             Client.from_env("gpt-4o")
         assert not key or key not in str(error.value)
     for url in ("api.openai.com/v1", "http://[::1", "http://x:99999/"):
-        with pytest.raises(NoAnswerError):
+        with pytest.raises(UserError, match="OPENAI_BASE_URL"):
             client(url, tries=1).complete("?", b"png")
 
 
@@ -207,7 +201,7 @@ def test_killed_again_and_again_no_answer_is_paid_for_twice(tmp_path):
             out, _ = running.communicate(timeout=300)
             assert KEY not in out
     # the server says (A) for every clip: three classes of four have no answer
-    assert running.returncode == 2 and "too many clips were dropped" in out
+    assert running.returncode == 0 and "kept 6, dropped 18" in out
     lines = (tmp_path / "set" / "cot_cache.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in lines if line]
     assert len(set(keys)) == 24 and len(keys) == 6 + 18 * MAX_ASKS

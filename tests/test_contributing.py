@@ -28,9 +28,9 @@ def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypat
     flags = re.sub(r"--num_samples \d+", "--num_samples 8", quickstart.CLIPS).replace("0.7143", "0.5")
     monkeypatch.setattr(sys, "argv", ["generate.py", "--output_dir", str(tmp_path / "data"), *flags.split()])
     generate.main()
-    names = [f"{tmp_path}/my_rewards.py:{name}" for name in ("shortness", "names_motion")]
+    names = f"accuracy,{tmp_path}/my_rewards.py:shortness,{tmp_path}/my_rewards.py:names_motion"
     options = {"model_id": ROOT / "assets/tiny", "data_path": tmp_path / "data/train.json", "max_steps": 1}
-    folder = grpo("run", **options, rewards=",".join(["accuracy", *names]), max_completion_length=48)
+    folder = grpo("run", **options, rewards=names, max_completion_length=48)
     rows = [row for row in lines(folder, "rollouts.jsonl") if "advantage" in row]
     assert len(rows) == 16
     for row in rows:
@@ -45,11 +45,11 @@ def test_the_option(tmp_path):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / "model", tmp_path / "model")
     for part in re.split(r"^# (?=\S+\.py$)", f"# config.py\n{block('CONTRIBUTING.md', 'config.py')}", flags=re.M)[1:]:
-        name, _, diff = part.partition("\n")
-        cut = lambda signs, diff=diff: "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in signs)
+        name, *diff = part.splitlines()
+        before, after = ("".join(f"{line[1:]}\n" for line in diff if line[0] in signs) for signs in (" -", " +"))
         source = (tmp_path / name).read_text(encoding="utf-8")
-        assert source.count(cut(" -")) == 1, f"{name} does not hold the lines of the example once"
-        (tmp_path / name).write_text(source.replace(cut(" -"), cut(" +")), encoding="utf-8")
+        assert source.count(before) == 1, f"{name} does not hold the lines of the example once"
+        (tmp_path / name).write_text(source.replace(before, after), encoding="utf-8")
 
     def parse(*flags):
         code = "from config import SFT, cli, parse; print(cli(lambda: parse(SFT)).eval_temperature)"

@@ -3,30 +3,29 @@
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lists import cases
 
 from judges import JUDGES
 from model import UserError
-from rewards import accuracy, check_solution, is_correct, sample_from_record
+from rewards import accuracy, check_solution, sample_from_record
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
-CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "typed.jsonl").read_text().splitlines()]
 
 
 def reward(kind, solution, said, **columns):
     record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
-    check_solution(record)
+    check_solution(0, record)
     return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case['record']['problem_type']}: {case['completion'][-40:]}"
+    "case", cases("typed"), ids=lambda case: f"{case['record']['problem_type']}: {case['note'][:40]}"
 )
 def test_case(case):
     assert accuracy(case["completion"], sample_from_record(case["record"])) == pytest.approx(case["accuracy"], abs=1e-6)
@@ -44,38 +43,7 @@ def test_numbers(true, said):
     assert reward("VSI", true, said) == np.mean([error <= 1 - theta for theta in np.linspace(0.5, 0.95, 10)])
 
 
-@pytest.mark.parametrize(
-    "kind, true, said, expected",
-    [
-        ("numerical", "1200", "1,200", 1), ("numerical", "3", "3.0", 1), ("numerical", "1200", "12,00", 0),
-        ("numerical", "50 %", "50", 1), ("numerical", "50 %", "50 %", 1), ("numerical", "50", "50 %", 0),
-        ("numerical", "5 m", "5 cm", 0), ("numerical", "10", "1_0", 0), ("numerical", "1000", "1e3", 1),
-        ("numerical", "-2", "2", 0), ("numerical", "-2", "\u22122", 1), ("numerical", "12", r"\boxed{12}", 1),
-        ("numerical", "3.5", "3,5", 0), ("numerical", "5 °C", "5 °C", 1), ("numerical", "5", "5 5", 0),
-        ("numerical", "12", "12.004", 1), ("numerical", "12", "12.006", 0), ("numerical", "5", "1e400", 0),
-        ("numerical", "three", "3", None), ("numerical", "about 5", "5", None), ("math", "1", "1", None),
-        ("regression", "4", "nan", 0), ("regression", "4", "inf", 0), ("regression", "4", "3 to 5", 0),
-        ("regression", "-10", "-12", 0.8), ("regression", "10 m", "12", 0.8), ("regression", "0", "-0.0", 1),
-        ("VSI", "0", "0", 1), ("VSI", "0", "1", 0), ("VSI", "100", "80", 0.6), ("VSI", "1", "a distance of 1", 0),
-        ("OCR", "a / b", "a / b", 1), ("OCR", "a", "", 0), ("OCR", "a", "a a", 0), ("OCR", "STOP", "Stop", 0),
-        ("free-form", "left", "left", 1), ("free-form", "猫在跑", "猫在跑", 1), ("free-form", "", "", None),
-        ("free-form", "J. Smith", "J. Doe", 0), ("free-form", "12.5", "12.50", 1), ("free-form", "3 m", "4 m", 0),
-        ("free-form", "the dog is running fast", "dogs run fast", 1 / 6), ("ROUGE-L", "?!", "x", None),
-        ("multiple choice", "", "", None), ("multiple choice", "A", "A or B", 0),
-        ("timestamp", "8 to 3", "3 to 8", None), ("timestamp", "5", "5", None), ("timestamp", "5 to 5", "5 to 5", 1),
-        ("timestamp", "5 to 5", "5 to 6", 0), ("timestamp", "-2 to 8", "2 to 8", 0.6),
-        ("timestamp", "3 to 8", "0:03 - 0:08", 1), ("timestamp", "3 to 8", "[3.0, 8.0] seconds", 1),
-        ("timestamp", "3 to 8", "3s-8s", 1), ("timestamp", "62 to 65", "00:01:02 --> 00:01:05", 1),
-        ("timestamp", "62 to 65", "1:62 to 1:65", 0), ("timestamp", "3 to 8", "3 to 8, 4 to 9", 0),
-        ("timestamp", "3 to 8", "3 to 8 minutes", 0), ("timestamp", "3 to 8", "event 2: 3 to 8", 0),
-        ("timestamp tIoU", "0 to 10", "0 to 40", 0), ("timestamp tIoU", "0 to 10", "0 to 5", 0.25),
-        ("glue", "[[0, 2]]", "[(0, 1), (1, 2)]", 1), ("glue", "[[1, 1]]", "[[1, 2]]", 0),
-        ("box", "[0, 0, 2, 2]", "[2, 2, 0, 0]", 0), ("box", "[0, 0, 2, 2]", "[0, 0, NaN, 2]", 0),
-        ("box", "[0, 0, 2, 2]", "[[0, 0, 2, 2], [0, 0, 1, 1]]", 0), ("box", "[5, 5, 5, 5]", "[5, 5, 5, 5]", 1),
-        ("box", "[0, 0, 2]", "x", None), ("tracking", '{"boxes": {"1": [2, 0, 0, 0]}}', "x", None),
-        ("spatial-temporal", '{"boxes": {"1": [0, 0, 9, 9]}}', "x", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind, true, said, expected", cases("judges"))
 def test_by_hand(kind, true, said, expected):
     """None: the record is refused when it is loaded, whatever is said."""
     if expected is None:
@@ -136,20 +104,15 @@ def test_boxes(true, said, seconds, others):
     assert reward("spatial-temporal grounding", *tube) == pytest.approx((time + mean) / 2)
 
 
-TUBE = '{"time": [3, 8], "boxes": [[0, 0, 9, 9]]}'
-SOLUTIONS = {"multiple choice": "B", "tracking": "[[0, 0, 9, 9]]"}
-SOLUTIONS |= dict.fromkeys(["spatial-temporal", "spatial-temporal grounding"], TUBE)
-SOLUTIONS |= dict.fromkeys(["timestamp", "temporal grounding", "time span", "timestamp tIoU"], "3 to 8")
-SOLUTIONS |= {"span set": "3 to 8", "glue": "[[3, 8]]", "box": "[0, 0, 9, 9]", "spatial grounding": "[0, 0, 9, 9]"}
+SOLUTIONS = {kind: true for kind, true, said, expected in cases("judges") if said == true and expected == 1}
 
 
-@pytest.mark.parametrize("kind", JUDGES)
+@pytest.mark.parametrize("kind, true", SOLUTIONS.items())
 @settings(max_examples=25)
 @given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
-def test_from_0_to_1_whatever_is_said(kind, said):
-    """The solution itself is 1, in any spelling of the type; hedging with it inside <think> earns nothing."""
-    true = SOLUTIONS.get(kind, "no" if kind == "yes or no" else "12")
+def test_from_0_to_1_whatever_is_said(kind, true, said):
+    """In any spelling of the type; the solution said inside <think> earns nothing."""
+    assert JUDGES.keys() <= SOLUTIONS.keys()
     assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
-    assert reward(kind, true, true, duration=10) == 1
     sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})
-    assert not is_correct(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)
+    assert 0 == accuracy(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)

@@ -15,10 +15,8 @@ import infer
 import train_grpo
 import train_sft
 from config import GRPO, SFT, parse
-from console import against_start
 from latest import follow
 from model import UserError
-from trainer import Run
 
 SHORT = "--nframes 4 --eval_samples 8 --eval_controls 0 --max_new_tokens 8"
 REWARD = "def even(text, sample):\n    return float(len(text) % 2 == 0)\n"
@@ -75,15 +73,6 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     assert "output/grpo_Meine Clips_lora: step 1 of 1" in out
 
 
-def test_a_grpo_run_that_ends_below_its_start_says_so(tmp_path):
-    run = Run(None, "train_grpo", tmp_path, *[None] * 6)
-    assert run.compare(0.75) == (False, ", the start")
-    run.step = 4
-    better, text = run.compare(0.5)
-    assert better and text == ", the best so far, but below the start's 75.0%"
-    assert "75.0% at the start: worse than the start" in against_start(run)
-
-
 def test_what_was_made_last_is_meant_and_flags_win():
     with pytest.raises(UserError, match="python generate.py --num_samples 1400.*--from_folder DIR"):
         follow(parse(SFT, []))
@@ -118,29 +107,34 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
         assert cfg.data_path == "data/new/train.json" and "output/run" not in " ".join(cfg.notes)
 
 
-@pytest.mark.parametrize(
-    ("data_path", "name"),
-    [("train.json", "here"), ("data/a/train.json:2,data/b/train.json:0.5", "a"), ("data/a/x.json,y.json", "a")],
-)
-def test_the_run_is_named_after_the_first_files_folder(monkeypatch, data_path, name):
-    Path("here").mkdir()
-    monkeypatch.chdir("here")
-    for file in ("train.json", "data/a/train.json", "data/a/x.json", "data/b/train.json", "y.json"):
-        made(file)
-    made("output/run/checkpoint-3/trainer_state.json", config={"data_path": data_path})
-    made("output/run/checkpoint-3/adapter_config.json")
+def test_the_run_is_named_after_the_first_files_folder(monkeypatch):
     monkeypatch.setattr("checkpoint.what_is_broken", lambda folder: None)
-    assert follow(parse(GRPO, [])).output_dir == f"output/grpo_{name}_lora"
+    for file in (
+        "train.json",
+        "data/a/train.json",
+        "data/a/x.json",
+        "data/b/train.json",
+        "y.json",
+        "output/run/run.json",
+    ):
+        made(file, script="train_sft")
+    made("output/run/checkpoint-3/adapter_config.json")
+    here = Path().resolve().name
+    names = {"train.json": here, "data/a/train.json:2,data/b/train.json:0.5": "a", "data/a/x.json,y.json": "a"}
+    for data_path, name in names.items():
+        made("output/run/checkpoint-3/trainer_state.json", config={"data_path": data_path})
+        assert follow(parse(GRPO, [])).output_dir == f"output/grpo_{name}_lora"
 
 
 def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_sft.py"])
-    theirs = {"data_path": "a.json", "max_steps": 7, "lora_rank": 8, "fps": 1.0, "nframes": None}
+    theirs = {"data_path": "a.json", "max_steps": 7, "lora_rank": 8, "fps": 1.0, "nframes": None, "model_ckpt": "a"}
     made("output/mine_lora/run.json", 9, script="train_sft", config=theirs)
     made("output/grpo_mine_lora/run.json", script="train_grpo", config={})
-    cfg = follow(parse(SFT, ["--resume", "--max_steps", "9", "--lora_rank", "8"]))
+    cfg = follow(parse(SFT, ["--resume", "--max_steps", "9", "--lora_rank", "8", "--model_ckpt", "b"]))
     assert (cfg.output_dir, cfg.data_path, cfg.max_steps, cfg.lora_rank) == ("output/mine_lora", "a.json", 9, 8)
-    assert (cfg.fps, cfg.nframes) == (1.0, None)
+    assert (cfg.fps, cfg.nframes, cfg.model_ckpt) == (1.0, None, "a")
+    assert "--model_ckpt has no effect" in " ".join(cfg.notes)
     with pytest.raises(UserError, match="--lora_rank: found 4, expected 8 as in output/mine_lora: a resumed run"):
         follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
     with pytest.raises(UserError, match="--resume: output/grpo_mine_lora is a run of train_grpo.py, not of train_sft"):

@@ -11,104 +11,84 @@ from test_client import Server, completion
 
 import rewards
 from model import UserError
-from rewards import Sample, is_correct, load_rewards, reference_answer, sample_from_record, score, total
+from rewards import Sample, accuracy, load_rewards, reference_answer, sample_from_record, score, total
 
 QUESTION = "In which direction is the ball moving?\nOptions:\n(A) Left to Right\n(B) Right to Left\n(C) Falling Down"
 PLAIN = Sample(QUESTION, "Answer: (A) Left to Right")
-
-
-def test_unreadable_reference():
-    sample = Sample(QUESTION, "I cannot tell")
-    assert reference_answer(sample) is None
-    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
-        is_correct("(A)", sample)
-
-
 T, A = "<think>a</think>", "<answer>(A)</answer>"
 GOOD = [T + A, f"<think>It\nmoves.</think>\n\n{A}\n", f"{T}{A}<|im_end|>", f"{T}<answer>(B)</answer>"]
 BAD = [f"{T}{A} Bye.", f"Well. {T}{A}", f"{T} so {A}", A + T, T + T + A, T + A + A, f"<think>a{T}{A}", A,
        f"{T}<answer>(A)", f"<think> </think>{A}", f"{T}<answer></answer>", "Answer: (A) Left to Right"]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, expected", [(text, 1) for text in GOOD] + [(text, 0) for text in BAD])
-def test_format(text, expected):
-    assert rewards.format(text, PLAIN) == expected
-    assert rewards.format(text, Sample(QUESTION, "(A)", truncated=True)) == 0
+def test_format():
+    assert [rewards.format(text, PLAIN) for text in GOOD + BAD] == [1] * len(GOOD) + [0] * len(BAD)
+    assert rewards.format(GOOD[0], Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
-@pytest.mark.parametrize(
-    "n_tokens, expected", [(0, 0), (10, 0.4), (25, 1), (50, 1), (65, 0.5), (80, 0), (90, -0.5), (99, -0.95), (100, -1)]
-)
-def test_length(n_tokens, expected):
-    sample = Sample(QUESTION, "(A)", n_tokens=n_tokens, max_tokens=100)
-    assert rewards.length("", sample) == pytest.approx(expected)
-    sample.truncated = True
-    assert rewards.length("", sample) == -1
-
-
-def test_repetition():
+def test_length_and_repetition():
+    sample = Sample(QUESTION, "(A)", max_tokens=100)
+    for sample.n_tokens, expected in zip((0, 10, 25, 50, 65, 80, 90, 99, 100), (0, 0.4, 1, 1, 0.5, 0, -0.5, -0.95, -1)):
+        assert rewards.length("", sample) == pytest.approx(expected)
+    assert rewards.length("", Sample(QUESTION, "(A)", n_tokens=10, max_tokens=100, truncated=True)) == -1
     assert rewards.repetition("the ball moves from the left to the right", PLAIN) == 0
     assert rewards.repetition("ball", PLAIN) == 0
     assert rewards.repetition("so so so so so so", PLAIN) == pytest.approx(-0.75)  # 4 trigrams, 1 distinct
 
 
-@pytest.mark.parametrize("true, shuffled, bonus", [(0.75, 0.5, 0.3), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)])
-def test_temporal(true, shuffled, bonus):
-    sample = Sample(QUESTION, "(A)", context={"accuracy": true, "shuffled_accuracy": shuffled})
-    assert rewards.temporal("(A)", sample) == bonus and rewards.temporal("(B)", sample) == 0
-
-
-def test_temporal_of_a_typed_reward_and_without_frames_to_shuffle(caplog):
-    """Text, a picture, a clip of two frames: 0, named once, and the run goes on."""
+def test_temporal(caplog):
+    """Of a typed reward too; without frames to shuffle it is 0, named once."""
     sample = Sample("How long?", "10", problem_type="regression")
-    sample.context = rewards.group_context(sample, ["9", "5"], ["0"])
-    assert sample.context == {"accuracy": pytest.approx(0.7), "shuffled_accuracy": 0}
-    assert rewards.temporal("9", sample) == pytest.approx(0.27)
-    assert [rewards.can_shuffle(grids) for grids in ([], [(1, 4, 4)], [(1, 2, 2), (2, 4, 4)])] == [False, False, True]
+    for true, shuffled, bonus in ((0.75, 0.5, 0.27), (0.5, 0.5, 0), (1.0, 1.0, 0), (0.25, 0.5, 0)):
+        sample.context = {"accuracy": true, "shuffled_accuracy": shuffled}
+        assert rewards.temporal("9", sample) == pytest.approx(bonus) and rewards.temporal("late", sample) == 0
     rewards.warned.clear()
-    sample.context = rewards.group_context(sample, ["9", "5"], None)
+    sample.context = {}
     assert [score(load_rewards("temporal"), text, sample) for text in ("9", "5")] == [{"temporal": 0}] * 2
     assert caplog.text.count("no frames can be shuffled") == 1
 
 
 def test_totals_that_differ_by_rounding_are_equal():
-    chosen = load_rewards("accuracy,format,length", [0.1, 0.2, 1])
-    components = [dict(accuracy=1, format=1, length=0), dict(accuracy=0, format=0, length=0.3)]
-    components += [dict(accuracy=3, format=0, length=0), dict(accuracy=0, format=0, length=0.1 + 0.2)]
-    assert {total(chosen, each) for each in components} == {0.3}
+    chosen = load_rewards("accuracy,format", [0.1, 1])
+    assert total(chosen, {"accuracy": 1, "format": 0.2}) == total(chosen, {"accuracy": 0, "format": 0.3}) == 0.3
     assert [reward.weight for reward in load_rewards("accuracy, format")] == [1, 1]
 
 
-def test_unread_list_is_logged_once(caplog):
+def test_what_cannot_be_read_is_said(caplog):
+    unreadable = Sample(QUESTION, "I cannot tell")
+    assert reference_answer(unreadable) is None
+    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
+        accuracy("(A)", unreadable)
     rewards.warned.clear()
     for _ in range(2):
         sample = Sample("Options:\nA left\nB right", "right")
-        assert sample.options == {} and is_correct("right", sample)
+        assert sample.options == {} and accuracy("right", sample) == 1
     assert caplog.text.count("so it counts as an open question") == 1
     letters = Sample("Where?", "B")
-    assert is_correct("(B) right", letters) and not is_correct("A", letters)
+    assert accuracy("(B) right", letters) == 1 and accuracy("A", letters) == 0
     assert "only letters are compared" in caplog.text
+
+
+MY_REWARDS = """
+import beside_it
+def fails(text, sample): return 1 / 0
+def nan(text, sample): return beside_it.nan
+def words(text, sample): return "1"
+def source(text, sample): return sample.record["source"] == text
+def narrow(text): return 1.0
+def trl(completions, source, **kwargs): return [float(text == s) for text, s in zip(completions, source, strict=True)]
+def trl_chat(prompts, completions, solution): return [len(c[0]["content"]) for c in completions]
+def trl_none(completions, **kwargs): return [None]
+def trl_two(completions, **kwargs): return [1.0, 2.0]
+"""
 
 
 @pytest.fixture
 def user_file(tmp_path):
-    file = tmp_path / "my_rewards.py"
     (tmp_path / "beside_it.py").write_text("from math import nan\n")
-    file.write_text(
-        "import beside_it\n"
-        "def short(text, sample):\n    return len(text) < 10\n"
-        "def fails(text, sample):\n    return 1 / 0\n"
-        "def nan(text, sample):\n    return beside_it.nan\n"
-        "def words(text, sample):\n    return '1'\n"
-        "def source(text, sample):\n    return sample.record['source'] == text\n"
-        "def narrow(text):\n    return 1.0\n"
-        "def trl(completions, source, **kwargs):\n"
-        "    return [float(text == s) for text, s in zip(completions, source, strict=True)]\n"
-        "def trl_chat(prompts, completions, solution):\n    return [len(c[0]['content']) for c in completions]\n"
-        "def trl_none(completions, **kwargs):\n    return [None]\n"
-        "def trl_two(completions, **kwargs):\n    return [1.0, 2.0]\n"
-    )
-    return file
+    (tmp_path / "broken.py").write_text("def name(:\n")
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    return tmp_path / "my_rewards.py"
 
 
 RECORD = {"question": QUESTION, "answer": "(A)", "source": "a"}
@@ -126,48 +106,38 @@ def test_rewards_of_both_kinds_see_the_record(user_file, record, name, value):
     assert score(chosen, "a", sample_from_record(record)) == {name: value}
 
 
-@pytest.mark.parametrize("name", ["fails", "trl_two", "source", "nan", "words"])
-def test_first_record_shows_a_mistake(user_file, name):
-    with pytest.raises(UserError, match=f"reward {name} (raised|returned).*; completion: .*So") as caught:
-        rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "spec, weights, message",
-    [
+def test_mistakes_in_a_users_rewards(user_file):
+    for name in ("fails", "trl_two", "source", "nan", "words"):  # met before the model is loaded
+        with pytest.raises(UserError, match=f"reward {name} (raised|returned).*; completion: .*So") as caught:
+            rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
+        assert "\n" not in str(caught.value)
+    for spec, weights, message in (
         ("acuracy", None, "did you mean accuracy"),
-        ("accuracy,", None, "no reward ''"),
         ("accuracy,accuracy", None, "twice"),
         ("accuracy", [float("nan")], "finite"),
-        ("nowhere.py:fn", None, "no file nowhere.py"),
-        ("FILE:shrt", None, "did you mean short"),
-        ("FILE:narrow", None, r"signature is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
-        ("BROKEN:name", None, "broken.py does not import: SyntaxError"),
-    ],
-)
-def test_bad_spec(user_file, spec, weights, message):
-    broken = user_file.with_name("broken.py")
-    broken.write_text("def name(:\n")
-    with pytest.raises(UserError, match=message):
-        load_rewards(spec.replace("FILE", str(user_file)).replace("BROKEN", str(broken)), weights)
+        ("nowhere.py:fn", None, "nowhere.py does not import: FileNotFoundError"),
+        (f"{user_file}:sourc", None, "did you mean source"),
+        (f"{user_file}:narrow", None, r"is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
+        (f"{user_file.with_name('broken.py')}:name", None, "broken.py does not import: SyntaxError"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_rewards(spec, weights)
 
 
 def test_command(tmp_path):
     """Records of any form, a completion each -> every component; what cannot be judged is refused in its line."""
     rows = [{"record": RECORD, "completion": "<think>x</think><answer>(A)</answer>"}, {**RECORD, "completion": "(B)"}]
     rows += [{"record": {"problem": "?", "solution": "x", "problem_type": "dance"}, "completion": "x"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; rewards.main(); "
-    code += "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, RECORD]))
+    code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; from script import cli\ntry: cli(rewards.main)\n"
+    code += "finally: print([name for name in ('torch', 'numpy') if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     *lines, torch = done.stdout.splitlines()
     assert json.loads(lines[0]) == {"accuracy": 1, "format": 1, "repetition": 0}
     assert json.loads(lines[1]) == {"accuracy": 0, "format": 0, "repetition": 0}
     assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
-    wrong = subprocess.run([sys.executable, rewards.__file__, "no.jsonl"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no file no.jsonl" in wrong.stderr
+    assert done.returncode == 2 and "a.jsonl: object 4 has no record and completion" in done.stderr
 
 
 def test_server_judge(monkeypatch, tmp_path):
@@ -181,9 +151,9 @@ def test_server_judge(monkeypatch, tmp_path):
     def start(*script):
         server = Server(*script)
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        (reward,) = load_rewards("judge")
-        reward.fn.client.first_wait, reward.fn.client.tries = 0.01, 3
-        return server, reward
+        ((_, judge, _),) = load_rewards("judge")
+        judge.client.first_wait, judge.client.tries = 0.01, 3
+        return server, judge
 
     sample = Sample("Why?", "It is cold.")
     server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
@@ -192,12 +162,11 @@ def test_server_judge(monkeypatch, tmp_path):
         assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
         assert judge("<think>x</think>", sample) == 0, "nothing was said"
         assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge.fn.client.counts["scored"] == 2 and judge.fn.client.counts["not scored"] == 1
+        assert judge.client.counts["scored"] == 2 and judge.client.counts["not scored"] == 1
         message = server.requests[0][2]["messages"][0]["content"]
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
     server, judge = start(500)
     with server:
-        judge.prepare(["<answer>Frost</answer>", "Cold"], sample)
-        assert judge("Cold", sample) == 1 and not server.requests, "from the disk"
+        assert judge.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
         with pytest.raises(UserError, match="no response.*HTTP 500"):
             judge("Snow", sample)

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import base, column, lines, release_run, sft, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
-from safetensors.torch import load_file
+from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
 import checkpoint
 import console
@@ -31,29 +30,23 @@ from trainer import Log, Run, lr_factor
 # ruff: noqa: F811 (fixtures are imported by name)
 
 
-@pytest.fixture(scope="session")
-def on_two_ranks(base):
-    """A run of two processes x accumulation 2 x 2 samples; one rank may have no clip."""
+def test_two_ranks_times_accumulation_two_equal_one_big_batch_and_go_on_on_one(sft, base, whole, tmp_path):
+    """Two processes x accumulation 2 x 2 samples; one rank may have no clip."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
-    return two_ranks(train_sft, base, base / "two", **options)
-
-
-def test_two_ranks_times_accumulation_two_equals_one_big_batch(whole, on_two_ranks):
+    two = two_ranks(train_sft, base, tmp_path / "two", **options)
     names = "loss", "token_accuracy", "grad_norm", "answer_tokens"
-    for mine, theirs in zip(column(whole, *names), column(on_two_ranks, *names), strict=True):
+    for mine, theirs in zip(column(whole, *names), column(two, *names), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-    mine, theirs = weights(whole / "checkpoint-5"), weights(on_two_ranks / "checkpoint-5")
+    mine, theirs = weights(whole / "checkpoint-5"), weights(two / "checkpoint-5")
     assert mine.keys() == theirs.keys() and len(mine) == 5
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=0, msg=name)
-
-
-def test_a_run_saved_on_two_ranks_goes_on_on_one(sft, on_two_ranks, tmp_path):
-    shutil.copytree(on_two_ranks, tmp_path / "on")
-    shutil.rmtree(tmp_path / "on/checkpoint-5")
-    on = sft("on", resume=True, per_device_train_batch_size=2, gradient_accumulation_steps=4, save_steps=3)
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-5
+    shutil.rmtree(two / "checkpoint-5")
+    with pytest.raises(UserError, match="that run had 8 samples .* a step, 2 x 2 x 1 ranks make 4; change --gradient"):
+        sft("two", resume=True, **options)
+    release_run()
+    on = sft("two", resume=True, **(options | {"gradient_accumulation_steps": 4}))
     assert column(on, "step") == [1, 2, 3, 4, 5]
-    mine, theirs = weights(on / "checkpoint-5"), weights(on_two_ranks / "checkpoint-5")
+    mine = weights(on / "checkpoint-5")
     assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-5
 
 
@@ -72,9 +65,8 @@ def test_packing_by_tokens_gives_the_same_update(sft, whole):
 )
 def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
     folder = sft("run", **options, save_total_limit=1)
-    losses = column(folder, "loss")
+    losses, last = column(folder, "loss"), newest_checkpoint(folder)
     assert losses[-1] < losses[0]
-    last = newest_checkpoint(folder)
     if options.get("lora_enable", True):
         assert find_adapter(folder) == last
         return
@@ -96,21 +88,22 @@ def test_the_schedule():
 def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(sft, tmp_path):
     path = tmp_path / "zero2.json"
     zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}, "allgather_bucket_size": 4096}
-    more = {"gradient_cliping": 1, "gradient_clipping": 0.5, "activation_checkpointing": {}, "wall_clock_breakdown": 0}
-    path.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": {}, **more}))
+    more = {"gradient_cliping": 1, "gradient_clipping": 0.5, "optimizer": {}, "train_batch_size": "auto"}
+    path.write_text(json.dumps({"zero_optimization": zero, **more}))
     settle = partial(deepspeed_config, SFT(deepspeed=str(path)), torch.device("cpu"), torch.float32, 1, 1000)
     config, notes = settle()
     assert config["zero_optimization"]["allgather_bucket_size"] == 4096
     assert config["zero_optimization"]["reduce_bucket_size"] == 2024
-    assert "gradient_cliping has no effect: DeepSpeed has no such key; did you mean gradient_clipping?" in notes[0]
-    words = [note.split(": ")[1].split()[0] for note in notes[1:-1]]
-    assert words == ["offload_param", "optimizer", "activation_checkpointing"]
+    words = [note.split(": ")[1].split()[0] for note in notes[:-1]]
+    assert words == ["offload_param", "gradient_cliping", "optimizer"]
     assert notes[-1] == f"--max_grad_norm has no effect: {path} says 0.5"
     for text, words in {
         '{"zero_optimization": {"stage": 3}}': "stage",
         '{"bf16": {"enabled": true}}': "bf16.enabled is true in a torch.float32 run; write auto there, and give --bf16",
         '{"gradient_clipping": null}': "gradient_clipping is null, expected a value",
         '{"zero_optimization": 2}': "zero_optimization is 2, expected an object",
+        "[]": "holds no JSON object",
+        "{": "expected JSON",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=words):
@@ -138,21 +131,9 @@ def test_resume_goes_on_bit_for_bit(sft, tmp_path):
         assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
 
 
-def test_a_dataset_that_was_changed_is_named_on_resume(sft, base, whole, tmp_path, capfd):
-    shutil.copytree(whole, tmp_path / "run")
-    text = (base / "data/mixed.json").read_text()
-    sft("run", resume=True)  # it is at its end
-    assert "was changed" not in capfd.readouterr().out
-    try:
-        (base / "data/mixed.json").write_text(json.dumps(json.loads(text)[::-1]))
-        sft("run", resume=True)
-    finally:
-        (base / "data/mixed.json").write_text(text)
-    assert "mixed.json was changed since that run" in capfd.readouterr().out
-
-
-def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, whole, tmp_path, capfd):
+def test_a_broken_checkpoint_and_a_changed_dataset_are_named_on_resume(sft, base, whole, tmp_path, capfd):
     folder = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    data = tmp_path / "mixed.json"
     (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
     damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
@@ -163,43 +144,41 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_it_taken(sft, whole,
     assert (folder / "adapter_config.json").resolve() == (folder / "checkpoint-3/adapter_config.json").resolve()
     sft("run", save_steps=1, save_total_limit="none", resume=True)
     assert column(folder, "loss") == column(whole, "loss") and what_is_broken(folder / "checkpoint-5") is None
+    assert "was changed" not in capfd.readouterr().out
+    data.write_bytes((base / "data/mixed.json").read_bytes())
+    options = {"data_path": data, "image_folder": base / "data/videos", "max_steps": 1}
+    sft("other", **options)
+    data.write_text(json.dumps(json.loads(data.read_text())[::-1]))
+    sft("other", **options, resume=True)
+    assert "mixed.json was changed since that run" in capfd.readouterr().out
 
 
-def stop_at_three(run, step, *rest, check=trainer.check_numbers):
-    """trainer.check_numbers, and SIGTERM in step 3."""
-    check(run, step, *rest)
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_after_a_signal_the_resumed_run_makes_up_for_all(sft, base, tmp_path, monkeypatch, capsys):
+    """SIGTERM at a step whose evaluation is due; the resumed run makes it and is killed before it saves."""
 
+    def stop_at_three(run, step, *rest, check=trainer.check_numbers):
+        check(run, step, *rest)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_143(sft, base, whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "check_numbers", stop_at_three)
-    with pytest.raises(SystemExit) as stopped:
-        sft("run")
-    monkeypatch.undo()
-    assert stopped.value.code == 143 and steps_saved(tmp_path / "run") == [3]
-    assert f"next    python train_sft.py --resume --output_dir {tmp_path / 'run'}\n" in capsys.readouterr().out
-    sft("run", resume=True)
-    assert column(tmp_path / "run", "loss") == column(whole, "loss") and steps_saved(tmp_path / "run") == [5]
-
-
-def test_an_evaluation_that_a_stopped_run_owes_is_logged_once(sft, base, monkeypatch):
-    """A signal at a step whose evaluation is due; the resumed run makes it and is killed before it saves."""
     options = {"eval_data_path": base / "data/val.json", "eval_steps": 3, "max_new_tokens": 4, "eval_controls": 0}
-    whole = sft("whole", **options)
+    whole, folder = sft("whole", **options), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "check_numbers", stop_at_three)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             sft("run", **options)
+    assert stopped.value.code == 143 and steps_saved(folder) == [3]
+    assert f"next    python train_sft.py --resume --output_dir {folder}\n" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save", lambda *args: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             sft("run", **options, resume=True)
     release_run()
-    folder = sft("run", **options, resume=True)
+    sft("run", **options, resume=True)
     for name in ("eval_accuracy", "loss"):
         assert column(folder, name, "step") == column(whole, name, "step")
     assert lines(folder, "rollouts.jsonl") == lines(whole, "rollouts.jsonl") and lines(folder, "rollouts.jsonl")
+    assert steps_saved(folder) == steps_saved(whole)
 
 
 # -- The order after a step: evaluate, best, save, rotate, signal; with everything but the files left out
@@ -215,14 +194,12 @@ class Order:
     def __init__(self, folder, monkeypatch, limit, scores):
         self.folder, self.limit, self.scores, self.changes = folder, limit, scores, -1
         monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args: iter(()))
-        monkeypatch.setattr(checkpoint, "save_weights", lambda *args, **more: None)
         monkeypatch.setattr(checkpoint, "sync", lambda path: None)
         monkeypatch.setattr(Path, "rename", lambda path, to, real=Path.rename: (self.change(), real(path, to))[1])
-        monkeypatch.setattr(trainer, "not_finite", lambda module: [])
+        for name in ("not_finite", "save_adapter", "write_page"):
+            monkeypatch.setattr(trainer, name, lambda *args: [])
         monkeypatch.setattr(trainer, "lora_layers", lambda module: [1])
-        monkeypatch.setattr(trainer, "write_page", lambda run: None)
-        monkeypatch.setattr(startup, "versions", dict)
-        monkeypatch.setattr(startup, "machine", dict)
+        monkeypatch.setattr(startup, "environment", dict)
 
     def change(self):
         self.changes -= 1
@@ -233,10 +210,9 @@ class Order:
         """From the newest checkpoint on, until a signal at step `stop`, one during the evaluation at step
         `in_evaluation`, or an end before the `kill`-th renaming of a file. Returns whether it came to its end."""
         cfg = SFT(output_dir=str(self.folder), resume=True, eval_steps=3, save_steps=2, save_total_limit=self.limit)
-        run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, "", total=12)
-        run.loader = SimpleNamespace(steps_per_epoch=5, state=dict)
+        run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, total=12, plan=Plan(None, 0))
+        run.loader = SimpleNamespace(steps_per_epoch=5, state=dict, global_batch=1)
         run.sampler = SimpleNamespace(oom_retries=0, max_tokens=1)
-        run.plan = Plan(None, 0)
         engine = SimpleNamespace(module=None, optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
 
         def evaluate():
@@ -258,7 +234,7 @@ class Order:
                     return False
         except Killed:
             return False
-        return not run.loop_state("evaluation_due")
+        return True
 
     def result(self):
         """Everything that is left of the run; it is removed."""
@@ -297,37 +273,27 @@ def test_a_run_stopped_at_any_point_ends_like_the_undisturbed_one(tmp_path, monk
 # -- Folders
 
 
-def test_a_folder_with_a_run_is_refused_then_overwritten(sft, whole, tmp_path):
+def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run; --resume goes on .*--overwrite"):
         sft("run")
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     sft("run", overwrite=True, max_steps=1, model_ckpt=folder / "checkpoint-2")  # it starts from what it overwrites
     assert steps_saved(folder) == [1] and column(folder, "step") == [1]
-    adapters = folder / "start_adapter", whole / "checkpoint-2"
-    start, given = (load_file(path / "adapter_model.safetensors") for path in adapters)
-    assert all(torch.equal(start[name], given[name]) for name in given)
-    assert column(folder, "loss")[0] < column(whole, "loss")[0]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/train.json").write_text("[]")
-    with pytest.raises(UserError, match="other things .train.json"):
-        sft("other")
-
-
-def test_two_runs_into_one_folder(tmp_path):
-    first = startup.claim(tmp_path / "run", SFT())
+    start, given = (path / "adapter_model.safetensors" for path in (folder / "start_adapter", whole / "checkpoint-2"))
+    assert start.read_bytes() == given.read_bytes() and column(folder, "loss")[0] < column(whole, "loss")[0]
+    first = startup.claim(tmp_path / "new", SFT())
     with pytest.raises(UserError, match="another process"):
-        startup.claim(tmp_path / "run", SFT(resume=True))
+        startup.claim(tmp_path / "new", SFT(resume=True))
     first.close()
-    startup.claim(tmp_path / "run", SFT())
+    startup.claim(tmp_path / "new", SFT())
 
 
 def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
-    (tmp_path / "output").mkdir()
     folder = shutil.copytree(whole, tmp_path / "output/run")
     monkeypatch.chdir(tmp_path)
     assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
-    assert find_adapter("", besides=folder) is None
+    assert find_adapter("", script="train_grpo") is None
     assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
     with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
         find_adapter(folder / "checkpoint-19")
@@ -369,17 +335,17 @@ FAR = {"reward": -1.234e30, "accuracy": 1.0, "kl": 1.7e38, "length": 32768.0, "m
 
 
 @pytest.mark.parametrize("columns", [train_sft.COLUMNS, train_grpo.COLUMNS])
-@pytest.mark.parametrize("step, total, metrics", [(7, 84, REAL), (999_999, 1_000_000, FAR), (1, 9, {"ms": 1.0})])
+@pytest.mark.parametrize("step, total, metrics", [(7, 84, REAL), (99_999, 100_000, FAR), (1, 9, {"ms": 1.0})])
 def test_a_step_is_one_line_of_100_columns_and_verbose_has_the_rest(tmp_path, columns, step, total, metrics):
-    run = Run(SFT(report_to="none"), "train_sft", tmp_path, None, None, "", total=total)
+    run = Run(SFT(report_to="none"), "train_sft", tmp_path, None, None, total=total)
     log = Log(run, columns)
     log.started -= 90_000 * step  # 25 h a step
-    metrics = metrics | {"entropy": 0.155}
-    line = log.line(step, metrics)
+    line = log.line(step, metrics | {"entropy": 0.155})
     assert len(line) <= 100 and line.startswith(f"step {step:>{len(str(total))}}/{total}  ") and "left " in line
     assert "entropy" not in line
     run.cfg.verbose = True
-    assert log.line(step, metrics).startswith(line) and "entropy 0.155" in log.line(step, metrics)
+    verbose = log.line(step, metrics | {"entropy": 0.155})
+    assert verbose.startswith(line) and "entropy 0.155" in verbose
 
 
 def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
@@ -396,15 +362,15 @@ def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
     "script, start, last, number, words",
     [
         ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; answers right 90.0%", "infer.py"]),
-        ("train_grpo", 0.5, 0.9, 0, ["90.0% at the end, 50.0% at the start: better than the start", "infer.py"]),
-        ("train_grpo", 0.9, 0.5, 0, ["worse than the start (the run made it worse"]),
+        ("train_grpo", 0.5, 0.9, 0, ["90.0% at the end, 50.0% at the start; best 90.0% at step 2", "infer.py"]),
         ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
     ],
 )
 def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
-    run = Run(SFT(), script, tmp_path, None, None, "", step=2, total=2)
-    run.start_accuracy, run.last_accuracy, run.best = start, last, last and {"step": 2, "accuracy": last}
-    run.next_command = "python infer.py clip.mp4"
+    run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
+    run.compare(start)
+    run.step = 2
+    run.compare(last)
     append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
     append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
     text = "\n".join(console.closing_lines(run, number))
