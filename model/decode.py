@@ -204,8 +204,7 @@ def sample(logits: Tensor, sampling: Sampling, banned: Tensor, seen: Tensor | No
     logits = logits.float()
     logits.index_fill_(1, banned, float("-inf"))
     greedy = sampling.temperature == 0
-    logp = (logits if sampling.temperature in (0, 1) else logits / sampling.temperature).log_softmax(-1)
-    scores = logp
+    scores = logp = (logits if sampling.temperature in (0, 1) else logits / sampling.temperature).log_softmax(-1)
     if seen is not None:
         p = sampling.repetition_penalty  # CTRL (Keskar et al., 2019; arXiv 1909.05858), sign-aware as in transformers
         scores = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)

@@ -71,8 +71,8 @@ def linear(x: Tensor, *layers: Weights, last: bool = False) -> tuple[Tensor, ...
         times = product if isinstance(layer.weight, Quantized) else F.linear
         y = times(x, layer.weight, layer.bias)
         if layer.A is not None:
-            h = F.linear(F.dropout(x, layer.dropout) if layer.dropout else x, layer.A.to(x.dtype))  # (T, r)
-            y = y + F.linear(h * layer.scale, layer.B.to(x.dtype))
+            h = F.linear(F.dropout(x, layer.dropout) if layer.dropout else x, layer.A)  # (T, r)
+            y = y + F.linear(h * layer.scale, layer.B)
         outs.append(y)
     return tuple(outs)
 

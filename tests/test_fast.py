@@ -9,7 +9,6 @@ from conftest import SHAPES, Sequence, pack_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import CASES, adapted, gradients
-from torch import nn
 
 from model import qwen
 from model.adapters import Weights, aligned
@@ -157,25 +156,6 @@ def test_products_that_share_an_input_equal_the_plain_ones(mixed, trained, rows)
     agree(*made)
 
 
-def test_padded_columns_are_zero_and_change_nothing():
-    torch.manual_seed(0)
-    up, down, x = layer(16, 13, 4, 0.5, True), layer(13, 16, 4, 0.5, False), torch.randn(5, 16)
-    narrow = qwen.linear(x, up)[0]
-    for wide in (portable.linear_by_autograd(x, up), portable.linear(x, up)[0]):
-        assert wide.shape == (5, 16) and (wide[:, 13:] == 0).all()
-        agree([wide[:, :13], portable.linear(wide, down)[0]], [narrow, qwen.linear(narrow, down)[0]])
-
-
-def test_frozen_weight_is_widened_once_and_keeps_its_value():
-    weight = nn.Parameter(torch.randn(13, 12), requires_grad=False)
-    before = weight.detach().clone()
-    first, again = (portable.padded(Weights(weight, None), 16)[0] for _ in range(2))
-    assert first.shape == (16, 16) and first.data_ptr() == again.data_ptr() == weight.data_ptr()
-    assert weight.equal(before) and first[:13, :12].equal(before) and first.sum().isclose(before.sum(), atol=1e-5)
-    weight.data = before[:, :4]  # moved on, as .to() or a merge would: the padded copy is made anew
-    assert portable.padded(Weights(weight, None), 8)[0][:13, :4].equal(before[:, :4])
-
-
 @pytest.mark.parametrize("rows", [1, 130])
 def test_norm_and_swiglu_equal_the_plain_forms(rows):
     torch.manual_seed(0)
@@ -205,12 +185,6 @@ def test_padding_changes_nothing(segments):
     grads = torch.autograd.grad((out * weight).sum(), inputs)
     assert out.equal(narrow[0]) and all(not g[T:].any() for g in grads)
     agree([g[:T] for g in grads], narrow[1:], 1e-6)
-
-
-def test_near_sizes_share_a_graph():
-    sizes = lambda s: (s.max_q, s.max_k, len(s.cu_q))
-    keys = {sizes(padded(Segments.causal([a, 130 - a]), 256)) for a in (20, 40, 64)}
-    assert len(keys) == 1 and sizes(padded(Segments.causal([130]), 256)) not in keys
 
 
 def test_a_replays_gradients_are_not_what_the_next_one_writes_over():

@@ -11,7 +11,6 @@ from test_model import CASES
 import lora
 from config import LoraArgs
 from model import loading, qwen
-from model.adapters import shifted
 from model.decode import GroupCache, PlainDecoder, Sampling, generate
 from model.fast import decoder, gpu
 from model.fast.graphs import GraphCache
@@ -267,17 +266,6 @@ def test_a_step_equals_the_plain_forms(shape, N, G, kind):
     scores[:, 4] = float("-inf")
     assert step.ids.equal(scores.argmax(-1))
     assert (step.all_logp[:, 2] - scores.log_softmax(-1).gather(1, step.ids[:, None])[:, 0]).abs().max() < 1e-4
-
-
-def test_merged_weights_are_the_sum_rounded_once():
-    model = gpu_model("3B")
-    apart = [decoder.stacks_of(layer) for layer in model.model.layers]
-    made = decoder.merged(apart, model.head_weight)
-    for name, stack in apart[1].items():
-        for w, whole in zip(stack, made[1][name], strict=True):
-            exact = w.weight.float() if w.A is None else shifted(w.weight, w.A, w.B, w.scale)
-            assert whole.A is None and whole.weight.is_contiguous() and relative(whole.weight, exact) < 2e-3, name
-            assert (whole.weight == exact.to(torch.bfloat16)).float().mean() > 0.99, name
 
 
 @pytest.mark.parametrize("shape, kind, size", [

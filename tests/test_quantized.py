@@ -23,7 +23,7 @@ from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
 from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
-from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantise_base, quantized_weights, rounded_rows
+from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -254,7 +254,7 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     whole = sft("whole", base_dtype="nf4", max_steps=4, save_steps=2)
     shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoint-4")
-    with pytest.raises(UserError, match="a nf4 base, got --base_dtype int8; give nf4"):
+    with pytest.raises(UserError, match="--base_dtype: found 'int8', expected 'nf4'"):
         sft("again", base_dtype="int8", max_steps=4, resume=True)
     release_run()
     again = sft("again", base_dtype="nf4", max_steps=4, resume=True)

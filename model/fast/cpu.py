@@ -55,14 +55,9 @@ class SwiGLU(torch.autograd.Function):
 
 def make_decoder(model, prompts, sampling, G: int, generator) -> PlainDecoder:
     """CpuDecoder for a small model, else the plain one; and for fp8, where each product rounds its own input."""
-    weights = sum(w.weight.numel() for layer in model.model.layers for w in linears_of(layer))
+    weights = model.config.num_hidden_layers * 3 * model.config.hidden_size * model.config.intermediate_size  # most
     decoder = CpuDecoder if weights <= MOST_WEIGHTS and model.base_dtype != "fp8" else PlainDecoder
     return decoder(model, prompts, sampling, G, generator)
-
-
-def linears_of(layer) -> list[Weights]:
-    """q, k, v, o, gate, up and down of a decoder layer."""
-    return weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
 
 
 def fused(norm: Tensor | None, *layers: Weights) -> Tensor:
@@ -82,7 +77,7 @@ class CpuDecoder(PlainDecoder):
         super().__init__(model, prompts, sampling, G, generator)
         self.layers = []
         for layer in model.model.layers:
-            q, k, v, o, gate, up, down = linears_of(layer)
+            q, k, v, o, gate, up, down = weights_of(layer, *layer.self_attn.values(), *layer.mlp.values())
             qkv, bias = fused(layer.input_layernorm.weight, q, k, v), torch.cat([q.bias, k.bias, v.bias])
             gate_up = fused(layer.post_attention_layernorm.weight, gate, up)
             self.layers.append((qkv, bias, fused(None, o), gate_up, fused(None, down)))

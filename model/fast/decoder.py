@@ -94,7 +94,7 @@ def merged(layers: list[dict], like: Tensor) -> list[dict]:
             weight = w.weight.contiguous()
             return w._replace(weight=weight if weight.data_ptr() % 16 == 0 else weight.clone())
         out = next(copies)[: w.weight.numel()].view(w.weight.shape)
-        torch.addmm(w.weight, w.B.to(out.dtype), w.A.to(out.dtype), alpha=w.scale, out=out)
+        torch.addmm(w.weight, w.B, w.A, alpha=w.scale, out=out)
         return Weights(out, w.bias)
 
     return [{name: [merge(w) for w in stack] for name, stack in stacks.items()} for stacks in layers]

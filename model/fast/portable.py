@@ -52,8 +52,8 @@ def linear_by_autograd(x: Tensor, layer: Weights) -> Tensor:
     if layer.A is None:
         return y
     h = F.dropout(x, layer.dropout) if layer.dropout else x
-    h = F.linear(h, widen(layer.A, 1, x.shape[-1]).to(x.dtype))  # (T, r)
-    return y + F.linear(h * layer.scale, widen(layer.B, 0, y.shape[-1]).to(x.dtype))
+    h = F.linear(h, widen(layer.A, 1, x.shape[-1]))  # (T, r)
+    return y + F.linear(h * layer.scale, widen(layer.B, 0, y.shape[-1]))
 
 
 def widen(x: Tensor, dim: int, size: int) -> Tensor:
@@ -102,7 +102,7 @@ class Project(torch.autograd.Function):
         """layers: Weights. adapters: A and B of each, or None and None."""
         unused = last and torch._C._current_graph_task_id() != -1
         A, ctx.ranks = [a for a in adapters[::2] if a is not None], [0 if a is None else len(a) for a in adapters[::2]]
-        h = x @ widen(stack(A).to(x.dtype), 1, x.shape[1]).T if A else x.new_empty(len(x), 0)  # (T, sum of ranks)
+        h = x @ widen(stack(A), 1, x.shape[1]).T if A else x.new_empty(len(x), 0)  # (T, sum of ranks)
         fp8 = any(isinstance(w.weight, Quantized) and w.weight.kind == "fp8" for w in layers)
         rounded = quantized.round_rows(x) if fp8 and not unused else None  # once for all that share x
         outs = []
@@ -114,7 +114,7 @@ class Project(torch.autograd.Function):
             else:
                 y = F.linear(x, *padded(w, x.shape[1]))
             if b is not None and not unused:
-                y.addmm_(own, widen(b, 0, y.shape[1]).to(x.dtype).T, alpha=w.scale)
+                y.addmm_(own, widen(b, 0, y.shape[1]).T, alpha=w.scale)
             outs.append(y)
         ctx.save_for_backward(x, h, *adapters)
         ctx.layers = layers
@@ -130,17 +130,16 @@ class Project(torch.autograd.Function):
                 weight = quantized.dequantise(w.weight, g.dtype) if low else padded(w, x.shape[1])[0]
                 d_x = g @ weight if d_x is None else d_x.addmm_(g, weight)
             if b is not None:
-                back.append(scaled(g @ widen(b, 0, g.shape[1]).to(g.dtype), w.scale))  # (T, r)
-                d_B.append(scaled(g[:, : len(b)].T @ own, w.scale).to(b.dtype))
+                back.append(scaled(g @ widen(b, 0, g.shape[1]), w.scale))  # (T, r)
+                d_B.append(scaled(g[:, : len(b)].T @ own, w.scale))
         if not back:
             return d_x, None, None, *adapters
         back, A = stack(back, 1), [a for a in adapters[::2] if a is not None]  # (T, sum of ranks)
         if d_x is not None:
-            d_x.addmm_(back, widen(stack(A), 1, x.shape[1]).to(x.dtype))
+            d_x.addmm_(back, widen(stack(A), 1, x.shape[1]))
         d_A = (back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A])
         made = iter(zip(d_A, d_B))
-        d_adapters = [(None, None) if b is None else next(made) for b in adapters[1::2]]
-        return d_x, None, None, *(None if d is None else d.to(A[0].dtype) for pair in d_adapters for d in pair)
+        return d_x, None, None, *(d for b in adapters[1::2] for d in ((None, None) if b is None else next(made)))
 
 
 # -- Attention
