@@ -45,7 +45,7 @@ def test_it_fits_the_cards_it_names(path, gigabytes):
     if cls is GRPO:
         cfg.lora_rank = 64  # of the adapter that it continues
     with torch.device("meta"):
-        model = Qwen2_5_VL(model_config(size))
+        model = Qwen2_5_VL(model_config(size.lower()))
         lora.inject(model, cfg)
     patches = 16 // 2 * cfg.video_max_pixels // 14**2
     tokens = patches // 4 + (82 if cls is GRPO else 82 + 256)

@@ -61,7 +61,7 @@ def test_during_generate_infer_and_training(tmp_path):
     records = json.loads((tmp_path / "d" / "val.json").read_text())
     (tmp_path / "d" / "many.json").write_text(json.dumps(records * 200))
     flags = ["--data_path", tmp_path / "d" / "many.json", "--model_ckpt", "none", "--controls", "none"]
-    assert interrupt(start("infer.py", *flags), "model:", seconds=2).strip().endswith("stopped by Ctrl-C")
+    assert interrupt(start("infer.py", *flags), "note:", seconds=2).strip().endswith("stopped by Ctrl-C")
     run = tmp_path / "run"
     flags = ["--data_path", tmp_path / "d" / "train.json", "--output_dir", run, "--max_steps", 10000]
     process = start("train_sft.py", *flags, "--eval_steps", 3, "--eval_samples", 4, "--max_new_tokens", 4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from workloads import R, example, model_config
+from workloads import NAMED, example, model_config
 
 import memory
 from config import GRPO, SFT
@@ -83,7 +83,7 @@ def choose(monkeypatch, gib, factor=1.0, cls=SFT, state=None, **options):
     monkeypatch.setattr(memory, "room_bytes", lambda *_: (gib - 10) * GIB)
     monkeypatch.setattr(memory, "trial_bytes", trial)
     run = SimpleNamespace(cfg=cfg, state=state or {}, device=torch.device("cuda"), world=1, notes=[])
-    plan = memory.choose(run, model, lambda: example(model_config("3b"), R, 0, cls is SFT))
+    plan = memory.choose(run, model, lambda: example(model_config("3b"), NAMED["R"], 0, cls is SFT))
     assert (model.kept_blocks, model.gradient_checkpointing) == (plan.kept, plan.kept < 68)
     return plan, tried, run.notes
 
@@ -104,7 +104,8 @@ def test_the_trial_decides(monkeypatch, factor, scale):
     """On 24 GiB some blocks keep their activations: as many as fit by the trial, not by the formula."""
     plan, tried, notes = choose(monkeypatch, 24, factor)
     model, cfg, counts = adapted_3b(), SFT(lora_rank=64), memory.count(adapted_3b())
-    size = lambda kept: scale * memory.activation_bytes(model.config, counts, cfg, 11_344, 8 * 4320, kept)
+    clips = plan.pack_tokens // 1418
+    size = lambda kept: scale * memory.activation_bytes(model.config, counts, cfg, clips * 1418, clips * 4320, kept)
     assert size(plan.kept) <= 14 * GIB < size(plan.kept + 1) and 0 < plan.kept < 68
     assert tried == [8] and f"{plan.kept} of 68 blocks keep their activations" in notes[0]
 

@@ -23,7 +23,7 @@ from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
 from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
-from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
+from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantise_base, quantized_weights, rounded_rows
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -213,7 +213,7 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
 def test_memory_of_a_base_at_its_released_size(size, kind, gib):
     """By arithmetic, made with other code; tower and embeddings in bf16."""
     with torch.device("meta"):
-        model = qwen.Qwen2_5_VL(model_config(size)).to(torch.bfloat16)
+        model = qwen.Qwen2_5_VL(model_config(size.lower())).to(torch.bfloat16)
     quantise_base(model, kind)
     counts = count(model)
     assert abs((2 * counts.base + counts.low_bit) / 2**30 - gib) < 0.01
