@@ -82,9 +82,8 @@ def activation_bytes(config, counts, cfg, tokens, patches, kept):
     block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank  # of a patch
     layers, on_card = min(kept, L), not cfg.offload_activations
     blocks = min(kept - layers, depth)
-    # a recomputed layer keeps its input and what attention gave; a long sequence's MLP is always computed again
-    numbers = layers * layer + (L - layers) * tokens * (C + heads) * on_card
-    mlp = 3 * inner * min(tokens, PIECE)
+    numbers = layers * layer + (L - layers) * tokens * C * on_card
+    mlp = 3 * inner * min(tokens, PIECE)  # a long sequence's is computed in pieces, and always again
     redone = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
     if blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
         numbers += patches // 4 * C

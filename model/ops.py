@@ -5,9 +5,8 @@ once. qwen.py itself never asks on which device it runs. Every fast form is test
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 
@@ -25,7 +24,6 @@ class Ops:
     rotate: Callable  # (x (T, H, D), (cos, sin) each (T, 1, D/2)) -> (T, H, D)
     logprobs: Callable  # target_logprobs of qwen.py, with its arguments
     decoder: Callable | None = None  # makes a decode.Decoder, with the arguments of PlainDecoder; None: the plain one
-    stores_attention: bool = False  # `attention` takes a list `stored`, see `storing`
     trim_last_layer: bool = False  # the last layer computes only the query rows
     graphs: object = None  # a fast.graphs.GraphCache: batches of a size seen before run as CUDA graphs
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
@@ -38,16 +36,6 @@ class Ops:
         """Take the fastest forms for weights of this device and dtype, and the plain ones where there are no others."""
         forms = self.plain | fast_forms(weight.device.type, weight.dtype)
         vars(self).update(forms, graphs=self.graphs, offload=self.offload, bound=True)
-
-    @contextmanager
-    def storing(self, stored: list):
-        """The result of attention that a first pass leaves in the list, a second one takes from it."""
-        attention = self.attention
-        self.attention = partial(attention, stored=stored)
-        try:
-            yield
-        finally:
-            self.attention = attention
 
 
 @cache

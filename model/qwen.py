@@ -128,15 +128,11 @@ def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     return nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
 
 
-def recomputed(block: nn.Module, *args, store: bool = False) -> Tensor:
+def recomputed(block: nn.Module, *args) -> Tensor:
     """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
-    1604.06174). With `ops.offload` they wait in host memory. store: what attention gives is kept too, for it takes
-    most time for its bytes."""
-    ops, how, stored = block.ops, {"use_reentrant": False, "preserve_rng_state": has_dropout(block)}, []
-    if store and ops.stores_attention and not ops.offload:
-        how["context_fn"] = lambda: (ops.storing(stored), ops.storing(stored))
-    with saved_tensors_hooks(to_host, from_host) if ops.offload else nullcontext():
-        return checkpoint(block, *args, twice=True, **how)
+    1604.06174). With `ops.offload` they wait in host memory."""
+    with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
+        return checkpoint(block, *args, twice=True, use_reentrant=False, preserve_rng_state=has_dropout(block))
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
@@ -219,7 +215,7 @@ class LanguageModel(nn.Module):
 
         for number, layer in enumerate(self.layers):
             args = x, tables, attention or packed, query_rows if number == last else None
-            x = recomputed(layer, *args, store=True) if number < recompute else layer(*args)
+            x = recomputed(layer, *args) if number < recompute else layer(*args)
         return x
 
 

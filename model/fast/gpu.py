@@ -6,6 +6,7 @@ Triton comes with torch's CUDA builds. Without it rotary embedding and SwiGLU st
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.fast import portable
 from model.packed import Segments
@@ -24,97 +25,59 @@ LONG, LONG_STEP = 8192, 512
 # -- Attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, stored: list | None = None) -> Tensor:
-    """`attention` of qwen.py: bf16 and fp16 by FlashAttention or cuDNN, the rest by dense batches. stored: what a
-    recomputed block's first pass leaves here, its second takes instead of computing it again."""
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """`attention` of qwen.py: bf16 and fp16 by FlashAttention's variable-length kernel, the rest by dense batches."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
+    if is_long(q, segments):
+        return long_attention(q, k, v, segments)
     if segments.kv_index is not None:
         k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-    return Attention.apply(q, k, v, segments, stored)
-
-
-class Attention(torch.autograd.Function):
-    """One of the two kernels below, with its backward pass."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments, stored):
-        kernel = CudnnAttention if is_long(q, segments) else FlashAttention
-        if stored:
-            results = stored.pop()
-        else:
-            results = kernel.forward(q, k, v, segments)
-            if stored is not None:
-                stored.append([x.detach() for x in results])
-        ctx.save_for_backward(q, k, v, *results)
-        ctx.kernel, ctx.segments = kernel, segments
-        return results[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *ctx.kernel.backward(grad, *ctx.saved_tensors, ctx.segments), None, None
-
-
-class FlashAttention:
-    """FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask. Called below
-    `torch.nn.attention.varlen`, because that wrapper of torch 2.11 refuses K < H, which the kernels themselves take."""
-
-    def sizes(segments):
-        return segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, segments.is_causal
-
-    def forward(q, k, v, segments):
-        """(out (T, H, D), log-sum-exp, state of the random numbers twice)"""
-        return torch.ops.aten._flash_attention_forward(q, k, v, *FlashAttention.sizes(segments), False)[:4]
-
-    def backward(grad, q, k, v, out, lse, rng_state, unused, segments):
-        return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, *FlashAttention.sizes(segments), rng_state, unused
-        )
-
-
-class CudnnAttention:
-    """cuDNN's kernels, causal segments one after the other: on Hopper cards 1.9 times as fast as FlashAttention 2 for
-    long ones. Each is padded at its end, which nothing before it sees: cuDNN plans its kernels anew for every length.
-    """
-
-    def heads(segments, *xs):
-        """For each segment: each x (T, H, D) as (1, H, n, D), padded."""
-        for cut in zip(*(x.split(segments.q_lengths) for x in xs)):
-            yield [F.pad(x, (0, 0, 0, 0, 0, -len(x) % LONG_STEP)).transpose(0, 1)[None] for x in cut]
-
-    def forward(q, k, v, segments):
-        """(out (T, H, D), then of each segment its padded out, log-sum-exp and two states of the random numbers)"""
-        outs, results = [], []
-        for n, heads in zip(segments.q_lengths, CudnnAttention.heads(segments, q, k, v)):
-            out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                *heads, None, True, 0.0, True, False
-            )
-            outs.append(out[0, :, :n].transpose(0, 1))
-            results += [out, lse, seed, offset]
-        return torch.cat(outs) if len(outs) > 1 else outs[0], *results
-
-    def backward(grad, q, k, v, _, *saved):
-        *results, segments = saved
-        grads = []
-        for i, (n, heads) in enumerate(zip(segments.q_lengths, CudnnAttention.heads(segments, q, k, v, grad))):
-            *qkv, d_out = heads
-            out, lse, seed, offset = results[4 * i : 4 * i + 4]
-            length = out.shape[2]
-            d_qkv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                d_out, *qkv, out, lse, seed, offset, None, None, None, length, length, 0.0, True
-            )
-            grads.append([x[0, :, :n].transpose(0, 1) for x in d_qkv])
-        return [torch.cat(x) for x in zip(*grads)]
+    return FlashVarlen.apply(q, k, v, segments)
 
 
 def is_long(q: Tensor, segments: Segments) -> bool:
-    """Whether cuDNN's kernels are worth a call for each segment."""
+    """Whether cuDNN's kernels are worth a call for each segment: on Hopper cards alone they outrun FlashAttention 2."""
     square = segments.is_causal and segments.kv_index is None and segments.q_lengths == segments.k_lengths
     if not square or segments.num_tokens <= LONG * len(segments.q_lengths):
         return False
     hopper = torch.cuda.get_device_capability(q.device)[0] == 9
     return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
+
+
+def long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Few long causal segments by cuDNN, one after the other. Each is padded at its end, which nothing before it sees:
+    cuDNN plans its kernels anew for every length."""
+    outs = []
+    for n, *heads in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
+        padded = (F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)) if n % LONG_STEP else x for x in heads)
+        heads = [x.transpose(0, 1)[None] for x in padded]  # (1, H or K, n, D)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out[0].transpose(0, 1)[:n])
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+class FlashVarlen(torch.autograd.Function):
+    """FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask. Called below
+    `torch.nn.attention.varlen`, because that wrapper of torch 2.11 refuses K < H, which the kernels themselves take."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments):
+        sizes = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, segments.is_causal)
+        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, False)
+        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, rng_state, unused = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q, k, v, out, lse, *ctx.sizes, rng_state, unused
+        )
+        return *grads, None
 
 
 # -- Elementwise kernels
@@ -200,6 +163,6 @@ if triton:
         tl.store(to + D // 2, b * c + a * s, mask=inside)
 
 
-FORMS = dict(portable.FORMS, attention=attention, stores_attention=True)
+FORMS = dict(portable.FORMS, attention=attention)
 if triton:
     FORMS |= dict(swiglu=SwiGLU.apply, rotate=lambda x, tables: Rotate.apply(x, *tables))
