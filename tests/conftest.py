@@ -1,5 +1,6 @@
 """What several test files share: tiny random checkpoints in four shapes, transformers as oracle, drawn clips."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ from model.qwen import Packed, Qwen2_5_VL, Segments
 from model.rope import mrope_position_ids
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def cases(name):
+    """The lines of a file in tests/cases."""
+    text = Path(__file__).with_name("cases").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
 
 # hidden, layers, heads, kv heads, tied, vision width/depth/heads, window, full-attention blocks, mrope_section
 SHAPES = {

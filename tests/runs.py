@@ -25,18 +25,6 @@ from engine import leave_processes
 REWARDS = """
 def vowels(text, sample):
     return sum(text.count(letter) for letter in "aeiou") / max(1, len(text))
-
-def flat(text, sample):
-    return 0.5
-
-def nothing(text, sample):
-    return None
-
-def raises(text, sample):
-    raise KeyError("no such thing")
-
-def large(text, sample):
-    return 1e30 if sum(map(ord, text)) % 2 else 0.0
 """
 
 
@@ -151,14 +139,3 @@ def release_run():
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     gc.collect()
-
-
-def times(steps, real, factor=float("nan")):
-    """micro_loss with the loss of these calls (1, 2, …) times `factor`."""
-    calls = []
-
-    def micro_loss(*args):
-        calls.append(args)
-        return real(*args) * (factor if len(calls) in steps else 1.0)
-
-    return micro_loss

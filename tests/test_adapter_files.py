@@ -1,22 +1,171 @@
-"""Adapter files: PEFT reads ours and we read PEFT's, what does not fit is named, merged models open in transformers."""
+"""Adapters: the layer, where they go, what is trained, merged, switched off; PEFT reads our files, we read PEFT's."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from conftest import Sequence, pack_sequences
 from make_peft4_adapter import FOLDER as PEFT4
 from make_peft4_adapter import GRID, IDS, arithmetic_base, patches
 from safetensors.torch import load_file, save_file
-from test_lora import TINY, close, hf_logits, load, logits, randomise, with_args
+from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import lora
-from adapter_files import CONFIG, TENSORS, load_adapter, save_adapter
+from adapter_files import TENSORS, load_adapter, save_adapter
+from config import SFT, LoraArgs
 from lora import main
 from model import UserError
+from model.adapters import BlockAdapters, LoRALinear, Unpack
+from model.loading import load_model
 from model.packed import Packed, Segments
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+# 2 vision blocks (qkv, proj, gate, up, down), the merger (2 layers), 2 decoder layers of 7
+COUNTS = {"vision": 10, "merger": 2, "llm": 14}
+
+
+def load(folder=TINY):
+    return load_model(folder).eval()
+
+
+@pytest.fixture
+def model():
+    return load()
+
+
+def sequence(model):
+    """Text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text."""
+    return Sequence(model.config, [5, ("video", 1, 4, 4, 1.0), 4])
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval().logits(pack_sequences([sequence(model)]))
+
+
+@torch.no_grad()
+def hf_logits(hf, model):
+    return hf.eval()(**sequence(model).for_transformers()).logits[0]
+
+
+def loss(model):
+    return model.logits(pack_sequences([sequence(model)])).logsumexp(-1).sum()
+
+
+@torch.no_grad()
+def randomise(model, seed=2):
+    """As after training: every adapter and every other trained tensor moves."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora.trainable_parameters(model):
+        if not name.endswith("adapters"):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for _, layer in lora.lora_layers(model):
+        for view in (layer.lora_A, layer.lora_B):
+            view.add_(torch.randn(view.shape, generator=generator) * 0.1)
+
+
+def close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def with_args(**changes):
+    return dataclasses.replace(LoraArgs(lora_rank=4, lora_alpha=8), **changes)
+
+
+# -- The layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacking_has_the_gradient_of_plain_views(dtype):
+    torch.manual_seed(0)
+    block = nn.Sequential(*[LoRALinear(nn.Linear(n, n + 1, dtype=dtype), LoraArgs(lora_rank=3)) for n in (5, 6, 7)])
+    home = BlockAdapters(block, list(block), 3)
+    flat = block.adapters
+    assert flat.dtype == dtype and len(flat) == 16 + 24 + 24 + 24 + 24 + 24  # 15, 18, 18, 21, 21, 24 numbers
+    assert lora.sizes(block)["adapters"] == 15 + 18 + 18 + 21 + 21 + 24
+    pieces = [home.pieces(flat), Unpack.apply(flat, home)]
+    assert all(torch.equal(a, b) and b.data_ptr() % 16 == 0 for a, b in zip(*pieces, strict=True))
+    factors = [torch.randn_like(piece) for piece in pieces[0]]
+    # the second layer takes no part
+    slow, fast = (sum((p[i] * factors[i]).sum() for i in (0, 1, 4, 5)) for p in pieces)
+    (slow,), (fast,) = torch.autograd.grad(slow, flat), torch.autograd.grad(fast, flat)
+    assert torch.equal(slow, fast) and fast.count_nonzero() == 15 + 18 + 21 + 24
+
+
+# -- In a model
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({}, [10, 2, 14]),
+        ({"tune_merger": True}, [10, 0, 14]),
+        ({"llm_lora": False}, [10, 2, 0]),
+        ({"num_lora_modules": 15}, [0, 1, 14]),
+        ({"lora_namespan_exclude": ["lm_head", "mlp"]}, [4, 0, 8]),
+        ({"lora_enable": False, "freeze_vision_tower": False, "tune_merger": True}, [0, 0, 0]),
+    ],
+)
+def test_where_adapters_go_and_what_is_trained(model, changes, counts):
+    before, parameters = logits(model), dict(model.named_parameters())
+    names = lora.inject(model, with_args(**changes))
+    assert [sum(lora.part_of(name) == component for name in names) for component in COUNTS] == counts
+    assert torch.equal(logits(model), before)
+    trained = {name for name, _ in lora.trainable_parameters(model)}
+    blocks = {name.rpartition(".")[0] for name in trained if name.endswith(".adapters")}
+    assert blocks <= {"model.layers.0", "model.layers.1", "visual.blocks.0", "visual.blocks.1", "visual.merger"}
+    merger, vision = changes.get("tune_merger", False), not changes.get("freeze_vision_tower", True)
+    whole = {"merger": merger, "vision": vision, "llm": False}
+    assert trained & parameters.keys() == {name for name in parameters if whole[lora.part_of(name)]}
+
+
+def test_optimizer_groups(model):
+    args = SFT(vision_lora=False, freeze_vision_tower=False, tune_merger=True, merger_lr=1e-5, weight_decay=0.1)
+    lora.inject(model, args)
+    groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in lora.param_groups(model, args)}
+    rates = {"vision": args.learning_rate, "merger": 1e-5}
+    assert groups.pop("llm") == (args.learning_rate, 0.1)
+    assert groups == {f"{c}{kind}": (rates[c], decay) for c in rates for kind, decay in (("", 0.1), (" no decay", 0.0))}
+
+
+def test_reference_is_the_start_while_training_goes_on(model):
+    lora.inject(model, with_args(tune_merger=True))
+    randomise(model)
+    start, snapshot = logits(model), lora.reference_snapshot(model)
+    parameters = [p for _, p in lora.trainable_parameters(model)]
+    addresses = [p.data_ptr() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    loss(model).backward()
+    optimizer.step()
+    now = logits(model)
+    assert (now - start).abs().max() > 1e-3
+    with pytest.raises(KeyError), lora.reference(model, snapshot):
+        assert torch.equal(logits(model), start)
+        raise KeyError("the trained tensors come back after an error too")
+    assert torch.equal(logits(model), now) and [p.data_ptr() for p in parameters] == addresses
+
+
+def test_disabled_is_the_base_and_merged_is_the_sum(model):
+    keys, before = set(model.state_dict()), logits(model)
+    lora.inject(model, with_args())
+    randomise(model)
+    adapted = logits(model)
+    assert (adapted - before).abs().max() > 0.1
+    with lora.disabled(model):
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), adapted)
+    lora.merge(model)
+    close(logits(model), adapted)
+    assert set(model.state_dict()) == keys and not lora.lora_layers(model)
+
+
+# -- Files
+
 
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
@@ -131,23 +280,6 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
     assert not lora.lora_layers(model)
 
 
-def test_what_does_not_fit_is_named(adapter):
-    original, model = load_file(adapter / TENSORS), load()
-    for change, words in [
-        ({B: None}, r"model.layers.1.self_attn.q_proj.lora_B: found no tensor.*is --model_id its base"),
-        ({A: torch.zeros(4, 31)}, r"q_proj.lora_A: found \(4, 31\), expected \(4, 64\)"),
-        ({f"{Q}x.lora_A.weight": torch.zeros(4, 64)}, "expected none of this name"),
-    ]:
-        save_file({k: tensor for k, tensor in (original | change).items() if tensor is not None}, adapter / TENSORS)
-        with pytest.raises(UserError, match=words):
-            load_adapter(model, adapter)
-        assert not lora.lora_layers(model)
-    for name, text in ((CONFIG, '{"r": 4,\n'), (CONFIG, '{"peft_type": "LORA"}'), (TENSORS, "no tensors")):
-        (adapter / name).write_text(text)
-        with pytest.raises(UserError, match=name):
-            load_adapter(model, adapter)
-
-
 # -- The commands
 
 
@@ -174,39 +306,3 @@ def test_a_merged_folder_is_a_whole_model(tmp_path):
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [474, 472]}  # greedy
     assert len(list(out.glob("part*.safetensors"))) == 4
-
-
-def test_check(adapter, capsys):
-    tensors = load_file(adapter / TENSORS)
-    tensors[B] *= 0
-    # PEFT's name for the adapter may be in the keys
-    save_file({k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}, adapter / TENSORS)
-    main(["check", str(adapter)])
-    out = capsys.readouterr().out
-    facts = [
-        "rank      4, alpha 8",
-        "26 layers: vision 10, merger 2, llm 14",
-        "1 of them untrained",
-        "bf16: every tensor",
-    ]
-    assert all(fact in out for fact in [str(adapter), str(TINY), *facts]), out
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("check output/nowhere", "no such folder"),
-        ("check ADAPTER --model_id OTHER", "is --model_id its base model"),
-        ("merge ADAPTER", "--output_dir: found None, expected a new folder"),
-        ("merge ADAPTER NEW --model_id nowhere", "no such folder"),
-        ("merge ADAPTER NEW --model_id OTHER", "is --model_id its base model"),
-        ("merge ADAPTER OTHER", "already holds something"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(adapter, tmp_path, argv, words):
-    arithmetic_base(tmp_path / "OTHER")
-    before = sorted(tmp_path.rglob("*"))
-    names = {"ADAPTER": adapter, "NEW": tmp_path / "NEW", "OTHER": tmp_path / "OTHER"}
-    with pytest.raises(UserError, match=words) as error:
-        main([str(names.get(word, word)) for word in argv.split()])
-    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before

@@ -1,14 +1,75 @@
-"""How options and answers are read: cases that went wrong once, and lists whose right label is known beforehand."""
+"""How options and answers are read: cases that went wrong once, and lists whose right label is known because they are
+made of it here, without anything of the product."""
 
+import json
+import math
 import time
+from fractions import Fraction
 
+import numpy as np
 import pytest
+from conftest import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lists import answers, cases, lists
 
 from answers import parse_options
-from rewards import accuracy, sample_from_record
+from judges import JUDGES
+from model import UserError
+from rewards import accuracy, check_solution, sample_from_record
+
+WORDS = (
+    "the red cube", "a ball", "left", "Jones", "12.5", "2:30", "both (A) and (B)", "J. Smith", "no one", "3 of 4", "-2",
+    "vitamin C", "50 %", "Left to Right", "Right to Left", "Mr. X", "the U.S. flag", "at 3 p.m.", "x = 3", "两只猫",
+    "vorwärts über", "up/down", "moves (quickly)", "it's over", "C major", "A ball falls",
+)  # fmt: skip
+BY_LINE = (
+    "({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}", "- {}. {}", "（{}）{}", "{}、{}", "* {}) {}", "**{}.** {}",
+    "Option {}: {}", "<{}> {}", "{} - {}", "({}): {}", "【{}】{}", "• {}) {}", "  {}.  {}",
+)  # fmt: skip
+IN_LINE = ("({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}")
+LEADS = ("", "Subtitles:\n0:05 the man enters\n1:12 he leaves\n", "It takes 12.5 s.\nMr. J. Smith asks:\n")
+LEADS += ("J. Doe.\n", "A. Smith and B. Jones meet.\n", "1. He enters\n2. He sits\n")
+TAILS = ("", "\nYour answer:", "\nAnswer with the option's letter from the given choices directly.")
+TAILS += ("\nPlease provide only the single option letter (e.g., A, B, C, etc.) within the <answer> </answer> tags.",)
+ONE = (
+    "{}", "({})", "{}.", "The answer is {}", "option {}", r"\boxed{{{}}}", '"{}"', "'{}'", "[{}]", "**{}**", "（{}）",
+    "“{}”", "{})", "({}", "It is {}", "I choose {}", r"$\boxed{{\text{{{}}}}}$", "The correct option is ({}).",
+    "「{}」", "{} is correct", "Answer: {}", "Die Antwort ist {}", "答案是{}", "选{}。",
+)  # fmt: skip
+WITH_WORDS = ("({}) {}", "{}. {}", "{}: {}", "[{}] {}", "The answer is ({}) {}.", "Option {}: {}", "**{}. {}**")
+SEVERAL = (
+    "{} and {}", "{} or {}", "{}, {}", "{}/{}", "{} {}", "({}) ({})", "either {} or {}", "both {} and {}", "{};{}",
+    "{} & {}", "{}, maybe {}", "{}\n{}", "Option {} or option {}", "neither {} nor {}", "not {} and not {}",
+    "{} oder {}", "{}或{}", "{} ({})",
+)  # fmt: skip
+
+
+@st.composite
+def lists(draw):
+    """-> (question, {label: words})"""
+    count = draw(st.integers(2, 5))
+    labels = draw(st.sampled_from(["ABCDE", "12345"]))[:count]
+    in_line = draw(st.booleans())
+    plain = [words for words in WORDS if not set(words) & set("(),.:/")]
+    words = draw(st.lists(st.sampled_from(plain if in_line else WORDS), min_size=count, max_size=count, unique=True))
+    style, between = draw(st.sampled_from(IN_LINE)), draw(st.sampled_from([" ", "; ", ", "]))
+    if not in_line:
+        style, between = draw(st.sampled_from(BY_LINE)), "\n"
+    listed = between.join(style.format(*option) for option in zip(labels, words, strict=True))
+    asked = draw(st.sampled_from(["Which is it?", "Select the best option:"])) + (" " if in_line else "\n")
+    question = draw(st.sampled_from(LEADS)) + asked + listed + draw(st.sampled_from(TAILS))
+    return question, dict(zip(labels, words, strict=True))
+
+
+@st.composite
+def answers(draw, options):
+    """Of a list -> (answer, the one label that it names, or None)."""
+    label, other = draw(st.permutations(sorted(options)))[:2]
+    one, with_words = draw(st.sampled_from(ONE)).format(label), draw(st.sampled_from(WITH_WORDS))
+    several = draw(st.sampled_from(SEVERAL)).format(label, other)
+    named = st.sampled_from([one, options[label], with_words.format(label, options[label])])
+    return draw(st.one_of(named.map(lambda text: (text, label)), st.just((several, None))))
+
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
@@ -61,3 +122,106 @@ def test_a_policy_that_repeats_itself_is_read_fast(text):
         == 0
     )
     assert time.process_time() - began < 1
+
+
+# -- Typed answers: the published values, an independent computation of each kind
+
+
+def reward(kind, solution, said, **columns):
+    record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
+    check_solution(0, record)
+    return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
+
+
+@pytest.mark.parametrize(
+    "case", cases("typed"), ids=lambda case: f"{case['record']['problem_type']}: {case['note'][:40]}"
+)
+def test_typed_case(case):
+    assert accuracy(case["completion"], sample_from_record(case["record"])) == pytest.approx(case["accuracy"], abs=1e-6)
+
+
+numbers = st.decimals(-1000, 1000, places=1, allow_nan=False)
+
+
+@given(numbers, numbers)
+def test_numbers(true, said):
+    p, t = float(said), float(true)
+    error = abs(p - t) / abs(t) if t else math.inf if p else 0.0
+    assert reward("numerical", true, said) == (round(p, 2) == round(t, 2))
+    assert reward("regression", true, said) == pytest.approx(1 - min(1, error))
+    assert reward("VSI", true, said) == np.mean([error <= 1 - theta for theta in np.linspace(0.5, 0.95, 10)])
+
+
+@pytest.mark.parametrize("kind, true, said, expected", cases("judges"))
+def test_by_hand(kind, true, said, expected):
+    """None: the record is refused when it is loaded, whatever is said."""
+    if expected is None:
+        with pytest.raises(UserError):
+            reward(kind, true, said, duration=10)
+    else:
+        assert reward(kind, true, said, duration=10) == pytest.approx(expected)
+
+
+words = st.lists(st.sampled_from("the red ball rolls left and a dog runs The".split()), min_size=1, max_size=7)
+
+
+@given(words, words)
+def test_text(true, said):
+    rouge, jiwer = pytest.importorskip("rouge_score.rouge_scorer"), pytest.importorskip("jiwer")
+    texts = " ".join(true), " ".join(said)
+    scores = rouge.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False).score(*texts)
+    mean = np.mean([score.fmeasure for score in scores.values()])
+    assert reward("free-form", *texts) == pytest.approx(1 if texts[0].lower() == texts[1].lower() else mean)
+    assert reward("ROUGE-L", *texts) == pytest.approx(scores["rougeL"].fmeasure)
+    assert reward("OCR", *texts) == pytest.approx(max(0, 1 - jiwer.wer(*texts)))
+
+
+spans = st.sets(st.integers(0, 20), min_size=2, max_size=2).map(lambda ends: tuple(sorted(ends)))
+
+
+@given(st.lists(spans, min_size=1, max_size=4), st.lists(spans, min_size=1, max_size=4))
+def test_spans(true, said):
+    covered = [{second for start, end in side for second in range(start, end)} for side in (true, said)]
+    iou = len(covered[0] & covered[1]) / len(covered[0] | covered[1])
+    assert reward("span set", true, said) == pytest.approx(iou)
+    (s, e), (a, b) = true[0], said[0]
+    hull = Fraction(max(0, min(e, b) - max(s, a)), max(e, b) - min(s, a))
+    assert reward("temporal grounding", [s, e], json.dumps({"time": [a, b]})) == pytest.approx(float(hull))
+    penalty = max(0, 1 - Fraction(abs(s - a), 15)) * max(0, 1 - Fraction(abs(e - b), 15))
+    assert reward("timestamp tIoU", [s, e], f"{a} to {b}", duration=15) == pytest.approx(float(hull * penalty))
+
+
+boxes = st.tuples(spans, spans).map(lambda s: [s[0][0], s[1][0], s[0][1], s[1][1]])
+tracks = st.dictionaries(st.sampled_from("1234"), boxes, min_size=1)
+
+
+def pixel_iou(said, true):
+    masks = np.zeros((2, 20, 20), bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, (said, true), strict=True):
+        mask[y1:y2, x1:x2] = True
+    return (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+
+
+@given(tracks, tracks, spans, spans)
+def test_boxes(true, said, seconds, others):
+    one, two = next(iter(true.values())), next(iter(said.values()))
+    assert reward("spatial grounding", one, json.dumps({"boxes": two})) == pytest.approx(pixel_iou(two, one))
+    mean = np.mean([pixel_iou(said[key], box) if key in said else 0 for key, box in true.items()])
+    assert reward("tracking", json.dumps({"boxes": true}), json.dumps({"boxes": said})) == pytest.approx(mean)
+    tube = [json.dumps({"time": time, "boxes": track}) for time, track in ((seconds, true), (others, said))]
+    time = reward("timestamp", list(seconds), list(others))
+    assert reward("spatial-temporal grounding", *tube) == pytest.approx((time + mean) / 2)
+
+
+SOLUTIONS = {kind: true for kind, true, said, expected in cases("judges") if said == true and expected == 1}
+
+
+@pytest.mark.parametrize("kind, true", SOLUTIONS.items())
+@settings(max_examples=25)
+@given(said=st.text(max_size=30) | st.text('0123456789.,:-e[]{}()" to', max_size=30))
+def test_from_0_to_1_whatever_is_said(kind, true, said):
+    """In any spelling of the type; the solution said inside <think> earns nothing."""
+    assert JUDGES.keys() <= SOLUTIONS.keys()
+    assert 0 <= reward(kind.upper(), true, said, duration=10) <= 1
+    sample = sample_from_record({"problem": "?", "solution": true, "problem_type": kind, "duration": 10})
+    assert 0 == accuracy(f"<think><answer>{true}</answer></think><answer>?</answer>", sample)

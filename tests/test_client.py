@@ -121,13 +121,6 @@ def test_trouble_that_passes_loses_nothing(tmp_path, trouble):
     assert KEY not in (tmp_path / "cache").read_text()
 
 
-def test_a_slow_server_is_asked_again():
-    drip = raw(b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100, every=0.1)
-    with Server(lambda handler: time.sleep(2), drip, completion(GOOD)) as server:
-        assert client(server.url, timeouts=(1.0, 1.0), deadline=1.0, tries=9).complete("?", b"png") == GOOD
-        assert len(server.requests) > 2
-
-
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [

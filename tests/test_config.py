@@ -1,24 +1,22 @@
 """Options: commands that people have keep their meaning, other trainers' names are understood, a slip is named."""
 
 import json
-import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import cases
 
 import config
 import names
-from cli import help_text
-from config import GRPO, SFT, Adapter, Generate, Infer, Look, Report, changed, cli, ignored_options, parse
+from config import GRPO, SFT, Adapter, Generate, Infer, Look, changed, ignored_options, parse
 from model import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CASES = ROOT / "tests" / "cases"
 COMMANDS = json.loads((CASES / "commands.json").read_text())  # the original project's, as people have them
-MISTAKES = [json.loads(line) for line in (CASES / "mistakes.jsonl").read_text().splitlines()]
 
 
 def without_effect(cfg):
@@ -70,20 +68,12 @@ def test_commands_with_words_that_have_no_flag():
     assert (cfg.command, cfg.model_ckpt, cfg.output_dir) == ("merge", "a", "b")
 
 
-@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case["flags"] + case.get("file", ""))
+@pytest.mark.parametrize("case", cases("mistakes"), ids=lambda case: case["flags"] + case.get("file", ""))
 def test_mistakes(case, tmp_path, monkeypatch):
     """file: the text of the config file that the flags name."""
     monkeypatch.chdir(tmp_path)
     Path(case["flags"].split()[-1] if "file" in case else "none").write_text(case.get("file", ""))
     assert case["message"] in message(getattr(config, case["options"]), case["flags"].split())
-
-
-def test_a_later_setting_beats_an_earlier_one(tmp_path):
-    (tmp_path / "big.py").write_text("nframes = 16\nvideo_min_pixels = 50_000\nvideo_max_pixels = 100_000\n")
-    cfg = parse(SFT, ["--config", str(tmp_path / "big.py"), "--fps", "1", "--video_max_pixels", "4096"])
-    assert (cfg.nframes, cfg.video_min_pixels, cfg.video_max_pixels) == (None, 4096, 4096)
-    both = parse(Infer, ["a.mp4", "--fps", "1", "--nframes", "4"])
-    assert both.nframes == 4 and without_effect(both) == {"--fps"}
 
 
 @pytest.mark.parametrize("file", sorted((CASES / "settings").glob("a.*")), ids=lambda file: file.name)
@@ -103,28 +93,6 @@ def test_config_py_itself_and_a_copy(tmp_path):
     (tmp_path / "copy.py").write_text(source.replace("learning_rate: float = 3e-3", "learning_rate: float = 4e-3"))
     cfg = parse(SFT, ["--config", str(tmp_path / "copy.py")])
     assert changed(cfg) == {"learning_rate": 4e-3} and cfg.given == {"learning_rate"}
-
-
-@pytest.mark.parametrize("cls", [Generate, SFT, GRPO, Infer, Look, Adapter, Report])
-def test_help(monkeypatch, cls):
-    """Short: an example and some 20 options; all: every one, with its comment. Both as wide as the terminal."""
-    monkeypatch.setenv("COLUMNS", "80")
-    texts = [help_text(cls, every) for every in (False, True)]
-    assert all(f"example: {cls.__doc__}\n" in text for text in texts)
-    assert max(len(line) for text in texts for line in text.splitlines()[2:]) <= 80
-    short, every = (re.findall(r"(?m)^  --(\w+)", text) for text in texts)
-    assert len(short) <= 26 and sorted(every) == sorted(f.name for f in fields(cls))
-    assert cls is not SFT or "for rank 16 on the tiny model (default 0.003)" in " ".join(texts[1].split())
-
-
-@pytest.mark.parametrize(("rank", "each_rank"), [("0", False), ("1", False), ("1", True)])
-def test_cli_prints_one_line(monkeypatch, capsys, rank, each_rank):
-    """Once a machine where all processes would print the same (each_rank False)."""
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(SystemExit) as end:
-        cli(lambda: parse(SFT, ["--seed", "x"]), each_rank)
-    line = "error: --seed: found 'x', expected int\n"
-    assert end.value.code == 2 and capsys.readouterr().err == ("" if (rank, each_rank) == ("1", False) else line)
 
 
 def test_migrating_is_written_from_the_tables():
@@ -165,16 +133,3 @@ def test_a_file_of_another_trainer():
     cfg = parse(SFT, flags)
     assert (cfg.max_seq_length, cfg.overwrite, cfg.resume, cfg.learning_rate) == (2048, True, False, 1e-4)
     assert (cfg.base_dtype, cfg.eval_data_path) == ("nf4", None)
-
-
-NEAR = {"lora_rnk": "lora_rank", "leraning_rate": "learning_rate", "max_completion": "max_completion_length"}
-NEAR |= {"rank": "lora_rank", "beta1": "adam_beta1", "save_step": "save_steps"}
-NEAR |= {"resized_height": "image_resized_height or video_resized_height"}
-FAR = "lora_init steps size use_cache reward_model eval_batch_size max kl wd topic learning_curve warm tp data_format"
-
-
-@pytest.mark.parametrize("word", [*NEAR, *FAR.split()])
-def test_no_suggestion_leads_astray(word):
-    """The near spelling, or the options that hold the words; else no guess. The script is named, not a class."""
-    hint = f"did you mean {NEAR[word]}?" if word in NEAR else "--help all lists them"
-    assert message(GRPO, [f"--{word}", "1"]) == f"--{word}: no such option of train_grpo.py; {hint}"

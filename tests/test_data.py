@@ -19,7 +19,6 @@ from config import VideoArgs
 from data import Processor, TooLong
 from model.loading import ModelConfig
 from model.packed import IGNORE
-from reader import read_image
 from video import ClipPlan, frame_indices
 
 # In the order of Qwen2.5's vocabulary, from 151643 on
@@ -121,16 +120,6 @@ def test_one_turn(processor):
     assert length(processor, record()) == len(example) and example.record["video"] == "0.mp4"
 
 
-def test_prompt_ends_ready_for_the_reply(processor):
-    prompt, whole = processor.encode(record(), answer=False), processor.encode(record())
-    assert text_of(processor, prompt.ids).endswith("Where?<|im_end|>\n<|im_start|>assistant\n")
-    assert np.array_equal(whole.ids[: len(prompt)], prompt.ids)
-    assert np.array_equal(whole.position_ids[:, : len(prompt)], prompt.position_ids)
-    assert (prompt.targets == IGNORE).all() and whole.targets[len(prompt) - 1] != IGNORE
-    unanswered = {"video": "0.mp4", "conversations": turns("<video>\nWhere?")}
-    assert np.array_equal(processor.encode(unanswered, answer=False).ids, prompt.ids)
-
-
 def as_transformers(tokenizer, example_messages, generation):
     from transformers import PreTrainedTokenizerFast
 
@@ -164,9 +153,9 @@ def check_chat(processor, chat):
         assert processor.encode({"messages": ours}, answer=answer).ids.tolist() == expected
 
 
-@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-def test_equals_the_chat_template(processor, chat):
-    check_chat(processor, chat)
+def test_equals_the_chat_template(processor):
+    for chat in CHATS.values():
+        check_chat(processor, chat)
 
 
 @pytest.mark.skipif(not (SHARED / "qwen2_tokenizer").exists(), reason="no Qwen2 vocabulary beside the repository")
@@ -192,6 +181,11 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     monkeypatch.setattr(data, "read_clip", lambda plan: decoded.append(plan.paths[0]) or read_clip(plan))
     first, again = processor.encode(record(3)), processor.encode(record(3, answer="Right"))
     assert len(decoded) == 1 and first.patches.data_ptr() == again.patches.data_ptr()
+    before = first.patches.clone()
+    for control in ("reversed", "shuffled", "blank"):  # not by writing over what is kept
+        other = processor.encode(record(3), control=control)
+        assert np.array_equal(other.ids, first.ids) and not torch.equal(other.patches, before)
+    assert len(decoded) == 1 and torch.equal(first.patches, before)
     write_clip(clips / "3.mp4", ramp(30)[::-1])
     changed = processor.encode(record(3))
     assert len(decoded) == 2 and not torch.equal(changed.patches, first.patches)
@@ -201,18 +195,6 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     for i in (0, 1, 2, 0, 3):
         full.encode(record(i))
     assert [key.paths[0][-5:] for key in full.cache if isinstance(key, ClipPlan)] == ["0.mp4", "1.mp4"]
-
-
-def test_controls_leave_the_cache_alone(processor):
-    plain = processor.encode(record())
-    before = plain.patches.clone()
-    for control in ("reversed", "shuffled", "blank"):
-        other = processor.encode(record(), control=control)
-        assert np.array_equal(other.ids, plain.ids) and not torch.equal(other.patches, before)
-        assert other.patches.shape == before.shape
-    assert processor.encode(record(), control="reversed").frame_indices == [[29, 19, 10, 0]]
-    assert torch.equal(processor.encode(record()).patches, before)
-    assert len(processor.cache) == 2  # one plan, one clip
 
 
 def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor):
@@ -235,16 +217,6 @@ def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor):
     for too_long in (record(), {"id": "text alone", "question": "?" * 999, "answer": "!"}):
         with pytest.raises(TooLong):
             processor.encode(too_long)
-
-
-def test_overruled_options_are_told_once(processor, caplog):
-    args = processor.args
-    args.nframes, args.fps = None, 0.5
-    for i in range(3):
-        processor.encode(record(i))
-    told = [r.message for r in caplog.records]
-    assert len(told) == 2 and "fps 0.5 asks for 1.5 of 30 frames" in told[0] and "max_pixels 3136" in told[1]
-    assert sorted(processor.notes.values()) == [3, 3]
 
 
 # -- python data.py FILE...
@@ -271,18 +243,6 @@ def test_the_plan_of_a_clip(processor, clips):
     assert "no readable video" in broken["refused"] and broken["clips"] == broken["warnings"] == []
 
 
-def test_the_plan_of_a_dataset(processor, clips):
-    records = [record(i, answer="x" * i) for i in range(1, 4)]
-    records.append({"video": "broken.mp4", "conversations": turns("<video>", "L")})
-    (clips / "d.json").write_text(json.dumps(records))
-    lines = lines_of(processor, clips / "d.json").splitlines()
-    lengths = [length(processor, r) for r in records[:3]]
-    assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
-    assert len(lines) == 3 and "sample 3: " in lines[2] and "no readable video" in lines[2]
-    results = lines_of(processor, clips / "d.json", as_json=True)
-    assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
-
-
 def test_records_that_went_wrong(clips, tmp_path):
     """Records that were learned wrongly once, by `python data.py FILE --json`."""
     text = (Path(__file__).parent / "cases" / "records.jsonl").read_text()
@@ -304,30 +264,3 @@ def test_records_that_went_wrong(clips, tmp_path):
             assert expected.startswith("only frames between 1.0 s and 2.0 s")
             (clip,) = facts["clips"]
             assert clip["indices"] == frame_indices(11, 8, 10) and clip["times"][0] == 1.0 and clip["times"][-1] == 2.0
-
-
-def test_a_folder_of_frames_as_a_record_names_it(processor, tmp_path):
-    (tmp_path / "tvqa").mkdir()
-    for i, frame in enumerate(ramp(12, 56, 84)):
-        write_clip(tmp_path / f"tvqa/{i + 1:05}.png", [frame], codec="png", pix_fmt="rgb24", container={"update": "1"})
-    part = {"type": "video", "video": "tvqa", "fps": 3.0, "video_start": 1.0, "video_end": 3.0}
-    processor.args.image_folder = None
-    for options, indices in (({}, [3, 4, 5, 6, 7, 8, 9, 9]), ({"nframes": 4}, [3, 5, 7, 9])):
-        ask = [{"role": "user", "content": [part | options, "Who?"]}, {"role": "assistant", "content": "He"}]
-        (tmp_path / "val.jsonl").write_text(json.dumps({"messages": ask}))
-        (facts,) = lines_of(processor, tmp_path / "val.jsonl", as_json=True)
-        (clip,) = facts["clips"]
-        assert clip["indices"] == indices and clip["fps"] == 3.0 and clip["frames"] == 12
-        assert np.allclose(clip["times"], np.array(indices) / 3) and clip["paths"][0].endswith("tvqa/00001.png")
-    (facts,) = lines_of(processor, tmp_path / "tvqa", as_json=True)  # on the command line
-    assert facts["clips"][0]["frames"] == 12 and len(facts["clips"][0]["indices"]) == 4
-
-
-def test_a_preview_shows_the_frames_as_the_model_sees_them(tmp_path):
-    """The PNG holds every sampled frame, in its resized pixels, in order."""
-    frames = [np.full((56, 84, 3), 60 * k + 20, np.uint8) for k in range(4)]
-    path = write_clip(tmp_path / "clip.mkv", frames, fps=2, codec="libx264rgb", pix_fmt="bgr0", qp="0")
-    look.main([path, "--nframes", "4", "--preview", str(tmp_path / "out.png")])
-    page = read_image(str(tmp_path / "out.png"))
-    row = page[0, page.shape[1] // 2].int().tolist()
-    assert [value for value, before in zip(row[1:], row[:-1]) if value != before and value < 250] == [20, 80, 140, 200]

@@ -8,7 +8,7 @@ import torch
 from conftest import Sequence, pack_sequences, random_model
 from test_model import CASES, adapted
 
-from model.decode import PlainDecoder, Sampling, draw, generate, truncate, uniforms
+from model.decode import PlainDecoder, Sampling, generate, truncate
 from model.qwen import target_logprobs
 from model.rope import mrope_position_ids
 
@@ -42,31 +42,6 @@ def test_greedy_equals_transformers_generate(oracle, shape, case, penalty):
     assert mine.ids == expected and len(set(expected)) > 3
 
 
-def test_cached_group_decoding_equals_the_training_forward():
-    """Different prompts in one batch, four rows each: every kept log-prob is what the full forward gives."""
-    model = random_model("grouped")
-    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("video", "text", "mixed"))]
-    sampling = Sampling(max_new_tokens=9, temperature=0.8, stop_ids=tuple(range(3, 40)))
-    groups = generate(model, pack_sequences(sequences), sampling, 4, torch.Generator().manual_seed(0))
-    lengths = set()
-    for sequence, group in zip(sequences, groups):
-        for row in group:
-            expected = logprobs_of(model, sequence, row.ids, 0.8)
-            assert (expected - torch.tensor(row.logprobs)).abs().max() < 1e-4
-            assert row.finished == (row.ids[-1] in sampling.stop_ids)
-            assert all(i not in sampling.stop_ids for i in row.ids[:-1])
-            lengths.add(len(row.ids))
-    assert len(lengths) > 2  # rows did end on their own
-
-
-def test_rows_of_a_batch_equal_rows_alone():
-    model = random_model("untied")
-    sequences = [Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(("images", "text", "videos"))]
-    together = generate(model, pack_sequences(sequences), GREEDY)
-    for sequence, group in zip(sequences, together):
-        assert generate(model, pack_sequences([sequence]), GREEDY)[0][0].ids == group[0].ids
-
-
 def check_distribution(ids: torch.Tensor, chances: torch.Tensor, slack: float = 0.0) -> None:
     """Drawn ids against exact probabilities (V,): chi-square, 5 sigma. slack: of the numbers' count."""
     expected, counts = chances * len(ids), torch.bincount(ids, minlength=len(chances)).float()
@@ -91,14 +66,6 @@ def test_sampling_follows_the_exact_distribution():
     assert generate(model, prompt, Sampling(1, 0.0))[0][0].ids == [int(logits.argmax())]
 
 
-def test_a_token_without_chance_is_never_drawn():
-    scores = torch.full((20_000, 6), float("-inf"))
-    scores[:, [1, 4]] = torch.tensor([0.2, 0.8]).log()
-    ids = draw(scores, uniforms(torch.Generator().manual_seed(0), 20_000, 1)[:, 0])
-    counts = ids.bincount(minlength=6).tolist()
-    assert counts[1] + counts[4] == 20_000 and abs(counts[4] / 20_000 - 0.8) < 0.015, counts  # 5 standard deviations
-
-
 def test_top_k_and_top_p_against_transformers():
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -107,20 +74,6 @@ def test_top_k_and_top_p_against_transformers():
         expected = TopKLogitsWarper(k)(None, scores) if k else scores
         expected = TopPLogitsWarper(p)(None, expected) if p < 1 else expected
         assert truncate(scores, Sampling(top_k=k, top_p=p)).isinf().equal(expected.isinf()), (k, p)
-
-
-def test_same_seed_same_rows_and_streaming():
-    model = random_model("tied")
-    prompt = pack_sequences([Sequence(model.config, CASES["video"])])
-    streamed: list[tuple[int, int]] = []
-
-    def run(seed, on_token=None):
-        noise = torch.Generator().manual_seed(seed)
-        return [r.ids for r in generate(model, prompt, Sampling(6, stop_ids=(5, 6, 7)), 3, noise, on_token)[0]]
-
-    first = run(3, lambda row, token: streamed.append((row, token)))
-    assert first == run(3) != run(4)
-    assert [[t for r, t in streamed if r == i] for i in range(3)] == first
 
 
 @pytest.mark.parametrize("cases", [("video", "text"), ("video",)], ids=["two", "one"])
@@ -133,22 +86,3 @@ def test_fused_decoding_equals_the_decoder_layers(cases):
     for fast, slow in zip(sum(made[0], []), sum(made[1], []), strict=True):
         assert fast.ids == slow.ids
         assert torch.allclose(torch.tensor(fast.logprobs), torch.tensor(slow.logprobs), atol=1e-4, rtol=1e-4)
-
-
-def test_a_failed_rollout_leaves_the_model_as_it_was():
-    """Dropout is off while it samples, and on again behind it, also when memory runs out in between."""
-    model, modes, closed = adapted("tied"), [], []
-
-    class Failing(PlainDecoder):
-        def draw(self, t):
-            modes.append(self.model.training)
-            if t == 2:
-                raise torch.OutOfMemoryError("no memory")
-            super().draw(t)
-
-        def close(self):
-            closed.append(True)
-
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(model, pack_sequences([Sequence(model.config, [6])]), Sampling(5), 2, decoder=Failing)
-    assert modes == [False] * 3 and model.training and closed == [True]

@@ -1,8 +1,6 @@
 """Every fast form of model/fast/ against its plain form in model/qwen.py, over shapes, outputs and gradients. What only
 a GPU runs is in test_gpu.py."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import SHAPES, Sequence, pack_sequences
@@ -12,8 +10,7 @@ from test_model import CASES, adapted, gradients
 
 from model import qwen
 from model.adapters import Weights, aligned
-from model.fast import cpu, portable
-from model.fast.graphs import GRANULE, Replay, padded
+from model.fast import portable
 from model.qwen import Segments, target_logprobs
 
 
@@ -71,16 +68,6 @@ def test_shared_prompt_equals_the_loop(groups):
     check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
 
 
-def test_a_gradient_is_the_same_bit_for_bit_every_time():
-    """Prompt keys that many completions share: sums of many rows."""
-    segments = Segments.shared_prompt([300], [[30, 57, 49, 25, 40, 33, 60, 44]])
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(segments.num_tokens, heads, 64, generator=generator) for heads in (4, 2, 2))
-    first = results(lambda *x: portable.attention(*x, segments), q, k, v)
-    for _ in range(10):
-        assert all(map(torch.equal, results(lambda *x: portable.attention(*x, segments), q, k, v), first))
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_last_layer_computes_only_the_rows_asked_for(shared):
     """Hidden states of some tokens and all gradients, with and without cutting the last layer."""
@@ -116,13 +103,6 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
     agree(*made, 1e-5)
 
 
-def test_target_logprobs_never_holds_all_logits():
-    hidden, head, sizes = torch.randn(4096, 8, requires_grad=True), torch.randn(40_000, 8), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        target_logprobs(hidden, head, torch.zeros(4096, dtype=torch.int64))[0].sum().backward()
-    assert max(sizes) <= head.numel()  # saved for backward: inputs and one number a row, 4096 * 40000 nowhere
-
-
 # -- Products with adapters
 
 
@@ -156,45 +136,4 @@ def test_products_that_share_an_input_equal_the_plain_ones(mixed, trained, rows)
     agree(*made)
 
 
-@pytest.mark.parametrize("rows", [1, 130])
-def test_norm_and_swiglu_equal_the_plain_forms(rows):
-    torch.manual_seed(0)
-    x, weight, gate, up = torch.randn(rows, 12), torch.randn(12), torch.randn(rows, 5), torch.randn(rows, 5)
-    agree(*(results(lambda x, w, f=f: f(x, w, 1e-6), x, weight) for f in (cpu.FORMS["norm"], qwen.norm)))
-    agree(results(cpu.FORMS["swiglu"], gate, up), results(qwen.swiglu, gate, up))
-
-
 # -- CUDA graphs, as far as a CPU shows them
-
-
-@pytest.mark.parametrize("segments", [
-    Segments.causal([5, 90, 3]), Segments.full([64, 64, 16, 48]), Segments.causal([256]),
-    Segments.shared_prompt([9, 20], [[4, 7, 1], [30]]),
-], ids=["causal", "windows", "full", "shared"])  # fmt: skip
-def test_padding_changes_nothing(segments):
-    """The padded segments attend as the given ones, and the padding takes and gives no gradient."""
-    T, wide = segments.num_tokens, padded(segments, GRANULE)
-    assert wide.num_tokens == GRANULE
-    assert max(wide.q_lengths) <= wide.max_q and max(wide.k_lengths) <= wide.max_k
-    generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(GRANULE, 2, 8, generator=generator) for _ in range(3)]
-    narrow = results(lambda *x: qwen.attention(*x, segments), *(x[:T] for x in qkv))
-    inputs = [x.requires_grad_() for x in qkv]
-    out = qwen.attention(*inputs, wide)[:T]
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((out * weight).sum(), inputs)
-    assert out.equal(narrow[0]) and all(not g[T:].any() for g in grads)
-    agree([g[:T] for g in grads], narrow[1:], 1e-6)
-
-
-def test_a_replays_gradients_are_not_what_the_next_one_writes_over():
-    """Without copies of ours: autograd makes one, since the buffer has another owner."""
-    buffer, p = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
-    capture = SimpleNamespace(forwards=1, forward=lambda x, tables, segments: x * 2)
-    capture.backward = lambda grad: [grad * 2, buffer.fill_(grad.sum().item())]
-    x = torch.ones(3, requires_grad=True)
-    for turn in (1, 2):
-        Replay.apply(capture, (), [], x, p).sum().backward()
-        assert p.grad.tolist() == [3.0 * turn] * 3 and x.grad.tolist() == [2.0 * turn] * 3
-        buffer.fill_(torch.nan)
-        assert p.grad.tolist() == [3.0 * turn] * 3

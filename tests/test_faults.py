@@ -1,7 +1,6 @@
 """Both loops over bad numbers, bad rewards, broken clips, full memory and full disks: each has a defined, reported
 outcome, the parameters stay finite, and the last good checkpoint is intact."""
 
-import errno
 import json
 import math
 import resource
@@ -13,7 +12,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from runs import base, column, finite, grpo, lines, release_run, sft, state, steps_saved, times, weights, whole  # noqa: F401 (fixtures)
+from runs import base, column, finite, grpo, lines, release_run, sft, state, steps_saved, weights, whole  # noqa: F401 (fixtures)
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -106,23 +105,15 @@ def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypat
 
 
 def test_a_step_with_nan_is_reported_and_skipped_and_many_stop_the_run(grpo, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train_grpo, "micro_loss", times({2, *range(5, 99)}, train_grpo.micro_loss))
+    real, calls = train_grpo.micro_loss, count(1)
+    bad = {2, *range(5, 99)}
+    monkeypatch.setattr(train_grpo, "micro_loss", lambda *args: real(*args) * (math.nan if next(calls) in bad else 1))
     with pytest.raises(UserError, match="5 steps in a row.*checkpoint-8"):
         grpo("run", max_steps=20, save_steps=1, save_total_limit="none")
     one, two, three = (weights(tmp_path / f"run/checkpoint-{i}") for i in (1, 2, 3))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(two[name], three[name]) for name in one)
     assert "step 2: loss" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("scale", ["group", "none"])
-def test_the_largest_reward_there_may_be(grpo, base, scale, capfd):
-    """Scaled, it is a reward like any other; unscaled, its gradient overflows and the step is reported and skipped."""
-    folder = grpo("run", rewards=f"{base}/rewards.py:large", scale_rewards=scale, save_steps=1, max_steps=3)
-    rows = lines(folder, "rollouts.jsonl")
-    assert {row["reward"] for row in rows} == {0.0, 1e30} and all(math.isfinite(row["advantage"]) for row in rows)
-    assert finite(folder) and any(column(folder, "updated")) == (scale != "none")
-    assert ("no update" in capfd.readouterr().out) == (scale == "none")
 
 
 def spoil_logits(monkeypatch, value, rows):
@@ -160,23 +151,6 @@ def test_groups_with_log_probs_that_are_not_finite_are_not_trained(grpo, monkeyp
 # -- Broken clips
 
 
-def test_a_step_whose_samples_are_all_broken_is_defined_and_logged(sft, base, tmp_path, capfd):
-    records = json.loads((base / "data/train.json").read_text())[:3]
-    (tmp_path / "videos").mkdir()
-    for record in records:
-        shutil.copyfile(base / "data/videos" / record["video"], tmp_path / "videos" / record["video"])
-    (tmp_path / "videos" / records[1]["video"]).write_bytes(b"")
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    options = {"data_path": tmp_path / "train.json", "max_skip_share": 0.5, "per_device_train_batch_size": 1}
-    folder = sft("run", **options, max_steps=3)
-    (empty,) = [line for line in column(folder, "answer_tokens", "loss", "updated") if line[0] == 0]
-    assert empty == (0, None, False) and "no answer tokens" in capfd.readouterr().out
-    together = sft("together", **options, max_steps=1, gradient_accumulation_steps=3)  # one empty micro-batch of three
-    assert column(together, "updated", "skipped") == [(True, 1)]
-    with pytest.raises(UserError, match="max_skip_share"):
-        sft("strict", **(options | {"max_skip_share": 0.05}), max_steps=3)
-
-
 def test_what_is_left_out_is_counted_on_after_a_resume(sft, base, tmp_path, caplog):
     """Of 16 clips one cannot be opened, one is cut off in its frames."""
     shutil.copytree(base / "data", tmp_path / "data")
@@ -186,6 +160,7 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, base, tmp_path, capl
     cut.write_bytes(cut.read_bytes()[:-600])
     options = {"data_path": tmp_path / "data/train.json", "max_skip_share": 0.2, "per_device_train_batch_size": 4}
     options |= {"max_steps": 12, "save_steps": 2, "save_total_limit": "none", "pack_tokens": 400}
+    options |= {"dataloader_num_workers": 2}
     whole = sft("whole", **options)
     counts = column(whole, "skipped")
     assert counts == sorted(counts) and counts[-1] == 2
@@ -334,23 +309,6 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
         grpo("none")
 
 
-@pytest.mark.parametrize("where", ["reference_pass", "grpo_loss"])
-def test_out_of_memory_in_the_update_repeats_it_with_smaller_packs(grpo, monkeypatch, capfd, where):
-    options = {"max_steps": 3, "beta": 0.1, "pack_tokens": 300}
-    whole, real, calls = grpo("whole", **options), getattr(train_grpo, where), []
-
-    def full(*args, **kwargs):
-        calls.append(where)
-        return no_memory() if len(calls) == 2 else real(*args, **kwargs)
-
-    monkeypatch.setattr(train_grpo, where, full)
-    run = grpo("run", **options)
-    assert capfd.readouterr().out.count("out of GPU memory; it is repeated") == 1
-    names = ("loss", "kl", "grad_norm", "entropy", "sampler_gap")
-    for mine, theirs in zip(column(run, *names), column(whole, *names), strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
-
-
 # -- Full disks
 
 
@@ -393,15 +351,3 @@ def test_a_line_is_written_whole_or_not_at_all_and_later_ones_are_dropped(tmp_pa
     path.write_bytes(before + '{"step": 5, "text": "ü'.encode()[:-1])  # killed within a character
     checkpoint.cut_after(path, 3)
     assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3]
-
-
-def test_cli_reports_what_a_disk_did_and_nothing_else(capsys):
-    def fail(error):
-        raise error
-
-    with pytest.raises(SystemExit) as ended:
-        cli(lambda: fail(PermissionError(errno.EACCES, "Permission denied", "a/file")))
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: a/file: Permission denied; ")
-    for other in (FileExistsError(errno.EEXIST, "File exists"), ConnectionResetError(), OSError("ours")):
-        with pytest.raises(type(other)):  # a fault of ours keeps its traceback
-            cli(lambda other=other: fail(other))

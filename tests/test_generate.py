@@ -1,22 +1,24 @@
-"""The generated dataset: only motion tells the class, files are whole and reproducible, mistakes end in one line."""
+"""The generated dataset, where only motion tells the class, and one of class-named folders: whole and reproducible."""
 
+import io
 import json
+import os
 import re
+import shutil
 import signal
-from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
+from test_client import KEY, Server, completion
 
 import clips as C
 import generate as G
 from config import QUESTION, Generate
 from model import UserError
-from rewards import accuracy, sample_from_record
+from rewards import accuracy, reference_answer, sample_from_record
 
 LABELS = list(C.DIRECTIONS)
-GOOD = "<think>The ball goes on to larger x in every frame.</think><answer>(A) Left to Right</answer>"
 
 
 def options(folder, **changes):
@@ -65,26 +67,6 @@ def test_only_motion_tells_the_class(augment):
     assert probe(maps[:, 0], quarter) >= 0.8 or augment, "the probe sees nothing"
 
 
-def test_a_reversed_clip_is_of_the_opposite_class():
-    for label, signs in C.SIGNS.items():
-        rng = np.random.default_rng(1)
-        clip = C.augmented(C.draw_clip(rng, label, 64, 30), ["blur", "crop"], rng)
-        velocity = tuple(-v for v in clip.velocity)
-        back = replace(clip, start=tuple(clip.centres([29])[0] % 64), velocity=velocity)
-        assert tuple(np.sign(velocity)) == tuple(-sign for sign in signs)
-        assert np.abs(C.render(back).astype(int) - C.render(clip)[::-1]).max() <= 1  # rounding of the start
-
-
-def test_augmentation_is_one_draw_a_clip_leaves_val_alone_and_keeps_the_motion_in_sight():
-    cfg, plain = options("", num_samples=1000, augment="blur,crop", augment_prob=0.3), options("", num_samples=1000)
-    pairs = [(job, G.clip_of(cfg, job), G.clip_of(plain, job)) for job in G.plan(cfg)]
-    assert all(clip == other for job, clip, other in pairs if job.split == "val")
-    assert 0.25 < np.mean([clip != other for job, clip, other in pairs if job.split == "train"]) < 0.35
-    cropped = [clip for _, clip, _ in pairs if clip.crop[2] < 1]
-    assert len(cropped) > 100 and len({any(clip.blur) for clip in cropped}) == 2
-    assert all(clip.track().inside.sum() >= 5 and len(clip.track().longest_run()) >= 2 for clip in cropped)
-
-
 # -- What is said
 
 
@@ -125,31 +107,6 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
             assert (np.sign(np.diff(np.array(points), axis=0)) == C.DIRECTIONS[label]).all(), text
 
 
-@pytest.mark.parametrize(
-    "text, why",
-    [
-        (f"\n{GOOD}\n", ""), ("Answer: (A) Left to Right", "wrong form"), (GOOD + GOOD, "wrong form"), (None, "form"),
-        ("<think> </think><answer>(A) Left to Right</answer>", "empty"), (GOOD.replace("ball", "b" * 2000), "too long"),
-        (GOOD.replace("(A) Left to Right", "(A)"), "wrong option"), (GOOD.replace("larger x", "option A"), "letter"),
-        (GOOD.replace("larger x", "what F says"), "letter"), (GOOD.replace("larger x", "a (c)"), "letter"),
-    ],
-)  # fmt: skip
-def test_check_of_an_answer(text, why):
-    answer, reason = G.check_answer(text, "(A) Left to Right")
-    assert (answer, reason) == (GOOD, "") if not why else answer is None and why in reason
-
-
-def test_a_clip_without_a_chain_of_thought_is_dropped(tmp_path, monkeypatch):
-    """Not replaced by another answer: its video and its record are gone."""
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    cfg = options(tmp_path, cot=True)
-    lost = next(job for job in G.plan(cfg) if job.label == "Falling Down" and job.split == "train")
-    texts = [GOOD if job != lost else None for job in G.plan(cfg)]
-    monkeypatch.setattr(G, "ask_all", lambda client, cache, questions, workers: texts)
-    assert G.generate(cfg)["counts"]["train"]["Falling Down"] == 2 and len(load(tmp_path)) == 11
-    assert not (tmp_path / "videos" / f"{lost.name}.mp4").exists()
-
-
 # -- Files
 
 
@@ -182,25 +139,6 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
         assert shown.shape == (30, 64, 64, 3) and np.abs(shown - C.render(G.clip_of(cfg, job)).astype(int)).mean() < 4
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"augment": "blurr"}, "augment"),
-        ({"frame_size": 32}, "at least 40"),
-        ({"frame_size": 41}, "even number"),
-        ({"num_samples": 7}, "at least 8"),
-        ({"video_length": 4}, "at least 8"),
-        ({"cot": True, "cot_source": "openai"}, "OPENAI_API_KEY: not set"),
-        ({"cot": True, "task": "distance"}, "--cot .* direction"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, changes, words):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match=words) as error:
-        G.generate(options(tmp_path / "set", **changes))
-    assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
-
-
 def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("notes")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as a command begins; another test may have changed it
@@ -217,3 +155,134 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
     G.generate(options(tmp_path, seed=9, num_samples=8, overwrite=True))
     after = contents(tmp_path)
     assert after["mine.txt"] == b"notes" and len([name for name in after if name.endswith("mp4")]) == 8
+
+
+# -- Class-named folders
+
+
+CLASSES = {"ball_rising": "ball rising", "ball_falling": "ball falling", "playing_billiards": "playing billiards"}
+CLASSES |= {"RidingABike": "Riding ABike", "über uns": "über uns"}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """30 grey frames of 64x64 that grow brighter."""
+    path = tmp_path_factory.mktemp("clip") / "a.mp4"
+    grey = np.linspace(20, 240, 30).astype(np.uint8)
+    C.write_mp4(path, np.broadcast_to(grey[:, None, None, None], (30, 64, 64, 3)).copy())
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, clip):
+    """Five classes with 4, 5, 6, 7 and 8 clips, and things that are none."""
+    made = tmp_path / "my clips"
+    for k, name in enumerate(CLASSES):
+        (made / name).mkdir(parents=True)
+        for i in range(4 + k):
+            os.link(clip, made / name / f"{i}.mp4")
+    (made / "ball_rising" / "notes.txt").write_text("no clip")
+    (made / "ball_rising" / "._0.mp4").write_bytes(b"what a Mac leaves beside a file")
+    (made / ".git").mkdir()
+    return made
+
+
+def folder_options(root, **changes):
+    return Generate(**{"from_folder": str(root), "output_dir": str(root.parent / "set"), "workers": 1} | changes)
+
+
+def records_of(root, split="train"):
+    return json.loads((root.parent / "set" / f"{split}.json").read_text())
+
+
+def test_every_clip_once_each_class_split_by_itself(root):
+    metadata = G.generate(folder_options(root, split=0.75))
+    out = root.parent / "set"
+    assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "train.json", "val.json"]  # nothing copied
+    train, val = records_of(root), records_of(root, "val")
+    assert metadata["counts"]["train"] == dict(sorted(zip(CLASSES.values(), (3, 4, 4, 5, 6))))
+    assert metadata["counts"]["val"] == dict(sorted(zip(CLASSES.values(), (1, 1, 2, 2, 2))))
+    assert len({record["id"] for record in train + val}) == 30 == len(train + val)
+    for record in train + val:
+        sample = sample_from_record(record)
+        assert (
+            sample.options[reference_answer(sample)] == CLASSES[record["id"].split("/")[0]] == record["meta"]["label"]
+        )
+        assert len(set(sample.options.values())) == 4 and set(sample.options.values()) <= set(CLASSES.values())
+        assert record["conversations"][0]["value"].startswith("<video>\nWhat does the video show?\nOptions:\n(A) ")
+        assert (out / record["video"]).is_file() and not os.path.isabs(record["video"])
+    G.generate(folder_options(root, split=0.75, overwrite=True))
+    assert (records_of(root), records_of(root, "val")) == (train, val)
+    order = [record["meta"]["label"] for record in val]
+    assert order != sorted(order), "val.json is shuffled, not class after class"
+
+
+def test_hard_negatives_are_names_spelt_alike(root):
+    """One of the two most alike is drawn; which, differs from clip to clip, or the options would tell the class."""
+    G.generate(folder_options(root, num_options=2, hard_negatives=True, question="Which one?"))
+    wrong = {}
+    for record in records_of(root) + records_of(root, "val"):
+        sample = sample_from_record(record)
+        right = sample.options[reference_answer(sample)]
+        wrong.setdefault(right, set()).update({*sample.options.values()} - {right})
+        assert record["conversations"][0]["value"].startswith("<video>\nWhich one?\nOptions:\n")
+    assert "ball falling" in wrong["ball rising"] and "ball rising" in wrong["ball falling"]
+    assert all(len(names) <= 2 for names in wrong.values()) and any(len(names) == 2 for names in wrong.values())
+
+
+def test_train_and_val_as_kinetics_comes(root):
+    kinetics = root.parent / "kinetics"
+    shutil.copytree(root, kinetics / "train")
+    for name in [*CLASSES][:3]:
+        shutil.copytree(root / name, kinetics / "validation" / name)
+    counts = G.generate(folder_options(kinetics, split=0.5))["counts"]
+    assert sum(counts["train"].values()) == 30 and sum(counts["val"].values()) == 15
+    assert all(record["id"].startswith("validation/") for record in records_of(root, "val"))
+    vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
+    for name in ("train", "bus"):
+        (vehicles / name).mkdir(parents=True)
+        os.link(root / "ball_rising" / "0.mp4", vehicles / name / "0.mp4")
+    counts = G.generate(folder_options(vehicles, overwrite=True))["counts"]
+    assert counts == {
+        "train": {"train": 1, "bus": 1},
+        "val": {},
+    }
+    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced
+
+
+def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
+    folder = root / "ball_rising"
+    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:900])
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
+    metadata, out = G.generate(folder_options(root)), capsys.readouterr().out
+    names = [os.path.basename(path) for path in metadata["unreadable"]]
+    assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
+    assert sum(sum(counts.values()) for counts in metadata["counts"].values()) == 30
+    assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
+
+
+def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys):
+    """The strip shows the clip's own frames; an answer is kept if it names the right option in the right form."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def think(handler):
+        text = server.requests[-1][2]["messages"][0]["content"][0]["text"]
+        line = next((line for line in text.splitlines() if line.endswith(") ball rising")), "(A) none")
+        handler.say(200, completion(f"<think>It goes up, frame by frame.</think><answer>{line}</answer>"))
+
+    with Server(think) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        metadata = G.generate(folder_options(root, cot=True, cot_workers=1, split=0.5))
+    counts = metadata["cot"]["counts"]
+    assert counts["kept"] == 4 and counts["dropped"] == 26 and metadata["counts"]["train"] == {"ball rising": 2}
+    for record in records_of(root):
+        answer = record["conversations"][1]["value"]
+        assert answer.startswith("<think>It goes up") and accuracy(answer, sample_from_record(record))
+    prompt, _ = server.requests[0][2]["messages"][0]["content"]
+    assert "ball" not in prompt["text"].split("Options:")[0] and KEY not in capsys.readouterr().out
+    with av.open(io.BytesIO(G.strip_of(clip))) as container:
+        picture = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    shown = [part[:, 20:-20].mean() for part in np.array_split(picture[30:150], 8, axis=1)]
+    assert all(np.diff(shown) > 5), shown  # brighter with time

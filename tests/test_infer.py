@@ -4,22 +4,19 @@ looks at the frames."""
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 import torch
 from runs import base, sft  # noqa: F401 (fixtures)
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+import generate
 import infer
 from adapter_files import save_adapter
 from checkpoint import write_whole
 from clips import png, write_mp4
-from config import QUESTION, LoraArgs
+from config import QUESTION, Generate, LoraArgs
 from data import load_tokenizer
 from evaluate import opposite, wilson
 from infer import Model
@@ -28,7 +25,6 @@ from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion
 from model.loading import load_model
-from reporting.dataset import data_question
 from rewards import Sample, accuracy
 from video import from_patches
 
@@ -110,16 +106,6 @@ def test_one_clip_its_question_and_sampling(capsys, here, tiny, clip):
     assert one == again != two
 
 
-def test_image_and_folder_of_frames(here, tiny):
-    (here / "frames").mkdir()
-    for i, frame in enumerate(frames_of("A", n=12)):  # frame10 comes after frame9
-        (here / f"frames/frame{i}.png").write_bytes(png(frame))
-    model = Model(tiny, max_new_tokens=1)
-    assert model.ask("frames").clips[0]["frames"] == [0, 2, 3, 5, 6, 8, 9, 11]
-    (image,) = model.ask("frames/frame0.png").clips
-    assert image["frames"] == [0] and image["time_ids"] == [0] and image["grid_thw"][0] == 1
-
-
 def test_which_adapter_answers_and_why(capsys, here, tiny, clip):
     plain = run(capsys, clip, "--model_id", tiny)[1]
     save_trained_adapter(tiny, here / "output/a/checkpoint-5", rank=2)
@@ -150,7 +136,7 @@ def test_clips_are_read_as_in_training(capsys, here, tiny, clip):
     assert model.ask(clip).clips[0]["grid_thw"] == [2, 2, 2]
 
 
-def test_a_run_is_asked_what_it_was_trained_on_and_peft_loads_its_folder(base, sft, tiny):  # noqa: F811
+def test_a_run_is_asked_what_it_was_trained_on(base, sft):  # noqa: F811
     """On class folders' questions, which differ in their options."""
     records = json.loads((base / "data/train.json").read_text())
     for record, two in zip(records, [(0, 1), (2, 1), (3, 2), (0, 3)] * 4):
@@ -166,20 +152,6 @@ def test_a_run_is_asked_what_it_was_trained_on_and_peft_loads_its_folder(base, s
     record = {"video": str(own), "conversations": [{"from": "human", "value": f"<video>\n{model.question}"}]}
     assert model.example(own).ids.tolist() == model.processor.encode(record, answer=False).ids.tolist()
 
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
-    tensors = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(hf, folder))
-    there = peft.load_peft_weights(folder / "checkpoint-2", device="cpu")
-    assert tensors.keys() == there.keys() and all(torch.equal(tensors[name], there[name]) for name in tensors)
-
-
-def test_the_question_of_a_dataset():
-    record = lambda text: {"video": "a.mp4", "conversations": [{"from": "human", "value": text}], "solution": "x"}
-    one = record("<video>\nWhere?")
-    assert data_question([one] * 3) == data_question([record("Who?"), one, one]) == {"text": "Where?", "system": ""}
-    assert data_question([record(f"<video>\n{QUESTION}")])["text"] == QUESTION  # its options stay in their order
-    assert data_question([one | {"system": "Think first."}])["system"] == "Think first."
-    assert data_question([{"text": "no record"}]) is None
-
 
 def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     """With the calls that README names."""
@@ -189,8 +161,6 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     answer = model.ask(str(clip), "Where?")
     assert (answer.text, answer.completion_tokens) == (command["text"], 12) and capsys.readouterr().out == ""
     assert base_alone.adapter is None and base_alone.ask(clip, "Where?").text != answer.text
-    for _ in model.stream(clip, "Where?"):
-        break  # a loop left early leaves the model usable
     image = here / "image.png"
     image.write_bytes(png(frames_of("A")[0]))
     mixed = model.ask([image, clip, clip], "What is alike?")
@@ -205,10 +175,7 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     for wrong, words in {
         lambda: list(model.stream("nowhere.mp4")): "nowhere.mp4: no such file",
         lambda: Model(temprature=1): "did you mean temperature",
-        lambda: Model("output/b"): "output/b: no such folder, expected",
-        lambda: Model("nobody/nothing", local_files_only=True).processor: "nobody/nothing: .*hub",
         lambda: model.evaluate([], fps=1.0): "fps cannot change for one call",
-        lambda: model.evaluate([]): "no records, expected",
     }.items():
         with pytest.raises(UserError, match=words):
             wrong()
@@ -298,26 +265,6 @@ def test_dataset_tables(capsys, monkeypatch, here, tiny, dataset):
     assert re.search("shuffled is not possible: .*two orders", out)
 
 
-def test_evaluate_from_python(monkeypatch, here, tiny, dataset):
-    monkeypatch.setattr("rollouts.generate", watches())
-    model, records = Model(tiny, image_folder=str(dataset.parent / "videos")), json.loads(dataset.read_text())
-    for controls, names in {None: [], "none": [], "blank,shuffled": ["shuffled", "blank"]}.items():
-        own = model.evaluate(records[:4], controls=controls, max_samples=3)
-        assert list(own.controls) == names and (own.accuracy, own.count) == (1.0, 3)
-    own = model.evaluate([*records[:2], {"video": "0.mp4", "question": "Who?", "answer": "Left to right"}])
-    tasks = {task: (each.right, each.count) for task, each in own.by_task.items()}
-    assert tasks == {"multiple choice": (2, 2), "open": (0, 1)}  # "(A) Left to Right" is no answer in plain words
-    assert own.accuracy == 2 / 3 and own.interval == wilson(2, 3) and own.controls["reversed"].right == 0
-    with pytest.raises(UserError, match="none of 2 records can be asked; the first: .*9.mp4"):
-        model.evaluate(records[9:])
-
-    monkeypatch.setattr("rollouts.generate", watches(["It is (A)"] * 3 + ["no idea"]))  # it ignores time
-    own = model.evaluate(records[:8], controls="reversed")  # two of each class
-    assert own.right == 2 and own.confusion["Ascending"] == {"(no answer)": 2}
-    facts = own.controls["reversed"].facts(own)
-    assert facts["flipped"] == 0.0 and facts["changed"] == 0.5  # falling and ascending
-
-
 def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch, here, tiny, dataset):
     names = []
     monkeypatch.setattr("rollouts.generate", watches(names=names))
@@ -342,6 +289,14 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
         run(capsys, *flags, "--data_path", other)
 
 
+def test_the_tiny_base_is_small_and_was_never_taught_direction(tmp_path):
+    generate.generate(Generate(output_dir=str(tmp_path), num_samples=64, split=0.5, workers=1))
+    records = json.loads((tmp_path / "val.json").read_text())
+    model = Model(ROOT / "assets/tiny", image_folder=str(tmp_path / "videos"), max_new_tokens=12)
+    assert model.evaluate(records, controls="none").accuracy <= 0.4
+    assert sum(file.stat().st_size for file in (ROOT / "assets/tiny").iterdir()) < 5e6
+
+
 def test_wilson_interval_and_opposites():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
     table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
@@ -349,18 +304,3 @@ def test_wilson_interval_and_opposites():
         assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
     for words, backwards in {"Left to Right": "right to left", "Falling Down": "ascending", "red": None}.items():
         assert opposite(words) == backwards
-
-
-def test_mistakes_end_in_one_line(here, tiny, clip):
-    mistakes = {
-        (clip, "--model_ckpt", "nowhere"): "nowhere: no such folder",
-        ("--data_path", "missing.json"): "missing.json: no such file",
-        (): "no clip given",
-    }
-    for argv, message in mistakes.items():
-        with pytest.raises(UserError, match=message):
-            infer.main([*map(str, argv), "--model_id", str(tiny)])
-    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), "missing.mp4"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: missing.mp4") and done.stderr.count("\n") == 1
-    code = "import sys, infer; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules), 'slow --help'"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,17 +1,35 @@
-"""A user's slip is answered with the nearest valid thing, other models are refused, --help is quick."""
+"""A slip is answered in one line, with the nearest valid thing, and nothing is written; other models are refused,
+--help is quick."""
 
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from make_peft4_adapter import arithmetic_base
+from safetensors.torch import load_file, save_file
+from test_adapter_files import make_adapter
 
+import checkpoint
+import clips
+import generate
+import infer
+import lora
+import report
+from adapter_files import load_adapter, save_adapter
 from checkpoint import find_adapter
-from config import GRPO, SFT, Generate, Infer, parse
-from data import read_records
-from model import UserError, nearest, nearest_path
-from model.loading import ModelConfig, resolve_folder
+from config import SFT, Generate, Infer, LoraArgs, parse
+from data import load_tokenizer, read_records
+from infer import read_as_trained
+from lora import inject
+from model import UserError
+from model.loading import ModelConfig, load_model, resolve_folder
 from report import read_run
 from rewards import load_rewards
 
@@ -23,7 +41,7 @@ TINY = ROOT / "assets" / "tiny"
 def here(tmp_path, monkeypatch):
     """A working folder with things that one can misspell."""
     monkeypatch.chdir(tmp_path)
-    for name in ("output/video_lora/checkpoint-10", "data/videos", "models/qwen_3b", "configs", ".hidden"):
+    for name in ("output/video_lora/checkpoint-10", "data/videos", "models/qwen_3b", "configs"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("data/train.json", "configs/mine.py", "my_rewards.py"):
         (tmp_path / name).touch()
@@ -32,7 +50,6 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("attempt", "hint"),
     [
-        (lambda: parse(GRPO, ["--aggregation", "sequences"]), "did you mean sequence?"),
         (lambda: parse(Generate, ["--augment", "blurr,crop"]), "did you mean blur?"),
         (lambda: parse(Infer, ["--data_path", "x", "--controls", "reverse"]), "did you mean reversed?"),
         (lambda: parse(SFT, ["--config", "configs/mien.py"]), "did you mean configs/mine.py?"),
@@ -53,10 +70,76 @@ def test_the_nearest_valid_thing_is_named(here, monkeypatch, attempt, hint):
     assert hint in str(error.value) and "\n" not in str(error.value)
 
 
-def test_nothing_is_guessed_where_nothing_is_near(here):
-    assert nearest("zzz", ["merge", "check"]) == nearest_path("zzz/zzz") == nearest_path(".hiddem") == ""
-    assert nearest_path("x" * 5000) == nearest_path("a\0b") == ""
-    assert nearest_path("dta/x.json") == "; did you mean data?"
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """An adapter, a base that is not its own, clips in class folders, a broken annotation file, runs."""
+    folder = tmp_path_factory.mktemp("things")
+    make_adapter(folder / "adapter")
+    arithmetic_base(folder / "other")
+    for name in ("one/rises", "two/rises", "two/falls", "broken", "runs/a", "mvbench"):
+        (folder / name).mkdir(parents=True)
+    for path in ("one/rises", "two/rises", "two/falls"):
+        clips.write_mp4(folder / path / "0.mp4", np.zeros((8, 64, 64, 3), np.uint8))
+    question = {"video": "a.mp4", "question": "?", "candidates": ["1", "2"], "answer": "1"}
+    files = {"broken/lvb_val.json": [{"id": "l0"}], "mvbench/moving_count.json": [question], "runs/a/run.json": {}}
+    for path, content in files.items():
+        (folder / path).write_text(json.dumps(content))
+    (folder / "runs/a/best.json").write_text("{")
+    return folder
+
+
+SCRIPTS = {"infer": infer.main, "lora": lora.main, "report": report.main}
+SCRIPTS["generate"] = lambda words: generate.generate(parse(Generate, words))
+FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckpt none --benchmark"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("lora check nowhere", "no such folder"),
+        ("lora check adapter --model_id other", "is --model_id its base model"),
+        ("lora merge adapter", "--output_dir: found None, expected a new folder"),
+        ("lora merge adapter new --model_id nowhere", "no such folder"),
+        ("lora merge adapter new --model_id other", "is --model_id its base model"),
+        ("lora merge adapter other", "already holds something"),
+        ("generate --frame_size 32", "at least 40"),
+        ("generate --frame_size 41", "even number"),
+        ("generate --num_samples 7", "at least 8"),
+        ("generate --video_length 4", "at least 8"),
+        ("generate --cot --cot_source openai", "OPENAI_API_KEY: not set"),
+        ("generate --cot --task distance", "--cot .* direction"),
+        (f"{FOLDER} nowhere --output_dir new", "no such folder"),
+        (f"{FOLDER} one --output_dir new", "classes with readable videos: rises"),
+        (f"{FOLDER} two --cot", "known only for drawn clips"),
+        (f"{FOLDER} two --output_dir two --overwrite", "own"),
+        (f"{FOLDER} two --output_dir two/new --overwrite", "own"),
+        (f"{FOLDER} two --output_dir . --overwrite", "own"),
+        ("infer --model_id TINY", "no clip given"),
+        ("infer a.mp4 --model_id TINY --model_ckpt nowhere", "nowhere: no such folder"),
+        ("infer --data_path nowhere.json --model_id TINY", "nowhere.json: no such file"),
+        (f"{BENCHMARK} mvbenhc mvbench", "found 'mvbenhc', expected one of video-r1-mvbench, .*tempcompass-yes_no"),
+        (f"{BENCHMARK} mvbench nowhere", r"no such folder .*expected json/\*.json or \*.json in it, clips in video/F"),
+        (
+            f"{BENCHMARK} vsi-bench mvbench",
+            "no annotation file in .*; expected test.jsonl in it, clips in arkit",
+        ),
+        (f"{BENCHMARK} mvbench mvbench", "none of its clips is in .*; expected video/clevrer/video_validation/a.mp4"),
+        (f"{BENCHMARK} longvideobench broken", "lvb_val.json: not as it is published .KeyError: 'candidates'."),
+        (f"{BENCHMARK} mvbench mvbench --prompt cot", "--prompt: found 'cot', expected official or video-r1"),
+        (f"{BENCHMARK} mvbench", "no clip given; expected .*--benchmark mvbench DIR"),
+        ("report runs", "runs: no run.json in it; expected a run's folder"),
+        ("report runs/a", "best.json: cannot be read"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_one_line_and_writes_nothing(things, monkeypatch, command, words):
+    monkeypatch.chdir(things)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    script, *argv = command.replace("TINY", str(TINY)).split()
+    before = sorted(path for path in things.rglob("*") if path.is_file())
+    with pytest.raises(UserError, match=words) as error:
+        SCRIPTS[script](argv)
+    assert "\n" not in str(error.value)
+    assert sorted(path for path in things.rglob("*") if path.is_file()) == before
 
 
 def test_help_of_every_script_needs_no_torch():
@@ -67,6 +150,8 @@ def test_help_of_every_script_needs_no_torch():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (name, done.stderr)
         assert name == "quickstart" or f"{name}.py [" in done.stdout.splitlines()[0], done.stdout
+    done = subprocess.run([sys.executable, ROOT / "infer.py", "missing.mp4"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: missing.mp4") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -84,7 +169,148 @@ def test_other_models_are_refused(change, message):
         ModelConfig.from_dict(raw | change, "config.json")
 
 
-def test_make_clean_removes_no_results():
-    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
-    removed = [word for line in done.stdout.splitlines() if line.startswith("rm ") for word in line.split()[1:]]
-    assert removed and not any(Path(word).parts[:1] in (("output",), ("data",)) for word in removed), done.stdout
+# -- Folders made to do harm: nothing in them is run, and what is refused is refused in one line
+
+
+class Bomb(str):
+    """A path: unpickled, it makes a folder there."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(a model's, an adapter's, a path that hostile code makes: nothing may have made it by the end of a test)"""
+    model = load_model(TINY)
+    inject(model, LoraArgs(lora_rank=2))
+    save_adapter(model, tmp_path / "adapter", "assets/tiny")
+    yield shutil.copytree(TINY, tmp_path / "model"), tmp_path / "adapter", tmp_path / "trace"
+    assert not (tmp_path / "trace").exists(), "code from a file was run"
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_pickled_weights_are_not_read(folders, tmp_path):
+    model_folder, adapter_folder, trace = folders
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "it_works")))
+    assert (tmp_path / "it_works").is_dir()
+    for name in ("pytorch_model.bin", "model.pt", "optimizer.pt"):
+        torch.save({"model.embed_tokens.weight": Bomb(trace)}, model_folder / name)
+    torch.save({"base_model.model.a.lora_A.weight": Bomb(trace)}, adapter_folder / "adapter_model.bin")
+    load_adapter(load_model(model_folder), adapter_folder)  # beside the true ones they are not looked at
+    weights, adapter = model_folder / "model.safetensors", adapter_folder / "adapter_model.safetensors"
+    weights.unlink(), adapter.unlink()
+    assert "model.safetensors is missing" in refused(load_model, model_folder)
+    assert "no adapter_model.safetensors" in refused(load_adapter, load_model(TINY), adapter_folder)
+    for content in (pickle.dumps(Bomb(trace)), (2**60).to_bytes(8, "little") + b"{}"):  # the second claims an exabyte
+        weights.write_bytes(content), adapter.write_bytes(content)
+        assert "not a whole safetensors file" in refused(load_model, model_folder)
+        assert "safetensors file" in refused(load_adapter, load_model(TINY), adapter_folder)
+
+
+def test_code_and_templates_in_a_folder_are_not_run(folders):
+    model_folder, adapter_folder, trace = folders
+    code = f"import os\nos.mkdir({str(trace)!r})\nclass Model:\n    pass\n"
+    template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(trace)!r}) }}}}"
+    for name in ("modeling_qwen.py", "tokenization_bad.py", "__init__.py", "sitecustomize.py"):
+        (model_folder / name).write_text(code)
+        (adapter_folder / name).write_text(code)
+    names = {"AutoConfig": "modeling_qwen.Model", "AutoModel": "elsewhere/repo--modeling_qwen.Model"}
+    change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
+    auto = {"base_model_class": "Model", "parent_library": "modeling_qwen"}
+    change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
+    (model_folder / "chat_template.jinja").write_text(template)
+    bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
+    change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
+    assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
+    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
+    assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
+    (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
+    assert "tokenizer.json" in refused(load_tokenizer, model_folder)
+
+
+def test_wrong_tensors_are_named(folders):
+    path = folders[0] / "model.safetensors"
+    tensors = load_file(path) | {"model.layers.9.bogus": torch.zeros(1), "visual.merger.ln_q.weight": torch.zeros(7)}
+    del tensors["model.norm.weight"]
+    save_file(tensors, path)
+    message = refused(load_model, folders[0])
+    for words in (
+        "9.bogus: found (1,), expected none",
+        "norm.weight: found no tensor",
+        "ln_q.weight: found (7,), expec",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "http://a.b", "..", ""])
+def test_names_that_lead_out(folders, tmp_path, name):
+    """A shard, a file of a checkpoint's manifest, a model's name."""
+    index = {"weight_map": {"model.embed_tokens.weight": name}}
+    (folders[0] / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "is not a plain file name" in refused(load_model, folders[0])
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / checkpoint.MANIFEST).write_text(json.dumps({name: {"bytes": 2, "sha256": "0"}}))
+    assert checkpoint.what_is_broken(tmp_path / "checkpoint-1")
+    assert "not a hub id" in refused(resolve_folder, f"//evil/{name}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_no_file_where_one_is_expected(folders, name, make):
+    """A fifo would block whoever opens it."""
+    (folders[0] / name).unlink()
+    make(folders[0] / name)
+    assert str(folders[0]) in refused(load_tokenizer if name == "tokenizer.json" else load_model, folders[0])
+
+
+def test_json_of_another_form(folders):
+    """Sizes are compared with the weights' headers before anything of that size is made; a pattern may take for ever
+    to match, and is not run."""
+    model_folder, adapter_folder, _ = folders
+    config, index = model_folder / "config.json", model_folder / "model.safetensors.index.json"
+    whole, adapter = config.read_text(), adapter_folder / "adapter_config.json"
+    for change in ({"hidden_size": 10**9}, {"num_hidden_layers": 10**9}, {"vocab_size": -1}, {"hidden_size": "x"}):
+        change_json(config, **change)
+        assert str(model_folder) in refused(load_model, model_folder)
+        config.write_text(whole)
+    for text in ("[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', "[" * 10**5, "\xff", ""):
+        index.write_text(text, encoding="latin-1")
+        assert "model.safetensors.index.json" in refused(load_model, model_folder)
+    for text in ("[]", "1", "[" * 10**5, '{"model_type": "qwen2_5_vl", "vision_config": 3}', "\xff"):
+        config.write_text(text, encoding="latin-1")
+        assert "config" in refused(ModelConfig.from_folder, model_folder)
+    model, whole = load_model(TINY), adapter.read_text()
+    for change in ({"r": "x"}, {"r": -1}, {"r": 10**12}, {"lora_alpha": "__import__('os')"}, {"lora_dropout": "x"}):
+        change_json(adapter, **change)
+        assert "adapter" in refused(load_adapter, model, adapter_folder)
+        adapter.write_text(whole)
+    change_json(adapter, target_modules="(.+)+(.+)+(.+)+!")
+    assert load_adapter(load_model(TINY), adapter_folder).lora_rank == 2
+    path = adapter_folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {"../../x": torch.zeros(1)}, path)
+    assert "expected none of this name" in refused(load_adapter, load_model(TINY), adapter_folder)
+
+
+def test_what_is_taken_over_from_an_adapter(folders):
+    """How clips are seen, checked; not what may be read."""
+    adapter_folder, cfg = folders[1], Infer(video="a.mp4")
+    state = adapter_folder / checkpoint.STATE
+    cfg.given = set()
+    for config in ({"nframes": "x"}, {"nframes": -5}, {"fps": float("nan")}, {"fps": [1]}, []):
+        state.write_text(json.dumps({"config": config}))
+        assert checkpoint.STATE in refused(read_as_trained, cfg, adapter_folder)
+    own = {"nframes": 4, "image_folder": "/", "cache_mb": 10**9, "model_id": "evil/model"}
+    state.write_text(json.dumps({"config": own}))
+    assert read_as_trained(cfg, adapter_folder) == ["--nframes 4, as in training"]
+    assert cfg.image_folder is None and cfg.cache_mb == 1024 and cfg.model_id == "assets/tiny"

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import SYSTEM, as_transformers, text_of, trained_text
 
-from loader import Loader
 from model import UserError
-from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name, spread
+from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name
 from rewards import accuracy, reference_answer, sample_from_record
 
 clips, processor = test_data.clips, test_data.processor  # fixtures
@@ -94,16 +93,6 @@ def test_video_r1(processor):
     assert sample.answer == "<answer>B</answer>" and sample.options == {"A": "left", "B": "right", "C": "up"}
     assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
     assert record_name(VIDEO_R1) == "2" and clip_name(VIDEO_R1) == "./0.mp4"
-    bare = {**VIDEO_R1, "process": None, "options": ["left", "right"], "problem": "A. Smith asks: where?"}
-    assert sample_from_record(bare).options == {"A": "left", "B": "right"}
-    number = {"problem": "How many?", "problem_type": "numerical", "options": [], "solution": 3, "path": "p.png"}
-    number |= {"data_type": "image"}
-    assert accuracy(f"{THINK}<answer>3</answer>", sample_from_record(number)) == 1
-    span = number | {"problem_type": "time span", "solution": [2.0, 6]}  # 2 of 6 seconds are in both
-    assert accuracy(f"{THINK}<answer>4 to 8</answer>", sample_from_record(span)) == 2 / 6
-    assert text_of(processor, processor.encode(number).ids).startswith(f"{SYSTEM}<|im_start|>user\n{IMAGE}How many?<")
-    lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
-    assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
 
 
 def test_clips_inside_a_record(processor, clips):
@@ -119,20 +108,6 @@ def test_clips_inside_a_record(processor, clips):
         assert clip_name(record) is None and len(record_name(record)) <= 80
     file = {"type": "video_url", "video_url": {"url": f"file://{clips / '0.mp4'}"}}
     assert processor.encode({"messages": chat([file, "?"], "!")}).grid_thw == [(2, 4, 4)]
-
-
-def test_text_and_clips_mix_in_one_file(processor, tmp_path):
-    """Every form in one .jsonl, records of text alone among them: all can be batched together."""
-    text_alone = [{"messages": chat("Capital of France?", "Paris")}, {"prompt": "1+1=", "answer": 2}]
-    records = [*SAME.values(), VIDEO_R1, *text_alone]
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    args = processor.args
-    args.seed, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_skip_share = 0, 32, 1, 0.0
-    args.dataloader_num_workers, args.pack_tokens = 1, None
-    loader = Loader(read_records(path), processor, args)
-    ((batch,),) = loader.iterate(0, 1)
-    assert not loader.skipped and len(batch.grid_thw) == len(records) - len(text_alone)
 
 
 WORDS = st.sampled_from(["", "<video>", "a.mp4", "human", "user", "assistant", "text", "video", "image_url", "B"])
@@ -154,13 +129,6 @@ def test_no_record_does_anything_but_load_or_be_refused(record):
         except UserError as error:
             assert "\n" not in str(error)
     record_name(record), clip_name(record)
-
-
-def test_a_subset_is_spread_over_the_records_by_seed():
-    numbers = [list(spread(range(1000), 20, seed)) for seed in (1, 1, 2)]
-    assert numbers[0] == numbers[1] != numbers[2] and len(set(numbers[0])) == 20
-    assert min(numbers[0]) < 200 and max(numbers[0]) > 800 and numbers[0] == sorted(numbers[0])
-    assert list(spread(range(30), 30, 0)) == [*range(30)]
 
 
 # -- Files
@@ -232,9 +200,7 @@ def test_no_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/train.json").touch()
     for name, message in (
-        ("none.json", "no such file"),
         ("zero\0.json", "no such file"),
-        ("x" * 300, "no such file"),
         ("fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
         ("folder", "not a file; .*did you mean .*folder/train.json"),
     ):

@@ -1,19 +1,25 @@
-"""The report: escaped, self-contained, whole with files missing or cut. (In a browser: test_report_browser.py.)"""
+"""The report: escaped, self-contained, whole with files missing or cut, in a headless browser too; and what --report_to
+sends elsewhere."""
 
 import html
 import json
 import re
 import shutil
+import subprocess
+import sys
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
+import torch
 
+import console
 import report
-import video
 from clips import write_mp4
 from config import GRPO, SFT, as_dict
 from model import UserError
-from reporting import charts, frames
+from reporting import frames
+from trainer import Log, Run
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}{% raw %}"
 LABELS = ["Left to Right", "Right to Left"]
@@ -112,36 +118,6 @@ def test_everything_from_model_and_data_is_escaped(grpo_run, count):
     assert "<b>&" not in text and "<img src=x" not in text
 
 
-def test_two_runs_are_laid_over_each_other(two_runs):
-    report.main([str(run) for run in two_runs])
-    sft, grpo = two_runs
-    assert not (grpo / "report.html").exists(), "a run's own page is not overwritten"
-    text = (grpo.parent / "compare.html").read_text()
-    assert "<h1>sft and grpo</h1>" in text and "Options that differ" in text and "<th>learning_rate</th>" in text
-    figures = {re.search("<h3>(.*?)</h3>", f)[1]: f for f in re.findall("<figure.*?</figure>", text, re.DOTALL)}
-    assert figures["Loss"].count('<li class="s') == figures["Policy loss"].count('<li class="s') == 1, "two quantities"
-    assert {"Reward", "Reward accuracy", "KL to the reference", "Odd number"} <= set(figures)
-    groups = re.findall(r'<div class="group">(.*?)</div>', text, re.DOTALL)
-    shown = [group.partition("<details>")[0].count("<figure") for group in groups]
-    assert shown == [2, 2, 2] and text.count("<figure") > 6, "three groups, two charts of each before the folded ones"
-    first_screen = text[: text.index("<nav>")]
-    assert "Before and after: b" in first_screen and first_screen.count(IMAGE) == frames.FRAMES
-    again = shutil.copytree(grpo, grpo.parent / "again" / "grpo")
-    assert f"<h1>{grpo} and {again}</h1>" in page_of(grpo, again), "of the same name: told apart by their paths"
-
-
-def test_frames_are_those_that_the_model_saw(tmp_path):
-    write_clip(tmp_path / "a.mp4")
-    plan = video.plan_clip(
-        "video", (str(tmp_path / "a.mp4"),), video.Options.from_args("video", SFT(nframes=4), {}, "")
-    )
-    pictures = video.from_patches(video.read_clip(plan).numpy(), plan.grid_thw)
-    bars = [picture[..., 0].mean(0).argmax() / plan.size[1] for picture in pictures.astype(float)]
-    np.testing.assert_allclose(bars, [(4 * k + 4) / 64 for k in plan.indices], atol=0.08)
-    shown = frames.strip("a.mp4", as_dict(SFT(nframes=4, image_folder=str(tmp_path))))
-    assert [at for at, _ in shown["images"]] == list(plan.times) and "4 of 4 sampled frames, " in shown["note"]
-
-
 def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     values = [1.0, float("nan"), 3.0, None, float("inf"), 6.0]
     write_lines(
@@ -153,25 +129,118 @@ def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     (grpo_run.parent / "data" / "videos" / "a.mp4").write_bytes(b"no video")
     text = page_of(grpo_run)
     assert "never" not in text and 'data-points="0,1 1, 2,3 3, 4, 5,6"' in text and re.search("a.mp4: [^<]", text)
-    rows = [row for step in range(50) for row in rollout_rows(step, 2, sample=f"{step % 5}")]
-    write_lines(grpo_run / "rollouts.jsonl", rows)
-    assert len(report.read_run(grpo_run)["groups"]) == 50
+    write_lines(grpo_run / "rollouts.jsonl", [row for step in range(50) for row in rollout_rows(step, 2)])
     monkeypatch.setattr(report, "WINDOW", 5000)  # of a file of gigabytes both ends are read
     steps = [group["step"] for group in report.read_run(grpo_run)["groups"]]
     assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
-    y = np.arange(10.0 * charts.POINTS)
-    assert charts.curve("", y, y, 0, "")["points"].startswith("0,0 10,10 20,20 "), "a long curve is thinned"
 
 
-def test_users_mistakes(tmp_path):
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/run.json").write_text("{}")
-    for folder in ("runs", "nowhere"):
-        with pytest.raises(UserError, match=f"{folder}: no run.json in it; expected a run's folder"):
-            page_of(tmp_path / folder)
-    assert "Nothing has been written" in page_of(tmp_path / "runs/a")
-    with pytest.raises(UserError, match="cannot be written"):
-        report.write_report([tmp_path / "runs/a"], tmp_path / "none" / "x.html")
-    (tmp_path / "runs/a/best.json").write_text("{")
-    with pytest.raises(UserError, match="best.json: cannot be read"):
-        page_of(tmp_path / "runs/a")
+def tracked(folder, report_to, rows, **options):
+    """Write these {step: metrics} to the tracker."""
+    run = Run(SFT(report_to=report_to), "train_sft", folder, torch.device("cpu"), torch.float32, total=4, **options)
+    log = Log(run, [])
+    for step, metrics in rows.items():
+        log.write(step, metrics)
+    log.close()
+
+
+def test_tensorboard_has_the_scalars_and_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    row = {"note": "text", "skipped": None, "evaluation": {"accuracy": 0.5}}
+    tracked(tmp_path, "tensorboard", {step: row | {"loss": 5.0} for step in (1, 2, 3, 4)})
+    tracked(tmp_path, "tensorboard", {step: row | {"loss": 7.0} for step in (3, 4)}, step=2, source=tmp_path)
+    read = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert read.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(1, 5.0), (2, 5.0), (3, 7.0), (4, 7.0)]
+
+
+def test_wandb_has_config_scalars_and_page_and_what_it_lacks_is_one_line(tmp_path, monkeypatch):
+    wandb = MagicMock(Error=ConnectionError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run.json").write_text(json.dumps({"id": "abc", "config": {"seed": 3}}))
+    (tmp_path / "report.html").write_text("page")
+    tracked(tmp_path, "wandb", {3: {"loss": 5.0, "note": "text"}})
+    assert wandb.init.call_args.kwargs.items() >= {"id": "abc", "resume": "allow", "config": {"seed": 3}}.items()
+    logged = wandb.init.return_value.log.call_args_list
+    assert logged == [call({"loss": 5.0}, step=3), call({"report": wandb.Html.return_value})]
+    wandb.init.side_effect = ConnectionError("No API key configured. Use `wandb login` to log in.")
+    with pytest.raises(UserError, match="^--report_to wandb: No API key.*WANDB_MODE=offline"):
+        tracked(tmp_path, "wandb", {})
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb: that package is not installed; pip install wandb"):
+        console.trackers(SFT(report_to="wandb"))
+
+
+# -- In a headless browser: drawn, hovered, dark, with hostile text
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+BREAK_IN = "</main><script>document.title = 'in'</script><img src=x onerror=\"document.title = 'in'\">"
+needs_browser = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {BROWSERS} is installed")
+VISIBLE = [
+    "#curves figure svg .line", ".legend li", "table.confusion td", "table.controls svg .bar", "header pre", "svg text",
+    "#rollouts .strip img", ".tokens i.p3", ".question", "#data td svg .bar", ".example img",
+]  # fmt: skip
+# Run on the page: which of VISIBLE have no size, the text of every figure with the pointer at step 20, the two themes'
+# background, the path of the loss
+LOOK = """
+const boxes = selector => Array.from(document.querySelectorAll(selector), e => e.getBoundingClientRect());
+const result = { hidden: VISIBLE.filter(s => !boxes(s).some(box => box.width > 10 && box.height > 6)) };
+const loss = charts.find(c => c.svg.closest("figure").innerText.includes("loss"));
+const box = loss.svg.getBoundingClientRect();
+const at = { clientX: (loss.x(20) + 1) / WIDTH * box.width + box.left, clientY: box.top + 50 };
+loss.svg.dispatchEvent(new PointerEvent("pointermove", at));
+result.hover = Array.from(document.querySelectorAll("figure"), f => f.innerText);
+const colour = () => getComputedStyle(document.body).backgroundColor;
+result.themes = [colour(), (document.getElementById("theme").click(), colour())];
+result.loss = loss.svg.querySelector(".line").getAttribute("d");
+document.documentElement.dataset.result = JSON.stringify(result);
+"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """(page, flags) -> (what the browser prints, lines of its console)."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    def open_page(path, *more):
+        command = [next(filter(None, map(shutil.which, BROWSERS))), *flags, *more, path.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
+
+
+@needs_browser
+def test_all_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch, tmp_path):
+    with (grpo_run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in ((41, None), (42, 0.02)))
+    code = f"const VISIBLE = {json.dumps(VISIBLE)};{LOOK}"
+    (tmp_path / "template.html").write_text(
+        report.TEMPLATE.read_text().replace("{% endraw %}</script>", code + "{% endraw %}</script>")
+    )
+    monkeypatch.setattr(report, "TEMPLATE", tmp_path / "template.html")
+    page_of(grpo_run)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert not console, console
+    result = json.loads(html.unescape(re.search('data-result="([^"]*)"', text)[1]))
+    assert not result["hidden"]
+    assert len(result["hover"]) >= 8 and all("step 20" in text for text in result["hover"])
+    values = "\n".join(result["hover"])
+    assert re.search(r"loss\s+0\.05\b", values) and re.search(r"KL\s+0\.2\b", values) and "1 not finite" in values
+    assert result["themes"] == ["rgb(255, 255, 255)", "rgb(19, 21, 24)"]
+    assert result["loss"].count("M") == 2 and result["loss"].endswith("h0"), "a gap, then a point alone"
+
+
+@needs_browser
+def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):
+    rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
+    write_lines(grpo_run / "rollouts.jsonl", rows)
+    page = page_of(grpo_run).replace("</main>", "</main><script>document.title = 'in'</script>")
+    (grpo_run / "report.html").write_text(page)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert "<title>grpo</title>" in text and text.count("<script") == 2
+    assert len(console) == 1 and "Content Security Policy" in console[0], console

@@ -112,10 +112,8 @@ def test_mistakes_in_a_users_rewards(user_file):
             rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
         assert "\n" not in str(caught.value)
     for spec, weights, message in (
-        ("acuracy", None, "did you mean accuracy"),
         ("accuracy,accuracy", None, "twice"),
         ("accuracy", [float("nan")], "finite"),
-        ("nowhere.py:fn", None, "nowhere.py does not import: FileNotFoundError"),
         (f"{user_file}:sourc", None, "did you mean source"),
         (f"{user_file}:narrow", None, r"is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
         (f"{user_file.with_name('broken.py')}:name", None, "broken.py does not import: SyntaxError"),
@@ -158,11 +156,8 @@ def test_server_judge(monkeypatch, tmp_path):
     sample = Sample("Why?", "It is cold.")
     server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
     with server:
-        assert judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge("<think>x</think><answer>Cold</answer>", sample) == 1 and judge("Heat", sample) == 0
-        assert judge("<think>x</think>", sample) == 0, "nothing was said"
-        assert len(server.requests) == 8 and judge("<answer>Frost</answer>", sample) == 0.5
-        assert judge.client.counts["scored"] == 2 and judge.client.counts["not scored"] == 1
+        said = [f"<answer>{text}</answer>" for text in ("Frost", "Cold", "Heat", "Frost")] + ["<think>x</think>"]
+        assert [judge(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and len(server.requests) == 8
         message = server.requests[0][2]["messages"][0]["content"]
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
     server, judge = start(500)

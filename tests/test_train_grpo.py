@@ -1,9 +1,11 @@
-"""GRPO end to end on a tiny random checkpoint: what is sampled is what is trained, the reference, resuming, ranks. The
-loss itself is tested in test_grpo_loss.py, sampling in test_decode.py."""
+"""GRPO end to end on a tiny random checkpoint: what is sampled is what is trained, the reference, resuming, ranks, and
+the loss by itself. Sampling: test_decode.py."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +16,8 @@ from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa:
 import train_grpo
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
-from grpo import grpo_loss, loss_normalizer
-from lora import inject, lora_layers, trainable_parameters
+from grpo import group_advantages, grpo_loss, loss_normalizer
+from lora import inject, trainable_parameters
 from model import UserError
 from model.decode import Sampling
 from model.loading import load_model
@@ -147,16 +149,6 @@ def compare(rewards, accuracy=None, wanted=9, **options):
     return groups, *train_grpo.compare_within_groups(run, groups, wanted)
 
 
-def test_groups_are_known_by_index_not_by_text():
-    groups, metrics, normalizer = compare([[1.0, 0.0], [9.0, 8.0], [3.0, 3.0], [0.0, 5.0]], wanted=2, beta=0.0)
-    advantages = [[r.advantage for r in group.rollouts] for group in groups]
-    assert advantages[0] == advantages[1] == pytest.approx([0.7070, -0.7070], abs=1e-4) and advantages[2] == [0.0, 0.0]
-    expected = {"groups_counted": 2, "groups_differing": 3, "no_variance": 0.25, "reward": 3.625, "prompt_tokens": 12,
-                "reward_std": np.std([1, 0, 9, 8, 3, 3, 0, 5], ddof=1), "reward/accuracy": 3.625,
-                "completion_tokens": 8, "all_right": 0.5, "all_wrong": 0.0}  # fmt: skip
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected) and normalizer == 4
-
-
 SAME = [[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]]
 LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
 
@@ -244,39 +236,6 @@ def accuracy(text, sample):
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
 
 
-def test_the_reference_stays_as_it_was(bench, base):
-    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
-    model = adapted(base, cfg)
-    before = model(prompts).detach()
-    frozen = train_grpo.freeze_reference(model, cfg)
-    without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
-    shake(model, seed=1)
-    now = model(prompts).detach()
-    with frozen():
-        assert torch.equal(model(prompts), before)
-    with without():
-        assert not any(layer.enabled for _, layer in lora_layers(model))
-    assert torch.equal(model(prompts), now) and not torch.equal(now, before)
-
-
-def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
-    free, held = (column(grpo(f"{beta}", max_steps=5, learning_rate=1e-2, beta=beta), "kl") for beta in (1e-9, 10.0))
-    assert held[-1] < free[-1] / 3, (free, held)
-    assert column(grpo("off", max_steps=2, beta=0), "kl") == []
-
-
-@pytest.mark.parametrize("tokens, expected", [
-    (60, [[0] * 3 + [1] * 3, [2] * 3 + [3] * 3]),  # there would be room for two prompts and eight completions
-    (49, [[0] * 3, [1] * 3, [2] * 3, [3] * 3]),
-    (24, [[g] * n for g in range(4) for n in (2, 1)]),
-])  # fmt: skip
-def test_a_pack_cuts_no_group_that_fits(tokens, expected):
-    """Prompts of 10 tokens with three completions of 5: a group takes 25."""
-    groups = [Group(g, 10, [Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)], g) for g in range(4)]
-    batches = train_grpo.split_micro_batches(groups, GRPO(), tokens)
-    assert [[rollout.prompt for rollout in each] for each in batches] == expected
-
-
 # -- However the batch is cut
 
 
@@ -354,3 +313,92 @@ def test_the_flags_of_the_seeds_command(grpo, base, capfd):
     config = json.loads((folder / "checkpoint-6/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 64)
     assert "bfloat16" in capfd.readouterr().out
+
+
+# -- The loss: against TRL's numbers, and where numbers get extreme
+
+
+# Made with TRL 1.16.0 by tests/make_grpo_trl_numbers.py, which has the settings.
+TRL = json.loads(Path(__file__).with_name("grpo_trl_numbers.json").read_text())
+AGGREGATION = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+INDEX = torch.repeat_interleave(torch.arange(len(TRL["lengths"])), torch.tensor(TRL["lengths"]))
+
+
+@pytest.mark.parametrize("name", TRL["cases"])
+def test_trl_advantages_loss_and_gradient(name):
+    case, knobs = TRL["cases"][name], TRL["cases"][name]["knobs"]
+    rewards = torch.tensor(TRL["rewards"]).view(-1, TRL["num_generations"])
+    advantages = group_advantages(rewards, knobs.get("scale_rewards", "group"))[0].flatten()
+    torch.testing.assert_close(advantages, torch.tensor(case["advantages"]), atol=1e-5, rtol=1e-5)
+
+    own = {name: knobs[name] for name in ("use_bias_correction_kl", "importance_sampling_level") if name in knobs}
+    own |= {name: case[name] for name in ("epsilon", "epsilon_high", "beta", "sampler_is_cap")}
+    cfg = GRPO(aggregation=AGGREGATION[knobs["loss_type"]], **own)
+    tensors = {key: torch.tensor(value) for key, value in TRL["tensors"].items()}
+    for key, used in (("old", case["has_old"]), ("ref", cfg.beta), ("sampler", cfg.sampler_is_cap)):
+        tensors[key] = tensors[key] if used else None
+    keep = ~torch.tensor(TRL["truncated"]) if knobs.get("mask_truncated_completions") else None
+    n_tokens = len(INDEX) if keep is None else int(keep[INDEX].sum())
+    normalizer = loss_normalizer(cfg.aggregation, n_tokens, len(TRL["lengths"]), TRL["max_completion_length"])
+    logprobs = tensors.pop("logprobs").requires_grad_()
+    loss, metrics = grpo_loss(logprobs, torch.tensor(case["advantages"]), INDEX, normalizer, cfg, keep=keep, **tensors)
+    loss.backward()
+    assert abs(loss.item() - case["loss"]) < 1e-5
+    torch.testing.assert_close(logprobs.grad, torch.tensor(case["gradient"]), atol=1e-6, rtol=1e-5)
+    shares = dict(case["shares"])
+    if cfg.use_bias_correction_kl and case["has_old"]:
+        shares.pop("kl", None)  # TRL logs the KL times the ratio; ours is the plain one
+    if cfg.importance_sampling_level == "sequence":
+        shares = {key: shares[key] for key in shares.keys() & {"entropy", "kl"}}  # TRL: clip shares of sequences
+    for key, share in shares.items():
+        assert (metrics[key] / metrics["tokens"]).item() == pytest.approx(share, abs=1e-6), key
+
+
+# -- What must hold of the loss
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("gap", [-200.0, -15.0, 15.0, 200.0])
+def test_no_overflow_and_the_kl_pulls_back(gap, unbiased, level):
+    """A policy far from its reference, in either direction, is pulled towards it by a finite gradient."""
+    logprobs = torch.full((4,), -1.0 - max(gap, 0.0), requires_grad=True)
+    cfg = GRPO(beta=0.1, use_bias_correction_kl=unbiased, importance_sampling_level=level, sampler_is_cap=2.0)
+    index, ref = torch.tensor([0, 0, 1, 1]), logprobs.detach() + gap
+    loss, metrics = grpo_loss(logprobs, torch.zeros(2), index, 1, cfg, ref=ref, sampler=ref)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all() and all(value.isfinite() for value in metrics.values())
+    if not (unbiased and level == "sequence" and gap < 0):  # a broadcast ratio is no unbiased KL (TRL says so too)
+        assert (logprobs.grad.sign() == -math.copysign(1, gap)).all(), logprobs.grad
+    logprobs.grad = None
+    loss, metrics = grpo_loss(
+        logprobs, -torch.ones(2), index, 1, GRPO(beta=0.0, importance_sampling_level=level), old=ref
+    )
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("keep", [[True, False, True], [False, False, False]])
+def test_masked_completions_give_nothing_even_when_they_are_nan(keep, level):
+    """Nothing kept is a zero with a gradient: every rank must run backward, also one whose completions are masked."""
+    logprobs = torch.tensor([-1.0, -2.0, math.nan, -1.0], requires_grad=True)
+    known = {"keep": torch.tensor(keep), "sampler": logprobs.detach(), "ref": logprobs.detach()}
+    cfg = GRPO(beta=1.0, sampler_is_cap=2.0, importance_sampling_level=level, aggregation="sequence")
+    index, advantages = torch.tensor([0, 0, 1, 2]), torch.tensor([1.0, 5.0, -1.0])
+    loss, metrics = grpo_loss(logprobs, advantages, index, 3, cfg, **known)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad[2] == 0 and metrics["tokens"] == 3 * keep[0]
+    assert bool(logprobs.grad.any()) == keep[0]
+
+
+# -- Advantages of the loss
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("reward", [0.0, 1.2, 0.1, 1 / 3, 1e6])
+def test_equal_rewards_teach_exactly_nothing(scale, reward):
+    rewards = torch.full((3, 7), reward)
+    rewards[2] = torch.arange(7)
+    advantages, std = group_advantages(rewards, scale)
+    assert not advantages[:2].any() and not std[:2].any() and advantages[2].any()

@@ -14,9 +14,7 @@ import torch
 from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
 import checkpoint
-import console
 import startup
-import train_grpo
 import train_sft
 import trainer
 from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
@@ -25,7 +23,7 @@ from engine import deepspeed_config
 from memory import Plan
 from model import UserError
 from model.loading import load_model
-from trainer import Log, Run, lr_factor
+from trainer import Run, lr_factor
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -100,9 +98,7 @@ def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(sft, tmp_pa
     for text, words in {
         '{"zero_optimization": {"stage": 3}}': "stage",
         '{"bf16": {"enabled": true}}': "bf16.enabled is true in a torch.float32 run; write auto there, and give --bf16",
-        '{"gradient_clipping": null}': "gradient_clipping is null, expected a value",
         '{"zero_optimization": 2}': "zero_optimization is 2, expected an object",
-        "[]": "holds no JSON object",
         "{": "expected JSON",
     }.items():
         path.write_text(text)
@@ -116,17 +112,19 @@ def test_a_deepspeed_file_overrides_ours_and_says_what_has_no_effect(sft, tmp_pa
 # -- Resuming
 
 
-def test_resume_goes_on_bit_for_bit(sft, tmp_path):
-    """Adapters of the language model alone, with dropout: its random numbers go on too."""
-    names = "step", "loss", "token_accuracy", "grad_norm", "lr"
+def test_resume_goes_on_bit_for_bit(sft, base, tmp_path):
+    """Adapters of the language model alone, with dropout: its random numbers go on too. Of two files with weights, into
+    the second epoch."""
+    names = "step", "loss", "token_accuracy", "grad_norm", "lr", "epoch"
     options = {"vision_lora": False, "merger_lora": False, "vision_lr": 1e-4, "lora_dropout": 0.1, "save_steps": 2}
+    options |= {"data_path": f"{base}/data/few.json:2,{base}/data/mixed.json:0.3"}
     whole = sft("whole", **options)
     broken = shutil.copytree(whole, tmp_path / "broken")
     for step in (4, 5):
         shutil.rmtree(broken / f"checkpoint-{step}")
     (broken / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # killed while it wrote
     sft("broken", **options, resume=True)
-    assert column(broken, *names) == column(whole, *names) and column(whole, "loss")[-1] < column(whole, "loss")[0]
+    assert column(broken, *names) == column(whole, *names) and column(whole, "epoch")[-1] == 5 / 3
     for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
         assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
 
@@ -289,18 +287,6 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     startup.claim(tmp_path / "new", SFT())
 
 
-def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
-    folder = shutil.copytree(whole, tmp_path / "output/run")
-    monkeypatch.chdir(tmp_path)
-    assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
-    assert find_adapter("", script="train_grpo") is None
-    assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
-    with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
-        find_adapter(folder / "checkpoint-19")
-    with pytest.raises(UserError, match="whole model.*--model_id"):
-        find_adapter(base / "tiny")
-
-
 # -- What a run says
 
 
@@ -311,71 +297,13 @@ def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base, c
     best = folder / f"checkpoint-{read_json(folder / 'best.json')['step']}"
     assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == best
     early, late = column(folder, "evaluation")
-    labels = sorted(record["meta"]["label"] for record in json.loads((base / "data/val.json").read_text()))
-    for result in (early, late):
-        confusion = result["confusion"].items()
-        assert sorted(label for label, said in confusion for _ in range(sum(said.values()))) == labels
-        assert result["chance"] == 0.25 and result["interval"][0] <= result["accuracy"] <= result["interval"][1]
     assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
-    assert {control["count"] for control in late["controls"].values()} == {3}
-    assert capsys.readouterr().out.count("% of 3") == 3  # reversed, shuffled, blank
+    assert capsys.readouterr().out.count("% of 3") == 3
     rows = lines(folder, "rollouts.jsonl")
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
     assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
     assert "before and after" in (folder / "report.html").read_text()
-
-    train, held_out = (read_json(folder / "data.json")[name] for name in ("train", "held out"))
-    assert (train["samples"], held_out["samples"]) == (20, 4)
-    assert sorted(held_out["classes"].items()) == [(label, 1) for label in labels]
-
-
-# The first step of a real run, and numbers as large as they get
-REAL = {"reward": 0.7875, "accuracy": 0.59765625, "kl": 2.2893123544329126e-13, "length": 30.490234375, "ms": 3997.6}
-FAR = {"reward": -1.234e30, "accuracy": 1.0, "kl": 1.7e38, "length": 32768.0, "ms": 3_600_000.0, "loss": 1e30}
-
-
-@pytest.mark.parametrize("columns", [train_sft.COLUMNS, train_grpo.COLUMNS])
-@pytest.mark.parametrize("step, total, metrics", [(7, 84, REAL), (99_999, 100_000, FAR), (1, 9, {"ms": 1.0})])
-def test_a_step_is_one_line_of_100_columns_and_verbose_has_the_rest(tmp_path, columns, step, total, metrics):
-    run = Run(SFT(report_to="none"), "train_sft", tmp_path, None, None, total=total)
-    log = Log(run, columns)
-    log.started -= 90_000 * step  # 25 h a step
-    line = log.line(step, metrics | {"entropy": 0.155})
-    assert len(line) <= 100 and line.startswith(f"step {step:>{len(str(total))}}/{total}  ") and "left " in line
-    assert "entropy" not in line
-    run.cfg.verbose = True
-    verbose = log.line(step, metrics | {"entropy": 0.155})
-    assert verbose.startswith(line) and "entropy 0.155" in verbose
-
-
-def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert console.highlight("warning") == "warning"  # into a file
-    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
-    assert console.highlight("warning") == "\033[33mwarning\033[0m"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert console.highlight("warning") == "warning"
-
-
-@pytest.mark.parametrize(
-    "script, start, last, number, words",
-    [
-        ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; answers right 90.0%", "infer.py"]),
-        ("train_grpo", 0.5, 0.9, 0, ["90.0% at the end, 50.0% at the start; best 90.0% at step 2", "infer.py"]),
-        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
-    ],
-)
-def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
-    run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
-    run.compare(start)
-    run.step = 2
-    run.compare(last)
-    append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
-    append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
-    text = "\n".join(console.closing_lines(run, number))
-    for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2.0 MB"]:
-        assert word in text, text
+    assert [read_json(folder / "data.json")[name]["samples"] for name in ("train", "held out")] == [20, 4]
 
 
 def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
