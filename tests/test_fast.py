@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from test_model import CASES, adapted, gradients
 
 from model import qwen
-from model.adapters import Weights, aligned
 from model.fast import portable
 from model.qwen import Segments, target_logprobs
 
@@ -101,39 +100,3 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
         rest = function(hidden, head, targets, temperature, banned)[1:]
         made.append([*rest, *results(lambda h, w, f=function: f(h, w, targets, temperature, banned)[0], hidden, head)])
     agree(*made, 1e-5)
-
-
-# -- Products with adapters
-
-
-def layer(n_in, n_out, rank, scale, bias):
-    """Weights whose adapter alone is trained."""
-    weight, A, B = torch.randn(n_out, n_in) * n_in**-0.5, torch.randn(rank, n_in), torch.randn(n_out, rank)
-    return Weights(weight, torch.randn(n_out) if bias else None, A.requires_grad_(), B.requires_grad_(), scale)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("rows", [1, 130])
-def test_products_that_share_an_input_equal_the_plain_ones(mixed, trained, rows):
-    """Outputs are padded with zeros to a multiple of 8."""
-    torch.manual_seed(0)
-    n_out = (13, 8, 21)
-    layers = [layer(12, n, r, s, b) for n, r, s, b in zip(n_out, (4, 2, 3), (0.5, 2.0, 1.0), (True, False, True))]
-    if mixed:
-        layers[1] = Weights(torch.randn(8, 12), None)  # one without an adapter among them
-    if trained:
-        layers[2].weight.requires_grad_()
-        layers[2].bias.requires_grad_()
-    x, weights, made = torch.randn(rows, 12), [torch.randn(rows, aligned(n)) for n in n_out], []
-    params = [t for w in layers for t in w[:4] if t is not None and t.requires_grad]
-    for form in (portable.linear, qwen.linear):
-        inp = x.clone().requires_grad_()
-        outs = form(inp, *layers)
-        assert form is qwen.linear or (type(outs[0].grad_fn).__name__ == "ProjectBackward") != trained
-        outs = [portable.widen(y, 1, w.shape[1]) for y, w in zip(outs, weights)]
-        made.append([*outs, *torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights)), [inp, *params])])
-    agree(*made)
-
-
-# -- CUDA graphs, as far as a CPU shows them

@@ -12,7 +12,7 @@ import test_data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import SYSTEM, as_transformers, text_of, trained_text
+from test_data import as_transformers, text_of, trained_text
 
 from model import UserError
 from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name
@@ -24,7 +24,6 @@ SAME = {case["name"]: case["record"] for case in CASES if "same" in case}
 QUESTION = "Where does it go?\n(A) left\n(B) right"  # of all SAME, about 0.mp4; its answer is (B) right
 VIDEO_R1 = next(case["record"] for case in CASES if case["name"] == "Video-R1-COT")
 THINK = "<think>It goes right.</think>"
-VIDEO, IMAGE = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
 
 
 def cases(key):
@@ -85,14 +84,13 @@ def test_a_wrong_record_is_refused_in_one_line(processor, case):
         pass
 
 
-def test_video_r1(processor):
-    example = processor.encode(VIDEO_R1)
-    asked = f"{SYSTEM}<|im_start|>user\n{VIDEO}Where does it go?\nOptions:\nA. left\nB. right\nC. up<|im_end|>\n"
-    assert text_of(processor, example.ids).startswith(asked)
+def test_options_in_a_column_are_asked_and_read(processor):
+    asked = "<|vision_end|>Where does it go?\nOptions:\nA. left\nB. right\nC. up<|im_end|>\n<|im_start|>assistant\n"
+    assert asked in text_of(processor, processor.encode(VIDEO_R1).ids)
     sample = sample_from_record(VIDEO_R1)
-    assert sample.answer == "<answer>B</answer>" and sample.options == {"A": "left", "B": "right", "C": "up"}
     assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
-    assert record_name(VIDEO_R1) == "2" and clip_name(VIDEO_R1) == "./0.mp4"
+    lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
+    assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
 
 
 def test_clips_inside_a_record(processor, clips):
