@@ -19,8 +19,6 @@ from model.loading import ModelConfig, save_model
 from model.qwen import Packed, Qwen2_5_VL, Segments
 from model.rope import mrope_position_ids
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 
 def cases(name):
     """The lines of a file in tests/cases."""

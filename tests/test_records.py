@@ -44,7 +44,7 @@ def test_each_form_says_the_same(processor, form):
     example = processor.encode(record)
     messages = chat([{"type": "video"}, {"type": "text", "text": QUESTION}], "(B) right")
     pad = processor.config.video_token_id
-    ids = [t for t in as_transformers(processor.backend, messages, False) for _ in range(8 if t == pad else 1)]
+    ids = [t for t in as_transformers(messages, False) for _ in range(8 if t == pad else 1)]
     assert example.ids.tolist() == ids and trained_text(processor, example) == "(B) right<|im_end|>"
     prompt = processor.encode(record, answer=False)
     assert prompt.ids.tolist() == ids[: len(prompt)] and torch.equal(prompt.patches, example.patches)
