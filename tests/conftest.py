@@ -36,28 +36,28 @@ SHAPES = {
 IDS = dict(vision_start_token_id=250, vision_end_token_id=251, image_token_id=253, video_token_id=254)
 
 
-def config_dict(shape: str, tokens_per_second: int = 2, vocab: int = 260) -> dict:
+def config_dict(shape: str) -> dict:
     """A flat config.json, as hub files are, of one of SHAPES."""
     s = SHAPES[shape]
     vision = dict(
         model_type="qwen2_5_vl", hidden_size=s["VC"], out_hidden_size=s["C"], intermediate_size=2 * s["VC"] + 12,
         depth=s["VD"], num_heads=s["VH"], in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2,
-        tokens_per_second=tokens_per_second, window_size=s["window"], fullatt_block_indexes=list(s["full"]),
+        tokens_per_second=2, window_size=s["window"], fullatt_block_indexes=list(s["full"]),
         initializer_range=0.2,
     )  # fmt: skip
     return dict(
         architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", hidden_size=s["C"],
         intermediate_size=2 * s["C"] + 20, num_hidden_layers=s["L"], num_attention_heads=s["H"],
-        num_key_value_heads=s["K"], vocab_size=vocab, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
+        num_key_value_heads=s["K"], vocab_size=260, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
         max_position_embeddings=4096, initializer_range=0.2, tie_word_embeddings=s["tied"], vision_config=vision,
         rope_scaling=dict(type="mrope", mrope_section=list(s["section"])), bos_token_id=1, eos_token_id=2,
         pad_token_id=0, **IDS,
     )  # fmt: skip
 
 
-def random_model(shape: str = "tied", seed: int = 0, **kwargs) -> Qwen2_5_VL:
+def random_model(shape: str = "tied", seed: int = 0) -> Qwen2_5_VL:
     """A random model; norms and biases are random too, so that a forgotten one shows."""
-    model = loading.random_model(ModelConfig.from_dict(config_dict(shape, **kwargs)), seed=seed)
+    model = loading.random_model(ModelConfig.from_dict(config_dict(shape)), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
