@@ -4,7 +4,7 @@
     python dev/figures.py --check    exit code 1 where a page says something else (a test runs it)
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. docs/figures/learn.json is what bench/learn.py
-measured; docs/figures/speed.json has the last lines of bench/step.py's runs, one a table row's source.
+measured.
 """
 
 import json
@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md")
 STUDENT = {3: 4.30, 5: 2.78}  # 97.5 %, by the number of seeds
 LEARN = json.loads((ROOT / "docs/figures/learn.json").read_text())
-SPEED = json.loads((ROOT / "docs/figures/speed.json").read_text())
 
 NAMES = {
     "cot": "chains of thought (the quickstart)", "plain": "plain answers", "int8": "chains, base in int8",
