@@ -86,6 +86,18 @@ def far() -> str:
     return table(["outside the training range", "SFT", "early SFT, then GRPO"], rows)
 
 
+def speed() -> str:
+    rows = []
+    for run in SPEED:
+        command = f"`step.py {' '.join(run['argv'])}`"
+        for row in run["results"]:
+            unit, value = ("ms", 1000 * row["seconds"]) if row["seconds"] < 0.1 else ("s", row["seconds"])
+            memory, over = f"{row['gib']:.1f} ({row['device_gib']:.1f})", f"{row['seconds'] / row['floor']:.1f} x"
+            how = f"{command}, {run['commit']}" if row is run["results"][0] else ""
+            rows.append([run["model"], row["work"], f"{value:.3g} {unit}", memory, over, how])
+    return table(["model", "work", "median", "peak GiB (of the device)", "above its floor", "how, commit"], rows)
+
+
 def main() -> int:
     code = 0
     for page in PAGES:
