@@ -81,7 +81,7 @@ def far() -> str:
 def speed() -> str:
     rows = []
     for run in SPEED:
-        command = f"`step.py {' '.join(run['argv'])}`"
+        command = f"`bench/step.py {' '.join(run['argv'])}`"
         for row in (row for row in run["results"] if row["work"].split()[-1] not in PARTS):
             unit, value = ("ms", 1000 * row["seconds"]) if row["seconds"] < 0.1 else ("s", row["seconds"])
             memory, over = f"{row['gib']:.1f} ({row['device_gib']:.1f})", f"{row['seconds'] / row['floor']:.1f} x"
