@@ -1,5 +1,5 @@
-"""Processes, precision, and DeepSpeed ZeRO-2 through its public interface: `python x.py`, `deepspeed x.py` and torchrun
-share one path, on a CPU (gloo) or GPUs (nccl).
+"""Processes, precision, and DeepSpeed ZeRO-2: `python x.py`, `deepspeed x.py` and torchrun share one path, on a CPU
+(gloo) or GPUs (nccl).
 
 What DeepSpeed does, and what follows for us:
 - gradients are averaged over the ranks: trainer.update multiplies the loss by their number, and gets the sum;

@@ -24,7 +24,7 @@ GIB = 2**30
 # the workspaces of cuBLAS and the float32 logits of one chunk of rows
 CONTEXT, LOGITS = int(1.3 * GIB), int(0.25 * GIB)
 FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
-LOOKED_AT = 1000  # samples whose size is found for an estimate
+LOOKED_AT = 1000  # samples looked at for an estimate
 CPU_TOKENS = 8192  # of a pack on a CPU, where nothing is recomputed
 HOST = 3e6  # / hidden size: tokens that would take an H200 as long as a pass costs besides
 
@@ -127,16 +127,16 @@ def estimate(model, cfg, lengths, world=1, kept=None):
 def sample_sizes(records, processor, answer):
     """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset; without those that cannot be
     read, which the loader will skip, count and name."""
-    found, most = {}, min(LOOKED_AT, len(records))
+    sizes, most = {}, min(LOOKED_AT, len(records))
     for number in (k * len(records) // most for k in range(most)):
         try:
             ids, _, plans = processor.layout(records[number], answer)
-            found[number] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
+            sizes[number] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
         except UserError as error:
             why = error
-    if not found:
+    if not sizes:
         raise UserError(f"all samples are left out; the last: {why}")
-    return found
+    return sizes
 
 
 def summary(model, cfg, records, processor, loader, steps, world):

@@ -136,7 +136,7 @@ def build_model(run):
     if cfg.offload_activations and not model.ops.offload:
         run.notes.append("--offload_activations has no effect: there is no GPU to free")
     if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
-        model.ops.graphs = GraphCache(run.say)
+        model.ops.graphs = GraphCache(run.say, wait=True)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
     return model, processor

@@ -147,6 +147,8 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
         packs = [getattr(each, "packed", each) for each in micro_batches]
         lower = "--offload_optimizer or --lora_rank"
         raise out_of_memory(engine.device, "updating the weights", packs, lower) from None
+    if graphs := engine.module.ops.graphs:
+        graphs.ready = True
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
 
 

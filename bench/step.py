@@ -112,7 +112,8 @@ class Bench:
         torch.manual_seed(0)
         self.config = model_config(args.model)
         self.model = random_model(self.config, device, self.dtype, 0, args.base_dtype).requires_grad_(False)
-        self.model.ops.graphs = GraphCache() if self.cuda and not args.offload_activations else None
+        graphs = self.cuda and not args.offload_activations
+        self.model.ops.graphs = GraphCache(wait=args.memory is not None) if graphs else None
         self.model.ops.offload = args.offload_activations
         names = ("pack_tokens", "lora_rank", "offload_activations", "offload_optimizer")
         common = {name: getattr(args, name) for name in names} | {"lora_alpha": args.lora_rank, "learning_rate": 1e-4}

@@ -4,7 +4,7 @@
     python dev/figures.py --check    exit code 1 where a page says something else (a test runs it)
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. docs/figures/learn.json is what bench/learn.py
-measured; docs/figures/speed.json has the last lines of bench/step.py's runs, one a table row's source.
+measured; docs/figures/speed.json has the last lines of bench/step.py's runs.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md")
+PARTS = ("rollout", "reference", "update")  # of a GRPO step
 STUDENT = {3: 4.30, 5: 2.78}  # 97.5 %, by the number of seeds
 LEARN = json.loads((ROOT / "docs/figures/learn.json").read_text())
 SPEED = json.loads((ROOT / "docs/figures/speed.json").read_text())
@@ -61,15 +62,6 @@ def learn() -> str:
     return table(["run", "seeds", *head], rows)
 
 
-def seeds() -> str:
-    rows = []
-    for run in ("plain", "cot"):
-        for seed, stages in sorted(LEARN["runs"][run]["seeds"].items()):
-            start, end, greedy = stages["start of GRPO"]["sampled"], stages["GRPO"]["sampled"], stages["GRPO"]["greedy"]
-            rows.append([NAMES[run], seed, f"{start:.1%}", f"{end:.1%}", f"{greedy:.1%}"])
-    return table(["run", "seed", "start of GRPO, sampled", "GRPO, sampled", "GRPO, greedy"], rows)
-
-
 def low_bit() -> str:
     rows = []
     for run in ("int8", "fp8", "nf4"):
@@ -84,6 +76,18 @@ def low_bit() -> str:
 def far() -> str:
     rows = [[name, *(mean(column("plain", stage, key)) for stage in ("SFT", "GRPO"))] for key, name in FAR.items()]
     return table(["outside the training range", "SFT", "early SFT, then GRPO"], rows)
+
+
+def speed() -> str:
+    rows = []
+    for run in SPEED:
+        command = f"`bench/step.py {' '.join(run['argv'])}`"
+        for row in (row for row in run["results"] if row["work"].split()[-1] not in PARTS):
+            unit, value = ("ms", 1000 * row["seconds"]) if row["seconds"] < 0.1 else ("s", row["seconds"])
+            memory, over = f"{row['gib']:.1f} ({row['device_gib']:.1f})", f"{row['seconds'] / row['floor']:.1f} x"
+            how = f"{command}, {run['commit']}" if row is run["results"][0] else ""
+            rows.append([run["model"], row["work"], f"{value:.3g} {unit}", memory, over, how])
+    return table(["model", "work", "median", "peak GiB (of the device)", "above its floor", "how, commit"], rows)
 
 
 def main() -> int:

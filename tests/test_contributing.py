@@ -1,4 +1,4 @@
-"""The reward of README is used on the quickstart's data; CONTRIBUTING's example of an option on a copy of the code."""
+"""README's reward on the quickstart's data; CONTRIBUTING's example of an option; figures and files that pages name."""
 
 import re
 import shutil
@@ -59,3 +59,17 @@ def test_the_option(tmp_path):
     assert parse("--eval_temperature", "0.7").stdout == "0.7\n"
     wrong = parse("--eval_temperature", "-1")
     assert wrong.returncode == 2 and "--eval_temperature: found -1.0, expected at least 0" in wrong.stderr
+
+
+# Of the reader, of other projects, and of the table of what was removed
+NOT_HERE = """my_rewards.py sft_video.py video_generator.py src/training/train.py src/training/train_grpo.py
+    scripts/demo.py configs/qwen_SIZE_METHOD_MEMORY.py configs/SIZE_METHOD.py bench/sft.py rollout.py""".split()
+
+
+def test_the_pages_have_the_measured_tables_and_name_files_that_exist():
+    assert subprocess.run([sys.executable, "dev/figures.py", "--check"], cwd=ROOT).returncode == 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name in set(re.findall(r"[\w/.-]*\w\.py\b", page.read_text(encoding="utf-8"))) - {*NOT_HERE}:
+            assert any((ROOT / folder / name).exists() for folder in (".", "configs", "docs", "model")), (
+                f"{page.name}: {name}"
+            )

@@ -130,7 +130,11 @@ def test_captured_passes_equal_plain_ones(recompute, trained):
     for p in model.parameters():  # as DeepSpeed does: this makes their place in autograd, on the stream of now
         p.place = p.requires_grad and p.expand_as(p).grad_fn.next_functions[0][0]
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).float()
-    model.ops.graphs = GraphCache(logged.append)
+    model.ops.graphs = GraphCache(logged.append, wait=True)
+    for _ in range(2):
+        gradients(model, batch(model.config, ["video"], 30))
+    assert not logged
+    model.ops.graphs.ready = True
     for turn in range(3):
         for text, clips in ((30, ["video"]), (80, ["images"]), (55, ["video", "text"])):
             packed = batch(model.config, clips, text + turn)

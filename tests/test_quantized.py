@@ -1,5 +1,5 @@
 """Low-bit weights: the formats against bitsandbytes and exact arithmetic, products and gradients against those of the
-dequantised weights. The GPU's kernels: test_gpu.py."""
+dequantised weights, on a GPU its kernels against the plain forms."""
 
 import json
 import shutil
@@ -18,14 +18,18 @@ from config import LoraArgs
 from model import UserError, loading, qwen
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
-from model.fast import portable
+from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
-from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights
+from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [kind for kind in BASE_DTYPES if kind != "bf16"]
 SHAPES = [(1, 1), (5, 7), (13, 64), (16, 129), (40, 200), (24, 256)]
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
 
 
 def gaussian(*shape, dtype=torch.float32, seed=0):
@@ -105,11 +109,40 @@ def test_products_and_gradients_are_those_of_the_dequantised_weights(kind, bias)
         assert (slow - exact).norm() <= (0.04 if kind == "fp8" else 1e-6) * exact.norm()
 
 
+# -- Kernels
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_equal_the_plain_forms(shape, dtype):
+    w = gaussian(*shape).to(DEVICE)
+    for kind in ("int8", "nf4"):
+        q = quantise(w, kind, dtype)
+        assert torch.equal(quantized.dequantise(q, dtype), q.dequantise(dtype)), kind
+    codes, scales = quantized.round_rows(w.to(dtype))
+    expected, expected_scales = rounded_rows(w.to(dtype))
+    assert torch.equal(scales, expected_scales)
+    apart = (codes.float() - expected.float()).abs()  # a product with the reciprocal may fall on the other side
+    assert (apart <= 0.13 * expected.float().abs()).all() and (apart > 0).float().mean() < 0.01
+
+
+@needs_gpu
+@pytest.mark.parametrize("T, N, K", [(600, 512, 256), (1025, 128, 1392)])
+def test_fp8_products_on_a_gpu_multiply_the_codes(T, N, K):
+    """Against the dequantised numbers in float64."""
+    q = quantise(gaussian(N, K).to(DEVICE), "fp8", torch.bfloat16)
+    x, bias = (gaussian(*shape, seed=3).to(DEVICE, torch.bfloat16) for shape in ((T, K), (N,)))
+    codes, scales = rounded_rows(x)
+    exact = (codes.float() * scales).double() @ q.dequantise(torch.float32).double().T + bias.double()
+    assert (quantized.product(x, q, bias).double() - exact).norm() <= 5e-3 * exact.norm()
+
+
 # -- Models
 
 
 def model_of(kind, shape="grouped"):
-    return loading.random_model(ModelConfig.from_dict(config_dict(shape)), seed=0, base_dtype=kind).eval()
+    return loading.random_model(ModelConfig.from_dict(config_dict(shape)), DEVICE, seed=0, base_dtype=kind).eval()
 
 
 @pytest.mark.parametrize("kind", LOW)
@@ -117,7 +150,7 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     """Loaded tensor by tensor, the same as quantised afterwards; logits are the dequantised model's."""
     whole = model_of("bf16")
     save_model(whole, tmp_path)
-    loaded, made = load_model(tmp_path, base_dtype=kind), model_of(kind)
+    loaded, made = load_model(tmp_path, DEVICE, base_dtype=kind), model_of(kind)
     names = {f"{n}.weight" for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and n[:6] == "model."}
     assert len(names) == 14
     for model in (loaded, made):
@@ -127,7 +160,7 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     for name, q in quantized_weights(loaded).items():
         assert torch.equal(q.codes, quantized_weights(made)[name].codes)
         loading.put(whole, name, q.dequantise(torch.float32))
-    packed = pack_sequences([Sequence(whole.config, CASES["mixed"])])
+    packed = pack_sequences([Sequence(whole.config, CASES["mixed"])]).to(DEVICE)
     logits, expected = loaded.logits(packed), whole.logits(packed)
     assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
 
@@ -141,9 +174,9 @@ def test_the_sampler_sees_the_smallest_adapter(kind, size):
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             layer.lora_B.normal_(0, size)
-    packed = pack_sequences([Sequence(model.config, CASES["video"])])
-    rows = generate(model, packed, Sampling(8), 3, torch.Generator().manual_seed(0))[0]
-    again = generate(model, packed, Sampling(8), 3, torch.Generator().manual_seed(0), decoder=PlainDecoder)[0]
+    packed = pack_sequences([Sequence(model.config, CASES["video"])]).to(DEVICE)
+    rows = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0))[0]
+    again = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0), decoder=PlainDecoder)[0]
     for row, slow in zip(rows, again):
         assert row.ids == slow.ids
         assert torch.allclose(torch.tensor(row.logprobs), torch.tensor(slow.logprobs), atol=1e-4)

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
 
 import train_grpo
@@ -315,7 +317,7 @@ def test_the_flags_of_the_seeds_command(grpo, base, capfd):
     assert "bfloat16" in capfd.readouterr().out
 
 
-# -- The loss: against TRL's numbers, and where numbers get extreme
+# -- The loss: against TRL's numbers, against one Python loop in double precision, where numbers get extreme
 
 
 # Made with TRL 1.16.0 by tests/make_grpo_trl_numbers.py, which has the settings.
@@ -354,7 +356,44 @@ def test_trl_advantages_loss_and_gradient(name):
         assert (metrics[key] / metrics["tokens"]).item() == pytest.approx(share, abs=1e-6), key
 
 
-# -- What must hold of the loss
+def reference_loss(cfg, normalizer, logprobs, advantages, index, old, ref, sampler, keep):
+    loss = 0.0
+    for i, advantage in enumerate(advantages):
+        tokens = [t for t in range(len(index)) if index[t] == i and keep[i]]
+        mean_log_ratio = sum(logprobs[t] - old[t] for t in tokens) / max(1, len(tokens))
+        for t in tokens:
+            ratio = math.exp(mean_log_ratio if cfg.importance_sampling_level == "sequence" else logprobs[t] - old[t])
+            term = -min(ratio * advantage, min(max(ratio, 1 - cfg.epsilon), 1 + cfg.epsilon_high) * advantage)
+            term *= min(math.exp(old[t] - sampler[t]), cfg.sampler_is_cap)
+            kl = math.exp(ref[t] - logprobs[t]) - (ref[t] - logprobs[t]) - 1
+            term += cfg.beta * kl * (ratio if cfg.use_bias_correction_kl else 1)
+            loss += term / (len(tokens) if cfg.aggregation == "sequence" else 1)
+    return loss / normalizer
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_reference_implementation(data):
+    n, g = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+    draw = lambda strategy, size: data.draw(st.lists(strategy, min_size=size, max_size=size))
+    one_of = lambda *options: data.draw(st.sampled_from(options))
+    tensors = {name: draw(st.floats(-3, 0, width=32), n) for name in ("logprobs", "old", "ref", "sampler")}
+    tensors |= {"index": draw(st.integers(0, g - 1), n)}  # in any order: tokens of a completion need not be neighbours
+    tensors |= {"advantages": draw(st.floats(-2, 2, width=32), g), "keep": draw(st.booleans(), g)}
+    low, high = one_of((0.2, 0.2), (0.1, 0.28), (0.5, 3.0))
+    cfg = GRPO(epsilon=low, epsilon_high=high, beta=one_of(0.0, 0.04, 1.0), use_bias_correction_kl=one_of(True, False),
+               aggregation=one_of("token", "sequence", "constant"), sampler_is_cap=one_of(0.9, 2.0),
+               importance_sampling_level=one_of("token", "sequence"))  # fmt: skip
+    ours, metrics = grpo_loss(cfg=cfg, normalizer=7, **{name: torch.tensor(value) for name, value in tensors.items()})
+    expected = pytest.approx(reference_loss(cfg, 7, **tensors), rel=1e-4, abs=1e-5)
+    assert ours.item() == expected and metrics["tokens"] == sum(tensors["keep"][i] for i in tensors["index"])
+    # micro-batches add up: completion 0, and the others
+    index, per_completion = torch.tensor(tensors.pop("index")), ("advantages", "keep")
+    total = 0.0
+    for mine, own in ((index == 0, slice(0, 1)), (index > 0, slice(1, None))):
+        part = {k: torch.tensor(v)[own if k in per_completion else mine] for k, v in tensors.items()}
+        total += grpo_loss(cfg=cfg, normalizer=7, index=index[mine] - own.start, **part)[0].item()
+    assert total == expected
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

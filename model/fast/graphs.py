@@ -207,13 +207,16 @@ def fits(needed: int, device) -> bool:
 
 
 class GraphCache:
-    """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured."""
+    """The CUDA graphs of a model's stacks. log(text): called with one line whenever something was captured. wait: until
+    `ready` is set, after the first update, for AdamW's moments must have their memory first."""
 
-    def __init__(self, log=lambda text: None):
-        self.log, self.stacks, self.stream = log, {}, torch.cuda.Stream()
+    def __init__(self, log=lambda text: None, wait: bool = False):
+        self.log, self.stacks, self.stream, self.ready = log, {}, torch.cuda.Stream(), not wait
 
-    def run(self, blocks, *args) -> Tensor:
+    def run(self, blocks, through, *args) -> Tensor:
         """Stack.run of these blocks."""
+        if not self.ready:
+            return through(*args)
         if blocks not in self.stacks:
             self.stacks[blocks] = Stack(blocks, self.stream, self.log)
-        return self.stacks[blocks].run(*args)
+        return self.stacks[blocks].run(through, *args)
