@@ -196,7 +196,7 @@ def test_window_plan_covers_every_patch_once():
     config = ModelConfig.from_dict(config_dict("tied")).vision
     plan = VisionPlan.build([(2, 10, 6), (1, 8, 8), (3, 18, 30)], config, "cpu")
     assert plan.order.sort().values.equal(torch.arange(len(plan.order)))
-    assert plan.order[plan.back].equal(torch.arange(len(plan.order)))
+    assert plan.order[plan.inverse].equal(torch.arange(len(plan.order)))
     assert sum(plan.windows.q_lengths) == sum(plan.steps.q_lengths) == 4 * len(plan.order)
     assert all(table.is_contiguous() and len(table) == 4 * len(plan.order) for table in plan.tables)
     assert plan.windows.q_lengths[:4] == [48, 12, 48, 12] and max(plan.windows.q_lengths) == 64  # 10x6 -> 8x6 and 2x6

@@ -274,7 +274,7 @@ def test_a_pack_cuts_no_group_that_fits(tokens, expected):
     """Prompts of 10 tokens with three completions of 5: a group takes 25."""
     groups = [Group(g, 10, [Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)], g) for g in range(4)]
     batches = train_grpo.split_micro_batches(groups, GRPO(), tokens)
-    assert [[rollout.prompt for rollout in each] for each in batches] == expected
+    assert [[rollout.group for rollout in each] for each in batches] == expected
 
 
 # -- However the batch is cut
