@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from checkpoint import ADAPTER, MANIFEST, STATE, find_adapter, write_json, write_whole
 from cli import from_file
@@ -70,7 +70,7 @@ def save_adapter(model, folder, base_model):
     if model.base_dtype != "bf16":  # PEFT passes over it with a warning
         config["base_dtype"] = model.base_dtype
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    loading.write_tensors(tensors, folder / TENSORS)
     write_json(folder / CONFIG, config)
 
 
@@ -175,7 +175,7 @@ def write_merged(base, adapter, out, kind, quantised):
                 tensor = low if quantised else tensor
             if name in expected:  # not a tied model's head, which is the embedding
                 merged[name] = (tensor + delta).to(torch.bfloat16).contiguous()
-        save_file(merged, out / file.name, metadata={"format": "pt"})
+        loading.write_tensors(merged, out / file.name)
         weight_map |= dict.fromkeys(merged, file.name)
     if missing := expected - weight_map.keys():
         raise UserError(f"{base}: has no tensor {min(missing)}, expected a whole model; download it again")

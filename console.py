@@ -38,9 +38,10 @@ def closing_lines(run, stop_signal):
     text = (run.folder / METRICS).read_text(encoding="utf-8") if (run.folder / METRICS).exists() else ""
     values = [row[name] for row in map(json.loads, text.splitlines()) if row.get(name) is not None]
     results = [f"{name} {values[0]:.4g} in the first step, {values[-1]:.4g} in the last"] if values else []
-    if run.last_accuracy is not None:
-        start = "" if run.start_accuracy is None else f" at the end, {run.start_accuracy:.1%} at the start"
-        results.append(f"answers right {run.last_accuracy:.1%}{start}")
+    judged = {"at the start": run.start_accuracy, "in the last evaluation": run.last_accuracy}
+    if any(accuracy is not None for accuracy in judged.values()):
+        texts = [f"{accuracy:.1%} {when}" for when, accuracy in judged.items() if accuracy is not None]
+        results.append(f"accuracy {', '.join(texts)}")
     if run.best:
         results.append(f"best {run.best['accuracy']:.1%} at step {run.best['step']}")
     yield f"  result  {'; '.join(results) or 'nothing was trained or judged'}"

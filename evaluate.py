@@ -61,7 +61,7 @@ def answerable(cfg, what, records, strict=True):
     return good, [f"{note}, so they are left out; {first}"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """What an evaluation gave, of all ranks. Accuracies are None where nothing was answered."""
 
@@ -72,6 +72,10 @@ class Evaluation:
     rows: list[dict] = field(default_factory=list)  # of rollouts.jsonl: the first answers as they were given
     controls: dict[str, "Evaluation"] = field(default_factory=dict)  # with the frames reversed, shuffled, blank
     known: int = 0  # answers that were there before
+
+    def __repr__(self):
+        low, high = self.interval or (0, 1)
+        return f"{self.right:g} of {self.count} right ({low:.1%} to {high:.1%})"
 
     count = property(lambda self: len(self.answers))
     right = property(lambda self: sum(answer["right"] for answer in self.answers.values()))

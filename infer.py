@@ -211,7 +211,7 @@ def choose_adapter(cfg):
     newest = cfg.model_ckpt == ""
     folder = None if cfg.model_ckpt is None else find_adapter(cfg.model_ckpt)
     if folder is None:
-        return None, f"no adapter{' found under output/' if newest else ''}: {cfg.model_id} answers"
+        return None, f"no adapter{' under output/' if newest else ''}; answering with {cfg.model_id}"
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or cfg.model_id
     if "model_id" not in cfg.given:
         cfg.model_id = base
@@ -308,19 +308,19 @@ def print_tables(result, controls, most=8):
     share = lambda value: "-" if value is None else f"{value:.1%}"
     tasks = {task: own.facts(own) for task, own in result.by_task.items()} if len(result.by_task) > 1 else {}
     print(f"\n{'frames':<16}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
-    for name, row in {"as they are": result.facts(result), **tasks, **controls}.items():
+    for name, row in {"original": result.facts(result), **tasks, **controls}.items():
         right, interval = f"{row['right']:g}/{row['count']}", " to ".join(map(share, row["interval"] or ()))
         against = f"{share(row['changed']):>8}{share(row['flipped']):>9}" if name in controls else ""
         print(f"{name:<16}{right:>10}{share(row['accuracy']):>10}   {interval:<18}{against}".rstrip())
     for name, control in result.controls.items():
         if not control.count:
             print(f"{name} is not possible: {next(iter(control.skipped.values()))}")
-    print(f"by chance {share(result.chance)}; changed: other than for the clip as it is; flipped: the opposite\n")
+    print(f"by chance {share(result.chance)}; changed: another answer than to the original; flipped: the opposite\n")
     table = result.confusion
     columns = sorted({said for row in table.values() for said in row})
     if len({*table, *columns}) <= most:
-        width = max(map(len, [*table, *columns, "true / said"])) + 2
-        for true, row in {"true / said": {said: said for said in columns}, **table}.items():
+        width = max(map(len, [*table, *columns, "true / predicted"])) + 2
+        for true, row in {"true / predicted": {said: said for said in columns}, **table}.items():
             print(f"{true:<{width}}" + "".join(f"{row[said]:>{width}}" for said in columns))
 
 

@@ -145,9 +145,9 @@ def summary(model, cfg, records, processor, loader, steps, world):
     sizes = sample_sizes(records, processor, answer=not is_grpo)
     tokens = [length for length, _ in sizes.values()]
     span = f"{min(tokens):,} to {max(tokens):,} {'prompt tokens' if is_grpo else 'tokens'}"
-    looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} that were looked at can be read"
+    looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} checked are readable"
     yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(tokens):,.0f}"
-    yield f"  steps      {loader.steps_per_epoch:,} an epoch, {steps:,} in all"
+    yield f"  steps      {steps:,}; {loader.steps_per_epoch:,} are an epoch"
     peaks = estimate(model, cfg, list(sizes.values()), world)
     each, most = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items()), max(peaks.values())
     fills = "; auto fills what is free" if "auto" in (cfg.pack_tokens, cfg.gradient_checkpointing) else ""

@@ -74,10 +74,11 @@ def main() -> None:
 
 def show_stages() -> None:
     """Their table, the last two sampled; and a clip that GRPO's start got wrong and GRPO gets right."""
-    print(f"\n{'stage':<12}{'accuracy':>10}{'seconds':>9}")
+    print(f"\n{'stage':<12}{'accuracy':>10}{'decoding':>10}{'seconds':>9}")
     for stage in ("generate", "base", "sft", "grpo_start", "grpo"):
         share = f"{result[f'{stage}_accuracy']:.1%}" if stage != "generate" else ""
-        print(f"{stage:<12}{share:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}")
+        decoding = {"generate": "", "base": "greedy", "sft": "greedy"}.get(stage, "sampled")
+        print(f"{stage:<12}{share:>10}{decoding:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}")
     print(f"\nThe report, curves and clips, for a browser: {OUT}/report.html")
     for wrong, right in zip(read(OUT / "grpo_start.jsonl"), read(OUT / "grpo.jsonl")):
         if right["right"] > wrong["right"]:

@@ -30,7 +30,7 @@ SAMPLED_TOKENS = 131_072
 class Rollout:
     """One completion, and what becomes of it."""
 
-    prompt: int  # number of its group among those of the step
+    group: int  # number of its group among those of the step
     ids: list[int]  # with the end token, if it came to one
     logprobs: list[float]  # of ids as they were drawn
     finished: bool  # by an end token, not by the length limit
@@ -102,9 +102,9 @@ class Sampler:
         first = self(batch[:half], sampling, count, seeds[:half], on_token)
         return first + self(batch[half:], sampling, count, seeds[half:], on_token)
 
-    def rollout(self, prompt: int, completion: Completion) -> Rollout:
+    def rollout(self, group: int, completion: Completion) -> Rollout:
         text = self.processor.backend.decode(completion.ids, skip_special_tokens=True)
-        return Rollout(prompt, completion.ids, completion.logprobs, completion.finished, text)
+        return Rollout(group, completion.ids, completion.logprobs, completion.finished, text)
 
 
 def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Example]]:
@@ -196,7 +196,7 @@ def facts_of(record: dict, sample: Sample) -> dict:
 
 def row(step: int, facts: dict, group: Group, rollout: Rollout, decode_token: Callable[[int], str] | None) -> dict:
     """One line of rollouts.jsonl. decode_token: token id -> its text; None: without tokens and their log-probs."""
-    line = {"step": step, "prompt": rollout.prompt, **facts, "completion": rollout.text, "reward": rollout.reward}
+    line = {"step": step, "prompt": rollout.group, **facts, "completion": rollout.text, "reward": rollout.reward}
     line |= {"rewards": rollout.components, "advantage": round(rollout.advantage, 4), "trained": group.trained}
     line |= {"finished": rollout.finished, "n_tokens": len(rollout.ids)}
     if decode_token:

@@ -159,7 +159,8 @@ def start(run, model, processor, loader, records, held_out):
         prepare_folder(run)
         where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         precision = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
-        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done")
+        left = "" if run.step < run.total else "; nothing is left, a larger --max_steps goes on"
+        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done{left}")
         run.say(f"  precision  {precision}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
         for line in describe(cfg, model, processor, records, loader, run.world):
             run.say(line)
@@ -278,7 +279,9 @@ def describe(cfg, model, processor, records, loader, world):
     whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
-    yield f"  a step     {batch} samples x {micro} x {world} ranks = {batch * micro * world} samples"
+    rounds = f"; up to {1 + cfg.max_resample} rounds of sampling" if hasattr(cfg, "max_resample") else ""
+    what = "completions" if rounds else "samples"
+    yield f"  a step     {batch} {what} x {micro} x {world} ranks = {batch * micro * world} {what}{rounds}"
     yield from summary(model, cfg, records, processor, loader, total, world)
 
 

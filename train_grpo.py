@@ -130,7 +130,7 @@ def sample_groups(run, rewards, batches, step, wanted):
             for k, group in enumerate(theirs):
                 group.number, group.owner = len(groups), rank
                 for rollout in group.rollouts:
-                    rollout.prompt = group.number
+                    rollout.group = group.number
                 if rank == run.rank:
                     examples[group.number] = prompts[k]
                 groups.append(group)
@@ -251,8 +251,8 @@ def split_micro_batches(groups, cfg, pack_tokens):
 def micro_batch(examples, rollouts, device):
     """What one forward pass takes. rollouts: those of a group next to each other. examples: {number: Example}. N
     completion tokens, G completions."""
-    numbers = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
-    completions = [[rollout.ids for rollout in rollouts if rollout.prompt == number] for number in numbers]
+    numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
+    completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
     packed = pack_groups([examples[number] for number in numbers], completions)
     lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
     sampler = [logprob for rollout in rollouts for logprob in rollout.logprobs]

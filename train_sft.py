@@ -61,7 +61,7 @@ def main():
         answer_tokens, tokens, _ = counts.sum(0).tolist()
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
         grad_norm, updated, most = None, False, int(counts[:, 2].max())
-        while answer_tokens:  # else there is nothing to learn from, on all ranks alike
+        while answer_tokens:  # repeated where memory runs out; 0: nothing to learn from, on all ranks alike
             try:
                 loss_of = partial(micro_loss, engine, answer_tokens, sums)
                 grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)

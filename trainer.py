@@ -82,10 +82,10 @@ class Run:
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
         """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; what to add to
         its line). The start is no checkpoint, so it is never the best."""
-        self.last_accuracy = accuracy
         if self.step == 0:
             self.start_accuracy = accuracy
             return False, ", the start"
+        self.last_accuracy = accuracy
         if accuracy is None or (self.best and accuracy < self.best["accuracy"]):
             return False, ""
         self.best = {"step": self.step, "accuracy": accuracy}
@@ -345,8 +345,8 @@ def watch_signals(run):
         if number == run.signal == signal.SIGINT:
             raise SystemExit(128 + number)
         if not run.signal and run.rank == 0:
-            again = "; once more ends it at once" if number == signal.SIGINT else ""
-            text = f"\n{signal.Signals(number).name}: this step is finished, a checkpoint written{again}\n"
+            again = "; Ctrl-C again quits at once" if number == signal.SIGINT else ""
+            text = f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint{again}\n"
             os.write(2, text.encode())  # print() may be in the middle of another line
         run.signal = run.signal or number
 

@@ -5,6 +5,7 @@ introduced (`model.visual.*`, `model.language_model.*`). Sizes are read from con
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -164,11 +165,19 @@ def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0,
     return model
 
 
+def write_tensors(tensors: dict, path: Path) -> None:
+    """A safetensors file that others may read as far as they may read other new files; the library makes it private."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors under hub names; transformers and load_model read them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: t.to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, Path(folder) / "model.safetensors")
     (Path(folder) / "config.json").write_text(json.dumps(model.config.raw, indent=2) + "\n")
 
 

@@ -108,7 +108,7 @@ class VisionPlan:
     """The vision tower's windows and positions. They follow from the grids alone."""
 
     order: Tensor  # (M,) int64: merge cells in window order
-    back: Tensor  # (M,) int64: its inverse
+    inverse: Tensor  # (M,) int64: of order
     tables: tuple[Tensor, Tensor]  # rotary cos and sin, (P, 1, D/2) each, in window order
     windows: Segments
     steps: Segments  # whole grid steps, in window order: windows never cross one
@@ -135,11 +135,11 @@ class VisionPlan:
             steps += [h * w] * t
             first += t * cells.size
         order = torch.from_numpy(np.concatenate(orders))
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         positions = torch.from_numpy(np.concatenate(positions, axis=1))  # rows and columns, (2, P)
-        order, back, positions = (x.to(device, non_blocking=True) for x in (order, back, positions))
+        order, inverse, positions = (x.to(device, non_blocking=True) for x in (order, inverse, positions))
         segments = Segments.full(windows).to(device), Segments.full(steps).to(device)
-        return cls(order, back, vision_tables(positions, config.hidden_size // config.num_heads, dtype), *segments)
+        return cls(order, inverse, vision_tables(positions, config.hidden_size // config.num_heads, dtype), *segments)
 
 
 def vision_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

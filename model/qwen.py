@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: the whole mathematics in plain PyTorch, from token ids and patches to log-probs, in one sitting.
+"""Qwen2.5-VL: the whole mathematics in plain PyTorch, from token ids and patches to log-probs, in one sitting; position
+ids come from rope.py, what attends to what from packed.py, the adapters' weights from adapters.py.
 
     operations       attention, linear with its adapter, norm, SwiGLU, rotary positions, log-probs: in their plain forms
     language model   decoder layers
@@ -132,7 +133,7 @@ def recomputed(block: nn.Module, *args) -> Tensor:
     """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
     1604.06174). With `ops.offload` they wait in host memory."""
     with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
-        return checkpoint(block, *args, twice=True, use_reentrant=False, preserve_rng_state=has_dropout(block))
+        return checkpoint(block, *args, is_recomputed=True, use_reentrant=False, preserve_rng_state=has_dropout(block))
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
@@ -162,9 +163,9 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp_holder(C, config.intermediate_size, False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(C), nn.RMSNorm(C)
 
-    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None, twice: bool = False) -> Tensor:
-        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D). twice:
-        for the backward pass all but the last product is computed again."""
+    def forward(self, x: Tensor, tables, attention, query_rows: Tensor | None = None, is_recomputed=False) -> Tensor:
+        """(T, C) -> (T, C), or (n, C) of the tokens query_rows (n,). attention: (number, q, k, v) -> (n, H, D).
+        is_recomputed: for the backward pass all but the last product is computed again."""
         ops, query_tables = self.ops, tables
         q, k, v, o, *mlp = weights_of(self, *self.self_attn.values(), *self.mlp.values())
 
@@ -181,13 +182,13 @@ class DecoderLayer(nn.Module):
         x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
         if len(x) <= PIECE or not torch.is_grad_enabled():
-            return self.feed_forward(x, *mlp, twice)
+            return self.feed_forward(x, *mlp, is_recomputed)
         how = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
         return torch.cat([checkpoint(self.feed_forward, piece, *mlp, True, **how) for piece in x.split(PIECE)])
 
-    def feed_forward(self, x: Tensor, gate: Weights, up: Weights, down: Weights, twice: bool) -> Tensor:
+    def feed_forward(self, x: Tensor, gate: Weights, up: Weights, down: Weights, is_recomputed: bool) -> Tensor:
         h = self.ops.norm(x, self.post_attention_layernorm.weight, self.eps)  # (n, C)
-        return x + self.ops.linear(self.ops.swiglu(*self.ops.linear(h, gate, up)), down, last=twice)[0]
+        return x + self.ops.linear(self.ops.swiglu(*self.ops.linear(h, gate, up)), down, last=is_recomputed)[0]
 
 
 class LanguageModel(nn.Module):
@@ -231,7 +232,7 @@ class VisionBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = mlp_holder(width, config.intermediate_size, True)
 
-    def forward(self, x: Tensor, tables, segments: Segments, twice: bool = False) -> Tensor:  # (P, width), also out
+    def forward(self, x: Tensor, tables, segments: Segments, is_recomputed=False) -> Tensor:  # (P, width) -> the same
         ops, P = self.ops, len(x)
         qkv, proj, gate, up, down = weights_of(self, *self.attn.values(), *self.mlp.values())
 
@@ -241,7 +242,7 @@ class VisionBlock(nn.Module):
         x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
 
         h = ops.norm(x, self.norm2.weight, VISION_EPS)
-        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=twice)[0]
+        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=is_recomputed)[0]
 
 
 class Merger(nn.Module):
@@ -297,7 +298,7 @@ class VisionTower(nn.Module):
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
         args = x, plan.tables, [plan.windows, plan.steps], recompute
         x = self.through(*args) if graphs is None else graphs.run(self.blocks, self.through, *args)
-        return self.merger(x).index_select(0, plan.back)
+        return self.merger(x).index_select(0, plan.inverse)
 
     def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
         """(P, width) through the blocks. segments: [windows, whole grid steps]."""

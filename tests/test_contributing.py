@@ -34,7 +34,7 @@ def test_the_rewards_of_readme_on_the_quickstarts_data(grpo, tmp_path, monkeypat
     rows = [row for row in lines(folder, "rollouts.jsonl") if "advantage" in row]
     assert len(rows) == 16
     for row in rows:
-        assert row["rewards"]["shortness"] == float(row["n_tokens"] < 40)
+        assert row["rewards"]["shortness"] == 1 - row["n_tokens"] / 48
         thought = row["completion"].partition("<think>")[2].partition("</think>")
         assert row["rewards"]["names_motion"] == float(bool(thought[1]) and "mov" in thought[0])
 

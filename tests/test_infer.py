@@ -95,7 +95,7 @@ def test_one_clip_its_question_and_sampling(capsys, here, tiny, clip):
     assert result["second_per_grid"] == pytest.approx(2 / 15)  # 8 frames of 16 / 30 s, two a step
     assert result["time_ids"] == [0, 1, 2, 3]  # tokens_per_second 8
     assert result["completion_tokens"] == 12 and not result["finished"] and "cut off after 12 tokens" in out
-    assert result["adapter"] is None and "no adapter found under output/" in out
+    assert result["adapter"] is None and "no adapter under output/" in out
     assert result["text"] in out and "reasoning:" in out and "\nanswer:" in out
     assert run(capsys, *flags, "--prompt", QUESTION.replace("\n", "\\n"))[1]["text"] == result["text"]
     other = ("--base_model", tiny, "--question", "Where?", "--max_new_tokens", 1, "--fps", 7.5)

@@ -15,7 +15,7 @@ from model import qwen
 from model.loading import ModelConfig, load_model
 from model.packed import VisionPlan
 from model.qwen import Qwen2_5_VL
-from model.rope import mrope_position_ids
+from model.rope import mrope_position_ids, mrope_tables
 
 # grids in patches: 8x8 is one whole window of 112 pixels, 4x12 and 10x6 are cut by its border, 16x8 is two windows
 CASES = {
@@ -157,6 +157,13 @@ def test_bf16_stays_within_its_own_rounding(oracle):
         }
         theirs_error = (copy.deepcopy(theirs).bfloat16()(**inputs).logits[0].float() - exact).norm() / exact.norm()
     assert error < 1.5 * theirs_error, (error, theirs_error)
+
+
+def test_rotary_tables_lie_row_by_row():
+    """The GPU kernel reads them so. A transposed table once put every position wrong there, and right on the CPU."""
+    positions = torch.arange(21).view(3, 7)
+    for table in mrope_tables(positions, RULE, torch.float32):
+        assert table.shape == (7, 1, RULE.head_dim // 2) and table.is_contiguous()
 
 
 # ---------------------------------------------------------------- positions
