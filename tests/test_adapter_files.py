@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from adapter_files import TENSORS, load_adapter, save_adapter
 from config import SFT, LoraArgs
 from lora import main
 from model import UserError
-from model.adapters import BlockAdapters, LoRALinear, Unpack
+from model.adapters import BlockAdapters, LoRALinear, Unpack, weights_of
 from model.loading import load_model
 from model.packed import Packed, Segments
+from model.qwen import linear
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 # 2 vision blocks (qkv, proj, gate, up, down), the merger (2 layers), 2 decoder layers of 7
@@ -306,3 +308,23 @@ def test_a_merged_folder_is_a_whole_model(tmp_path):
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [474, 472]}  # greedy
     assert len(list(out.glob("part*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize(("rslora", "bias"), [(False, True), (True, False)])
+def test_layer_is_the_formula(rslora, bias):
+    """In its block's parameter as that is now, dropout only while training, off where it is switched off."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(6, 5, bias=bias), torch.randn(2, 3, 6)
+    block = nn.Sequential(LoRALinear(plain, LoraArgs(lora_rank=4, lora_alpha=8, use_rslora=rslora, lora_dropout=0.5)))
+    BlockAdapters(block, list(block), 4)
+    layer, output = block[0].eval(), lambda: linear(x, *weights_of(block, block[0]))[0]
+    assert torch.equal(output(), plain(x)) and layer.lora_A.abs().max() <= 1 / math.sqrt(6)
+    assert set(plain.state_dict()) == set(layer.state_dict())
+    nn.init.normal_(layer.lora_B)
+    block.adapters.data = 2 * block.adapters.data  # another storage, as DeepSpeed gives it
+    scaling = 8 / 2 if rslora else 8 / 4
+    torch.testing.assert_close(output(), plain(x) + scaling * x @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5, rtol=1e-5)
+    layer.train()
+    assert not torch.equal(output(), output())
+    layer.enabled = False
+    assert torch.equal(output(), plain(x))

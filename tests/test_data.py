@@ -18,6 +18,7 @@ from config import VideoArgs
 from data import Processor, TooLong, load_tokenizer
 from model.loading import ModelConfig
 from model.packed import IGNORE
+from reader import read_image
 from video import ClipPlan, frame_indices
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
@@ -205,3 +206,13 @@ def test_records_that_went_wrong(clips, tmp_path):
             assert expected.startswith("only frames between 1.0 s and 2.0 s")
             (clip,) = facts["clips"]
             assert clip["indices"] == frame_indices(11, 8, 10) and clip["times"][0] == 1.0 and clip["times"][-1] == 2.0
+
+
+def test_a_preview_shows_the_frames_as_the_model_sees_them(tmp_path):
+    """The PNG holds every sampled frame, in its resized pixels, in order."""
+    frames = [np.full((56, 84, 3), 60 * k + 20, np.uint8) for k in range(4)]
+    path = write_clip(tmp_path / "clip.mkv", frames, fps=2, codec="libx264rgb", pix_fmt="bgr0", qp="0")
+    look.main([path, "--nframes", "4", "--preview", str(tmp_path / "out.png")])
+    page = read_image(str(tmp_path / "out.png"))
+    row = page[0, page.shape[1] // 2].int().tolist()
+    assert [value for value, before in zip(row[1:], row[:-1]) if value != before and value < 250] == [20, 80, 140, 200]

@@ -351,3 +351,20 @@ def test_a_line_is_written_whole_or_not_at_all_and_later_ones_are_dropped(tmp_pa
     path.write_bytes(before + '{"step": 5, "text": "ü'.encode()[:-1])  # killed within a character
     checkpoint.cut_after(path, 3)
     assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["reference_pass", "grpo_loss"])
+def test_out_of_memory_in_the_update_repeats_it_with_smaller_packs(grpo, monkeypatch, capfd, where):
+    options = {"max_steps": 3, "beta": 0.1, "pack_tokens": 300}
+    whole, real, calls = grpo("whole", **options), getattr(train_grpo, where), []
+
+    def full(*args, **kwargs):
+        calls.append(where)
+        return no_memory() if len(calls) == 2 else real(*args, **kwargs)
+
+    monkeypatch.setattr(train_grpo, where, full)
+    run = grpo("run", **options)
+    assert capfd.readouterr().out.count("out of GPU memory; it is repeated") == 1
+    names = ("loss", "kl", "grad_norm", "entropy", "sampler_gap")
+    for mine, theirs in zip(column(run, *names), column(whole, *names), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)

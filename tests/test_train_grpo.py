@@ -19,7 +19,7 @@ import train_grpo
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from grpo import group_advantages, grpo_loss, loss_normalizer
-from lora import inject, trainable_parameters
+from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.decode import Sampling
 from model.loading import load_model
@@ -441,3 +441,36 @@ def test_equal_rewards_teach_exactly_nothing(scale, reward):
     rewards[2] = torch.arange(7)
     advantages, std = group_advantages(rewards, scale)
     assert not advantages[:2].any() and not std[:2].any() and advantages[2].any()
+
+
+@pytest.mark.parametrize("tokens, expected", [
+    (60, [[0] * 3 + [1] * 3, [2] * 3 + [3] * 3]),  # there would be room for two prompts and eight completions
+    (49, [[0] * 3, [1] * 3, [2] * 3, [3] * 3]),
+    (24, [[g] * n for g in range(4) for n in (2, 1)]),
+])  # fmt: skip
+def test_a_pack_cuts_no_group_that_fits(tokens, expected):
+    """Prompts of 10 tokens with three completions of 5: a group takes 25."""
+    groups = [Group(g, 10, [Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)], g) for g in range(4)]
+    batches = train_grpo.split_micro_batches(groups, GRPO(), tokens)
+    assert [[rollout.group for rollout in each] for each in batches] == expected
+
+
+def test_the_reference_stays_as_it_was(bench, base):
+    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
+    model = adapted(base, cfg)
+    before = model(prompts).detach()
+    frozen = train_grpo.freeze_reference(model, cfg)
+    without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
+    shake(model, seed=1)
+    now = model(prompts).detach()
+    with frozen():
+        assert torch.equal(model(prompts), before)
+    with without():
+        assert not any(layer.enabled for _, layer in lora_layers(model))
+    assert torch.equal(model(prompts), now) and not torch.equal(now, before)
+
+
+def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
+    free, held = (column(grpo(f"{beta}", max_steps=5, learning_rate=1e-2, beta=beta), "kl") for beta in (1e-9, 10.0))
+    assert held[-1] < free[-1] / 3, (free, held)
+    assert column(grpo("off", max_steps=2, beta=0), "kl") == []

@@ -14,6 +14,7 @@ import torch
 from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
 import checkpoint
+import console
 import startup
 import train_sft
 import trainer
@@ -328,3 +329,39 @@ def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
     shown = capfd.readouterr().out
     for words in ("bfloat16", "--use_liger has no effect", "offload_param has no effect", "learning_rate=0.0002"):
         assert words in shown, shown
+
+
+def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert console.highlight("warning") == "warning"  # into a file
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert console.highlight("warning") == "\033[33mwarning\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.highlight("warning") == "warning"
+
+
+@pytest.mark.parametrize(
+    "script, start, last, number, words",
+    [
+        ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; accuracy 90.0%", "infer.py"]),
+        (
+            "train_grpo",
+            0.5,
+            0.9,
+            0,
+            ["accuracy 50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"],
+        ),
+        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
+    ],
+)
+def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
+    run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
+    run.compare(start)
+    run.step = 2
+    run.compare(last)
+    append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
+    append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
+    text = "\n".join(console.closing_lines(run, number))
+    for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2.0 MB"]:
+        assert word in text, text
