@@ -102,6 +102,8 @@ def test_video_r1(processor):
     span = number | {"problem_type": "time span", "solution": [2.0, 6]}  # 2 of 6 seconds are in both
     assert accuracy(f"{THINK}<answer>4 to 8</answer>", sample_from_record(span)) == 2 / 6
     assert text_of(processor, processor.encode(number).ids).startswith(f"{SYSTEM}<|im_start|>user\n{IMAGE}How many?<")
+    picture = number | {"data_type": "video", "path": {"path": "p.png", "fps": 4}}
+    assert read_turns(picture, "r")[0].parts[0] == Media("video", ("p.png",), {"fps": 4})
     lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
     assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
 
