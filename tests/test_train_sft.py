@@ -137,6 +137,7 @@ def test_a_broken_checkpoint_and_a_changed_dataset_are_named_on_resume(sft, base
     (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
     damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
+    (folder / "checkpoint-1/trainer_state.json").write_text("")
     assert "is missing" in what_is_broken(folder / "checkpoint-5")
     assert newest_checkpoint(folder) == folder / "checkpoint-3"
     assert "SHA-256" in capfd.readouterr().err
@@ -295,6 +296,9 @@ def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
     assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
     assert find_adapter("", script="train_grpo") is None
     assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
+    theirs = shutil.copytree(folder / "checkpoint-5", tmp_path / "theirs")  # as other trainers leave it
+    shutil.copytree(folder / "checkpoint-1", theirs / "checkpoint-1")
+    assert find_adapter(theirs) == theirs
     with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
         find_adapter(folder / "checkpoint-19")
     with pytest.raises(UserError, match="whole model.*--model_id"):
