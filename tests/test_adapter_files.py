@@ -8,6 +8,7 @@ import pytest
 import torch
 from make_peft4_adapter import FOLDER as PEFT4
 from make_peft4_adapter import GRID, IDS, arithmetic_base, patches
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_lora import TINY, close, hf_logits, load, logits, randomise, with_args
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -210,3 +211,13 @@ def test_mistakes_are_one_line_and_write_nothing(adapter, tmp_path, argv, words)
     with pytest.raises(UserError, match=words) as error:
         main([str(names.get(word, word)) for word in argv.split()])
     assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_is_one_line(adapter, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("adapter_files.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        main(["merge", str(adapter), str(tmp_path / "new")])
+    assert not list(tmp_path.glob("*new*"))
