@@ -222,7 +222,8 @@ def load_file(cls, path):
 def read_config(cls, path):
     """[(name, value, where: file and line)] of a config file."""
     if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
-        raise UserError(f"--config: {str(path)!r} is no .py, .yaml, .json or .toml file{nearest_path(path)}")
+        problem = "is no .py, .yaml, .json or .toml file" if path.is_file() else "does not exist"
+        raise UserError(f"--config: {str(path)!r} {problem}{nearest_path(path)}")
     try:
         values = dict(load_file(cls, path))
     except BROKEN as error:
