@@ -281,6 +281,10 @@ def test_the_plan_of_a_dataset(processor, clips):
     assert len(lines) == 3 and "sample 3: " in lines[2] and "no readable video" in lines[2]
     results = lines_of(processor, clips / "d.json", as_json=True)
     assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
+    broken = [{"question": str(i)} for i in range(30)]
+    (clips / "more.json").write_text(json.dumps([*records, *broken]))
+    text = lines_of(processor, clips / "more.json")
+    assert text.count("skipped:") == 9 and "23 more" in text
 
 
 def test_records_that_went_wrong(clips, tmp_path):
