@@ -225,8 +225,11 @@ def run_command(cfg):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {out} already holds something, expected a new folder; choose another name")
     if quantised and kind == "bf16":
-        raise UserError("--merge_base: found quantised, expected original: the adapter was trained on a bf16 base")
-    write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, kind, quantised)))
+        raise UserError("--merge_base: got quantised, expected original: the adapter was trained on a bf16 base")
+    try:
+        write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, kind, quantised)))
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"--output_dir: {out} cannot be written ({error}); make room or choose another") from None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9
     print(f"{out}: {base} + {adapter}, {size:.3g} GB of bf16 weights")
     if errors:

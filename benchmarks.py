@@ -40,7 +40,7 @@ def load_benchmark(name: str) -> dict:
             full_name, text = f"{family}-{part}".strip("-"), json.dumps(entry).replace("{part}", part)
             known[full_name] = shared | json.loads(text) | {"name": full_name, "family": family}
     if name.lower() not in known:
-        raise UserError(f"--benchmark: found {name!r}, expected one of {', '.join(known)}")
+        raise UserError(f"--benchmark: got {name!r}, expected one of {', '.join(known)}")
     return known[name.lower()]
 
 
@@ -177,7 +177,7 @@ class Task:
         root, self.cfg, self.benchmark = Path(cfg.video), cfg, load_benchmark(cfg.benchmark)
         cfg.prompt = cfg.prompt or "official"
         if cfg.prompt not in ("official", "video-r1"):
-            raise UserError(f"--prompt: found {cfg.prompt!r}, expected official or video-r1 beside --benchmark")
+            raise UserError(f"--prompt: got {cfg.prompt!r}, expected official or video-r1 beside --benchmark")
         self.style = cfg.prompt if "prompts" in self.benchmark else "video-r1"  # its own files have no other
         every = read_questions(self.benchmark, root)
         paired = [(q, next((root / clip for clip in q.clips if (root / clip).exists()), None)) for q in every if q.kind]

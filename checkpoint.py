@@ -169,10 +169,17 @@ def rotate(run_folder, limit):
     that a signal left: it goes as soon as there is a newer one, so that a stopped run ends with the same ones."""
     best, every = best_checkpoint(run_folder), checkpoints(run_folder)
     others = [folder for folder in every if folder != best]
-    stopped = [f for f in others if (f / STATE).is_file() and read_json(f / STATE).get("stopped")]
+    stopped = [folder for folder in others if was_stopped(folder)]
     counted = [folder for folder in others if folder not in stopped]
     for folder in [*(f for f in stopped if f != every[-1]), *(counted[:-limit] if limit else [])]:
         remove(folder)
+
+
+def was_stopped(folder):
+    try:
+        return read_json(folder / STATE).get("stopped")
+    except UserError:
+        return False  # a broken one
 
 
 def link_adapter(run_folder):
@@ -204,7 +211,8 @@ def find_adapter(path, script=None):
     if not path.exists():
         problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
         raise UserError(f"{problem}{nearest_path(path)}")
-    if every := checkpoints(path):
+    every, is_run = checkpoints(path), (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()
+    if every and is_run:  # other trainers leave their last adapter beside its checkpoints
         path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
     if (path / MANIFEST).exists() and (fault := what_is_broken(path)):
         raise UserError(f"{path}: broken checkpoint: {fault}; take another one")

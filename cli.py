@@ -96,7 +96,7 @@ def trains_base(c):
 
 def require(ok, name, value, expected):
     if not ok:
-        raise UserError(f"--{name}: found {value!r}, expected {expected}")
+        raise UserError(f"--{name}: got {value!r}, expected {expected}")
 
 
 def check(c):
@@ -174,7 +174,7 @@ def typed_value(cls, name, value, where):
         return convert(str(value), kind)
     except (ValueError, KeyError):
         hint = nearest(value, typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ""
-        raise UserError(f"{where}{name}: found {value!r}, expected {type_name(kind)}{hint}") from None
+        raise UserError(f"{where}{name}: got {value!r}, expected {type_name(kind)}{hint}") from None
 
 
 def from_file(cls, name, value, path):
@@ -222,7 +222,8 @@ def load_file(cls, path):
 def read_config(cls, path):
     """[(name, value, where: file and line)] of a config file."""
     if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
-        raise UserError(f"--config: {str(path)!r} is no .py, .yaml, .json or .toml file{nearest_path(path)}")
+        problem = "is no .py, .yaml, .json or .toml file" if path.is_file() else "does not exist"
+        raise UserError(f"--config: {str(path)!r} {problem}{nearest_path(path)}")
     try:
         values = dict(load_file(cls, path))
     except BROKEN as error:
@@ -318,7 +319,7 @@ def read_argv(cls, argv):
             elif is_switch or kind is None:
                 value = "true"
             else:
-                raise UserError(f"--{name}: found no value, expected {type_name(kind)}")
+                raise UserError(f"--{name}: got no value, expected {type_name(kind)}")
         words.append((name, value, "--"))
     for name in positional[: len(bare)]:
         is_list = typing.get_origin(kinds[name]) is list  # the last one, it takes all that follow
@@ -351,7 +352,7 @@ def parse(cls, argv=None):
         cfg.given |= set(settings)
         cfg.settle(settings)
     if bare:
-        raise UserError(f"found {bare[0]!r} without a flag; expected --name value or --name=value (--help lists them)")
+        raise UserError(f"got {bare[0]!r} without a flag; expected --name value or --name=value (--help lists them)")
     if hasattr(cfg, "fps"):
         follow_model(cfg)
     cfg.check()

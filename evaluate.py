@@ -212,7 +212,7 @@ def evaluate_and_log(run, log, held_out, sampled=False):
     facts["eval_seconds"] = seconds = time.perf_counter() - began
     is_best, verdict = run.compare(result.accuracy)
     if result.count:
-        text = f"answers right: {result.accuracy:.1%}{words} of {result.count} held-out samples{verdict}"
+        text = f"accuracy: {result.accuracy:.1%}{words} of {result.count} held-out samples{verdict}"
         run.say(f"step {run.step:>6}  {text}  ({seconds:.1f} s)")
     names = ("accuracy", "interval", "count", "chance", "confusion")
     facts["evaluation"] = {name: getattr(result, name) for name in names}

@@ -43,7 +43,7 @@ def take_options(cfg, path):
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {Path(sys.argv[0]).name}")
     new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
     for name in new.intersection(FIXED):
-        what = f"found {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+        what = f"got {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
         raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
     for name in theirs.keys() - {"resume", "overwrite", "output_dir"}:
         setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))

@@ -50,7 +50,8 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
         lengths = [result["tokens"] for result in results if "tokens" in result]
         low, median, high = np.percentile(lengths, (0, 50, 100))
         yield f"  samples {len(lengths)}, {sum(lengths)} tokens: {low:g} to {high:g} a sample, median {median:g}"
-        yield from (f"  skipped: {error}" for error in refused)
+        yield from (f"  skipped: {error}" for error in refused[:8])
+        yield from [f"  skipped: {len(refused) - 8} more; --json has them all"] * (len(refused) > 8)
     else:
         (result,) = results
         plain = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)

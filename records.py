@@ -321,10 +321,10 @@ def read_clips(record: dict) -> dict:
     for kind in ("video", "image"):
         names = [record[key] for key in (kind, f"{kind}s") if record.get(key) not in (None, [], "")]
         if len(names) == 2:
-            raise UserError(f"found {kind} and {kind}s; expected one of them")
+            raise UserError(f"got {kind} and {kind}s; expected one of them")
         clips[kind] = names[0] if names else None
-    if not any(clips.values()) and record.get("data_type") in clips:
-        clips[record["data_type"]] = record.get("path")
+    if not any(clips.values()) and (kind := str(record.get("data_type"))) in clips:
+        clips[kind] = record.get("path")
     return clips
 
 
@@ -377,7 +377,7 @@ def assign_clips(turns: list[Turn], kind: str, names) -> None:
     names = names if isinstance(names, list) else [] if names is None else [names]
     files = [str(file_of(name)).lower() for name in names]
     pictures = [file for file in files if file.startswith("data:image/") or file.endswith(IMAGE_SUFFIXES)]
-    if kind == "video" and len(tags) <= 1 and names and pictures == files:
+    if kind == "video" and len(tags) <= 1 and len(names) > 1 and pictures == files:
         names = [names]  # at most one tag, nothing but pictures: the frames of one clip
     clips = [read_media(kind, name) for name in names]
     question = next((turn for turn in turns if turn.role == "user"), None)

@@ -238,7 +238,7 @@ def read_tensors(file: Path, device="cpu"):
 def differences(actual: dict, expected: dict) -> str:
     """What two {tensor's name: shape} do not share, in words: three at most."""
     wrong = [
-        f"{name}: found {actual.get(name, 'no tensor')}, expected {expected.get(name, 'none of this name')}"
+        f"{name}: got {actual.get(name, 'no tensor')}, expected {expected.get(name, 'none of this name')}"
         for name in sorted(actual.keys() | expected.keys())
         if actual.get(name) != expected.get(name)
     ]

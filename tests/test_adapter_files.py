@@ -12,6 +12,7 @@ import torch
 from conftest import Sequence, pack_sequences
 from make_peft4_adapter import FOLDER as PEFT4
 from make_peft4_adapter import GRID, IDS, arithmetic_base, patches
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -328,3 +329,13 @@ def test_layer_is_the_formula(rslora, bias):
     assert not torch.equal(output(), output())
     layer.enabled = False
     assert torch.equal(output(), plain(x))
+
+
+def test_a_disk_that_is_full_is_one_line(adapter, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("model.loading.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        main(["merge", str(adapter), str(tmp_path / "new")])
+    assert not list(tmp_path.glob("*new*"))

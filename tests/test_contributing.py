@@ -58,7 +58,7 @@ def test_the_option(tmp_path):
     assert "of the answers in an SFT evaluation" in parse("--help", "all").stdout
     assert parse("--eval_temperature", "0.7").stdout == "0.7\n"
     wrong = parse("--eval_temperature", "-1")
-    assert wrong.returncode == 2 and "--eval_temperature: found -1.0, expected at least 0" in wrong.stderr
+    assert wrong.returncode == 2 and "--eval_temperature: got -1.0, expected at least 0" in wrong.stderr
 
 
 # Of the reader, of other projects, and of the table of what was removed

@@ -185,6 +185,22 @@ def test_the_plan_of_a_clip(processor, clips):
     assert "no readable video" in broken["refused"] and broken["clips"] == broken["warnings"] == []
 
 
+def test_the_plan_of_a_dataset(processor, clips):
+    records = [record(i, answer="x" * i) for i in range(1, 4)]
+    records.append({"video": "broken.mp4", "conversations": turns("<video>", "L")})
+    (clips / "d.json").write_text(json.dumps(records))
+    lines = lines_of(processor, clips / "d.json").splitlines()
+    lengths = [length(processor, r) for r in records[:3]]
+    assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
+    assert len(lines) == 3 and "sample 3: " in lines[2] and "no readable video" in lines[2]
+    results = lines_of(processor, clips / "d.json", as_json=True)
+    assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
+    broken = [{"question": str(i)} for i in range(30)]
+    (clips / "more.json").write_text(json.dumps([*records, *broken]))
+    text = lines_of(processor, clips / "more.json")
+    assert text.count("skipped:") == 9 and "23 more" in text
+
+
 def test_records_that_went_wrong(clips, tmp_path):
     """Records that were learned wrongly once, by `python data.py FILE --json`."""
     text = (Path(__file__).parent / "cases" / "records.jsonl").read_text()

@@ -98,7 +98,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
     [
         ("lora check nowhere", "no such folder"),
         ("lora check adapter --model_id other", "is --model_id its base model"),
-        ("lora merge adapter", "--output_dir: found None, expected a new folder"),
+        ("lora merge adapter", "--output_dir: got None, expected a new folder"),
         ("lora merge adapter new --model_id nowhere", "no such folder"),
         ("lora merge adapter new --model_id other", "is --model_id its base model"),
         ("lora merge adapter other", "already holds something"),
@@ -117,7 +117,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ("infer --model_id TINY", "no clip given"),
         ("infer a.mp4 --model_id TINY --model_ckpt nowhere", "nowhere: no such folder"),
         ("infer --data_path nowhere.json --model_id TINY", "nowhere.json: no such file"),
-        (f"{BENCHMARK} mvbenhc mvbench", "found 'mvbenhc', expected one of video-r1-mvbench, .*tempcompass-yes_no"),
+        (f"{BENCHMARK} mvbenhc mvbench", "got 'mvbenhc', expected one of video-r1-mvbench, .*tempcompass-yes_no"),
         (f"{BENCHMARK} mvbench nowhere", r"no such folder .*expected json/\*.json or \*.json in it, clips in video/F"),
         (
             f"{BENCHMARK} vsi-bench mvbench",
@@ -125,7 +125,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ),
         (f"{BENCHMARK} mvbench mvbench", "none of its clips is in .*; expected video/clevrer/video_validation/a.mp4"),
         (f"{BENCHMARK} longvideobench broken", "lvb_val.json: not as it is published .KeyError: 'candidates'."),
-        (f"{BENCHMARK} mvbench mvbench --prompt cot", "--prompt: found 'cot', expected official or video-r1"),
+        (f"{BENCHMARK} mvbench mvbench --prompt cot", "--prompt: got 'cot', expected official or video-r1"),
         (f"{BENCHMARK} mvbench", "no clip given; expected .*--benchmark mvbench DIR"),
         ("report runs", "runs: no run.json in it; expected a run's folder"),
         ("report runs/a", "best.json: cannot be read"),
@@ -247,7 +247,7 @@ def test_wrong_tensors_are_named(folders):
     message = refused(load_model, folders[0])
     for words in (
         "9.bogus: found (1,), expected none",
-        "norm.weight: found no tensor",
+        "norm.weight: got no tensor",
         "ln_q.weight: found (7,), expec",
     ):
         assert words in message

@@ -190,7 +190,7 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     whole = sft("whole", base_dtype="nf4", max_steps=4, save_steps=2)
     shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoint-4")
-    with pytest.raises(UserError, match="--base_dtype: found 'int8', expected 'nf4'"):
+    with pytest.raises(UserError, match="--base_dtype: got 'int8', expected 'nf4'"):
         sft("again", base_dtype="int8", max_steps=4, resume=True)
     release_run()
     again = sft("again", base_dtype="nf4", max_steps=4, resume=True)

@@ -89,6 +89,8 @@ def test_options_in_a_column_are_asked_and_read(processor):
     assert asked in text_of(processor, processor.encode(VIDEO_R1).ids)
     sample = sample_from_record(VIDEO_R1)
     assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
+    picture = VIDEO_R1 | {"path": {"path": "p.png", "fps": 4}}
+    assert read_turns(picture, "r")[0].parts[0] == Media("video", ("p.png",), {"fps": 4})
     lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
     assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
 

@@ -136,6 +136,7 @@ def test_a_broken_checkpoint_and_a_changed_dataset_are_named_on_resume(sft, base
     (folder / "checkpoint-5/optimizer-00000.safetensors").unlink()
     damaged = folder / "checkpoint-4/optimizer-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
+    (folder / "checkpoint-1/trainer_state.json").write_text("")
     assert "is missing" in what_is_broken(folder / "checkpoint-5")
     assert newest_checkpoint(folder) == folder / "checkpoint-3"
     assert "SHA-256" in capfd.readouterr().err
@@ -286,6 +287,21 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
         startup.claim(tmp_path / "new", SFT(resume=True))
     first.close()
     startup.claim(tmp_path / "new", SFT())
+
+
+def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "output/run")
+    monkeypatch.chdir(tmp_path)
+    assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
+    assert find_adapter("", script="train_grpo") is None
+    assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
+    theirs = shutil.copytree(folder / "checkpoint-5", tmp_path / "theirs")  # as other trainers leave it
+    shutil.copytree(folder / "checkpoint-1", theirs / "checkpoint-1")
+    assert find_adapter(theirs) == theirs
+    with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
+        find_adapter(folder / "checkpoint-19")
+    with pytest.raises(UserError, match="whole model.*--model_id"):
+        find_adapter(base / "tiny")
 
 
 # -- What a run says
