@@ -90,7 +90,7 @@ def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
     readable = [s for s in streams if s.codec_context is not None]
     if not readable:
         types = ", ".join(s.type for s in container.streams) or "nothing"
-        return None, f"no video that FFmpeg decodes, found {types}; convert it to h264, or a picture to png"
+        return None, f"no video that FFmpeg decodes, got {types}; convert it to h264, or a picture to png"
     if any(s.disposition & Disposition.dependent for s in streams):
         return None, "a picture in tiles (HEIC, AVIF), which FFmpeg does not join; convert it to png"
     stream = max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
