@@ -129,6 +129,12 @@ def mlp_holder(width: int, inner: int, bias: bool) -> nn.ModuleDict:
     return nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
 
 
+def feed_forward(ops: Ops, x: Tensor, weight: Tensor, eps: float, gate, up, down, is_recomputed: bool) -> Tensor:
+    """x + MLP(norm(x)): (n, C) -> (n, C). weight: of the norm."""
+    h = ops.norm(x, weight, eps)
+    return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=is_recomputed)[0]
+
+
 def recomputed(block: nn.Module, *args) -> Tensor:
     """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
     1604.06174). With `ops.offload` they wait in host memory."""
@@ -181,14 +187,11 @@ class DecoderLayer(nn.Module):
         out = attention(self.number, q, k, v.view(-1, self.K, self.D))  # (n, H, D)
         x = x + ops.linear(out.reshape(-1, self.H * self.D), o)[0]
 
+        mlp = self.post_attention_layernorm.weight, self.eps, *mlp
         if len(x) <= PIECE or not torch.is_grad_enabled():
-            return self.feed_forward(x, *mlp, is_recomputed)
+            return feed_forward(ops, x, *mlp, is_recomputed)
         how = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
-        return torch.cat([checkpoint(self.feed_forward, piece, *mlp, True, **how) for piece in x.split(PIECE)])
-
-    def feed_forward(self, x: Tensor, gate: Weights, up: Weights, down: Weights, is_recomputed: bool) -> Tensor:
-        h = self.ops.norm(x, self.post_attention_layernorm.weight, self.eps)  # (n, C)
-        return x + self.ops.linear(self.ops.swiglu(*self.ops.linear(h, gate, up)), down, last=is_recomputed)[0]
+        return torch.cat([checkpoint(feed_forward, ops, piece, *mlp, True, **how) for piece in x.split(PIECE)])
 
 
 class LanguageModel(nn.Module):
@@ -241,8 +244,7 @@ class VisionBlock(nn.Module):
         q, k = ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
         x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
 
-        h = ops.norm(x, self.norm2.weight, VISION_EPS)
-        return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=is_recomputed)[0]
+        return feed_forward(ops, x, self.norm2.weight, VISION_EPS, gate, up, down, is_recomputed)
 
 
 class Merger(nn.Module):

@@ -202,7 +202,7 @@ BROKEN = {  # file -> what its error must say
     "list.txt": "a playlist or text",
     "jpeg.tif": "a TIFF with a JPEG inside",
     "pipe.mp4": "not a regular file",
-    "audio.mp4": "found audio",
+    "audio.mp4": "got audio",
     "tiled.avif": "a picture in tiles",
     "alpha.avif": "transparency or depth is a stream of its own",
     "animated.webp": "an animated webp",
