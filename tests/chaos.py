@@ -141,7 +141,8 @@ def finish(script: str, run: Path, flags: str = "") -> str:
 
 def lines(path: Path) -> list[dict]:
     """Of metrics.jsonl, clocks left out."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())  # the last line may be in the middle of a write
     return [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in rows]
 
 
@@ -214,7 +215,7 @@ def other_ranks(script: str):
 
     expected, number = numbers(undisturbed(script, options)[0]), 0
     while True:
-        run, number, world = Path(f"ranks{number}"), number + 1, RNG.choice([1, 2])
+        run, number, world = Path(f"{script}_ranks{number}"), number + 1, RNG.choice([1, 2])
         ranks, steps, until = launch(run, 2), RNG.randint(3, 6), time.monotonic() + 300
         while len(lines(run / "metrics.jsonl")) < steps and time.monotonic() < until:
             time.sleep(0.02)
