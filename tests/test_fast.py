@@ -99,4 +99,5 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
     for function in (target_logprobs, qwen.logprobs):
         rest = function(hidden, head, targets, temperature, banned)[1:]
         made.append([*rest, *results(lambda h, w, f=function: f(h, w, targets, temperature, banned)[0], hidden, head)])
-    agree(*made, 1e-5)
+    for ours, plain in zip(*made, strict=True):
+        assert torch.allclose(ours.float(), plain.float(), atol=1e-5, rtol=1e-4), (ours - plain).abs().max()
