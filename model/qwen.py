@@ -35,9 +35,9 @@ __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "t
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_EPS = 1e-6  # of the tower's norms; config.json has no key for it
-LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
+LONG = 65_536  # patches from which on a tower that keeps nothing runs in parts; so many blocks' inputs take 5.4 GB
 PIECE = 32_768  # tokens whose MLP is trained at a time, and computed again: its activations are 16 times as large as x
-PART = 4096  # patches of a part, whose activations take 5.8 GB while it is computed again
+PART = 32_768  # patches of a part, whose blocks' inputs take 2.7 GB while it is computed again
 
 
 # -- Operations, in their plain forms
@@ -310,13 +310,13 @@ class VisionTower(nn.Module):
         return x
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
-        """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
-        only the patches are kept; the backward pass computes it again, and then keeps all of it."""
+        """forward() of a long video, some grid steps at a time: exact, for no block looks across them. Of each part
+        only the patches are kept; the backward pass computes it again, and once more block by block."""
         steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
         again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
-        parts = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True)
-        return torch.cat([checkpoint(self, part, self.plan([grid]), **again) for part, grid in parts])
+        parts, depth = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True), len(self.blocks)
+        return torch.cat([checkpoint(self, part, self.plan([grid]), depth, **again) for part, grid in parts])
 
 
 # -- The model
@@ -368,7 +368,7 @@ class Qwen2_5_VL(nn.Module):
             assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
         pads = torch.nonzero_static(is_pad, size=count)[:, 0]
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if recompute and len(packed.patches) > LONG:
+            if recompute and self.kept_blocks == 0 and len(packed.patches) > LONG:
                 vision = visual.in_parts(packed.patches, packed.grid_thw)  # (M, C)
             else:
                 vision = visual(packed.patches, plan, recompute, self.ops.graphs)
