@@ -135,11 +135,12 @@ def feed_forward(ops: Ops, x: Tensor, weight: Tensor, eps: float, gate, up, down
     return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=is_recomputed)[0]
 
 
-def recomputed(block: nn.Module, *args) -> Tensor:
+def recomputed(block: nn.Module, *args, is_recomputed=True) -> Tensor:
     """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
-    1604.06174). With `ops.offload` they wait in host memory."""
+    1604.06174), with is_recomputed without its last product. With `ops.offload` they wait in host memory."""
+    how = {"use_reentrant": False, "preserve_rng_state": has_dropout(block)}
     with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
-        return checkpoint(block, *args, is_recomputed=True, use_reentrant=False, preserve_rng_state=has_dropout(block))
+        return checkpoint(block, *args, is_recomputed=is_recomputed, **how)
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
@@ -289,7 +290,7 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
 
-    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None) -> Tensor:
+    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None, is_part=False) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
         the same order. recompute: so many blocks keep only their input for the backward pass."""
         P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
@@ -299,14 +300,15 @@ class VisionTower(nn.Module):
         x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
         args = x, plan.tables, [plan.windows, plan.steps], recompute
-        x = self.through(*args) if graphs is None else graphs.run(self.blocks, self.through, *args)
+        x = self.through(*args, is_part) if graphs is None else graphs.run(self.blocks, self.through, *args)
         return self.merger(x).index_select(0, plan.inverse)
 
-    def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
-        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
+    def through(self, x: Tensor, tables, segments, recompute: int, is_part=False) -> Tensor:
+        """(P, width) through the blocks. segments: [windows, whole grid steps]. is_part: of in_parts, whose own
+        recomputation goes through the blocks inside of the backward pass, and needs their results."""
         for i, block in enumerate(self.blocks):
             args = x, tables, segments[i in self.config.fullatt_block_indexes]
-            x = recomputed(block, *args) if i < recompute else block(*args)
+            x = recomputed(block, *args, is_recomputed=not is_part) if i < recompute else block(*args)
         return x
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
@@ -314,9 +316,9 @@ class VisionTower(nn.Module):
         only the patches are kept; the backward pass computes it again, and once more block by block."""
         steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
-        again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
+        how = {"is_part": True, "use_reentrant": False, "preserve_rng_state": has_dropout(self)}
         parts, depth = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True), len(self.blocks)
-        return torch.cat([checkpoint(self, part, self.plan([grid]), depth, **again) for part, grid in parts])
+        return torch.cat([checkpoint(self, part, self.plan([grid]), depth, **how) for part, grid in parts])
 
 
 # -- The model
