@@ -120,7 +120,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
     prefill = prompts * longest * (2 * c.hidden_size + layer)
     # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
-    copy = counts.adapters if counts.low_bit else c.num_hidden_layers * c.hidden_size * layer
+    copy = counts.adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
     return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
