@@ -210,7 +210,7 @@ def run_command(cfg):
     adapter = find_adapter(cfg.model_ckpt)
     config, tensors = read_adapter(adapter)
     base, formats = cfg.model_id or config.get("base_model_name_or_path"), trained_on(config)
-    kind = formats["base_dtype"] + ", its head int8" * (formats["head_dtype"] == "int8")
+    kind = formats["base_dtype"]
     if not base:
         raise UserError("--model_id: the adapter names no base, expected the checkpoint that it was trained on")
     folder = loading.resolve_folder(base, cfg.local_files_only, weights=cfg.command == "merge")
@@ -218,7 +218,9 @@ def run_command(cfg):
         args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
         counts = {component: sum(part_of(name) == component for name in layers) for component in COMPONENTS}
         untrained = sum(not pair["lora_B"].any() for pair in layers.values())
-        print(f"adapter   {adapter}\nbase      {base}, as {kind}: every tensor fits")
+        print(
+            f"adapter   {adapter}\nbase      {base}, as {kind}, its head as {formats['head_dtype']}: every tensor fits"
+        )
         print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
         print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")
@@ -226,7 +228,7 @@ def run_command(cfg):
     out, quantised, errors = Path(cfg.output_dir), cfg.merge_base == "quantised", []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {out} already holds something, expected a new folder; choose another name")
-    if quantised and kind == "bf16":
+    if quantised and set(formats.values()) == {"bf16"}:
         raise UserError("--merge_base: got quantised, expected original: the adapter was trained on a bf16 base")
     try:
         write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, formats, quantised)))

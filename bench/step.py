@@ -353,8 +353,8 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
-          f"{args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
+    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, head in {args.head_dtype}, "
+          f"LoRA r={args.lora_rank}, recomputation {args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>10}" for name in (*COLUMNS, "x floor")))
     contestants = []

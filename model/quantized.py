@@ -87,7 +87,7 @@ class Quantized(nn.Module):
 
 def quantise(weight: Tensor, kind: str, dtype: torch.dtype) -> Quantized:
     """weight (out, in) in a format of BASE_DTYPES. dtype: of the products with it."""
-    if kind != "fp8" and weight.numel() > PIECE:  # by rows: on the way they are float32, codes of nf4 int64
+    if kind != "fp8" and weight.numel() > PIECE and not weight.is_meta:  # by rows: on the way they take much memory
         pieces = [quantise(rows, kind, dtype) for rows in weight.split(max(1, PIECE // weight.shape[1]))]
         codes, scales = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scales"))
         return Quantized(kind, codes, scales, weight.shape, dtype)
