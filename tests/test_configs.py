@@ -48,7 +48,8 @@ def test_it_fits_the_cards_it_names(path, gigabytes):
     cfg = parse(cls, ["--config", str(path), *(f"--{name}={value}" for name, value in alternatives)])
     assert cfg.model_id == f"Qwen/Qwen2.5-VL-{size}-Instruct"
     if cls is GRPO:
-        cfg.lora_rank = 64  # of the adapter that it continues
+        sft = path.with_name(path.name.replace("grpo", "sft"))
+        cfg.lora_rank = parse(SFT, ["--config", str(sft)]).lora_rank  # of the adapter that it continues
     model = model_of(size.lower(), cfg)
     patches = 16 // 2 * cfg.video_max_pixels // 14**2
     tokens = patches // 4 + (82 if cls is GRPO else 82 + 256)
