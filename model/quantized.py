@@ -130,10 +130,8 @@ def product(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.dequantise(x.dtype), bias)
 
 
-def head_logits(x: Tensor, head: "Tensor | Quantized", times=product) -> Tensor:
-    """x (n, C) head^T -> (n, V). A head in int8 is never dequantised whole. times: the form of `product`."""
-    if isinstance(head, Tensor):
-        return F.linear(x, head)
+def head_product(x: Tensor, head: Quantized, times=product) -> Tensor:
+    """x (n, C) head^T -> (n, V), the head in int8 and never dequantised whole. times: the form of `product`."""
     return torch.cat([times(x, block) for block in head.blocks()], 1)
 
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan
-from model.quantized import Quantized, head_logits, product
+from model.quantized import Quantized, head_product, product
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -99,7 +99,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
-    logits = head_logits(hidden, head_weight).float() / temperature
+    times = head_product if isinstance(head_weight, Quantized) else F.linear
+    logits = times(hidden, head_weight).float() / temperature
     if banned is not None:
         logits[:, banned] = float("-inf")
     logp = logits.log_softmax(-1)
@@ -404,4 +405,5 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through target_logprobs, which never holds them all."""
-        return head_logits(self(packed), self.head_weight)
+        times = head_product if isinstance(self.head_weight, Quantized) else F.linear
+        return times(self(packed), self.head_weight)

@@ -15,7 +15,7 @@ from model.decode import GroupCache, PlainDecoder, Sampling, generate
 from model.fast import decoder, gpu
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig
-from model.quantized import BASE_DTYPES, head_logits
+from model.quantized import BASE_DTYPES, head_product
 from model.qwen import Packed, Qwen2_5_VL, Segments, target_logprobs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are Triton's")
@@ -261,7 +261,8 @@ def test_a_step_equals_the_plain_forms(shape, N, G, kind):
         x = x + qwen.linear(out, *w["o"])[0]
         inner = qwen.swiglu(*qwen.linear(qwen.norm(x, layer.post_attention_layernorm.weight, eps), *w["gate_up"]))
         x = x + qwen.linear(inner, *w["down"])[0]
-    logits = head_logits(qwen.norm(step.x, model.model.norm.weight, eps), model.head_weight)
+    times = head_product if model.head_dtype == "int8" else torch.nn.functional.linear
+    logits = times(qwen.norm(step.x, model.model.norm.weight, eps), model.head_weight)
     pairs = {"attention": (step.mixed, out), "inner": (step.inner, inner), "x": (step.x, x), "": (step.logits, logits)}
     stats |= {name: relative(*pair) for name, pair in pairs.items()}
     bound = 2e-2 if shape == "3B" else 1e-1  # roundings; conftest's weights are large

@@ -25,7 +25,7 @@ from torch import Tensor
 from model.adapters import Weights, aligned
 from model.fast import quantized
 from model.packed import Segments
-from model.quantized import Quantized, head_logits
+from model.quantized import Quantized, head_product
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
@@ -196,7 +196,10 @@ def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor
 
 
 def chunk_logits(hidden: Tensor, head_weight, temperature: float, banned: Tensor | None) -> Tensor:
-    logits = head_logits(hidden, head_weight, quantized.product).float()  # (n, V)
+    if isinstance(head_weight, Quantized):
+        logits = head_product(hidden, head_weight, quantized.product).float()  # (n, V)
+    else:
+        logits = F.linear(hidden, head_weight).float()
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
@@ -205,8 +208,7 @@ def chunk_logits(hidden: Tensor, head_weight, temperature: float, banned: Tensor
 
 
 def through_head(d: Tensor, head_weight) -> Tensor:
-    """d (n, V) of logits -> (n, C) of hidden states. A head in int8 is dequantised a block at a time, and the blocks'
-    terms are summed in float32."""
+    """d (n, V) of logits -> (n, C) of hidden states. The terms of an int8 head's blocks are summed in float32."""
     if isinstance(head_weight, Tensor):
         return d @ head_weight
     blocks, total = head_weight.blocks(), 0.0
