@@ -121,7 +121,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
     prefill = prompts * longest * (2 * c.hidden_size + layer)
     # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
-    copy = counts.adapters if counts.low_bit else c.num_hidden_layers * c.hidden_size * layer
+    copy = counts.adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
     return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
@@ -156,10 +156,12 @@ def summary(model, cfg, records, processor, loader, steps, world):
     whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
     if most > 0.92 * whole:
         # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
-        low_bit = "--base_dtype nf4, " if count(model).base > 6e9 else "--base_dtype int8, "
-        first = low_bit if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
-        less = f"try {first}--offload_activations True, a lower --video_max_pixels"
-        yield f"             this GPU has {whole / GIB:.1f} GiB: {less}"
+        ways, frozen = ["--offload_activations True", "a lower --video_max_pixels"], cfg.lora_enable and cfg.freeze_llm
+        if frozen and cfg.head_dtype == "bf16" and not model.config.tie_word_embeddings:
+            ways.insert(0, "--head_dtype int8, --offload_embedding True")
+        if frozen and cfg.base_dtype == "bf16":
+            ways.insert(0, "--base_dtype nf4" if count(model).base > 6e9 else "--base_dtype int8")
+        yield f"             this GPU has {whole / GIB:.1f} GiB: try {', '.join(ways)}"
 
 
 # -- The choice

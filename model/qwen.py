@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan
-from model.quantized import Quantized, product
+from model.quantized import Quantized, head_product, product
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -99,7 +99,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
-    logits = F.linear(hidden, head_weight).float() / temperature
+    times = head_product if isinstance(head_weight, Quantized) else F.linear
+    logits = times(hidden, head_weight).float() / temperature
     if banned is not None:
         logits[:, banned] = float("-inf")
     logp = logits.log_softmax(-1)
@@ -110,7 +111,7 @@ def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_en
 def target_logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
 
-    hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
+    hidden: (N, C), rows whose target is trained. head_weight: (V, C), or a Quantized. targets: (N,) int64, none IGNORE.
     banned: int64 ids that the policy can never draw; they are left out of the softmax, as in sampling.
     Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None unless with_entropy;
     they cost half as much as all the rest), and (N,) bool: is the target the most likely token.
@@ -335,7 +336,8 @@ class Qwen2_5_VL(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.base_dtype = "bf16"  # or a format of quantized.py, in which the decoder layers' linears are kept
+        # how frozen weights are kept (loading.py): the decoder layers' linears, the head, the embedding on the host
+        self.base_dtype, self.head_dtype, self.offload_embedding = "bf16", "bf16", False
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
         self.kept_blocks = 0  # with it: of tower and layers, in this order, the last so many keep all
 
@@ -354,7 +356,7 @@ class Qwen2_5_VL(nn.Module):
         return min(depth, depth + layers - self.kept_blocks), max(0, layers - self.kept_blocks)
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> "Tensor | Quantized":
         """(V, C)"""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
@@ -405,4 +407,5 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through target_logprobs, which never holds them all."""
-        return self(packed) @ self.head_weight.T
+        times = head_product if isinstance(self.head_weight, Quantized) else F.linear
+        return times(self(packed), self.head_weight)

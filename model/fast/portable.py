@@ -25,7 +25,7 @@ from torch import Tensor
 from model.adapters import ALIGN, Weights, aligned
 from model.fast import quantized
 from model.packed import Segments
-from model.quantized import Quantized
+from model.quantized import Quantized, head_product
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
@@ -272,13 +272,26 @@ def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor
 # -- Log-probs
 
 
-def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
-    logits = F.linear(hidden, head_weight).float()  # (n, V)
+def chunk_logits(hidden: Tensor, head_weight, temperature: float, banned: Tensor | None) -> Tensor:
+    if isinstance(head_weight, Quantized):
+        logits = head_product(hidden, head_weight, quantized.product).float()  # (n, V)
+    else:
+        logits = F.linear(hidden, head_weight).float()
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
         logits[:, banned] = float("-inf")
     return logits
+
+
+def through_head(d: Tensor, head_weight) -> Tensor:
+    """d (n, V) of logits -> (n, C) of hidden states. The terms of an int8 head's blocks are summed in float32."""
+    if isinstance(head_weight, Tensor):
+        return d @ head_weight
+    blocks, total = head_weight.blocks(), 0.0
+    for block, part in zip(blocks, d.split([len(block.codes) for block in blocks], 1)):
+        total = total + (part @ quantized.dequantise(block, d.dtype)).float()
+    return total.to(d.dtype)
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -298,15 +311,15 @@ class TargetLogprobs(torch.autograd.Function):
             if with_entropy:
                 logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
                 entropy[s] = -logp.exp().mul_(logp).sum(-1)
-        ctx.save_for_backward(hidden, head_weight, targets, lse)
-        ctx.options = temperature, banned, rows
+        ctx.save_for_backward(hidden, targets, lse)
+        ctx.options = head_weight, temperature, banned, rows
         ctx.mark_non_differentiable(entropy, correct)
         return logprobs, entropy if with_entropy else None, correct
 
     @staticmethod
     def backward(ctx, grad, _entropy, _correct):
-        hidden, head_weight, targets, lse = ctx.saved_tensors
-        temperature, banned, rows = ctx.options
+        hidden, targets, lse = ctx.saved_tensors
+        head_weight, temperature, banned, rows = ctx.options
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head_weight, dtype=torch.float32) if need_head else None
@@ -316,7 +329,7 @@ class TargetLogprobs(torch.autograd.Function):
             d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
             d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
             if need_hidden:
-                d_hidden[s] = d @ head_weight
+                d_hidden[s] = through_head(d, head_weight)
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
         return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 4
