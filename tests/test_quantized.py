@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Sequence, config_dict, pack_sequences
 from runs import base, column, grpo, release_run, sft  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
@@ -119,9 +120,12 @@ def test_products_and_gradients_are_those_of_the_dequantised_weights(kind, bias)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_the_plain_forms(shape, dtype):
     w = gaussian(*shape).to(DEVICE)
-    for kind in ("int8", "nf4"):
+    for kind in LOW:
         q = quantise(w, kind, dtype)
         assert torch.equal(quantized.dequantise(q, dtype), q.dequantise(dtype)), kind
+        wide = torch.zeros(shape[0] + 3, shape[1] + 5, dtype=dtype, device=DEVICE)
+        quantized.dequantise(q, dtype, wide[: shape[0], : shape[1]])
+        assert torch.equal(wide, F.pad(q.dequantise(dtype), (0, 5, 0, 3))), kind
     codes, scales = quantized.round_rows(w.to(dtype))
     expected, expected_scales = rounded_rows(w.to(dtype))
     assert torch.equal(scales, expected_scales)

@@ -23,8 +23,9 @@ _pairs: dict = {}  # device -> (256, 2) float32: the numbers of a byte's high an
 
 
 def dequantise(weight: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """weight.dequantise, into `out`, whose rows may be strided, if it is given; int8 and nf4 by a kernel on a GPU."""
-    if triton is None or weight.device.type == "cpu" or weight.kind == "fp8":
+    """weight.dequantise, into `out`, whose rows may be strided, if it is given; by one kernel on a GPU."""
+    is_fp8 = weight.kind == "fp8"
+    if triton is None or weight.device.type == "cpu" or (is_fp8 and not has_e4m3(weight.device)):
         whole = weight.dequantise(dtype)
         return whole if out is None else out.copy_(whole)
     (N, K), bytes_a_row = weight.shape, weight.codes.shape[1]
@@ -32,8 +33,9 @@ def dequantise(weight: Quantized, dtype: torch.dtype, out: Tensor | None = None)
         byte = torch.arange(256)
         _pairs[weight.device] = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).to(weight.device)
     out = torch.empty(N, K, dtype=dtype, device=weight.device) if out is None else out
+    codes, stride = weight.codes.view(E4M3) if is_fp8 else weight.codes, weight.scales.stride(0) * (not is_fp8)
     dequantise_kernel[(triton.cdiv(bytes_a_row, 1024), N)](
-        weight.codes, weight.scales, _pairs[weight.device], out, K, bytes_a_row, weight.scales.stride(0), out.stride(0),
+        codes, weight.scales, _pairs[weight.device], out, K, bytes_a_row, stride, out.stride(0),
         IS_NF4=weight.kind == "nf4", GROUP=BLOCK, SIZE=1024, num_warps=4,
     )  # fmt: skip
     return out
@@ -97,10 +99,10 @@ if triton:
     def dequantise_kernel(codes, scales, table, out, K, BYTES, stride, pitch, IS_NF4: tl.constexpr,
                           GROUP: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
         """out (N, K) = codes (N, BYTES) times scales, in float32, rounded once. stride: from a row's scales to the
-        next row's; pitch: of out. table (256, 2): the numbers of a byte of nf4."""
+        next row's, 0 where it is the same one; pitch: of out. table (256, 2): the numbers of a byte of nf4."""
         n = tl.program_id(1).to(tl.int64)
         i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        byte = tl.load(codes + n * BYTES + i, mask=i < BYTES, other=0)
+        byte = tl.load(codes + n * BYTES + i, mask=i < BYTES)
         if IS_NF4:
             k = i // GROUP * (2 * GROUP) + i % GROUP
             first = scales + n * stride + i // GROUP * 2
