@@ -22,11 +22,13 @@ FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use
 
 def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how."""
-    if "output_dir" not in cfg.given and cfg.resume:
-        runs = [file for file in by_age("output", RUN) if read_json(file)["script"] == Path(sys.argv[0]).stem]
-        cfg.output_dir = str(runs[-1].parent) if runs else cfg.output_dir
-    if cfg.resume and (Path(cfg.output_dir) / RUN).exists():
-        take_options(cfg, Path(cfg.output_dir) / RUN)
+    script = Path(sys.argv[0]).stem
+    if cfg.resume and "output_dir" not in cfg.given:
+        runs = [file.parent for file in by_age("output", RUN) if read_json(file)["script"] == script]
+        cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
+    path = Path(cfg.output_dir) / RUN
+    if cfg.resume and path.exists():
+        take_options(cfg, path, script)
     elif cfg.model_ckpt is not None and cfg.lora_enable:
         take_adapter(cfg)
     if not cfg.data_path:
@@ -35,12 +37,12 @@ def follow(cfg):
     return cfg
 
 
-def take_options(cfg, path):
+def take_options(cfg, path, script):
     """--resume: the run's own options, by its run.json, for all that was not given."""
     run, given = read_json(path), {name: getattr(cfg, name) for name in cfg.given}
+    if run["script"] != script:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
     theirs = {name: value for name, value in run["config"].items() if name in as_dict(cfg)}
-    if run["script"] != Path(sys.argv[0]).stem:
-        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {Path(sys.argv[0]).name}")
     new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
     for name in new.intersection(FIXED):
         what = f"got {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
@@ -57,8 +59,7 @@ def take_options(cfg, path):
 
 def take_adapter(cfg):
     """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
-    newest = cfg.model_ckpt == ""
-    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
+    newest, adapter = cfg.model_ckpt == "", find_adapter(cfg.model_ckpt, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
     if newest:
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
