@@ -16,6 +16,7 @@ import types
 import typing
 from dataclasses import asdict as as_dict
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml  # transformers brings it
@@ -32,21 +33,10 @@ MAIN = """video question json files runs output command model_id model_ckpt data
     num_options frame_size video_length augment cot benchmark""".split()
 SWITCH = ("true", "false", "1", "0", "yes", "no", "none", "auto")  # what may follow one; other words are their own
 
-# -- What options may be: the tables name each once, whichever script has it
+# -- What options may be, besides their types in config.py: the tables name each once, whichever script has it
 
-LIMITS = [  # numbers that may be something else than above 0
-    ("beta cache_mb cot_coordinates dataloader_num_workers eval_controls eval_steps max_grad_norm "
-     "max_resample seed temperature top_k warmup_steps "
-     "weight_decay workers", "at least 0", lambda v: v >= 0),
-    ("max_frames min_frames nframes num_generations", "at least 2", lambda v: v >= 2),
-    ("num_options", "2 to 8", lambda v: 2 <= v <= 8),
-    ("num_samples video_length", "at least 8", lambda v: v >= 8),  # a clip of each class; enough to judge the motion
-    ("frame_size", "at least 40", lambda v: v >= 40),  # as wide as the largest ball
-    ("adam_beta1 adam_beta2 augment_prob lora_dropout max_skip_share min_lr_ratio split top_p warmup_ratio",
-     "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    ("max_steps num_lora_modules", "-1 (all) or a count above 0", lambda v: v == -1 or v > 0),
-]  # fmt: skip
-LISTS = {"augment": "blur crop", "controls": "none reversed shuffled blank", "report_to": "none tensorboard wandb"}
+LISTS = {"augment": ["blur", "crop"], "report_to": ["none", "tensorboard", "wandb"]}
+LISTS["controls"] = ["none", "reversed", "shuffled", "blank"]
 RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
     ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
@@ -67,7 +57,6 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
     ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
     ("video", "none beside --data_path: one clip or a dataset", lambda c: not (c.video and c.data_path)),
-    ("frame_size", "an even number, as yuv420p needs", lambda c: c.frame_size % 2 == 0),
     ("command", "merge or check (convert was removed: merge instead), as in {c.__doc__}",
      lambda c: c.command in ("merge", "check")),
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
@@ -100,14 +89,15 @@ def require(ok, name, value, expected):
 
 def check(c):
     """UserError for a value of a config that is out of its range, and for options that contradict each other."""
-    limits = {name: (expected, ok) for names, expected, ok in LIMITS for name in names.split()}
-    for name, value in as_dict(c).items():
-        if type(value) in (int, float):
-            expected, ok = limits.get(name, ("a number above 0", lambda v: v > 0))
-            require(ok(value), name, value, expected)
-        allowed = LISTS.get(name, "").split()
-        for word in split_list(value or "") if allowed else []:
-            require(word in allowed, name, word, f"names out of {', '.join(allowed)}{nearest(word, allowed)}")
+    for f in fields(c):
+        value, limit = getattr(c, f.name), ("a number above 0", lambda v: v > 0)
+        for kind in (f.type, *typing.get_args(f.type)):
+            limit = getattr(kind, "__metadata__", limit)
+        require(type(value) not in (int, float) or limit[1](value), f.name, value, limit[0])
+    for name in LISTS.keys() & as_dict(c):
+        for word in split_list(getattr(c, name) or ""):
+            expected = f"names out of {', '.join(LISTS[name])}{nearest(word, LISTS[name])}"
+            require(word in LISTS[name], name, word, expected)
     for names, expected, ok in RULES:
         if all(hasattr(c, name) for name in names.split()):
             name = names.split()[0]
@@ -127,9 +117,11 @@ def ignored_options(c):
 # -- Values
 
 
+@cache
 def kinds_of(cls):
-    """{field: type} of a dataclass."""
-    return {f.name: f.type for f in fields(cls)}
+    """{field: type without limits} of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def split_list(text):
@@ -207,14 +199,11 @@ WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidde
 def model_size(model_id):
     """Billions of parameters by a model's config.json, or by its hub id, for nothing is downloaded here; else 0."""
     file, named = Path(model_id) / "config.json", re.search(r"/.*-(\d+)B\b", model_id)
-    if not file.exists():
+    if not file.is_file():
         return int(named[1]) if named else 0
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        width = raw.get("text_config", raw)["hidden_size"]
-        return max((size for size in WIDTHS if WIDTHS[size] <= width), default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads the model says what is wrong
-        return 0
+    text = file.read_text(encoding="utf-8", errors="replace")  # who loads the model says what is wrong with it
+    width = max(map(int, re.findall(r'"hidden_size": *(\d+)', text)), default=0)  # the tower's is smaller
+    return max((size for size in WIDTHS if WIDTHS[size] <= width), default=0)
 
 
 def follow_model(cfg):
@@ -222,10 +211,9 @@ def follow_model(cfg):
     script, size = "grpo" if hasattr(cfg, "num_generations") else "sft", model_size(cfg.model_id)
     paths = [Path(__file__).with_name("configs") / f"{b}b_{script}.py" for b in WIDTHS if b <= size]
     for path in [path for path in paths if path.exists()][-1:]:
-        values = load_file(type(cfg), path)
-        values = {name: values[name] for name in values if hasattr(cfg, name) and name not in {*cfg.given, "model_id"}}
-        for name, value in values.items():
-            setattr(cfg, name, value)
+        values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
+        values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
+        vars(cfg).update(values)
         cfg.settle(cfg.given)
         chosen = ", ".join(f"{name} {getattr(cfg, name)}" for name in values)
         cfg.notes += (f"chosen by the model, as in configs/{path.name}: {chosen}",)
@@ -306,8 +294,7 @@ def apply(cfg, words):
         cfg.notes += (note,) if note else ()
         if ours:
             settings[ours] = from_file(cls, ours, value, where)
-    for name, value in settings.items():
-        setattr(cfg, name, value)
+    vars(cfg).update(settings)
     cfg.given |= settings.keys()
     cfg.settle(settings)
 

@@ -39,21 +39,20 @@ def follow(cfg):
 
 def take_options(cfg, path, script):
     """--resume: the run's own options, by its run.json, for all that was not given."""
-    run, given = read_json(path), {name: getattr(cfg, name) for name in cfg.given}
+    run, ours = read_json(path), as_dict(cfg)
     if run["script"] != script:
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
-    theirs = {name: value for name, value in run["config"].items() if name in as_dict(cfg)}
-    new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
+    theirs = {name: run["config"][name] for name in ours.keys() & run["config"].keys()}
+    new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
     for name in new.intersection(FIXED):
-        what = f"got {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+        what = f"got {ours[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
         raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
-    for name in theirs.keys() - {"resume", "overwrite", "output_dir"}:
-        setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
+    vars(cfg).update(theirs)
     cfg.settle(new)  # a new --fps is not held up by the run's nframes
-    for name in given.keys() - {"model_ckpt"}:
-        setattr(cfg, name, given[name])
+    own = cfg.given - {"model_ckpt"} | {"resume", "overwrite", "output_dir"}
+    vars(cfg).update({name: ours[name] for name in own})
     cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
-    if "model_ckpt" in given:
+    if "model_ckpt" in cfg.given:
         cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
 
 
@@ -61,10 +60,12 @@ def take_adapter(cfg):
     """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
     newest, adapter = cfg.model_ckpt == "", find_adapter(cfg.model_ckpt, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
+    if adapter is None:
+        cfg.notes += ("no adapter under output/: a new one",)
+        return
     if newest:
-        made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
-        cfg.notes += (made,)
-    config = read_json(adapter / ADAPTER[0]) if adapter else {}
+        cfg.notes += (f"--model_ckpt {adapter}, of the run made last",)
+    config = read_json(adapter / ADAPTER[0])
     base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
     if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
         cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, adapter)

@@ -276,9 +276,8 @@ def describe(cfg, model, processor, records, loader, world, notes):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
-    rounds = f"; up to {1 + cfg.max_resample} rounds of sampling" if hasattr(cfg, "max_resample") else ""
-    what = "completions" if rounds else "samples"
-    yield f"  a step     {batch} {what} x {micro} x {world} ranks = {batch * micro * world} {what}{rounds}"
+    what = "completions" if hasattr(cfg, "num_generations") else "samples"
+    yield f"  a step     {batch} x {micro} micro-batches x {world} ranks = {batch * micro * world:,} {what}"
     end = cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else cfg.min_lr_ratio)
     rate = f"learning rate {cfg.learning_rate:g}, {end:g} at the end"
     yield f"  schedule   {cfg.lr_scheduler_type}: {total:,} steps, {cfg.warmup(total):,} of them warm-up; {rate}"
@@ -296,9 +295,8 @@ def ask_about(run, processor, record):
         clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
     except UserError:  # it is not there, which is said when it is read
         clip = ""
-    words = []
+    newest = Path("output").resolve() in run.folder.resolve().parents  # infer.py takes the run made last there
+    words = [] if newest else ["--model_ckpt", str(run.folder)]
     if not run.cfg.lora_enable:  # checkpoints are whole models
         words = ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
-    elif Path("output").resolve() not in run.folder.resolve().parents:
-        words = ["--model_ckpt", str(run.folder)]
     return command("infer.py", clip, *words) if clip else ""
