@@ -23,7 +23,7 @@ import yaml  # transformers brings it
 from pydantic import TypeAdapter, ValidationError  # DeepSpeed brings it
 
 from model import UserError, nearest, nearest_path
-from names import SYNONYMS, suggestion, translate
+from names import NAMES, SYNONYMS, suggestion, translate
 
 # What --help shows, of the options that a script has; --help all shows the others too
 MAIN = """video question json files runs output command model_id model_ckpt data_path eval_data_path output_dir
@@ -42,8 +42,6 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
     ("freeze_vision_tower", "True, or --vision_lora False: either adapters or all of its weights",
      lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
-    ("lora_enable", "True, or a component that is not frozen: nothing is left to train",
-     lambda c: c.lora_enable or trains_base(c)),
     ("base_dtype lora_enable", "bf16 without --lora_enable or --freeze_llm: low-bit weights stay frozen",
      lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
     ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
@@ -52,7 +50,8 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      "gradient_accumulation_steps {c.gradient_accumulation_steps}: groups are whole",
      lambda c: c.per_device_train_batch_size * c.gradient_accumulation_steps % c.num_generations == 0),
     ("reference", "start: of a base that is trained itself no copy is left",
-     lambda c: c.reference == "start" or (c.lora_enable and not trains_base(c))),
+     lambda c: c.reference == "start" or (c.lora_enable and c.freeze_llm and c.freeze_vision_tower
+                                          and not c.tune_merger)),
     ("reward_weights", "one number for each of --rewards {c.rewards}",
      lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
     ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
@@ -77,11 +76,6 @@ IGNORED = [  # options that may have been given to a script that has the first, 
 ]
 
 
-def trains_base(c):
-    """Whether some of the base's own weights are trained."""
-    return not c.freeze_llm or not c.freeze_vision_tower or c.tune_merger
-
-
 def require(ok, name, value, expected):
     if not ok:
         raise UserError(f"--{name}: got {value!r}, expected {expected}")
@@ -90,10 +84,10 @@ def require(ok, name, value, expected):
 def check(c):
     """UserError for a value of a config that is out of its range, and for options that contradict each other."""
     for f in fields(c):
-        value, limit = getattr(c, f.name), ("a number above 0", lambda v: v > 0)
+        value, expected, ok = getattr(c, f.name), "a number above 0", lambda v: v > 0
         for kind in (f.type, *typing.get_args(f.type)):
-            limit = getattr(kind, "__metadata__", limit)
-        require(type(value) not in (int, float) or limit[1](value), f.name, value, limit[0])
+            expected, ok = getattr(kind, "__metadata__", (expected, ok))
+        require(type(value) not in (int, float) or ok(value), f.name, value, expected)
     for name in LISTS.keys() & as_dict(c):
         for word in split_list(getattr(c, name) or ""):
             expected = f"names out of {', '.join(LISTS[name])}{nearest(word, LISTS[name])}"
@@ -117,11 +111,7 @@ def ignored_options(c):
 # -- Values
 
 
-@cache
-def kinds_of(cls):
-    """{field: type without limits} of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}
+kinds_of = cache(typing.get_type_hints)  # class -> {option: type, without what limits a number}
 
 
 def split_list(text):
@@ -160,7 +150,6 @@ def from_file(cls, name, value, path):
 
 # What the user's own Python, or a parser, may raise
 BROKEN = (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError, LookupError)
-BROKEN += (yaml.YAMLError,)
 
 
 def load_file(cls, path):
@@ -185,7 +174,7 @@ def read_config(cls, path):
         raise UserError(f"--config: {str(path)!r} {problem}{nearest_path(path)}")
     try:
         values = dict(load_file(cls, path))
-    except BROKEN as error:
+    except (*BROKEN, yaml.YAMLError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--config {path}: cannot be read as settings: {reason}") from error
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -196,20 +185,18 @@ def read_config(cls, path):
 WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidden size that counts as such a model
 
 
-def model_size(model_id):
-    """Billions of parameters by a model's config.json, or by its hub id, for nothing is downloaded here; else 0."""
-    file, named = Path(model_id) / "config.json", re.search(r"/.*-(\d+)B\b", model_id)
-    if not file.is_file():
-        return int(named[1]) if named else 0
-    text = file.read_text(encoding="utf-8", errors="replace")  # who loads the model says what is wrong with it
-    width = max(map(int, re.findall(r'"hidden_size": *(\d+)', text)), default=0)  # the tower's is smaller
-    return max((size for size in WIDTHS if WIDTHS[size] <= width), default=0)
-
-
 def follow_model(cfg):
-    """Set what was not given to what suits a large model, as its file in configs/ has it, and note that."""
-    script, size = "grpo" if hasattr(cfg, "num_generations") else "sft", model_size(cfg.model_id)
-    paths = [Path(__file__).with_name("configs") / f"{b}b_{script}.py" for b in WIDTHS if b <= size]
+    """Set what was not given to what suits a large model, as its file in configs/ has it, and note that. How large it
+    is its config.json says, or its hub id, for nothing is downloaded here."""
+    file, script = Path(cfg.model_id) / "config.json", "grpo" if hasattr(cfg, "num_generations") else "sft"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")  # who loads the model says what is wrong with it
+        width = max(map(int, re.findall(r'"hidden_size": *(\d+)', text)), default=0)  # the tower's is smaller
+        sizes = [size for size in WIDTHS if WIDTHS[size] <= width]
+    else:
+        named = re.search(r"/.*-(\d+)B\b", cfg.model_id)
+        sizes = [size for size in WIDTHS if named and size <= int(named[1])]
+    paths = [Path(__file__).with_name("configs") / f"{size}b_{script}.py" for size in sizes]
     for path in [path for path in paths if path.exists()][-1:]:
         values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
         values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
@@ -284,7 +271,7 @@ def apply(cfg, words):
     for name, value, where in words:
         ours, note = name, ""
         try:
-            if name not in kinds:
+            if name not in kinds and name in NAMES:
                 ours, value, note = translate(name, value)
             if ours and ours not in kinds:
                 hint = suggestion(ours, kinds) or "; --help all lists them"

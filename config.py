@@ -10,7 +10,7 @@ The comment behind a default is its text in --help, a class's docstring the exam
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from cli import as_dict, changed, check, ignored_options, parse, split_list
 from script import cli
@@ -34,8 +34,8 @@ QUESTION += "(A) Left to Right\n(B) Right to Left\n(C) Falling Down\n(D) Ascendi
 
 
 class Options:
-    given: ClassVar = frozenset()  # names that the command line or a config file set
-    notes: ClassVar = ()  # what became of other trainers' names, and which defaults the model has chosen
+    given = frozenset()  # names that the command line or a config file set
+    notes = ()  # what became of other trainers' names, and which defaults the model has chosen
     check = check  # UserError for values out of their range and for contradictions
 
     def settle(self, settings):
@@ -206,9 +206,7 @@ class GRPO(SFT):
     learning_rate: float = 1e-3  # AdamW's peak rate; for rank 16 on the tiny model
     warmup_ratio: Share = 0.05  # share of all steps with a rising rate
     min_lr_ratio: Share = 0.1  # the schedule ends at this share of the peak
-    eval_steps: Whole = (
-        40  # steps between evaluations, greedy and sampled; 0 = only at the start and at the end
-    )
+    eval_steps: Whole = 40  # steps between evaluations, greedy and sampled; 0 = only at the start and at the end
     max_new_tokens: int = 128  # tokens an answer may take in an evaluation; as max_completion_length
 
     # -- Groups

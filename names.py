@@ -20,11 +20,8 @@ OFF = {"none": "", "null": "", "false": "", "": ""}  # accepted for names that a
 
 
 def translate(name, value):
-    """(our option or "", its value, what to note) for a name of another trainer; one that is in no table is returned as
-    it is. UserError for what is answered with a sentence."""
-    table, meaning = NAMES.get(name, ("unknown", ""))
-    if table == "unknown":
-        return name, value, ""
+    """(our option or "", its value, what to note) for one of NAMES. UserError for what is answered with a sentence."""
+    table, meaning = NAMES[name]
     if table == "same":
         return meaning, value, f"--{name} is --{meaning} here"
     if table == "no_effect":

@@ -289,9 +289,9 @@ def describe(cfg, model, processor, records, loader, world, notes):
 
 def ask_about(run, processor, record):
     """The command that asks the run's model about a record's clip, as it can be typed; "" where it names no file."""
-    name = clip_name(record)
-    folder = run.cfg.image_folder or getattr(record, "folder", None)
     try:
+        name = clip_name(record)
+        folder = run.cfg.image_folder or getattr(record, "folder", None)
         clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
     except UserError:  # it is not there, which is said when it is read
         clip = ""
