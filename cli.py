@@ -50,8 +50,7 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      "gradient_accumulation_steps {c.gradient_accumulation_steps}: groups are whole",
      lambda c: c.per_device_train_batch_size * c.gradient_accumulation_steps % c.num_generations == 0),
     ("reference", "start: of a base that is trained itself no copy is left",
-     lambda c: c.reference == "start" or (c.lora_enable and c.freeze_llm and c.freeze_vision_tower
-                                          and not c.tune_merger)),
+     lambda c: c.reference == "start" or all([c.lora_enable, c.freeze_llm, c.freeze_vision_tower, not c.tune_merger])),
     ("reward_weights", "one number for each of --rewards {c.rewards}",
      lambda c: c.reward_weights is None or len(c.reward_weights) == len(split_list(c.rewards))),
     ("prompt", "none beside --question, which says the same", lambda c: not (c.question and c.prompt)),
