@@ -185,8 +185,8 @@ WIDTHS = {3: 1024, 7: 3584, 32: 5120}  # billions of parameters: the least hidde
 
 
 def follow_model(cfg):
-    """Set what was not given to what suits a large model, as its file in configs/ has it, and note that. How large it
-    is its config.json says, or its hub id, for nothing is downloaded here."""
+    """Set what was not given to what suits a large model, as its file in configs/ has it, and note that. Its size is
+    read from config.json or from the hub id: nothing is downloaded here."""
     file, script = Path(cfg.model_id) / "config.json", "grpo" if hasattr(cfg, "num_generations") else "sft"
     if file.is_file():
         text = file.read_text(encoding="utf-8", errors="replace")  # who loads the model says what is wrong with it
@@ -287,10 +287,8 @@ def apply(cfg, words):
 
 def parse(cls, argv=None):
     """An instance of the dataclass cls: its defaults or the model's, then each --config file, then the flags of argv.
-
-    Its `given` is the set of names that were set, its `notes` say what became of other trainers' names. UserError for
-    unknown names, wrong types and values that check() refuses. --help prints the main options, --help all all of them.
-    """
+    Its `given` are the names that were set, its `notes` say what became of other trainers' names. UserError for unknown
+    names, wrong types and values that check() refuses."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"--help", "-h"} & set(argv):
         print(help_text(cls, every="all" in argv))

@@ -43,14 +43,11 @@ from trainer import Run, watch_signals
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
 OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora_modules", "lora_namespan_exclude")
-PACKAGES = ("torch", "transformers", "safetensors", "deepspeed", "numpy", "av")
 
 
 def launch(cfg, records, held_out, notes=()):
-    """The Run: processes joined, device and precision chosen, the folder claimed; with --resume its checkpoint.
-
-    records, held_out: what the run is trained and judged on. Nothing in the folder is changed yet (start() does).
-    """
+    """The Run: processes joined, device and precision chosen, the folder claimed; with --resume its checkpoint. Nothing
+    in the folder is changed yet (start() does)."""
     console.trackers(cfg)  # their packages are there
     console.show_logged_warnings()
     device, folder = init_distributed(), Path(cfg.output_dir)
@@ -108,15 +105,12 @@ def find_source(run):
 
 
 def build_model(run):
-    """(the base on its device with the adapter of --model_ckpt or a fresh one, exactly what the flags name trained; the
-    Processor of its clips and chats).
-
+    """(the base on its device with the adapter of --model_ckpt or a fresh one, the Processor of its clips and chats).
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    cfg = run.cfg
+    cfg, begun = run.cfg, run.folder / START
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
-    as_begun = run.folder / START
-    run.adapter = as_begun if cfg.resume and as_begun.exists() else given_adapter(cfg)
+    run.adapter = begun if cfg.resume and begun.exists() else given_adapter(cfg)
     run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
@@ -183,11 +177,9 @@ def restore(run, engine, adamw):
     """Optimizer, loss scale, counts of what was left out, and what memory taught, as in the checkpoint."""
     cfg, loader, state, memory = run.cfg, run.loader, run.state, run.state["memory"]
     if loader.global_batch != state["global_batch"]:
-        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
-        problem = f"that run had {state['global_batch']} samples or prompts a step"
-        raise UserError(
-            f"--resume: {problem}, {product} make {loader.global_batch}; change --gradient_accumulation_steps"
-        )
+        sizes = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        problem = f"that run had {state['global_batch']} samples or prompts a step, {sizes} make {loader.global_batch}"
+        raise UserError(f"--resume: {problem}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
     if state["loss_scale"]:
         engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
@@ -231,7 +223,8 @@ def prepare_folder(run):
 
 def environment():
     """Versions and machine, for run.json."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = "torch transformers safetensors deepspeed numpy av".split()
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     if shutil.which("git"):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -279,7 +272,7 @@ def describe(cfg, model, processor, records, loader, world, notes):
     what = "completions" if hasattr(cfg, "num_generations") else "samples"
     yield f"  a step     {batch} x {micro} micro-batches x {world} ranks = {batch * micro * world:,} {what}"
     end = cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else cfg.min_lr_ratio)
-    rate = f"learning rate {cfg.learning_rate:g}, {end:g} at the end"
+    rate = f"learning rate {cfg.learning_rate:g} at its peak, {end:g} at the end"
     yield f"  schedule   {cfg.lr_scheduler_type}: {total:,} steps, {cfg.warmup(total):,} of them warm-up; {rate}"
     yield from summary(model, cfg, records, processor, loader, total, world)
     if loader.epoch_size != len(records):
