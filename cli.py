@@ -33,10 +33,8 @@ MAIN = """video question json files runs output command model_id model_ckpt data
     num_options frame_size video_length augment cot benchmark""".split()
 SWITCH = ("true", "false", "1", "0", "yes", "no", "none", "auto")  # what may follow one; other words are their own
 
-# -- What options may be, besides their types in config.py: the tables name each once, whichever script has it
+# -- Options beside each other: the tables name each once, whichever script has it
 
-LISTS = {"augment": ["blur", "crop"], "report_to": ["none", "tensorboard", "wandb"]}
-LISTS["controls"] = ["none", "reversed", "shuffled", "blank"]
 RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
     ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
@@ -83,14 +81,11 @@ def require(ok, name, value, expected):
 def check(c):
     """UserError for a value of a config that is out of its range, and for options that contradict each other."""
     for f in fields(c):
-        value, expected, ok = getattr(c, f.name), "a number above 0", lambda v: v > 0
+        value, expected = getattr(c, f.name), "a number above 0"
+        ok = lambda v: type(v) not in (int, float) or v > 0
         for kind in (f.type, *typing.get_args(f.type)):
             expected, ok = getattr(kind, "__metadata__", (expected, ok))
-        require(type(value) not in (int, float) or ok(value), f.name, value, expected)
-    for name in LISTS.keys() & as_dict(c):
-        for word in split_list(getattr(c, name) or ""):
-            expected = f"names out of {', '.join(LISTS[name])}{nearest(word, LISTS[name])}"
-            require(word in LISTS[name], name, word, expected)
+        require(value is None or ok(value), f.name, value, expected)
     for names, expected, ok in RULES:
         if all(hasattr(c, name) for name in names.split()):
             name = names.split()[0]
@@ -110,7 +105,7 @@ def ignored_options(c):
 # -- Values
 
 
-kinds_of = cache(typing.get_type_hints)  # class -> {option: type, without what limits a number}
+kinds_of = cache(typing.get_type_hints)  # class -> {option: type, without what limits its values}
 
 
 def split_list(text):

@@ -18,15 +18,24 @@ from script import cli
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]
 
-# Numbers that may be something else than above 0: what is expected, and whether a value is so
+# Types of options with what is expected besides, and whether a value is so; other numbers are above 0
 Whole = Annotated[int, "at least 0", lambda v: v >= 0]
 Weight = Annotated[float, "at least 0", lambda v: v >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
 Several = Annotated[int, "at least 2", lambda v: v >= 2]
 AtLeast8 = Annotated[int, "at least 8", lambda v: v >= 8]
-Options2To8 = Annotated[int, "2 to 8", lambda v: 2 <= v <= 8]
+TwoTo8 = Annotated[int, "2 to 8", lambda v: 2 <= v <= 8]
 Pixels = Annotated[int, "an even number, at least 40", lambda v: v >= 40 and v % 2 == 0]
 OrAll = Annotated[int, "-1 (all) or a count above 0", lambda v: v == -1 or v > 0]
+
+
+def any_of(*names):
+    """The type of some of these names, with commas between them."""
+    return Annotated[str, f"names out of {', '.join(names)}", lambda text: {*split_list(text)} <= {*names}]
+
+
+Augmentations, Trackers = any_of("blur", "crop"), any_of("none", "tensorboard", "wandb")
+Controls = any_of("none", "reversed", "shuffled", "blank")
 
 # The dataset's question, as generate.py writes it and infer.py asks it
 QUESTION = "In which direction is the ball moving?\nOptions:\n"
@@ -57,14 +66,14 @@ class Generate(Options):
     # -- Your own clips instead of drawn ones
     from_folder: str | None = None  # DIR/class/*.mp4, or DIR/train/class and DIR/val/class; clips stay where they are
     question: str = "What does the video show?"  # asked of each clip, above the options
-    num_options: Options2To8 = 4  # class names to choose from, the right one among them; 2 to 8
+    num_options: TwoTo8 = 4  # class names to choose from, the right one among them; 2 to 8
     hard_negatives: bool = False  # wrong options out of the names nearest the right one, instead of all
 
     # -- Clips
     task: Literal["direction", "time_span", "distance"] = "direction"  # which way, when, how far the ball moves
     frame_size: Pixels = 64  # width = height, even as yuv420p needs; the largest ball has 40
     video_length: AtLeast8 = 30  # frames, shown at 30 a second; 8 show the motion
-    augment: str = ""  # any of blur,crop; one draw a clip, never one a frame
+    augment: Augmentations = ""  # any of blur,crop; one draw a clip, never one a frame
     augment_prob: Share = 0.2  # probability that a clip is augmented
 
     # -- Chains of thought
@@ -179,7 +188,7 @@ class SFT(VideoArgs, LoraArgs):
     # -- Log, evaluate, save
     logging_steps: int = 1  # steps between lines on the console; metrics.jsonl has every step
     verbose: bool = False  # every number of metrics.jsonl in these lines, which otherwise have 100 columns
-    report_to: str = "none"  # any of tensorboard,wandb: metrics go there too; metrics.jsonl always
+    report_to: Trackers = "none"  # any of tensorboard,wandb: metrics go there too; metrics.jsonl always
     eval_steps: Whole = 100  # steps between evaluations by free generation; 0 = only at the end
     eval_samples: int = 400  # held-out clips an evaluation, spread over the file by the seed; 400 give +-1.4 % at 98 %
     eval_controls: Whole = 100  # held-out clips asked thrice more at the end: reversed, shuffled, blank; 0 = none
@@ -280,7 +289,7 @@ class Infer(View):
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked
     benchmark: str | None = None  # a public one, its folder behind it: --benchmark mvbench DIR; docs/benchmarks.md
-    controls: str | None = "reversed,shuffled,blank"  # evaluate again with the frames in each state; none = off
+    controls: Controls | None = "reversed,shuffled,blank"  # evaluate again with the frames in each state; none = off
     output: str | None = None  # .jsonl to write, a line for each answer as it comes; one that is there is continued
     max_samples: int | None = None  # evaluate only N, spread over the file by the seed; none = all
     dataloader_num_workers: Whole = 0  # processes that read clips ahead

@@ -58,8 +58,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("attempt", "hint"),
     [
-        (lambda: parse(Generate, ["--augment", "blurr,crop"]), "did you mean blur?"),
-        (lambda: parse(Infer, ["--data_path", "x", "--controls", "reverse"]), "did you mean reversed?"),
+        (lambda: parse(SFT, ["--lr_scheduler_type", "cosin"]), "did you mean cosine?"),
         (lambda: parse(SFT, ["--config", "configs/mien.py"]), "did you mean configs/mine.py?"),
         (lambda: load_rewards("acuracy,format"), "did you mean accuracy?"),
         (lambda: load_rewards("my_reward.py:short"), "did you mean my_rewards.py?"),
