@@ -199,10 +199,6 @@ class SFT(VideoArgs, LoraArgs):
     seed: Whole = 42  # order of the data, adapters' start, sampling
     max_skip_share: Share = 0.05  # the run stops when more than this share of the samples is broken
 
-    def warmup(self, total):
-        """Steps with a rising learning rate, of `total` in all."""
-        return self.warmup_steps or math.ceil(self.warmup_ratio * total)
-
 
 @dataclass
 class GRPO(SFT):

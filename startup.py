@@ -38,7 +38,7 @@ from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
-from trainer import Run, watch_signals
+from trainer import Run, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
@@ -273,7 +273,7 @@ def describe(cfg, model, processor, records, loader, world, notes):
     yield f"  a step     {batch} x {micro} micro-batches x {world} ranks = {batch * micro * world:,} {what}"
     end = cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else cfg.min_lr_ratio)
     rate = f"learning rate {cfg.learning_rate:g} at its peak, {end:g} at the end"
-    yield f"  schedule   {cfg.lr_scheduler_type}: {total:,} steps, {cfg.warmup(total):,} of them warm-up; {rate}"
+    yield f"  schedule   {cfg.lr_scheduler_type}: {total:,} steps, {warmup_steps(cfg, total):,} of them warm-up; {rate}"
     yield from summary(model, cfg, records, processor, loader, total, world)
     if loader.epoch_size != len(records):
         yield f"  note       an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path"
