@@ -23,7 +23,7 @@ import yaml  # transformers brings it
 from pydantic import TypeAdapter, ValidationError  # DeepSpeed brings it
 
 from model import UserError, nearest, nearest_path
-from names import NAMES, SYNONYMS, suggestion, translate
+from names import NAMES, SYNONYMS, translate
 
 # What --help shows, of the options that a script has; --help all shows the others too
 MAIN = """video question json files runs output command model_id model_ckpt data_path eval_data_path output_dir
@@ -268,7 +268,7 @@ def apply(cfg, words):
             if name not in kinds and name in NAMES:
                 ours, value, note = translate(name, value)
             if ours and ours not in kinds:
-                hint = suggestion(ours, kinds) or "; --help all lists them"
+                hint = nearest(ours, kinds, cutoff=0.85) or "; --help all lists them"
                 raise UserError(f"no such option of {cls.__doc__.split()[1]}{hint}")
         except UserError as error:
             raise UserError(f"{where}: {name}: {error}" if where else f"--{name}: {error}") from None

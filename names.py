@@ -6,7 +6,7 @@ python names.py                     writes the table at the end of docs/migratin
 import tomllib
 from pathlib import Path
 
-from model import UserError, nearest
+from model import UserError
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 NAMES = {  # {theirs: (table, meaning)}
@@ -35,16 +35,6 @@ def translate(name, value):
     option, _, ours = choices[word].partition("=")
     is_so = f"is --{option} {ours} here" if option else "has no effect: it is so already"
     return option, ours, f"--{name} {value} {is_so}"
-
-
-def suggestion(name, options):
-    """A hint: at most three options that hold all words of `name` and few others, or the one spelt almost like it. ""
-    otherwise: a wrong guess is worse than none."""
-    words = name.split("_")
-    close = [option for option in options if {*words} <= {*option.split("_")} and option.count("_") <= len(words) + 1]
-    if 0 < len(close) <= 3:
-        return f"; did you mean {' or '.join(sorted(close))}?"
-    return nearest(name, options, cutoff=0.85)
 
 
 HEAD = "\n| theirs | here |\n|---|---|\n"  # the text above it in docs/migrating.md is written by hand

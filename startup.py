@@ -155,8 +155,6 @@ def start(run, model, processor, loader, records, held_out):
     run.plan = choose(run, model, partial(largest_sample, run, records, processor))
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
-    if run.plan.pack_tokens:
-        run.notes.append(f"micro-batches of at most {run.plan.pack_tokens:,} tokens")
     judged = f"judged every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "judged at the end"
     run.notes.append(f"{len(held_out):,} held-out samples, {judged}" if held_out else "no held-out samples")
     if run.rank == 0:
@@ -246,8 +244,6 @@ def dry_run(cfg, make_loader, records):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
     quantise_base(model, cfg.base_dtype)
     notes = [*adapt(model, cfg, given_adapter(cfg)), *ignored_options(cfg)]
-    if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
