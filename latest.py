@@ -10,14 +10,13 @@ from pathlib import Path
 
 from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
-from config import as_dict
+from config import LoraArgs, as_dict
 from model import UserError
 from records import data_files
 from script import command
 
 # What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
-FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use_rslora num_lora_modules
-    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype""".split()
+FIXED = as_dict(LoraArgs()).keys() - {"lora_dropout"} | {"base_dtype"}
 
 
 def follow(cfg):
@@ -29,7 +28,9 @@ def follow(cfg):
     path = Path(cfg.output_dir) / RUN
     if cfg.resume and path.exists():
         take_options(cfg, path, script)
-    elif cfg.model_ckpt is not None and cfg.lora_enable:
+    elif not cfg.lora_enable:
+        cfg.model_ckpt = None
+    elif cfg.model_ckpt is not None:
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -44,7 +45,7 @@ def take_options(cfg, path, script):
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
     theirs = {name: run["config"][name] for name in ours.keys() & run["config"].keys()}
     new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
-    for name in new.intersection(FIXED):
+    for name in new & FIXED:
         what = f"got {ours[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
         raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
     vars(cfg).update(theirs)

@@ -23,7 +23,7 @@ import checkpoint
 import console
 import ranks
 from adapter_files import load_adapter
-from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
+from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
@@ -110,7 +110,7 @@ def build_model(run):
     """
     cfg, begun = run.cfg, run.folder / START
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
-    run.adapter = begun if cfg.resume and begun.exists() else given_adapter(cfg)
+    run.adapter = begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
     run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
@@ -124,11 +124,6 @@ def build_model(run):
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
     return model, processor
-
-
-def given_adapter(cfg):
-    """The folder of the adapter that --model_ckpt means, or None."""
-    return find_adapter(cfg.model_ckpt) if cfg.model_ckpt is not None and cfg.lora_enable else None
 
 
 def adapt(model, cfg, folder):
@@ -243,7 +238,7 @@ def dry_run(cfg, make_loader, records):
     with torch.device("meta"):
         model = Qwen2_5_VL(ModelConfig.from_folder(folder))
     quantise_base(model, cfg.base_dtype)
-    notes = [*adapt(model, cfg, given_adapter(cfg)), *ignored_options(cfg)]
+    notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
