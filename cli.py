@@ -35,13 +35,15 @@ SWITCH = ("true", "false", "1", "0", "yes", "no", "none", "auto")  # what may fo
 
 # -- Options beside each other: the tables name each once, whichever script has it
 
+FROZEN = "its default beside --lora_enable False or --freeze_llm False: such weights stay frozen"
 RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
     ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
     ("freeze_vision_tower", "True, or --vision_lora False: either adapters or all of its weights",
      lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
-    ("base_dtype lora_enable", "bf16 without --lora_enable or --freeze_llm: low-bit weights stay frozen",
-     lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
+    ("base_dtype lora_enable", FROZEN, lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
+    ("head_dtype lora_enable", FROZEN, lambda c: c.head_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
+    ("offload_embedding lora_enable", FROZEN, lambda c: not c.offload_embedding or (c.lora_enable and c.freeze_llm)),
     ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
     ("temperature beta", "a number above 0", lambda c: c.temperature > 0),
     ("num_generations", "a divisor of per_device_train_batch_size {c.per_device_train_batch_size} x "
@@ -190,8 +192,8 @@ def follow_model(cfg):
     else:
         named = re.search(r"/.*-(\d+)B\b", cfg.model_id)
         sizes = [size for size in WIDTHS if named and size <= int(named[1])]
-    paths = [Path(__file__).with_name("configs") / f"{size}b_{script}.py" for size in sizes]
-    for path in [path for path in paths if path.exists()][-1:]:
+    for size in sizes[-1:]:
+        path = Path(__file__).with_name("configs") / f"{size}b_{script}.py"
         values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
         values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
         vars(cfg).update(values)

@@ -16,7 +16,7 @@ from records import data_files
 from script import command
 
 # What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
-FIXED = as_dict(LoraArgs()).keys() - {"lora_dropout"} | {"base_dtype"}
+FIXED = as_dict(LoraArgs()).keys() - {"lora_dropout"} | {"base_dtype", "head_dtype"}
 
 
 def follow(cfg):
@@ -67,10 +67,12 @@ def take_adapter(cfg):
     if newest:
         cfg.notes += (f"--model_ckpt {adapter}, of the run made last",)
     config = read_json(adapter / ADAPTER[0])
-    base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
-    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
-        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, adapter)
-        cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
+    base = config.get("base_model_name_or_path")
+    for name in ("base_dtype", "head_dtype"):
+        kind = config.get(name, getattr(cfg, name))
+        if name not in cfg.given and kind != getattr(cfg, name):
+            setattr(cfg, name, from_file(type(cfg), name, kind, adapter))
+            cfg.notes += (f"--{name} {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
     if "model_id" not in cfg.given:

@@ -27,13 +27,11 @@ from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, 
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
-from lora import FLAT, inject, set_trainable, sizes
+from lora import inject, set_trainable, sizes
 from memory import choose, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
-from model.quantized import quantise_base, quantized_weights
-from model.qwen import Qwen2_5_VL
+from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
 from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
@@ -109,7 +107,7 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg, begun = run.cfg, run.folder / START
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, **formats_of(cfg))
     run.adapter = begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
     run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
@@ -117,8 +115,8 @@ def build_model(run):
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{problem}; take another checkpoint, or download it again")
     model.ops.offload = cfg.offload_activations and run.device.type == "cuda"
-    if cfg.offload_activations and not model.ops.offload:
-        run.notes.append("--offload_activations has no effect: there is no GPU to free")
+    names = ("offload_activations", "offload_embedding") if run.device.type != "cuda" else ()
+    run.notes += [f"--{name} has no effect: there is no GPU to free" for name in names if getattr(cfg, name)]
     if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
         model.ops.graphs = GraphCache(run.say, wait=True)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
@@ -235,9 +233,8 @@ def dry_run(cfg, make_loader, records):
     if os.environ.get("RANK", "0") != "0":
         return
     world, folder = int(os.environ.get("WORLD_SIZE", "1")), resolve_folder(cfg.model_id, cfg.local_files_only, False)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(ModelConfig.from_folder(folder))
-    quantise_base(model, cfg.base_dtype)
+    model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
+    place_all(model)
     notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
@@ -254,9 +251,8 @@ def describe(cfg, model, processor, records, loader, world, notes):
     """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, schedule, data, memory,
     and the notes."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
-    numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
+    numbers, whole = sizes(model), sum(parameter.numel() for parameter in empty_model(model.config).parameters())
     trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
-    whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
