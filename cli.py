@@ -1,7 +1,7 @@
 """A dataclass as a command line: its defaults, then --config files, then flags. The comment behind a field is its help.
 
-config.py holds the options, names.toml what other trainers call them, the tables here what they may be. Nothing imports
-torch: --help must not wait for it.
+config.py holds the options with their types, names.toml what other trainers call them, the tables here which options
+contradict each other or have no effect. Nothing imports torch: --help must not wait for it.
 """
 
 import inspect
@@ -81,7 +81,7 @@ def require(ok, name, value, expected):
 
 
 def check(c):
-    """UserError for a value of a config that is out of its range, and for options that contradict each other."""
+    """UserError for a value of a config that its type refuses, and for options that contradict each other."""
     for f in fields(c):
         value, expected = getattr(c, f.name), "a number above 0"
         ok = lambda v: type(v) not in (int, float) or v > 0
