@@ -1,12 +1,12 @@
 """What a run says besides its steps' lines: warnings, its last lines, and --report_to for TensorBoard and W&B."""
 
 import importlib
-import importlib.util
 import json
 import logging
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -35,15 +35,13 @@ def closing_lines(run, stop_signal):
     stopped = f", stopped by {signal.Signals(stop_signal).name}" if stop_signal else ""
     yield f"{run.folder}: step {run.step} of {run.total}{stopped}"
     name = "reward" if run.script == "train_grpo" else "loss"
-    text = (run.folder / METRICS).read_text(encoding="utf-8") if (run.folder / METRICS).exists() else ""
-    values = [row[name] for row in map(json.loads, text.splitlines()) if row.get(name) is not None]
+    rows = map(json.loads, (run.folder / METRICS).read_bytes().splitlines())
+    values = [row[name] for row in rows if row.get(name) is not None]
+    judged = [(run.start_accuracy, "at the start"), (run.last_accuracy, "in the last evaluation")]
+    accuracies = [f"{accuracy:.1%} {when}" for accuracy, when in judged if accuracy is not None]
     results = [f"{name} {values[0]:.4g} in the first step, {values[-1]:.4g} in the last"] if values else []
-    judged = {"at the start": run.start_accuracy, "in the last evaluation": run.last_accuracy}
-    if any(accuracy is not None for accuracy in judged.values()):
-        texts = [f"{accuracy:.1%} {when}" for when, accuracy in judged.items() if accuracy is not None]
-        results.append(f"accuracy {', '.join(texts)}")
-    if run.best:
-        results.append(f"best {run.best['accuracy']:.1%} at step {run.best['step']}")
+    results += [f"accuracy {', '.join(accuracies)}"] if accuracies else []
+    results += [f"best {run.best['accuracy']:.1%} at step {run.best['step']}"] if run.best else []
     yield f"  result  {'; '.join(results) or 'nothing was trained or judged'}"
     size = (run.folder / ROLLOUTS).stat().st_size if (run.folder / ROLLOUTS).exists() else 0
     yield f"  report  {run.folder / 'report.html'}; {ROLLOUTS} has {size / 1e6:.1f} MB"
@@ -56,46 +54,44 @@ def closing_lines(run, stop_signal):
 # -- --report_to: the scalars of metrics.jsonl, for packages that the user installs
 
 
-class TensorBoard:
-    def __init__(self, run):
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        # a resumed run hides the later steps of the one that was killed
-        self.writer = writer(str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.source else None)
-        self.close = self.writer.close
+def tensorboard(run):
+    from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, step, scalars):
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    # a resumed run hides the later steps of the one that was killed
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.source else None)
+    log = lambda step, scalars: [writer.add_scalar(name, value, step) for name, value in scalars.items()]
+    return SimpleNamespace(log=log, close=writer.close)
 
 
-class Wandb:
-    def __init__(self, run):
-        self.wandb, self.page = importlib.import_module("wandb"), run.folder / "report.html"
-        facts = read_json(run.folder / RUN)
-        options = {"id": facts["id"], "name": run.folder.name, "dir": str(run.folder), "resume": "allow"}
-        try:
-            self.run = self.wandb.init(config=facts["config"], **options)
-        except self.wandb.Error as error:  # no login, no network
-            hint = "log in by wandb login, set WANDB_MODE=offline, or leave the flag out"
-            raise UserError(f"--report_to wandb: {str(error).splitlines()[0].rstrip('.')}; {hint}") from None
+def weights_and_biases(run):
+    import wandb
 
-    def log(self, step, scalars):
-        self.run.log(scalars, step=step)
+    facts, page = read_json(run.folder / RUN), run.folder / "report.html"
+    options = {"id": facts["id"], "name": run.folder.name, "dir": str(run.folder), "resume": "allow"}
+    try:
+        theirs = wandb.init(config=facts["config"], **options)
+    except wandb.Error as error:  # no login, no network
+        hint = "log in by wandb login, set WANDB_MODE=offline, or leave the flag out"
+        raise UserError(f"--report_to wandb: {str(error).splitlines()[0].rstrip('.')}; {hint}") from None
 
-    def close(self):
-        if self.page.exists():
-            self.run.log({"report": self.wandb.Html(str(self.page))})
-        self.run.finish()
+    def close():
+        if page.exists():
+            theirs.log({"report": wandb.Html(str(page))})
+        theirs.finish()
+
+    return SimpleNamespace(log=lambda step, scalars: theirs.log(scalars, step=step), close=close)
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}  # packages; also the folders in the run's folder
+TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases}  # packages; also the folders in the run's folder
 
 
 def trackers(cfg):
-    """[class] that --report_to names."""
+    """[function: run -> what has log(step, scalars) and close()] that --report_to names."""
     names = [name for name in split_list(cfg.report_to) if name in TRACKERS]
     for name in names:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
+        try:
+            importlib.import_module(name)
+        except ImportError:
             problem = f"--report_to {name}: that package is not installed; pip install {name}, or leave the flag out"
-            raise UserError(f"{problem}: metrics.jsonl and report.html have it all")
+            raise UserError(f"{problem}: metrics.jsonl and report.html have it all") from None
     return [TRACKERS[name] for name in names]

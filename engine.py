@@ -158,10 +158,7 @@ def deepspeed_config(cfg, device, dtype, world, count):
     elif cfg.offload_optimizer:
         notes.append("--offload_optimizer has no effect: there is no GPU to free")
     if cfg.deepspeed:
-        settings = read_json(cfg.deepspeed)
-        if not isinstance(settings, dict):
-            raise UserError(f"--deepspeed: {cfg.deepspeed} holds no JSON object, expected DeepSpeed's settings")
-        notes += merge(config, settings, cfg.deepspeed)
+        notes += override(config, read_json(cfg.deepspeed), cfg.deepspeed)
     if config["gradient_clipping"] != cfg.max_grad_norm:
         notes.append(f"--max_grad_norm has no effect: {cfg.deepspeed} says {config['gradient_clipping']}")
     for key, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -169,24 +166,25 @@ def deepspeed_config(cfg, device, dtype, world, count):
             problem = f"{cfg.deepspeed}: {key}.enabled is {json.dumps(config[key]['enabled'])} in a {dtype} run"
             raise UserError(f"{problem}; write auto there, and give --{key}")
     if config["zero_optimization"]["stage"] not in (1, 2):
-        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage is no ZeRO-1 and no ZeRO-2, expected 1 or 2")
+        raise UserError(f"{cfg.deepspeed}: zero_optimization.stage: expected 1 or 2, for ZeRO-1 or ZeRO-2")
     return config, notes
 
 
-def merge(ours, theirs, source, top=True):
+def override(ours, theirs, source, top=True):
     """Put a DeepSpeed file's keys over ours, in place; "auto" means ours. Returns notes of those without effect; in a
     section DeepSpeed itself refuses what it does not know."""
+    if not isinstance(theirs, dict):
+        raise UserError(f"{source} is {json.dumps(theirs)}, expected an object")
     notes = []
     for key, value in theirs.items():
         if value == "auto":
             continue
         if key in NOT_OBEYED or (top and key not in ours):
             notes.append(f"{source}: {key} has no effect; what can be set here is an option: --help all")
-        elif value is None or (key in ours and isinstance(value, dict) != isinstance(ours[key], dict)):
-            form = "an object" if isinstance(ours.get(key), dict) else "a value"
-            raise UserError(f"{source}: {key} is {json.dumps(value)}, expected {form}; leave it out, or write auto")
-        elif isinstance(value, dict):
-            notes += merge(ours.setdefault(key, {}), value, source, top=False)
+        elif isinstance(ours.get(key, value), dict):
+            notes += override(ours.setdefault(key, {}), value, f"{source}: {key}", top=False)
+        elif value is None or isinstance(value, dict):
+            raise UserError(f"{source}: {key} is {json.dumps(value)}, expected a value; leave it out, or write auto")
         else:
             ours[key] = value
     return notes

@@ -10,25 +10,27 @@ from pathlib import Path
 
 from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
-from config import as_dict
+from config import LoraArgs, as_dict
 from model import UserError
 from records import data_files
 from script import command
 
 # What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
-FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use_rslora num_lora_modules
-    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype
-    head_dtype""".split()
+FIXED = as_dict(LoraArgs()).keys() - {"lora_dropout"} | {"base_dtype", "head_dtype"}
 
 
 def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how."""
-    if "output_dir" not in cfg.given and cfg.resume:
-        runs = [file for file in by_age("output", RUN) if read_json(file)["script"] == Path(sys.argv[0]).stem]
-        cfg.output_dir = str(runs[-1].parent) if runs else cfg.output_dir
-    if cfg.resume and (Path(cfg.output_dir) / RUN).exists():
-        take_options(cfg, Path(cfg.output_dir) / RUN)
-    elif cfg.model_ckpt is not None and cfg.lora_enable:
+    script = Path(sys.argv[0]).stem
+    if cfg.resume and "output_dir" not in cfg.given:
+        runs = [file.parent for file in by_age("output", RUN) if read_json(file)["script"] == script]
+        cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
+    path = Path(cfg.output_dir) / RUN
+    if cfg.resume and path.exists():
+        take_options(cfg, path, script)
+    elif not cfg.lora_enable:
+        cfg.model_ckpt = None
+    elif cfg.model_ckpt is not None:
         take_adapter(cfg)
     if not cfg.data_path:
         take_dataset(cfg)
@@ -36,35 +38,35 @@ def follow(cfg):
     return cfg
 
 
-def take_options(cfg, path):
+def take_options(cfg, path, script):
     """--resume: the run's own options, by its run.json, for all that was not given."""
-    run, given = read_json(path), {name: getattr(cfg, name) for name in cfg.given}
-    theirs = {name: value for name, value in run["config"].items() if name in as_dict(cfg)}
-    if run["script"] != Path(sys.argv[0]).stem:
-        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {Path(sys.argv[0]).name}")
-    new = {name for name, value in given.items() if name in theirs and theirs[name] != value}
-    for name in new.intersection(FIXED):
-        what = f"got {given[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
+    run, ours = read_json(path), as_dict(cfg)
+    if run["script"] != script:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
+    theirs = {name: run["config"][name] for name in ours.keys() & run["config"].keys()}
+    new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
+    for name in new & FIXED:
+        what = f"got {ours[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
         raise UserError(f"--{name}: {what}: a resumed run cannot change it; leave it out, or begin another run")
-    for name in theirs.keys() - {"resume", "overwrite", "output_dir"}:
-        setattr(cfg, name, from_file(type(cfg), name, theirs[name], path))
+    vars(cfg).update(theirs)
     cfg.settle(new)  # a new --fps is not held up by the run's nframes
-    for name in given.keys() - {"model_ckpt"}:
-        setattr(cfg, name, given[name])
+    own = cfg.given - {"model_ckpt"} | {"resume", "overwrite", "output_dir"}
+    vars(cfg).update({name: ours[name] for name in own})
     cfg.notes += (f"--resume: {cfg.output_dir}, with its own options where none are given",)
-    if "model_ckpt" in given:
+    if "model_ckpt" in cfg.given:
         cfg.notes += ("--model_ckpt has no effect: a resumed run has a copy of the adapter that it began with",)
 
 
 def take_adapter(cfg):
     """The adapter that model_ckpt means, "" being the newest SFT run's or none, and the base that it was made for."""
-    newest = cfg.model_ckpt == ""
-    adapter = find_adapter(cfg.model_ckpt, script="train_sft")
+    newest, adapter = cfg.model_ckpt == "", find_adapter(cfg.model_ckpt, script="train_sft")
     cfg.model_ckpt = adapter and str(adapter)
+    if adapter is None:
+        cfg.notes += ("no adapter under output/: a new one",)
+        return
     if newest:
-        made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
-        cfg.notes += (made,)
-    config = read_json(adapter / ADAPTER[0]) if adapter else {}
+        cfg.notes += (f"--model_ckpt {adapter}, of the run made last",)
+    config = read_json(adapter / ADAPTER[0])
     base = config.get("base_model_name_or_path")
     for name in ("base_dtype", "head_dtype"):
         kind = config.get(name, getattr(cfg, name))

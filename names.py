@@ -6,7 +6,7 @@ python names.py                     writes the table at the end of docs/migratin
 import tomllib
 from pathlib import Path
 
-from model import UserError, nearest
+from model import UserError
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 NAMES = {  # {theirs: (table, meaning)}
@@ -16,38 +16,25 @@ NAMES = {  # {theirs: (table, meaning)}
     for name in names.split()
 } | {name: ("by_value", choices) for names, choices in TABLES["by_value"].items() for name in names.split()}
 SYNONYMS = {name: ours for name, (table, ours) in NAMES.items() if table == "same"}
+OFF = {"none": "", "null": "", "false": "", "": ""}  # accepted for names that are answered with a sentence
 
 
 def translate(name, value):
-    """(our option or "", its value, [note]) for a name of another trainer; a name that is in no table is returned as it
-    is. UserError for one that is answered with a sentence."""
-    table, meaning = NAMES.get(name, ("unknown", ""))
-    if table == "unknown":
-        return name, value, []
+    """(our option or "", its value, what to note) for one of NAMES. UserError for what is answered with a sentence."""
+    table, meaning = NAMES[name]
     if table == "same":
-        return meaning, value, [f"--{name} is --{meaning} here"]
+        return meaning, value, f"--{name} is --{meaning} here"
     if table == "no_effect":
-        return "", None, [f"--{name} has no effect: {meaning}"]
+        return "", None, f"--{name} has no effect: {meaning}"
     if table == "removed":
         raise UserError(f"was removed; {meaning}")
-    off = dict.fromkeys(("none", "null", "false", ""), "")
-    choices = meaning if table == "by_value" else off | {"otherwise": meaning}
+    choices = meaning if table == "by_value" else OFF | {"otherwise": meaning}
     word = str(value).lower()
     if word not in choices or word == "otherwise":
         raise UserError(f"{value!r} is not an option here; {choices['otherwise']}")
     option, _, ours = choices[word].partition("=")
     is_so = f"is --{option} {ours} here" if option else "has no effect: it is so already"
-    return option, ours, [f"--{name} {value} {is_so}"]
-
-
-def suggestion(name, names):
-    """A hint: at most three options that hold all words of `name` and few others, or the one spelt almost like it. ""
-    otherwise: a wrong guess is worse than none."""
-    words = set(name.split("_"))
-    close = [other for other in names if words <= (theirs := set(other.split("_"))) and len(theirs) <= len(words) + 2]
-    if 0 < len(close) <= 3:
-        return f"; did you mean {' or '.join(sorted(close))}?"
-    return nearest(name, names, cutoff=0.85)
+    return option, ours, f"--{name} {value} {is_so}"
 
 
 HEAD = "\n| theirs | here |\n|---|---|\n"  # the text above it in docs/migrating.md is written by hand
@@ -59,11 +46,10 @@ def migrating(text):
     for names, choices in TABLES["by_value"].items():
         pairs = [f"{value or 'empty'}: {f'`--{ours}`' if ours else 'no effect'}" for value, ours in choices.items()]
         rows[names] = f"{', '.join(pairs[:-1])}; else {choices['otherwise']}"
-    rows |= {names: f"no effect: {why}" for why, names in TABLES["no_effect"].items()}
-    rows |= {names: answer for answer, names in TABLES["answers"].items()}
-    rows |= {names: f"was removed; {answer}" for answer, names in TABLES["removed"].items()}
-    flags = lambda names: ", ".join(f"`--{name}`" for name in names.split())
-    return text.partition(HEAD)[0] + HEAD + "".join(f"| {flags(names)} | {rows[names]} |\n" for names in rows)
+    for table, head in {"no_effect": "no effect: ", "answers": "", "removed": "was removed; "}.items():
+        rows |= {names: head + meaning for meaning, names in TABLES[table].items()}
+    lines = [f"| {', '.join(f'`--{name}`' for name in names.split())} | {rows[names]} |\n" for names in rows]
+    return text.partition(HEAD)[0] + HEAD + "".join(lines)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def gather_numbers(*values) -> torch.Tensor:
     own = torch.tensor([values], dtype=torch.float64)
     if world_size() == 1:
         return own
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    every = [torch.empty_like(own, device=device) for _ in range(world_size())]
-    dist.all_gather(every, own.to(device))
+    own = own.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
     return torch.cat(every).cpu()
 
 
@@ -42,7 +42,6 @@ def add(*values) -> list[float]:
 
 def raise_together(message: str | None) -> None:
     """Where any rank has a message all end with exit code 2, and the first such rank says why."""
-    every = gather(message)
-    if any(every):
-        is_first = rank() == [bool(each) for each in every].index(True)
-        raise UserError(message) if is_first else SystemExit(2)
+    senders = [number for number, each in enumerate(gather(message)) if each]
+    if senders:
+        raise UserError(message) if rank() == senders[0] else SystemExit(2)

@@ -51,7 +51,7 @@ def cli(main, each_rank=True):
         what = error.filename or "standard output, or a file"
         leave(f"error: {what}: {error.strerror}; make room or choose another place, then run again")
     finally:
-        watch_imports()
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def leave(line, code=2):
@@ -65,13 +65,8 @@ def leave(line, code=2):
     raise SystemExit(code) from None
 
 
-def watch_imports():
-    """While modules are imported Ctrl-C ends the process at once: an exception there could end in a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
-
-
 def interrupted(*_):
+    """Ctrl-C while modules are imported or after the end: an exception there could end in a traceback."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and multiprocessing.parent_process() is None:
         os.write(2, b"\nstopped by Ctrl-C\n")
     with contextlib.suppress(OSError, RuntimeError):  # a closed pipe; or the signal came in the middle of a write
@@ -79,6 +74,5 @@ def interrupted(*_):
     os._exit(130)
 
 
-_main = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-if _main.parent == Path(__file__).resolve().parent:
-    watch_imports()  # a script of this repository, which imports this first
+if (Path(__file__).parent / Path(sys.argv[0]).name).is_file():  # one of this repository's scripts was started
+    signal.signal(signal.SIGINT, interrupted)

@@ -22,8 +22,8 @@ import torch
 import checkpoint
 import console
 import ranks
-from adapter_files import load_adapter, trained_on
-from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapter, read_json, sha256, write_json
+from adapter_files import load_adapter
+from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
@@ -36,7 +36,7 @@ from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
-from trainer import Run, watch_signals
+from trainer import Run, warmup_steps, watch_signals
 
 LOCK, START, DATA = "run.lock", "start_adapter", "data.json"
 OURS = (RUN, BEST, METRICS, DATA, ROLLOUTS, "report.html", *ADAPTER)  # files that --overwrite removes
@@ -44,10 +44,8 @@ OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "num_lora
 
 
 def launch(cfg, records, held_out, notes=()):
-    """The Run: processes joined, device and precision chosen, the folder claimed; with --resume its checkpoint.
-
-    records, held_out: what the run is trained and judged on. Nothing in the folder is changed yet (start() does).
-    """
+    """The Run: processes joined, device and precision chosen, the folder claimed; with --resume its checkpoint. Nothing
+    in the folder is changed yet (start() does)."""
     console.trackers(cfg)  # their packages are there
     console.show_logged_warnings()
     device, folder = init_distributed(), Path(cfg.output_dir)
@@ -63,7 +61,7 @@ def launch(cfg, records, held_out, notes=()):
     if cfg.resume:
         find_source(run)
     data = len(records), len(held_out), run.data_hash, data_hash(cfg.eval_data_path)
-    every = ranks.gather(repr((as_dict(cfg), data, dtype, run.step)))
+    every = ranks.gather((as_dict(cfg), data, dtype, run.step))
     problem = f"rank {rank} has other flags, data, precision or checkpoint than rank 0; start all with the same"
     ranks.raise_together(problem if every[rank] != every[0] else None)
     return run
@@ -105,28 +103,13 @@ def find_source(run):
 
 
 def build_model(run):
-    """(the base on its device with the adapter of --model_ckpt or a fresh one, exactly what the flags name trained; the
-    Processor of its clips and chats).
-
+    """(the base on its device with the adapter of --model_ckpt or a fresh one, the Processor of its clips and chats).
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    cfg = run.cfg
+    cfg, begun = run.cfg, run.folder / START
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, **formats_of(cfg))
-    if cfg.resume and (run.folder / START).exists():
-        run.adapter = run.folder / START
-    elif cfg.model_ckpt is not None and cfg.lora_enable:
-        run.adapter = find_adapter(cfg.model_ckpt)
-    if run.adapter:
-        given = load_adapter(model, run.adapter)
-        for name, kind in trained_on(read_json(run.adapter / ADAPTER[0])).items():
-            if kind != (now := getattr(cfg, name)):
-                run.notes.append(f"the adapter was trained with --{name} {kind} and goes on with {now}")
-        run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
-        own = [name for name in OF_ADAPTER if name in cfg.given and getattr(cfg, name) != getattr(given, name)]
-        run.notes += [f"--{name} has no effect: the adapter has its own" for name in own]
-    else:
-        inject(model, cfg)
-    set_trainable(model, cfg)
+    run.adapter = begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
+    run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
@@ -141,12 +124,23 @@ def build_model(run):
     return model, processor
 
 
+def adapt(model, cfg, folder):
+    """Give the model the adapter of this folder, or a fresh one, and freeze what is not trained. Returns notes."""
+    if folder is None:
+        inject(model, cfg)
+        set_trainable(model, cfg)
+        return []
+    given = load_adapter(model, folder)
+    set_trainable(model, cfg)
+    own = [name for name in OF_ADAPTER if name in cfg.given and getattr(cfg, name) != getattr(given, name)]
+    notes = [f"--{name} has no effect: the adapter has its own" for name in own]
+    return [f"adapter of {folder}: rank {given.lora_rank}, alpha {given.lora_alpha:g}", *notes]
+
+
 def start(run, model, processor, loader, records, held_out):
     """The engine with the state of the checkpoint put back; the folder made ready; the start-up lines printed."""
     cfg = run.cfg
     run.loader, run.total, run.question = loader, total_steps(cfg, loader), data_question(records)
-    if loader.epoch_size != len(records):
-        run.notes.append(f"an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path")
     engine, adamw, notes = build_engine(model, cfg, run.device, run.dtype)
     run.notes += [*notes, *ignored_options(cfg)]
     if run.source:
@@ -154,22 +148,17 @@ def start(run, model, processor, loader, records, held_out):
     run.plan = choose(run, model, partial(largest_sample, run, records, processor))
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
+    judged = f"judged every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "judged at the end"
+    run.notes.append(f"{len(held_out):,} held-out samples, {judged}" if held_out else "no held-out samples")
     if run.rank == 0:
         prepare_folder(run)
-        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-        precision = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
-        left = "" if run.step < run.total else "; nothing is left, a larger --max_steps goes on"
-        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done{left}")
-        run.say(f"  precision  {precision}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
-        for line in describe(cfg, model, processor, records, loader, run.world):
-            run.say(line)
-        when = f"every {cfg.eval_steps} steps and " * bool(cfg.eval_steps)
-        run.notes.append(f"{len(held_out):,} held-out samples" + f", judged {when}at the end" * bool(held_out))
-        if run.plan.pack_tokens:
-            run.notes.append(f"micro-batches of at most {run.plan.pack_tokens:,} tokens")
-        for text in run.notes:
-            run.say(f"  note       {text}")
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}))
+        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+        dtype = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
+        run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done")
+        run.say(f"  precision  {dtype}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
+        for line in describe(cfg, model, processor, records, loader, run.world, run.notes):
+            run.say(line)
     run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
     return engine
@@ -179,10 +168,8 @@ def restore(run, engine, adamw):
     """Optimizer, loss scale, counts of what was left out, and what memory taught, as in the checkpoint."""
     cfg, loader, state, memory = run.cfg, run.loader, run.state, run.state["memory"]
     if loader.global_batch != state["global_batch"]:
-        product = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
-        problem = (
-            f"that run had {state['global_batch']} samples or prompts a step, {product} make {loader.global_batch}"
-        )
+        sizes = f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} x {run.world} ranks"
+        problem = f"that run had {state['global_batch']} samples or prompts a step, {sizes} make {loader.global_batch}"
         raise UserError(f"--resume: {problem}; change --gradient_accumulation_steps")
     checkpoint.load_state(engine, adamw, run.source, run.updates)
     if state["loss_scale"]:
@@ -227,10 +214,10 @@ def prepare_folder(run):
 
 def environment():
     """Versions and machine, for run.json."""
-    packages = ("torch", "transformers", "safetensors", "deepspeed", "numpy", "av")
+    packages = "torch transformers safetensors deepspeed numpy av".split()
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
@@ -243,24 +230,16 @@ def environment():
 def dry_run(cfg, make_loader, records):
     """--dry_run: print data, steps, memory and options without effect; nothing is run or written. The weights are not
     read: config.json and the tokenizer are enough. make_loader: the trainer's own."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if rank:
+    if os.environ.get("RANK", "0") != "0":
         return
-    folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
+    world, folder = int(os.environ.get("WORLD_SIZE", "1")), resolve_folder(cfg.model_id, cfg.local_files_only, False)
     model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
     place_all(model)
-    if cfg.model_ckpt is not None and cfg.lora_enable:
-        load_adapter(model, find_adapter(cfg.model_ckpt))
-    else:
-        inject(model, cfg)
-    set_trainable(model, cfg)
+    notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
     processor = Processor(load_tokenizer(folder), model.config, cfg)
-    loader, notes = make_loader(cfg, records, processor, 0, world), ignored_options(cfg)
-    if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+    loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
-    print(*describe(cfg, model, processor, records, loader, world), sep="\n")
-    print(*(f"  note       {text}" for text in notes), sep="\n")
+    print(*describe(cfg, model, processor, records, loader, world, notes), sep="\n")
 
 
 def total_steps(cfg, loader):
@@ -268,18 +247,24 @@ def total_steps(cfg, loader):
     return cfg.max_steps if cfg.max_steps > 0 else loader.num_steps(cfg.num_train_epochs)
 
 
-def describe(cfg, model, processor, records, loader, world):
-    """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
+def describe(cfg, model, processor, records, loader, world, notes):
+    """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, schedule, data, memory,
+    and the notes."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
-    batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
     numbers, whole = sizes(model), sum(parameter.numel() for parameter in empty_model(model.config).parameters())
     trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
-    rounds = f"; up to {1 + cfg.max_resample} rounds of sampling" if hasattr(cfg, "max_resample") else ""
-    what = "completions" if rounds else "samples"
-    yield f"  a step     {batch} {what} x {micro} x {world} ranks = {batch * micro * world} {what}{rounds}"
+    batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
+    what = "completions" if hasattr(cfg, "num_generations") else "samples"
+    yield f"  a step     {batch} x {micro} micro-batches x {world} ranks = {batch * micro * world:,} {what}"
+    end = cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else cfg.min_lr_ratio)
+    rate = f"learning rate {cfg.learning_rate:g} at its peak, {end:g} at the end"
+    yield f"  schedule   {cfg.lr_scheduler_type}: {total:,} steps, {warmup_steps(cfg, total):,} of them warm-up; {rate}"
     yield from summary(model, cfg, records, processor, loader, total, world)
+    if loader.epoch_size != len(records):
+        yield f"  note       an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path"
+    yield from (f"  note       {text}" for text in notes)
 
 
 def ask_about(run, processor, record):
@@ -290,9 +275,8 @@ def ask_about(run, processor, record):
         clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
     except UserError:  # of a broken record: named when it is read
         clip = ""
-    words = []
+    newest = Path("output").resolve() in run.folder.resolve().parents  # infer.py takes the run made last there
+    words = [] if newest else ["--model_ckpt", str(run.folder)]
     if not run.cfg.lora_enable:  # checkpoints are whole models
         words = ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
-    elif Path("output").resolve() not in run.folder.resolve().parents:
-        words = ["--model_ckpt", str(run.folder)]
     return command("infer.py", clip, *words) if clip else ""

@@ -104,11 +104,15 @@ def begin_step(run, engine, step):
     parameter group's: the language model's, if that is trained."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
-    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * run.total)
+    warmup = warmup_steps(cfg, run.total)
     factor = lr_factor(step - 1, run.total, cfg.lr_scheduler_type, warmup, cfg.min_lr_ratio)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return engine.optimizer.param_groups[-1]["lr"]
+
+
+def warmup_steps(cfg, total):
+    return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
 
 
 def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):

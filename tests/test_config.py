@@ -14,7 +14,6 @@ from config import GRPO, SFT, Adapter, Generate, Infer, Look, changed, ignored_o
 from model import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
 CASES = ROOT / "tests" / "cases"
 COMMANDS = json.loads((CASES / "commands.json").read_text())  # the original project's, as people have them
 

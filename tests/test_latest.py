@@ -64,6 +64,9 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     out, command = type_in(command, f"--max_steps 2 {SHORT}")
     assert f"--data_path {Path('data/Meine Clips/train.json')}, the dataset made last" in out
     assert "output/Meine Clips_lora: step 2 of 2" in out
+    assert (
+        "  schedule   cosine: 2 steps, 1 of them warm-up; learning rate 0.003 at its peak, 0.00015 at the end\n" in out
+    )
     assert command.startswith(f"python {scripts}/infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
     out, command = type_in(command)
     assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out and "What does the video show?" in out

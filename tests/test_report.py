@@ -166,8 +166,7 @@ def test_wandb_has_config_scalars_and_page_and_what_it_lacks_is_one_line(tmp_pat
     wandb.init.side_effect = ConnectionError("No API key configured. Use `wandb login` to log in.")
     with pytest.raises(UserError, match="^--report_to wandb: No API key.*WANDB_MODE=offline"):
         tracked(tmp_path, "wandb", {})
-    monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match="--report_to wandb: that package is not installed; pip install wandb"):
         console.trackers(SFT(report_to="wandb"))
 
