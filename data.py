@@ -22,7 +22,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -97,7 +97,8 @@ class Processor:
             hint = nearest_path(args.image_folder)
             raise UserError(f"--image_folder: no such folder {args.image_folder}; expected that of the clips{hint}")
         self.inline = tempfile.TemporaryDirectory(prefix="inline_clips_")  # of clips inside their records
-        self.cache, self.cache_room = {}, args.cache_mb * 2**20  # plans and patches; bytes
+        self.plan_clip = lru_cache(4096)(plan_clip)
+        self.cache, self.cache_room = {}, args.cache_mb * 2**20  # {plan: patches}; bytes
         self.warned: set[str] = set()  # kinds of notes that were logged
 
     def token_id(self, token: str) -> int:
@@ -200,28 +201,20 @@ class Processor:
         if media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0]):
             paths = frames_in(paths[0])
         options = Options.from_args(media.kind, self.args, media.options)
-        key = media.kind, tuple(map(file_stamp, paths)), options
-        return self.cached(key, lambda: plan_clip(media.kind, paths, options))
+        return self.plan_clip(media.kind, paths, options, tuple(map(file_stamp, paths)))
 
     def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
-        """The patches of a clip, (P, 1176) uint8, and the order of its frames."""
-        patches = self.cached(plan, lambda: read_clip(plan))
+        """The patches of a clip, (P, 1176) uint8, and the order of its frames. They are remembered until the cache is
+        full: of more clips than fit some stay for good, where the most recent would be gone before the next epoch."""
+        patches = self.cache.get(plan)
+        if patches is None:
+            patches = read_clip(plan)
+            # a worker's patches go to shared memory, which is small in containers
+            if patches.nbytes <= self.cache_room and get_worker_info() is None:
+                self.cache[plan] = patches
+                self.cache_room -= patches.nbytes
         still = plan.kind == "image" and control in ("reversed", "shuffled")
         return apply_control(patches, plan.grid_thw, "none" if still else control, seed)
-
-    def cached(self, key, make: Callable):
-        """make(), a ClipPlan or patches, remembered until the cache is full: of more clips than fit some stay for good,
-        where a cache of the most recent ones would have forgotten each before its next epoch."""
-        value = self.cache.get(key)
-        if value is None:
-            value = make()
-            is_plan = isinstance(value, ClipPlan)
-            size = 1000 + 200 * len(value.indices) if is_plan else value.nbytes
-            # a worker's patches go to shared memory, which is small in containers
-            if size <= self.cache_room and (is_plan or get_worker_info() is None):
-                self.cache[key] = value
-                self.cache_room -= size
-        return value
 
     def locate_file(self, path: str, folder: str | None) -> str:
         """In the folder's videos/, in the folder, or in the current one; a clip inside its record as a file."""

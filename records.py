@@ -351,11 +351,13 @@ def assign_clips(turns: list[Turn], kind: str, names: list) -> None:
     parts = [part for turn in turns for part in turn.parts]
     media = [part for part in parts if isinstance(part, Media) and part.kind == kind]
     tags = [part for part in media if not part.paths]
-    files = [str(file_of(name)).lower() for name in names]
-    if kind == "video" and len(tags) <= 1 < len(names):
-        if all(file.startswith("data:image/") or file.endswith(IMAGE_SUFFIXES) for file in files):
-            names = [names]  # at most one tag, nothing but pictures: the frames of one clip
     clips = [read_media(kind, name) for name in names]
+    files = [path for clip in clips for path in clip.paths]
+    are_pictures = all(file.startswith("data:image/") or file.lower().endswith(IMAGE_SUFFIXES) for file in files)
+    if kind == "video" and len(tags) <= 1 < len(clips) == len(files) and are_pictures:
+        clips = [
+            Media(kind, tuple(files), clips[0].options)
+        ]  # at most one tag, nothing but pictures: frames of one clip
     question = next((turn for turn in turns if turn.role == "user"), None)
     if clips and not media and question:
         question.parts[:0] = clips
@@ -364,10 +366,6 @@ def assign_clips(turns: list[Turn], kind: str, names: list) -> None:
     else:
         for tag, clip in zip(tags, clips):
             tag.paths, tag.options = clip.paths, clip.options | tag.options
-
-
-def file_of(name):
-    return first_of(name, "url", "path") if isinstance(name, dict) else name
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:
@@ -384,7 +382,8 @@ def read_media(kind: str, names, unnamed: bool = False) -> Media:
         if len(keys) != 1:
             raise UserError(f"{kind} is {str(names)[:80]!r}; expected one file name")
         names, unnamed = given[keys[0]], False
-    files = list(map(file_of, names if isinstance(names, list) else [names]))
+    files = names if isinstance(names, list) else [names]
+    files = [first_of(file, "url", "path") if isinstance(file, dict) else file for file in files]
     if not files or not all(isinstance(name, str) and name for name in files) or (kind == "image" and len(files) > 1):
         raise UserError(f"{kind} is {str(names)[:80]!r}; expected a file name, of a video also a list of frames")
     return Media(kind, tuple(name.removeprefix("file://") for name in files), options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model import UserError
-from reader import file_stamp, index_frames, read_frames, read_image
+from reader import index_frames, read_frames, read_image
 from records import IMAGE_SUFFIXES
 
 PATCH, TEMPORAL, MERGE = 14, 2, 2  # pixels, frames, patches a side; the same in every Qwen2.5-VL
@@ -214,33 +214,27 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
 
 def frames_in(folder: str) -> tuple[str, ...]:
     """The images of a folder, the frames of one clip, by number: 2.jpg before 10.jpg. UserError without any."""
-    try:
-        names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
     if not names:
         raise UserError(f"{folder}: a folder without images; expected the frames of a clip, or give one file")
     names.sort(key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
     return tuple(os.path.join(folder, name) for name in names)
 
 
-def plan_clip(kind: str, paths: tuple[str, ...], options: Options) -> ClipPlan:
+def plan_clip(kind: str, paths: tuple[str, ...], options: Options, stamp: tuple = ()) -> ClipPlan:
     """Which frames of a clip, and at what size. kind: "video" (one file, or one image file per frame) or "image".
-    UserError naming the file."""
-    stamp, fps = tuple(map(file_stamp, paths)), options.fps if kind == "video" else 0.0
+    stamp: reader.file_stamp of each file. UserError."""
+    fps = options.fps if kind == "video" else 0.0
     index = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
     source = index.size if index else tuple(read_image(paths[0]).shape[1:])
     total = len(index.times) if index else len(paths)
-    try:
-        if kind == "image":
-            indices, sample_fps, notes = [0], math.inf, []
-        elif index is None or total == 1:
-            indices, sample_fps, notes = sample_list(total, options)
-        else:
-            indices, sample_fps, notes = sample_video(total, fps := index.fps, options)
-        h, w, size_notes = frame_size(kind, *source, len(indices), options)
-    except UserError as error:
-        raise UserError(f"{paths[0]}: {error}") from None
+    if kind == "image":
+        indices, sample_fps, notes = [0], math.inf, []
+    elif index is None or total == 1:
+        indices, sample_fps, notes = sample_list(total, options)
+    else:
+        indices, sample_fps, notes = sample_video(total, fps := index.fps, options)
+    h, w, size_notes = frame_size(kind, *source, len(indices), options)
     times = tuple(index.times[i] if index else i / options.fps for i in indices)
     if index and total > 1:
         off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))

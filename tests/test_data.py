@@ -18,7 +18,7 @@ from data import Processor, TooLong, load_tokenizer
 from model.loading import ModelConfig
 from model.packed import IGNORE
 from reader import read_image
-from video import ClipPlan, frame_indices
+from video import frame_indices
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -132,10 +132,10 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     assert len(decoded) == 2 and not torch.equal(changed.patches, first.patches)
     full = Processor(processor.backend, processor.config, replace(processor.args, cache_mb=0))
     assert torch.equal(full.encode(record(3)).patches, changed.patches) and not full.cache
-    full.cache_room = 3 * 1800 + 2 * 32 * 1176  # three plans, the patches of two clips: the first ones stay
+    full.cache_room = 2 * 32 * 1176  # the patches of two clips: the first ones stay
     for i in (0, 1, 2, 0, 3):
         full.encode(record(i))
-    assert [key.paths[0][-5:] for key in full.cache if isinstance(key, ClipPlan)] == ["0.mp4", "1.mp4"]
+    assert [plan.paths[0][-5:] for plan in full.cache] == ["0.mp4", "1.mp4"]
 
 
 def test_too_long_a_sample_gets_fewer_frames_or_is_dropped(processor, caplog):
