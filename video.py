@@ -143,25 +143,17 @@ def frame_span(total: int, video_fps: float, options: Options) -> tuple[int, int
     return first, last - first + 1
 
 
-def sample_video(total: int, fps: float, options: Options) -> tuple[list[int], float, list]:
-    """(frame numbers, frames a second of them, notes) of a video file."""
+def sample_frames(total: int, fps: float, options: Options, listed: bool) -> tuple[list[int], float]:
+    """(frame numbers, frames a second of them). A list of frames is taken whole unless nframes or max_frames thin it
+    out; an odd last one is repeated."""
     first, span = frame_span(total, fps, options)
-    n, wanted, notes = smart_nframes(span, fps, options), span / fps * options.fps, []
-    if options.nframes is None and not n <= wanted < n + TEMPORAL:
-        notes = [f"fps {options.fps:g} asks for {wanted:.1f} of {span} frames; min_frames and max_frames make it {n}"]
-    return frame_indices(span, n, first), n / span * fps, notes
-
-
-def sample_list(total: int, options: Options) -> tuple[list[int], float, list]:
-    """The same of a list of frames: taken whole, an odd last one repeated. nframes and max_frames thin it out."""
-    first, span = frame_span(total, options.fps, options)
-    n = min((total > 1 and options.nframes) or options.max_frames, span)
-    indices = list(range(first, first + span))
-    if n < span:
-        indices = frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
-    notes = ["one picture where a video is expected: a clip of two equal frames"] if total == 1 else []
-    sample_fps = options.fps * len(indices) / span
-    return indices + indices[-1:] * (len(indices) % TEMPORAL), sample_fps, notes
+    if listed:
+        most = (total > 1 and options.nframes) or options.max_frames
+        n = min(span, math.ceil(most / TEMPORAL) * TEMPORAL)
+    else:
+        n = smart_nframes(span, fps, options)
+    indices = frame_indices(span, n, first)
+    return indices + indices[-1:] * (n % TEMPORAL), n / span * fps
 
 
 # ---- Which size
@@ -224,16 +216,15 @@ def frames_in(folder: str) -> tuple[str, ...]:
 def plan_clip(kind: str, paths: tuple[str, ...], options: Options, stamp: tuple = ()) -> ClipPlan:
     """Which frames of a clip, and at what size. kind: "video" (one file, or one image file per frame) or "image".
     stamp: reader.file_stamp of each file. UserError."""
-    fps = options.fps if kind == "video" else 0.0
     index = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
     source = index.size if index else tuple(read_image(paths[0]).shape[1:])
     total = len(index.times) if index else len(paths)
-    if kind == "image":
-        indices, sample_fps, notes = [0], math.inf, []
-    elif index is None or total == 1:
-        indices, sample_fps, notes = sample_list(total, options)
-    else:
-        indices, sample_fps, notes = sample_video(total, fps := index.fps, options)
+    fps = 0.0 if kind == "image" else index.fps if index and total > 1 else options.fps
+    indices, sample_fps, notes = [0], math.inf, []
+    if kind == "video":
+        indices, sample_fps = sample_frames(total, fps, options, listed=index is None or total == 1)
+    if kind == "video" and total == 1:
+        notes.append("one picture where a video is expected: a clip of two equal frames")
     h, w, size_notes = frame_size(kind, *source, len(indices), options)
     times = tuple(index.times[i] if index else i / options.fps for i in indices)
     if index and total > 1:
