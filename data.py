@@ -57,6 +57,8 @@ class TooLong(UserError):
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A checkpoint's tokenizer.json. No class that the folder names is imported, no template of it rendered."""
     path = Path(folder) / "tokenizer.json"
+    if not path.is_file():  # a fifo would block for good
+        raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2.5-VL checkpoint")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
@@ -338,27 +340,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def look_at_file(file: str, processor: Processor, as_json: bool, question: str) -> Iterator[str]:
-    """The lines that describe one file; with as_json, JSON: one for each record, or for the clip."""
+    """The lines that describe one file, the clips of its first record in full; with as_json, a JSON line a record."""
     records, is_dataset = records_of(file, question)
     results = (look_at(processor, record, is_dataset, as_json or not is_dataset) for record in records)
     if as_json:
         yield from map(json.dumps, results)
         return
     results = list(results)
-    where = "sample {}: " if is_dataset else ""
-    refused = [where.format(i) + each["refused"] for i, each in enumerate(results) if "refused" in each]
-    if len(refused) == len(results):
-        raise UserError(refused[0] if not is_dataset else f"none of {len(refused)} can be used; {refused[0]}")
+    good = [result for result in results if "refused" not in result]
+    refused = [f"sample {i}: {result['refused']}" for i, result in enumerate(results) if "refused" in result]
+    if not good:
+        raise UserError(f"{file}: nothing can be used; {refused[0]}")
     yield file
-    if is_dataset:
-        lengths = [result["tokens"] for result in results if "tokens" in result]
-        low, median, high = np.percentile(lengths, (0, 50, 100))
-        yield f"  samples {len(lengths)}, {sum(lengths)} tokens: {low:g} to {high:g} a sample, median {median:g}"
-        yield from (f"  skipped: {error}" for error in refused[:8])
-        yield from [f"  skipped: {len(refused) - 8} more; --json has them all"] * (len(refused) > 8)
-    else:
-        (clip,) = results[0]["clips"]
-        for key, value in {**clip, "prompt_tokens": results[0]["tokens"]}.items():
+    lengths = [result["tokens"] for result in good]
+    low, median, high = np.percentile(lengths, (0, 50, 100))
+    yield f"  samples {len(good)}, {sum(lengths)} tokens: {low:g} to {high:g} a sample, median {median:g}"
+    yield from (f"  skipped: {error}" for error in refused[:8])
+    yield from [f"  skipped: {len(refused) - 8} more; --json has them all"] * (len(refused) > 8)
+    for clip in good[0]["clips"]:
+        for key, value in clip.items():
             values = value if isinstance(value, list | tuple) else [value]
             yield f"  {key:<16}{' '.join(f'{x:.6g}' if isinstance(x, float) else str(x) for x in values)}"
 

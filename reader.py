@@ -148,18 +148,16 @@ def is_increasing(times: Sequence[int | None]) -> bool:
 def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[int]]:
     """(sorted pts of the frames that are shown, sorted pts of the keyframes). UserError where the file is cut off."""
     container, shown, keyframes, count, corrupt, end = stream.container, [], [], 0, False, 0.0
-    name, time_bases = container.format.name, {s.index: float(s.time_base or 0) for s in container.streams}
     for packet in container.demux():
-        if not packet.size:
-            continue
-        if packet.pts is not None:
-            end = max(end, packet.pts * time_bases.get(packet.stream_index, 0))
-        if packet.stream_index == stream.index:
+        if packet.size and packet.pts is not None:
+            end = max(end, packet.pts * float(packet.time_base or 0))
+        if packet.size and packet.stream_index == stream.index:
             count, corrupt = count + 1, packet.is_corrupt
             if not packet.is_discard:  # a discarded one is decoded but not shown (an edit list)
                 shown.append(packet.pts)
             if packet.is_keyframe and packet.pts is not None:
                 keyframes.append(packet.pts)
+    name = container.format.name
     # An edit list of an MP4 leaves the first frames out of the index
     promised = min(stream.frames, len(stream.index_entries)) if name.startswith("mov") else stream.frames
     seconds = (container.duration or 0) / av.time_base  # all that some headers promise

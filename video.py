@@ -62,11 +62,10 @@ class Options:
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
-            if name not in known:
-                raise UserError(f"unknown {kind} option {name!r}; expected some of {', '.join(known)}")
             low = 0 if name == "video_start" else SMALLEST
-            if type(value) not in (int, float) or not low <= value <= LARGEST:
-                raise UserError(f"{name} is {str(value)[:40]!r}; expected a number from {low} to {LARGEST}")
+            if name not in known or type(value) not in (int, float) or not low <= value <= LARGEST:
+                expected = f"one of {', '.join(known)}, from {low} to {LARGEST}"
+                raise UserError(f"{kind} option {name}: {str(value)[:40]}; expected {expected}")
         if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
         if "max_pixels" in item and values["min_pixels"]:  # the item's bound beats the script's other bound

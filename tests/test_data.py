@@ -172,6 +172,7 @@ def test_the_plan_of_a_clip(processor, clips):
     processor.args.nframes, processor.args.fps = None, 8.0  # of three seconds
     text = lines_of(processor, clips / "0.mp4")
     facts = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
+    assert facts["samples"].startswith("1, ")
     assert (facts["frames"], facts["size"], facts["grid_thw"], facts["tokens"]) == ("30", "56 56", "12 4 4", "48")
     (result,) = lines_of(processor, clips / "0.mp4", as_json=True)
     (clip,) = result["clips"]
@@ -189,7 +190,7 @@ def test_the_plan_of_a_dataset(processor, clips):
     lines = lines_of(processor, clips / "d.json").splitlines()
     lengths = [length(processor, r) for r in records[:3]]
     assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
-    assert len(lines) == 3 and lines[2].count("sample 3: ") == 1 and "no readable video" in lines[2]
+    assert lines[2].count("sample 3: ") == 1 and "no readable video" in lines[2]
     results = lines_of(processor, clips / "d.json", as_json=True)
     assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
     broken = [{"question": str(i)} for i in range(30)]

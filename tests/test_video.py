@@ -124,9 +124,9 @@ def test_options_of_an_item_overrule_the_scripts():
     assert (of(fps=4).fps, of(fps=4).nframes, of(sample_fps=3).fps) == (4, None, 3)
     assert (of(max_pixels=900).min_pixels, of(min_pixels=9000).max_pixels) == (900, 9000)
     for item, message in (
-        (dict(fp=4), "unknown video option 'fp'"),
-        (dict(fps=-1), "expected a number from 0.0001"),
-        (dict(nframes=10**400), "nframes is '10000"),
+        (dict(fp=4), "video option fp: 4; expected one of fps"),
+        (dict(fps=-1), "from 0.0001"),
+        (dict(nframes=10**400), "nframes: 10000"),
         (dict(resized_height=28), "both of resized_height"),
     ):
         with pytest.raises(UserError, match=message):
