@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import Example, Processor, TooLong, pack
 from model import UserError
+from records import Selection
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -39,7 +40,8 @@ class Samples(Dataset):
         try:
             example = self.processor.encode(self.records[i], self.answer, self.control)
         except UserError as error:  # an exception from a worker process would come with its traceback
-            return i, type(error)(f"sample {i}: {error}")
+            number = self.records.numbers[i] if isinstance(self.records, Selection) else i  # in the file
+            return i, type(error)(f"sample {number}: {error}")
         example.number = i
         return example
 

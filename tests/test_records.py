@@ -197,11 +197,10 @@ def test_what_is_no_dataset(tmp_path, name, message):
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.jsonl")
     for name, message in (
-        ("zero\0.json", "no such file"),
-        ("fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
-        ("", "not a file; expected a .json or .jsonl dataset"),
+        (tmp_path / "zero\0.json", "no such file"),
+        (tmp_path / "fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
+        (tmp_path, "not a file; expected a .json or .jsonl dataset"),
+        ("https://a.b/c.json", "https://a.b/c.json is a web address; download it first"),
     ):
         with pytest.raises(UserError, match=message):
-            read_records(tmp_path / name)
-    with pytest.raises(UserError, match="https://a.b/c.json is a web address; download it first"):
-        read_records("https://a.b/c.json")
+            read_records(name)
