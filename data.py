@@ -280,7 +280,7 @@ def pack(examples: list[Example], pin: bool = False) -> Packed:
         zero = torch.zeros(1, dtype=torch.int64)
         return Packed(zero, zero.expand(3, 1), Segments.causal([1]), targets=torch.full((1,), IGNORE))
     runs = [e.ids for e in examples], [e.position_ids for e in examples], [e.targets for e in examples]
-    return join(examples, *runs, Segments.causal([len(e) for e in examples]), pin)
+    return Packed(**join(examples, *runs, pin), segments=Segments.causal([len(e) for e in examples]))
 
 
 def pack_groups(prompts: list[Example], completions: list[list[list[int]]]) -> Packed:
@@ -302,24 +302,23 @@ def pack_groups(prompts: list[Example], completions: list[list[list[int]]]) -> P
             ids.append(np.array([prompt.ids[-1], *completion[:-1]]))
             positions.append(np.tile(last + np.arange(len(completion)), (3, 1)))
             targets.append(np.array(completion))
+    fields = join(prompts, ids, positions, targets)
     lengths = [list(map(len, group)) for group in completions]
-    return join(prompts, ids, positions, targets, Segments.shared_prompt([len(p) - 1 for p in prompts], lengths))
+    return Packed(**fields, segments=Segments.shared_prompt([len(p) - 1 for p in prompts], lengths))
 
 
-def join(examples: list[Example], ids: list, positions: list, targets: list, segments, pin: bool = False) -> Packed:
-    """Runs of tokens laid end to end, and the clips of the Examples."""
-    ids, positions, targets = (torch.from_numpy(np.concatenate(runs, axis=-1)) for runs in (ids, positions, targets))
+def join(examples: list[Example], ids: list, positions: list, targets: list, pin: bool = False) -> dict:
+    """Fields of a Packed: runs of tokens laid end to end, and the clips of the Examples."""
     patches = [e.patches for e in examples if e.patches is not None]
     patches = torch.cat(patches) if patches else None
-    return Packed(
-        input_ids=ids,
-        position_ids=positions,
-        patches=patches.pin_memory() if pin and patches is not None else patches,
-        segments=segments,
-        grid_thw=[grid for e in examples for grid in e.grid_thw],
-        targets=targets,
-        names=[e.name for e in examples],
-    )
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(ids)),
+        "position_ids": torch.from_numpy(np.concatenate(positions, axis=1)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+        "patches": patches.pin_memory() if pin and patches is not None else patches,
+        "grid_thw": [grid for e in examples for grid in e.grid_thw],
+        "names": [e.name for e in examples],
+    }
 
 
 # -- python data.py FILE...
