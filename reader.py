@@ -240,8 +240,9 @@ def read_frames(path: str, seeks: Sequence[tuple[int | None, int]], size: tuple[
     return [frames[seek] for seek in seeks]
 
 
-def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
-    """The first picture of a file, (3, H, W) uint8, resized if a size is given."""
+def read_image(path: str, size: tuple[int, int] | None = None, source: tuple[int, int] | None = None) -> Tensor:
+    """The first picture of a file, (3, H, W) uint8, resized if a size is given. UserError unless it has the size
+    `source`, if that is given: of another frame of the clip."""
     with open_stream(path, picture=True) as stream:
         codec = stream.codec_context
         if codec.name == "mjpeg":  # one that breaks off would end in grey
@@ -252,4 +253,6 @@ def read_image(path: str, size: tuple[int, int] | None = None) -> Tensor:
         rgb = to_rgb(frame, VideoReformatter(), SMOOTH)
     if codec.name == "tiff" and not rgb.any():
         raise UserError(f"{path}: black; a TIFF with a JPEG inside is not read, convert it to png")
+    if source not in (None, rgb.shape[:2]):
+        raise UserError(f"{path}: {rgb.shape[:2]} pixels among frames of {source}; those of a clip have one size")
     return resize(rgb, size or rgb.shape[:2])

@@ -252,7 +252,7 @@ def read_clip(plan: ClipPlan) -> Tensor:
     if plan.seeks:
         frames = read_frames(plan.paths[0], plan.seeks, plan.size)
     else:
-        frames = [read_image(plan.paths[i], plan.size) for i in plan.indices]
+        frames = [read_image(plan.paths[i], plan.size, plan.source_size) for i in plan.indices]
     times = TEMPORAL if plan.kind == "image" else 1  # an image is a clip of two equal frames
     return to_patches(torch.stack(frames * times))
 

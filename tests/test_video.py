@@ -156,6 +156,9 @@ def test_images_and_lists_of_frames(tmp_path):
     assert brightness(plan).round().tolist() == [0, 63, 127, 191, 255, 255]
     thinned = plan_clip("video", paths, Options(fps=4.0, nframes=2))
     assert thinned.indices == (0, 4) and thinned.second_per_grid == 2 / (4.0 * 2 / 5)
+    other = write_picture(tmp_path / "other.png", ramp(1, 32, 64)[0])
+    with pytest.raises(UserError, match="those of a clip have one size"):
+        read_clip(plan_clip("video", (*paths, other), Options()))
     still = plan_clip("image", paths[2:3], Options())
     assert still.grid_thw == (1, 4, 4) and still.second_per_grid == 0 and brightness(still).tolist() == [127, 127]
 
