@@ -113,15 +113,17 @@ class FrameIndex(NamedTuple):
 
 
 def index_frames(path: str) -> FrameIndex:
-    """Of MP4 and Matroska from the packet headers, and one decoded frame. The times in other kinds (AVI, MPEG streams)
-    may be made up, missing, or not what a seek goes by: all their frames are decoded. UserError for a broken file."""
+    """Of MP4, Matroska, and AVI without B-frames: from the packet headers and one decoded frame. Elsewhere times may
+    be made up, missing, or not what a seek goes by: all frames are decoded. UserError for a broken file."""
     with open_stream(path) as stream:
         container = stream.container
         shown, keyframes = read_packets(path, stream)
         is_raw = container.format.long_name.startswith("raw")  # it has no header; the codec's may name a rate
         fps = float((stream.codec_context.framerate if is_raw else stream.average_rate) or stream.guessed_rate or 25)
         time_base = float(stream.time_base)
-        if container.format.name.startswith(("mov", "matroska")) and keyframes and is_increasing(shown):
+        is_plain_avi = container.format.name == "avi" and not stream.codec_context.has_b_frames
+        has_times = is_plain_avi or container.format.name.startswith(("mov", "matroska"))
+        if has_times and keyframes and is_increasing(shown):
             pts = shown[bisect_left(shown, keyframes[0]) :]  # nothing decodes before a keyframe
             mean = (len(pts) - 1) / ((pts[-1] - pts[0]) * time_base) if pts[1:] else fps
             fps = fps if 2 / 3 < mean / fps < 1.5 else mean  # the header of a slide show names any rate
