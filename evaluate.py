@@ -17,7 +17,7 @@ import ranks
 from checkpoint import MANIFEST, ROLLOUTS, append_lines, sha256
 from config import VideoArgs, as_dict
 from data import CONTROLS
-from loader import examples
+from loader import Samples
 from model import UserError
 from model.decode import Sampling
 from records import Selection, data_files, read_records, record_name, spread
@@ -48,14 +48,15 @@ def answerable(cfg, what, records, strict=True):
     looked_at, faults = min(len(records), CHECKED_RECORDS), {}
     for number in range(looked_at):
         try:
-            check_solution(number, records[number])
+            check_solution(records[number])
         except UserError as error:
             faults[number] = error
     good = Selection(records, (i for i in range(len(records)) if i not in faults), check_solution)
     if not faults:
         return good, []
     note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
-    first = f"the first: {next(iter(faults.values()))}"
+    number, error = next(iter(faults.items()))
+    first = f"the first: sample {number}: {error}"
     if strict and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
         raise UserError(f"{note}, max_skip_share is {cfg.max_skip_share}; {first}")
     return good, [f"{note}, so they are left out; {first}"]
@@ -138,8 +139,9 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
     known = predictions.known if predictions else {}
     answers, skipped, rows = dict(known), {}, []
     numbers = [i for i in range(ranks.rank(), len(records), ranks.world_size()) if i not in known]
-    prompts = Selection(records, range(len(records)), check_solution)
-    prompts = examples(sampler.processor, prompts, numbers, control, sampler.cfg.dataloader_num_workers)
+    checked = Selection(records, range(len(records)), check_solution)
+    samples = Samples(checked, sampler.processor, answer=False, control=control)
+    prompts = samples.read(numbers, sampler.cfg.dataloader_num_workers)
     mode = sampler.model.training
     sampler.model.eval()
     with progress(len(numbers), ranks.rank(), unit="clip", desc=f"evaluation, {control}") as bar:
@@ -166,7 +168,7 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
 
 
 def readable(prompts, skipped, bar):
-    """The Examples of loader.examples(); what cannot be read or judged goes into `skipped`."""
+    """The Examples among loader.Samples; what cannot be read or judged goes into `skipped`."""
     for prompt in prompts:
         bar.update()
         if isinstance(prompt, tuple):

@@ -293,10 +293,10 @@ def strip_of(path: Path) -> bytes:
     from reader import index_frames, read_frames
 
     index = index_frames(str(path))
-    picks = np.linspace(0, len(index.pts) - 1, STRIP_FRAMES).round().astype(int).tolist()
+    picks = np.linspace(0, len(index.times) - 1, STRIP_FRAMES).round().astype(int).tolist()
     h, w = index.size
     size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
-    frames = read_frames(str(path), picks, [index.seek(i) for i in picks], size)  # STRIP_FRAMES times (3, H, W)
+    frames = read_frames(str(path), [index.seeks[i] for i in picks], size)  # STRIP_FRAMES times (3, H, W)
     return clips.png(clips.strip(np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])))
 
 

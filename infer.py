@@ -73,7 +73,7 @@ class Model:
         A clip: a video, a gif, an image, or a folder of frames. question "": what the model was trained to answer.
         on_text: called with each piece of text as it is drawn. UserError for a clip that cannot be read.
         """
-        from look import time_ids
+        from data import time_ids
 
         example = self.example(clips, question)  # before the weights are read: a broken clip ends here
         sampler, sampling = self.sampler(self.cfg)
@@ -140,7 +140,7 @@ class Model:
 
     def example(self, clips, question: str = ""):
         """The question about clips as a data.Example."""
-        from look import clip_part
+        from data import clip_part
 
         clips = [clips] if isinstance(clips, str | Path) else clips
         text = {"type": "text", "text": TAG.sub("", question or self.question)}

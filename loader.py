@@ -1,7 +1,7 @@
 """In which order samples are read, by which processes, and how they are cut into micro-batches.
 
-Loader      the micro-batches of every optimizer step, in an order of seed and epoch alone
-examples    prompts for evaluation and inference, in their order
+Samples   records by number -> Examples, decoded in worker processes
+Loader    the micro-batches of every optimizer step, in an order of seed and epoch alone
 """
 
 import ctypes
@@ -10,17 +10,18 @@ import math
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import count
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from data import Example, Processor, TooLong, pack
 from model import UserError
+from records import Selection
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -28,8 +29,9 @@ STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
 log = logging.getLogger("data")
 
 
-class Samples(torch.utils.data.Dataset):
-    """Sample i as an Example, or (i, the UserError that says why there is none)."""
+class Samples(Dataset):
+    """Sample i as an Example, or (i, the UserError that says why there is none). answer: with it, for training; else
+    the prompt alone."""
 
     def __init__(self, records: Sequence[dict], processor: Processor, answer: bool, control: str = "none"):
         self.records, self.processor, self.answer, self.control = records, processor, answer, control
@@ -38,11 +40,12 @@ class Samples(torch.utils.data.Dataset):
         try:
             example = self.processor.encode(self.records[i], self.answer, self.control)
         except UserError as error:  # an exception from a worker process would come with its traceback
-            return i, error
+            number = self.records.numbers[i] if isinstance(self.records, Selection) else i  # in the file
+            return i, type(error)(f"sample {number}: {error}")
         example.number = i
         return example
 
-    def read(self, numbers: Iterable[int], workers: int, ahead: int) -> Iterator[Example | tuple[int, UserError]]:
+    def read(self, numbers: Iterable[int], workers: int, ahead: int = 64) -> Iterator[Example | tuple[int, UserError]]:
         """The samples of these numbers, in their order; `ahead` of them are decoded in advance, if there are workers.
 
         Workers are forked: they touch nothing of CUDA, share the records' buffer, and start in milliseconds.
@@ -54,10 +57,7 @@ class Samples(torch.utils.data.Dataset):
             options["prefetch_factor"] = max(1, math.ceil(ahead / workers))
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a clip in shared memory is an open file
-        for sample in DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options):
-            if workers and isinstance(sample, Example) and sample.notes:
-                self.processor.warn_once(sample)
-            yield sample
+        yield from DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, **options)
 
 
 def start_worker(_) -> None:
@@ -73,13 +73,6 @@ def start_worker(_) -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def examples(
-    processor: Processor, records: Sequence[dict], numbers: Iterable[int], control: str = "none", workers: int = 0
-) -> Iterator[Example | tuple[int, UserError]]:
-    """Prompts that end where the answer begins, in the order of `numbers`; (number, why) for what cannot be read."""
-    return Samples(records, processor, False, control).read(numbers, workers, ahead=64)
 
 
 class Loader:
@@ -106,9 +99,8 @@ class Loader:
         self.files = [(max(1, round(weight * len(numbers))), numbers) for weight, numbers in files if len(numbers)]
         self.epoch_size = sum(size for size, _ in self.files)
         self.steps_per_epoch = math.ceil(self.epoch_size / self.global_batch)
-        self.skipped: dict[str, str] = {}  # {name: reason} of this rank's samples that were left out
+        self.skipped: dict[str, str] = {}  # {number: reason} of this rank's samples that were left out
         self.too_long: set[str] = set()  # of them, those that are not broken, but longer than max_seq_length
-        self.last = ""  # the last broken one, and why
         self.order = lru_cache(2)(self.order)  # the end of an epoch is read beside the start of the next
 
     def num_steps(self, epochs: float) -> int:
@@ -117,17 +109,18 @@ class Loader:
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list]:
         """The micro-batches of each step from start_step on, epoch after epoch, without end if stop_step is None."""
-        steps = (lambda: count(start_step)) if stop_step is None else (lambda: range(start_step, stop_step))
-        numbers = (i for step in steps() for part in self.share(step) for i in part)
+        steps = range(start_step, sys.maxsize if stop_step is None else stop_step)
+        numbers = (i for step in steps for part in self.share(step) for i in part)
         ahead = STEPS_AHEAD * math.ceil(self.global_batch / self.world_size)
         samples = self.samples.read(numbers, self.args.dataloader_num_workers, ahead)
-        for step in steps():
+        for step in steps:
             self.last_parts = []
             for part in self.share(step):
                 part = [next(samples) for _ in part]
                 self.last_parts.append([sample for sample in part if isinstance(sample, Example)])
-                for number, error in (sample for sample in part if not isinstance(sample, Example)):
-                    self.skip(number, error)
+                for sample in part:
+                    if not isinstance(sample, Example):
+                        self.skip(*sample)
             yield self.packs()
 
     def packs(self) -> list:
@@ -157,24 +150,23 @@ class Loader:
 
     def skip(self, i: int, error: UserError) -> None:
         """Count and name a sample that is left out; UserError when too many are."""
-        name = f"sample {i}"
-        if name in self.skipped:
+        key = str(i)
+        if key in self.skipped:
             return
-        self.skipped[name] = str(error)
-        log.warning("%s skipped: %s", name, error)
+        self.skipped[key] = str(error)
+        log.warning("skipped: %s", error)
         if isinstance(error, TooLong):
-            self.too_long.add(name)
-        else:
-            self.last = f"; the last: {name}: {error}"
+            self.too_long.add(key)
         self.check_share(len(self.skipped) - len(self.too_long))  # other ranks may know of more: trainer.count_skipped
         if len(self.skipped) == len(self.records):
-            raise UserError(f"all {len(self.records)} samples are left out; the last: {name}: {error}")
+            raise UserError(f"all {len(self.records)} samples are left out; the last: {error}")
 
     def check_share(self, broken: int) -> None:
         """broken: samples of all ranks. UserError if it is more than max_skip_share of them."""
         if broken > self.args.max_skip_share * len(self.records):
-            most = f"max_skip_share is {self.args.max_skip_share}{self.last}"
-            raise UserError(f"{broken} of {len(self.records)} samples are broken, {most}")
+            most = f"max_skip_share is {self.args.max_skip_share}"
+            last = next(reversed(self.skipped.values()), "on another rank")
+            raise UserError(f"{broken} of {len(self.records)} samples are broken, {most}; the last: {last}")
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""

@@ -1,7 +1,7 @@
 """A video or image file -> the times of its frames, and their pixels. FFmpeg by PyAV.
 
-    index_frames(path)          size, rate and times of all frames: reads packet headers and decodes one frame
-    read_frames(path, ...)      frames of a video by number, each (3, H, W) uint8, as players show them
+    index_frames(path)          size, rate and times of all frames
+    read_frames(path, ...)      frames of a video, each (3, H, W) uint8, as players show them
     read_image(path, size)      the first picture of a file, (3, H, W) uint8, as it is stored
 
 A video's display matrix is obeyed: phones store clips turned or mirrored. A picture's EXIF rotation and the shape of
@@ -13,7 +13,7 @@ import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -30,7 +30,6 @@ from model import UserError
 
 MAX_SOURCE_PIXELS = 2**27  # of a picture in a file: a scan of a poster
 THREADED_PIXELS = 1280 * 720  # smaller frames decode faster without threads
-SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of libavformat/avformat.h
 # What FFmpeg opens and is no media file: playlists, which name other files, and text, which it would draw
 NO_MEDIA = ("concat", "dash", "hls", "tty")
 PICTURE_BRANDS = ("avif", "avis", "heic", "heix", "heif", "mif1", "msf1")  # of pictures in an MP4's container
@@ -63,40 +62,35 @@ def open_stream(path: str, picture: bool = False) -> Iterator[av.VideoStream]:
     limit = {"max_pixels": str(MAX_SOURCE_PIXELS)}
     options = {"protocol_whitelist": "file", "pattern_type": "none", **limit}
     try:
-        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
-    except av.FFmpegError as error:
-        message = f"{path}: no readable video or image ({error.strerror})"
-        raise UserError(f"{message}; it may be cut off or of another type") from None
-    with container:
-        stream, problem = choose_stream(container)
-        if problem or (picture and not is_picture(container)):
-            raise UserError(f"{path}: {problem or 'a video where a picture is expected; name it as a video'}")
-        codec = stream.codec_context
-        codec.options = limit  # a picture may be larger than the header says
-        is_large = codec.width * codec.height >= THREADED_PIXELS
-        codec.thread_type, codec.thread_count = ("AUTO", 0) if is_large else ("NONE", 1)
-        try:
+        with av.open(os.path.abspath(path), options=options, metadata_errors="replace") as container:
+            stream = choose_stream(path, container)
+            if picture and not is_picture(container):
+                raise UserError(f"{path}: a video where a picture is expected; name it as a video")
+            codec = stream.codec_context
+            codec.options = limit  # a picture may be larger than the header says
+            is_large = codec.width * codec.height >= THREADED_PIXELS
+            codec.thread_type, codec.thread_count = ("AUTO", 0) if is_large else ("NONE", 1)
             yield stream
-        except av.FFmpegError as error:
-            reasons = "damaged, cut off, too large, or of a kind that FFmpeg does not read, as an animated webp"
-            raise UserError(f"{path}: does not decode ({error.strerror}): {reasons}; convert it") from None
+    except av.FFmpegError as error:
+        reasons = "damaged, cut off, too large, or of a kind that FFmpeg does not read, as an animated webp"
+        raise UserError(f"{path}: no readable video or image ({error.strerror}): {reasons}") from None
 
 
-def choose_stream(container) -> tuple[av.VideoStream | None, str | None]:
-    """The default video stream, or else the largest; and why it cannot be read, None if it can."""
-    if container.format.name in NO_MEDIA:
-        return None, "a playlist or text, no media file; name the video or image itself"
+def choose_stream(path: str, container) -> av.VideoStream:
+    """The default video stream, or else the largest. UserError where it would show only a part of the picture."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     readable = [s for s in streams if s.codec_context is not None]
+    in_tiles = any(s.disposition & Disposition.dependent for s in streams)
+    has_alpha = len(readable) > 1 and any((s.pix_fmt or "").startswith("gray") for s in readable)
+    if container.format.name in NO_MEDIA:
+        raise UserError(f"{path}: a playlist or text, no media file; name the video or image itself")
     if not readable:
         types = ", ".join(s.type for s in container.streams) or "nothing"
-        return None, f"no video that FFmpeg decodes, got {types}; convert it to h264, or a picture to png"
-    if any(s.disposition & Disposition.dependent for s in streams):
-        return None, "a picture in tiles (HEIC, AVIF), which FFmpeg does not join; convert it to png"
-    stream = max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
-    if any(s is not stream and (s.pix_fmt or "").startswith("gray") for s in readable):
-        return None, "its transparency or depth is a stream of its own (AVIF), which is not read; convert it to png"
-    return stream, None
+        raise UserError(f"{path}: no video that FFmpeg decodes, got {types}; convert it to h264, or a picture to png")
+    if in_tiles or has_alpha:
+        problem = "a picture in tiles, or with its transparency in a stream of its own (HEIC, AVIF)"
+        raise UserError(f"{path}: {problem}, which is not read; convert it to png")
+    return max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))
 
 
 def is_picture(container) -> bool:
@@ -110,71 +104,62 @@ def is_picture(container) -> bool:
 
 
 class FrameIndex(NamedTuple):
-    """The frames of a video file in the order shown."""
+    """The N frames of a video file in the order shown."""
 
     size: tuple[int, int]  # as shown, after rotation
     fps: float
-    pts: list[int]  # sorted, in units of time_base
-    time_base: float  # seconds
-    keyframes: list[tuple[int, int]]  # sorted (pts, where a seek finds it); [] if the packets carry no usable times
-
-    def seconds(self, i: int) -> float:
-        return (self.pts[i] - self.pts[0]) * self.time_base
-
-    def seek(self, i: int) -> tuple[int | None, int]:
-        """(where to seek for frame i, its pts); (None, i) if it has to be counted from the start."""
-        if not self.keyframes:
-            return None, i
-        k = bisect_right(self.keyframes, self.pts[i], key=itemgetter(0)) - 1
-        return self.keyframes[max(0, k)][1], self.pts[i]
+    times: list[float]  # N seconds since the first frame
+    seeks: list[tuple[int | None, int]]  # N (where to seek, pts); (None, i): frame i, counted from the start
 
 
 def index_frames(path: str) -> FrameIndex:
-    """Times and keyframes from the packet headers; one frame is decoded. UserError for a broken or cut off file."""
+    """Of MP4, Matroska, and AVI without B-frames: from the packet headers and one decoded frame. Elsewhere times may
+    be made up, missing, or not what a seek goes by: all frames are decoded. UserError for a broken file."""
     with open_stream(path) as stream:
         container = stream.container
         shown, keyframes = read_packets(path, stream)
-        pts = sorted(time for time in shown if time is not None)
-        rate, time_base = stream.average_rate or stream.guessed_rate, float(stream.time_base)
-        # AVI stores no presentation times. FFmpeg makes some up; for H.264 with B-frames they are in decoding order
-        made_up = container.format.name == "avi" and stream.codec_context.has_b_frames and pts == shown
-        if container.format.long_name.startswith("raw"):  # it has no header; the codec's may name a rate
-            rate, made_up = stream.codec_context.framerate or stream.guessed_rate, True
-        if len(set(pts)) == len(shown) and keyframes and not made_up:
-            pts = pts[bisect_left(pts, keyframes[0][0]) :]  # cut at its head: nothing decodes before a keyframe
-            seconds = (pts[-1] - pts[0]) * time_base if pts else 0.0
-            mean = (len(pts) - 1) / seconds if seconds else float(rate or 25)
-            is_show = "matroska" in container.format.name and rate and not 2 / 3 < mean / rate < 1.5
-            rate = mean if is_show else rate or mean  # the header of a slide show names any rate
-            container.seek(keyframes[0][1], stream=stream)
-            size = next((shown_size(frame) for frame in stream.container.decode(stream)), None)
-            if pts and size:
-                return FrameIndex(size, float(rate), pts, time_base, keyframes)
-    with open_stream(path) as stream:  # the times are of no use: all frames are decoded and counted
-        sizes = [shown_size(frame) for frame in stream.container.decode(stream)]
-        if not sizes:
-            raise UserError(f"{path}: none of its {len(shown)} frames decodes; write it again")
-        fps = float(rate or 25)  # 25: FFmpeg's own guess for raw streams
-        return FrameIndex(sizes[0], fps, list(range(len(sizes))), 1 / fps, [])
+        is_raw = container.format.long_name.startswith("raw")  # it has no header; the codec's may name a rate
+        fps = float((stream.codec_context.framerate if is_raw else stream.average_rate) or stream.guessed_rate or 25)
+        time_base = float(stream.time_base)
+        is_plain_avi = container.format.name == "avi" and not stream.codec_context.has_b_frames
+        has_times = is_plain_avi or container.format.name.startswith(("mov", "matroska"))
+        if has_times and keyframes and is_increasing(shown):
+            pts = shown[bisect_left(shown, keyframes[0]) :]  # nothing decodes before a keyframe
+            mean = (len(pts) - 1) / ((pts[-1] - pts[0]) * time_base) if pts[1:] else fps
+            fps = fps if 2 / 3 < mean / fps < 1.5 else mean  # the header of a slide show names any rate
+            container.seek(keyframes[0], stream=stream)
+            size = next((shown_size(frame) for frame in container.decode(stream)), None)
+            if size:
+                seeks = [(keyframes[max(0, bisect_right(keyframes, time) - 1)], time) for time in pts]
+                return FrameIndex(size, fps, [(time - pts[0]) * time_base for time in pts], seeks)
+    with open_stream(path) as stream:
+        frames = [(frame.pts, shown_size(frame)) for frame in stream.container.decode(stream)]
+    if not frames:
+        raise UserError(f"{path}: none of its {len(shown)} frames decodes; write it again")
+    pts, sizes = zip(*frames)
+    if not is_increasing(pts) or is_raw:
+        pts, time_base = range(len(frames)), 1 / fps
+    counted = [(None, i) for i in range(len(pts))]
+    return FrameIndex(sizes[0], fps, [(time - pts[0]) * time_base for time in pts], counted)
 
 
-def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[tuple[int, int]]]:
-    """(pts of each frame that is shown, sorted (pts, seek time) of the keyframes, or []). UserError: cut off."""
+def is_increasing(times: Sequence[int | None]) -> bool:
+    return None not in times and all(a < b for a, b in pairwise(times))
+
+
+def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], list[int]]:
+    """(sorted pts of the frames that are shown, sorted pts of the keyframes). UserError where the file is cut off."""
     container, shown, keyframes, count, corrupt, end = stream.container, [], [], 0, False, 0.0
-    name, time_bases = container.format.name, {s.index: float(s.time_base or 0) for s in container.streams}
-    # Other containers, such as MPEG transport streams, are searched by dts. A keyframe with B-frames has an earlier dts
-    # than pts, so a seek to its pts would land behind it
-    by_pts = name.startswith("matroska") or container.format.flags & SEEK_TO_PTS
     for packet in container.demux():
-        pts = packet.pts
-        if packet.size and pts is not None:
-            end = max(end, pts * time_bases.get(packet.stream_index, 0))
+        if packet.size and packet.pts is not None:
+            end = max(end, packet.pts * float(packet.time_base or 0))
         if packet.size and packet.stream_index == stream.index:
             count, corrupt = count + 1, packet.is_corrupt
             if not packet.is_discard:  # a discarded one is decoded but not shown (an edit list)
-                shown.append(pts)
-            if packet.is_keyframe and pts is not None:
-                keyframes.append((pts, pts if by_pts or packet.dts is None else packet.dts))
+                shown.append(packet.pts)
+            if packet.is_keyframe and packet.pts is not None:
+                keyframes.append(packet.pts)
+    name = container.format.name
     # An edit list of an MP4 leaves the first frames out of the index
     promised = min(stream.frames, len(stream.index_entries)) if name.startswith("mov") else stream.frames
     seconds = (container.duration or 0) / av.time_base  # all that some headers promise
@@ -183,8 +168,7 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
     if corrupt or count < 0.99 * promised - 1 or (by_time and is_short):
         header = f"its header promises {promised} frames, {seconds:.1f} seconds"
         raise UserError(f"{path}: cut off after {count} frames, {end:.1f} seconds; {header}; download it again")
-    # Of two recordings in one file the second may begin at an earlier time: the times are of no use
-    return shown, keyframes if keyframes == sorted(keyframes) else []
+    return shown if None in shown else sorted(shown), sorted(keyframes)
 
 
 # ---- Pixels
@@ -236,14 +220,13 @@ def decode(stream: av.VideoStream, wanted: set[int] | None) -> Iterator[av.Video
         yield from packet.decode()
 
 
-def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | None, int]], size) -> list[Tensor]:
-    """Frames of one video by number, each (3, *size) uint8. seeks: FrameIndex.seek of each."""
+def read_frames(path: str, seeks: Sequence[tuple[int | None, int]], size: tuple[int, int]) -> list[Tensor]:
+    """Frames of one video, each (3, *size) uint8. seeks: FrameIndex.seeks of each, in ascending order."""
     scaler, frames = VideoReformatter(), {}
     with open_stream(path) as stream:
         smooth = SMOOTH if is_picture(stream.container) else None
         for position, run in groupby(dict.fromkeys(seeks), key=itemgetter(0)):
             missing = {time for _, time in run}
-            last = max(missing)
             if position is not None:
                 stream.container.seek(position, stream=stream)
             for number, frame in enumerate(decode(stream, None if position is None else missing)):
@@ -251,20 +234,17 @@ def read_frames(path: str, indices: Sequence[int], seeks: Sequence[tuple[int | N
                 if time in missing:
                     missing.remove(time)
                     frames[position, time] = resize(as_shown(to_rgb(frame, scaler, smooth), frame), size)
-                if not missing or (time is not None and time > last):
+                if not missing:
                     break
-    missing = [i for i, seek in zip(indices, seeks, strict=True) if seek not in frames]
-    counted = [(None, i) for i in indices]
-    if missing and list(seeks) != counted:  # packets and frames do not match one to one: count frames
-        return read_frames(path, indices, counted, size)
+    missing = [time for position, time in seeks if (position, time) not in frames]
     if missing:
-        raise UserError(f"{path}: frame {missing[0]} does not decode; the file may be damaged, write it again")
+        raise UserError(f"{path}: {len(missing)} of {len(seeks)} frames do not decode; write it again")
     return [frames[seek] for seek in seeks]
 
 
 def read_image(path: str, size: tuple[int, int] | None = None, source: tuple[int, int] | None = None) -> Tensor:
     """The first picture of a file, (3, H, W) uint8, resized if a size is given. UserError unless it has the size
-    `source`, if that is given."""
+    `source`, if that is given: of another frame of the clip."""
     with open_stream(path, picture=True) as stream:
         codec = stream.codec_context
         if codec.name == "mjpeg":  # one that breaks off would end in grey
@@ -275,13 +255,6 @@ def read_image(path: str, size: tuple[int, int] | None = None, source: tuple[int
         rgb = to_rgb(frame, VideoReformatter(), SMOOTH)
     if codec.name == "tiff" and not rgb.any():
         raise UserError(f"{path}: black; a TIFF with a JPEG inside is not read, convert it to png")
-    h, w = rgb.shape[:2]
-    if source not in (None, (h, w)):
-        raise UserError(f"{path}: {w} x {h} among frames of {source[1]} x {source[0]}; those of a clip have one size")
-    return resize(rgb, size or (h, w))
-
-
-def image_size(path: str) -> tuple[int, int]:
-    with open_stream(path, picture=True) as stream:
-        size = stream.codec_context.height, stream.codec_context.width
-    return size if all(size) else tuple(read_image(path).shape[1:])
+    if source not in (None, rgb.shape[:2]):
+        raise UserError(f"{path}: {rgb.shape[:2]} pixels among frames of {source}; those of a clip have one size")
+    return resize(rgb, size or rgb.shape[:2])

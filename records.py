@@ -1,10 +1,11 @@
 """A dataset's files -> records -> turns of text and clips. Imports no torch.
 
     read_records(path)   .json arrays and .jsonl files with one object a line
-    read_form(record)    messages, clips, solution, options, problem_type: training, rewards and evaluation read this
-    read_turns(record)   its turns, each clip in its place
+    read_form(record)    messages, solution, options, problem_type: training, rewards and evaluation read this
+    read_turns(record)   the same turns, with each clip in its place
 
-docs/data.md lists the forms, and what each becomes.
+docs/data.md lists the forms, and what each becomes. What cannot be read raises UserError; who reads the records adds
+the number of the sample.
 """
 
 import json
@@ -13,7 +14,6 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
@@ -22,45 +22,32 @@ from typing import NamedTuple
 from model import UserError, nearest_path
 
 TAG = re.compile(r"<(video|image)>\n?")  # it and the line break after it give way to the clip, as in Qwen's fine-tuning
-FORMS = ("conversations", "messages", "conversation", "prompt", "problem", "query", "question", "instruction")
+CHATS = "conversations", "messages", "conversation", "prompt"
+QUESTIONS = "problem", "query", "question", "instruction"
+ANSWERS = "response", "output", "completion"
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # the last is OpenAI's newer word
 ROLES |= {role: role for role in ("user", "assistant", "system")}
-ANSWERS = ("response", "output", "completion")
-NAMES = ("video", "image", "video_url", "image_url", "path", "url", "value")  # where a typed part names its file
-WEIGHTS = (
-    "loss_weight",
-    "loss_scale",
-    "loss",
-    "weight",
-    "train",
-)  # 0 = not learned: of a record the first two, of a turn
+FILE_KEYS = "video", "image", "video_url", "image_url", "path", "url", "value"  # where a typed part names its file
+RECORD_WEIGHTS = "loss_weight", "loss_scale"  # 0 = not learned
+TURN_WEIGHTS = (*RECORD_WEIGHTS, "loss", "weight", "train")
 # What changes the meaning of a record, or of a turn, and is not read: where it holds something, the record is refused
 UNREAD = "chosen rejected rejected_response rejected_messages rejected_images tools audio audios objects".split()
-UNREAD_IN_TURN = ("tool_calls", "thinking", "reasoning_content")
-IMAGE_SUFFIXES = ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif"
-VIDEO_SUFFIXES = (
-    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .m2v .flv .wmv .3gp .gif .apng .vob .ogv .mxf"
+UNREAD_IN_TURN = "tool_calls", "thinking", "reasoning_content"
+
+IMAGE_SUFFIXES = tuple(
+    ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif".split()
 )
-IMAGE_SUFFIXES, VIDEO_SUFFIXES = tuple(IMAGE_SUFFIXES.split()), (*VIDEO_SUFFIXES.split(), ".h264", ".hevc")
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow", ".xlsx")  # of datasets that are not read
-MEDIA = "|".join(map(re.escape, IMAGE_SUFFIXES + VIDEO_SUFFIXES))
+SUFFIX = "|".join(map(re.escape, IMAGE_SUFFIXES))
+SUFFIX += r"|\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|m?ts|m2ts|m2v|flv|wmv|3gp|gif|apng|vob|ogv|mxf|h264|hevc)"
 # In JSON: a quoted name with one of these suffixes, perhaps of a web address; or a picture or clip itself
-CLIP_NAME = re.compile(rf'"(data:(?:image|video)/[^"]*|[^"]*(?:{MEDIA})(?:\?[^"]*)?)"', re.IGNORECASE)
+CLIP_NAME = re.compile(rf'"(data:(?:image|video)/[^"]*|[^"]*(?:{SUFFIX})(?:\?[^"]*)?)"', re.IGNORECASE)
 # Columns that hold a picture or clip in other people's datasets, whatever their value looks like
-CLIP_COLUMNS = {f"{kind}{end}" for kind in ("image", "img", "video", "clip", "frame", "picture", "photo", "media")
-                for end in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_name")}  # fmt: skip
-CLIP_COLUMNS |= {"path", "file_name", "filename", "file_path", "filepath", "visual", "visuals", "pixel_values"}
-KNOWN_COLUMNS = {*FORMS, *ANSWERS, "id", "problem_id", "video", "videos", "image", "images", "system", "solution"}
-KNOWN_COLUMNS |= {"answer", "options", "problem_type", "process", "data_type", "input", "history"}
-
-
-@contextmanager
-def errors_name(where: str):
-    """A UserError inside begins with `where`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+CLIP_COLUMN = re.compile(
+    "(image|img|video|clip|frame|picture|photo|media|visual)s?(_paths?|_files?|_url|_name)?"
+    "|file_?(name|path)|path|pixel_values"
+)
+KNOWN_COLUMNS = {*CHATS, *QUESTIONS, *ANSWERS, "id", "problem_id", "video", "videos", "image", "images", "system"}
+KNOWN_COLUMNS |= {"solution", "answer", "options", "problem_type", "process", "data_type", "input", "history"}
 
 
 # -- Files -> records
@@ -91,7 +78,7 @@ class Records(Sequence):
 
 
 class Selection(Sequence):
-    """Some records of a sequence, by number. check: called with (number, record), raises for one not to be used."""
+    """Some records of a sequence, by number. check: called with each record, raises for one not to be used."""
 
     def __init__(self, records: Sequence[dict], numbers: Iterable[int], check: Callable | None = None):
         self.records, self.numbers, self.check = records, array("Q", numbers), check
@@ -104,7 +91,7 @@ class Selection(Sequence):
     def __getitem__(self, i):
         record = self.records[self.numbers[i]]
         if self.check:
-            self.check(self.numbers[i], record)
+            self.check(record)
         return record
 
 
@@ -147,21 +134,17 @@ def read_file(file: str) -> list[bytes]:
     if "://" in file:
         raise UserError(f"{file} is a web address; download it first (curl -LO {file}) and name the file")
     if not os.path.isfile(file):  # a fifo would block for good
-        inside = os.path.join(file, "train.json")
-        hint = f"; did you mean {inside}?" if os.path.isfile(inside) else nearest_path(file)
         reason = "not a file" if os.path.exists(file) else "no such file"
-        raise UserError(f"{file}: {reason}; expected a .json or .jsonl dataset, python generate.py makes one{hint}")
-    if file.lower().endswith(TABLE_SUFFIXES):
-        raise UserError(f"{file}: a table, which is not read; load_dataset(...).to_json(...) makes a .jsonl of it")
-    lines, values = 0, []
+        expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(file)}"
+        raise UserError(f"{file}: {reason}; {expected}")
+    lines, values = 0, []  # lines: before the one that is being read
     try:
         text = Path(file).read_text("utf-8-sig")
-        if file.lower().endswith(".jsonl"):
-            for line in text.split("\n"):
-                values += [json.loads(line)] if line.strip() else []
-                lines += 1
-        else:
+        if not file.lower().endswith(".jsonl"):
             values = json.loads(text)
+        else:
+            for lines, line in enumerate(text.split("\n")):  # noqa: B007 (an error below says where)
+                values += [json.loads(line)] if line.strip() else []
         if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
             raise ValueError("expected an array [...] of objects, or one object a line in .jsonl")
         return [json.dumps(value, ensure_ascii=False).encode("utf-8") for value in values]
@@ -169,19 +152,19 @@ def read_file(file: str) -> list[bytes]:
         where = f"line {lines + error.lineno} column {error.colno}"
         raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
     except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
-        raise UserError(f"{file}: cannot be read ({error})") from None
+        raise UserError(f"{file}: cannot be read ({error}); expected .json or .jsonl") from None
 
 
 # -- A record in any form -> its messages, and what stands beside them
 
 
-@dataclass(frozen=True)
+@dataclass
 class Media:
     """One video (a file, or a list of frames) or image of a turn, as the record names it."""
 
     kind: str  # "video" or "image"
     paths: tuple[str, ...]  # (): the next one that the record names beside its turns
-    options: dict = field(default_factory=dict, hash=False)
+    options: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -200,34 +183,31 @@ class Conversation(NamedTuple):
     """A record, whatever its form was."""
 
     messages: list[Turn]
-    clips: dict  # "video", "image" -> what the record names beside its messages: a name, a list of them, or None
     solution: str | None  # what the rewards judge by, where it stands apart from the messages
     options: list[str]  # lettered, "A. Left"; [] where they are not apart from the question
     problem_type: str  # as Video-R1 has it; "" where there is none
 
 
-def read_form(record: dict, where: str) -> Conversation:
-    """What a record says. UserError, beginning with `where`, for no known form, and for what is not learned here."""
-    with errors_name(where):
-        form = next((key for key in FORMS if record.get(key) is not None), None)
-        if form is None:
-            names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
-            raise UserError(f"no known form of record, its keys are: {names}; expected one of {', '.join(FORMS)}")
-        rejected = any(str(record.get(key)).lower() in ("false", "0", "0.0") for key in ("label", "kto_tag"))
-        if rejected or not is_learned(record, WEIGHTS[:2], UNREAD):
-            raise UserError("marked as not learned (weight 0, or label false: a rejected answer); leave it out")
-        is_question = form in FORMS[4:]
-        for key in ("system", "problem_type", *((form, "input", "process", *ANSWERS) if is_question else ())):
-            if not isinstance(record.get(key), str | None):
-                raise UserError(f"{key} is a {type(record[key]).__name__}, expected text")
-        solution, options, system = read_solution(record), read_options(record), record.get("system")
-        turns = read_question(record, form, options, solution) if is_question else read_chat(record, form)
-        if solution is not None and turns[-1].role != "assistant":
-            turns.append(Turn("assistant", solution))
-        if system and turns[0].role == "system":
-            raise UserError("a system column beside another system turn; expected one of them")
-        turns = [Turn("system", system), *turns] if system else turns
-        return Conversation(turns, read_clips(record), solution, options, record.get("problem_type") or "")
+def read_form(record: dict) -> Conversation:
+    """What a record says. UserError for no known form, and for what is not learned here."""
+    form = next((key for key in CHATS + QUESTIONS if record.get(key) is not None), None)
+    if form is None:
+        names = " ".join(", ".join(map(str, record)).split())[:200] or "none"  # a key may hold line breaks
+        expected = f"expected one of {', '.join(CHATS + QUESTIONS)}"
+        raise UserError(f"no known form of record, its keys are: {names}; {expected}")
+    rejected = any(str(record.get(key)).lower() in ("false", "0", "0.0") for key in ("label", "kto_tag"))
+    if rejected or not is_learned(record, RECORD_WEIGHTS, UNREAD):
+        raise UserError("marked as not learned (weight 0, or label false: a rejected answer); leave it out")
+    texts = (form, "input", "process", *ANSWERS) if form in QUESTIONS else ()
+    for key in ("system", "problem_type", *texts):
+        if not isinstance(record.get(key), str | None):
+            raise UserError(f"{key} is a {type(record[key]).__name__}, expected text")
+    solution, options, system = read_solution(record), read_options(record), record.get("system")
+    turns = read_question(record, form, options, solution) if form in QUESTIONS else read_chat(record, form)
+    if solution is not None and turns[-1].role != "assistant":
+        turns.append(Turn("assistant", solution))
+    turns = [Turn("system", system), *turns] if system else turns
+    return Conversation(turns, solution, options, record.get("problem_type") or "")
 
 
 def read_chat(record: dict, form: str) -> list[Turn]:
@@ -247,9 +227,8 @@ def read_chat(record: dict, form: str) -> list[Turn]:
         given = message if isinstance(message, dict) else {}
         role, content = first_of(given, "from", "role"), first_of(given, "value", "content")
         if str(role) not in ROLES or not isinstance(content, (str, list)):
-            raise UserError(
-                f"a turn is {str(message)[:80]}; expected a role (user, assistant, system) and text or parts"
-            )
+            expected = "expected a role (user, assistant, system) and text or parts"
+            raise UserError(f"a turn is {str(message)[:80]}; {expected}")
         if not all(is_learned(part) for part in content if isinstance(part, dict)):
             raise UserError("a part of a turn is marked as not learned; a turn is learned whole or not at all")
         turns.append(Turn(ROLES[role], content, is_learned(given) and (form != "prompt" or i >= len(chat))))
@@ -258,20 +237,21 @@ def read_chat(record: dict, form: str) -> list[Turn]:
 
 def read_question(record: dict, form: str, options: list[str], solution: str | None) -> list[Turn]:
     """Video-R1, query and response, Alpaca: earlier questions and answers, one question, and at most one answer."""
-    turns, history = [], record.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise UserError(f"history holds {str(pair)[:80]}; expected pairs of a question and its answer")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    question = "\n".join(filter(None, (record[form], record.get("input"))))
-    question = "\n".join([question.rstrip("\n"), "Options:", *options]) if options else question
+    history = record.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise UserError(f"history is {str(history)[:80]}; expected pairs of a question and its answer")
+    texts = [text for pair in history for text in pair]
+    texts.append("\n".join(filter(None, (record[form], record.get("input")))))
+    if options:
+        texts[-1] = "\n".join([texts[-1].rstrip("\n"), "Options:", *options])
     answer, process = next(filter(None, map(record.get, ANSWERS)), None), record.get("process")
     if answer is None and process and solution:
         answer = f"{process}\n{solution}"  # the reasoning, then the answer in its tags
-    return [*turns, Turn("user", question), *([Turn("assistant", answer)] if answer else [])]
+    texts += [answer] if answer else []
+    return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
-def is_learned(item: dict, weights: Sequence[str] = WEIGHTS, unread: Sequence[str] = UNREAD_IN_TURN) -> bool:
+def is_learned(item: dict, weights: Sequence[str] = TURN_WEIGHTS, unread: Sequence[str] = UNREAD_IN_TURN) -> bool:
     """Whether a record, a turn or a part of one is learned. UserError for what is not read, and for other weights."""
     for key in unread:
         if item.get(key) not in (None, "", [], {}, "[]"):
@@ -316,91 +296,85 @@ def read_options(record: dict) -> list[str]:
     return options if lettered else [f"{letter}. {words}" for letter, words in zip(ascii_uppercase, options)]
 
 
-def read_clips(record: dict) -> dict:
-    clips = {}
-    for kind in ("video", "image"):
-        names = [record[key] for key in (kind, f"{kind}s") if record.get(key) not in (None, [], "")]
-        if len(names) == 2:
-            raise UserError(f"got {kind} and {kind}s; expected one of them")
-        clips[kind] = names[0] if names else None
-    if not any(clips.values()) and (kind := str(record.get("data_type"))) in clips:
-        clips[kind] = record.get("path")
-    return clips
-
-
 # -- Messages -> turns, each clip in its place
 
 
-def read_turns(record: dict, where: str) -> list[Turn]:
-    """The turns of a record. UserError, beginning with `where`, for an unknown role or form or wrong count of tags."""
-    turns, clips, *_ = read_form(record, where)
-    with errors_name(where):
-        tagged = any(clips.values())  # in typed parts, tags are tags only where the record names clips beside them
-        for turn in turns:
-            turn.parts = list(parts_of(turn.role, turn.content, tagged))
-        for kind, names in clips.items():
-            assign_clips(turns, kind, names)
-        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
-        refuse_unread_clips(record, [path for part in media for path in part.paths])
-        span = {key: record[key] for key in ("video_start", "video_end") if record.get(key) is not None}
-        videos = [part for part in media if part.kind == "video"]
-        if span and (len(videos) != 1 or span.keys() & videos[0].options.keys()):
-            raise UserError(f"{' and '.join(span)} beside {len(videos)} videos; expected one video without its own")
-        for video in videos:
-            video.options.update(span)
+def read_turns(record: dict) -> list[Turn]:
+    """The turns of a record. UserError for what is no turn, a wrong count of tags, and a clip that would be lost."""
+    turns = read_form(record).messages
+    clips = {kind: clips_beside(record, kind) for kind in ("video", "image")}
+    tagged = any(clips.values())  # in typed parts, tags are tags only where the record names clips beside them
+    for turn in turns:
+        turn.parts = list(parts_of(turn, tagged))
+    for kind, names in clips.items():
+        assign_clips(turns, kind, names)
+    media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+    refuse_unread_clips(record, {os.path.basename(path) for part in media for path in part.paths})
+    span = {key: record[key] for key in ("video_start", "video_end") if record.get(key) is not None}
+    videos = [part for part in media if part.kind == "video"]
+    if span and (len(videos) != 1 or span.keys() & videos[0].options.keys()):
+        raise UserError(f"{' and '.join(span)} beside {len(videos)} videos; expected one video without its own")
+    for video in videos:
+        video.options |= span
     return turns
 
 
-def parts_of(role: str, content: str | list, tagged: bool) -> Iterator[str | Media]:
+def clips_beside(record: dict, kind: str) -> list:
+    """The clips of a kind that a record names beside its messages, each as it names it."""
+    names = [record[key] for key in (kind, f"{kind}s") if record.get(key) not in (None, [], "")]
+    if len(names) == 2:
+        raise UserError(f"got {kind} and {kind}s; expected one of them")
+    if not names and record.get("data_type") == kind and record.get("path"):
+        names = [record["path"]]
+    return names[0] if names and isinstance(names[0], list) else names
+
+
+def parts_of(turn: Turn, tagged: bool) -> Iterator[str | Media]:
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
-    for part in [content] if isinstance(content, str) else content:
+    for part in [turn.content] if isinstance(turn.content, str) else turn.content:
         kind = part.get("type") if isinstance(part, dict) else None
-        is_text = kind == "text" and not any(map(part.get, NAMES[:-1]))
-        text = first_of(part, "text", "value") if is_text else part
+        text = first_of(part, "text", "value") if kind == "text" else part
         if isinstance(text, str):
-            has_tags = role == "user" and (tagged or text is content)
+            has_tags = turn.role == "user" and (tagged or text is turn.content)
             pieces = TAG.split(text) if has_tags else [text]  # text, kind, text, kind, text
             yield from (Media(piece, ()) if i % 2 else piece for i, piece in enumerate(pieces) if piece)
         elif kind not in ("image", "video", "image_url", "video_url"):
             raise UserError(f"unknown content part {str(part)[:80]}; expected text, video, image, video_url, image_url")
-        elif role != "user":
-            raise UserError(f"a video or image in a turn of the {role}; expected it in a user's turn")
+        elif turn.role != "user":
+            raise UserError(f"a video or image in a turn of the {turn.role}; expected it in a user's turn")
         else:
             yield read_media(kind[:5], part, unnamed=True)
 
 
-def assign_clips(turns: list[Turn], kind: str, names) -> None:
+def assign_clips(turns: list[Turn], kind: str, names: list) -> None:
     """Put the clips that a record names beside its turns where its tags stand, or before the first question."""
-    media = [(turn, i, part) for turn in turns for i, part in enumerate(turn.parts)
-             if isinstance(part, Media) and part.kind == kind]  # fmt: skip
-    tags = [(turn, i, part) for turn, i, part in media if not part.paths]
-    names = names if isinstance(names, list) else [] if names is None else [names]
-    files = [str(file_of(name)).lower() for name in names]
-    pictures = [file for file in files if file.startswith("data:image/") or file.endswith(IMAGE_SUFFIXES)]
-    if kind == "video" and len(tags) <= 1 and len(names) > 1 and pictures == files:
-        names = [names]  # at most one tag, nothing but pictures: the frames of one clip
+    parts = [part for turn in turns for part in turn.parts]
+    media = [part for part in parts if isinstance(part, Media) and part.kind == kind]
+    tags = [part for part in media if not part.paths]
     clips = [read_media(kind, name) for name in names]
+    files = [path for clip in clips for path in clip.paths]
+    are_pictures = all(file.startswith("data:image/") or file.lower().endswith(IMAGE_SUFFIXES) for file in files)
+    if kind == "video" and len(tags) <= 1 < len(clips) == len(files) and are_pictures:
+        clips = [
+            Media(kind, tuple(files), clips[0].options)
+        ]  # at most one tag, nothing but pictures: frames of one clip
     question = next((turn for turn in turns if turn.role == "user"), None)
     if clips and not media and question:
         question.parts[:0] = clips
     elif len(tags) != len(clips):
         raise UserError(f"{len(tags)} <{kind}> tag(s) for {len(clips)} {kind}(s); expected one for each, or no tags")
     else:
-        for (turn, i, part), clip in zip(tags, clips):
-            turn.parts[i] = Media(kind, clip.paths, clip.options | part.options)
-
-
-def file_of(name):
-    return first_of(name, "url", "path") if isinstance(name, dict) else name
+        for tag, clip in zip(tags, clips):
+            tag.paths, tag.options = clip.paths, clip.options | tag.options
 
 
 def read_media(kind: str, names, unnamed: bool = False) -> Media:
-    """names: a file, the frames of a clip, or an object with one of NAMES and options beside it, as a typed part or
+    """names: a file, the frames of a clip, or an object with one of FILE_KEYS and options beside it, as a typed part or
     OpenAI's {"url": name}. unnamed: it may leave its file to the record."""
     options = {}
     while isinstance(names, dict):
-        given = {key: value for key, value in names.items() if value is not None and value != ""}
-        keys = [key for key in NAMES if key in given]
+        given = {key: value for key, value in names.items() if value not in (None, "")}
+        keys = [key for key in FILE_KEYS if key in given]
         # `detail` is OpenAI's price class; options set the size here
         options |= {key: given[key] for key in given if key not in (*keys, "type", "detail")}
         if not keys and unnamed:
@@ -408,26 +382,25 @@ def read_media(kind: str, names, unnamed: bool = False) -> Media:
         if len(keys) != 1:
             raise UserError(f"{kind} is {str(names)[:80]!r}; expected one file name")
         names, unnamed = given[keys[0]], False
-    files = list(map(file_of, names if isinstance(names, list) else [names]))
+    files = names if isinstance(names, list) else [names]
+    files = [first_of(file, "url", "path") if isinstance(file, dict) else file for file in files]
     if not files or not all(isinstance(name, str) and name for name in files) or (kind == "image" and len(files) > 1):
         raise UserError(f"{kind} is {str(names)[:80]!r}; expected a file name, of a video also a list of frames")
     return Media(kind, tuple(name.removeprefix("file://") for name in files), options)
 
 
-def refuse_unread_clips(record: dict, read: list[str]) -> None:
+def refuse_unread_clips(record: dict, read: set[str]) -> None:
     """UserError where a record names a picture or clip in a column that no form knows: it would be lost. Beside clips
     that are read, only in a column whose own name says so, for a file of another name: others may describe the clip."""
-    read_names = {os.path.basename(path) for path in read}
     for column in record.keys() - KNOWN_COLUMNS:
-        value, is_named = record[column], column.lower() in CLIP_COLUMNS
-        files = CLIP_NAME.findall(json.dumps(value, ensure_ascii=False))
+        value, is_named = record[column], CLIP_COLUMN.fullmatch(column.lower())
+        files = {os.path.basename(name) for name in CLIP_NAME.findall(json.dumps(value, ensure_ascii=False))}
+        is_lost = files or (is_named and value and isinstance(value, (str, list, dict)))
         if read:
-            lost = is_named and any(os.path.basename(name) not in read_names for name in files)
-        else:
-            lost = files or (is_named and value and isinstance(value, (str, list, dict)))
-        if lost:
-            message = f"its picture or clip seems to stand in the column {column}, which no form of record has"
-            raise UserError(f"{message}; rename the column to video or image, or remove it if it is none")
+            is_lost = is_named and files - read
+        if is_lost:
+            problem = f"its picture or clip seems to stand in the column {column}, which no form of record has"
+            raise UserError(f"{problem}; rename the column to video or image, or remove it if it is none")
 
 
 # -- Names
@@ -436,14 +409,14 @@ def refuse_unread_clips(record: dict, read: list[str]) -> None:
 def record_name(record: dict) -> str:
     """What messages call a record: its id, else its first clip, else the start of its text."""
     name = first_of(record, "id", "problem_id")
-    text = first_of(record, *FORMS) or record
+    text = first_of(record, *CHATS, *QUESTIONS) or record
     return str(name)[:80] if name is not None else clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
 
 
 def clip_name(record: dict) -> str | None:
     """The first file that a record's turns name; None for text alone, clips inside the record and a refused one."""
     try:
-        turns = read_turns(record, "")
+        turns = read_turns(record)
     except UserError:
         return None
     names = (part.paths[0] for turn in turns for part in turn.parts if isinstance(part, Media))

@@ -272,7 +272,7 @@ def ask_about(run, processor, record):
     try:
         name = clip_name(record)
         folder = run.cfg.image_folder or getattr(record, "folder", None)
-        clip = os.path.relpath(processor.locate_file(name, folder, name)) if name else ""
+        clip = os.path.relpath(processor.locate_file(name, folder)) if name else ""
     except UserError:  # of a broken record: named when it is read
         clip = ""
     newest = Path("output").resolve() in run.folder.resolve().parents  # infer.py takes the run made last there

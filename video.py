@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from model import UserError
-from reader import file_stamp, image_size, index_frames, read_frames, read_image
-from records import IMAGE_SUFFIXES, errors_name
+from reader import index_frames, read_frames, read_image
+from records import IMAGE_SUFFIXES
 
 PATCH, TEMPORAL, MERGE = 14, 2, 2  # pixels, frames, patches a side; the same in every Qwen2.5-VL
 FACTOR = PATCH * MERGE  # 28: heights and widths are multiples of it
@@ -33,7 +33,7 @@ IMAGE_PIXELS = 4 * FACTOR**2, 16384 * FACTOR**2  # (min, max) after resizing
 VIDEO_PIXELS = 128 * FACTOR**2, 768 * FACTOR**2  # of one frame
 VIDEO_TOTAL_PIXELS = int(128000 * FACTOR**2 * 0.9)  # of all frames, per temporal patch
 MAX_RATIO = 200  # of the sides
-OPTION_RANGE = 1e-4, 2**31  # of the numbers in a record; beyond them positions or sizes overflow
+SMALLEST, LARGEST = 1e-4, 2**31  # of the numbers in a record; beyond them positions or sizes overflow
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # the options of an image
 
 
@@ -54,35 +54,30 @@ class Options:
     video_end: float | None = None
 
     @classmethod
-    def from_args(cls, kind: str, args, item: dict, where: str, listed: bool = False) -> "Options":
-        """The script's options (a config.VideoArgs), overruled by those of one item of a record.
-
-        listed: the item is a list of frames, so its fps is their rate and may stand beside nframes.
-        UserError, beginning with `where`, for an option that is unknown, out of range, or contradicts another.
-        """
+    def from_args(cls, kind: str, args, item: dict) -> "Options":
+        """The script's options (a config.VideoArgs), overruled by those of one item of a record. UserError for an
+        option that is unknown, out of range, or contradicts another."""
         known = SIZES if kind == "image" else cls.__dataclass_fields__
         values = {name: getattr(args, f"{kind}_{name}") for name in SIZES}
         values |= {name: getattr(args, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
         item = {"fps" if name == "sample_fps" else name: value for name, value in item.items()}
         for name, value in item.items():
-            if name not in known:
-                raise UserError(f"{where}: unknown {kind} option {name!r}; expected some of {', '.join(known)}")
-            low, high = (0 if name == "video_start" else OPTION_RANGE[0]), OPTION_RANGE[1]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number from {low} to {high}")
+            low = 0 if name == "video_start" else SMALLEST
+            if name not in known or type(value) not in (int, float) or not low <= value <= LARGEST:
+                expected = f"one of {', '.join(known)}, from {low} to {LARGEST}"
+                raise UserError(f"{kind} option {name}: {str(value)[:40]}; expected {expected}")
         if {"fps", "min_frames", "max_frames"} & set(item):  # these say how many frames, unless the item's nframes does
             values["nframes"] = None
-        if "max_pixels" in item and values["min_pixels"] is not None:  # the item's bound beats the script's other bound
+        if "max_pixels" in item and values["min_pixels"]:  # the item's bound beats the script's other bound
             values["min_pixels"] = min(values["min_pixels"], item["max_pixels"])
-        if "min_pixels" in item and values["max_pixels"] is not None:
+        if "min_pixels" in item and values["max_pixels"]:
             values["max_pixels"] = max(values["max_pixels"], item["min_pixels"])
         options = cls(**values | item)
-        low, high, height, width = (getattr(options, name) for name in SIZES)
-        bounds = low is not None and high is not None and low > high
-        if bounds or (height is None) != (width is None) or ({"fps", "nframes"} <= set(item) and not listed):
-            rules = "fps or nframes, min_pixels at most max_pixels, both of resized_height and resized_width or none"
-            given = {name: value for name, value in (values | item).items() if value is not None}
-            raise UserError(f"{where}: options that contradict each other, {given}; expected {rules}")
+        bounds = (options.min_pixels or 0) > (options.max_pixels or math.inf)
+        half_a_size = (options.resized_height is None) != (options.resized_width is None)
+        if bounds or half_a_size:
+            rules = "min_pixels at most max_pixels, both of resized_height and resized_width or none"
+            raise UserError(f"options that contradict each other, {values | item}; expected {rules}")
         return options
 
 
@@ -99,7 +94,7 @@ class ClipPlan:
     total_frames: int
     source_fps: float
     second_per_grid: float  # from one temporal patch to the next; 0 for an image
-    seeks: tuple[tuple[int | None, int], ...]  # of a video file: FrameIndex.seek of each frame
+    seeks: tuple[tuple[int | None, int], ...]  # of a video file: FrameIndex.seeks of each frame
     notes: tuple[str, ...]  # options that were overruled, and by what
     stamp: tuple  # times and sizes of the files, so that a changed file is another clip in a cache
 
@@ -147,29 +142,17 @@ def frame_span(total: int, video_fps: float, options: Options) -> tuple[int, int
     return first, last - first + 1
 
 
-def sample_video(total: int, fps: float, options: Options, most_frames: int | None) -> tuple[list[int], float, list]:
-    """(frame numbers, frames a second of them, notes) of a video file."""
+def sample_frames(total: int, fps: float, options: Options, listed: bool) -> tuple[list[int], float]:
+    """(frame numbers, frames a second of them). A list of frames is taken whole unless nframes or max_frames thin it
+    out; an odd last one is repeated."""
     first, span = frame_span(total, fps, options)
-    n, wanted, notes = smart_nframes(span, fps, options), span / fps * options.fps, []
-    if options.nframes is None and not n <= wanted < n + TEMPORAL:
-        notes = [f"fps {options.fps:g} asks for {wanted:.1f} of {span} frames; min_frames and max_frames make it {n}"]
-    n = min(n, most_frames or n)
-    return frame_indices(span, n, first), n / span * fps, notes
-
-
-def sample_list(total: int, options: Options, most_frames: int | None) -> tuple[list[int], float, list]:
-    """The same of a list of frames: taken whole, an odd last one repeated. nframes and max_frames thin it out."""
-    first, span = frame_span(total, options.fps, options)
-    n = min((total > 1 and options.nframes) or options.max_frames, span, most_frames or span)
-    indices, notes = list(range(first, first + span)), []
-    if n < span:
-        indices = frame_indices(span, math.ceil(n / TEMPORAL) * TEMPORAL, first)
-    if total == 1:
-        notes = ["one picture where a video is expected: a clip of two equal frames"]
-    elif options.nframes and options.nframes > span:
-        notes = [f"nframes {options.nframes} of a list of {span} frames: all are taken"]
-    sample_fps = options.fps * len(indices) / span
-    return indices + indices[-1:] * (len(indices) % TEMPORAL), sample_fps, notes
+    if listed:
+        most = (total > 1 and options.nframes) or options.max_frames
+        n = min(span, math.ceil(most / TEMPORAL) * TEMPORAL)
+    else:
+        n = smart_nframes(span, fps, options)
+    indices = frame_indices(span, n, first)
+    return indices + indices[-1:] * (n % TEMPORAL), n / span * fps
 
 
 # ---- Which size
@@ -196,19 +179,13 @@ def shrink(height: int, width: int, max_pixels: float) -> tuple[int, int]:
 def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> tuple[int, int, list[str]]:
     """(H, W) after resizing of one frame among n, and notes on options that were overruled."""
     if options.resized_height is not None:
-        wanted = options.resized_height, options.resized_width
-        h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in wanted)
+        h, w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (options.resized_height, options.resized_width))
         if h * w > IMAGE_PIXELS[1]:
             raise UserError(f"resized to {h} x {w}: above {IMAGE_PIXELS[1]} pixels a frame; ask for less")
-        note = f"resized_height and _width {wanted} are rounded to {(h, w)}, multiples of {FACTOR}"
-        return h, w, [] if (h, w) == wanted else [note]
-    notes, most = [], options.max_pixels
+        return h, w, []
+    least, most, notes = options.min_pixels, options.max_pixels, []
     low, high = IMAGE_PIXELS if kind == "image" else VIDEO_PIXELS
-    if options.min_pixels is not None:
-        low = options.min_pixels
-    elif most is not None and most < low:
-        notes.append(f"max_pixels {most} is below the default minimum {low}; the minimum falls to it")
-        low = most
+    low = least or min(low, most or low)
     if kind == "image":
         high = most or max(high, low)
     else:
@@ -218,7 +195,7 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
             notes.append(f"max_pixels {most} is lowered to {int(high)}, the limit of a frame among {n}")
         high = min(most or high, high)
     h, w = smart_resize(height, width, low, high)
-    if options.min_pixels is None and most is not None and h * w > high:
+    if least is None and most is not None and h * w > high:
         h, w = shrink(height, width, high)  # enlarging to the default minimum went past the explicit maximum
     return h, w, notes
 
@@ -228,34 +205,27 @@ def frame_size(kind: str, height: int, width: int, n: int, options: Options) -> 
 
 def frames_in(folder: str) -> tuple[str, ...]:
     """The images of a folder, the frames of one clip, by number: 2.jpg before 10.jpg. UserError without any."""
-    try:
-        names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
     if not names:
         raise UserError(f"{folder}: a folder without images; expected the frames of a clip, or give one file")
     names.sort(key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
     return tuple(os.path.join(folder, name) for name in names)
 
 
-def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: int | None = None, size=None):
-    """Which frames of a clip, and at what size: a ClipPlan.
-
-    kind: "video" (one file, or one image file per frame) or "image". most_frames, size: set by the token budget of a
-    sample, on top of the options. Raises UserError naming the file.
-    """
-    stamp, fps = tuple(map(file_stamp, paths)), options.fps if kind == "video" else 0.0
+def plan_clip(kind: str, paths: tuple[str, ...], options: Options, stamp: tuple = ()) -> ClipPlan:
+    """Which frames of a clip, and at what size. kind: "video" (one file, or one image file per frame) or "image".
+    stamp: reader.file_stamp of each file. UserError."""
     index = index_frames(paths[0]) if kind == "video" and len(paths) == 1 else None
-    source, total = (index.size, len(index.pts)) if index else (image_size(paths[0]), len(paths))
-    with errors_name(paths[0]):
-        if kind == "image":
-            indices, sample_fps, notes = [0], math.inf, []
-        elif total == 1 or index is None:
-            indices, sample_fps, notes = sample_list(total, options, most_frames)
-        else:
-            indices, sample_fps, notes = sample_video(total, fps := index.fps, options, most_frames)
-        h, w, size_notes = frame_size(kind, *source, len(indices), options)
-    times = tuple(index.seconds(i) if index else i / options.fps for i in indices)
+    source = index.size if index else tuple(read_image(paths[0]).shape[1:])
+    total = len(index.times) if index else len(paths)
+    fps = 0.0 if kind == "image" else index.fps if index and total > 1 else options.fps
+    indices, sample_fps, notes = [0], math.inf, []
+    if kind == "video":
+        indices, sample_fps = sample_frames(total, fps, options, listed=index is None or total == 1)
+    if kind == "video" and total == 1:
+        notes.append("one picture where a video is expected: a clip of two equal frames")
+    h, w, size_notes = frame_size(kind, *source, len(indices), options)
+    times = tuple(index.times[i] if index else i / options.fps for i in indices)
     if index and total > 1:
         off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))
         if off > 1 / sample_fps / 4:
@@ -266,12 +236,12 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
         paths=paths,
         indices=tuple(indices),
         times=times,
-        size=size or (h, w),
+        size=(h, w),
         source_size=source,
         total_frames=total,
         source_fps=fps,
         second_per_grid=TEMPORAL / sample_fps,
-        seeks=tuple(map(index.seek, indices)) if index else (),
+        seeks=tuple(index.seeks[i] for i in indices) if index else (),
         notes=(*notes, *size_notes),
         stamp=stamp,
     )
@@ -280,7 +250,7 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, most_frames: 
 def read_clip(plan: ClipPlan) -> Tensor:
     """The planned frames as patches: (P, 1176) uint8. Raises UserError naming the file."""
     if plan.seeks:
-        frames = read_frames(plan.paths[0], plan.indices, plan.seeks, plan.size)
+        frames = read_frames(plan.paths[0], plan.seeks, plan.size)
     else:
         frames = [read_image(plan.paths[i], plan.size, plan.source_size) for i in plan.indices]
     times = TEMPORAL if plan.kind == "image" else 1  # an image is a clip of two equal frames
@@ -322,6 +292,5 @@ def apply_control(patches: Tensor, grid_thw, control: str, seed: str) -> tuple[T
         forward, rng = list(order), random.Random(seed)
         while order in (forward, forward[::-1]):
             rng.shuffle(order)
-    x = patches.view(t, -1, 3, TEMPORAL, PATCH * PATCH).permute(0, 3, 1, 2, 4)  # (T, frame, cell, colour, pixel)
-    x = x.reshape(t * TEMPORAL, *x.shape[2:])[order].view(x.shape)
-    return x.permute(0, 2, 3, 1, 4).reshape(patches.shape), order
+    frames = torch.from_numpy(from_patches(patches.numpy(), grid_thw)[order])
+    return to_patches(frames.permute(0, 3, 1, 2)), order

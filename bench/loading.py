@@ -26,7 +26,7 @@ import torch
 from clips import draw_clip, render, write_mp4
 from config import VideoArgs
 from data import Processor, load_tokenizer
-from loader import examples
+from loader import Samples
 from model.loading import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
@@ -40,7 +40,9 @@ def ours(options: dict, workers: int):
     def read(paths):
         parts = [{"type": "video", "video": path} | options for path in paths]
         records = [{"messages": [{"role": "user", "content": [part, "Where to?"]}]} for part in parts]
-        assert all(not isinstance(e, tuple) for e in examples(processor, records, range(len(paths)), workers=workers))
+        assert all(
+            not isinstance(e, tuple) for e in Samples(records, processor, False).read(range(len(paths)), workers)
+        )
 
     return read
 

@@ -94,7 +94,7 @@ def example(config: ModelConfig, work: Workload, number: int, answer: bool = Fal
     targets[len(ids) - 1 : -1] = own
     t, h, w = work.grid
     return Example(
-        f"example {number}", ids=np.array(ids + own), targets=targets, num_vision_tokens=len(pads),
+        f"example {number}", ids=np.array(ids + own), targets=targets,
         position_ids=mrope_position_ids(ids + own, [work.grid], [1.0], config), grid_thw=[work.grid],
         patches=torch.randint(0, 256, (t * h * w, 1176), generator=generator, dtype=torch.uint8),
         second_per_grid=[1.0], frame_indices=[], frame_times=[], record={},

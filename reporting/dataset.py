@@ -51,7 +51,7 @@ def data_question(records: Sequence[dict]) -> dict | None:
     questions = Counter()
     for i in evenly_spread(records):
         with suppress(UserError):
-            first, question = read_form(records[i], "").messages[0], sample_from_record(records[i]).question
+            first, question = read_form(records[i]).messages[0], sample_from_record(records[i]).question
             system = plain_text(first.content) if first.role == "system" else ""
             questions[TAG.sub("", question).strip(), system] += 1
     if not questions:

@@ -32,7 +32,7 @@ def strip(video: str | None, config: dict) -> dict:
         return {"error": f"{video}: no such file"}
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
     try:
-        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {}, video)
+        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {})
         return sampled(kind, str(path), options)
     except (UserError, OSError) as error:
         return {"error": str(error)}

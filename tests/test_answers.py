@@ -129,7 +129,7 @@ def test_a_policy_that_repeats_itself_is_read_fast(text):
 
 def reward(kind, solution, said, **columns):
     record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
-    check_solution(0, record)
+    check_solution(record)
     return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
 
 

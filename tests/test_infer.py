@@ -17,10 +17,9 @@ from adapter_files import save_adapter
 from checkpoint import write_whole
 from clips import png, write_mp4
 from config import QUESTION, Generate, LoraArgs
-from data import load_tokenizer
+from data import load_tokenizer, look_at_file
 from evaluate import opposite, wilson
 from infer import Model
-from look import look_at_file
 from lora import inject, lora_layers
 from model import UserError
 from model.decode import Completion

@@ -57,7 +57,7 @@ def test_each_form_says_the_same(processor, form):
 
 @cases("parts")
 def test_clips_stand_where_the_record_says(case):
-    parts = [part for turn in read_turns(case["record"], "r") for part in turn.parts]
+    parts = [part for turn in read_turns(case["record"]) for part in turn.parts]
     assert [[part.kind, *part.paths] if isinstance(part, Media) else part for part in parts] == case["parts"]
 
 
@@ -75,9 +75,8 @@ def test_each_layout_is_read_whole(processor, case):
 @cases("refused")
 def test_a_wrong_record_is_refused_in_one_line(processor, case):
     with pytest.raises(UserError, match=case["refused"]) as caught:
-        processor.encode(case["record"], name="sample 3")
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 500 and ("sample 3" in text or "inline_clips" in text)
+        processor.encode(case["record"])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     try:  # the rewards refuse it too, or do not care; they never fall over
         sample_from_record(case["record"])
     except UserError:
@@ -90,9 +89,9 @@ def test_options_in_a_column_are_asked_and_read(processor):
     sample = sample_from_record(VIDEO_R1)
     assert [accuracy(f"{THINK}<answer>{a}</answer>", sample) for a in ("B", "B. right", "right", "A")] == [1, 1, 1, 0]
     picture = VIDEO_R1 | {"path": {"path": "p.png", "fps": 4}}
-    assert read_turns(picture, "r")[0].parts[0] == Media("video", ("p.png",), {"fps": 4})
+    assert read_turns(picture)[0].parts[0] == Media("video", ("p.png",), {"fps": 4})
     lettered = {"problem": "?", "solution": "A", "options": {"A": 3, "B": "four", "C": None}}
-    assert read_turns(lettered, "r")[0].text == "?\nOptions:\nA. 3\nB. four"
+    assert read_turns(lettered)[0].text == "?\nOptions:\nA. 3\nB. four"
 
 
 def test_clips_inside_a_record(processor, clips):
@@ -123,7 +122,7 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=6))
 def test_no_record_does_anything_but_load_or_be_refused(record):
-    for read in (lambda: read_turns(record, "sample 3"), lambda: sample_from_record(record)):
+    for read in (lambda: read_turns(record), lambda: sample_from_record(record)):
         try:
             read()
         except UserError as error:
@@ -182,7 +181,7 @@ NOT_JSON = {
         "expected an array": ["{}\n[]\n", "\n\n"],
         "cannot be read": ['{}\n{"a":' + "[" * 100_000],
     },
-    "a.csv": {"a.csv: a table, which is not read": ["question,answer"]},
+    "a.csv": {"is not JSON": ["question,answer"]},
 }
 
 
@@ -197,14 +196,11 @@ def test_what_is_no_dataset(tmp_path, name, message):
 
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.jsonl")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/train.json").touch()
     for name, message in (
-        ("zero\0.json", "no such file"),
-        ("fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
-        ("folder", "not a file; .*did you mean .*folder/train.json"),
+        (tmp_path / "zero\0.json", "no such file"),
+        (tmp_path / "fifo.jsonl", "not a file; .*makes one$"),  # at once: nothing opens the fifo
+        (tmp_path, "not a file; expected a .json or .jsonl dataset"),
+        ("https://a.b/c.json", "https://a.b/c.json is a web address; download it first"),
     ):
         with pytest.raises(UserError, match=message):
-            read_records(tmp_path / name)
-    with pytest.raises(UserError, match="https://a.b/c.json is a web address; download it first"):
-        read_records("https://a.b/c.json")
+            read_records(name)
