@@ -26,14 +26,11 @@ def test_format():
     assert rewards.format(GOOD[0], Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
-def test_length_and_repetition():
+def test_length():
     sample = Sample(QUESTION, "(A)", max_tokens=100)
     for sample.n_tokens, expected in zip((0, 10, 25, 50, 65, 80, 90, 99, 100), (0, 0.4, 1, 1, 0.5, 0, -0.5, -0.95, -1)):
         assert rewards.length("", sample) == pytest.approx(expected)
     assert rewards.length("", Sample(QUESTION, "(A)", n_tokens=10, max_tokens=100, truncated=True)) == -1
-    assert rewards.repetition("the ball moves from the left to the right", PLAIN) == 0
-    assert rewards.repetition("ball", PLAIN) == 0
-    assert rewards.repetition("so so so so so so", PLAIN) == pytest.approx(-0.75)  # 4 trigrams, 1 distinct
 
 
 def test_temporal(caplog):
@@ -113,7 +110,6 @@ def test_mistakes_in_a_users_rewards(user_file):
         assert "\n" not in str(caught.value)
     for spec, weights, message in (
         ("accuracy,accuracy", None, "twice"),
-        ("accuracy", [float("nan")], "finite"),
         (f"{user_file}:sourc", None, "did you mean source"),
         (f"{user_file}:narrow", None, r"is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
         (f"{user_file.with_name('broken.py')}:name", None, "broken.py does not import: SyntaxError"),
@@ -132,8 +128,8 @@ def test_command(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     *lines, torch = done.stdout.splitlines()
-    assert json.loads(lines[0]) == {"accuracy": 1, "format": 1, "repetition": 0}
-    assert json.loads(lines[1]) == {"accuracy": 0, "format": 0, "repetition": 0}
+    assert json.loads(lines[0]) == {"accuracy": 1, "format": 1}
+    assert json.loads(lines[1]) == {"accuracy": 0, "format": 0}
     assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
     assert done.returncode == 2 and "a.jsonl: object 4 has no record and completion" in done.stderr
 
@@ -141,7 +137,7 @@ def test_command(tmp_path):
 def test_server_judge(monkeypatch, tmp_path):
     """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY: not set"):
         load_rewards("judge")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
@@ -162,6 +158,10 @@ def test_server_judge(monkeypatch, tmp_path):
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
     server, judge = start(500)
     with server:
-        assert judge.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
-        with pytest.raises(UserError, match="no response.*HTTP 500"):
-            judge("Snow", sample)
+        assert [judge(text, sample) for text in ("<answer>Frost</answer>", "Cold")] == [0.5, 1] and not server.requests
+        with pytest.raises(UserError, match="HTTP 500.*run again: it goes on"):
+            judge.ask_all(["Snow", "Cold"], sample)
+    server, judge = start(completion("0.25"))
+    with server:
+        judge.ask_all(["Snow", "<answer>Snow</answer>"], sample)
+        assert len(server.requests) == 1 and judge("Snow", sample) == 0.25
