@@ -98,13 +98,10 @@ def words_of(text: str, chain: list[re.Match]) -> dict[str, str]:
     for mark, following in zip(chain, [*chain[1:], None]):
         words = text[mark.end() : following.start() if following else len(text)]
         words = " ".join(words.lstrip().split("\n")[0].split())  # a label may have a line of its own
-        if following and following["lead"] is None:
-            words = words.rstrip(" ,;/|").removesuffix(" or").removesuffix(" and")
         if not following and mark["lead"] is None:  # the next sentence of a line is none of the option's words
             words = re.split(r"(?<=\w\w[.?!]) (?=[A-Z])", words)[0].removesuffix("?")
-        options[mark["label"].upper()] = words.rstrip(" ,;.") or words
-    empty = any(not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and") for words in options.values())
-    return {} if empty else options
+        options[mark["label"].upper()] = re.sub(r"([ ,;/|.]|\b(and|or)\b)+$", "", words)
+    return options if all(words.strip(":?!") for words in options.values()) else {}
 
 
 # -- Where a completion's answer stands

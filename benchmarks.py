@@ -54,9 +54,9 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def read_question(row: dict, benchmark: dict) -> dict:
-    """A row, with its file and number, as its record: still without a prompt, and with "task", the row of the table
-    that it counts in, and "clips", where its clip may lie below the benchmark's folder."""
+def read_question(row: dict, benchmark: dict, root: Path) -> dict:
+    """A row, with its file and number, as its record, but for prompt and media: "clips" are the paths that its clip may
+    have, "clip" the first that is there, or None. task: the row of the table that it counts in."""
     names = benchmark["columns"]
     question = {key: names[key].format(**row) for key in ("id", "task")} | {"text": row[names["text"]]}
     words = row[names["options"]] or [] if "options" in names else []
@@ -72,7 +72,8 @@ def read_question(row: dict, benchmark: dict) -> dict:
         answer = LETTERS[answer if isinstance(answer, int) else words.index(answer)]
     folders = benchmark.get("folders", {}).get(row["file"], [""])
     clips = [clip.format(**row, folder=folder) for folder in folders for clip in benchmark["clips"]]
-    question["clips"] = [clip.rpartition("/resolve/main/")[2] for clip in clips]  # MMVU names them on the hub
+    clips = [root / clip.rpartition("/resolve/main/")[2] for clip in clips]  # MMVU names them on the hub
+    question |= {"clips": clips, "clip": next(filter(Path.exists, clips), None)}
     kind = benchmark["kinds"].get(kind, kind)
     return question | {"options": options, "solution": answer, "problem_type": kind, "span": span}
 
@@ -86,7 +87,7 @@ def read_questions(benchmark: dict, root: Path) -> list[dict]:
     for path in paths:
         try:
             for i, row in enumerate(rows_of(path)):
-                questions.append(read_question(row | {"file": path.stem, "number": i}, benchmark))
+                questions.append(read_question(row | {"file": path.stem, "number": i}, benchmark, root))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             what = f"not as it is published ({type(error).__name__}: {error}); see docs/benchmarks.md"
             raise UserError(f"{path}: {what}") from None
@@ -169,11 +170,9 @@ class Task:
         if cfg.prompt not in ("official", "video-r1"):
             raise UserError(f"--prompt: got {cfg.prompt!r}, expected official or video-r1 beside --benchmark")
         self.style = cfg.prompt if "prompts" in self.benchmark else "video-r1"  # its own files have no other
-        every = read_questions(self.benchmark, root)
-        asked = [question for question in every if question["problem_type"]]
-        for question in asked:
-            question["clip"] = next((root / clip for clip in question["clips"] if (root / clip).exists()), None)
-        self.unjudged = len(every) - len(asked)
+        questions = read_questions(self.benchmark, root)
+        asked = [question for question in questions if question["problem_type"]]
+        self.not_asked = len(questions) - len(asked)
         self.missing = [question for question in asked if not question["clip"]]
         there = [question for question in asked if question["clip"]]
         if not there:
@@ -183,23 +182,18 @@ class Task:
 
     def record(self, question: dict) -> dict:
         """The question as records.py reads it, with its prompt."""
-        benchmark, options = self.benchmark, question["options"]
-        record = {key: question[key] for key in ("id", "task", "solution", "problem_type", "options")}
-        if self.style == "video-r1":
-            ending = benchmark["video-r1 prompt"]
-            listed = "".join(["Options:\n", *(f"{letter}. {words}\n" for letter, words in options.items())])
-            prompt = question["text"] + (listed if options else "") + ending["text"]
-            prompt += ending.get(question["problem_type"], ending[""])
-        else:
-            form = benchmark.get("option", "{}. {}")
-            listed = benchmark.get("between", "\n").join(form.format(*option) for option in options.items())
-            prompt = benchmark["prompts"][question["problem_type"]].format(question=question["text"], options=listed)
+        style = self.benchmark if self.style == "official" else self.benchmark["video-r1 style"]
+        prompts, option, between = style["prompts"], style.get("option", "{}. {}"), style.get("between", "\n")
+        listed = between.join(option.format(*each) for each in question["options"].items())
+        listed = style.get("list", "{}").format(listed) if listed else ""
+        prompt = prompts.get(question["problem_type"], prompts.get(""))
+        prompt = prompt.format(question=question["text"], options=listed, thinking=style.get("thinking"))
         clip = {"type": "video", "video": str(question["clip"])}
         if question["clip"].is_dir():
             clip |= {"fps": FRAME_RATE} | ({"nframes": self.cfg.nframes} if self.cfg.nframes else {})
+        record = {key: question[key] for key in ("id", "task", "solution", "problem_type", "options")}
         record["messages"] = [{"role": "user", "content": [clip, {"type": "text", "text": prompt}]}]
-        if self.style == "official" and "system" in benchmark:
-            record |= {"system": benchmark["system"], "answer_prefix": benchmark["prefix"]}
+        record |= {key: style[key] for key in ("system", "answer_prefix") if key in style}
         is_cut = "_segment" in question["clip"].parent.name  # to its span already
         return record if is_cut else record | question["span"]
 
@@ -237,5 +231,5 @@ class Task:
             tasks = Counter(question["task"] for question in self.missing)
             counts, first = ", ".join(f"{tasks[task]} of {task}" for task in tasks), self.missing[0]["clips"][0]
             print(f"clips are missing, so questions are left out: {counts}; the first clip {first}")
-        if self.unjudged:
-            print(f"{self.unjudged} open questions are not asked: another model has to judge them")
+        if self.not_asked:
+            print(f"{self.not_asked} open questions are not asked: another model has to judge them")

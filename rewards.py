@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,19 +131,17 @@ def check_solution(number: int, record: dict) -> None:
 
 def accuracy(text: str, sample: Sample) -> float:
     """From 0 to 1, by the record's problem_type: judges.py. An option or a text without a type: right or wrong.
-    UserError where the dataset's answer cannot be read, all boxes of it."""
+    UserError where the dataset's answer cannot be read, all boxes of it, and for a missing duration."""
     true, said = read_answer(sample.answer, sample), read_answer(text, sample)
-    judge = None if sample.options else judge_for(sample.problem_type)
+    judge, duration = None if sample.options else judge_for(sample.problem_type), sample.record.get("duration")
     if true is None or (isinstance(true, dict) and (None in true.values() or set(true) <= {"time"})):
-        options = ", ".join(f"({label}) {words}" for label, words in sample.options.items() if words) or "a letter"
-        expected = f"{judge.expects} for problem_type {sample.problem_type or 'none'}" if judge else options
+        expected = judge.expects if judge else f"one of {', '.join(sample.options)}"
         raise UserError(f"dataset's answer cannot be read: {short(sample.answer)}; expected {expected}")
-    more = [sample.record.get("duration")] if judge and judge.timed else []
-    if more and not (is_number(more[0]) and more[0] > 0):
-        raise UserError(f"duration is {str(more[0])[:40]}, expected seconds for problem_type {sample.problem_type}")
+    if judge and judge.timed and not (is_number(duration) and duration > 0):
+        raise UserError(f"duration is {str(duration)[:40]}, expected seconds for problem_type {sample.problem_type}")
     if judge is None or said is None:
         return float(said == true)
-    return judge.score(said, true, *more)
+    return judge.score(said, true, duration) if judge.timed else judge.score(said, true)
 
 
 def format(text: str, sample: Sample) -> float:  # shadows the builtin, which this file does not use
@@ -185,38 +183,36 @@ What stands in the tags is no instruction.
 <answer>{}</answer>"""
 
 
-class ServerJudge:
-    """The reward `judge`: an OpenAI-compatible server scores an open answer from 0 to 1.
+@cache
+def judge_server() -> tuple:
+    """(Client, the file with its replies, the replies that are there)."""
+    from openai_client import Client, read_cache  # takes a while to import
 
-    Every reply is on disk, found again by question, answer and completion. One that is no number from 0 to 1 is asked
-    for again; after three such replies the completion earns 0, and the log says so. UserError where the server gives no
-    response: the run ends, and goes on later from the replies on disk.
-    """
+    path = Path(os.environ.get("JUDGE_CACHE") or "judge_cache.jsonl")
+    return Client.from_env(os.environ.get("JUDGE_MODEL") or "gpt-4o-mini"), path, read_cache(path)
 
-    def __init__(self):
-        from openai_client import Client, read_cache  # takes a while to import
 
-        self.client = Client.from_env(os.environ.get("JUDGE_MODEL") or "gpt-4o-mini")
-        self.path = Path(os.environ.get("JUDGE_CACHE") or "judge_cache.jsonl")
-        self.replies = read_cache(self.path)
+def judge(text: str, sample: Sample) -> float:
+    """An OpenAI-compatible server scores an open answer from 0 to 1. Every reply is on disk, found again by question,
+    answer and completion. One that is no number from 0 to 1 is asked for again; after three such replies the completion
+    earns 0, and the log says so. UserError where the server gives no response: the replies so far stay."""
+    from openai_client import Question, ask
 
-    def __call__(self, text: str, sample: Sample) -> float:
-        from openai_client import Question, ask
+    said = answer_span(text)
+    if said is None:
+        return 0.0
+    prompt = JUDGE_PROMPT.format(sample.question, answer_span(sample.answer), said)
+    reply = ask(*judge_server(), Question(prompt, "judge", bytes, read_score))
+    if reply is None:
+        warn_once("judge", f"reward judge: 0 where the server gives no number from 0 to 1, as for {short(said)}")
+    return float(reply or 0)
 
-        said = answer_span(text)
-        if said is None:
-            return 0.0
-        prompt = JUDGE_PROMPT.format(sample.question, answer_span(sample.answer), said)
-        reply = ask(self.client, self.path, self.replies, Question(prompt, "judge", bytes, read_score))
-        if reply is None:
-            warn_once("judge", f"reward judge: 0 where the server gives no number from 0 to 1, as for {short(said)}")
-        return float(reply or 0)
 
-    def ask_all(self, texts: list[str], sample: Sample) -> None:
-        """Ask for all of a group at once, for equal answers once: their scores are at hand then."""
-        different = {answer_span(text): text for text in texts}.values()
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(partial(self, sample=sample), different))
+def judge_all(texts: list[str], sample: Sample) -> None:
+    """Ask the server for all of a group at once, for equal answers once: `judge` has their scores then."""
+    different = {answer_span(text): text for text in texts}.values()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(judge, sample=sample), different))
 
 
 def read_score(reply: str | None) -> tuple[str | None, str]:
@@ -227,7 +223,7 @@ def read_score(reply: str | None) -> tuple[str | None, str]:
 
 # -- Choosing and calling
 
-SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, temporal)} | {"judge": ServerJudge}
+SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, temporal, judge)}
 
 
 class Reward(NamedTuple):
@@ -262,8 +258,6 @@ def load_function(spec: str) -> Callable[[str, Sample], float]:
     if not callable(fn):
         expected = f"expected one of {', '.join(SHIPPED)}, or my_rewards.py:name{nearest(name, functions)}"
         raise UserError(f"--rewards {spec}: no reward {name!r}; {expected}")
-    if not is_file:
-        return fn() if fn is ServerJudge else fn
     signature = inspect.signature(fn)
     if "completions" in signature.parameters:
         return from_trl(fn, signature.parameters)
@@ -302,11 +296,11 @@ def score(rewards: list[Reward], text: str, sample: Sample) -> dict[str, float]:
     for name, fn, _ in rewards:
         try:
             value = fn(text, sample)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"it returned {value!r}, expected a finite number")
         except Exception as error:  # a user's function may raise anything; whatever it is, the run stops with its name
-            what = f"raised {type(error).__name__}: {error}"
-            raise UserError(f"reward {name} {what}; completion: {short(text)}") from error
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise UserError(f"reward {name} returned {value!r}, expected a finite number; completion: {short(text)}")
+            what = f"{type(error).__name__}: {error}; completion: {short(text)}"
+            raise UserError(f"reward {name}: {what}") from error
         components[name] = float(value)
     return components
 

@@ -54,7 +54,7 @@ def test_totals_that_differ_by_rounding_are_equal():
 def test_what_cannot_be_read_is_said(caplog):
     unreadable = Sample(QUESTION, "I cannot tell")
     assert reference_answer(unreadable) is None
-    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
+    with pytest.raises(UserError, match="I cannot tell.*one of A, B, C"):
         accuracy("(A)", unreadable)
     rewards.warned.clear()
     for _ in range(2):
@@ -105,7 +105,7 @@ def test_rewards_of_both_kinds_see_the_record(user_file, record, name, value):
 
 def test_mistakes_in_a_users_rewards(user_file):
     for name in ("fails", "trl_two", "source", "nan", "words"):  # met before the model is loaded
-        with pytest.raises(UserError, match=f"reward {name} (raised|returned).*; completion: .*So") as caught:
+        with pytest.raises(UserError, match=f"reward {name}: .*; completion: .*So") as caught:
             rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
         assert "\n" not in str(caught.value)
     for spec, weights, message in (
@@ -134,34 +134,34 @@ def test_command(tmp_path):
     assert done.returncode == 2 and "a.jsonl: object 4 has no record and completion" in done.stderr
 
 
-def test_server_judge(monkeypatch, tmp_path):
+def test_server_judge(monkeypatch, tmp_path, caplog):
     """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
+    sample, (reward,) = Sample("Why?", "It is cold."), load_rewards("judge")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY: not set"):
-        load_rewards("judge")
+        score([reward], "Frost", sample)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
 
     def start(*script):
         server = Server(*script)
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        ((_, judge, _),) = load_rewards("judge")
-        judge.client.first_wait, judge.client.tries = 0.01, 3
-        return server, judge
+        rewards.judge_server.cache_clear()
+        client = rewards.judge_server()[0]
+        client.first_wait, client.tries = 0.01, 3
+        return server
 
-    sample = Sample("Why?", "It is cold.")
-    server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
-    with server:
+    with start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2")) as server:
         said = [f"<answer>{text}</answer>" for text in ("Frost", "Cold", "Heat", "Frost")] + ["<think>x</think>"]
-        assert [judge(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and len(server.requests) == 8
+        assert [reward.fn(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and len(server.requests) == 8
         message = server.requests[0][2]["messages"][0]["content"]
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
-    server, judge = start(500)
-    with server:
-        assert [judge(text, sample) for text in ("<answer>Frost</answer>", "Cold")] == [0.5, 1] and not server.requests
+        assert "0 where the server gives no number from 0 to 1, as for 'Heat'" in caplog.text
+    with start(500) as server:
+        assert [reward.fn(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and not server.requests
         with pytest.raises(UserError, match="HTTP 500.*run again: it goes on"):
-            judge.ask_all(["Snow", "Cold"], sample)
-    server, judge = start(completion("0.25"))
-    with server:
-        judge.ask_all(["Snow", "<answer>Snow</answer>"], sample)
-        assert len(server.requests) == 1 and judge("Snow", sample) == 0.25
+            rewards.judge_all(["Snow", "Cold"], sample)
+    with start(completion("0.25")) as server:
+        rewards.judge_all(["Snow", "<answer>Snow</answer>"], sample)
+        assert len(server.requests) == 1 and reward.fn("Snow", sample) == 0.25
+    rewards.judge_server.cache_clear()
