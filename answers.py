@@ -193,17 +193,16 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         if mentions and mentions[-1].kind != "words" and mentions[-1].labels & owners:  # "(A) left" is one mention
             mentions[-1] = mentions[-1]._replace(end=match.end())
             continue
-        if kind == "words" and label in options or kind == "bare":
-            own = [plain(options.get(label, "")).casefold()] if label in "AI" else by_words
-            kind = kind_of(span, *match.span(), own)
+        if kind == "bare" or (kind == "words" and label in options):
+            kind = kind_of(span, *match.span(), plain(options.get(label, "")))
         if kind:
             mentions.append(Mention(*match.span(), owners if kind == "words" else {label}, kind))
     return mentions
 
 
-def kind_of(span: str, start: int, end: int, follows) -> str:
+def kind_of(span: str, start: int, end: int, words: str) -> str:
     """The kind of a mention by a letter or number without brackets: "label" where it begins its clause or a cue stands
-    before it, else "beside"; "" for an article, and for a number of another kind. follows: words of options."""
+    before it, else "beside"; "" for an article, and for a number of another kind. words: its option's."""
     before, label, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
     if label.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return ""  # 12.5, -2, 2 %
@@ -211,11 +210,10 @@ def kind_of(span: str, start: int, end: int, follows) -> str:
     meant = not previous or previous[0] in CUES or re.match(EAST_ASIAN, previous[0])
     if label.islower():
         return "label" if meant and re.match(r"\W*$|[).:,]", behind) else ""
-    # A and I are words too, a number may count things: the end, a mark, "because …" or an option's words must follow
-    follows = "|".join(map(re.escape, filter(None, (*BEHIND, *follows))))
-    ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
-    if not ended and (label in "AI" or label.isdigit()):
-        return ""
+    if label in "AI" or label.isdigit():  # words too, or a count: the end, a mark, "because …" or its own words follow
+        follows = "|".join(map(re.escape, filter(None, (*BEHIND, words))))
+        if not re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE):
+            return ""
     return "label" if meant else "beside"
 
 

@@ -153,19 +153,6 @@ def format(text: str, sample: Sample) -> float:  # shadows the builtin, which th
     return float(bool(whole) and not sample.truncated)
 
 
-def length(text: str, sample: Sample) -> float:
-    """From -1 to 1 by the tokens, in shares of the limit: rises to 1 at 0.25, stays 1 to 0.5, falls to 0 at 0.8, and to
-    -1 at the limit itself (DAPO's soft overlong punishment, arXiv 2503.14476 eq. 13). A cut completion gets -1."""
-    if not sample.max_tokens:
-        raise UserError("reward length: the sample has no max_tokens, expected the limit it was sampled under")
-    share = sample.n_tokens / sample.max_tokens
-    if sample.truncated or share >= 1:
-        return -1.0
-    if share > 0.8:
-        return -(share - 0.8) / (1 - 0.8)
-    return min(1.0, share / 0.25, (0.8 - share) / (0.8 - 0.5))
-
-
 def temporal(text: str, sample: Sample) -> float:
     """0.3 x the accuracy reward in a group that does better on the true frame order than on shuffled frames, else 0
     (Video-R1, arXiv 2503.21776; its code pays from 0.8 x the shuffled accuracy on, so also where time is ignored)."""
@@ -223,7 +210,7 @@ def read_score(reply: str | None) -> tuple[str | None, str]:
 
 # -- Choosing and calling
 
-SHIPPED = {fn.__name__: fn for fn in (accuracy, format, length, temporal, judge)}
+SHIPPED = {fn.__name__: fn for fn in (accuracy, format, temporal, judge)}
 
 
 class Reward(NamedTuple):

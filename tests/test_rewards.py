@@ -26,13 +26,6 @@ def test_format():
     assert rewards.format(GOOD[0], Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
-def test_length():
-    sample = Sample(QUESTION, "(A)", max_tokens=100)
-    for sample.n_tokens, expected in zip((0, 10, 25, 50, 65, 80, 90, 99, 100), (0, 0.4, 1, 1, 0.5, 0, -0.5, -0.95, -1)):
-        assert rewards.length("", sample) == pytest.approx(expected)
-    assert rewards.length("", Sample(QUESTION, "(A)", n_tokens=10, max_tokens=100, truncated=True)) == -1
-
-
 def test_temporal(caplog):
     """Of a typed reward too; without frames to shuffle it is 0, named once."""
     sample = Sample("How long?", "10", problem_type="regression")
