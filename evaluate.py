@@ -53,11 +53,11 @@ def answerable(cfg, what, records, strict=True):
     good = Selection(records, (i for i in range(len(records)) if i not in faults), check_solution)
     if not faults:
         return good, []
-    note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
-    first = f"the first: {next(iter(faults.values()))}"
+    first = next(iter(faults.values()))
+    note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read, the first: {first}"
     if strict and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
-        raise UserError(f"{note}, max_skip_share is {cfg.max_skip_share}; {first}")
-    return good, [f"{note}, so they are left out; {first}"]
+        raise UserError(f"{note}; max_skip_share is {cfg.max_skip_share}")
+    return good, [f"{note}; they are left out"]
 
 
 @dataclass(repr=False)
