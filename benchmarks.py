@@ -213,11 +213,6 @@ class Task:
                 for name, value in values.items():
                     counts = {"asked": len(some), "unreadable": sum(answer["unreadable"] for answer in some)}
                     table.setdefault(name, counts)[scorer] = value
-        self.print_table(table)
-        missing = Counter(question["task"] for question in self.missing)
-        return {"name": self.benchmark["name"], "prompt": self.style, "table": table, "missing": missing}
-
-    def print_table(self, table: dict):
         cfg, share = self.cfg, lambda value: "-" if value is None else f"{value:.1%}"
         frames = f"{cfg.nframes} frames" if cfg.nframes else f"{cfg.fps:g} frames a second"
         low, high = (getattr(cfg, f"video_{end}_pixels") or VIDEO_PIXELS[i] for i, end in enumerate(("min", "max")))
@@ -227,9 +222,10 @@ class Task:
         for name, row in table.items():
             ours, official = share(row["ours"]), share(row["official"])
             print(f"{name:<28}{row['asked']:>7}{row['unreadable']:>12}{ours:>9}{official:>10}")
-        if self.missing:
-            tasks = Counter(question["task"] for question in self.missing)
-            counts, first = ", ".join(f"{tasks[task]} of {task}" for task in tasks), self.missing[0]["clips"][0]
+        missing = Counter(question["task"] for question in self.missing)
+        if missing:
+            counts, first = ", ".join(f"{missing[task]} of {task}" for task in missing), self.missing[0]["clips"][0]
             print(f"clips are missing, so questions are left out: {counts}; the first clip {first}")
         if self.not_asked:
             print(f"{self.not_asked} open questions are not asked: another model has to judge them")
+        return {"name": self.benchmark["name"], "prompt": self.style, "table": table, "missing": missing}

@@ -83,10 +83,8 @@ class Evaluation:
     @property
     def by_task(self) -> dict[str, "Evaluation"]:
         """Each task's own answers, in alphabetical order."""
-        tasks = {}
-        for number, answer in self.answers.items():
-            tasks.setdefault(answer["task"], {})[number] = answer
-        return {task: Evaluation(tasks[task]) for task in sorted(tasks)}
+        of = lambda task: {number: answer for number, answer in self.answers.items() if answer["task"] == task}
+        return {task: Evaluation(of(task)) for task in sorted({answer["task"] for answer in self.answers.values()})}
 
     @property
     def confusion(self) -> dict[str, Counter]:

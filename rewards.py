@@ -96,10 +96,9 @@ def without_label(letter: str, words: str) -> str:
 
 def plain_text(content: str | list) -> str:
     """Of typed parts, those of text."""
-    if isinstance(content, str):
-        return content
+    parts = [content] if isinstance(content, str) else content
     is_text = lambda part: isinstance(part, dict) and part.get("type") == "text"
-    texts = [first_of(part, "text", "value") if is_text(part) else part for part in content]
+    texts = [first_of(part, "text", "value") if is_text(part) else part for part in parts]
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
