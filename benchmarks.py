@@ -58,7 +58,6 @@ def read_question(row: dict, benchmark: dict, root: Path) -> dict:
     """A row, with its file and number, as its record, but for prompt and media: "clips" are the paths that its clip may
     have, "clip" the first that is there, or None. task: the row of the table that it counts in."""
     names = benchmark["columns"]
-    question = {key: names[key].format(**row) for key in ("id", "task")} | {"text": row[names["text"]]}
     words = row[names["options"]] or [] if "options" in names else []
     options = words if isinstance(words, dict) else dict(zip(LETTERS, words))
     plain = {letter: without_label(letter, text) for letter, text in options.items()}
@@ -73,6 +72,7 @@ def read_question(row: dict, benchmark: dict, root: Path) -> dict:
     folders = benchmark.get("folders", {}).get(row["file"], [""])
     clips = [clip.format(**row, folder=folder) for folder in folders for clip in benchmark["clips"]]
     clips = [root / clip.rpartition("/resolve/main/")[2] for clip in clips]  # MMVU names them on the hub
+    question = {key: names[key].format(**row) for key in ("id", "task")} | {"text": row[names["text"]]}
     question |= {"clips": clips, "clip": next(filter(Path.exists, clips), None)}
     kind = benchmark["kinds"].get(kind, kind)
     return question | {"options": options, "solution": answer, "problem_type": kind, "span": span}
@@ -82,8 +82,8 @@ def read_questions(benchmark: dict, root: Path) -> list[dict]:
     files, questions = benchmark["files"], []
     paths = next(filter(None, (sorted(root.glob(pattern)) for pattern in files)), [])
     if not paths:
-        expected = f"expected {' or '.join(files)} in {root}, clips in {benchmark['where']}{nearest_path(root)}"
-        raise UserError(f"--benchmark {benchmark['name']}: no annotation file; {expected}")
+        expected = f"expected {' or '.join(files)}, clips in {benchmark['where']}{nearest_path(root)}"
+        raise UserError(f"--benchmark {benchmark['name']}: no annotation file in {root}; {expected}")
     for path in paths:
         try:
             for i, row in enumerate(rows_of(path)):
@@ -176,7 +176,8 @@ class Task:
         self.missing = [question for question in asked if not question["clip"]]
         there = [question for question in asked if question["clip"]]
         if not there:
-            raise UserError(f"--benchmark {cfg.benchmark}: no clip in {root}; expected {self.benchmark['where']}")
+            first = questions[0]["clips"][0] if questions else "any question"
+            raise UserError(f"--benchmark {cfg.benchmark}: none of its clips is there; expected {first}")
         self.records = [self.record(question) for question in spread(there, cfg.max_samples, cfg.seed)]
         cfg.controls = cfg.controls if "controls" in cfg.given else "none"
 
