@@ -163,7 +163,7 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
     there is no answer."""
     if not options:
         return normalise(answer_span(text) or "") or None
-    for span in map(plain, answer_spans(text)):
+    for span in filter(None, map(plain, answer_spans(text))):
         mentions = [mention for mention in mentions_in(span, options) if not is_denied(span, mention)]
         if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
             return None
