@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from answers import LETTERS, SPECIAL, answer_span, extract_answer, fold, parse_options, plain
 from judges import judge_for
 from model import UserError, nearest, nearest_path
-from records import errors_name, first_of, is_number, read_form, read_records, record_name
+from records import first_of, is_number, read_form, read_records, record_name
 
 ANY_LETTER = dict.fromkeys(LETTERS, "")  # the options of a question whose list is not there, or cannot be read
 short = lambda text: repr(text[:300])
@@ -122,8 +122,10 @@ def reference_answer(sample: Sample) -> str | None:
 
 def check_solution(number: int, record: dict) -> None:
     """UserError, naming the sample, for an unknown problem_type, and where the dataset's own answer cannot be read."""
-    with errors_name(f"sample {number} ({record_name(record)})"):
+    try:
         accuracy("", sample_from_record(record))
+    except UserError as error:  # the name takes longer than all the rest, so only here
+        raise UserError(f"sample {number} ({record_name(record)}): {error}") from None
 
 
 def accuracy(text: str, sample: Sample) -> float:
