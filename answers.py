@@ -51,7 +51,6 @@ LABEL = r"(?P<label>[a-z]|[0-9]{1,2})\s*"
 BARE = [rf"{LEAD}{LABEL}-"]  # A-  A:  A)  A.
 BARE += [rf"(?:{LEAD}|(?<![\w.(\[])(?=(?-i:[A-Z0-9]))){LABEL}{mark}(?![0-9])" for mark in (":", r"\)", r"\.")]
 BRACKETED = [rf"{LEAD}?(?<!\b[a-z0-9]){one}\s*{LABEL}{two}[.:]?" for one, two in ("<>", (r"\[", "]"), (r"\(", r"\)"))]
-STYLES = [(re.compile(style, re.IGNORECASE | re.MULTILINE), style in BRACKETED) for style in BARE + BRACKETED]
 
 
 @lru_cache(1024)
@@ -59,8 +58,8 @@ def parse_options(question: str) -> dict[str, str]:
     """Question text -> {label: words} in the order given, not to be changed; {} where there is no list. Of several that
     with most labels at line starts counts, then the longest, then the last."""
     text, lists = fold(question).replace("**", ""), []
-    for style, bracketed in STYLES:
-        marks = list(style.finditer(text))
+    for style in BARE + BRACKETED:
+        marks, bracketed = list(re.finditer(style, text, re.IGNORECASE | re.MULTILINE)), style in BRACKETED
         for i, first in enumerate(marks):
             if first["label"] not in ("A", "a", "1") and not (bracketed and first["lead"] is not None):
                 continue
@@ -99,13 +98,10 @@ def words_of(text: str, chain: list[re.Match]) -> dict[str, str]:
     for mark, following in zip(chain, [*chain[1:], None]):
         words = text[mark.end() : following.start() if following else len(text)]
         words = " ".join(words.lstrip().split("\n")[0].split())  # a label may have a line of its own
-        if following and following["lead"] is None:
-            words = words.rstrip(" ,;/|").removesuffix(" or").removesuffix(" and")
         if not following and mark["lead"] is None:  # the next sentence of a line is none of the option's words
             words = re.split(r"(?<=\w\w[.?!]) (?=[A-Z])", words)[0].removesuffix("?")
-        options[mark["label"].upper()] = words.rstrip(" ,;.") or words
-    empty = any(not words.strip(" ,;.:/?!") or words.casefold() in ("or", "and") for words in options.values())
-    return {} if empty else options
+        options[mark["label"].upper()] = re.sub(r"([ ,;/|.]|\b(and|or)\b)+$", "", words)
+    return options if all(words.strip(":?!") for words in options.values()) else {}
 
 
 # -- Where a completion's answer stands
@@ -139,31 +135,12 @@ def answer_span(text: str) -> str | None:
     return next((span.strip() for span in answer_spans(text) if span.strip()), None)
 
 
-def extract_answer(text: str, options: dict[str, str]) -> str | None:
-    """Completion -> label of the option it settles on; without options, its answer's words, normalised; None where
-    there is no answer."""
-    return cached_answer(text, tuple(options.items()))
-
-
-@lru_cache(4096)  # a group's reference and each completion are read several times a step
-def cached_answer(text: str, options: tuple[tuple[str, str], ...]) -> str | None:
-    if not options:
-        return normalise(answer_span(text) or "") or None
-    for span in map(plain, answer_spans(text)):
-        mentions = [mention for mention in mentions_in(span, dict(options)) if not is_denied(span, mention)]
-        if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
-            return None
-        if any(mention.sure for mention in mentions):
-            return settled_option(mentions, dict(options))
-    return None
-
-
 # -- The option that an answer names
 
 # Words right before a label that say it is meant: "the answer is A", "option A", "ich wähle A"
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
 CUES |= set("therefore thus with say but sondern ist est es antwort réponse respuesta ответ".split())
-BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
+BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a label "A"
 TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
@@ -173,25 +150,29 @@ DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\
 
 
 class Mention(NamedTuple):
-    """An option named in an answer. labels: the options it may mean. sure: whether it can be the answer by itself."""
+    """An option named in an answer."""
 
     start: int
     end: int
-    labels: set[str]
-    is_label: bool = False
-    sure: bool = True
+    labels: set[str]  # of the options that it may mean
+    kind: str  # "words", "label", or "beside": a label that counts only together with another
 
 
-def settled_option(mentions: list[Mention], options: dict[str, str]) -> str | None:
-    """The label of the option named last, None for a contradiction."""
-    last = next((mention for mention in reversed(mentions) if mention.is_label and mention.sure), None)
-    if last is None:
-        words = [mention.labels for mention in mentions if not mention.is_label][-1]
-        return min(words) if len(words) == 1 else None
-    (label,) = last.labels
-    behind = [mention for mention in mentions if mention.start >= last.end and not mention.is_label]
-    agrees = label in options and all(label in mention.labels for mention in behind)
-    return label if agrees else None
+def extract_answer(text: str, options: dict[str, str]) -> str | None:
+    """Completion -> label of the option it settles on; without options, its answer's words, normalised; None where
+    there is no answer."""
+    if not options:
+        return normalise(answer_span(text) or "") or None
+    for span in filter(None, map(plain, answer_spans(text))):
+        mentions = [mention for mention in mentions_in(span, options) if not is_denied(span, mention)]
+        if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
+            return None
+        words = [mention for mention in mentions if mention.kind == "words"]
+        if last := ([mention for mention in mentions if mention.kind == "label"] or words)[-1:]:
+            behind = [mention.labels for mention in words if mention.start >= last[0].end]
+            (label, *others) = last[0].labels.intersection(options, *behind) or [None]
+            return None if others else label
+    return None
 
 
 def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
@@ -200,44 +181,40 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
     by_words, mentions = {}, []
     for label, words in options.items():
         by_words.setdefault(plain(words).casefold(), set()).add(label)
-    longest_first = sorted(filter(None, by_words), key=len, reverse=True)  # "Left to Right" before "Left"
+    by_words.pop("", None)  # only letters are known
+    longest_first = "|".join(map(re.escape, sorted(by_words, key=len, reverse=True)))  # "Left to Right" before "Left"
     label = "[0-9]{1,2}" if all(map(str.isdigit, options)) else "[A-Za-z]"
     # Words are no piece of a word, nor of a number such as 12.5
-    patterns = [rf"(?<!\w)(?<!\d[.,:])(?P<words>{'|'.join(map(re.escape, longest_first))})(?!\w)(?![.,:]\d)"]
-    patterns += [rf"(?<!\w)[(\[{{<]\s*(?P<wrapped>{label})\s*[)\]}}>]", rf"(?<!\w)(?P<bare>{label})(?!\w)"]
-    for match in re.finditer("|".join(patterns if longest_first else patterns[1:]), span, re.IGNORECASE):
-        kind, text = match.lastgroup, match[match.lastgroup]
-        owners = by_words.get(text.casefold(), set())
-        if mentions and mentions[-1].is_label and mentions[-1].labels & owners:  # "(A) left" is one mention
+    patterns = [rf"(?<!\w)(?<!\d[.,:])(?P<words>{longest_first})(?!\w)(?![.,:]\d)"] if by_words else []
+    patterns += [rf"(?<!\w)[(\[{{<]\s*(?P<label>{label})\s*[)\]}}>]", rf"(?<!\w)(?P<bare>{label})(?!\w)"]
+    for match in re.finditer("|".join(patterns), span, re.IGNORECASE):
+        kind, label = match.lastgroup, match[match.lastgroup].upper()
+        owners = by_words.get(label.casefold(), set())
+        if mentions and mentions[-1].kind != "words" and mentions[-1].labels & owners:  # "(A) left" is one mention
             mentions[-1] = mentions[-1]._replace(end=match.end())
-        elif kind == "words" and text.upper() not in options:
-            mentions.append(Mention(match.start(), match.end(), owners))
-        else:
-            sure = kind == "wrapped" or bare_label(span, match.start(), match.end(), options)
-            if sure is not None:
-                mentions.append(Mention(match.start(), match.end(), {text.upper()}, True, sure))
+            continue
+        if kind == "bare" or (kind == "words" and label in options):
+            kind = kind_of(span, *match.span(), plain(options.get(label, "")))
+        if kind:
+            mentions.append(Mention(*match.span(), owners if kind == "words" else {label}, kind))
     return mentions
 
 
-def bare_label(span: str, start: int, end: int, options: dict[str, str]) -> bool | None:
-    """Whether a letter or number without brackets is meant as a label: True, False for one that only stands beside
-    others, as the second of "A and B", None for an article or a number of another kind."""
-    before, word, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
-    if word.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
-        return None  # 12.5, -2, 2 %
-    if not re.search(r"\w", before + behind):
-        return True  # nothing else was said
-    first = not re.search(r"\w", re.split("[;:!?]", before)[-1])  # of its clause
-    previous = (re.findall(r"[\w']+", before) or [""])[-1]
-    cued = previous in CUES or bool(re.match(EAST_ASIAN, previous))
-    if word.islower():
-        ended = re.match(r"\W*$|[).:,]" if cued else r"[).:]", behind)
-        return True if ended and (first or cued) else None
-    # The end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
-    own = [options.get(word, "")] if word in ("A", "I") else options.values()
-    follows = "|".join(map(re.escape, [*BEHIND, *filter(None, map(plain, own))]))
-    ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
-    return first or cued if ended and (word != "I" or word in options) else None
+def kind_of(span: str, start: int, end: int, words: str) -> str:
+    """The kind of a mention by a letter or number without brackets: "label" where it begins its clause or a cue stands
+    before it, else "beside"; "" for an article, and for a number of another kind. words: its option's."""
+    before, label, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
+    if label.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
+        return ""  # 12.5, -2, 2 %
+    previous = re.findall(r"[\w']+", re.split("[;:!?]", before)[-1])[-1:]
+    meant = not previous or previous[0] in CUES or re.match(EAST_ASIAN, previous[0])
+    if label.islower():
+        return "label" if meant and re.match(r"\W*$|[).:,]", behind) else ""
+    if label in "AI" or label.isdigit():  # words too, or a count: the end, a mark, "because …" or its own words follow
+        follows = "|".join(map(re.escape, filter(None, (*BEHIND, words))))
+        if not re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE):
+            return ""
+    return "label" if meant else "beside"
 
 
 def together(span: str, one: Mention, two: Mention) -> bool:

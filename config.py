@@ -223,7 +223,7 @@ class GRPO(SFT):
     top_p: Share = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: Whole = 0  # 0 = off; as top_p
     max_resample: Whole = 1  # more rounds of sampling, each with new prompts, until enough groups differ in accuracy
-    rewards: str = "accuracy,format"  # of accuracy,format,length,repetition,temporal,judge, or my_rewards.py:name
+    rewards: str = "accuracy,format"  # of accuracy,format,temporal,judge, or my_rewards.py:name
     reward_weights: list[float] | None = field(default_factory=lambda: [1.0, 0.2])  # one a reward; none = 1 for all
     mask_truncated_completions: bool = False  # completions cut by the limit give no gradient
 

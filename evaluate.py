@@ -15,19 +15,18 @@ from tqdm import tqdm
 
 import ranks
 from checkpoint import MANIFEST, ROLLOUTS, append_lines, sha256
-from config import VideoArgs, as_dict
+from config import as_dict
 from data import CONTROLS
 from loader import Samples
 from model import UserError
 from model.decode import Sampling
 from records import Selection, data_files, read_records, record_name, spread
-from rewards import Sample, accuracy, check_solution, extract_answer, format, reference_answer, sample_from_record
+from rewards import accuracy, check_solution, extract_answer, format, read_answer, reference_answer, sample_from_record
 from rollouts import Group, facts_of, prompt_batches, row
 
 EVAL_TOKENS = 16384  # prompt tokens decoded together
 EVAL_SHOWN = 16  # held-out samples whose answers are kept to be read
 CHECKED_RECORDS = 10_000  # before the first step: some seconds. Later ones are looked at when they are used
-Z = 1.959964  # standard normal quantile of a 95 % interval
 # What a clip shows when it is played backwards, besides "X to Y" and "Y to X"
 OPPOSITES = {"falling down": "ascending", "ascending": "falling down", "down": "up", "up": "down"}
 NO_ANSWER = "(no answer)"
@@ -54,29 +53,23 @@ def answerable(cfg, what, records, strict=True):
     good = Selection(records, (i for i in range(len(records)) if i not in faults), check_solution)
     if not faults:
         return good, []
-    note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read"
     number, error = next(iter(faults.items()))
-    first = f"the first: sample {number}: {error}"
+    first = f"sample {number}: {error}"
+    note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read, the first: {first}"
     if strict and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
-        raise UserError(f"{note}, max_skip_share is {cfg.max_skip_share}; {first}")
-    return good, [f"{note}, so they are left out; {first}"]
+        raise UserError(f"{note}; max_skip_share is {cfg.max_skip_share}")
+    return good, [f"{note}; they are left out"]
 
 
 @dataclass(repr=False)
 class Evaluation:
     """What an evaluation gave, of all ranks. Accuracies are None where nothing was answered."""
 
-    # By the number of the record, as in --output: among others "true" and "said" (words of the right answer and of the
-    # model's), "right" (the accuracy reward), "options" (how many the question has, 0 for an open one), "task"
-    answers: dict[int, dict]
+    answers: dict[int, dict]  # by the number of the record, as in --output: see answer_line
     skipped: dict[int, str] = field(default_factory=dict)  # number of a record that could not be read -> why
     rows: list[dict] = field(default_factory=list)  # of rollouts.jsonl: the first answers as they were given
     controls: dict[str, "Evaluation"] = field(default_factory=dict)  # with the frames reversed, shuffled, blank
     known: int = 0  # answers that were there before
-
-    def __repr__(self):
-        low, high = self.interval or (0, 1)
-        return f"{self.right:g} of {self.count} right ({low:.1%} to {high:.1%})"
 
     count = property(lambda self: len(self.answers))
     right = property(lambda self: sum(answer["right"] for answer in self.answers.values()))
@@ -114,8 +107,9 @@ class Evaluation:
 
 def wilson(right: float, count: int) -> list[float]:
     """The 95 % interval of a share (Wilson, 1927) of count > 0, as [low, high]."""
-    p, z2 = right / count, Z * Z / count
-    middle, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
+    z = 1.959964  # the normal distribution's 97.5 % quantile
+    p, z2 = right / count, z * z / count
+    middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
     return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
 
 
@@ -148,18 +142,17 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
         for batch in prompt_batches(readable(prompts, skipped, bar), EVAL_TOKENS):
             seeds = [seed + 7_919 * example.number for example in batch]
             for example, (completion,) in zip(batch, sampler(batch, sampling, 1, seeds), strict=True):
-                number, sample = example.number, sample_from_record(example.record)
-                rollout = sampler.rollout(number, completion)
-                rollout.text = example.record.get("answer_prefix", "") + rollout.text
-                rollout.right = rollout.reward = float(accuracy(rollout.text, sample)) if rollout.finite else 0.0
-                rollout.components = {"accuracy": rollout.right}
-                answers[number] = answer_line(example.record, replace(sample, truncated=not rollout.finished), rollout)
+                number, record = example.number, example.record
+                rollout, sample = sampler.rollout(number, completion), sample_from_record(record)
+                rollout.text = record.get("answer_prefix", "") + rollout.text
+                rollout.reward = float(accuracy(rollout.text, sample)) if rollout.finite else 0.0
+                rollout.components = {"accuracy": rollout.reward}
+                answers[number] = answer_line(sample, rollout)
                 if predictions:
                     predictions.write(number, answers[number])
                 if number < EVAL_SHOWN:
-                    facts, group = facts_of(example.record, sample), Group(number, len(example), [rollout])
-                    line = row(step, facts, group, rollout, decode_token)
-                    rows.append({name: line[name] for name in line if name not in ("advantage", "trained")})
+                    group = Group(number, len(example), [rollout])
+                    rows.append(row(step, facts_of(record, sample), group, rollout, decode_token))
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
     answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))
@@ -177,13 +170,17 @@ def readable(prompts, skipped, bar):
             yield prompt
 
 
-def answer_line(record, sample: Sample, rollout) -> dict:
-    """A line of --output."""
-    labels = reference_answer(sample), extract_answer(rollout.text, sample.options)
+def answer_line(sample, rollout) -> dict:
+    """A line of --output. true, said: words of the right answer and of the model's; right: the accuracy reward;
+    options: how many the question has, 0 for an open one."""
+    text, record = rollout.text, sample.record
+    labels = reference_answer(sample), extract_answer(text, sample.options)
     true, said = (sample.options.get(label) or label or NO_ANSWER for label in labels)
-    line = {"id": record.get("id", record_name(record)), "prompt": sample.question, "text": rollout.text}
-    line |= {"answer": sample.answer, "true": true, "said": said, "options": sum(map(bool, sample.options.values()))}
-    line |= {"right": rollout.right, "rewards": rollout.components | {"format": format(rollout.text, sample)}}
+    shape = format(text, replace(sample, truncated=not rollout.finished))
+    line = {"id": record.get("id", record_name(record)), "prompt": sample.question, "text": text}
+    line |= {"answer": sample.answer, "true": true, "said": said, "unreadable": read_answer(text, sample) is None}
+    line |= {"right": rollout.reward, "rewards": rollout.components | {"format": shape}}
+    line |= {"options": sum(map(bool, sample.options.values()))}
     return line | {"task": sample.problem_type or ("multiple choice" if sample.options else "open")}
 
 
@@ -223,54 +220,44 @@ def evaluate_and_log(run, log, held_out, sampled=False):
         plain = Evaluation({i: result.answers[number] for i, number in enumerate(some) if number in result.answers})
         controls = {name: again(Selection(held_out, some), greedy, control=name).facts(plain) for name in CONTROLS[1:]}
         facts["evaluation"]["controls"] = controls
-        # counts differ where a clip of one frame cannot be shuffled
-        rows = [(name, each["accuracy"], each["count"]) for name, each in controls.items() if each["count"]]
-        words = ", ".join(f"{name} {accuracy:.1%} of {count}" for name, accuracy, count in rows)
-        run.say(f"step {run.step:>6}  with changed frames: {words} held-out samples")
+        for name, control in controls.items():
+            if control["count"]:  # of clips of one frame none can be shuffled
+                run.say(f"step {run.step:>6}  frames {name}: {control['accuracy']:.1%} of {control['count']} samples")
     log.write(run.step, facts)
     return is_best
 
 
-# -- Answers in a file, for infer.py --output
-
-
-def made_by(cfg, adapter) -> dict:
-    """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
-    names = """bf16 base_dtype head_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples
-        benchmark prompt""".split()
-    names = sorted({*as_dict(VideoArgs()), *names} - {"cache_mb"})
-    merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
-    file = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
-    settings = short_hash({name: getattr(cfg, name) for name in names})
-    return {"model_id": cfg.model_id, "weights": file and sha256(file)[:16], "settings": settings}
-
-
-def short_hash(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 class Predictions:
-    """The answers of an evaluation in a .jsonl, a line for each as it comes; what is there already need not be asked.
-    A last line cut short is removed. UserError for lines of other records, or `made_by` another model or settings."""
+    """The answers of an evaluation in the .jsonl of --output, a line for each as it comes: what is there already need
+    not be asked. A last line cut short is removed. UserError for lines of other records, another model or settings.
 
-    def __init__(self, path, records, made_by: dict):
-        self.path, self.records, self.made_by = Path(path), records, made_by
-        self.known: dict[int, dict] = {}
+    cfg: config.Infer. adapter: its folder, or None.
+    """
+
+    def __init__(self, cfg, adapter, records):
+        self.path, self.records, self.known = Path(cfg.output), records, {}
+        merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
+        weights = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
+        other = ("output", "json", "controls", "cache_mb", "dataloader_num_workers")  # they change no answer
+        settings = {name: value for name, value in as_dict(cfg).items() if name not in other}
+        self.source = [settings, weights and sha256(weights)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         try:
             for line in map(json.loads, whole.splitlines()):
-                number = line["number"]
-                if (line["record_hash"], line["made_by"]) != (short_hash(records[number]), made_by):
-                    raise ValueError(f"line {len(self.known) + 1} is of {line['id']}, by {line['made_by']}")
-                self.known[number] = line
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            problem = f"--output: {path} holds other lines than predictions of these records by this model ({error})"
-            raise UserError(f"{problem}; choose another file") from None
+                if line["made_by"] != self.made_by(line["number"]):
+                    raise ValueError
+                self.known[line["number"]] = line
+        except (ValueError, KeyError, TypeError, IndexError):
+            problem = f"line {len(self.known) + 1} is no prediction of these records by this model and these settings"
+            raise UserError(f"--output: {self.path}: {problem}; choose another file") from None
         if whole != data:
             self.path.write_bytes(whole)
 
+    def made_by(self, number: int) -> str:
+        """A hash of what an answer depends on: the record, the model and the settings."""
+        return hashlib.sha256(json.dumps([self.records[number], *self.source]).encode()).hexdigest()[:16]
+
     def write(self, number: int, line: dict):
-        source = {"record_hash": short_hash(self.records[number]), "made_by": self.made_by}
-        append_lines(self.path, [{"number": number, **line, **source}])
+        append_lines(self.path, [{"number": number, **line, "made_by": self.made_by(number)}])

@@ -117,7 +117,7 @@ class Model:
         skipped, and in `controls` the same with the frames changed. options: of sampling, max_samples, output, controls
         ("none": only as they are), for this call."""
         from data import CONTROLS
-        from evaluate import Predictions, evaluate, made_by
+        from evaluate import Predictions, evaluate
 
         if fixed := options.keys() & {*FIXED.split(), *as_dict(VideoArgs())}:
             raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
@@ -126,7 +126,7 @@ class Model:
         records = spread(records, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: no records, expected at least one")
-        predictions = Predictions(cfg.output, records, made_by(cfg, self.adapter)) if cfg.output else None
+        predictions = Predictions(cfg, self.adapter, records) if cfg.output else None
         sampler, sampling = self.sampler(cfg)
         again = partial(evaluate, sampler, records, sampling, cfg.seed)
         result = again(predictions=predictions)

@@ -42,22 +42,21 @@ def read_number(text: str) -> tuple[float, str] | None:
     return (value, match[2].casefold()) if math.isfinite(value) else None
 
 
-def equal_number(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """1 for the same number to two places, as Video-R1 compares them. A unit may be left out."""
-    return float(said[1] in ("", true[1]) and round(said[0], 2) == round(true[0], 2))
+def number_judge(rule: Callable[[float, float], float]) -> Judge:
+    """rule: (number said, true number) -> 0 to 1. A unit may be left out; another one is wrong."""
+    return Judge("a number", read_number, lambda p, t: float(p[1] in ("", t[1]) and rule(p[0], t[0])))
 
 
-def relative_error(said: tuple[float, str], true: tuple[float, str]) -> float:
-    """|said - true| / |true|; infinite for another unit, and for all but 0 where 0 is true."""
-    difference = abs(said[0] - true[0]) if said[1] in ("", true[1]) else math.inf
-    return difference / abs(true[0]) if true[0] else math.inf if difference else 0.0
+def relative_error(said: float, true: float) -> float:
+    """|said - true| / |true|; where 0 is true, infinite for all else."""
+    difference = abs(said - true)
+    return difference / abs(true) if true else math.inf if difference else 0.0
 
 
-def mean_relative_accuracy(said: tuple[float, str], true: tuple[float, str]) -> float:
+def mean_relative_accuracy(said: float, true: float) -> float:
     """The share of VSI-Bench's ten limits that the relative error keeps to."""
-    error = relative_error(said, true)
     confidences = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(9)] + [0.95]  # numpy.linspace(0.5, 0.95, 10) bit for bit
-    return sum(error <= 1 - confidence for confidence in confidences) / 10
+    return sum(relative_error(said, true) <= 1 - confidence for confidence in confidences) / 10
 
 
 # -- Text
@@ -71,8 +70,8 @@ def read_words(text: str) -> list[str]:
 
 def same_text(said: str, true: str) -> float:
     """1 for the same words without case and marks, or the same number, else 0."""
-    numbers = read_number(said), read_number(true)
-    return float(normalise(said) == normalise(true) or (None not in numbers and relative_error(*numbers) == 0))
+    p, t = read_number(said), read_number(true)
+    return float(normalise(said) == normalise(true) or bool(p and t and p[0] == t[0] and p[1] in ("", t[1])))
 
 
 def edits(said: list[str], true: list[str], change: int = 1) -> int:
@@ -97,12 +96,13 @@ def rouge(said: str, true: str) -> list[float]:
     return [*scores, 1 - edits(said, true, change=2) / max(1, len(said) + len(true))]
 
 
+RIGHT_OR_WRONG = re.compile(r"[-+.(]*[0-9]\S*(?: \S+)?|[^\W\d_]\.(?: \S+){0,2}")  # "12.5", "2:30", "3 m", "J. Smith"
+
+
 def likeness(said: str, true: str) -> float:
     """The mean of ROUGE-1, -2 and -L (Video-R1's free-form); the same text is 1, also of one word. A number, a time or
-    a name with initials ("12.5", "2:30", "3 m", "J. Smith") is right or wrong."""
-    first, *more = plain(true).split() or [""]
-    number, initial = first.lstrip("-+.(")[:1].isdigit(), re.fullmatch(r"[^\W\d_]\.", first)
-    if same_text(said, true) or (number and len(more) < 2) or (initial and len(more) < 3):
+    a name with initials is right or wrong."""
+    if same_text(said, true) or RIGHT_OR_WRONG.fullmatch(plain(true)):
         return same_text(said, true)
     return sum(rouge(said, true)) / 3
 
@@ -122,23 +122,22 @@ def read_time(text: str) -> float:
     return math.nan if max(pieces[1:], default=0) >= 60 else -seconds if text[0] == "-" else seconds
 
 
-def read_spans(text: str, most: int | None = None) -> list[tuple[float, float]] | None:
+def read_spans(text: str, most: float = math.inf) -> list[tuple[float, float]] | None:
     """A text such as "2.5 to 7.5 s", "[2.5, 7.5]", "0:02 - 0:07" or "[(1, 2), (4, 9)]" -> [(start, end)]; None where
     any number of it is no part of a span, for a span that ends before it starts, and for more than `most`."""
     text = fold(text)
     spans = [(read_time(start), read_time(end)) for start, end in PAIR.findall(text)]
     numbers = re.findall(r"[0-9]+(?:[.:][0-9]+)*", text)
-    clean = spans == spans[:most] and len(numbers) == 2 * len(spans) and not OTHER_UNIT.search(text)
-    return spans if spans and clean and all(start <= end < math.inf for start, end in spans) else None
+    clean = 0 < len(spans) <= most and len(numbers) == 2 * len(spans) and not OTHER_UNIT.search(text)
+    return spans if clean and all(start <= end < math.inf for start, end in spans) else None
 
 
 def span_iou(said: list, true: list) -> float:
     """Seconds that both sets of spans cover over seconds that either covers; the same moments are 1."""
     ends = sorted({end for span in said + true for end in span})
-    covers = lambda spans, start, end: any(one <= start and end <= two for one, two in spans)
     both = either = 0.0
     for start, end in zip(ends, ends[1:]):
-        covered = covers(said, start, end), covers(true, start, end)
+        covered = [any(one <= start and end <= two for one, two in spans) for spans in (said, true)]
         both += (end - start) * all(covered)
         either += (end - start) * any(covered)
     return both / either if either else float(set(said) == set(true))
@@ -153,7 +152,7 @@ def span_iou_by_duration(said: list, true: list, duration: float) -> float:
 # -- Boxes
 
 
-def to_box(value: Any) -> tuple | None:
+def read_box(value: Any) -> tuple | None:
     """[x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, else None."""
     number = lambda x: type(x) in (int, float) and abs(x) < 1e30  # json reads NaN and 400 digits too
     if not isinstance(value, list) or len(value) != 4 or not all(map(number, value)):
@@ -161,9 +160,9 @@ def to_box(value: Any) -> tuple | None:
     return tuple(value) if value[0] <= value[2] and value[1] <= value[3] else None
 
 
-def read_boxes(text: str, most: int | None = None, timed: bool = False) -> dict | None:
+def read_boxes(text: str, most: float = math.inf, timed: bool = False) -> dict | None:
     """{"boxes": {"1": box, …}}, a list of boxes, or one box -> {key: box, None where it is none}; None for more than
-    `most`. timed: with "time": its span, None where there is none."""
+    `most`. timed: with "time": [its span], None where there is none."""
     try:
         value = json.loads(text.strip().strip("`").removeprefix("json"))
     except (ValueError, RecursionError):
@@ -171,11 +170,12 @@ def read_boxes(text: str, most: int | None = None, timed: bool = False) -> dict 
     value = value if isinstance(value, dict) else {"boxes": value}
     boxes = value.get("boxes", value)
     if isinstance(boxes, list):
-        one = len(boxes) == 4 and not isinstance(boxes[0], list)
-        boxes = {"1": boxes} if one else {str(i): box for i, box in enumerate(boxes, 1)}
-    boxes = {key.strip(): to_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) else {}
-    boxes |= {"time": read_spans(str(value.get("time")), most=1)} if timed else {}
-    return boxes if boxes and len(boxes) <= (most or len(boxes)) else None
+        is_one = len(boxes) == 4 and not isinstance(boxes[0], list)
+        boxes = {str(i): box for i, box in enumerate([boxes] if is_one else boxes, 1)}
+    boxes = {key.strip(): read_box(box) for key, box in boxes.items()} if isinstance(boxes, dict) else {}
+    if timed:
+        boxes["time"] = read_spans(str(value.get("time")), most=1)
+    return boxes if 0 < len(boxes) <= most else None
 
 
 def box_iou(said: tuple | None, true: tuple) -> float:
@@ -190,11 +190,9 @@ def box_iou(said: tuple | None, true: tuple) -> float:
 
 def boxes_iou(said: dict, true: dict) -> float:
     """The mean over the solution's boxes, 0 for one that is not given; with a time, half of it is for the span."""
-    boxes = [box_iou(said.get(key), box) for key, box in true.items() if key != "time"]
-    mean = sum(boxes) / len(boxes)
-    if "time" not in true:
-        return mean
-    return (mean + (span_iou(said["time"], true["time"]) if said["time"] else 0.0)) / 2
+    ious = [box_iou(said.get(key), box) for key, box in true.items() if key != "time"]
+    mean = sum(ious) / len(ious)
+    return (mean + span_iou(said["time"] or [], true["time"])) / 2 if "time" in true else mean
 
 
 # -- The table
@@ -207,9 +205,9 @@ TABLE = {
     "multiple choice": None,  # an option, answers.py's
     "": Judge("text", read_text, same_text),  # an open question without a type
     "yes or no": Judge("yes or no", read_yes_no, same_text),
-    "numerical": Judge("a number", read_number, equal_number),
-    "regression": Judge("a number", read_number, lambda p, t: 1 - min(1.0, relative_error(p, t))),  # Video-R1's
-    "MRA, VSI": Judge("a number", read_number, mean_relative_accuracy),
+    "numerical": number_judge(lambda p, t: round(p, 2) == round(t, 2)),  # as Video-R1 compares them
+    "regression": number_judge(lambda p, t: 1 - min(1.0, relative_error(p, t))),  # Video-R1's
+    "MRA, VSI": number_judge(mean_relative_accuracy),
     # 1 - word error rate, case counts: Video-R1's
     "OCR": Judge("text", read_text, lambda p, t: max(0.0, 1 - edits(p.split(), t.split()) / len(t.split()))),
     "free-form, open-ended": Judge("text", read_text, likeness),

@@ -124,14 +124,15 @@ class Question(NamedTuple):
 def ask(client: Client, cache_path: Path, cache: dict[str, list], question: Question) -> str | None:
     """A checked answer from the cache or the server, or None: dropped."""
     key = sha256("\0".join((question.image_hash, question.prompt, client.model)).encode()).hexdigest()
-    stored = cache.get(key, [])
+    stored = cache.setdefault(key, [])
     for text in stored:
         answer, _ = question.check(text)
         if answer:
             client.counts["from cache"] += 1
             return answer
-    for _ in range(MAX_ASKS - len(stored)):
+    while len(stored) < MAX_ASKS:
         text = client.complete(question.prompt, question.image())
+        stored.append(text)
         client.counts["answers received"] += 1
         with open(cache_path, "ab") as file:  # before the next request: no answer is paid for twice
             # the line break comes first, so that an answer behind a line that was cut short is whole

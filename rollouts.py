@@ -17,7 +17,7 @@ from data import Example, pack
 from memory import out_of_memory
 from model.decode import Completion, Sampling, generate
 from records import clip_name, record_name
-from rewards import Reward, Sample, ServerJudge, accuracy, sample_from_record, score, total
+from rewards import Reward, Sample, accuracy, judge, judge_all, sample_from_record, score, total
 
 log = logging.getLogger("rollouts")
 
@@ -133,8 +133,8 @@ def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict]
             context["accuracy"] = statistics.fmean(rollout.right for rollout in group.rollouts)
             context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in others)
         for reward in rewards:
-            if isinstance(reward.fn, ServerJudge):  # asks for all of a group at once
-                reward.fn.score_group(texts, sample)
+            if reward.fn is judge:
+                judge_all(texts, sample)
         for rollout in group.rollouts:
             length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
             rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))

@@ -123,9 +123,15 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ("infer a.mp4 --model_id TINY --model_ckpt nowhere", "nowhere: no such folder"),
         ("infer --data_path nowhere.json --model_id TINY", "nowhere.json: no such file"),
         (f"{BENCHMARK} mvbenhc mvbench", "got 'mvbenhc', expected one of video-r1-mvbench, .*tempcompass-yes_no"),
-        (f"{BENCHMARK} mvbench nowhere", r"no such folder .*expected json/\*.json or \*.json in it, clips in video/F"),
-        (f"{BENCHMARK} vsi-bench mvbench", "no annotation file in .*; expected test.jsonl in it, clips in arkit"),
-        (f"{BENCHMARK} mvbench mvbench", "none of its clips is in .*; expected video/clevrer/video_validation/a.mp4"),
+        (
+            f"{BENCHMARK} mvbench nowhere",
+            r"no annotation file in .*expected json/\*.json or \*.json, clips in video/F",
+        ),
+        (
+            f"{BENCHMARK} vsi-bench mvbench",
+            "no annotation file in .*; expected test.jsonl, clips in arkit",
+        ),
+        (f"{BENCHMARK} mvbench mvbench", "none of its clips is there; expected .*video/clevrer/video_validation/a.mp4"),
         (f"{BENCHMARK} longvideobench broken", "lvb_val.json: not as it is published .KeyError: 'candidates'."),
         (f"{BENCHMARK} mvbench mvbench --prompt cot", "--prompt: got 'cot', expected official or video-r1"),
         (f"{BENCHMARK} mvbench", "no clip given; expected .*--benchmark mvbench DIR"),

@@ -26,16 +26,6 @@ def test_format():
     assert rewards.format(GOOD[0], Sample(QUESTION, "(A)", truncated=True)) == 0
 
 
-def test_length_and_repetition():
-    sample = Sample(QUESTION, "(A)", max_tokens=100)
-    for sample.n_tokens, expected in zip((0, 10, 25, 50, 65, 80, 90, 99, 100), (0, 0.4, 1, 1, 0.5, 0, -0.5, -0.95, -1)):
-        assert rewards.length("", sample) == pytest.approx(expected)
-    assert rewards.length("", Sample(QUESTION, "(A)", n_tokens=10, max_tokens=100, truncated=True)) == -1
-    assert rewards.repetition("the ball moves from the left to the right", PLAIN) == 0
-    assert rewards.repetition("ball", PLAIN) == 0
-    assert rewards.repetition("so so so so so so", PLAIN) == pytest.approx(-0.75)  # 4 trigrams, 1 distinct
-
-
 def test_temporal(caplog):
     """Of a typed reward too; without frames to shuffle it is 0, named once."""
     sample = Sample("How long?", "10", problem_type="regression")
@@ -57,8 +47,10 @@ def test_totals_that_differ_by_rounding_are_equal():
 def test_what_cannot_be_read_is_said(caplog):
     unreadable = Sample(QUESTION, "I cannot tell")
     assert reference_answer(unreadable) is None
-    with pytest.raises(UserError, match="I cannot tell.*Left to Right"):
+    with pytest.raises(UserError, match="I cannot tell.*one of A, B, C"):
         accuracy("(A)", unreadable)
+    with pytest.raises(UserError, match="sample 3 .*: duration is None, expected seconds"):
+        rewards.check_solution(3, {"problem": "When?", "problem_type": "timestamp tIoU", "solution": "[3, 8]"})
     rewards.warned.clear()
     for _ in range(2):
         sample = Sample("Options:\nA left\nB right", "right")
@@ -108,12 +100,11 @@ def test_rewards_of_both_kinds_see_the_record(user_file, record, name, value):
 
 def test_mistakes_in_a_users_rewards(user_file):
     for name in ("fails", "trl_two", "source", "nan", "words"):  # met before the model is loaded
-        with pytest.raises(UserError, match=f"reward {name} (raised|returned).*; completion: .*So") as caught:
+        with pytest.raises(UserError, match=f"reward {name}: .*; completion: .*So") as caught:
             rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
         assert "\n" not in str(caught.value)
     for spec, weights, message in (
         ("accuracy,accuracy", None, "twice"),
-        ("accuracy", [float("nan")], "finite"),
         (f"{user_file}:sourc", None, "did you mean source"),
         (f"{user_file}:narrow", None, r"is narrow\(text\), expected narrow\(text, sample\) -> float, or as in TRL"),
         (f"{user_file.with_name('broken.py')}:name", None, "broken.py does not import: SyntaxError"),
@@ -132,36 +123,40 @@ def test_command(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     *lines, torch = done.stdout.splitlines()
-    assert json.loads(lines[0]) == {"accuracy": 1, "format": 1, "repetition": 0}
-    assert json.loads(lines[1]) == {"accuracy": 0, "format": 0, "repetition": 0}
+    assert json.loads(lines[0]) == {"accuracy": 1, "format": 1}
+    assert json.loads(lines[1]) == {"accuracy": 0, "format": 0}
     assert "problem_type is 'dance'" in json.loads(lines[2])["refused"] and torch == "[]"
     assert done.returncode == 2 and "a.jsonl: object 4 has no record and completion" in done.stderr
 
 
-def test_server_judge(monkeypatch, tmp_path):
+def test_server_judge(monkeypatch, tmp_path, caplog):
     """Retries, unusable replies, and a cache on disk: nothing is asked for twice."""
+    sample, (reward,) = Sample("Why?", "It is cold."), load_rewards("judge")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        load_rewards("judge")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: not set"):
+        score([reward], "Frost", sample)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache.jsonl"))
 
     def start(*script):
         server = Server(*script)
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        ((_, judge, _),) = load_rewards("judge")
-        judge.client.first_wait, judge.client.tries = 0.01, 3
-        return server, judge
+        rewards.judge_server.cache_clear()
+        client = rewards.judge_server()[0]
+        client.first_wait, client.tries = 0.01, 3
+        return server
 
-    sample = Sample("Why?", "It is cold.")
-    server, judge = start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2"))
-    with server:
+    with start(503, completion("0.5"), completion("good"), b"{", completion("Score: 1"), completion("2")) as server:
         said = [f"<answer>{text}</answer>" for text in ("Frost", "Cold", "Heat", "Frost")] + ["<think>x</think>"]
-        assert [judge(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and len(server.requests) == 8
+        assert [reward.fn(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and len(server.requests) == 8
         message = server.requests[0][2]["messages"][0]["content"]
         assert [part["type"] for part in message] == ["text"] and "Frost" in message[0]["text"]
-    server, judge = start(500)
-    with server:
-        assert judge.score_group(["<answer>Frost</answer>", "Cold"], sample) == [0.5, 1] and not server.requests
-        with pytest.raises(UserError, match="no response.*HTTP 500"):
-            judge("Snow", sample)
+        assert "0 where the server gives no number from 0 to 1, as for 'Heat'" in caplog.text
+    with start(500) as server:
+        assert [reward.fn(text, sample) for text in said] == [0.5, 1, 0, 0.5, 0] and not server.requests
+        with pytest.raises(UserError, match="HTTP 500.*run again: it goes on"):
+            rewards.judge_all(["Snow", "Cold"], sample)
+    with start(completion("0.25")) as server:
+        rewards.judge_all(["Snow", "<answer>Snow</answer>"], sample)
+        assert len(server.requests) == 1 and reward.fn("Snow", sample) == 0.25
+    rewards.judge_server.cache_clear()

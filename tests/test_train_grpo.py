@@ -295,7 +295,7 @@ def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path,
     records[3]["conversations"][1]["value"] = "Answer: (E) Sideways"
     (tmp_path / "train.json").write_text(json.dumps(records))
     options = {"data_path": tmp_path / "train.json", "image_folder": base / "data/videos", "max_steps": 1}
-    with pytest.raises(UserError, match="1 of 6 training samples cannot be read.*max_skip_share.*sample 3.*Sideways"):
+    with pytest.raises(UserError, match="1 of 6 training samples cannot be read.*sample 3.*Sideways.*max_skip_share"):
         grpo("strict", **options)
     grpo("run", **options, max_skip_share=0.2)
     assert "sample 3" in capfd.readouterr().out
