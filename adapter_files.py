@@ -1,8 +1,5 @@
 """Adapters in PEFT's file format; base and adapter as a whole model; what `python lora.py merge | check` do.
 
-    save_adapter(model, folder, base)             what PeftModel.from_pretrained loads (transformers 4.52 and later)
-    load_adapter(model, folder)                   ours or PEFT's
-
 The keys are module names. transformers 4.52 renamed Qwen2.5-VL's modules: `visual.*` and `model.layers.*` became
 `model.visual.*` and `model.language_model.layers.*`. Both styles are read, the newer one is written. Plain LoRA only:
 DoRA, ranks by pattern and the like are refused by name.
@@ -11,6 +8,7 @@ DoRA, ranks by pattern and the like are refused by name.
 import re
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,11 +25,15 @@ from model.loading import ModelConfig, module_name, read_object
 from model.quantized import LOW_BIT, quantise
 
 CONFIG, TENSORS = ADAPTER
-GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
-# Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base
-BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+BEYOND_LORA = {  # options of PEFT's LoraConfig: whether a value means more than plain LoRA
+    "peft_type": lambda value: value != "LORA",
+    **dict.fromkeys(("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens"), bool),
+    "init_lora_weights": lambda value: str(value).startswith(CHANGE_THE_BASE),
+    "modules_to_save": lambda value: {"embed_tokens", "lm_head"} & set(value or ()),
+}
 
 
 def hf_name(name):
@@ -50,7 +52,7 @@ def save_adapter(model, folder, base_model):
     Base tensors that are trained too (a whole merger) are in the same file under the names they have inside a
     PeftModel, so PEFT loads them with the adapter (over the base's, which its disable_adapter does not bring back).
     """
-    layers, args, folder, tensors = dict(lora_layers(model)), model.lora_args, Path(folder), {}
+    layers, args, tensors = dict(lora_layers(model)), model.lora_args, {}
     for name, layer in layers.items():
         tensors[f"{hf_name(name)}.lora_A.weight"] = layer.lora_A
         tensors[f"{hf_name(name)}.lora_B.weight"] = layer.lora_B
@@ -69,9 +71,9 @@ def save_adapter(model, folder, base_model):
     )  # fmt: skip
     if model.base_dtype != "bf16":  # PEFT passes over it with a warning
         config["base_dtype"] = model.base_dtype
-    folder.mkdir(parents=True, exist_ok=True)
-    loading.write_tensors(tensors, folder / TENSORS)
-    write_json(folder / CONFIG, config)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    loading.write_tensors(tensors, Path(folder) / TENSORS)
+    write_json(Path(folder) / CONFIG, config)
 
 
 def read_adapter(folder):
@@ -81,13 +83,10 @@ def read_adapter(folder):
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: no {TENSORS} file that can be read ({error}); copy it again") from None
-    beyond = [name for name in BEYOND_LORA if config.get(name)]
-    beyond += ["peft_type"] * (config.get("peft_type") != "LORA")
-    beyond += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)
-    beyond += ["modules_to_save"] * bool({"embed_tokens", "lm_head"} & set(config.get("modules_to_save") or ()))
-    if beyond:
-        option = f"{beyond[0]} = {config.get(beyond[0])!r} in {CONFIG}"
-        raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
+    for name, is_more in BEYOND_LORA.items():
+        if is_more(config.get(name)):
+            option = f"{name} = {config.get(name)!r} in {CONFIG}"
+            raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
     return config, tensors
 
 
@@ -96,22 +95,15 @@ def trained_on(config):
     return from_file(SFT, "base_dtype", config.get("base_dtype", "bf16"), CONFIG)
 
 
-def split_keys(tensors):
-    """PEFT's tensors -> ({layer: {lora_A, lora_B}}, {base parameter: tensor}) by our names."""
-    layers, base = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        # PEFT's name for the adapter, such as `default`, may stand before `weight`
-        if match := re.fullmatch(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight", name):
-            layers.setdefault(module_name(match[1]), {})[match[2]] = tensor
-        else:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-            base[module_name(name)] = tensor
-    return layers, base
+def our_name(key):
+    """PEFT's key -> "….lora_A", "….lora_B" of a layer, or a parameter of the base, by our names."""
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+    # PEFT's name for the adapter, such as `default`, may stand before `weight`
+    return module_name(re.sub(r"\.(lora_[AB])(\.\w+)?\.weight$", r".\1", name))
 
 
 def fit_adapter(model, folder):
-    """The adapter of folder -> (its LoraArgs, {layer: {lora_A, lora_B}} in module order, {base parameter: tensor}).
+    """The adapter of folder -> (its LoraArgs, {layer: (A, B)} in module order, {base parameter: tensor}).
 
     model is only looked at, and may lie on `meta`. UserError names tensors that are missing, unexpected or misshapen.
     """
@@ -119,20 +111,19 @@ def fit_adapter(model, folder):
     values = {"lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     values |= {name: config[name] for name in ("lora_dropout", "use_rslora") if name in config}
     values = {name: from_file(LoraArgs, name, value, folder / CONFIG) for name, value in values.items()}
-    layers, base = split_keys(tensors)
-    names = [name for name in targets(model, LoraArgs()) if name in layers]
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in base}
+    rank, tensors = values["lora_rank"], {our_name(key): tensor for key, tensor in tensors.items()}
+    names = [name for name in targets(model, LoraArgs()) if f"{name}.lora_A" in tensors]
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in tensors}
     for name in names:
         linear = model.get_submodule(name)
-        expected[f"{name}.lora_A"] = values["lora_rank"], linear.in_features
-        expected[f"{name}.lora_B"] = linear.out_features, values["lora_rank"]
-    actual = {f"{name}.{matrix}": tuple(t.shape) for name, pair in layers.items() for matrix, t in pair.items()}
-    actual |= {name: tuple(tensor.shape) for name, tensor in base.items()}
-    if not layers or actual != expected:
+        expected[f"{name}.lora_A"], expected[f"{name}.lora_B"] = (rank, linear.in_features), (linear.out_features, rank)
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not names or actual != expected:
         wrong = loading.differences(actual, expected) or f"no lora_A and lora_B in {TENSORS}"
         raise UserError(f"adapter {folder}: {wrong}; is --model_id its base model?")
     on = {f"{component}_lora": any(part_of(name) == component for name in names) for component in COMPONENTS}
-    return LoraArgs(**values, **on), {name: layers[name] for name in names}, base
+    layers = {name: (tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")) for name in names}
+    return LoraArgs(**values, **on), layers, tensors
 
 
 @torch.no_grad()
@@ -141,10 +132,10 @@ def load_adapter(model, folder):
     checked before anything changes."""
     args, layers, base = fit_adapter(model, Path(folder))
     replace_linears(model, list(layers), args)
-    for name, pair in layers.items():
+    for name, (A, B) in layers.items():
         layer = model.get_submodule(name)
-        layer.lora_A.copy_(pair["lora_A"])
-        layer.lora_B.copy_(pair["lora_B"])
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
     for name, tensor in base.items():
         model.get_parameter(name).copy_(tensor)
     model.lora_base_names = set(base)
@@ -167,11 +158,13 @@ def write_merged(base, adapter, out, kind, quantised):
     for file in loading.shard_files(base):
         merged = {}
         for name, tensor in loading.read_tensors(file):
-            tensor, pair = own.get(name, tensor).float(), layers.get(name.removesuffix(".weight"))
-            delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args) if pair else 0
+            tensor, delta, layer = own.get(name, tensor).float(), 0, name.removesuffix(".weight")
+            if layer in layers:
+                A, B = layers[layer]
+                delta = B.float() @ A.float() * scale_of(args)
             if kind != "bf16" and LOW_BIT.fullmatch(name):
                 low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
-                errors += [float((tensor - low).norm() / delta.norm())] if pair else []
+                errors += [float((tensor - low).norm() / delta.norm())] if layer in layers else []
                 tensor = low if quantised else tensor
             if name in expected:  # not a tied model's head, which is the embedding
                 merged[name] = (tensor + delta).to(torch.bfloat16).contiguous()
@@ -184,9 +177,10 @@ def write_merged(base, adapter, out, kind, quantised):
     config = read_object(base / "config.json")
     config |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config} or {"torch_dtype": "bfloat16"}
     write_json(out / "config.json", config)
-    if (base / GENERATION).is_file():  # greedy, as infer.py answers: sampling as released would give other tokens
+    generation = base / "generation_config.json"
+    if generation.is_file():  # greedy, as infer.py answers: sampling as released would give other tokens
         sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-        write_json(out / GENERATION, {k: v for k, v in read_object(base / GENERATION).items() if k not in sampling})
+        write_json(out / generation.name, {k: v for k, v in read_object(generation).items() if k not in sampling})
     if (adapter / STATE).is_file():  # which frames it was trained on: infer.py reads clips the same way
         shutil.copyfile(adapter / STATE, out / STATE)
     copy_small_files(base, out)
@@ -207,18 +201,18 @@ def copy_small_files(base, folder):
 def run_command(cfg):
     """cfg: config.Adapter."""
     adapter = find_adapter(cfg.model_ckpt)
-    config, tensors = read_adapter(adapter)
+    config, _ = read_adapter(adapter)
     base, kind = cfg.model_id or config.get("base_model_name_or_path"), trained_on(config)
     if not base:
         raise UserError("--model_id: the adapter names no base, expected the checkpoint that it was trained on")
     folder = loading.resolve_folder(base, cfg.local_files_only, weights=cfg.command == "merge")
     if cfg.command == "check":
         args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
-        counts = {component: sum(part_of(name) == component for name in layers) for component in COMPONENTS}
-        untrained = sum(not pair["lora_B"].any() for pair in layers.values())
+        counts = Counter(map(part_of, layers))
+        untrained = sum(not B.any() for _, B in layers.values())
         print(f"adapter   {adapter}\nbase      {base}, as {kind}: every tensor fits")
         print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
-        print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {counts[name]}" for name in COMPONENTS))
         print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")
         return
     out, quantised, errors = Path(cfg.output_dir), cfg.merge_base == "quantised", []

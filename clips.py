@@ -217,13 +217,14 @@ def measured(clip: Clip, task: str) -> str:
     return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
 
 
-def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int) -> str:
+def explain(clip: Clip, rng: np.random.Generator, coordinates: int) -> str:
     """The answer with its reasoning: `<think>...</think><answer>(A) Left to Right</answer>`.
 
     `coordinates` positions are named, out of one unbroken stretch if it is long enough; otherwise the text also says
     that the ball leaves and comes back. No option letter appears in the reasoning.
     """
-    a, grows, b, heading, out, back = MOTION[label]
+    a, grows, b, heading, out, back = MOTION[clip.label]
+    track = clip.track()
     run = track.longest_run()
     pool = run if len(run) >= coordinates else np.flatnonzero(track.inside)
     picks = pool[np.unique(np.linspace(0, len(pool) - 1, min(coordinates, len(pool))).round().astype(int))]
@@ -237,7 +238,7 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
             text += f"It leaves at the {out} and comes back at the {back}. "
     change = CHANGES[rng.integers(len(CHANGES))].format(a=a, b=b, grows=grows)
     text += f"Over time {change}, {ENDS[rng.integers(len(ENDS))].format(heading)}"
-    return f"<think>{text}</think><answer>{OPTIONS[label]}</answer>"
+    return f"<think>{text}</think><answer>{OPTIONS[clip.label]}</answer>"
 
 
 # -- Pictures for people and servers
@@ -253,7 +254,12 @@ def strip(frames: np.ndarray) -> np.ndarray:
 
 def png(page: np.ndarray) -> bytes:
     """(H, W, 3) uint8 as a PNG file."""
-    codec = av.CodecContext.create("png", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.framerate = *page.shape[:2], "rgb24", 1
-    picture = av.VideoFrame.from_ndarray(page, "rgb24")
-    return b"".join(bytes(packet) for packet in [*codec.encode(picture), *codec.encode(None)])
+    return encode_image(av.VideoFrame.from_ndarray(page, "rgb24"), "png")
+
+
+def encode_image(picture: av.VideoFrame, codec: str, **options: str) -> bytes:
+    """A picture as a file of FFmpeg's codec "png" or "mjpeg"."""
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, picture.format.name
+    encoder.framerate, encoder.options = 1, options
+    return b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode(None)])

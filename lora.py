@@ -8,7 +8,7 @@ commands are in adapter_files.py.
 """
 
 # ruff: noqa: E402
-from config import Adapter, LoraArgs, cli, ignored_options, parse
+from config import Adapter, cli, ignored_options, parse
 
 
 def main(argv=None):
@@ -32,8 +32,8 @@ from torch import nn
 from model import UserError
 from model.adapters import BlockAdapters, LoRALinear, shifted
 
-# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end)
-COMPONENTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
+COMPONENTS = ("vision", "merger", "llm")
+BLOCK = re.compile(r"visual\.blocks\.\d+|visual\.merger|model\.layers\.\d+")  # whose linear layers may be adapted
 FLAT = "adapters"  # the parameter of a block
 
 
@@ -75,29 +75,32 @@ def switches(args):
 
 
 def targets(model, args):
-    """Names of the linear layers that args (LoraArgs) ask to adapt, in the order of COMPONENTS."""
-    modules, adapts = dict(model.named_modules()), switches(args)
-    prefixes = [prefix for component, prefix in COMPONENTS.items() if adapts[component]]
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    for word in args.lora_namespan_exclude:  # the usual two are never candidates, and a tied model has no lm_head
+    """Names of the linear layers that args (LoraArgs) ask to adapt, vision before language."""
+    excluded, adapts, modules = args.lora_namespan_exclude, switches(args), dict(model.named_modules())
+    for word in excluded:  # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
-            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {linears[-1]}")
-    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
-    names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
-    if args.lora_enable and not names:
-        raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
+            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {list(modules)[-1]}")
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and BLOCK.match(name)]
+    names = [name for name in linears if adapts[part_of(name)] and not any(word in name for word in excluded)]
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
+
+
+def inject(model, args):
+    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
+    the layers' names."""
+    names = targets(model, args)
+    replace_linears(model, names, args)
+    return names
 
 
 def replace_linears(model, names, args):
     """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
     assert not lora_layers(model), "the model carries an adapter already"
-    blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
+    blocks = {}  # name: its layers
     for name in names:
         layer = LoRALinear(model.get_submodule(name), args)
         model.set_submodule(name, layer)
-        block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
-        blocks.setdefault(block, []).append(layer)
+        blocks.setdefault(BLOCK.match(name)[0], []).append(layer)
     for block, layers in blocks.items():
         BlockAdapters(model.get_submodule(block), layers, args.lora_rank)
     model.lora_args = args
@@ -105,18 +108,8 @@ def replace_linears(model, names, args):
     set_trainable(model, args)
 
 
-def inject(model, args):
-    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
-    the layers' names."""
-    LoraArgs.check(args)
-    names = targets(model, args)
-    replace_linears(model, names, args)
-    return names
-
-
 def set_trainable(model, args):
     """Freeze everything, then free exactly what args (LoraArgs) name. UserError when nothing is left to train."""
-    LoraArgs.check(args)
     adapts = switches(args)
     whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
     for name, parameter in model.named_parameters():
@@ -144,14 +137,14 @@ def param_groups(model, args):
 @contextmanager
 def disabled(model):
     """Inside, the adapters take no part: the base model. Not around a forward whose backward recomputes later."""
-    before = {layer: layer.enabled for _, layer in lora_layers(model)}
-    for layer in before:
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
 
 
 def reference_snapshot(model):
@@ -168,8 +161,6 @@ def reference(model, snapshot):
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in snapshot}
     for name, tensor in snapshot.items():
-        now = trained[name]
-        assert tensor.shape == now.shape and tensor.dtype == now.dtype, (name, tensor.shape, tensor.dtype, now.shape)
         parameters[name].data = tensor
     try:
         with torch.no_grad():

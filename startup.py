@@ -35,7 +35,7 @@ from model.loading import ModelConfig, load_model, not_finite, resolve_folder
 from model.quantized import quantise_base, quantized_weights
 from model.qwen import Qwen2_5_VL
 from records import clip_name, data_files
-from reporting.dataset import data_question, dataset_summary
+from report import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
 from trainer import Run, watch_signals

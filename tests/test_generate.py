@@ -56,7 +56,7 @@ def seen(drawn, frames):
 def test_only_motion_tells_the_class(augment):
     """A still tells nothing, the set of stills the axis and not the sense, their order everything."""
     cfg = options("", num_samples=2000, augment=augment, augment_prob=0.2, seed=7)
-    drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
+    drawn = [job.clip for job in G.plan(cfg)]
     y = np.array([LABELS.index(clip.label) for clip in drawn])
     maps, positions = seen(drawn, C.sampled_frames(cfg.video_length))
     unordered = np.concatenate([np.sort(positions, 1).reshape(2000, -1), maps.mean(1), maps.max(1)], 1)
@@ -76,7 +76,7 @@ def test_typed_answers_are_what_the_pixels_show(tmp_path, task):
     G.generate(cfg)
     records, checked = {r["problem_id"]: r for split in ("train", "val") for r in load(tmp_path, split)}, 0
     for job in G.plan(cfg):
-        record, clip = records[job.name], G.clip_of(cfg, job)
+        record, clip = records[job.name], job.clip
         assert accuracy(record["solution"], sample_from_record(record)) == 1
         frames = C.render(clip).astype(float)
         moving = np.flatnonzero(np.abs(np.diff(frames, axis=0)).max((1, 2, 3)))
@@ -99,7 +99,7 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         clip = C.draw_clip(rng, label, 64, 30)
-        text = C.explain(clip.track(), label, rng, coordinates)
+        text = C.explain(clip, rng, coordinates)
         assert G.check_answer(text, C.OPTIONS[label]) == (text, ""), text
         points = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", text)]
         assert len(points) == coordinates, text
@@ -136,7 +136,7 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 30)
             shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        assert shown.shape == (30, 64, 64, 3) and np.abs(shown - C.render(G.clip_of(cfg, job)).astype(int)).mean() < 4
+        assert shown.shape == (30, 64, 64, 3) and np.abs(shown - C.render(job.clip).astype(int)).mean() < 4
 
 
 def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch):
