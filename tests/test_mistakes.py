@@ -126,7 +126,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         (f"{BENCHMARK} mvbench mvbench", "none of its clips is in .*; expected video/clevrer/video_validation/a.mp4"),
         (f"{BENCHMARK} longvideobench broken", "lvb_val.json: not as it is published .KeyError: 'candidates'."),
         (f"{BENCHMARK} mvbench mvbench --prompt cot", "--prompt: got 'cot', expected official or video-r1"),
-        (f"{BENCHMARK} mvbench", "no clip given; expected .*--benchmark mvbench DIR"),
+        (f"{BENCHMARK} mvbench", "no clip given; expected .*--benchmark NAME DIR"),
         ("report runs", "runs: no run.json in it; expected a run's folder"),
         ("report runs/a", "best.json: cannot be read"),
     ],
@@ -304,13 +304,10 @@ def test_json_of_another_form(folders):
 
 def test_what_is_taken_over_from_an_adapter(folders):
     """How clips are seen, checked; not what may be read."""
-    adapter_folder, cfg = folders[1], Infer(video="a.mp4")
-    state = adapter_folder / checkpoint.STATE
+    cfg, state = Infer(video="a.mp4"), folders[1] / checkpoint.STATE
     cfg.given = set()
     for config in ({"nframes": "x"}, {"nframes": -5}, {"fps": float("nan")}, {"fps": [1]}, []):
-        state.write_text(json.dumps({"config": config}))
-        assert checkpoint.STATE in refused(read_as_trained, cfg, adapter_folder)
+        assert checkpoint.STATE in refused(read_as_trained, cfg, config, state)
     own = {"nframes": 4, "image_folder": "/", "cache_mb": 10**9, "model_id": "evil/model"}
-    state.write_text(json.dumps({"config": own}))
-    assert read_as_trained(cfg, adapter_folder) == ["--nframes 4, as in training"]
+    assert read_as_trained(cfg, own, state) == ["--nframes 4, as in training"]
     assert cfg.image_folder is None and cfg.cache_mb == 1024 and cfg.model_id == "assets/tiny"
