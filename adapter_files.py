@@ -47,11 +47,8 @@ def hf_name(name):
 
 
 def save_adapter(model, folder, base_model):
-    """Write the adapter, and whatever else is trained, to folder; base_model: the folder or hub id that it belongs to.
-
-    Base tensors that are trained too (a whole merger) are in the same file under the names they have inside a
-    PeftModel, so PEFT loads them with the adapter (over the base's, which its disable_adapter does not bring back).
-    """
+    """Write the adapter of base_model, a folder or hub id. Base tensors that are trained too (a whole merger) are in
+    the same file, named as inside a PeftModel: PEFT loads them with it, over the base's."""
     layers, args, tensors = dict(lora_layers(model)), model.lora_args, {}
     for name, layer in layers.items():
         tensors[f"{hf_name(name)}.lora_A.weight"] = layer.lora_A
@@ -103,10 +100,8 @@ def our_name(key):
 
 
 def fit_adapter(model, folder):
-    """The adapter of folder -> (its LoraArgs, {layer: (A, B)} in module order, {base parameter: tensor}).
-
-    model is only looked at, and may lie on `meta`. UserError names tensors that are missing, unexpected or misshapen.
-    """
+    """The adapter of folder -> (its LoraArgs, {layer: (A, B)} in module order, {base parameter: tensor}). model may lie
+    on `meta`. UserError names tensors that are missing, unexpected or misshapen."""
     config, tensors = read_adapter(folder)
     values = {"lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     values |= {name: config[name] for name in ("lora_dropout", "use_rslora") if name in config}
@@ -146,12 +141,9 @@ def load_adapter(model, folder):
 
 
 def write_merged(base, adapter, out, kind, quantised):
-    """Write base + adapter into out, a file for each of the base's: bf16, summed in fp32 and rounded once. The adapter
-    and one file of the base are held in memory, never the model.
-
-    kind: the format of the base that the adapter was trained on. quantised: merge into the weights as they are in it.
-    Returns |q| / |delta| of each low-bit layer: what quantising moved, over what was learned.
-    """
+    """Write base + adapter into out, a file for each of the base's, one in memory at a time: bf16, summed in fp32 and
+    rounded once. kind: the format of the base that the adapter was trained on; quantised: merge into its weights.
+    Returns |q| / |delta| of each low-bit layer: what quantising moved, over what was learned."""
     model = loading.empty_model(ModelConfig.from_folder(base))
     args, layers, own = fit_adapter(model, adapter)
     expected, weight_map, errors = model.state_dict().keys(), {}, []

@@ -1,7 +1,6 @@
-"""The drawn clips of generate.py: a ball, its pixels and its file, and what is said about it.
+"""The drawn clips of generate.py: a ball on a torus, its pixels and its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: drawing does not
-wait for torch.
+numpy and PyAV only: drawing does not wait for torch.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ OPTIONS = {label: f"({letter}) {label}" for letter, label in zip("ABCD", DIRECTI
 
 # Pixels of a 64-pixel picture; larger pictures scale them. The largest ball needs a picture of 40.
 RADIUS = (4.0, 20.0)
-# Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
-# sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart), which
-# --fps 1 takes.
+# Pixels a frame over 30 frames. Backwards looks like forwards when the ball passes half the picture between two sampled
+# frames: here it passes at most 0.22 with 8 frames (up to 5 apart), 0.44 with 4 (up to 10 apart), as of --fps 1.
 SPEED = (1.5, 2.8)
 
 BALLS = {
@@ -154,10 +152,8 @@ def render(clip: Clip, frames=None) -> np.ndarray:
 
 
 def blurred(picture: np.ndarray, sigma: float, length: float, angle: float) -> np.ndarray:
-    """(F, S, S, 3) float32 -> the same, convolved with a Gaussian if sigma > 0, else with a line; edges repeat.
-
-    Both kernels are symmetric about 0, so that a blur tells no direction.
-    """
+    """(F, S, S, 3) float32 -> the same, convolved with a Gaussian if sigma > 0, else with a line; edges repeat. Both
+    kernels are symmetric about 0, so that a blur tells no direction."""
     if not sigma and not length:
         return picture
     reach, size = int(np.ceil(3 * sigma if sigma > 0 else length / 2 + 1)), picture.shape[1]
@@ -218,10 +214,8 @@ def measured(clip: Clip, task: str) -> str:
 
 
 def explain(clip: Clip, rng: np.random.Generator, coordinates: int) -> str:
-    """The answer with its reasoning: `<think>...</think><answer>(A) Left to Right</answer>`.
-
-    `coordinates` positions are named, out of one unbroken stretch if it is long enough; otherwise the text also says
-    that the ball leaves and comes back. No option letter appears in the reasoning.
+    """The answer with its reasoning, `<think>...</think><answer>(A) Left to Right</answer>`: `coordinates` positions,
+    out of one unbroken stretch if it is long enough; otherwise the text also says that the ball leaves and comes back.
     """
     a, grows, b, heading, out, back = MOTION[clip.label]
     track = clip.track()

@@ -7,11 +7,9 @@ Only motion tells the class. A ball that simply crosses the picture must start a
 the class away. Here the picture is a torus: what leaves at one edge comes back at the opposite one, and the ball starts
 anywhere with equal probability. So at any time its position is uniform over the whole picture, whatever the class: a
 still tells nothing; the unordered set of stills tells the axis but not the sense; and a clip played backwards is a clip
-of the opposite class with another, equally probable, start. (A cropped training clip must keep its ball in sight, which
-hints at the axis, never at the sense.)
+of the opposite class with another, equally probable, start.
 
-All files are made in a hidden folder and moved into place at the end, so a killed run leaves nothing half-done. What is
-drawn and worded: clips.py.
+All files are made in a hidden folder and moved into place at the end. What is drawn and worded: clips.py.
 """
 
 # ruff: noqa: E402, I001
@@ -196,9 +194,7 @@ def ask_server(cfg: Generate, choices, hashes, strips, cache: Path, about: str =
 #    DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes: the split is kept
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
-# What published copies of Kinetics call their folders
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
-STRIP_HEIGHT = 160  # pixels of a frame that the server is shown
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # folders of published Kinetics copies
 
 
 class Video(NamedTuple):
@@ -254,14 +250,10 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
 
 
 def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]:
-    """For each clip (question with its options, the right one of them, "(A) playing guitar").
-
-    Hard negatives are names spelt much like the right one, drawn out of twice as many as needed: the nearest alone
-    would be one set of options for each class, and tell it.
-    """
+    """For each clip (question with its options, the right one of them, "(A) playing guitar")."""
     labels, wrong, result = sorted({video.label for video in videos}), cfg.num_options - 1, []
     pools = {label: [name for name in labels if name != label] for label in labels}
-    if cfg.hard_negatives:
+    if cfg.hard_negatives:  # names spelt alike, out of twice as many: the nearest alone would tell the class
         pools = {label: get_close_matches(label, pool, 2 * wrong, cutoff=0) for label, pool in pools.items()}
     for i, video in enumerate(videos):
         rng, pool = np.random.default_rng([cfg.seed, 6, i]), pools[video.label]
@@ -274,13 +266,12 @@ def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]
 
 
 def strip_of(path: Path) -> bytes:
-    """Frames of the file, evenly spaced, as one PNG."""
+    """Frames of the file, evenly spaced and 160 pixels high, as one PNG."""
     from reader import index_frames, read_frames
 
     index = index_frames(str(path))
     picks = np.linspace(0, len(index.pts) - 1, STRIP_FRAMES).round().astype(int).tolist()
-    h, w = index.size
-    size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
+    size = 160, max(1, round(index.size[1] * 160 / index.size[0]))
     frames = read_frames(str(path), picks, [index.seek(i) for i in picks], size)  # STRIP_FRAMES times (3, H, W)
     return clips.png(clips.strip(np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])))
 
@@ -295,8 +286,7 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
         strips = [partial(strip_of, video.path) for video in videos]
         texts, report = ask_server(cfg, choices, hashes, strips, out / CACHE)
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
-    base = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out))
-    records = []
+    base, records = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out)), []
     for video, (question, _), text in zip(videos, choices, texts, strict=True):
         if text is not None:
             name = video.path.relative_to(cfg.from_folder).as_posix()

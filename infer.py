@@ -49,10 +49,9 @@ class Answer:
 class Model:
     """A trained model that answers questions about clips. Its weights are read when the first answer is wanted.
 
-    model: a run's folder (its best checkpoint, or its newest if none was evaluated), a checkpoint, an adapter, a whole
-    model's folder, or a hub id; "" = the newest adapter under output/, else the tiny model.
-    options: those of `python infer.py --help all`; argv: the same as words of a command line. They become `cfg`, and
-    may be changed there between calls: model.cfg.temperature = 1.0. A mistake is a UserError, a ValueError of one line.
+    model: a run's folder (its best checkpoint, else its newest), a checkpoint, an adapter, a whole model's folder, or a
+    hub id; "" = the newest adapter under output/, else the tiny model. options: those of `python infer.py --help all`,
+    argv: the same as words of a command line; they become `cfg`, and may be changed there. Mistakes are UserErrors.
     """
 
     def __init__(self, model: str | Path = "", argv=(), **options):
@@ -68,10 +67,8 @@ class Model:
         self.system = trained_on.get("system")
 
     def ask(self, clips, question: str = "", on_text=None) -> Answer:
-        """The answer about one clip, or about a list of clips and images in this order.
-
-        A clip: a video, a gif, an image, or a folder of frames. question "": what the model was trained to answer.
-        on_text: called with each piece of text as it is drawn. UserError for a clip that cannot be read.
+        """The answer about one clip, or a list of them: videos, gifs, images, folders of frames. question "": what the
+        model was trained to answer. on_text: called with each piece of text. UserError for a clip that cannot be read.
         """
         from look import time_ids
 
@@ -103,8 +100,7 @@ class Model:
         )
 
     def stream(self, clips, question: str = ""):
-        """Yields the answer's text in pieces as they are drawn, and returns the Answer. A loop that is left early waits
-        for the rest of it."""
+        """Yields the answer's text in pieces as they are drawn, and returns the Answer. Leaving early waits for it."""
         pieces = SimpleQueue()
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(self.ask, clips, question, pieces.put)
@@ -157,11 +153,8 @@ class Model:
 
     @cached_property
     def network(self):
-        """The Qwen2_5_VL on its device, with its adapter.
-
-        In fp32 the adapter is added to the weights: one product a layer instead of three, equal up to rounding. In bf16
-        it stays apart here, on a low-bit base always; the GPU's sampler merges a copy of its own.
-        """
+        """The Qwen2_5_VL on its device, with its adapter. In fp32 it is added to the weights: one product a layer
+        instead of three, equal up to rounding. Else it stays apart; the GPU's sampler merges a copy of its own."""
         import torch
 
         from adapter_files import CONFIG, load_adapter, trained_on

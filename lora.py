@@ -155,9 +155,7 @@ def reference_snapshot(model):
 @contextmanager
 def reference(model, snapshot):
     """Inside, the model computes with the snapshot's tensors and without gradients; the trained ones come back after.
-
-    Only the parameters' storage is exchanged: optimizers that hold them, or flat views of them, notice nothing.
-    """
+    Only the parameters' storage is exchanged: optimizers that hold them, or flat views of them, notice nothing."""
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in snapshot}
     for name, tensor in snapshot.items():

@@ -67,7 +67,7 @@ def read_run(folder: Path) -> dict:
     data = Path(run["config"].get("data_path") or "").parent
     run["data_options"] = read(data / "metadata.json").get("options", {})
     run["columns"] = table = columns(metrics)
-    if {"reward", "loss"} <= table.keys():  # the value of GRPO's loss says little, and is another quantity than SFT's
+    if {"reward", "loss"} <= table.keys():  # GRPO's loss says little, and is another quantity than SFT's
         table["policy_loss"] = table.pop("loss")
     values = {key: y[np.isfinite(y)] for key, (_, y) in table.items()}
     run["tiles"] = {label: tile(values[key]) for label, key, tile in TILES if len(values.get(key, ()))}
@@ -219,8 +219,8 @@ def label(key: str) -> str:
 
 
 def strip(video: str | None, config: dict) -> dict:
-    """{"images": [(seconds, data URL)], "note", "error"} of a record's `video`, which lies in image_folder, in videos/
-    beside the data, or beside the data."""
+    """{"images": [(seconds, data URL)], "note"} or {"error"} of a record's `video`, in image_folder, in videos/ beside
+    the data, or beside the data."""
     from video import Options  # not at the top: it imports torch, and --help must not wait for that
 
     if not isinstance(video, str):
