@@ -199,18 +199,18 @@ POSITIONS = (  # of the first position, of each further one
 )
 CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
 ENDS = ("so the ball moves {}.", "so it is going {}.", "which means it travels {}.")
-TASKS = {  # --task -> problem_type, question
-    "time_span": ("time span", "When does the ball move? Answer in seconds."),
-    "distance": ("regression", "How far does the ball move? Answer in pixels."),
+TASKS = {  # --task -> problem_type, question, answer about a resting clip: "0.2 to 0.7" seconds, "36" pixels on its way
+    "time_span": (
+        "time span",
+        "When does the ball move? Answer in seconds.",
+        lambda clip: f"{clip.moves[0] / FPS:.1f} to {clip.moves[1] / FPS:.1f}",
+    ),
+    "distance": (
+        "regression",
+        "How far does the ball move? Answer in pixels.",
+        lambda clip: f"{(clip.moves[1] - clip.moves[0]) * np.hypot(*clip.velocity):.0f}",
+    ),
 }
-
-
-def measured(clip: Clip, task: str) -> str:
-    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"; or how far, in pixels along its way: "36"."""
-    first, last = clip.moves
-    if task == "time_span":
-        return f"{first / FPS:.1f} to {last / FPS:.1f}"
-    return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
 
 
 def explain(clip: Clip, rng: np.random.Generator, coordinates: int) -> str:

@@ -97,36 +97,32 @@ def write_clips(cfg: Generate, jobs: list[Job], folder: Path) -> list[str]:
 
 def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
     """Draws and words everything in `work`; ([(split, record)], what metadata.json holds of it)."""
-    jobs, records = plan(cfg), []
+    jobs, records, report = plan(cfg), [], {}
     hashes = write_clips(cfg, jobs, work / "videos")
-    texts, report = answers(cfg, jobs, hashes, out / CACHE)
+    if cfg.task != "direction":
+        kind, question, answer = clips.TASKS[cfg.task]
+        texts = [f"<answer>{answer(job.clip)}</answer>" for job in jobs]
+    elif not cfg.cot:
+        texts = [f"Answer: {OPTIONS[job.clip.label]}" for job in jobs]
+    elif uses_server(cfg):
+        strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
+        choices = [(QUESTION, OPTIONS[job.clip.label]) for job in jobs]
+        strips = [partial(strip, job.clip) for job in jobs]
+        texts, report = ask_server(cfg, choices, hashes, strips, out / CACHE, TORUS)
+    else:  # from the known trajectory: free, offline, the same for the same seed
+        print("chains of thought: trajectory")
+        rngs, report = [np.random.default_rng([cfg.seed, 4, i]) for i in range(len(jobs))], {"source": "trajectory"}
+        texts = [clips.explain(job.clip, rng, cfg.cot_coordinates) for job, rng in zip(jobs, rngs, strict=True)]
     for job, text in zip(jobs, texts, strict=True):
         video, meta = f"{job.name}.mp4", facts_of(job.clip)
         if text is None:  # dropped, not replaced: a clip without its chain of thought is no clip of this dataset
             (work / "videos" / video).unlink()
         elif cfg.task == "direction":
             records.append((job.split, record(job.name, video, [(QUESTION, text)], meta)))
-        else:
-            kind, question = clips.TASKS[cfg.task]  # Video-R1's form: `problem_type` says how an answer is scored
+        else:  # Video-R1's form: `problem_type` says how an answer is scored
             entry = {"problem_id": job.name, "problem": question, "problem_type": kind, "data_type": "video"}
             records.append((job.split, entry | {"path": video, "options": [], "solution": text, "meta": meta}))
     return records, {"fps": clips.FPS, "cot": report}
-
-
-def answers(cfg: Generate, jobs: list[Job], hashes: list[str], cache: Path) -> tuple[list, dict]:
-    """What is said about each clip, None where it is dropped; and where the chains of thought are from."""
-    if cfg.task != "direction":
-        return [f"<answer>{clips.measured(job.clip, cfg.task)}</answer>" for job in jobs], {}
-    if not cfg.cot:
-        return [f"Answer: {OPTIONS[job.clip.label]}" for job in jobs], {}
-    if not uses_server(cfg):
-        print("chains of thought: trajectory")
-        rngs = [np.random.default_rng([cfg.seed, 4, i]) for i in range(len(jobs))]
-        texts = [clips.explain(job.clip, rng, cfg.cot_coordinates) for job, rng in zip(jobs, rngs, strict=True)]
-        return texts, {"source": "trajectory"}
-    strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
-    choices, strips = [(QUESTION, OPTIONS[job.clip.label]) for job in jobs], [partial(strip, job.clip) for job in jobs]
-    return ask_server(cfg, choices, hashes, strips, cache, TORUS)
 
 
 def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> dict:
@@ -203,23 +199,19 @@ class Video(NamedTuple):
     split: str  # train or val; "" = not yet known
 
 
-def list_videos(root: Path) -> list[Video]:
-    """The clips of all classes, in order. train/ and val/ are splits where both are there."""
-    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    splits = {path: SPLITS[path.name.lower()] for path in inside(root) if path.name.lower() in SPLITS}
-    if len(set(splits.values())) < 2:
-        splits = {root: ""}
-    videos = []
-    for folder in (folder for parent in splits for folder in inside(parent) if folder.is_dir()):
-        label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
-        files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
-        videos += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
-    return videos
-
-
 def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     """(the clips that training can read, each with its split; {path: why not} of the others)"""
     from reader import index_frames  # imports torch: neither --help nor drawn clips must wait for that
+
+    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    root, listed, videos, unreadable = Path(cfg.from_folder), [], [], {}
+    splits = {path: SPLITS[path.name.lower()] for path in inside(root) if path.name.lower() in SPLITS}
+    if len(set(splits.values())) < 2:
+        splits = {root: ""}
+    for folder in (folder for parent in splits for folder in inside(parent) if folder.is_dir()):
+        label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
+        files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+        listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
 
     def why_unreadable(video):
         try:
@@ -228,7 +220,6 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
         except (UserError, UnicodeEncodeError) as error:
             return str(error)
 
-    listed, videos, unreadable = list_videos(Path(cfg.from_folder)), [], {}
     workers = cfg.workers or os.cpu_count()
     reasons = thread_map(why_unreadable, listed, max_workers=workers, desc="reading", disable=None)
     for video, why in zip(listed, reasons, strict=True):
@@ -242,7 +233,7 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     labels = [video.label for video in videos]
     if len(set(labels)) < 2:
         classes = f"classes with readable videos: {', '.join(set(labels)) or 'none'}"
-        raise UserError(f"--from_folder {cfg.from_folder}: {classes}; expected two or more, DIR/class/clip.mp4")
+        raise UserError(f"--from_folder {root}: {classes}; expected two or more, DIR/class/clip.mp4")
     if not videos[0].split:
         splits = split_by_class(labels, cfg.split, np.random.default_rng([cfg.seed, 7]))
         videos = [video._replace(split=split) for video, split in zip(videos, splits, strict=True)]
