@@ -150,13 +150,11 @@ def write_merged(base, adapter, out, kind, quantised):
     for file in loading.shard_files(base):
         merged = {}
         for name, tensor in loading.read_tensors(file):
-            tensor, delta, layer = own.get(name, tensor).float(), 0, name.removesuffix(".weight")
-            if layer in layers:
-                A, B = layers[layer]
-                delta = B.float() @ A.float() * scale_of(args)
+            tensor, pair = own.get(name, tensor).float(), layers.get(name.removesuffix(".weight"))
+            delta = pair[1].float() @ pair[0].float() * scale_of(args) if pair else 0  # B A
             if kind != "bf16" and LOW_BIT.fullmatch(name):
                 low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
-                errors += [float((tensor - low).norm() / delta.norm())] if layer in layers else []
+                errors += [float((tensor - low).norm() / delta.norm())] if pair else []
                 tensor = low if quantised else tensor
             if name in expected:  # not a tied model's head, which is the embedding
                 merged[name] = (tensor + delta).to(torch.bfloat16).contiguous()
