@@ -42,11 +42,6 @@ def lora_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-def adapter_blocks(model):
-    """The BlockAdapters of a model."""
-    return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
-
-
 def trainable_parameters(model):
     """[(name, parameter)] of everything with requires_grad."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -54,15 +49,15 @@ def trainable_parameters(model):
 
 def sizes(model):
     """{parameter's name: how many numbers it has}, without the padding between adapters."""
-    padding = {block.block.adapters: block.padding for block in adapter_blocks(model)}
+    padding = {layer.home.block.adapters: layer.home.padding for _, layer in lora_layers(model)}
     return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def part_of(name):
     """Component of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
-    if name.startswith("visual."):
-        return "merger" if name.startswith("visual.merger.") else "vision"
-    return "llm"
+    if name.startswith("visual.merger."):
+        return "merger"
+    return "vision" if name.startswith("visual.") else "llm"
 
 
 # -- Where adapters go, and what is trained
@@ -171,12 +166,12 @@ def reference(model, snapshot):
 @torch.no_grad()
 def merge(model):
     """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
-    blocks = adapter_blocks(model)
-    for name, layer in lora_layers(model):
+    layers = lora_layers(model)
+    for name, layer in layers:
         assert isinstance(layer.weight, nn.Parameter), f"{layer.weight}: rounding would swallow most of the adapter"
         layer.weight.copy_(shifted(layer.weight, layer.lora_A, layer.lora_B, layer.scaling))
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
-    for block in blocks:
+    for block in {layer.home for _, layer in layers}:
         block.remove()

@@ -290,12 +290,8 @@ def dataset_summary(splits: dict[str, Sequence[dict]]) -> dict:
 
 
 def data_question(records: Sequence[dict]) -> dict | None:
-    """{"text", "system"}: the question that a run on these records learns to answer, the system turn before it ("" =
-    none). None where no record has a question.
-
-    It is the most frequent one. Where the questions differ in their options alone, as generate.py writes them for
-    folders of classes, it has all the options that occur.
-    """
+    """{"text", "system"}: the records' most frequent question, and the system turn before it ("" = none); None without.
+    Where the questions differ in their options alone, as for folders of classes, it has all of these."""
     questions = Counter()
     for sample in some_samples(records):
         first = read_form(sample.record, "").messages[0]
