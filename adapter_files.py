@@ -1,8 +1,5 @@
 """Adapters in PEFT's file format; base and adapter as a whole model; what `python lora.py merge | check` do.
 
-    save_adapter(model, folder, base)             what PeftModel.from_pretrained loads (transformers 4.52 and later)
-    load_adapter(model, folder)                   ours or PEFT's
-
 The keys are module names. transformers 4.52 renamed Qwen2.5-VL's modules: `visual.*` and `model.layers.*` became
 `model.visual.*` and `model.language_model.layers.*`. Both styles are read, the newer one is written. Plain LoRA only:
 DoRA, ranks by pattern and the like are refused by name.
@@ -11,6 +8,7 @@ DoRA, ranks by pattern and the like are refused by name.
 import re
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,11 +26,15 @@ from model.quantized import format_of, quantise
 
 CONFIG, TENSORS = ADAPTER
 FORMATS = "base_dtype", "head_dtype"  # options that say what the base is kept in
-GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
-# Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base
-BEYOND_LORA = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+BEYOND_LORA = {  # options of PEFT's LoraConfig: whether a value means more than plain LoRA
+    "peft_type": lambda value: value != "LORA",
+    **dict.fromkeys(("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens"), bool),
+    "init_lora_weights": lambda value: str(value).startswith(CHANGE_THE_BASE),
+    "modules_to_save": lambda value: {"embed_tokens", "lm_head"} & set(value or ()),
+}
 
 
 def hf_name(name):
@@ -46,12 +48,9 @@ def hf_name(name):
 
 
 def save_adapter(model, folder, base_model):
-    """Write the adapter, and whatever else is trained, to folder; base_model: the folder or hub id that it belongs to.
-
-    Base tensors that are trained too (a whole merger) are in the same file under the names they have inside a
-    PeftModel, so PEFT loads them with the adapter (over the base's, which its disable_adapter does not bring back).
-    """
-    layers, args, folder, tensors = dict(lora_layers(model)), model.lora_args, Path(folder), {}
+    """Write the adapter of base_model, a folder or hub id. Base tensors that are trained too (a whole merger) are in
+    the same file, named as inside a PeftModel: PEFT loads them with it, over the base's."""
+    layers, args, tensors = dict(lora_layers(model)), model.lora_args, {}
     for name, layer in layers.items():
         tensors[f"{hf_name(name)}.lora_A.weight"] = layer.lora_A
         tensors[f"{hf_name(name)}.lora_B.weight"] = layer.lora_B
@@ -70,9 +69,9 @@ def save_adapter(model, folder, base_model):
     )  # fmt: skip
     # PEFT passes over them with a warning
     config |= {name: kind for name in FORMATS if (kind := getattr(model, name)) != "bf16"}
-    folder.mkdir(parents=True, exist_ok=True)
-    loading.write_tensors(tensors, folder / TENSORS)
-    write_json(folder / CONFIG, config)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    loading.write_tensors(tensors, Path(folder) / TENSORS)
+    write_json(Path(folder) / CONFIG, config)
 
 
 def read_adapter(folder):
@@ -82,13 +81,10 @@ def read_adapter(folder):
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: no {TENSORS} file that can be read ({error}); copy it again") from None
-    beyond = [name for name in BEYOND_LORA if config.get(name)]
-    beyond += ["peft_type"] * (config.get("peft_type") != "LORA")
-    beyond += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)
-    beyond += ["modules_to_save"] * bool({"embed_tokens", "lm_head"} & set(config.get("modules_to_save") or ()))
-    if beyond:
-        option = f"{beyond[0]} = {config.get(beyond[0])!r} in {CONFIG}"
-        raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
+    for name, is_more in BEYOND_LORA.items():
+        if is_more(config.get(name)):
+            option = f"{name} = {config.get(name)!r} in {CONFIG}"
+            raise UserError(f"adapter {folder}: {option}, expected plain LoRA; merge it with PEFT first")
     return config, tensors
 
 
@@ -97,43 +93,33 @@ def trained_on(config):
     return {name: from_file(SFT, name, config.get(name, "bf16"), CONFIG) for name in FORMATS}
 
 
-def split_keys(tensors):
-    """PEFT's tensors -> ({layer: {lora_A, lora_B}}, {base parameter: tensor}) by our names."""
-    layers, base = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        # PEFT's name for the adapter, such as `default`, may stand before `weight`
-        if match := re.fullmatch(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight", name):
-            layers.setdefault(module_name(match[1]), {})[match[2]] = tensor
-        else:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-            base[module_name(name)] = tensor
-    return layers, base
+def our_name(key):
+    """PEFT's key -> "….lora_A", "….lora_B" of a layer, or a parameter of the base, by our names."""
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+    # PEFT's name for the adapter, such as `default`, may stand before `weight`
+    return module_name(re.sub(r"\.(lora_[AB])(\.\w+)?\.weight$", r".\1", name))
 
 
 def fit_adapter(model, folder):
-    """The adapter of folder -> (its LoraArgs, {layer: {lora_A, lora_B}} in module order, {base parameter: tensor}).
-
-    model is only looked at, and may lie on `meta`. UserError names tensors that are missing, unexpected or misshapen.
-    """
+    """The adapter of folder -> (its LoraArgs, {layer: (A, B)} in module order, {base parameter: tensor}). model may lie
+    on `meta`. UserError names tensors that are missing, unexpected or misshapen."""
     config, tensors = read_adapter(folder)
     values = {"lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     values |= {name: config[name] for name in ("lora_dropout", "use_rslora") if name in config}
     values = {name: from_file(LoraArgs, name, value, folder / CONFIG) for name, value in values.items()}
-    layers, base = split_keys(tensors)
-    names = [name for name in targets(model, LoraArgs()) if name in layers]
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in base}
+    rank, tensors = values["lora_rank"], {our_name(key): tensor for key, tensor in tensors.items()}
+    names = [name for name in targets(model, LoraArgs()) if f"{name}.lora_A" in tensors]
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name in tensors}
     for name in names:
         linear = model.get_submodule(name)
-        expected[f"{name}.lora_A"] = values["lora_rank"], linear.in_features
-        expected[f"{name}.lora_B"] = linear.out_features, values["lora_rank"]
-    actual = {f"{name}.{matrix}": tuple(t.shape) for name, pair in layers.items() for matrix, t in pair.items()}
-    actual |= {name: tuple(tensor.shape) for name, tensor in base.items()}
-    if not layers or actual != expected:
+        expected[f"{name}.lora_A"], expected[f"{name}.lora_B"] = (rank, linear.in_features), (linear.out_features, rank)
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not names or actual != expected:
         wrong = loading.differences(actual, expected) or f"no lora_A and lora_B in {TENSORS}"
         raise UserError(f"adapter {folder}: {wrong}; is --model_id its base model?")
     on = {f"{component}_lora": any(part_of(name) == component for name in names) for component in COMPONENTS}
-    return LoraArgs(**values, **on), {name: layers[name] for name in names}, base
+    layers = {name: (tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")) for name in names}
+    return LoraArgs(**values, **on), layers, tensors
 
 
 @torch.no_grad()
@@ -142,10 +128,10 @@ def load_adapter(model, folder):
     checked before anything changes."""
     args, layers, base = fit_adapter(model, Path(folder))
     replace_linears(model, list(layers), args)
-    for name, pair in layers.items():
+    for name, (A, B) in layers.items():
         layer = model.get_submodule(name)
-        layer.lora_A.copy_(pair["lora_A"])
-        layer.lora_B.copy_(pair["lora_B"])
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
     for name, tensor in base.items():
         model.get_parameter(name).copy_(tensor)
     model.lora_base_names = set(base)
@@ -156,12 +142,9 @@ def load_adapter(model, folder):
 
 
 def write_merged(base, adapter, out, formats, quantised):
-    """Write base + adapter into out, a file for each of the base's: bf16, summed in fp32 and rounded once. The adapter
-    and one file of the base are held in memory, never the model.
-
-    formats: trained_on of the adapter. quantised: merge into the weights as they are in them.
-    Returns |q| / |delta| of each low-bit layer: what quantising moved, over what was learned.
-    """
+    """Write base + adapter into out, a file for each of the base's, one in memory at a time: bf16, summed in fp32 and
+    rounded once. formats: trained_on of the adapter; quantised: merge into the weights as they are in them.
+    Returns |q| / |delta| of each low-bit layer: what quantising moved, over what was learned."""
     model = loading.empty_model(ModelConfig.from_folder(base))
     args, layers, own = fit_adapter(model, adapter)
     expected, weight_map, errors = model.state_dict().keys(), {}, []
@@ -169,7 +152,7 @@ def write_merged(base, adapter, out, formats, quantised):
         merged = {}
         for name, tensor in loading.read_tensors(file):
             tensor, pair = own.get(name, tensor).float(), layers.get(name.removesuffix(".weight"))
-            delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args) if pair else 0
+            delta = pair[1].float() @ pair[0].float() * scale_of(args) if pair else 0  # B A
             if (kind := format_of(name, **formats)) != "bf16":
                 low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
                 errors += [float((tensor - low).norm() / delta.norm())] if pair else []
@@ -185,9 +168,10 @@ def write_merged(base, adapter, out, formats, quantised):
     config = read_object(base / "config.json")
     config |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config} or {"torch_dtype": "bfloat16"}
     write_json(out / "config.json", config)
-    if (base / GENERATION).is_file():  # greedy, as infer.py answers: sampling as released would give other tokens
+    generation = base / "generation_config.json"
+    if generation.is_file():  # greedy, as infer.py answers: sampling as released would give other tokens
         sampling = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-        write_json(out / GENERATION, {k: v for k, v in read_object(base / GENERATION).items() if k not in sampling})
+        write_json(out / generation.name, {k: v for k, v in read_object(generation).items() if k not in sampling})
     if (adapter / STATE).is_file():  # which frames it was trained on: infer.py reads clips the same way
         shutil.copyfile(adapter / STATE, out / STATE)
     copy_small_files(base, out)
@@ -208,27 +192,25 @@ def copy_small_files(base, folder):
 def run_command(cfg):
     """cfg: config.Adapter."""
     adapter = find_adapter(cfg.model_ckpt)
-    config, tensors = read_adapter(adapter)
+    config, _ = read_adapter(adapter)
     base, formats = cfg.model_id or config.get("base_model_name_or_path"), trained_on(config)
-    kind = formats["base_dtype"]
+    kind, head = formats.values()
     if not base:
         raise UserError("--model_id: the adapter names no base, expected the checkpoint that it was trained on")
     folder = loading.resolve_folder(base, cfg.local_files_only, weights=cfg.command == "merge")
     if cfg.command == "check":
         args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
-        counts = {component: sum(part_of(name) == component for name in layers) for component in COMPONENTS}
-        untrained = sum(not pair["lora_B"].any() for pair in layers.values())
-        print(
-            f"adapter   {adapter}\nbase      {base}, as {kind}, its head as {formats['head_dtype']}: every tensor fits"
-        )
+        counts = Counter(map(part_of, layers))
+        untrained = sum(not B.any() for _, B in layers.values())
+        print(f"adapter   {adapter}\nbase      {base}, as {kind}, its head as {head}: every tensor fits")
         print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
-        print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {counts[name]}" for name in COMPONENTS))
         print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")
         return
     out, quantised, errors = Path(cfg.output_dir), cfg.merge_base == "quantised", []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {out} already holds something, expected a new folder; choose another name")
-    if quantised and set(formats.values()) == {"bf16"}:
+    if quantised and kind == head == "bf16":
         raise UserError("--merge_base: got quantised, expected original: the adapter was trained on a bf16 base")
     try:
         write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, formats, quantised)))

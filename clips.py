@@ -1,7 +1,6 @@
-"""The drawn clips of generate.py: a ball, its pixels and its file, and what is said about it.
+"""The drawn clips of generate.py: a ball on a torus, its pixels and its file, and what is said about it.
 
-The picture is a torus: what leaves at one edge comes back at the opposite one. numpy and PyAV only: drawing does not
-wait for torch.
+numpy and PyAV only: drawing does not wait for torch.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ OPTIONS = {label: f"({letter}) {label}" for letter, label in zip("ABCD", DIRECTI
 
 # Pixels of a 64-pixel picture; larger pictures scale them. The largest ball needs a picture of 40.
 RADIUS = (4.0, 20.0)
-# Pixels a frame over 30 frames. Forwards and backwards look alike when the ball passes half the picture between two
-# sampled frames. Here it passes at most 0.22 with 8 frames (up to 5 apart) and 0.44 with 4 (up to 10 apart), which
-# --fps 1 takes.
+# Pixels a frame over 30 frames. Backwards looks like forwards when the ball passes half the picture between two sampled
+# frames: here it passes at most 0.22 with 8 frames (up to 5 apart), 0.44 with 4 (up to 10 apart), as of --fps 1.
 SPEED = (1.5, 2.8)
 
 BALLS = {
@@ -154,10 +152,8 @@ def render(clip: Clip, frames=None) -> np.ndarray:
 
 
 def blurred(picture: np.ndarray, sigma: float, length: float, angle: float) -> np.ndarray:
-    """(F, S, S, 3) float32 -> the same, convolved with a Gaussian if sigma > 0, else with a line; edges repeat.
-
-    Both kernels are symmetric about 0, so that a blur tells no direction.
-    """
+    """(F, S, S, 3) float32 -> the same, convolved with a Gaussian if sigma > 0, else with a line; edges repeat. Both
+    kernels are symmetric about 0, so that a blur tells no direction."""
     if not sigma and not length:
         return picture
     reach, size = int(np.ceil(3 * sigma if sigma > 0 else length / 2 + 1)), picture.shape[1]
@@ -203,27 +199,26 @@ POSITIONS = (  # of the first position, of each further one
 )
 CHANGES = ("{a} {grows}, {b} stays the same", "{b} stays the same and {a} {grows}", "only {a} changes: it {grows}")
 ENDS = ("so the ball moves {}.", "so it is going {}.", "which means it travels {}.")
-TASKS = {  # --task -> problem_type, question
-    "time_span": ("time span", "When does the ball move? Answer in seconds."),
-    "distance": ("regression", "How far does the ball move? Answer in pixels."),
+TASKS = {  # --task -> problem_type, question, answer about a resting clip: "0.2 to 0.7" seconds, "36" pixels on its way
+    "time_span": (
+        "time span",
+        "When does the ball move? Answer in seconds.",
+        lambda clip: f"{clip.moves[0] / FPS:.1f} to {clip.moves[1] / FPS:.1f}",
+    ),
+    "distance": (
+        "regression",
+        "How far does the ball move? Answer in pixels.",
+        lambda clip: f"{(clip.moves[1] - clip.moves[0]) * np.hypot(*clip.velocity):.0f}",
+    ),
 }
 
 
-def measured(clip: Clip, task: str) -> str:
-    """When a resting clip's ball moves, in seconds: "0.2 to 0.7"; or how far, in pixels along its way: "36"."""
-    first, last = clip.moves
-    if task == "time_span":
-        return f"{first / FPS:.1f} to {last / FPS:.1f}"
-    return f"{(last - first) * np.hypot(*clip.velocity):.0f}"
-
-
-def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int) -> str:
-    """The answer with its reasoning: `<think>...</think><answer>(A) Left to Right</answer>`.
-
-    `coordinates` positions are named, out of one unbroken stretch if it is long enough; otherwise the text also says
-    that the ball leaves and comes back. No option letter appears in the reasoning.
+def explain(clip: Clip, rng: np.random.Generator, coordinates: int) -> str:
+    """The answer with its reasoning, `<think>...</think><answer>(A) Left to Right</answer>`: `coordinates` positions,
+    out of one unbroken stretch if it is long enough; otherwise the text also says that the ball leaves and comes back.
     """
-    a, grows, b, heading, out, back = MOTION[label]
+    a, grows, b, heading, out, back = MOTION[clip.label]
+    track = clip.track()
     run = track.longest_run()
     pool = run if len(run) >= coordinates else np.flatnonzero(track.inside)
     picks = pool[np.unique(np.linspace(0, len(pool) - 1, min(coordinates, len(pool))).round().astype(int))]
@@ -237,7 +232,7 @@ def explain(track: Track, label: str, rng: np.random.Generator, coordinates: int
             text += f"It leaves at the {out} and comes back at the {back}. "
     change = CHANGES[rng.integers(len(CHANGES))].format(a=a, b=b, grows=grows)
     text += f"Over time {change}, {ENDS[rng.integers(len(ENDS))].format(heading)}"
-    return f"<think>{text}</think><answer>{OPTIONS[label]}</answer>"
+    return f"<think>{text}</think><answer>{OPTIONS[clip.label]}</answer>"
 
 
 # -- Pictures for people and servers
@@ -253,7 +248,12 @@ def strip(frames: np.ndarray) -> np.ndarray:
 
 def png(page: np.ndarray) -> bytes:
     """(H, W, 3) uint8 as a PNG file."""
-    codec = av.CodecContext.create("png", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.framerate = *page.shape[:2], "rgb24", 1
-    picture = av.VideoFrame.from_ndarray(page, "rgb24")
-    return b"".join(bytes(packet) for packet in [*codec.encode(picture), *codec.encode(None)])
+    return encode_image(av.VideoFrame.from_ndarray(page, "rgb24"), "png")
+
+
+def encode_image(picture: av.VideoFrame, codec: str, **options: str) -> bytes:
+    """A picture as a file of FFmpeg's codec "png" or "mjpeg"."""
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, picture.format.name
+    encoder.framerate, encoder.options = 1, options
+    return b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode(None)])

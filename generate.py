@@ -7,11 +7,9 @@ Only motion tells the class. A ball that simply crosses the picture must start a
 the class away. Here the picture is a torus: what leaves at one edge comes back at the opposite one, and the ball starts
 anywhere with equal probability. So at any time its position is uniform over the whole picture, whatever the class: a
 still tells nothing; the unordered set of stills tells the axis but not the sense; and a clip played backwards is a clip
-of the opposite class with another, equally probable, start. (A cropped training clip must keep its ball in sight, which
-hints at the axis, never at the sense.)
+of the opposite class with another, equally probable, start.
 
-The steps: plan (labels and splits) -> draw, augment, encode -> texts -> everything moved into place at the end, so a
-killed run leaves nothing half-done. What is drawn and worded: clips.py.
+All files are made in a hidden folder and moved into place at the end. What is drawn and worded: clips.py.
 """
 
 # ruff: noqa: E402, I001
@@ -25,7 +23,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
@@ -33,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import clips
 from cli import require
@@ -52,19 +50,25 @@ CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost 
 class Job(NamedTuple):
     """One clip to draw."""
 
-    index: int
-    label: str
-    split: str  # train or val
-    stream: int  # of random numbers
     name: str  # 000007
+    split: str  # train or val
+    clip: Clip
 
 
 def plan(cfg: Generate, labels=tuple(DIRECTIONS), stream: int = 1) -> list[Job]:
-    """What clip i is, for all i: labels balanced as evenly as the count allows and shuffled."""
+    """All clips, by the seed alone: labels as evenly as the count allows, shuffled. stream: of random numbers."""
     order = np.random.default_rng([cfg.seed, 0]).permutation(cfg.num_samples).tolist()
     shuffled = [labels[i % len(labels)] for i in order]
-    splits = split_by_class(shuffled, cfg.split)
-    return [Job(i, shuffled[i], splits[i], stream, f"{i:06d}") for i in range(len(order))]
+    augmentations, jobs = split_list(cfg.augment), []
+    for i, split in enumerate(split_by_class(shuffled, cfg.split)):
+        rng = np.random.default_rng([cfg.seed, stream, i])
+        clip = clips.draw_clip(rng, shuffled[i], cfg.frame_size, cfg.video_length)
+        if cfg.task != "direction":
+            clip = clips.resting(clip, rng)
+        if augmentations and split == "train" and rng.random() < cfg.augment_prob:  # val stays clean
+            clip = clips.augmented(clip, augmentations, rng)
+        jobs.append(Job(f"{i:06d}", split, clip))
+    return jobs
 
 
 def split_by_class(labels: list[str], share: float, rng=None) -> list[str]:
@@ -78,65 +82,47 @@ def split_by_class(labels: list[str], share: float, rng=None) -> list[str]:
     return splits.tolist()
 
 
-def clip_of(cfg: Generate, job: Job) -> Clip:
-    """The job's clip: a function of the seed and the index alone."""
-    rng = np.random.default_rng([cfg.seed, job.stream, job.index])
-    clip = clips.draw_clip(rng, job.label, cfg.frame_size, cfg.video_length)
-    clip = clip if cfg.task == "direction" else clips.resting(clip, rng)
-    names = split_list(cfg.augment)
-    if names and job.split == "train" and rng.random() < cfg.augment_prob:  # val stays clean
-        clip = clips.augmented(clip, names, rng)
-    return clip
+def write_clips(cfg: Generate, jobs: list[Job], folder: Path) -> list[str]:
+    """Draws the clips into the folder; a hash of the pixels of each."""
 
-
-def make_clips(cfg: Generate, jobs: list[Job], folder: Path) -> list[tuple[Clip, str]]:
-    """Draws the clips into the folder; of each the Clip and a hash of its pixels."""
-
-    def make(job):
-        clip = clip_of(cfg, job)
-        frames = clips.render(clip)
+    def write(job):
+        frames = clips.render(job.clip)
         clips.write_mp4(folder / f"{job.name}.mp4", frames)
-        return clip, hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
 
     folder.mkdir()
-    return in_threads(cfg, "drawing", make, jobs)
-
-
-def in_threads(cfg: Generate, what: str, function, items: list) -> list:
-    """function(item) of all, in order. Threads suffice: numpy and FFmpeg release Python's lock while they work."""
-    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, items), what, len(items), unit="clip", disable=None))
+    # threads suffice: numpy and FFmpeg release Python's lock while they work
+    return thread_map(write, jobs, max_workers=cfg.workers or os.cpu_count(), desc="drawing", disable=None)
 
 
 def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
     """Draws and words everything in `work`; ([(split, record)], what metadata.json holds of it)."""
-    jobs, report = plan(cfg), {}
-    made = make_clips(cfg, jobs, work / "videos")
+    jobs, records, report = plan(cfg), [], {}
+    hashes = write_clips(cfg, jobs, work / "videos")
     if cfg.task != "direction":
-        texts = [f"<answer>{clips.measured(clip, cfg.task)}</answer>" for clip, _ in made]
+        kind, question, answer = clips.TASKS[cfg.task]
+        texts = [f"<answer>{answer(job.clip)}</answer>" for job in jobs]
     elif not cfg.cot:
-        texts = [f"Answer: {OPTIONS[job.label]}" for job in jobs]
+        texts = [f"Answer: {OPTIONS[job.clip.label]}" for job in jobs]
     elif uses_server(cfg):
         strip = lambda clip: clips.png(clips.strip(clips.render(clip, clips.sampled_frames(clip.length))))
-        requests = [(QUESTION, OPTIONS[clip.label], digest, partial(strip, clip)) for clip, digest in made]
-        texts, report = ask_server(cfg, requests, out / CACHE, TORUS)
-    else:
+        choices = [(QUESTION, OPTIONS[job.clip.label]) for job in jobs]
+        strips = [partial(strip, job.clip) for job in jobs]
+        texts, report = ask_server(cfg, choices, hashes, strips, out / CACHE, TORUS)
+    else:  # from the known trajectory: free, offline, the same for the same seed
         print("chains of thought: trajectory")
-        rngs, report = [np.random.default_rng([cfg.seed, 4, job.index]) for job in jobs], {"source": "trajectory"}
-        explain = lambda clip, rng: clips.explain(clip.track(), clip.label, rng, cfg.cot_coordinates)
-        texts = [explain(clip, rng) for (clip, _), rng in zip(made, rngs, strict=True)]
-    records = []
-    for job, (clip, _), text in zip(jobs, made, texts, strict=True):
-        video, meta = f"{job.name}.mp4", facts_of(clip)
+        rngs, report = [np.random.default_rng([cfg.seed, 4, i]) for i in range(len(jobs))], {"source": "trajectory"}
+        texts = [clips.explain(job.clip, rng, cfg.cot_coordinates) for job, rng in zip(jobs, rngs, strict=True)]
+    for job, text in zip(jobs, texts, strict=True):
+        video, meta = f"{job.name}.mp4", facts_of(job.clip)
         if text is None:  # dropped, not replaced: a clip without its chain of thought is no clip of this dataset
             (work / "videos" / video).unlink()
         elif cfg.task == "direction":
             records.append((job.split, record(job.name, video, [(QUESTION, text)], meta)))
-        else:
-            kind, question = clips.TASKS[cfg.task]  # Video-R1's form: `problem_type` says how an answer is scored
+        else:  # Video-R1's form: `problem_type` says how an answer is scored
             entry = {"problem_id": job.name, "problem": question, "problem_type": kind, "data_type": "video"}
             records.append((job.split, entry | {"path": video, "options": [], "solution": text, "meta": meta}))
-    return records, {"fps": clips.FPS, "counts": {}, "cot": report}  # counts: see generate
+    return records, {"fps": clips.FPS, "cot": report}
 
 
 def record(name: str, video: str, pairs: list[tuple[str, str]], meta: dict) -> dict:
@@ -153,8 +139,8 @@ def facts_of(clip: Clip) -> dict:
     return {key: numbers(value) for key, value in asdict(clip).items()} | {"axis": axis}
 
 
-# -- Chains of thought: from the known trajectory (free, offline, the same for the same seed), or from a server that is
-#    shown a strip of frames. It does not get the right answer: its text is kept only if form and option are right.
+# -- Chains of thought from a server that is shown a strip of frames. It does not get the right answer: its text is kept
+#    only if form and option are right.
 
 PROMPT = """The picture is one strip: {frames} frames of one video in time order, evenly spaced, the earliest at the \
 left.{about}
@@ -164,17 +150,14 @@ Compare the frames before you decide. Reply in exactly this form:
 Between the think tags, do not name any option or its letter."""
 TORUS = " A ball that leaves a frame at one edge comes back at the opposite edge."
 STRIP_FRAMES = 8
-MAX_THINK = 1500  # characters: some 250 words; the prompt wants two or three sentences
 
 
 def check_answer(text, right: str) -> tuple[str | None, str]:
     """(the answer in our form, "") if it may be used, else (None, why not)."""
-    match = re.fullmatch(r"\s*<think>([^<]+)</think>\s*<answer>([^<]+)</answer>\s*", text or "")
-    if match is None:
-        return None, "wrong form"
+    match = re.fullmatch(r"\s*<think>([^<]{1,1500})</think>\s*<answer>([^<]+)</answer>\s*", text or "")
+    if match is None or not match[1].strip():
+        return None, "wrong form"  # or far more than the two or three sentences
     think, answer = match[1].strip(), match[2].strip()
-    if not 0 < len(think) <= MAX_THINK:
-        return None, "empty or too long reasoning"
     if answer != right:
         return None, "wrong option"
     # (b), a lone capital from B on, or "option A": a lone A may be the article
@@ -188,12 +171,12 @@ def uses_server(cfg: Generate) -> bool:
     return cfg.cot and (cfg.cot_source == "openai" or from_key)
 
 
-def ask_server(cfg: Generate, requests: list[tuple], cache: Path, about: str = "") -> tuple[list, dict]:
-    """requests: (question, right option, hash of the video, function that makes the strip as PNG) of each clip.
-    Returns the answers, None where a clip is dropped, and what metadata.json holds about them."""
+def ask_server(cfg: Generate, choices, hashes, strips, cache: Path, about: str = "") -> tuple[list, dict]:
+    """Of each clip (question, right option), a hash, a function that makes its strip as PNG -> the answers, None where
+    a clip is dropped, and what metadata.json holds about them."""
     print(f"chains of thought: openai, {cfg.cot_model}")
     client, questions = Client.from_env(cfg.cot_model), []
-    for question, right, video_hash, strip in requests:
+    for (question, right), video_hash, strip in zip(choices, hashes, strips, strict=True):
         prompt = PROMPT.format(frames=STRIP_FRAMES, question=question, about=about)
         questions.append(Question(prompt, video_hash, strip, partial(check_answer, right=right)))
     texts = ask_all(client, cache, questions, cfg.cot_workers)
@@ -207,9 +190,7 @@ def ask_server(cfg: Generate, requests: list[tuple], cache: Path, about: str = "
 #    DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes: the split is kept
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
-# What published copies of Kinetics call their folders
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
-STRIP_HEIGHT = 160  # pixels of a frame that the server is shown
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # folders of published Kinetics copies
 
 
 class Video(NamedTuple):
@@ -218,23 +199,19 @@ class Video(NamedTuple):
     split: str  # train or val; "" = not yet known
 
 
-def list_videos(root: Path) -> list[Video]:
-    """The clips of all classes, in order. train/ and val/ are splits where both are there."""
-    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = lambda folder: filter(Path.is_dir, inside(folder))
-    splits = {path: SPLITS[path.name.lower()] for path in folders(root) if path.name.lower() in SPLITS}
-    videos = []
-    for parent, split in splits.items() if len(set(splits.values())) == 2 else [(root, "")]:
-        for folder in folders(parent):
-            label = " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " ")).split())
-            files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()]
-            videos += [Video(path, label, split) for path in files]
-    return videos
-
-
 def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     """(the clips that training can read, each with its split; {path: why not} of the others)"""
     from reader import index_frames  # imports torch: neither --help nor drawn clips must wait for that
+
+    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    root, listed, videos, unreadable = Path(cfg.from_folder), [], [], {}
+    splits = {path: SPLITS[path.name.lower()] for path in inside(root) if path.name.lower() in SPLITS}
+    if len(set(splits.values())) < 2:
+        splits = {root: ""}
+    for folder in (folder for parent in splits for folder in inside(parent) if folder.is_dir()):
+        label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
+        files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+        listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
 
     def why_unreadable(video):
         try:
@@ -243,19 +220,14 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
         except (UserError, UnicodeEncodeError) as error:
             return str(error)
 
-    root = Path(cfg.from_folder)
-    if not root.is_dir():
-        expected = f"expected one with a folder for each class{nearest_path(root)}"
-        raise UserError(f"--from_folder {root}: no such folder; {expected}")
-    videos, unreadable = [], {}
-    listed = list_videos(root)
-    for video, why in zip(listed, in_threads(cfg, "reading", why_unreadable, listed), strict=True):
+    workers = cfg.workers or os.cpu_count()
+    reasons = thread_map(why_unreadable, listed, max_workers=workers, desc="reading", disable=None)
+    for video, why in zip(listed, reasons, strict=True):
         if why:
             unreadable[os.fsencode(video.path).decode("utf-8", "backslashreplace")] = why
+            print(f"unreadable: {why}")
         else:
             videos.append(video)
-    for why in [*unreadable.values()][:20]:
-        print(f"unreadable: {why}")
     if unreadable:
         print(f"{len(unreadable)} clips are unreadable; metadata.json lists them")
     labels = [video.label for video in videos]
@@ -269,14 +241,10 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
 
 
 def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]:
-    """For each clip (question with its options, the right one of them, "(A) playing guitar").
-
-    Hard negatives are names spelt much like the right one, drawn out of twice as many as needed: the nearest alone
-    would be one set of options for each class, and tell it.
-    """
+    """For each clip (question with its options, the right one of them, "(A) playing guitar")."""
     labels, wrong, result = sorted({video.label for video in videos}), cfg.num_options - 1, []
     pools = {label: [name for name in labels if name != label] for label in labels}
-    if cfg.hard_negatives:
+    if cfg.hard_negatives:  # names spelt alike, out of twice as many: the nearest alone would tell the class
         pools = {label: get_close_matches(label, pool, 2 * wrong, cutoff=0) for label, pool in pools.items()}
     for i, video in enumerate(videos):
         rng, pool = np.random.default_rng([cfg.seed, 6, i]), pools[video.label]
@@ -289,13 +257,12 @@ def multiple_choice(cfg: Generate, videos: list[Video]) -> list[tuple[str, str]]
 
 
 def strip_of(path: Path) -> bytes:
-    """Frames of the file, evenly spaced, as one PNG."""
+    """Frames of the file, evenly spaced and 160 pixels high, as one PNG."""
     from reader import index_frames, read_frames
 
     index = index_frames(str(path))
     picks = np.linspace(0, len(index.times) - 1, STRIP_FRAMES).round().astype(int).tolist()
-    h, w = index.size
-    size = STRIP_HEIGHT, max(1, round(w * STRIP_HEIGHT / h))
+    size = 160, max(1, round(index.size[1] * 160 / index.size[0]))
     frames = read_frames(str(path), [index.seeks[i] for i in picks], size)  # STRIP_FRAMES times (3, H, W)
     return clips.png(clips.strip(np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])))
 
@@ -306,30 +273,30 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
     choices, report = multiple_choice(cfg, videos), {}
     texts = [f"Answer: {right}" for _, right in choices]
     if cfg.cot:
-        request = lambda path: (hashlib.sha256(path.read_bytes()).hexdigest(), partial(strip_of, path))
-        requests = [(*choice, *request(video.path)) for choice, video in zip(choices, videos, strict=True)]
-        texts, report = ask_server(cfg, requests, out / CACHE)
+        hashes = [hashlib.sha256(video.path.read_bytes()).hexdigest() for video in videos]
+        strips = [partial(strip_of, video.path) for video in videos]
+        texts, report = ask_server(cfg, choices, hashes, strips, out / CACHE)
     # by way of the real folders, for ".." behind a link leads elsewhere; the link of a clip itself is left alone
-    base = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out))
-    records = []
+    base, records = os.path.relpath(os.path.realpath(cfg.from_folder), os.path.realpath(out)), []
     for video, (question, _), text in zip(videos, choices, texts, strict=True):
         if text is not None:
             name = video.path.relative_to(cfg.from_folder).as_posix()
             entry = record(name, f"{base}/{name}", [(question, text)], {"label": video.label})
             records.append((video.split, entry))
-    return records, {"counts": {}, "unreadable": unreadable, "cot": report}
+    return records, {"unreadable": unreadable, "cot": report}
 
 
 # -- Files
 
 
 def check_options(cfg: Generate) -> None:
-    """UserError for options that contradict each other, before anything is drawn."""
-    cfg.check()
+    """UserError for options that contradict each other, before anything is drawn or written."""
     if cfg.cot and cfg.task != "direction":
         raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
     if cfg.from_folder is not None:
         root, out = Path(cfg.from_folder).resolve(), Path(cfg.output_dir).resolve()
+        expected = f"a folder with one for each class in it{nearest_path(cfg.from_folder)}"
+        require(root.is_dir(), "from_folder", cfg.from_folder, expected)
         apart = root != out and root not in out.parents and out not in root.parents
         require(apart, "output_dir", cfg.output_dir, f"a folder of its own, apart from --from_folder {root}")
         if cfg.cot and not uses_server(cfg):
@@ -337,17 +304,6 @@ def check_options(cfg: Generate) -> None:
             raise UserError(f"--cot with --from_folder: {known}; set OPENAI_API_KEY, or leave --cot out")
     if uses_server(cfg):
         Client.from_env(cfg.cot_model)
-
-
-def move_into_place(work: Path, out: Path) -> None:
-    """Replaces the dataset in `out` by the one in `work`; metadata.json, the mark of a whole one, goes last."""
-    (out / "metadata.json").unlink(missing_ok=True)
-    for name in OURS:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        (out / name).unlink(missing_ok=True)
-        if (work / name).exists():  # clips of --from_folder stay where they are
-            os.replace(work / name, out / name)
 
 
 def generate(cfg: Generate, make_dataset=None) -> dict:
@@ -361,8 +317,8 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
         raise UserError(f"--output_dir {out}: {holds}, expected a new folder; or give --overwrite")
     work = out / ".unfinished"
     shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
-        work.mkdir(parents=True)
         entries, facts = make_dataset(cfg, out, work)
         records = {split: [entry for its, entry in entries if its == split] for split in ("train", "val")}
         if not records["train"]:
@@ -371,16 +327,21 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
         np.random.default_rng([cfg.seed, 6]).shuffle(records["val"])
         labels = {split: Counter(entry["meta"]["label"] for entry in records[split]) for split in records}
         counts = {split: dict(sorted(counter.items())) for split, counter in labels.items()}
-        metadata = {"options": as_dict(cfg)} | facts | {"counts": counts}
+        metadata = {"options": as_dict(cfg), "counts": counts} | facts
         for name, value in {**records, "metadata": metadata}.items():
             if value:
                 text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
                 (work / f"{name}.json").write_text(text, encoding="utf-8")
-        move_into_place(work, out)
+        for name in existing[::-1]:  # metadata.json, the mark of a whole dataset, goes first and comes last
+            shutil.rmtree(out / name) if name == "videos" else (out / name).unlink()
+        for name in OURS:
+            if (work / name).exists():
+                (work / name).rename(out / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    seconds = time.monotonic() - began
-    print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {seconds:.1f} s")
+        with suppress(OSError):  # it holds something
+            out.rmdir()
+    print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {time.monotonic() - began:.1f} s")
     here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last
     print("next: " + command("train_sft.py", *([] if here else ["--data_path", str(out / "train.json")])))
     return metadata

@@ -51,10 +51,9 @@ class Answer:
 class Model:
     """A trained model that answers questions about clips. Its weights are read when the first answer is wanted.
 
-    model: a run's folder (its best checkpoint, or its newest if none was evaluated), a checkpoint, an adapter, a whole
-    model's folder, or a hub id; "" = the newest adapter under output/, else the tiny model.
-    options: those of `python infer.py --help all`; argv: the same as words of a command line. They become `cfg`, and
-    may be changed there between calls: model.cfg.temperature = 1.0. A mistake is a UserError, a ValueError of one line.
+    model: a run's folder (its best checkpoint, else its newest), a checkpoint, an adapter, a whole model's folder, or a
+    hub id; "" = the newest adapter under output/, else the tiny model. options: those of `python infer.py --help all`,
+    argv: the same as words of a command line; they become `cfg`, and may be changed there. Mistakes are UserErrors.
     """
 
     def __init__(self, model: str | Path = "", argv=(), **options):
@@ -63,15 +62,15 @@ class Model:
         self.cfg = cfg = parse(Infer, [*(f"--{name}={value}" for name, value in options.items()), *argv])
         self.adapter, why = choose_adapter(cfg)
         self.folder = Path(self.adapter or cfg.model_id)
-        self.notes = [why, *read_as_trained(cfg, self.folder)]
-        self.trained_on = read_state(self.folder).get("question") or {}  # text, system
-        self.question = cfg.text if cfg.question or cfg.prompt else self.trained_on.get("text") or QUESTION
+        state = read_json(self.folder / STATE) if (self.folder / STATE).exists() else {}
+        self.notes = [why, *read_as_trained(cfg, state.get("config", {}), self.folder / STATE)]
+        trained_on = state.get("question") or {}  # text, system
+        self.question = cfg.text if cfg.question or cfg.prompt else trained_on.get("text") or QUESTION
+        self.system = trained_on.get("system")
 
     def ask(self, clips, question: str = "", on_text=None) -> Answer:
-        """The answer about one clip, or about a list of clips and images in this order.
-
-        A clip: a video, a gif, an image, or a folder of frames. question "": what the model was trained to answer.
-        on_text: called with each piece of text as it is drawn. UserError for a clip that cannot be read.
+        """The answer about one clip, or a list of them: videos, gifs, images, folders of frames. question "": what the
+        model was trained to answer. on_text: called with each piece of text. UserError for a clip that cannot be read.
         """
         from data import time_ids
 
@@ -103,8 +102,7 @@ class Model:
         )
 
     def stream(self, clips, question: str = ""):
-        """Yields the answer's text in pieces as they are drawn, and returns the Answer. A loop that is left early waits
-        for the rest of it."""
+        """Yields the answer's text in pieces as they are drawn, and returns the Answer. Leaving early waits for it."""
         pieces = SimpleQueue()
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(self.ask, clips, question, pieces.put)
@@ -122,8 +120,7 @@ class Model:
         if fixed := options.keys() & {*FIXED.split(), *as_dict(VideoArgs())}:
             raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
         cfg = replace(self.cfg, **options)
-        records = read_records(data) if isinstance(data, str | Path) else data
-        records = spread(records, cfg.max_samples, cfg.seed)
+        records = spread(read_records(data) if isinstance(data, str | Path) else data, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: no records, expected at least one")
         predictions = Predictions(cfg, self.adapter, records) if cfg.output else None
@@ -131,7 +128,7 @@ class Model:
         again = partial(evaluate, sampler, records, sampling, cfg.seed)
         result = again(predictions=predictions)
         if not result.count:
-            first = next(iter(result.skipped.values()))
+            first = next(iter(result.skipped.values()), "there are none")
             raise UserError(f"evaluate: none of {len(records)} records can be asked; the first: {first}")
         result.controls = {name: again(name) for name in CONTROLS[1:] if name in split_list(cfg.controls or "")}
         return result
@@ -143,11 +140,11 @@ class Model:
         from data import clip_part
 
         clips = [clips] if isinstance(clips, str | Path) else clips
+        parts = [clip_part(clip, self.cfg.image_folder) for clip in clips]
         text = {"type": "text", "text": TAG.sub("", question or self.question)}
-        messages = [{"role": "user", "content": [*(clip_part(clip, self.cfg.image_folder) for clip in clips), text]}]
-        if system := self.trained_on.get("system"):
-            messages = [{"role": "system", "content": system}, *messages]
-        return self.processor.encode({"messages": messages}, answer=False, name=", ".join(map(str, clips)))
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        record = {"messages": [*system, {"role": "user", "content": [*parts, text]}]}
+        return self.processor.encode(record, answer=False, name=", ".join(map(str, clips)))
 
     @cached_property
     def processor(self):
@@ -160,25 +157,21 @@ class Model:
 
     @cached_property
     def network(self):
-        """The Qwen2_5_VL on its device, with its adapter.
-
-        In fp32 the adapter is added to the weights: one product a layer instead of three, equal up to rounding. In bf16
-        it stays apart here, on a low-bit base always; the GPU's sampler merges a copy of its own.
-        """
+        """The Qwen2_5_VL on its device, with its adapter. In fp32 it is added to the weights: one product a layer
+        instead of three, equal up to rounding. Else it stays apart; the GPU's sampler merges a copy of its own."""
         import torch
 
         from adapter_files import CONFIG, load_adapter, trained_on
         from lora import merge
         from model.loading import formats_of, load_model, not_finite
 
-        cfg, dtype = self.cfg, torch.float32
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if fast if cfg.bf16 is None else cfg.bf16:
-            dtype = torch.bfloat16
+        cfg, on_gpu = self.cfg, torch.cuda.is_available()
+        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if (fast if cfg.bf16 is None else cfg.bf16) else torch.float32
         trained, formats = trained_on(read_json(self.adapter / CONFIG) if self.adapter else {}), formats_of(cfg)
         formats |= {name: kind for name, kind in trained.items() if formats[name] == "auto"}
-        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, **formats).requires_grad_(False).eval()
+        model = load_model(cfg.model_id, "cuda" if on_gpu else "cpu", dtype, cfg.local_files_only, **formats)
+        model.requires_grad_(False).eval()
         if self.adapter:
             load_adapter(model, self.adapter)
         if names := not_finite(model):
@@ -227,18 +220,13 @@ def choose_adapter(cfg):
     return folder, f"adapter {folder}, {why}"
 
 
-def read_state(folder) -> dict:
-    """trainer_state.json of a checkpoint, or of the model merged from it; {} where there is none."""
-    return read_json(folder / STATE) if (folder / STATE).exists() else {}
-
-
-def read_as_trained(cfg, folder):
+def read_as_trained(cfg, trained, path):
     """Take the video options of the run that a checkpoint is from, where the command line says nothing: other frames or
-    sizes cost accuracy. Changes cfg; returns lines to print. Checkpoints from elsewhere say nothing of this."""
-    path, trained, before = folder / STATE, read_state(folder).get("config", {}), as_dict(cfg)
+    sizes cost accuracy. trained: its options, {} if it says nothing of them. Changes cfg; returns lines to print."""
     if not isinstance(trained, dict):
         raise UserError(f"{path}: its config is no object; take another checkpoint")
     names = as_dict(VideoArgs()).keys() - {"image_folder", "max_seq_length", "overlong", "cache_mb"}
+    before = as_dict(cfg)
     for name in names & trained.keys() - cfg.given:
         setattr(cfg, name, from_file(VideoArgs, name, trained[name], path))
     cfg.settle(cfg.given)
@@ -258,20 +246,19 @@ def main(argv=None):
     cfg, began = model.cfg, time.perf_counter()
     for line in (*model.notes, *ignored_options(cfg)):
         print(f"note: {line}")
+    if not (cfg.video or (cfg.data_path and not cfg.benchmark)):
+        expected = "python infer.py video.mp4, --data_path val.json, or --benchmark NAME DIR"
+        raise UserError(f"no clip given; expected a file or a folder: {expected}")
     if cfg.benchmark:
         from benchmarks import Task
 
-        if not cfg.video:
-            raise UserError(f"no clip given; expected the benchmark's folder: --benchmark {cfg.benchmark} DIR")
         task = Task(cfg)
         result = model.evaluate(task.records)
         facts = show_evaluation(model, result) | {"benchmark": task.report(result)}
     elif cfg.data_path:
         facts = show_evaluation(model, model.evaluate(cfg.data_path))
-    elif cfg.video:
-        facts = show_answer(model)
     else:
-        raise UserError("no clip given; expected a file: python infer.py video.mp4, or --data_path val.json")
+        facts = show_answer(model)
     for line in grpo_command(model.adapter, cfg.model_ckpt) if not cfg.benchmark else ():
         print(line)
     if cfg.json:
@@ -298,17 +285,17 @@ def show_evaluation(model, result):
     for error in result.skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
     controls = {name: each.facts(result) for name, each in result.controls.items()}
-    print_tables(result, controls)
+    tasks = {task: own.facts(own) for task, own in result.by_task.items()}
+    print_tables(result, controls, tasks if len(tasks) > 1 else {})
     facts = {"data_path": model.cfg.data_path, **result.facts(result), "skipped": len(result.skipped)}
     facts |= {"chance": result.chance, "confusion": result.confusion, "controls": controls}
     facts |= {key: controls.get("reversed", {}).get(key) for key in ("changed", "flipped")}
-    return facts | {"tasks": {task: {"right": own.right, "count": own.count} for task, own in result.by_task.items()}}
+    return facts | {"tasks": {task: {"right": own["right"], "count": own["count"]} for task, own in tasks.items()}}
 
 
-def print_tables(result, controls, most=8):
+def print_tables(result, controls, tasks, most=8):
     """Accuracy as the frames are, of each task, and with the frames changed; the confusion of at most 8 answers."""
     share = lambda value: "-" if value is None else f"{value:.1%}"
-    tasks = {task: own.facts(own) for task, own in result.by_task.items()} if len(result.by_task) > 1 else {}
     print(f"\n{'frames':<16}{'right':>10}{'accuracy':>10}   {'95 % interval':<18}{'changed':>8}{'flipped':>9}")
     for name, row in {"original": result.facts(result), **tasks, **controls}.items():
         right, interval = f"{row['right']:g}/{row['count']}", " to ".join(map(share, row["interval"] or ()))

@@ -8,7 +8,7 @@ commands are in adapter_files.py.
 """
 
 # ruff: noqa: E402
-from config import Adapter, LoraArgs, cli, ignored_options, parse
+from config import Adapter, cli, ignored_options, parse
 
 
 def main(argv=None):
@@ -32,19 +32,14 @@ from torch import nn
 from model import UserError
 from model.adapters import BlockAdapters, LoRALinear, shifted
 
-# Where adapters may sit, in the order of transformers' module tree (num_lora_modules counts from its end)
-COMPONENTS = {"vision": "visual.blocks.", "merger": "visual.merger.", "llm": "model.layers."}
+COMPONENTS = ("vision", "merger", "llm")
+BLOCK = re.compile(r"visual\.blocks\.\d+|visual\.merger|model\.layers\.\d+")  # whose linear layers may be adapted
 FLAT = "adapters"  # the parameter of a block
 
 
 def lora_layers(model):
     """[(name, LoRALinear)] in module order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-
-
-def adapter_blocks(model):
-    """The BlockAdapters of a model."""
-    return list(dict.fromkeys(layer.home for _, layer in lora_layers(model)))
 
 
 def trainable_parameters(model):
@@ -54,15 +49,15 @@ def trainable_parameters(model):
 
 def sizes(model):
     """{parameter's name: how many numbers it has}, without the padding between adapters."""
-    padding = {block.block.adapters: block.padding for block in adapter_blocks(model)}
+    padding = {layer.home.block.adapters: layer.home.padding for _, layer in lora_layers(model)}
     return {name: parameter.numel() - padding.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def part_of(name):
     """Component of a parameter or module: vision (patch embedding too), merger, or llm (embeddings and head too)."""
-    if name.startswith("visual."):
-        return "merger" if name.startswith("visual.merger.") else "vision"
-    return "llm"
+    if name.startswith("visual.merger."):
+        return "merger"
+    return "vision" if name.startswith("visual.") else "llm"
 
 
 # -- Where adapters go, and what is trained
@@ -75,29 +70,32 @@ def switches(args):
 
 
 def targets(model, args):
-    """Names of the linear layers that args (LoraArgs) ask to adapt, in the order of COMPONENTS."""
-    modules, adapts = dict(model.named_modules()), switches(args)
-    prefixes = [prefix for component, prefix in COMPONENTS.items() if adapts[component]]
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    for word in args.lora_namespan_exclude:  # the usual two are never candidates, and a tied model has no lm_head
+    """Names of the linear layers that args (LoraArgs) ask to adapt, vision before language."""
+    excluded, adapts, modules = args.lora_namespan_exclude, switches(args), dict(model.named_modules())
+    for word in excluded:  # the usual two are never candidates, and a tied model has no lm_head
         if word not in ("lm_head", "embed_tokens") and not any(word in name for name in modules):
-            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {linears[-1]}")
-    names = [name for prefix in prefixes for name in linears if name.startswith(prefix)]
-    names = [name for name in names if not any(word in name for word in args.lora_namespan_exclude)]
-    if args.lora_enable and not names:
-        raise UserError(f"--lora_namespan_exclude: {args.lora_namespan_exclude} leaves no layer to adapt")
+            raise UserError(f"--lora_namespan_exclude: {word!r} is in no module's name, like {list(modules)[-1]}")
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and BLOCK.match(name)]
+    names = [name for name in linears if adapts[part_of(name)] and not any(word in name for word in excluded)]
     return names if args.num_lora_modules == -1 else names[-args.num_lora_modules :]
+
+
+def inject(model, args):
+    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
+    the layers' names."""
+    names = targets(model, args)
+    replace_linears(model, names, args)
+    return names
 
 
 def replace_linears(model, names, args):
     """Put LoRALinears in place of the named layers, one BlockAdapters a block, and freeze the rest."""
     assert not lora_layers(model), "the model carries an adapter already"
-    blocks = {}  # model.layers.N, visual.blocks.N or visual.merger: its layers
+    blocks = {}  # name: its layers
     for name in names:
         layer = LoRALinear(model.get_submodule(name), args)
         model.set_submodule(name, layer)
-        block = re.match(r"model\.layers\.\d+|visual\.blocks\.\d+|visual\.merger", name)[0]
-        blocks.setdefault(block, []).append(layer)
+        blocks.setdefault(BLOCK.match(name)[0], []).append(layer)
     for block, layers in blocks.items():
         BlockAdapters(model.get_submodule(block), layers, args.lora_rank)
     model.lora_args = args
@@ -105,18 +103,8 @@ def replace_linears(model, names, args):
     set_trainable(model, args)
 
 
-def inject(model, args):
-    """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
-    the layers' names."""
-    LoraArgs.check(args)
-    names = targets(model, args)
-    replace_linears(model, names, args)
-    return names
-
-
 def set_trainable(model, args):
     """Freeze everything, then free exactly what args (LoraArgs) name. UserError when nothing is left to train."""
-    LoraArgs.check(args)
     adapts = switches(args)
     whole = {"vision": not args.freeze_vision_tower, "merger": args.tune_merger, "llm": not args.freeze_llm}
     for name, parameter in model.named_parameters():
@@ -144,14 +132,14 @@ def param_groups(model, args):
 @contextmanager
 def disabled(model):
     """Inside, the adapters take no part: the base model. Not around a forward whose backward recomputes later."""
-    before = {layer: layer.enabled for _, layer in lora_layers(model)}
-    for layer in before:
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
 
 
 def reference_snapshot(model):
@@ -162,14 +150,10 @@ def reference_snapshot(model):
 @contextmanager
 def reference(model, snapshot):
     """Inside, the model computes with the snapshot's tensors and without gradients; the trained ones come back after.
-
-    Only the parameters' storage is exchanged: optimizers that hold them, or flat views of them, notice nothing.
-    """
+    Only the parameters' storage is exchanged: optimizers that hold them, or flat views of them, notice nothing."""
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in snapshot}
     for name, tensor in snapshot.items():
-        now = trained[name]
-        assert tensor.shape == now.shape and tensor.dtype == now.dtype, (name, tensor.shape, tensor.dtype, now.shape)
         parameters[name].data = tensor
     try:
         with torch.no_grad():
@@ -182,12 +166,12 @@ def reference(model, snapshot):
 @torch.no_grad()
 def merge(model):
     """Add every adapter to its weight and put plain Linear layers back; the outputs stay the same up to rounding."""
-    blocks = adapter_blocks(model)
-    for name, layer in lora_layers(model):
+    layers = lora_layers(model)
+    for name, layer in layers:
         assert isinstance(layer.weight, nn.Parameter), f"{layer.weight}: rounding would swallow most of the adapter"
         layer.weight.copy_(shifted(layer.weight, layer.lora_A, layer.lora_B, layer.scaling))
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
-    for block in blocks:
+    for block in {layer.home for _, layer in layers}:
         block.remove()

@@ -1,8 +1,5 @@
 """Chat completions of an OpenAI-compatible server: retried, bounded in time and size, every answer stored on disk.
 
-    client = Client.from_env("gpt-4o")                            OPENAI_API_KEY, OPENAI_BASE_URL
-    answers = ask_all(client, cache_path, questions, workers)     None for a question without a usable answer
-
 The key is sent in one header only; it is never printed, and cut out of every text from the server.
 """
 
@@ -147,10 +144,7 @@ def ask(client: Client, cache_path: Path, cache: dict[str, list], question: Ques
 
 
 def ask_all(client: Client, cache_path: Path, questions: list[Question], workers: int) -> list[str | None]:
-    """Answers in the order of the questions, None where one is dropped; see `client.counts`.
-
-    NoAnswerError ends it: answers so far are in the cache.
-    """
+    """Answers in the order of the questions, None where one is dropped; see `client.counts`. NoAnswerError ends it."""
     with ThreadPoolExecutor(workers) as pool:
         try:
             answers = pool.map(partial(ask, client, cache_path, read_cache(cache_path)), questions)

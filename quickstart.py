@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from checkpoint import checkpoints
 from config import cli
 
 DATA, OUT = Path("data/quickstart"), Path("output/quickstart")
@@ -19,6 +20,7 @@ CLIPS = "--num_samples 1400 --split 0.7143 --cot --cot_source trajectory --cot_c
 SFT = "--save_steps 10 --save_total_limit none --eval_steps 10 --eval_samples 200 --max_new_tokens 64"
 GRPO = "--max_completion_length 64 --max_new_tokens 64"
 SAMPLED = "--controls none --temperature 1 --max_new_tokens 64"
+STAGES = {"generate": "", "base": "greedy", "sft": "greedy", "grpo_start": "sampled", "grpo": "sampled"}  # decoding
 HALF = 0.5  # GRPO starts from the first SFT checkpoint that is right so often when it samples
 
 result, seconds = {}, {}  # of the last line: accuracies, and how long each stage took
@@ -26,9 +28,13 @@ result, seconds = {}, {}  # of the last line: accuracies, and how long each stag
 
 def run(stage: str, command: str) -> None:
     print(f"\n$ python {command}", flush=True)
-    began = time.perf_counter()
-    if code := subprocess.run([sys.executable, *command.split()]).returncode:
-        raise SystemExit(code)
+    began, pipe = time.perf_counter(), {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-u", *command.split()], **pipe) as script:
+        for line in script.stdout:
+            if not line.lstrip().startswith("next"):  # what comes next is decided here
+                print(line, end="", flush=True)
+    if script.returncode:
+        raise SystemExit(script.returncode)
     seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - began, 1)
 
 
@@ -46,11 +52,6 @@ def accuracy(stage: str, checkpoint, flags: str = "") -> float:
     return result[f"{stage}_accuracy"]
 
 
-def last(folder: Path) -> Path:
-    """The checkpoint at a run's end: not its best, which was chosen by clips that are also in the final evaluation."""
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     print(f"Eight commands or a few more, some 7 minutes on two idle CPU cores. All is written to {DATA} and {OUT}.")
@@ -58,14 +59,15 @@ def main() -> None:
     run("generate", f"generate.py --output_dir {DATA} --overwrite {CLIPS}")
     accuracy("base", "none", "--controls none --max_new_tokens 64")
     run("sft", f"train_sft.py {train} --output_dir {OUT}/sft {SFT}")
-    accuracy("sft", last(OUT / "sft"))
+    # the last checkpoint: the best one was chosen by clips that are also in the final evaluation
+    accuracy("sft", checkpoints(OUT / "sft")[-1])
     early = [row["step"] for row in read(OUT / "sft/metrics.jsonl") if (row.get("eval_accuracy") or 0) >= HALF]
     starts = (f"{OUT}/sft/checkpoint-{step}" for step in early)
     start = next((start for start in starts if accuracy("grpo_start", start, SAMPLED) >= HALF), None)
     if start is None:
         raise SystemExit("no checkpoint is right half of the time: SFT failed")
     run("grpo", f"train_grpo.py {train} --model_ckpt {start} --output_dir {OUT}/grpo {GRPO}")
-    accuracy("grpo", last(OUT / "grpo"), SAMPLED)
+    accuracy("grpo", checkpoints(OUT / "grpo")[-1], SAMPLED)
     run("report", f"report.py {OUT}/sft {OUT}/grpo --output {OUT}/report.html")
     seconds["total"] = round(sum(seconds.values()), 1)
     show_stages()
@@ -73,11 +75,10 @@ def main() -> None:
 
 
 def show_stages() -> None:
-    """Their table, the last two sampled; and a clip that GRPO's start got wrong and GRPO gets right."""
+    """Their table; and a clip that GRPO's start got wrong and GRPO gets right."""
     print(f"\n{'stage':<12}{'accuracy':>10}{'decoding':>10}{'seconds':>9}")
-    for stage in ("generate", "base", "sft", "grpo_start", "grpo"):
-        share = f"{result[f'{stage}_accuracy']:.1%}" if stage != "generate" else ""
-        decoding = {"generate": "", "base": "greedy", "sft": "greedy"}.get(stage, "sampled")
+    for stage, decoding in STAGES.items():
+        share = f"{result[f'{stage}_accuracy']:.1%}" if decoding else ""
         print(f"{stage:<12}{share:>10}{decoding:>10}{seconds.get(stage, 0) + seconds.get(f'{stage}_eval', 0):>9.0f}")
     print(f"\nThe report, curves and clips, for a browser: {OUT}/report.html")
     for wrong, right in zip(read(OUT / "grpo_start.jsonl"), read(OUT / "grpo.jsonl")):

@@ -3,31 +3,47 @@
     python report.py RUN                            RUN/report.html, as the trainers write it at every evaluation
     python report.py RUN1 RUN2 … [--output FILE]    compare.html beside them: curves over each other, what differs
 
-This file and reporting/ make plain values, assets/report.html, a Jinja2 template, the HTML. Every text is escaped, and
-the page's policy lets nothing run or load but its own style and script.
+This file makes plain values, assets/report.html, a Jinja2 template, the HTML; its script draws the curves. Every text
+is escaped, and the page's policy lets nothing run or load but its own style and script.
 """
 
 # ruff: noqa: E402, I001
 from config import GRPO, SFT, Report, as_dict, cli, parse  # first: it handles Ctrl-C
 
+import base64
 import json
 import math
 import os
+import re
 import secrets
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 from jinja2 import Environment
 
-from checkpoint import BEST, METRICS, ROLLOUTS, RUN, read_json
+from answers import LETTERS
+from checkpoint import BEST, METRICS, ROLLOUTS, RUN, read_json, write_file
+from clips import encode_image
 from model import UserError, nearest_path
-from reporting.charts import charts, columns
-from reporting.frames import strip
+from records import IMAGE_SUFFIXES, TAG, data_files, read_form, record_name, spread
+from rewards import Sample, plain_text, reference_answer, sample_from_record
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MAX_CLASSES = 30  # of a confusion matrix that is shown
-WINDOW = 16 * 2**20  # bytes read at either end of a .jsonl: rollouts.jsonl may have gigabytes
+MAX_READ = 1000  # records whose text is read, spread over the dataset
+MAX_LISTED, MAX_EXAMPLES = 40, 6  # classes of a dataset: more different answers are no classes
+OPTION = re.compile(r"\([A-Z]\) .+")  # a line of a question, as generate.py writes it
+FRAMES = 8  # shown of a clip
+SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
+MAX_ROLLOUTS = 20_000  # lines read at either end of rollouts.jsonl, which may have gigabytes
 TILES = [  # label, key, its finite values (N,) -> (value, remark)
     ("Held-out accuracy", "eval_accuracy", lambda y: (f"{100 * y[-1]:.1f} %", f"from {100 * y[0]:.1f} % at first")),
     ("Reward", "reward", lambda y: (f"{y[-10:].mean():.3g}", f"from {y[:10].mean():.3g}; means of 10 steps")),
@@ -43,40 +59,35 @@ def read_run(folder: Path) -> dict:
     if not (folder / RUN).is_file():
         expected = f"expected a run's folder, the --output_dir of a training{nearest_path(folder)}"
         raise UserError(f"{folder}: no {RUN} in it; {expected}")
-    files = {"info": RUN, "best": BEST, "data": "data.json"}
-    run = {key: read_json(folder / name) if (folder / name).exists() else {} for key, name in files.items()}
-    run |= {"name": folder.resolve().name, "config": run["info"].pop("config", {})}
+    read = lambda path: read_json(path) if path.is_file() else {}
+    info, metrics = read(folder / RUN), read_lines(folder / METRICS)
+    run = {"name": folder.resolve().name, "info": info, "config": info.pop("config", {})}
+    run |= {"best": read(folder / BEST), "data": read(folder / "data.json"), "groups": read_groups(folder / ROLLOUTS)}
     run["default"] = as_dict(GRPO() if "num_generations" in run["config"] else SFT())
-    metadata = Path(run["config"].get("data_path") or "").parent / "metadata.json"
-    run["data_options"] = read_json(metadata).get("options", {}) if metadata.is_file() else {}
-    metrics = read_lines(folder / METRICS)
-    run["columns"] = columns(metrics)
-    if {"reward", "loss"} <= run[
-        "columns"
-    ].keys():  # the value of GRPO's loss says little, and is another quantity than SFT's
-        run["columns"]["policy_loss"] = run["columns"].pop("loss")
-    values = {key: y[np.isfinite(y)] for key, (_, y) in run["columns"].items()}
+    data = Path(run["config"].get("data_path") or "").parent
+    run["data_options"] = read(data / "metadata.json").get("options", {})
+    run["columns"] = table = columns(metrics)
+    if {"reward", "loss"} <= table.keys():  # GRPO's loss says little, and is another quantity than SFT's
+        table["policy_loss"] = table.pop("loss")
+    values = {key: y[np.isfinite(y)] for key, (_, y) in table.items()}
     run["tiles"] = {label: tile(values[key]) for label, key, tile in TILES if len(values.get(key, ()))}
     if run["best"]:
         run["tiles"]["Best checkpoint"] = f"{100 * run['best']['accuracy']:.1f} %", f"step {run['best']['step']}"
     stats = [row["evaluation"] | {"step": row["step"]} for row in reversed(metrics) if row.get("evaluation")]
     run["confusion"] = next((each for each in stats if 0 < len(each.get("confusion", ())) <= MAX_CLASSES), None)
     run["controls"] = next((each for each in stats if each.get("controls")), None)
-    run["groups"] = read_groups(folder / ROLLOUTS)
     return run
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Objects of a .jsonl, without a line that a crash or the WINDOW cut."""
-    rows, data = [], b""
+def read_lines(path: Path, most: int | None = None) -> list[dict]:
+    """Objects of a .jsonl, without a line that a crash cut; most: the first and the last so many."""
+    rows = []
     if path.is_file():
         with path.open("rb") as file:
-            data = file.read(WINDOW) + b"\n"
-            file.seek(max(file.tell(), path.stat().st_size - WINDOW))
-            data += file.read()
-    for line in data.splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+            lines = [*islice(file, most), *deque(file, most)]
+        for line in lines:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
     return rows
 
 
@@ -86,7 +97,7 @@ def read_lines(path: Path) -> list[dict]:
 def read_groups(path: Path) -> list[dict]:
     """The completions of each prompt at each step, from the best to the worst."""
     groups = {}
-    for row in read_lines(path):
+    for row in read_lines(path, MAX_ROLLOUTS):
         rows = groups.setdefault((row["step"], row["prompt"], row["id"]), [])
         rows.append(rows[0] | row if rows else row)  # clip, question and answer stand in the first of a group
     result = []
@@ -108,15 +119,193 @@ def before_and_after(groups: list[dict]) -> list[list[dict]]:
 def choose_cards(groups: list[dict], shown: set[str], most: int) -> dict[str, list[list[dict]]]:
     """{heading: at most so many cards}, a card being groups of one prompt: the same prompt at two steps; of the last
     step and the first the best group and the worst. Prompts in `shown` are left out, and those chosen are added."""
-    pairs, steps = before_and_after(groups), [group["step"] for group in groups]
-    cards = {"The same prompt, before and after": [*pairs[:1], *pairs[1:][::-1]]}
+    steps = [group["step"] for group in groups]
+    cards = {"The same prompt, before and after": before_and_after(groups)}
     for step, heading in {max(steps, default=0): "Last rollouts", min(steps, default=0): "First rollouts"}.items():
-        ranked = sorted(([g] for g in groups if g["step"] == step), key=lambda card: -card[0]["mean"])
-        cards[heading] = [*ranked[:1], *ranked[1:][::-1]]
-    for heading, choice in cards.items():
+        cards[heading] = sorted(([g] for g in groups if g["step"] == step), key=lambda card: -card[0]["mean"])
+    for heading, ranked in cards.items():
+        choice = [*ranked[:1], *ranked[1:][::-1]]  # the best, then from the worst on
         cards[heading] = [card for card in choice if card[0]["sample"] not in shown][:most]
         shown.update(card[0]["sample"] for card in cards[heading])
     return cards
+
+
+# -- Curves
+
+# Title, unit ("%": of shares, drawn times 100), pattern of the keys, section where runs are compared. The first fits.
+GROUPS = [
+    ("Accuracy", "%", r"^(?!class/|reward).*accuracy", "Results"),
+    ("Accuracy by class", "%", r"^class/", "Results"),
+    ("Reward", "points", r"^reward(?!.*std)", "Results"),
+    ("Loss", "", r"loss$", "Training"),
+    ("Reward standard deviation", "", r"^(reward|group).*std", "Training"),
+    ("Zero-variance groups", "% of the groups", r"all_(right|wrong)|variance", "Training"),
+    ("KL to the reference", "nats a token", r"^kl", "Training"),
+    ("Truncated completions", "%", r"truncated", "Training"),
+    ("Completion length", "tokens", r"length", "Results"),
+    ("Clipped fraction", "% of the tokens", r"^clip|capped", "Training"),
+    ("Entropy", "nats a token", r"entropy", "Training"),
+    ("Gradient norm", "before clipping", r"grad_norm", "Training"),
+    ("Learning rate", "", r"^lr$", "Training"),
+    ("Log-prob gap, sampler to trainer", "nats", r"gap", "Training"),
+    ("Tokens per step", "", r"tokens$", "Speed and memory"),
+    ("Throughput", "tokens per second", r"per_second", "Speed and memory"),
+    ("Step time", "ms", r"^ms$", "Speed and memory"),
+    ("Time", "seconds", r"seconds", "Speed and memory"),
+    ("Waiting for data", "% of the step", r"^wait", "Speed and memory"),
+    ("Memory", "GiB, peak", r"gib", "Speed and memory"),
+    ("Other", "", "", "Training"),
+]
+# Of several runs two charts of each section are shown, these before others, and the rest is folded
+LEADING = ("eval_accuracy", "reward", "loss", "kl", "tokens_per_second", "gib")
+LOGARITHMIC = ("Loss", "Gradient norm", "Log-prob gap, sampler to trainer")
+NOT_CHARTED = {"step", "epoch", "eval_count", "evaluation"}
+COLOURS = 8  # classes s0 ... s7 of the page
+POINTS = 1000  # a longer curve is thinned to so many of its points
+
+
+def columns(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows of metrics.jsonl -> {key: (steps (N,), values (N,))}, sorted; of a step written twice the later row counts.
+    A null is NaN (JSON has none); a key with nothing else is left out. "class/X" is the accuracy on class X."""
+    points = {}
+    for row in rows:
+        table = row.get("evaluation", {}).get("confusion", {})
+        classes = {f"class/{true}": said.get(true, 0) / sum(said.values()) for true, said in table.items()}
+        for key, value in (row | (classes if 1 < len(classes) <= COLOURS else {})).items():
+            if (value is None or type(value) in (int, float)) and key not in NOT_CHARTED:
+                points.setdefault(key, {})[row["step"]] = np.nan if value is None else value
+    result = {key: tuple(np.array(sorted(value_at.items()), float).T) for key, value_at in points.items()}
+    return {key: (steps, values) for key, (steps, values) in result.items() if not np.isnan(values).all()}
+
+
+def charts(runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
+    """{name of the run: columns} -> charts in the order of GROUPS, and "key value" of what never changes. One run: a
+    chart a group. Several, laid over each other: a chart a key."""
+    result, constant, several = {}, [], len(runs) > 1
+    groups = {key: next(g for g in GROUPS if re.search(g[2], key)) for run in runs.values() for key in run}
+    for key, (title, unit, _, section) in sorted(groups.items(), key=lambda item: GROUPS.index(item[1])):
+        values = np.concatenate([run[key][1] for run in runs.values() if key in run])
+        if values.min() == values.max():
+            constant.append(f"{label(key)} {values[0]:.4g}")
+            continue
+        facts = {"unit": unit, "section": section, "log": title in LOGARITHMIC, "leading": key in LEADING}
+        alone = sum(group[0] == title for group in groups.values()) == 1
+        if title == "Other" or several and not alone:
+            title = label(key)[0].upper() + label(key)[1:]
+        curves = result.setdefault(title, facts | {"title": title, "curves": []})["curves"]
+        for number, (name, run) in enumerate(runs.items()):
+            if key in run and several:
+                curves.append(curve(name, *run[key], number, unit))
+            elif key in run:
+                curves.append(curve(label(key), *run[key], len(curves), unit))
+    return list(result.values()), constant
+
+
+def curve(name: str, steps: np.ndarray, values: np.ndarray, colour: int, unit: str) -> dict:
+    """What the page's script draws: points "step,value"; "step," where the value is not finite."""
+    scale = 100 if unit.startswith("%") and np.nanmax(np.abs(values)) <= 1 else 1
+    every = -(-len(values) // POINTS)
+    points = zip(steps[::every], values[::every] * scale)
+    points = " ".join(f"{step:.6g}," + (f"{value:.6g}" if np.isfinite(value) else "") for step, value in points)
+    return {"name": name, "colour": colour % COLOURS, "points": points}
+
+
+def label(key: str) -> str:
+    """A key as a legend: 'reward/accuracy' -> 'reward accuracy', 'class/Ascending' -> 'Ascending'."""
+    return key.removeprefix("class/").replace("/", " ").replace("_", " ").replace("kl", "KL")
+
+
+# -- Clips as the model saw them: the frames that video.py samples and resizes, as small JPEGs
+
+
+def strip(video: str | None, config: dict) -> dict:
+    """{"images": [(seconds, data URL)], "note"} or {"error"} of a record's `video`, in image_folder, in videos/ beside
+    the data, or beside the data."""
+    from video import Options  # not at the top: it imports torch, and --help must not wait for that
+
+    if not isinstance(video, str):
+        return {}
+    texts = (config.get(key) or "" for key in ("data_path", "eval_data_path"))
+    data = [Path(file).parent for text in texts for file, _ in data_files(text)]
+    folders = [Path(config.get("image_folder") or ""), *(folder / sub for folder in data for sub in ("videos", ""))]
+    path = next((folder / video for folder in folders if (folder / video).is_file()), None)
+    if path is None:
+        return {"error": f"{video}: no such file"}
+    kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
+    try:
+        options = Options.from_args(kind, SimpleNamespace(**(as_dict(SFT()) | config)), {})
+        return sampled(kind, str(path), options)
+    except (UserError, OSError) as error:
+        return {"error": str(error)}
+
+
+@lru_cache(256)  # a run's page is written again and again
+def sampled(kind: str, path: str, options) -> dict:
+    """The strip of a clip: FRAMES of its sampled frames. UserError naming the file."""
+    from video import from_patches, plan_clip, read_clip
+
+    plan = plan_clip(kind, (path,), options)
+    count = len(plan.indices)
+    shown = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int).tolist()
+    few = replace(plan, indices=[plan.indices[k] for k in shown], seeks=[plan.seeks[k] for k in shown if plan.seeks])
+    pictures = [jpeg(picture) for picture in from_patches(read_clip(few).numpy(), few.grid_thw)]
+    note = f"{len(shown)} of {count} sampled frames, {plan.size[1]} x {plan.size[0]} pixels"
+    return {"images": list(zip((plan.times[k] for k in shown), pictures)), "note": note}
+
+
+def jpeg(picture: np.ndarray) -> str:
+    """(H, W, 3) uint8 as a data URL, at most SIDE pixels a side."""
+    scale = min(1.0, SIDE / max(picture.shape[:2]))
+    height, width = (max(2, int(side * scale)) for side in picture.shape[:2])
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24").reformat(width, height, "yuvj444p")
+    return "data:image/jpeg;base64," + base64.b64encode(encode_image(frame, "mjpeg", qmin="2", qmax="3")).decode()
+
+
+# -- What a run's records ask, and facts about them, for trainer_state.json and data.json
+
+
+def some_samples(records: Sequence[dict]) -> Iterator[Sample]:
+    """At most MAX_READ, spread over the records. What is wrong with one the loader reports, when it comes to it."""
+    for i in spread(range(len(records)), MAX_READ, seed=0):
+        with suppress(UserError):
+            yield sample_from_record(records[i])
+
+
+def dataset_summary(splits: dict[str, Sequence[dict]]) -> dict:
+    """{split: records} -> {split: samples, how often each right answer comes, an example of each}."""
+    result = {}
+    for split, records in splits.items():
+        classes, examples = Counter(), {}
+        for sample in some_samples(records):
+            answer, record = reference_answer(sample), sample.record
+            name = sample.options.get(answer, answer) or sample.answer.strip()[:80]
+            classes[name] += 1
+            if record.get("video"):
+                examples.setdefault(name, {"id": record_name(record), "video": record["video"], "class": name})
+        classes = dict(sorted(classes.items())) if len(classes) <= MAX_LISTED else {}
+        if len(records):
+            examples = list(examples.values())[:MAX_EXAMPLES]
+            result[split] = {"samples": len(records), "classes": classes, "examples": examples}
+    return result
+
+
+def data_question(records: Sequence[dict]) -> dict | None:
+    """{"text", "system"}: the records' most frequent question, and the system turn before it ("" = none); None without.
+    Where the questions differ in their options alone, as for folders of classes, it has all of these."""
+    questions = Counter()
+    for sample in some_samples(records):
+        first = read_form(sample.record).messages[0]
+        system = plain_text(first.content) if first.role == "system" else ""
+        questions[TAG.sub("", sample.question).strip(), system] += 1
+    if not questions:
+        return None
+    (text, system), _ = questions.most_common(1)[0]
+    lines = [text.split("\n") for text, _ in questions]
+    options = sorted({line[4:] for each in lines for line in each if OPTION.fullmatch(line)})
+    stems = {tuple(line for line in each if not OPTION.fullmatch(line)) for each in lines}
+    if len(questions) > 1 and len(stems) == 1 and 0 < len(options) <= len(LETTERS):
+        text = "\n".join([*stems.pop(), *(f"({letter}) {words}" for letter, words in zip(LETTERS, options))])
+    return {"text": text, "system": system}
 
 
 # -- The page
@@ -141,12 +330,9 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     environment.filters["frames"] = strip
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(nonce=secrets.token_hex(16), exp=math.exp, shown=shown, **values)
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
+        write_file(output, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     return output
 

@@ -33,7 +33,7 @@ from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
 from records import clip_name, data_files
-from reporting.dataset import data_question, dataset_summary
+from report import data_question, dataset_summary
 from rollouts import Sampler
 from script import command
 from trainer import Run, warmup_steps, watch_signals

@@ -63,17 +63,18 @@ def some_answer(rng: np.random.Generator) -> str:
     label = str(rng.choice(list(DIRECTIONS)))
     if rng.random() < 0.5:
         return f"Answer: {OPTIONS[label]}"
-    return explain(draw_clip(rng, label, 64, 30).track(), label, rng, int(rng.integers(0, 4)))
+    return explain(draw_clip(rng, label, 64, 30), rng, int(rng.integers(0, 4)))
 
 
 def base_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
     """generate.py's drawn_dataset with other labels and questions."""
     jobs, records = generate.plan(cfg, LABELS, stream=2), []
-    for job, (clip, _) in zip(jobs, generate.make_clips(cfg, jobs, work / "videos"), strict=True):
-        turns = base_turns(clip, np.random.default_rng([cfg.seed, 5, job.index]))
-        entry = generate.record(job.name, f"{job.name}.mp4", turns, generate.facts_of(clip))
+    generate.write_clips(cfg, jobs, work / "videos")
+    for i, job in enumerate(jobs):
+        turns = base_turns(job.clip, np.random.default_rng([cfg.seed, 5, i]))
+        entry = generate.record(job.name, f"{job.name}.mp4", turns, generate.facts_of(job.clip))
         records.append((job.split, entry))
-    return records, {"fps": FPS, "counts": {}, "cot": {}}
+    return records, {"fps": FPS, "cot": {}}
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:

@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from checkpoint import checkpoints
 from clips import OPTIONS, draw_clip, render, write_mp4
-from quickstart import GRPO, HALF, SAMPLED, SFT, last
+from quickstart import GRPO, HALF, SAMPLED, SFT
 
 CLIPS = "--num_samples 1800 --split 0.5556 --overwrite"  # 1,000 to train on, 400 to choose by, 400 to report
 COT = " --cot --cot_source trajectory --cot_coordinates 0"
@@ -117,7 +118,8 @@ def learn(seed: int, data: Path, out: Path, args) -> dict[str, dict]:
     columns = {"greedy": ("report", ""), "sampled": ("report", SAMPLED)}
     columns |= {kind: (kind, "") for kind in FAR if args.far}
     rows = {}
-    for name, adapter in {"SFT": last(sft), "start of GRPO": start, "GRPO": last(grpo)}.items():
+    adapters = {"SFT": checkpoints(sft)[-1], "start of GRPO": start, "GRPO": checkpoints(grpo)[-1]}
+    for name, adapter in adapters.items():
         rows[name] = {key: accuracy(adapter, data / f"{file}.json", how) for key, (file, how) in columns.items()}
         rows[name]["seconds"] = seconds[name]
     return rows

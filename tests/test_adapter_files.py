@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import peft
 import pytest
@@ -189,12 +190,6 @@ def make_adapter(folder, **changes):
     return model
 
 
-@pytest.fixture
-def adapter(tmp_path):
-    make_adapter(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 # -- PEFT is the oracle
 
 
@@ -331,11 +326,10 @@ def test_layer_is_the_formula(rslora, bias):
     assert torch.equal(output(), plain(x))
 
 
-def test_a_disk_that_is_full_is_one_line(adapter, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("No space left on device")
-
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    make_adapter(tmp_path / "adapter")
+    full = MagicMock(side_effect=SafetensorError("No space left on device"))
     monkeypatch.setattr("model.loading.save_file", full)
     with pytest.raises(UserError, match="cannot be written .No space left on device"):
-        main(["merge", str(adapter), str(tmp_path / "new")])
+        main(["merge", str(tmp_path / "adapter"), str(tmp_path / "new")])
     assert not list(tmp_path.glob("*new*"))

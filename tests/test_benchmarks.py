@@ -15,7 +15,7 @@ from config import Infer, parse
 from data import Processor, load_tokenizer
 from model.decode import Completion
 from model.loading import ModelConfig
-from reporting.frames import jpeg
+from report import jpeg
 
 TINY = Path(__file__).resolve().parents[1] / "assets/tiny"
 BASE = ["--model_id", str(TINY), "--model_ckpt", "none"]

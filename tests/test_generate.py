@@ -56,7 +56,7 @@ def seen(drawn, frames):
 def test_only_motion_tells_the_class(augment):
     """A still tells nothing, the set of stills the axis and not the sense, their order everything."""
     cfg = options("", num_samples=2000, augment=augment, augment_prob=0.2, seed=7)
-    drawn = [G.clip_of(cfg, job) for job in G.plan(cfg)]
+    drawn = [job.clip for job in G.plan(cfg)]
     y = np.array([LABELS.index(clip.label) for clip in drawn])
     maps, positions = seen(drawn, C.sampled_frames(cfg.video_length))
     unordered = np.concatenate([np.sort(positions, 1).reshape(2000, -1), maps.mean(1), maps.max(1)], 1)
@@ -76,7 +76,7 @@ def test_typed_answers_are_what_the_pixels_show(tmp_path, task):
     G.generate(cfg)
     records, checked = {r["problem_id"]: r for split in ("train", "val") for r in load(tmp_path, split)}, 0
     for job in G.plan(cfg):
-        record, clip = records[job.name], G.clip_of(cfg, job)
+        record, clip = records[job.name], job.clip
         assert accuracy(record["solution"], sample_from_record(record)) == 1
         frames = C.render(clip).astype(float)
         moving = np.flatnonzero(np.abs(np.diff(frames, axis=0)).max((1, 2, 3)))
@@ -99,7 +99,7 @@ def test_explanations_are_true_and_pass_the_check(label, coordinates):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         clip = C.draw_clip(rng, label, 64, 30)
-        text = C.explain(clip.track(), label, rng, coordinates)
+        text = C.explain(clip, rng, coordinates)
         assert G.check_answer(text, C.OPTIONS[label]) == (text, ""), text
         points = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", text)]
         assert len(points) == coordinates, text
@@ -136,7 +136,7 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 30)
             shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        assert shown.shape == (30, 64, 64, 3) and np.abs(shown - C.render(G.clip_of(cfg, job)).astype(int)).mean() < 4
+        assert shown.shape == (30, 64, 64, 3) and np.abs(shown - C.render(job.clip).astype(int)).mean() < 4
 
 
 def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, monkeypatch):
@@ -187,41 +187,36 @@ def root(tmp_path, clip):
     return made
 
 
-def folder_options(root, **changes):
-    return Generate(**{"from_folder": str(root), "output_dir": str(root.parent / "set"), "workers": 1} | changes)
-
-
-def records_of(root, split="train"):
-    return json.loads((root.parent / "set" / f"{split}.json").read_text())
+def from_folder(root, **changes):
+    """Makes root's dataset beside it -> (metadata, the records of train.json, of val.json)"""
+    out = root.parent / "set"
+    metadata = G.generate(options(out, **{"from_folder": str(root)} | changes))
+    return metadata, load(out), load(out, "val") if (out / "val.json").exists() else []
 
 
 def test_every_clip_once_each_class_split_by_itself(root):
-    metadata = G.generate(folder_options(root, split=0.75))
+    metadata, train, val = from_folder(root, split=0.75)
     out = root.parent / "set"
     assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "train.json", "val.json"]  # nothing copied
-    train, val = records_of(root), records_of(root, "val")
     assert metadata["counts"]["train"] == dict(sorted(zip(CLASSES.values(), (3, 4, 4, 5, 6))))
     assert metadata["counts"]["val"] == dict(sorted(zip(CLASSES.values(), (1, 1, 2, 2, 2))))
     assert len({record["id"] for record in train + val}) == 30 == len(train + val)
     for record in train + val:
-        sample = sample_from_record(record)
-        assert (
-            sample.options[reference_answer(sample)] == CLASSES[record["id"].split("/")[0]] == record["meta"]["label"]
-        )
+        sample, label = sample_from_record(record), CLASSES[record["id"].split("/")[0]]
+        assert sample.options[reference_answer(sample)] == label == record["meta"]["label"]
         assert len(set(sample.options.values())) == 4 and set(sample.options.values()) <= set(CLASSES.values())
         assert record["conversations"][0]["value"].startswith("<video>\nWhat does the video show?\nOptions:\n(A) ")
         assert (out / record["video"]).is_file() and not os.path.isabs(record["video"])
-    G.generate(folder_options(root, split=0.75, overwrite=True))
-    assert (records_of(root), records_of(root, "val")) == (train, val)
+    assert from_folder(root, split=0.75, overwrite=True)[1:] == (train, val)
     order = [record["meta"]["label"] for record in val]
     assert order != sorted(order), "val.json is shuffled, not class after class"
 
 
 def test_hard_negatives_are_names_spelt_alike(root):
     """One of the two most alike is drawn; which, differs from clip to clip, or the options would tell the class."""
-    G.generate(folder_options(root, num_options=2, hard_negatives=True, question="Which one?"))
+    _, train, val = from_folder(root, num_options=2, hard_negatives=True, question="Which one?")
     wrong = {}
-    for record in records_of(root) + records_of(root, "val"):
+    for record in train + val:
         sample = sample_from_record(record)
         right = sample.options[reference_answer(sample)]
         wrong.setdefault(right, set()).update({*sample.options.values()} - {right})
@@ -235,19 +230,15 @@ def test_train_and_val_as_kinetics_comes(root):
     shutil.copytree(root, kinetics / "train")
     for name in [*CLASSES][:3]:
         shutil.copytree(root / name, kinetics / "validation" / name)
-    counts = G.generate(folder_options(kinetics, split=0.5))["counts"]
-    assert sum(counts["train"].values()) == 30 and sum(counts["val"].values()) == 15
-    assert all(record["id"].startswith("validation/") for record in records_of(root, "val"))
+    _, train, val = from_folder(kinetics, split=0.5)
+    assert len(train) == 30 and len(val) == 15 and all(record["id"].startswith("validation/") for record in val)
     vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
     for name in ("train", "bus"):
         (vehicles / name).mkdir(parents=True)
         os.link(root / "ball_rising" / "0.mp4", vehicles / name / "0.mp4")
-    counts = G.generate(folder_options(vehicles, overwrite=True))["counts"]
-    assert counts == {
-        "train": {"train": 1, "bus": 1},
-        "val": {},
-    }
-    assert not (root.parent / "set" / "val.json").exists()  # the old dataset is replaced
+    metadata, _, val = from_folder(vehicles, overwrite=True)
+    assert metadata["counts"] == {"train": {"train": 1, "bus": 1}, "val": {}}
+    assert val == []  # the old file is gone
 
 
 def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
@@ -256,10 +247,10 @@ def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
     (folder / "gone.mp4").symlink_to("nowhere.mp4")
     os.mkfifo(folder / "pipe.mp4")
     os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
-    metadata, out = G.generate(folder_options(root)), capsys.readouterr().out
+    (metadata, train, val), out = from_folder(root), capsys.readouterr().out
     names = [os.path.basename(path) for path in metadata["unreadable"]]
     assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
-    assert sum(sum(counts.values()) for counts in metadata["counts"].values()) == 30
+    assert len(train + val) == 30
     assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
 
 
@@ -274,10 +265,10 @@ def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys)
 
     with Server(think) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        metadata = G.generate(folder_options(root, cot=True, cot_workers=1, split=0.5))
+        metadata, train, _ = from_folder(root, cot=True, cot_workers=1, split=0.5)
     counts = metadata["cot"]["counts"]
     assert counts["kept"] == 4 and counts["dropped"] == 26 and metadata["counts"]["train"] == {"ball rising": 2}
-    for record in records_of(root):
+    for record in train:
         answer = record["conversations"][1]["value"]
         assert answer.startswith("<think>It goes up") and accuracy(answer, sample_from_record(record))
     prompt, _ = server.requests[0][2]["messages"][0]["content"]

@@ -98,8 +98,9 @@ def trained_model(trained: str):
 
 @torch.no_grad()
 def change_adapters(model, size: float) -> None:
-    for home in lora.adapter_blocks(model):
-        home.block.adapters.normal_(0, size)
+    for name, parameter in model.named_parameters():
+        if name.endswith(lora.FLAT):
+            parameter.normal_(0, size)
 
 
 def batch(config, clips, text: int):

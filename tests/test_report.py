@@ -18,7 +18,6 @@ import report
 from clips import write_mp4
 from config import GRPO, SFT, as_dict
 from model import UserError
-from reporting import frames
 from trainer import Log, Run
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}{% raw %}"
@@ -102,7 +101,7 @@ def test_sections_and_their_contents_with_nothing_from_elsewhere(grpo_run):
                   "Odd number", "before and after", "advantage −1.00", "truncated",
                   "The same at every step:", "ratio 1.", "d.mp4: no such", "seed = 3"):  # fmt: skip
         assert words in text, words
-    assert text.count(IMAGE) == 2 * frames.FRAMES  # before and after, an example
+    assert text.count(IMAGE) == 2 * report.FRAMES  # before and after, an example
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
     assert "default-src 'none'; img-src data:; style-src 'nonce-" in policy and "unsafe" not in policy
     assert not re.search(r"https:|@import|url\(|http://(?!www.w3.org/2000/svg\")| style=| on[a-z]+=", text)
@@ -130,7 +129,7 @@ def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     text = page_of(grpo_run)
     assert "never" not in text and 'data-points="0,1 1, 2,3 3, 4, 5,6"' in text and re.search("a.mp4: [^<]", text)
     write_lines(grpo_run / "rollouts.jsonl", [row for step in range(50) for row in rollout_rows(step, 2)])
-    monkeypatch.setattr(report, "WINDOW", 5000)  # of a file of gigabytes both ends are read
+    monkeypatch.setattr(report, "MAX_ROLLOUTS", 18)  # of a file of gigabytes both ends are read
     steps = [group["step"] for group in report.read_run(grpo_run)["groups"]]
     assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
 
