@@ -87,6 +87,10 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(path):
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 # -- Folders
 
 
@@ -99,9 +103,8 @@ def write_whole(folder, fill):
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        write_json(temporary / MANIFEST, listed)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / MANIFEST, {str(path.relative_to(temporary)): fingerprint(path) for path in files})
         for path in [*files, temporary]:
             sync(path)
         remove(folder)
@@ -124,16 +127,15 @@ def remove(folder):
 def what_is_broken(folder):
     """Why a checkpoint cannot be trusted, in words; None if every file of its manifest is there, byte for byte."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text())
-        for name, entry in listed.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (path.stat().st_size, sha256(path)) != (entry["bytes"], entry["sha256"]):
-                return f"{name} does not have the size and SHA-256 of the manifest"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
-    return None if listed else f"{MANIFEST} is empty"
+        listed = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        listed = {}
+    for name, expected in listed.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if fingerprint(folder / name) != expected:
+            return f"{name} does not have the size and SHA-256 of the manifest"
+    return None if listed else f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
 
 
 def step_of(folder):
@@ -168,10 +170,9 @@ def rotate(run_folder, limit):
     """Delete the oldest checkpoints beyond `limit` (None = keep all). The best one stays and is not counted, nor is one
     that a signal left: it goes as soon as there is a newer one, so that a stopped run ends with the same ones."""
     best, every = best_checkpoint(run_folder), checkpoints(run_folder)
-    others = [folder for folder in every if folder != best]
-    stopped = [folder for folder in others if was_stopped(folder)]
-    counted = [folder for folder in others if folder not in stopped]
-    for folder in [*(f for f in stopped if f != every[-1]), *(counted[:-limit] if limit else [])]:
+    counted = [folder for folder in every if folder != best and not was_stopped(folder)]
+    stopped = [folder for folder in every[:-1] if folder != best and was_stopped(folder)]
+    for folder in stopped + (counted[:-limit] if limit else []):
         remove(folder)
 
 
@@ -189,10 +190,7 @@ def link_adapter(run_folder):
         if folder and (folder / name).is_file():  # no whole model
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
-            try:
-                temporary.symlink_to(Path(folder.name) / name)
-            except OSError:  # a file system without links
-                shutil.copyfile(folder / name, temporary)
+            temporary.symlink_to(Path(folder.name) / name)
             temporary.rename(run_folder / name)
 
 
@@ -209,8 +207,8 @@ def find_adapter(path, script=None):
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
     if not path.exists():
-        problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
-        raise UserError(f"{problem}{nearest_path(path)}")
+        hint = nearest_path(path)
+        raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run{hint}")
     every, is_run = checkpoints(path), (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()
     if every and is_run:  # other trainers leave their last adapter beside its checkpoints
         path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
@@ -254,14 +252,14 @@ def save_state(state, folder):
     """Write what optimizer_state yields into folder, as optimizer-00000.safetensors and so on."""
     from safetensors.torch import save_file
 
-    shard, size, number = {}, 0, 0
+    shard, number = {}, 0
     for name, tensor in state:
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or Inf")
-        shard[name], size = tensor.contiguous(), size + tensor.nbytes
-        if size >= SHARD_BYTES:
+        shard[name] = tensor.contiguous()
+        if sum(each.nbytes for each in shard.values()) >= SHARD_BYTES:
             save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
-            shard, size, number = {}, 0, number + 1
+            shard, number = {}, number + 1
     save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
 
 
@@ -279,7 +277,8 @@ def load_state(engine, adamw, folder, updates):
     shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (a file handle, no dict)
     for name, param in trained(engine, updates):
         for key in ("weight", *MOMENTS) if updates else ("weight",):
-            tensor = shard_of[f"{key}/{name}"].get_tensor(f"{key}/{name}") if f"{key}/{name}" in shard_of else None
+            shard = shard_of.get(f"{key}/{name}")
+            tensor = shard and shard.get_tensor(f"{key}/{name}")
             if tensor is None or tensor.shape != param.shape:
                 raise UserError(f"{folder}: has no {name} as this model trains it; resume with that run's flags")
             if key == "weight":

@@ -90,7 +90,7 @@ class Sampler:
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     lower = "--max_completion_length, --max_new_tokens or --nframes"
-                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", [packed], lower) from None
+                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", lower) from None
             self.oom_retries += 1
             self.max_tokens = tokens
             self.model.ops.graphs = None  # the memory of the graphs of small passes is worth more now

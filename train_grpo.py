@@ -5,9 +5,8 @@
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
-A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of several
-ranks each samples and trains on the groups of its own prompts, as far as that is even; all know the rewards of all.
+In sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of
+several ranks each samples and trains on the groups of its own prompts, as far as that is even; all know all rewards.
 """
 
 # ruff: noqa: E402
@@ -26,7 +25,6 @@ from types import SimpleNamespace
 
 import torch
 
-import memory
 import ranks
 import trainer
 from data import pack_groups, read_records
@@ -35,6 +33,7 @@ from grpo import group_advantages, grpo_loss, loss_normalizer
 from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
+from memory import units_per_step
 from model.decode import Sampling
 from model.packed import IGNORE
 from model.qwen import target_logprobs
@@ -65,7 +64,7 @@ def main():
     if run.start_accuracy == 1:
         run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
-    rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
+    rounds = run.state.get("loop", {}).get("rounds", run.step)  # of sampling, each with the dataset's next prompts
     batches, wanted = loader.iterate(rounds), loader.global_batch  # groups that a step counts
     for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
@@ -97,7 +96,7 @@ def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     whole = replace(cfg, gradient_accumulation_steps=1, pack_tokens=None)  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
-    return Loader(records, processor, whole, global_batch=memory.units_per_step(cfg) * world, **options)
+    return Loader(records, processor, whole, global_batch=units_per_step(cfg) * world, **options)
 
 
 def freeze_reference(model, cfg):
@@ -212,8 +211,8 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
             metrics = update_policy(run, engine, frozen, batches, normalizer, step, most)
             break
         except torch.OutOfMemoryError:
-            packs = [batch.packed for batch in batches]
-        memory.shrink(run, engine, packs, step, repeatable=run.updates == updates)
+            largest = max(len(batch.packed.input_ids) for batch in batches)
+        trainer.shrink(run, engine, largest, step, repeatable=run.updates == updates)
     if not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics

@@ -26,7 +26,6 @@ from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from latest import follow
 from loader import Loader
-from memory import shrink
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from startup import build_model, dry_run, launch, start
@@ -67,8 +66,8 @@ def main():
                 grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)
                 break
             except torch.OutOfMemoryError:
-                pass  # outside of this clause nothing holds the pass's tensors any more
-            shrink(run, engine, micro_batches, step)
+                largest = max(len(packed.input_ids) for packed in micro_batches)
+            trainer.shrink(run, engine, largest, step)  # here nothing holds the pass's tensors any more
             micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
             micro_batches = loader.packs()
             most = len(micro_batches)

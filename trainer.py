@@ -24,7 +24,7 @@ from adapter_files import copy_small_files, save_adapter
 from checkpoint import BEST, METRICS, ROLLOUTS, STATE, append_lines, write_json
 from config import as_dict
 from data import pack
-from engine import leave_processes
+from engine import clear_gradients, leave_processes
 from evaluate import progress
 from lora import lora_layers
 from memory import out_of_memory
@@ -91,10 +91,6 @@ class Run:
         self.best = {"step": self.step, "accuracy": accuracy}
         return True, ", the best so far"
 
-    def loop_state(self, name):
-        """What the loop saved under this name in the checkpoint that the run goes on from, or None."""
-        return self.state.get("loop", {}).get(name)
-
 
 # -- One step
 
@@ -144,12 +140,29 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
     try:
         engine.step()
     except torch.OutOfMemoryError:
-        packs = [getattr(each, "packed", each) for each in micro_batches]
         lower = "--offload_optimizer or --lora_rank"
-        raise out_of_memory(engine.device, "updating the weights", packs, lower) from None
+        raise out_of_memory(engine.device, "updating the weights", lower) from None
     if graphs := engine.module.ops.graphs:
         graphs.ready = True
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
+
+
+def shrink(run, engine, largest, step, repeatable=True):
+    """Memory ran out in a pass of this step, whose largest pack has `largest` tokens: its gradients are cleared and
+    run.plan gets smaller, so that the step can be repeated. UserError where that is no use: a single sample is too
+    much, or other ranks are in the middle of adding up gradients."""
+    plan = run.plan
+    is_single = plan.pack_tokens is not None and largest > plan.pack_tokens  # a sample, or a prompt and a completion
+    if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
+        lower = "--offload_activations, --video_max_pixels or --nframes"
+        raise out_of_memory(run.device, f"training step {step} (the largest pack has {largest:,} tokens)", lower)
+    plan.pack_tokens, plan.kept = largest // 2, 0
+    plan.apply(engine.module)
+    clear_gradients(engine)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = f"packs of at most {plan.pack_tokens:,} tokens, everything recomputed"
+    run.warn(f"step {step}: out of GPU memory; it is repeated, from now on {smaller}: the same update")
 
 
 def check_numbers(run, step, loss, grad_norm, updated):
@@ -200,9 +213,8 @@ class Log:
             for tracker in self.trackers:
                 tracker.log(step, {k: v for k, v in clean.items() if isinstance(v, (int, float))})
 
-    def step(self, step, metrics, seconds, waited, tokens, warnings=(), lines=()):
-        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks. warnings and
-        lines: shown below the step's."""
+    def step(self, step, metrics, seconds, waited, tokens):
+        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""
         run = self.run
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process; in KiB on Linux
         if run.device.type == "cuda":
@@ -213,10 +225,6 @@ class Log:
         self.bar.update()
         if step % run.cfg.logging_steps == 0 or step == run.total:
             run.say(self.line(step, metrics))
-        for text in warnings:
-            run.warn(f"step {step}: {text}")
-        for text in lines:
-            run.say(f"step {step:>6}  {text}")
 
     def line(self, step, metrics):
         """At most 100 columns; with --verbose, behind them, every other number of metrics.jsonl."""
@@ -271,8 +279,8 @@ def after_step(run, engine, evaluate, loop=None):
 
 
 def save(run, engine, loop, stopped=0):
-    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk
-    ends the run with one line; the earlier checkpoints are intact.
+    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. What cannot be
+    written, on a full disk or because of NaN, ends the run with one line; the earlier checkpoints are intact.
 
     stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
     """
@@ -314,13 +322,12 @@ def save(run, engine, loop, stopped=0):
             checkpoint.link_adapter(run.folder)
             if not stopped:
                 checkpoint.rotate(run.folder, run.cfg.save_total_limit)
-        except (OSError, SafetensorError) as problem:
-            error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
-        except FloatingPointError as problem:
-            error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
+        except (OSError, SafetensorError, FloatingPointError) as problem:
+            advice = "free some space or lower --learning_rate, then --resume"
+            error = f"{folder}: cannot be written ({problem}); earlier ones are intact: {advice}"
     for _ in tensors:  # whatever happens on rank 0: the ranks meet in every reduction of it
         pass
-    ranks.raise_together(error and f"{folder}: {error}")
+    ranks.raise_together(error)
 
 
 def write_page(run):

@@ -88,7 +88,7 @@ def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypat
             here.data[5] = math.nan
 
     before_update(monkeypatch, act)
-    with pytest.raises(UserError, match="checkpoint-5: is not written: .* holds NaN or Inf; earlier ones are intact"):
+    with pytest.raises(UserError, match="checkpoint-5: cannot be written .* holds NaN or Inf.; earlier ones are intact"):
         sft(
             "run", save_steps=1, save_total_limit="none", max_steps=9, deepspeed=tmp_path / "zero.json", max_grad_norm=0
         )
@@ -254,7 +254,7 @@ def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
     del ended
     release_run()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert all(part in line for part in (*words, "out of GPU memory", " packs, the largest ")), line
+    assert all(part in line for part in (*words, "out of GPU memory")), line
     again = sft("run", **options, resume=True)
     assert column(again, "loss", "grad_norm") == column(whole, "loss", "grad_norm")
 
@@ -305,7 +305,7 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     same_rollouts(again, whole)
     small_memory(monkeypatch, 0)
     lower = "--max_completion_length, --max_new_tokens or --nframes lowers"
-    with pytest.raises(UserError, match=f"while sampling 4 x 1 prompt; .* tokens in 1 packs.*{lower}"):
+    with pytest.raises(UserError, match=f"while sampling 4 x 1 prompt; {lower}"):
         grpo("none")
 
 
