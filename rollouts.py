@@ -83,10 +83,10 @@ class Sampler:
         # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
         tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
         if tokens < self.max_tokens or len(batch) == 1:
-            packed = pack(batch)
+            packed = pack(batch).to(self.device)
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
             try:
-                return generate(self.model, packed.to(self.device), sampling, count, generators, on_token)
+                return generate(self.model, packed, sampling, count, generators, on_token)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     lower = "--max_completion_length, --max_new_tokens or --nframes"
@@ -119,27 +119,24 @@ def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Ex
         yield batch
 
 
-def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict], shuffled: dict, limit: int):
-    """Fill in the groups' facts and rewards. shuffled: {number of the record: texts of completions on shuffled frames}.
-    limit: tokens that a completion may take."""
-    samples = [sample_from_record(record) for record in records]
-    for sample, group in zip(samples, groups):
-        for rollout in group.rollouts:
-            rollout.right = accuracy(rollout.text, sample)
-    for sample, record, group in zip(samples, records, groups):
-        texts = [rollout.text for rollout in group.rollouts]
-        context, others = {}, shuffled.get(group.record)
-        if others:
-            context["accuracy"] = statistics.fmean(rollout.right for rollout in group.rollouts)
-            context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in others)
-        for reward in rewards:
-            if isinstance(reward.fn, ServerJudge):  # asks for all of a group at once
-                reward.fn.score_group(texts, sample)
-        for rollout in group.rollouts:
-            length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
-            rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
-            rollout.reward = total(rewards, rollout.components)
-        group.facts, group.differs = facts_of(record, sample), group.finite and differ(group.rollouts)
+def score_group(rewards: list[Reward], group: Group, record: dict, shuffled: list[str], limit: int) -> None:
+    """Fill in a group's facts and rewards. shuffled: texts of completions on shuffled frames, [] where no reward needs
+    them. limit: tokens that a completion may take."""
+    sample, texts = sample_from_record(record), [rollout.text for rollout in group.rollouts]
+    for rollout in group.rollouts:
+        rollout.right = accuracy(rollout.text, sample)
+    context = {}
+    if shuffled:
+        context["accuracy"] = statistics.fmean(rollout.right for rollout in group.rollouts)
+        context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in shuffled)
+    for reward in rewards:
+        if isinstance(reward.fn, ServerJudge):  # asks for all of a group at once
+            reward.fn.score_group(texts, sample)
+    for rollout in group.rollouts:
+        length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
+        rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
+        rollout.reward = total(rewards, rollout.components)
+    group.facts, group.differs = facts_of(record, sample), group.finite and differ(group.rollouts)
 
 
 def differ(rollouts: list[Rollout]) -> bool:
@@ -171,7 +168,7 @@ def reward_metrics(groups: list[Group], group_std: list[float]) -> dict[str, flo
     }
 
 
-def write_rollouts(run, step: int, groups: list[Group]):
+def write_rollouts(run, step: int, groups: list[Group]) -> None:
     """Append every completion of the step, of all ranks, to rollouts.jsonl: text and rewards; question and answer once
     a group, tokens and log-probs only of the groups that report.py may show: best, worst and widest in reward."""
     if run.rank:

@@ -38,7 +38,7 @@ from model.decode import Sampling
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from rewards import load_rewards, temporal, try_rewards
-from rollouts import Group, reward_metrics, score_groups, write_rollouts
+from rollouts import Group, reward_metrics, score_group, write_rollouts
 from startup import build_model, dry_run, launch, start
 
 # Of the console's line: name in metrics.jsonl, heading, format
@@ -125,13 +125,14 @@ def sample_groups(run, rewards, batches, step, wanted):
         began = time.perf_counter()
         (prompts,) = next(batches)
         waited += time.perf_counter() - began
-        for rank, theirs in enumerate(ranks.gather(sample_round(run, rewards, prompts, step, 2 * (made - 1)))):
-            for k, group in enumerate(theirs):
+        own = sample_round(run, rewards, prompts, step, stream=2 * (made - 1))
+        for rank, theirs in enumerate(ranks.gather(own)):
+            if rank == run.rank:
+                examples |= dict(enumerate(prompts, start=len(groups)))
+            for group in theirs:
                 group.number, group.owner = len(groups), rank
                 for rollout in group.rollouts:
                     rollout.group = group.number
-                if rank == run.rank:
-                    examples[group.number] = prompts[k]
                 groups.append(group)
         enough = made > run.cfg.max_resample or sum(group.differs for group in groups) >= wanted
         if groups and enough:  # none: no prompt could be read
@@ -145,17 +146,19 @@ def sample_round(run, rewards, prompts, step, stream):
     sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
     seed = cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream  # and a prompt's number: the same on any rank
     drawn = sampler(prompts, sampling, cfg.num_generations, [seed + 7_919 * prompt.number for prompt in prompts])
-    rollouts = [[sampler.rollout(0, completion) for completion in each] for each in drawn]
     shuffled = {}  # prompt's number: texts
     if any(reward.fn is temporal for reward in rewards):
         movable = [prompt for prompt in prompts if any(steps > 1 for steps, _, _ in prompt.grid_thw)]
         able = {prompt.number: prompt.record for prompt in movable}
         others = [sampler.processor.encode(record, answer=False, control="shuffled") for record in able.values()]
         seeds = [seed + 15_485_863 + 7_919 * number for number in able]
-        drawn = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
-        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, drawn)}
-    groups = [Group(prompt.number, len(prompt), each) for prompt, each in zip(prompts, rollouts)]
-    score_groups(rewards, groups, [prompt.record for prompt in prompts], shuffled, cfg.max_completion_length)
+        texts = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
+        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, texts)}
+    groups = []
+    for prompt, completions in zip(prompts, drawn):
+        group = Group(prompt.number, len(prompt), [sampler.rollout(0, each) for each in completions])
+        score_group(rewards, group, prompt.record, shuffled.get(prompt.number, []), cfg.max_completion_length)
+        groups.append(group)
     return groups
 
 
@@ -170,10 +173,9 @@ def compare_within_groups(run, groups, wanted):
     counted group is trained on, for the policy may drift where rewards are equal too. Returns the metrics of everything
     that was sampled, and the loss' normalizer.
     """
-    cfg = run.cfg
-    everyone = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
-    advantages, std = group_advantages(torch.tensor(rewards, dtype=torch.float64), cfg.scale_rewards)
+    cfg, everyone = run.cfg, [rollout for group in groups for rollout in group.rollouts]
+    rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64).view(len(groups), -1)
+    advantages, std = group_advantages(rewards, cfg.scale_rewards)
     for rollout, advantage in zip(everyone, advantages.flatten().tolist()):
         rollout.advantage = advantage
         rollout.masked = cfg.mask_truncated_completions and not rollout.finished
