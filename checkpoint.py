@@ -238,8 +238,8 @@ def trained(engine, updates):
 
 
 def optimizer_state(engine, updates):
-    """Yields (key/name, whole fp32 tensor on the CPU): fp32 weights, and moments if an update was made. Every rank must
-    run it to its end: the getters meet in a reduction."""
+    """Yields (key/name, whole fp32 tensor on the CPU): weights, and moments if an update was made. Every rank must run
+    it to its end: the getters meet in a reduction."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     for name, param in trained(engine, updates):

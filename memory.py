@@ -123,8 +123,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
 
 
 def sample_sizes(records, processor, answer):
-    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset; without those that cannot be
-    read, which the loader will skip, count and name."""
+    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, without what cannot be read."""
     sizes, most = {}, min(LOOKED_AT, len(records))
     for number in (k * len(records) // most for k in range(most)):
         try:
@@ -141,10 +140,10 @@ def summary(model, cfg, records, processor, loader, steps, world):
     """Data, steps, memory."""
     is_grpo = hasattr(cfg, "num_generations")
     sizes = sample_sizes(records, processor, answer=not is_grpo)
-    tokens = [length for length, _ in sizes.values()]
-    span = f"{min(tokens):,} to {max(tokens):,} {'prompt tokens' if is_grpo else 'tokens'}"
+    lengths = [tokens for tokens, _ in sizes.values()]
+    span = f"{min(lengths):,} to {max(lengths):,} {'prompt tokens' if is_grpo else 'tokens'}"
     looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} checked are readable"
-    yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(tokens):,.0f}"
+    yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(lengths):,.0f}"
     yield f"  steps      {steps:,}; {loader.steps_per_epoch:,} are an epoch"
     peaks = estimate(model, cfg, list(sizes.values()), world)
     each, most = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items()), max(peaks.values())

@@ -32,9 +32,6 @@ from model import UserError
 from model.loading import not_finite, resolve_folder, save_model
 from report import write_report
 
-BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
-SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
-
 
 @dataclass
 class Run:
@@ -80,8 +77,8 @@ class Run:
         self.say(console.highlight(f"warning: {text}"))
 
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
-        """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; what to add to
-        its line). The start is no checkpoint, so it is never the best."""
+        """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; words for its
+        line). The start is no checkpoint, so it is never the best."""
         if self.step == 0:
             self.start_accuracy = accuracy
             return False, ", the start"
@@ -120,12 +117,12 @@ def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
 
 
 def update(engine, micro_batches, loss_of, num_micro_batches):
-    """One optimizer step over this rank's micro-batches. Every rank must call it.
+    """One optimizer step over this rank's micro-batches -> (global gradient norm before clipping, whether the weights
+    were updated: not where the gradient is not finite). Every rank must call it.
 
     loss_of(micro_batch): its share of the loss, already divided by the count over the whole global batch.
     num_micro_batches: of the rank that has most; the others make blank passes, for DeepSpeed reduces gradients in each.
-    Returns (global gradient norm before clipping, whether the update was made: not where the gradient is not finite).
-    OutOfMemoryError: in a pass, before anything was updated. UserError: in the update itself.
+    OutOfMemoryError: in a pass, before anything was updated.
     """
     assert len(micro_batches) <= num_micro_batches, f"{len(micro_batches)} micro-batches, at most {num_micro_batches}"
     for i in range(num_micro_batches):
@@ -148,9 +145,8 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
 
 
 def shrink(run, engine, largest, step, repeatable=True):
-    """Memory ran out in a pass of this step, whose largest pack has `largest` tokens: its gradients are cleared and
-    run.plan gets smaller, so that the step can be repeated. UserError where that is no use: a single sample is too
-    much, or other ranks are in the middle of adding up gradients."""
+    """Memory ran out in a pass of this step: clear its gradients and make run.plan smaller, so that it can be repeated.
+    largest: tokens of its largest pack. UserError where a single sample is too much, or where other ranks wait."""
     plan = run.plan
     is_single = plan.pack_tokens is not None and largest > plan.pack_tokens  # a sample, or a prompt and a completion
     if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
@@ -174,7 +170,7 @@ def check_numbers(run, step, loss, grad_norm, updated):
     run.bad += 1
     why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
     run.warn(f"step {step}: {why}: no update ({run.bad} in a row)")
-    if run.bad >= (SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW):
+    if run.bad >= (25 if run.dtype == torch.float16 else 5):  # fp16's loss scaling starts high and falls by such steps
         last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
         problem = f"{run.bad} steps in a row without an update ({why}), last good checkpoint: {last[0]}"
         raise UserError(f"{problem}; lower --learning_rate or look at the data")
@@ -196,9 +192,7 @@ def count_skipped(run, seen):
 
 class Log:
     """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, what --report_to names.
-
-    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Rank 0 writes, the others do nothing.
-    """
+    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Only rank 0 writes."""
 
     def __init__(self, run, columns):
         self.run, self.columns, self.started, self.first = run, columns, time.perf_counter(), run.step
@@ -244,8 +238,8 @@ class Log:
         return "  ".join(shown)
 
     def close(self):
-        for thing in (self.bar, *self.trackers):
-            thing.close()
+        for each in (self.bar, *self.trackers):
+            each.close()
 
 
 # -- After a step: evaluation, checkpoint, end
@@ -263,9 +257,7 @@ def before_first_step(run, engine, evaluate, judge_start=False):
 
 def after_step(run, engine, evaluate, loop=None):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
-
-    evaluate() -> whether the answers are the best so far, or None; loop: what the script wants back on --resume.
-    """
+    evaluate() -> whether the answers are the best so far; loop: what the script wants back on --resume."""
     is_due = lambda every: run.step == run.total or (every > 0 and run.step % every == 0)
     cfg, better, stop = run.cfg, False, stop_requested(run)
     if evaluate and not stop and is_due(cfg.eval_steps):
@@ -279,11 +271,8 @@ def after_step(run, engine, evaluate, loop=None):
 
 
 def save(run, engine, loop, stopped=0):
-    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. What cannot be
-    written, on a full disk or because of NaN, ends the run with one line; the earlier checkpoints are intact.
-
-    stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
-    """
+    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk or
+    NaN ends the run with one line. stopped: by this signal; the resumed run does all of after_step once more."""
     folder, error = run.folder / f"checkpoint-{run.step}", None
     model, scaler = engine.module, engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
