@@ -186,8 +186,8 @@ def was_stopped(folder):
 def link_adapter(run_folder):
     """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there."""
     folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
-    for name in ADAPTER:
-        if folder and (folder / name).is_file():  # no whole model
+    for name in ADAPTER if folder else ():
+        if (folder / name).is_file():  # no whole model
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(Path(folder.name) / name)
@@ -195,9 +195,9 @@ def link_adapter(run_folder):
 
 
 def find_adapter(path, script=None):
-    """The folder with the adapter that a user means by --model_ckpt: an adapter's folder (ours, or PEFT's); a
-    checkpoint-N; a run's folder, for its best checkpoint, or its newest if none was evaluated; "" for the run under
-    output/ that saved an adapter last, of this script if one is named, or None."""
+    """The adapter's folder that --model_ckpt means: an adapter (ours, or PEFT's); a checkpoint-N; a run, for its best
+    checkpoint, or its newest if none was evaluated; "" for the run under output/ that saved one last, of this script if
+    one is named, or None."""
     if path == "":
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
@@ -207,16 +207,15 @@ def find_adapter(path, script=None):
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
     if not path.exists():
-        hint = nearest_path(path)
-        raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run{hint}")
-    every, is_run = checkpoints(path), (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()
-    if every and is_run:  # other trainers leave their last adapter beside its checkpoints
-        path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
+        raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run{nearest_path(path)}")
+    is_run = (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()  # others leave an adapter beside checkpoints
+    if is_run and checkpoints(path):
+        path = best_checkpoint(path) or newest_checkpoint(path) or checkpoints(path)[-1]
     if (path / MANIFEST).exists() and (fault := what_is_broken(path)):
         raise UserError(f"{path}: broken checkpoint: {fault}; take another one")
     if not (path / ADAPTER[0]).is_file():
         is_model = (path / "config.json").is_file()
-        what = "it holds a whole model, which is given as --model_id" if is_model else "expected an adapter or a run"
+        what = "a whole model is given as --model_id" if is_model else "expected an adapter or a run"
         raise UserError(f"{path}: no adapter_config.json in it; {what}")
     return path
 
@@ -271,8 +270,8 @@ def load_state(engine, adamw, folder, updates):
     from safetensors import safe_open
 
     for flat in (p for group in adamw.param_groups for p in group["params"] if updates):  # this rank's share
-        step = torch.tensor(float(updates), device=flat.device)
-        adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        adamw.state[flat] = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        adamw.state[flat]["step"] = torch.tensor(float(updates), device=flat.device)
     shards = [safe_open(file, framework="pt") for file in sorted(folder.glob("optimizer-*.safetensors"))]
     shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (a file handle, no dict)
     for name, param in trained(engine, updates):

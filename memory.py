@@ -152,10 +152,10 @@ def summary(model, cfg, records, processor, loader, steps, world):
     whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
     if most > 0.92 * whole:
         # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
-        low_bit = f"--base_dtype {'nf4' if count(model)[0] > 6e9 else 'int8'}, "
-        first = low_bit if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
-        less = f"try {first}--offload_activations True, a lower --video_max_pixels"
-        yield f"             this GPU has {whole / GIB:.1f} GiB: {less}"
+        ways = ["--offload_activations True", "a lower --video_max_pixels"]
+        if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm:
+            ways.insert(0, f"--base_dtype {'nf4' if count(model)[0] > 6e9 else 'int8'}")
+        yield f"             this GPU has {whole / GIB:.1f} GiB: try {', '.join(ways)}"
 
 
 # -- The choice

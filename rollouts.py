@@ -1,7 +1,5 @@
-"""Completions: sampled, scored, written to rollouts.jsonl.
-
-train_grpo.py trains on groups of them; evaluate.py and infer.py sample one a prompt.
-"""
+"""Completions: sampled, scored, written to rollouts.jsonl. train_grpo.py trains on groups of them; evaluate.py and
+infer.py sample one a prompt."""
 
 import logging
 import math
@@ -20,10 +18,7 @@ from records import clip_name, record_name
 from rewards import Reward, Sample, ServerJudge, accuracy, sample_from_record, score, total
 
 log = logging.getLogger("rollouts")
-
-# Fewer prompt and completion tokens than this are sampled together: their keys and values take 4.8 GB at the 3B shape
-# (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
-SAMPLED_TOKENS = 131_072
+SAMPLED_TOKENS = 131_072  # not as many are sampled together: their keys and values take 4.8 GB at the 3B shape
 
 
 @dataclass(eq=False)
@@ -66,8 +61,8 @@ class Group:
 
 
 class Sampler:
-    """Samples completions of Examples, what is too large for the memory in two halves. Where memory runs out, whatever
-    is as large is too large from then on."""
+    """Samples completions of Examples, what is too large in two halves. Where memory runs out, whatever is as large is
+    too large from then on."""
 
     def __init__(self, model, processor, cfg):
         self.model, self.processor, self.cfg, self.device = model, processor, cfg, model.head_weight.device

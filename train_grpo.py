@@ -60,12 +60,13 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log = trainer.Log(run, COLUMNS)
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
-    trainer.before_first_step(run, engine, evaluate, judge_start=True)
+    trainer.before_first_step(run, engine, evaluate)
+    if evaluate and run.step == 0:
+        evaluate()
     if run.start_accuracy == 1:
         run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
-    rounds = run.state.get("loop", {}).get("rounds", run.step)  # of sampling, each with the dataset's next prompts
-    batches, wanted = loader.iterate(rounds), loader.global_batch  # groups that a step counts
+    batches, wanted = loader.iterate(run.rounds), loader.global_batch  # groups that a step counts
     for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
         lr = trainer.begin_step(run, engine, step)
@@ -79,17 +80,14 @@ def main():
         # update the policy with the groups that the step counts
         metrics |= learn(run, engine, frozen, groups, examples, normalizer, step)
 
-        run.step, rounds, ended = step, rounds + made, time.perf_counter()
+        run.step, run.rounds, ended = step, run.rounds + made, time.perf_counter()
         seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
-        metrics |= {"rounds": made, "epoch": rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
+        metrics |= {"rounds": made, "epoch": run.rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
         metrics |= {"skipped": trainer.count_skipped(run, seen), "rollout_seconds": sampled - began - waited}
         log.step(step, metrics, ended - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        if trainer.after_step(run, engine, evaluate, {"rounds": rounds}):
+        if trainer.after_step(run, engine, evaluate):
             break
     trainer.finish(run, log)
-
-
-# -- Start
 
 
 def make_loader(cfg, records, processor, rank, world):
@@ -101,9 +99,7 @@ def make_loader(cfg, records, processor, rank, world):
 
 def freeze_reference(model, cfg):
     """-> frozen: inside `with frozen():` the model is the reference, the policy as the run began. None if beta is 0.
-
-    Dropout is off from now on: the policy that is updated is the one that was sampled.
-    """
+    Dropout is off from now on: the policy that is updated is the one that was sampled."""
     for _, layer in lora_layers(model):
         layer.dropout = 0.0
     if cfg.beta == 0:
@@ -111,15 +107,10 @@ def freeze_reference(model, cfg):
     return partial(disabled, model) if cfg.reference == "base" else partial(reference, model, reference_snapshot(model))
 
 
-# -- Rollout and score
-
-
 def sample_groups(run, rewards, batches, step, wanted):
     """Rounds of sampling, each with the next prompts, until `wanted` groups of all ranks together differ in accuracy,
-    or max_resample more rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
-
-    Returns the groups of all ranks, {number: Example} of this rank's, the rounds, and the seconds waited for data.
-    """
+    or max_resample more rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2). Returns the groups of
+    all ranks, {number: Example} of this rank's, the rounds, and the seconds waited for data."""
     groups, examples, waited = [], {}, 0.0
     for made in count(1):
         began = time.perf_counter()
@@ -162,16 +153,13 @@ def sample_round(run, rewards, prompts, step, stream):
     return groups
 
 
-# -- Advantages
-
-
 def compare_within_groups(run, groups, wanted):
     """Advantages of all Rollouts, and which groups the step counts: `wanted` of them, those first that differ in
-    accuracy, then those that differ in their reward alone, then the rest.
+    accuracy, then those that differ in their reward alone, then the rest. Returns the metrics of everything that was
+    sampled, and the loss' normalizer.
 
     The loss is divided by what is counted: or the last few groups that differ would get the whole step. With a KL every
-    counted group is trained on, for the policy may drift where rewards are equal too. Returns the metrics of everything
-    that was sampled, and the loss' normalizer.
+    counted group is trained on, for the policy may drift where rewards are equal too.
     """
     cfg, everyone = run.cfg, [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64).view(len(groups), -1)
@@ -191,9 +179,6 @@ def compare_within_groups(run, groups, wanted):
     normalizer = loss_normalizer(cfg.aggregation, tokens, len(completions), cfg.max_completion_length)
     metrics = {"groups_counted": len(counted), "groups_differing": sum(group.differs for group in groups)}
     return reward_metrics(groups, std.tolist()) | metrics, normalizer
-
-
-# -- Update
 
 
 def learn(run, engine, frozen, groups, examples, normalizer, step):
@@ -250,8 +235,7 @@ def split_micro_batches(groups, cfg, pack_tokens):
 
 
 def micro_batch(examples, rollouts, device):
-    """What one forward pass takes. rollouts: those of a group next to each other. examples: {number: Example}. N
-    completion tokens, G completions."""
+    """What one forward pass takes. rollouts: those of a group next to each other; N tokens in G completions."""
     numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
     completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
     packed = pack_groups([examples[number] for number in numbers], completions)

@@ -56,6 +56,7 @@ class Run:
     plan: object = None  # memory.Plan: size of the packs, and how many blocks are recomputed
     total: int = 0  # steps of the whole run
     step: int = 0  # steps done
+    rounds: int = 0  # of sampling that they took (GRPO)
     updates: int = 0  # steps that changed the weights
     bad: int = 0  # steps in a row that did not
     best: dict | None = None  # {"step", "accuracy"}
@@ -245,19 +246,17 @@ class Log:
 # -- After a step: evaluation, checkpoint, end
 
 
-def before_first_step(run, engine, evaluate, judge_start=False):
-    """Evaluate the start, where that is wanted; after a signal, do what was left undone: as if it had not come."""
+def before_first_step(run, engine, evaluate):
+    """After a signal or a kill, do what was left undone: as if it had not come."""
     if run.rank == 0:  # a run killed after its last checkpoint had not come to it
         checkpoint.rotate(run.folder, run.cfg.save_total_limit)
     if run.state.get("stopped"):
-        after_step(run, engine, evaluate, run.state["loop"])
-    elif evaluate and judge_start and run.step == 0:
-        evaluate()
+        after_step(run, engine, evaluate)
 
 
-def after_step(run, engine, evaluate, loop=None):
+def after_step(run, engine, evaluate):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
-    evaluate() -> whether the answers are the best so far; loop: what the script wants back on --resume."""
+    evaluate() -> whether the answers are the best so far."""
     is_due = lambda every: run.step == run.total or (every > 0 and run.step % every == 0)
     cfg, better, stop = run.cfg, False, stop_requested(run)
     if evaluate and not stop and is_due(cfg.eval_steps):
@@ -266,24 +265,23 @@ def after_step(run, engine, evaluate, loop=None):
         stop = stop_requested(run)
     every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
     if better or stop or is_due(every):
-        save(run, engine, loop or {}, stop)
+        save(run, engine, stop)
     return bool(stop)
 
 
-def save(run, engine, loop, stopped=0):
+def save(run, engine, stopped):
     """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk or
     NaN ends the run with one line. stopped: by this signal; the resumed run does all of after_step once more."""
     folder, error = run.folder / f"checkpoint-{run.step}", None
     model, scaler = engine.module, engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
-    names = ("step", "updates", "best", "start_accuracy", "data_hash", "question")
+    names = ("step", "rounds", "updates", "best", "start_accuracy", "data_hash", "question")
     state = {name: getattr(run, name) for name in names} | {
         "global_batch": run.loader.global_batch,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "skipped": ranks.gather(run.loader.state()),
         "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
         "plan": asdict(run.plan),
-        "loop": loop,
         "stopped": bool(stopped),
         "config": as_dict(run.cfg),
     }
