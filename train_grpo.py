@@ -198,7 +198,7 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
             metrics = update_policy(run, engine, frozen, batches, normalizer, step, most)
             break
         except torch.OutOfMemoryError:
-            largest = max(len(batch.packed.input_ids) for batch in batches)
+            largest = max((len(batch.packed.input_ids) for batch in batches), default=0)
         trainer.shrink(run, engine, largest, step, repeatable=run.updates == updates)
     if not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)

@@ -66,7 +66,7 @@ def main():
                 grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)
                 break
             except torch.OutOfMemoryError:
-                largest = max(len(packed.input_ids) for packed in micro_batches)
+                largest = max((len(packed.input_ids) for packed in micro_batches), default=0)
             trainer.shrink(run, engine, largest, step)  # here nothing holds the pass's tensors any more
             micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
             micro_batches = loader.packs()

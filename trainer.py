@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -62,8 +63,7 @@ class Run:
     best: dict | None = None  # {"step", "accuracy"}
     start_accuracy: float | None = None
     last_accuracy: float | None = None
-    skipped_seen: int = 0  # samples that are left out, summed over the ranks
-    skipped: int = 0  # each counted once
+    skipped: int = 0  # samples that are left out, on all ranks together
     signal: int = 0  # SIGINT or SIGTERM, once it came
     notes: list = field(default_factory=list)  # to print at the start
     next_command: str = ""  # to print at the end
@@ -179,11 +179,11 @@ def check_numbers(run, step, loss, grad_norm, updated):
 
 def count_skipped(run, seen):
     """How many samples are left out on all ranks together; UserError where too many are broken. seen: the sum over the
-    ranks, which may know of the same ones: where it grew they gather names."""
-    if seen != run.skipped_seen:
+    ranks, which may know of the same ones."""
+    if seen != run.skipped:
         every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
         names, too_long = (set().union(*column) for column in zip(*every))
-        run.skipped_seen, run.skipped = seen, len(names)
+        run.skipped = len(names)
         run.loader.check_share(len(names - too_long))
     return run.skipped
 
@@ -230,8 +230,7 @@ class Log:
             text = "-" if value is None else format(value, form)
             shown.append(f"{heading} {text if len(text) < 8 else format(value, '.1e'):>6}")
         left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
-        minutes, seconds = divmod(int(left), 60)
-        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {timedelta(seconds=int(left))}"]
         if self.run.cfg.verbose:
             known = {name for name, *_ in self.columns}
             others = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in known}
@@ -330,18 +329,15 @@ def write_page(run):
 
 
 def watch_signals(run):
-    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second Ctrl-C ends it at once.
-
-    The deepspeed launcher answers a Ctrl-C, which its processes get too, by sending them SIGTERM: no second one.
-    """
+    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a Ctrl-C after that ends it at once. The
+    deepspeed launcher answers a Ctrl-C, which its processes get too, by sending them SIGTERM: that changes nothing."""
 
     def note(number, _frame):
-        if number == run.signal == signal.SIGINT:
+        if run.signal and number == signal.SIGINT:
             raise SystemExit(128 + number)
         if not run.signal and run.rank == 0:
-            again = "; Ctrl-C again quits at once" if number == signal.SIGINT else ""
-            text = f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint{again}\n"
-            os.write(2, text.encode())  # print() may be in the middle of another line
+            what = "finishing this step, then writing a checkpoint; Ctrl-C quits at once"
+            os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())  # print() may be in another line
         run.signal = run.signal or number
 
     signal.signal(signal.SIGINT, note)
