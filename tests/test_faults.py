@@ -89,9 +89,8 @@ def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypat
 
     before_update(monkeypatch, act)
     with pytest.raises(UserError, match="checkpoint-5: cannot be written .* holds NaN or Inf.; earlier ones are"):
-        sft(
-            "run", save_steps=1, save_total_limit="none", max_steps=9, deepspeed=tmp_path / "zero.json", max_grad_norm=0
-        )
+        options = {"save_steps": 1, "save_total_limit": "none", "max_steps": 9, "max_grad_norm": 0}
+        sft("run", deepspeed=tmp_path / "zero.json", **options)
     folder = tmp_path / "run"
     assert steps_saved(folder) == [1, 2, 3, 4] and not list(folder.glob(".checkpoint*")) and finite(folder)
     one, two, three, four = (state(folder / f"checkpoint-{i}") for i in (1, 2, 3, 4))
@@ -229,16 +228,11 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "where, words",
-    [
-        ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
-        ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
-    ],
-)
-def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
-    sft, tmp_path, monkeypatch, capsys, where, words
-):
+@pytest.mark.parametrize("where, words", [
+    ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
+    ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
+])  # fmt: skip
+def test_what_no_smaller_pack_helps_is_one_line_and_resume_goes_on(sft, tmp_path, monkeypatch, capsys, where, words):
     options = {"save_steps": 2, "pack_tokens": 400}
     whole = sft("whole", **options)
 
