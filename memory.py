@@ -66,7 +66,7 @@ def activation_bytes(model, cfg, tokens, patches, kept):
     --offload_activations in host memory."""
     c, v, rank = model.config, model.config.vision, cfg.lora_rank if cfg.lora_enable else 0
     C, L, inner = c.hidden_size, c.num_hidden_layers, c.intermediate_size
-    depth = v.depth if any(p.requires_grad for p in model.visual.blocks.parameters()) else 0
+    depth = v.depth if any(p.requires_grad for p in model.visual.blocks[-1].parameters()) else 0
     layers, blocks, inputs = min(kept, L), min(max(0, kept - L), depth), not cfg.offload_activations
 
     # language model: layers that keep everything, the others' inputs, and the layer that is computed again
