@@ -170,7 +170,8 @@ def compare_within_groups(run, groups, wanted):
     priority = lambda group: 0 if group.differs else 1 if std[group.number] > 0 else 2
     counted = sorted(groups, key=priority)[:wanted]  # of equals the first
     for group in counted:
-        group.trained = (std[group.number] > 0 or cfg.beta > 0) and group.finite
+        gives_gradient = (std[group.number] > 0 or cfg.beta > 0) and not all(r.masked for r in group.rollouts)
+        group.trained = gives_gradient and group.finite
     if lost := sum(not rollout.finite for rollout in everyone):
         problem = f"{lost} of {len(everyone)} completions have log-probs that are not finite"
         run.warn(f"{problem}: their groups are not trained on")
@@ -184,16 +185,14 @@ def compare_within_groups(run, groups, wanted):
 def learn(run, engine, frozen, groups, examples, normalizer, step):
     """Update with the groups that are trained on -> metrics. examples: {number: Example} of this rank's own groups.
     Where memory runs out the step is repeated with smaller micro-batches."""
-    trained, updates = [group for group in groups if group.trained], run.updates
-    mine = share(trained, run.rank, run.world)
+    mine, updates = share([group for group in groups if group.trained], run.rank, run.world), run.updates
     for group in mine:
         if group.number not in examples:  # another rank's prompt
             examples[group.number] = run.sampler.processor.encode(run.loader.records[group.record], answer=False)
-    nothing = all(rollout.masked for group in trained for rollout in group.rollouts)  # to learn from, on any rank
     while True:
         rollouts = split_micro_batches(mine, run.cfg, run.plan.pack_tokens)
         batches = [micro_batch(examples, each, run.device) for each in rollouts]
-        most = 0 if nothing else int(ranks.gather_numbers(len(batches)).max())
+        most = int(ranks.gather_numbers(len(batches)).max())
         try:
             metrics = update_policy(run, engine, frozen, batches, normalizer, step, most)
             break
