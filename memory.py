@@ -76,13 +76,14 @@ def activation_bytes(model, cfg, tokens, patches, kept):
     numbers = layers * layer + inputs * (L - layers) * tokens * C
     again = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
 
-    # vision tower; a long video goes through it a part at a time
-    block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank  # of a patch
-    if blocks < depth and patches > LONG:
-        return 2 * int(patches // 4 * C + max(numbers + again, PART * depth * block))
+    # vision tower, of a patch; a long video goes through it a part at a time
+    block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank
+    block_again = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)
+    if depth and kept == 0 and patches > LONG:
+        return 2 * int(patches // 4 * C + max(numbers + again, PART * (depth * v.hidden_size + block_again)))
     numbers += patches * (blocks * block + inputs * (depth - blocks) * v.hidden_size)
     if blocks < depth:
-        again = max(again, 1.5 * patches * (8 * v.hidden_size + 3 * v.intermediate_size))
+        again = max(again, patches * block_again)
     return 2 * int(numbers + again)
 
 
@@ -103,8 +104,8 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     static = 2 * (base + adapters) + low_bit + 12 * own + CONTEXT + LOGITS
     if getattr(cfg, "beta", 0) and cfg.reference == "start":
         static += 2 * adapters
-    # update: gradients summed in fp32, the bucket that is reduced, the gradient of the head, activations
-    update = 4 * own + 2 * min(trained, 25e6 if world > 1 else 100e6)
+    # update: gradients summed in fp32, the bucket that is reduced in fp32, the gradient of the head, activations
+    update = 4 * own + 6 * min(trained, ranks.BUCKET)
     update += 8 * c.vocab_size * c.hidden_size if model.head_weight.requires_grad else 0
     update += activation_bytes(model, cfg, tokens, patches * tokens // unit, kept)
     if not hasattr(cfg, "num_generations"):
@@ -115,7 +116,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     layer = 2 * c.num_attention_heads * c.head_dim + keys + 3 * c.intermediate_size
     cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
     prefill = prompts * longest * (2 * c.hidden_size + layer)
-    copy = adapters if low_bit else c.num_hidden_layers * c.hidden_size * layer
+    copy = adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
     return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
@@ -152,8 +153,10 @@ def summary(model, cfg, records, processor, loader, steps, world):
     whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
     if most > 0.92 * whole:
         # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
-        ways = ["--offload_activations True", "a lower --video_max_pixels"]
-        if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm:
+        ways, frozen = ["--offload_activations True", "a lower --video_max_pixels"], cfg.lora_enable and cfg.freeze_llm
+        if frozen and cfg.head_dtype == "bf16" and not model.config.tie_word_embeddings:
+            ways.insert(0, "--head_dtype int8, --offload_embedding True")
+        if frozen and cfg.base_dtype == "bf16":
             ways.insert(0, f"--base_dtype {'nf4' if count(model)[0] > 6e9 else 'int8'}")
         yield f"             this GPU has {whole / GIB:.1f} GiB: try {', '.join(ways)}"
 
@@ -223,7 +226,7 @@ def room_bytes(run, model):
     limit = min(torch.cuda.get_per_process_memory_fraction() * total, free + reserved)
     *_, trained = count(model)
     state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * trained / run.world
-    return (1 - FRAGMENTS) * limit - reserved - state - 2 * min(trained, 100e6) - LOGITS
+    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(trained, ranks.BUCKET) - LOGITS
 
 
 def trial_bytes(run, model, examples):

@@ -45,7 +45,7 @@ from engine import build_engine, init_distributed, leave_processes, use_determin
 from loader import fill_bins
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
-from model.loading import random_model
+from model.loading import formats_of, random_model
 from model.quantized import BASE_DTYPES, quantized_weights
 from rollouts import Group, Rollout
 from train_grpo import (
@@ -74,6 +74,7 @@ def parse(argv=None):
     add("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
     add("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
     add("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
+    add("--head_dtype", default="bf16", choices=("bf16", "int8"), help="of a head that is not the embedding")
     add("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
     add("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
     add("--group", type=int, default=8, help="completions of a prompt")
@@ -82,6 +83,7 @@ def parse(argv=None):
     add("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
     add("--repeats", type=int, default=5 if cuda else 3)
     switch("--offload_activations")
+    switch("--offload_embedding")
     switch("--offload_optimizer")
     switch("--deterministic")
     switch("--peer", help="transformers + PEFT too, but for grpo")
@@ -111,7 +113,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = random_model(self.config, device, self.dtype, 0, args.base_dtype).requires_grad_(False)
+        self.model = random_model(self.config, device, self.dtype, 0, **formats_of(args)).requires_grad_(False)
         graphs = self.cuda and not args.offload_activations
         self.model.ops.graphs = GraphCache(wait=args.memory is not None) if graphs else None
         self.model.ops.offload = args.offload_activations
@@ -292,11 +294,12 @@ def floors_of(bench, kind, work, count):
 
 def step_bytes(model, work, N: int, G: int, own: float) -> float:
     """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
-    config, size = model.config, model.head_weight.element_size()
+    config, size = model.config, model.model.norm.weight.element_size()
     layers = sum(p.numel() for p in model.model.layers.parameters())
     low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return low_bit + size * (layers + model.head_weight.numel() + token * N * (work.prompt + G * own))
+    head = model.head_weight.numel() if model.head_dtype == "bf16" else 0
+    return low_bit + size * (layers + head + token * N * (work.prompt + G * own))
 
 
 def rows(bench, contestants):
@@ -350,8 +353,8 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
-          f"{args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
+    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, head in {args.head_dtype}, "
+          f"LoRA r={args.lora_rank}, recomputation {args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>10}" for name in (*COLUMNS, "x floor")))
     contestants = []
