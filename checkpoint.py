@@ -87,6 +87,10 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(path):
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 # -- Folders
 
 
@@ -99,9 +103,8 @@ def write_whole(folder, fill):
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        listed = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        write_json(temporary / MANIFEST, listed)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / MANIFEST, {str(path.relative_to(temporary)): fingerprint(path) for path in files})
         for path in [*files, temporary]:
             sync(path)
         remove(folder)
@@ -124,16 +127,15 @@ def remove(folder):
 def what_is_broken(folder):
     """Why a checkpoint cannot be trusted, in words; None if every file of its manifest is there, byte for byte."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text())
-        for name, entry in listed.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (path.stat().st_size, sha256(path)) != (entry["bytes"], entry["sha256"]):
-                return f"{name} does not have the size and SHA-256 of the manifest"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
-    return None if listed else f"{MANIFEST} is empty"
+        listed = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        listed = {}
+    for name, expected in listed.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if fingerprint(folder / name) != expected:
+            return f"{name} does not have the size and SHA-256 of the manifest"
+    return None if listed else f"{MANIFEST} is missing, or does not list files with their bytes and sha256"
 
 
 def step_of(folder):
@@ -168,10 +170,9 @@ def rotate(run_folder, limit):
     """Delete the oldest checkpoints beyond `limit` (None = keep all). The best one stays and is not counted, nor is one
     that a signal left: it goes as soon as there is a newer one, so that a stopped run ends with the same ones."""
     best, every = best_checkpoint(run_folder), checkpoints(run_folder)
-    others = [folder for folder in every if folder != best]
-    stopped = [folder for folder in others if was_stopped(folder)]
-    counted = [folder for folder in others if folder not in stopped]
-    for folder in [*(f for f in stopped if f != every[-1]), *(counted[:-limit] if limit else [])]:
+    counted = [folder for folder in every if folder != best and not was_stopped(folder)]
+    stopped = [folder for folder in every[:-1] if folder != best and was_stopped(folder)]
+    for folder in stopped + (counted[:-limit] if limit else []):
         remove(folder)
 
 
@@ -185,8 +186,8 @@ def was_stopped(folder):
 def link_adapter(run_folder):
     """Link the adapter of a run's best checkpoint, else of its newest, into the run's folder: PEFT loads it there."""
     folder = best_checkpoint(run_folder) or next(reversed(checkpoints(run_folder)), None)
-    for name in ADAPTER:
-        if folder and (folder / name).is_file():  # no whole model
+    for name in ADAPTER if folder else ():
+        if (folder / name).is_file():  # no whole model
             temporary = run_folder / f".{name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
@@ -197,9 +198,9 @@ def link_adapter(run_folder):
 
 
 def find_adapter(path, script=None):
-    """The folder with the adapter that a user means by --model_ckpt: an adapter's folder (ours, or PEFT's); a
-    checkpoint-N; a run's folder, for its best checkpoint, or its newest if none was evaluated; "" for the run under
-    output/ that saved an adapter last, of this script if one is named, or None."""
+    """The adapter's folder that --model_ckpt means: an adapter (ours, or PEFT's); a checkpoint-N; a run, for its best
+    checkpoint, or its newest if none was evaluated; "" for the run under output/ that saved one last, of this script if
+    one is named, or None."""
     if path == "":
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
@@ -209,16 +210,15 @@ def find_adapter(path, script=None):
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))
     path = Path(path)
     if not path.exists():
-        problem = f"{path}: no such folder, expected an adapter, a checkpoint or a run"
-        raise UserError(f"{problem}{nearest_path(path)}")
-    every, is_run = checkpoints(path), (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()
-    if every and is_run:  # other trainers leave their last adapter beside its checkpoints
-        path = best_checkpoint(path) or newest_checkpoint(path) or every[-1]
+        raise UserError(f"{path}: no such folder, expected an adapter, a checkpoint or a run{nearest_path(path)}")
+    is_run = (path / RUN).is_file() or not (path / ADAPTER[0]).is_file()  # others leave an adapter beside checkpoints
+    if is_run and checkpoints(path):
+        path = best_checkpoint(path) or newest_checkpoint(path) or checkpoints(path)[-1]
     if (path / MANIFEST).exists() and (fault := what_is_broken(path)):
         raise UserError(f"{path}: broken checkpoint: {fault}; take another one")
     if not (path / ADAPTER[0]).is_file():
         is_model = (path / "config.json").is_file()
-        what = "it holds a whole model, which is given as --model_id" if is_model else "expected an adapter or a run"
+        what = "a whole model is given as --model_id" if is_model else "expected an adapter or a run"
         raise UserError(f"{path}: no adapter_config.json in it; {what}")
     return path
 
@@ -240,8 +240,8 @@ def trained(engine, updates):
 
 
 def optimizer_state(engine, updates):
-    """Yields (key/name, whole fp32 tensor on the CPU): fp32 weights, and moments if an update was made. Every rank must
-    run it to its end: the getters meet in a reduction."""
+    """Yields (key/name, whole fp32 tensor on the CPU): weights, and moments if an update was made. Every rank must run
+    it to its end: the getters meet in a reduction."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     for name, param in trained(engine, updates):
@@ -254,14 +254,14 @@ def save_state(state, folder):
     """Write what optimizer_state yields into folder, as optimizer-00000.safetensors and so on."""
     from safetensors.torch import save_file
 
-    shard, size, number = {}, 0, 0
+    shard, number = {}, 0
     for name, tensor in state:
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or Inf")
-        shard[name], size = tensor.contiguous(), size + tensor.nbytes
-        if size >= SHARD_BYTES:
+        shard[name] = tensor.contiguous()
+        if sum(each.nbytes for each in shard.values()) >= SHARD_BYTES:
             save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
-            shard, size, number = {}, 0, number + 1
+            shard, number = {}, number + 1
     save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
 
 
@@ -273,13 +273,14 @@ def load_state(engine, adamw, folder, updates):
     from safetensors import safe_open
 
     for flat in (p for group in adamw.param_groups for p in group["params"] if updates):  # this rank's share
-        step = torch.tensor(float(updates), device=flat.device)
-        adamw.state[flat] = {"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        adamw.state[flat] = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+        adamw.state[flat]["step"] = torch.tensor(float(updates), device=flat.device)
     shards = [safe_open(file, framework="pt") for file in sorted(folder.glob("optimizer-*.safetensors"))]
     shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 (a file handle, no dict)
     for name, param in trained(engine, updates):
         for key in ("weight", *MOMENTS) if updates else ("weight",):
-            tensor = shard_of[f"{key}/{name}"].get_tensor(f"{key}/{name}") if f"{key}/{name}" in shard_of else None
+            shard = shard_of.get(f"{key}/{name}")
+            tensor = shard and shard.get_tensor(f"{key}/{name}")
             if tensor is None or tensor.shape != param.shape:
                 raise UserError(f"{folder}: has no {name} as this model trains it; resume with that run's flags")
             if key == "weight":

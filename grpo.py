@@ -7,8 +7,8 @@ The loss, over the tokens t of all completions i of the global batch:
     kl     = exp(ref - logprob) - (ref - logprob) - 1                     k3, joschu.net/blog/kl-approx.html
     loss   = sum over tokens of (weight * policy + beta * kl) / normalizer     aggregation "sequence": / length_i too
 
-kl is multiplied by the ratio where use_bias_correction_kl says so (see `kl_loss`), weight is 1 unless sampler_is_cap
-truncates the difference to the sampler (`sampler_weights`).
+kl is multiplied by the ratio where use_bias_correction_kl says so (see `kl_loss`). weight is 1, or with sampler_is_cap
+min(exp(old logprob - sampler's logprob), cap): the sampler's numerics (bf16, caches, graphs) differ from training's.
 
 It is one loss with independent knobs, named as TRL's GRPOConfig where TRL has them; what TRL calls a `loss_type` is
 here `aggregation`: "sequence" = grpo, "token" = bnpo and dapo, "constant" = dr_grpo.
@@ -83,8 +83,12 @@ def grpo_loss(
     if entropy is not None:
         metrics["entropy"] = entropy.float()
     if sampler is not None:
-        weight, gap = sampler_weights(old, sampler.float(), cfg.sampler_is_cap)
-        loss, metrics = loss * weight, metrics | gap
+        gap = (old - sampler.float()).detach()
+        metrics["sampler_gap"] = gap.abs()
+        if cfg.sampler_is_cap is not None:
+            weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
+            loss = loss * weight.clamp(max=cfg.sampler_is_cap)
+            metrics["sampler_capped"] = weight > cfg.sampler_is_cap
     if ref is not None:
         metrics["kl"] = k3(ref.float() - logprobs)
     if cfg.beta:
@@ -118,16 +122,3 @@ def kl_loss(logprobs, ref, old, ratio, per_token, bias_correction):
         return (ref - old).clamp(max=LOG_RATIO_LIMIT).exp() - ratio * (gap + 1)
     # A sequence's ratio cancels nothing; beyond the limit only k3 may pull, or the ratio's part pushes further away.
     return torch.where(gap > LOG_RATIO_LIMIT, ratio.detach(), ratio) * k3(gap)
-
-
-def sampler_weights(old, sampler, cap):
-    """Truncated importance weights: the sampler's numerics (bf16, caches, graphs) differ from the training forward's.
-
-    old, sampler (N,): log-probs of the sampled tokens by the training forward and by the sampler. Returns weights
-    min(exp(old - sampler), cap), (N,) without gradient, or 1.0 where cap is None; and metrics of the gap.
-    """
-    gap = (old - sampler).detach()
-    if cap is None:
-        return 1.0, {"sampler_gap": gap.abs()}
-    weight = gap.clamp(max=LOG_RATIO_LIMIT).exp()
-    return weight.clamp(max=cap), {"sampler_gap": gap.abs(), "sampler_capped": weight > cap}

@@ -1,28 +1,26 @@
-"""GPU memory: a formula of a dozen terms for --dry_run, and what --pack_tokens auto and --gradient_checkpointing auto
-choose by it: the formula proposes, a trial of the largest pack decides.
+"""GPU memory: a formula, and what --pack_tokens auto and --gradient_checkpointing auto choose by it.
 
-The choice is printed, kept in checkpoints and obeyed by --resume. It changes no result but the order of sums.
+The formula proposes, a trial of the largest pack decides. The choice is printed, kept in checkpoints and obeyed by
+--resume. It changes no result but the order of sums.
 """
 
 import math
 import statistics
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
 import ranks
 from data import pack, pack_groups
-from lora import FLAT, part_of, sizes
+from lora import FLAT, sizes
 from model import UserError
 from model.packed import IGNORE
 from model.quantized import quantized_weights
 from model.qwen import LONG, PART, PIECE, target_logprobs
 
 GIB = 2**30
-# Outside torch's allocator: the CUDA context and loaded kernels (1.2 to 1.3 GiB measured on an H100, torch 2.11); in it
-# the workspaces of cuBLAS and the float32 logits of one chunk of rows
-CONTEXT, LOGITS = int(1.3 * GIB), int(0.25 * GIB)
+CONTEXT = int(1.3 * GIB)  # of CUDA and its kernels, outside torch's allocator: measured on an H100, torch 2.11
+LOGITS = int(0.25 * GIB)  # of one chunk of rows in float32, and the workspaces of cuBLAS
 FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
 LOOKED_AT = 1000  # samples looked at for an estimate
 CPU_TOKENS = 8192  # of a pack on a CPU, where nothing is recomputed
@@ -56,78 +54,77 @@ def unit_tokens(cfg, tokens):
 
 
 def count(model):
-    """How many numbers a model's weights have: base (without adapters and what is in few bits), adapters, trained;
-    low_bit: bytes of the weights in few bits; tower, head: whether they are trained."""
+    """How many numbers there are in the weights without adapters and what is in few bits, in adapters, and trained."""
     numbers = sizes(model)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapters = sum(number for name, number in numbers.items() if name.endswith(FLAT))
-    return SimpleNamespace(
-        base=sum(numbers.values()) - adapters,
-        adapters=adapters,
-        trained=sum(numbers[name] for name in trained),
-        low_bit=sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values()),
-        tower=any(part_of(name) == "vision" for name in trained),
-        head=model.head_weight.requires_grad,
-    )
+    trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return sum(numbers.values()) - adapters, adapters, trained
 
 
-def activation_bytes(config, counts, cfg, tokens, patches, kept):
+def activation_bytes(model, cfg, tokens, patches, kept):
     """What the passes of a micro-batch take at most. kept: as in Plan; the other blocks keep their input, with
     --offload_activations in host memory."""
-    C, inner, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    v, depth = config.vision, config.vision.depth if counts.tower else 0
-    heads, keys = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
-    rank = cfg.lora_rank * bool(counts.adapters)
-    layer = tokens * (4 * C + 2 * heads + keys + 3 * inner * (tokens <= PIECE) + 7 * rank)
-    block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank  # of a patch
-    layers, on_card = min(kept, L), not cfg.offload_activations
-    blocks = min(kept - layers, depth)
-    numbers = layers * layer + (L - layers) * tokens * C * on_card
-    mlp = 3 * inner * min(tokens, PIECE)  # a long sequence's is computed in pieces, and always again
-    redone = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
-    block_redone = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)  # of a patch
-    if depth and kept == 0 and patches > LONG:  # a long video goes through the tower a part at a time
-        numbers += patches // 4 * C
-        return 2 * int(max(numbers + redone, patches // 4 * C + PART * (depth * v.hidden_size + block_redone)))
-    numbers += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
+    c, v, rank = model.config, model.config.vision, cfg.lora_rank if cfg.lora_enable else 0
+    C, L, inner = c.hidden_size, c.num_hidden_layers, c.intermediate_size
+    depth = v.depth if any(p.requires_grad for p in model.visual.blocks[-1].parameters()) else 0
+    layers, blocks, inputs = min(kept, L), min(max(0, kept - L), depth), not cfg.offload_activations
+
+    # language model: layers that keep everything, the others' inputs, and the layer that is computed again
+    attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    mlp = 3 * inner * min(tokens, PIECE)  # of a long sequence it is computed in pieces, and always again
+    layer = tokens * (4 * C + attention + 7 * rank) + (mlp if tokens <= PIECE else 0)
+    numbers = layers * layer + inputs * (L - layers) * tokens * C
+    again = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
+
+    # vision tower, of a patch; a long video goes through it a part at a time
+    block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank
+    block_again = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)
+    if depth and kept == 0 and patches > LONG:
+        return 2 * int(patches // 4 * C + max(numbers + again, PART * (depth * v.hidden_size + block_again)))
+    numbers += patches * (blocks * block + inputs * (depth - blocks) * v.hidden_size)
     if blocks < depth:
-        redone = max(redone, patches * block_redone)
-    return 2 * int(numbers + redone)
+        again = max(again, patches * block_again)
+    return 2 * int(numbers + again)
 
 
 def estimate(model, cfg, lengths, world=1, kept=None):
     """{"update", in GRPO "sampling" too: bytes at the peak}. lengths: [(tokens, patches)] of samples. kept: as in Plan,
     if not by the options. Where one is auto, the least: one sample or group a pack, everything recomputed."""
-    c, counts, (longest, patches) = model.config, count(model), max(lengths)
+    c, (base, adapters, trained), (longest, patches) = model.config, count(model), max(lengths)
+    low_bit = sum(weight.codes.nbytes + weight.scales.nbytes for weight in quantized_weights(model).values())
     unit = tokens = unit_tokens(cfg, longest)
     if cfg.pack_tokens != "auto":
         several = unit * max(1, units_per_step(cfg) // cfg.gradient_accumulation_steps)
         tokens = max(unit, min(several, cfg.pack_tokens or several))
     if kept is None:
         kept = 0 if cfg.gradient_checkpointing else num_blocks(model)
-    # all the time: bf16 weights, trained ones once more in fp32 with two moments, the reference
-    static = 2 * (counts.base + counts.adapters) + counts.low_bit + CONTEXT + LOGITS
-    static += 0 if cfg.offload_optimizer else 12 * counts.trained / world
-    static += 2 * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
-    # gradients: summed in fp32, beside the bucket that is reduced in fp32
-    update = 0 if cfg.offload_optimizer else 4 * counts.trained / world
-    update += 6 * min(counts.trained, ranks.BUCKET)
-    update += 8 * c.vocab_size * c.hidden_size if counts.head else 0
-    update += activation_bytes(c, counts, cfg, tokens, patches * tokens // unit, kept)
+
+    # all the time: bf16 weights, those that are trained once more in fp32 with two moments, the reference
+    own = 0 if cfg.offload_optimizer else trained / world
+    static = 2 * (base + adapters) + low_bit + 12 * own + CONTEXT + LOGITS
+    if getattr(cfg, "beta", 0) and cfg.reference == "start":
+        static += 2 * adapters
+    # update: gradients summed in fp32, the bucket that is reduced in fp32, the gradient of the head, activations
+    update = 4 * own + 6 * min(trained, ranks.BUCKET)
+    update += 8 * c.vocab_size * c.hidden_size if model.head_weight.requires_grad else 0
+    update += activation_bytes(model, cfg, tokens, patches * tokens // unit, kept)
     if not hasattr(cfg, "num_generations"):
         return {"update": static + update}
+    # sampling: keys and values of all prompts and completions, and a copy of the decoder with the adapters merged in;
+    # low-bit weights keep them apart
     prompts, keys = max(1, units_per_step(cfg)), 2 * c.num_key_value_heads * c.head_dim
     layer = 2 * c.num_attention_heads * c.head_dim + keys + 3 * c.intermediate_size
     cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
     prefill = prompts * longest * (2 * c.hidden_size + layer)
-    # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
-    copy = counts.adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
+    copy = adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
     return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
+# -- The lines that a run begins with, and that --dry_run prints
+
+
 def sample_sizes(records, processor, answer):
-    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset; without those that cannot be
-    read, which the loader will skip, count and name."""
+    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, without what cannot be read."""
     sizes, most = {}, min(LOOKED_AT, len(records))
     for number in (k * len(records) // most for k in range(most)):
         try:
@@ -141,13 +138,13 @@ def sample_sizes(records, processor, answer):
 
 
 def summary(model, cfg, records, processor, loader, steps, world):
-    """The lines that a run begins with, and that --dry_run prints: data, steps, memory."""
+    """Data, steps, memory."""
     is_grpo = hasattr(cfg, "num_generations")
     sizes = sample_sizes(records, processor, answer=not is_grpo)
-    tokens = [length for length, _ in sizes.values()]
-    span = f"{min(tokens):,} to {max(tokens):,} {'prompt tokens' if is_grpo else 'tokens'}"
+    lengths = [tokens for tokens, _ in sizes.values()]
+    span = f"{min(lengths):,} to {max(lengths):,} {'prompt tokens' if is_grpo else 'tokens'}"
     looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} checked are readable"
-    yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(tokens):,.0f}"
+    yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(lengths):,.0f}"
     yield f"  steps      {steps:,}; {loader.steps_per_epoch:,} are an epoch"
     peaks = estimate(model, cfg, list(sizes.values()), world)
     each, most = ", ".join(f"{what} {size / GIB:.1f}" for what, size in peaks.items()), max(peaks.values())
@@ -160,7 +157,7 @@ def summary(model, cfg, records, processor, loader, steps, world):
         if frozen and cfg.head_dtype == "bf16" and not model.config.tie_word_embeddings:
             ways.insert(0, "--head_dtype int8, --offload_embedding True")
         if frozen and cfg.base_dtype == "bf16":
-            ways.insert(0, "--base_dtype nf4" if count(model).base > 6e9 else "--base_dtype int8")
+            ways.insert(0, f"--base_dtype {'nf4' if count(model)[0] > 6e9 else 'int8'}")
         yield f"             this GPU has {whole / GIB:.1f} GiB: try {', '.join(ways)}"
 
 
@@ -197,19 +194,18 @@ def largest_sample(run, records, processor):
 
 def fit(run, model, example, given):
     """The fastest Plan that fits on every rank's GPU, by the formula as a trial corrects it."""
-    cfg, config, counts, total = run.cfg, model.config, count(model), num_blocks(model)
+    cfg, total, step, options = run.cfg, num_blocks(model), units_per_step(run.cfg), []
     unit, patches = unit_tokens(cfg, len(example)), 0 if example.patches is None else len(example.patches)
-    step, options = units_per_step(cfg), []
     sizes = {math.ceil(step / passes): passes for passes in range(step, 0, -1)}  # of packs, in units
     if cfg.pack_tokens != "auto":
         sizes = {max(1, cfg.pack_tokens // unit if cfg.pack_tokens else step // cfg.gradient_accumulation_steps): 1}
     for units, passes in sizes.items():
         for kept in range(total + 1) if cfg.gradient_checkpointing == "auto" else [given.kept]:
-            cost = passes * (units * unit + HOST / config.hidden_size) * (3 - kept / total)  # 3: forward, back, again
-            size = activation_bytes(config, counts, cfg, units * unit, units * patches, kept)
-            options.append((cost, size, units, kept))
+            work = units * unit + HOST / model.config.hidden_size
+            cost = passes * work * (3 - kept / total)  # 3: forward, back, again
+            options.append((cost, activation_bytes(model, cfg, units * unit, units * patches, kept), units, kept))
     options.sort()
-    room = float(ranks.gather_numbers(room_bytes(run, counts)).min())
+    room = float(ranks.gather_numbers(room_bytes(run, model)).min())
     smallest = min(options, key=lambda option: option[1])
     fitting = lambda scale: next((option for option in options if scale * option[1] <= room), smallest)
     _, size, units, kept = fitting(1.0)
@@ -222,14 +218,15 @@ def fit(run, model, example, given):
     return Plan(units * unit if cfg.pack_tokens == "auto" else cfg.pack_tokens, kept)
 
 
-def room_bytes(run, counts):
+def room_bytes(run, model):
     """What the passes may take: of what this process may allocate, without fragments, what is not there already, nor
     will be: AdamW's moments come with the first step, gradients in each."""
     torch.cuda.empty_cache()
     (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     limit = min(torch.cuda.get_per_process_memory_fraction() * total, free + reserved)
-    state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * counts.trained / run.world
-    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(counts.trained, ranks.BUCKET) - LOGITS
+    *_, trained = count(model)
+    state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * trained / run.world
+    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(trained, ranks.BUCKET) - LOGITS
 
 
 def trial_bytes(run, model, examples):
@@ -256,33 +253,8 @@ def trial_bytes(run, model, examples):
     return used
 
 
-# -- When memory runs out all the same
-
-
-def shrink(run, engine, packs, step, repeatable=True):
-    """Memory ran out in a pass of this step: its gradients are cleared and run.plan gets smaller, so that the step can
-    be repeated. UserError where that is no use: a single sample is too much, or other ranks are in the middle of adding
-    up gradients."""
-    from engine import clear_gradients  # here, for infer.py needs no DeepSpeed
-
-    plan, largest = run.plan, max(len(packed.input_ids) for packed in packs)
-    is_single = plan.pack_tokens is not None and largest > plan.pack_tokens  # a sample, or a prompt and a completion
-    if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
-        lower = "--offload_activations, --video_max_pixels or --nframes"
-        raise out_of_memory(run.device, f"training step {step}", packs, lower)
-    plan.pack_tokens, plan.kept = largest // 2, 0
-    plan.apply(engine.module)
-    clear_gradients(engine)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    smaller = f"packs of at most {plan.pack_tokens:,} tokens, everything recomputed"
-    run.warn(f"step {step}: out of GPU memory; it is repeated, from now on {smaller}: the same update")
-
-
-def out_of_memory(device, doing, packs, lower):
+def out_of_memory(device, doing, lower):
     """The UserError for an OutOfMemoryError. lower: the options that help."""
-    tokens, most = [len(packed.input_ids) for packed in packs], ""
-    if device.type == "cuda":
-        most = f" ({torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB were in use at most)"
-    batch = f"{sum(tokens):,} tokens in {len(packs)} packs, the largest {max(tokens, default=0):,}"
-    return UserError(f"out of GPU memory{most} while {doing}; {batch}; {lower} lowers it; checkpoints are intact")
+    most = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0
+    used = f" ({most:.1f} GiB were in use at most)" if most else ""
+    return UserError(f"out of GPU memory{used} while {doing}; {lower} lowers it; checkpoints are intact")

@@ -1,7 +1,5 @@
-"""Completions: sampled, scored, written to rollouts.jsonl.
-
-train_grpo.py trains on groups of them; evaluate.py and infer.py sample one a prompt.
-"""
+"""Completions: sampled, scored, written to rollouts.jsonl. train_grpo.py trains on groups of them; evaluate.py and
+infer.py sample one a prompt."""
 
 import logging
 import math
@@ -20,10 +18,7 @@ from records import clip_name, record_name
 from rewards import Reward, Sample, accuracy, judge, judge_all, sample_from_record, score, total
 
 log = logging.getLogger("rollouts")
-
-# Fewer prompt and completion tokens than this are sampled together: their keys and values take 4.8 GB at the 3B shape
-# (36 layers x 2 x 2 heads x 128 numbers x 2 bytes a token).
-SAMPLED_TOKENS = 131_072
+SAMPLED_TOKENS = 131_072  # of prompts and completions sampled together; their keys and values take 4.8 GB at 3B
 
 
 @dataclass(eq=False)
@@ -66,8 +61,8 @@ class Group:
 
 
 class Sampler:
-    """Samples completions of Examples, what is too large for the memory in two halves. Where memory runs out, whatever
-    is as large is too large from then on."""
+    """Samples completions of Examples, what is too large in two halves. Where memory runs out, whatever is as large is
+    too large from then on."""
 
     def __init__(self, model, processor, cfg):
         self.model, self.processor, self.cfg, self.device = model, processor, cfg, model.head_weight.device
@@ -83,14 +78,14 @@ class Sampler:
         # keys and values are held for as many: prompts as long as the longest, completions as long as they may get
         tokens = len(batch) * (max(map(len, batch)) + count * sampling.max_new_tokens)
         if tokens < self.max_tokens or len(batch) == 1:
-            packed = pack(batch)
+            packed = pack(batch).to(self.device)
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
             try:
-                return generate(self.model, packed.to(self.device), sampling, count, generators, on_token)
+                return generate(self.model, packed, sampling, count, generators, on_token)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     lower = "--max_completion_length, --max_new_tokens or --nframes"
-                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", [packed], lower) from None
+                    raise out_of_memory(self.device, f"sampling {count} x 1 prompt", lower) from None
             self.oom_retries += 1
             self.max_tokens = tokens
             self.model.ops.graphs = None  # the memory of the graphs of small passes is worth more now
@@ -119,27 +114,24 @@ def prompt_batches(examples: Iterator[Example], budget: int) -> Iterator[list[Ex
         yield batch
 
 
-def score_groups(rewards: list[Reward], groups: list[Group], records: list[dict], shuffled: dict, limit: int):
-    """Fill in the groups' facts and rewards. shuffled: {number of the record: texts of completions on shuffled frames}.
-    limit: tokens that a completion may take."""
-    samples = [sample_from_record(record) for record in records]
-    for sample, group in zip(samples, groups):
-        for rollout in group.rollouts:
-            rollout.right = accuracy(rollout.text, sample)
-    for sample, record, group in zip(samples, records, groups):
-        texts = [rollout.text for rollout in group.rollouts]
-        context, others = {}, shuffled.get(group.record)
-        if others:
-            context["accuracy"] = statistics.fmean(rollout.right for rollout in group.rollouts)
-            context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in others)
-        for reward in rewards:
-            if reward.fn is judge:
-                judge_all(texts, sample)
-        for rollout in group.rollouts:
-            length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
-            rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
-            rollout.reward = total(rewards, rollout.components)
-        group.facts, group.differs = facts_of(record, sample), group.finite and differ(group.rollouts)
+def score_group(rewards: list[Reward], group: Group, record: dict, shuffled: list[str], limit: int) -> None:
+    """Fill in a group's facts and rewards. shuffled: texts of completions on shuffled frames, [] where no reward needs
+    them. limit: tokens that a completion may take."""
+    sample, texts = sample_from_record(record), [rollout.text for rollout in group.rollouts]
+    for rollout in group.rollouts:
+        rollout.right = accuracy(rollout.text, sample)
+    context = {}
+    if shuffled:
+        context["accuracy"] = statistics.fmean(rollout.right for rollout in group.rollouts)
+        context["shuffled_accuracy"] = statistics.fmean(accuracy(text, sample) for text in shuffled)
+    for reward in rewards:
+        if reward.fn is judge:  # asks for all of a group at once
+            judge_all(texts, sample)
+    for rollout in group.rollouts:
+        length = {"n_tokens": len(rollout.ids), "max_tokens": limit, "truncated": not rollout.finished}
+        rollout.components = score(rewards, rollout.text, replace(sample, **length, context=context))
+        rollout.reward = total(rewards, rollout.components)
+    group.facts, group.differs = facts_of(record, sample), group.finite and differ(group.rollouts)
 
 
 def differ(rollouts: list[Rollout]) -> bool:
@@ -171,7 +163,7 @@ def reward_metrics(groups: list[Group], group_std: list[float]) -> dict[str, flo
     }
 
 
-def write_rollouts(run, step: int, groups: list[Group]):
+def write_rollouts(run, step: int, groups: list[Group]) -> None:
     """Append every completion of the step, of all ranks, to rollouts.jsonl: text and rewards; question and answer once
     a group, tokens and log-probs only of the groups that report.py may show: best, worst and widest in reward."""
     if run.rank:

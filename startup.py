@@ -95,7 +95,7 @@ def find_source(run):
     run.notes.append(f"--resume: {where}")
     if run.source:
         run.state = read_json(run.source / STATE)
-        for name in ("step", "updates", "best", "start_accuracy"):
+        for name in ("step", "rounds", "updates", "best", "start_accuracy"):
             setattr(run, name, run.state[name])
 
 

@@ -5,9 +5,8 @@
     python train_grpo.py --rewards accuracy,format,my_rewards.py:brief --reward_weights 1,0.2,0.5
     python train_grpo.py --output_dir output/grpo_video_lora --resume
 
-A clip goes through the same preprocessing and positions when its group is sampled, in the update, and in infer.py. In
-sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of several
-ranks each samples and trains on the groups of its own prompts, as far as that is even; all know the rewards of all.
+In sampling and in the update alike the prompt stands once for its G completions. grpo.py has the mathematics. Of
+several ranks each samples and trains on the groups of its own prompts, as far as that is even; all know all rewards.
 """
 
 # ruff: noqa: E402
@@ -26,7 +25,6 @@ from types import SimpleNamespace
 
 import torch
 
-import memory
 import ranks
 import trainer
 from data import pack_groups, read_records
@@ -35,11 +33,12 @@ from grpo import group_advantages, grpo_loss, loss_normalizer
 from latest import follow
 from loader import Loader
 from lora import disabled, lora_layers, reference, reference_snapshot
+from memory import units_per_step
 from model.decode import Sampling
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from rewards import load_rewards, temporal, try_rewards
-from rollouts import Group, reward_metrics, score_groups, write_rollouts
+from rollouts import Group, reward_metrics, score_group, write_rollouts
 from startup import build_model, dry_run, launch, start
 
 # Of the console's line: name in metrics.jsonl, heading, format
@@ -61,12 +60,13 @@ def main():
     engine = start(run, model, processor, loader, records, held_out)
     log = trainer.Log(run, COLUMNS)
     evaluate = partial(evaluate_and_log, run, log, held_out, sampled=True) if held_out else None
-    trainer.before_first_step(run, engine, evaluate, judge_start=True)
+    trainer.before_first_step(run, engine, evaluate)
+    if evaluate and run.step == 0:
+        evaluate()
     if run.start_accuracy == 1:
         run.warn("nothing to learn: the start is right 100 % of the time; take harder questions")
 
-    rounds = run.loop_state("rounds") or run.step  # of sampling, each with the next prompts of the dataset
-    batches, wanted = loader.iterate(rounds), loader.global_batch  # groups that a step counts
+    batches, wanted = loader.iterate(run.rounds), loader.global_batch  # groups that a step counts
     for step in range(run.step + 1, run.total + 1):
         began = time.perf_counter()
         lr = trainer.begin_step(run, engine, step)
@@ -80,31 +80,26 @@ def main():
         # update the policy with the groups that the step counts
         metrics |= learn(run, engine, frozen, groups, examples, normalizer, step)
 
-        run.step, rounds, ended = step, rounds + made, time.perf_counter()
+        run.step, run.rounds, ended = step, run.rounds + made, time.perf_counter()
         seen, oom_retries = ranks.gather_numbers(len(loader.skipped), run.sampler.oom_retries).sum(0).tolist()
-        metrics |= {"rounds": made, "epoch": rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
+        metrics |= {"rounds": made, "epoch": run.rounds / loader.steps_per_epoch, "lr": lr, "oom_retries": oom_retries}
         metrics |= {"skipped": trainer.count_skipped(run, seen), "rollout_seconds": sampled - began - waited}
         log.step(step, metrics, ended - began, waited, metrics["prompt_tokens"] + metrics["completion_tokens"])
-        if trainer.after_step(run, engine, evaluate, {"rounds": rounds}):
+        if trainer.after_step(run, engine, evaluate):
             break
     trainer.finish(run, log)
-
-
-# -- Start
 
 
 def make_loader(cfg, records, processor, rank, world):
     """This rank's prompts of each round of sampling, one list: as many as a step trains on."""
     whole = replace(cfg, gradient_accumulation_steps=1, pack_tokens=None)  # those split the update, not the sampling
     options = {"rank": rank, "world_size": world, "answer": False, "collate": list}
-    return Loader(records, processor, whole, global_batch=memory.units_per_step(cfg) * world, **options)
+    return Loader(records, processor, whole, global_batch=units_per_step(cfg) * world, **options)
 
 
 def freeze_reference(model, cfg):
     """-> frozen: inside `with frozen():` the model is the reference, the policy as the run began. None if beta is 0.
-
-    Dropout is off from now on: the policy that is updated is the one that was sampled.
-    """
+    Dropout is off from now on: the policy that is updated is the one that was sampled."""
     for _, layer in lora_layers(model):
         layer.dropout = 0.0
     if cfg.beta == 0:
@@ -112,27 +107,23 @@ def freeze_reference(model, cfg):
     return partial(disabled, model) if cfg.reference == "base" else partial(reference, model, reference_snapshot(model))
 
 
-# -- Rollout and score
-
-
 def sample_groups(run, rewards, batches, step, wanted):
     """Rounds of sampling, each with the next prompts, until `wanted` groups of all ranks together differ in accuracy,
-    or max_resample more rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
-
-    Returns the groups of all ranks, {number: Example} of this rank's, the rounds, and the seconds waited for data.
-    """
+    or max_resample more rounds were made (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2). Returns the groups of
+    all ranks, {number: Example} of this rank's, the rounds, and the seconds waited for data."""
     groups, examples, waited = [], {}, 0.0
     for made in count(1):
         began = time.perf_counter()
         (prompts,) = next(batches)
         waited += time.perf_counter() - began
-        for rank, theirs in enumerate(ranks.gather(sample_round(run, rewards, prompts, step, 2 * (made - 1)))):
-            for k, group in enumerate(theirs):
+        own = sample_round(run, rewards, prompts, step, stream=2 * (made - 1))
+        for rank, theirs in enumerate(ranks.gather(own)):
+            if rank == run.rank:
+                examples |= dict(enumerate(prompts, start=len(groups)))
+            for group in theirs:
                 group.number, group.owner = len(groups), rank
                 for rollout in group.rollouts:
                     rollout.group = group.number
-                if rank == run.rank:
-                    examples[group.number] = prompts[k]
                 groups.append(group)
         enough = made > run.cfg.max_resample or sum(group.differs for group in groups) >= wanted
         if groups and enough:  # none: no prompt could be read
@@ -146,42 +137,41 @@ def sample_round(run, rewards, prompts, step, stream):
     sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
     seed = cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream  # and a prompt's number: the same on any rank
     drawn = sampler(prompts, sampling, cfg.num_generations, [seed + 7_919 * prompt.number for prompt in prompts])
-    rollouts = [[sampler.rollout(0, completion) for completion in each] for each in drawn]
     shuffled = {}  # prompt's number: texts
     if any(reward.fn is temporal for reward in rewards):
         movable = [prompt for prompt in prompts if any(steps > 1 for steps, _, _ in prompt.grid_thw)]
         able = {prompt.number: prompt.record for prompt in movable}
         others = [sampler.processor.encode(record, answer=False, control="shuffled") for record in able.values()]
         seeds = [seed + 15_485_863 + 7_919 * number for number in able]
-        drawn = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
-        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, drawn)}
-    groups = [Group(prompt.number, len(prompt), each) for prompt, each in zip(prompts, rollouts)]
-    score_groups(rewards, groups, [prompt.record for prompt in prompts], shuffled, cfg.max_completion_length)
+        texts = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
+        shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, texts)}
+    groups = []
+    for prompt, completions in zip(prompts, drawn):
+        group = Group(prompt.number, len(prompt), [sampler.rollout(0, each) for each in completions])
+        score_group(rewards, group, prompt.record, shuffled.get(prompt.number, []), cfg.max_completion_length)
+        groups.append(group)
     return groups
-
-
-# -- Advantages
 
 
 def compare_within_groups(run, groups, wanted):
     """Advantages of all Rollouts, and which groups the step counts: `wanted` of them, those first that differ in
-    accuracy, then those that differ in their reward alone, then the rest.
+    accuracy, then those that differ in their reward alone, then the rest. Returns the metrics of everything that was
+    sampled, and the loss' normalizer.
 
     The loss is divided by what is counted: or the last few groups that differ would get the whole step. With a KL every
-    counted group is trained on, for the policy may drift where rewards are equal too. Returns the metrics of everything
-    that was sampled, and the loss' normalizer.
+    counted group is trained on, for the policy may drift where rewards are equal too.
     """
-    cfg = run.cfg
-    everyone = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
-    advantages, std = group_advantages(torch.tensor(rewards, dtype=torch.float64), cfg.scale_rewards)
+    cfg, everyone = run.cfg, [rollout for group in groups for rollout in group.rollouts]
+    rewards = torch.tensor([rollout.reward for rollout in everyone], dtype=torch.float64).view(len(groups), -1)
+    advantages, std = group_advantages(rewards, cfg.scale_rewards)
     for rollout, advantage in zip(everyone, advantages.flatten().tolist()):
         rollout.advantage = advantage
         rollout.masked = cfg.mask_truncated_completions and not rollout.finished
     priority = lambda group: 0 if group.differs else 1 if std[group.number] > 0 else 2
     counted = sorted(groups, key=priority)[:wanted]  # of equals the first
     for group in counted:
-        group.trained = (std[group.number] > 0 or cfg.beta > 0) and group.finite
+        gives_gradient = (std[group.number] > 0 or cfg.beta > 0) and not all(r.masked for r in group.rollouts)
+        group.trained = gives_gradient and group.finite
     if lost := sum(not rollout.finite for rollout in everyone):
         problem = f"{lost} of {len(everyone)} completions have log-probs that are not finite"
         run.warn(f"{problem}: their groups are not trained on")
@@ -192,28 +182,23 @@ def compare_within_groups(run, groups, wanted):
     return reward_metrics(groups, std.tolist()) | metrics, normalizer
 
 
-# -- Update
-
-
 def learn(run, engine, frozen, groups, examples, normalizer, step):
     """Update with the groups that are trained on -> metrics. examples: {number: Example} of this rank's own groups.
     Where memory runs out the step is repeated with smaller micro-batches."""
-    trained, updates = [group for group in groups if group.trained], run.updates
-    mine = share(trained, run.rank, run.world)
+    mine, updates = share([group for group in groups if group.trained], run.rank, run.world), run.updates
     for group in mine:
         if group.number not in examples:  # another rank's prompt
             examples[group.number] = run.sampler.processor.encode(run.loader.records[group.record], answer=False)
-    nothing = all(rollout.masked for group in trained for rollout in group.rollouts)  # to learn from, on any rank
     while True:
         rollouts = split_micro_batches(mine, run.cfg, run.plan.pack_tokens)
         batches = [micro_batch(examples, each, run.device) for each in rollouts]
-        most = 0 if nothing else int(ranks.gather_numbers(len(batches)).max())
+        most = int(ranks.gather_numbers(len(batches)).max())
         try:
             metrics = update_policy(run, engine, frozen, batches, normalizer, step, most)
             break
         except torch.OutOfMemoryError:
-            packs = [batch.packed for batch in batches]
-        memory.shrink(run, engine, packs, step, repeatable=run.updates == updates)
+            largest = max((len(batch.packed.input_ids) for batch in batches), default=0)
+        trainer.shrink(run, engine, largest, step, repeatable=run.updates == updates)
     if not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
     return metrics
@@ -249,8 +234,7 @@ def split_micro_batches(groups, cfg, pack_tokens):
 
 
 def micro_batch(examples, rollouts, device):
-    """What one forward pass takes. rollouts: those of a group next to each other. examples: {number: Example}. N
-    completion tokens, G completions."""
+    """What one forward pass takes. rollouts: those of a group next to each other; N tokens in G completions."""
     numbers = list(dict.fromkeys(rollout.group for rollout in rollouts))
     completions = [[rollout.ids for rollout in rollouts if rollout.group == number] for number in numbers]
     packed = pack_groups([examples[number] for number in numbers], completions)

@@ -26,7 +26,6 @@ from data import pack, read_records
 from evaluate import answerable, evaluate_and_log, held_out_records
 from latest import follow
 from loader import Loader
-from memory import shrink
 from model.packed import IGNORE
 from model.qwen import target_logprobs
 from startup import build_model, dry_run, launch, start
@@ -59,20 +58,9 @@ def main():
         lr = trainer.begin_step(run, engine, step)
         counts = ranks.gather_numbers(*count_tokens(micro_batches), len(micro_batches))  # (world, 3)
         answer_tokens, tokens, _ = counts.sum(0).tolist()
-        sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # -log p of answer tokens, and how many are right
-        grad_norm, updated, most = None, False, int(counts[:, 2].max())
-        while answer_tokens:  # repeated where memory runs out; 0: nothing to learn from, on all ranks alike
-            try:
-                loss_of = partial(micro_loss, engine, answer_tokens, sums)
-                grad_norm, updated = trainer.update(engine, micro_batches, loss_of, most)
-                break
-            except torch.OutOfMemoryError:
-                pass  # outside of this clause nothing holds the pass's tensors any more
-            shrink(run, engine, micro_batches, step)
-            micro_batches, loader.pack_tokens = None, run.plan.pack_tokens
-            micro_batches = loader.packs()
-            most = len(micro_batches)
-            sums.zero_()
+        sums, grad_norm, updated = torch.zeros(2), None, False
+        if answer_tokens:  # 0: nothing to learn from, on all ranks alike
+            sums, grad_norm, updated = learn(run, engine, micro_batches, int(counts[:, 2].max()), answer_tokens, step)
         loss, right, seen = ranks.add(*sums.tolist(), len(loader.skipped))
         loss, right = (loss / answer_tokens, right / answer_tokens) if answer_tokens else (None, None)
         trainer.check_numbers(run, step, loss, grad_norm, updated)
@@ -96,6 +84,22 @@ def make_loader(cfg, records, processor, rank, world):
 def count_tokens(micro_batches):
     """(answer tokens, all tokens) of this rank's share of a step."""
     return sum(int((m.targets != IGNORE).sum()) for m in micro_batches), sum(len(m.input_ids) for m in micro_batches)
+
+
+def learn(run, engine, micro_batches, most, answer_tokens, step):
+    """One update -> (sums, gradient norm, whether it was made); repeated with smaller packs where memory runs out.
+    sums (2,): -log p of this rank's answer tokens, and how many are right. most: micro-batches of the fullest rank."""
+    while True:
+        sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+        loss_of = partial(micro_loss, engine, answer_tokens, sums)
+        try:
+            return sums, *trainer.update(engine, micro_batches, loss_of, most)
+        except torch.OutOfMemoryError:
+            largest = max((len(packed.input_ids) for packed in micro_batches), default=0)
+        trainer.shrink(run, engine, largest, step)  # outside of that clause nothing holds the pass's tensors any more
+        run.loader.pack_tokens = run.plan.pack_tokens
+        micro_batches = run.loader.packs()
+        most = len(micro_batches)
 
 
 def micro_loss(engine, answer_tokens, sums, packed):

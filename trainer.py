@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,16 +25,13 @@ from adapter_files import copy_small_files, save_adapter
 from checkpoint import BEST, METRICS, ROLLOUTS, STATE, append_lines, write_json
 from config import as_dict
 from data import pack
-from engine import leave_processes
+from engine import clear_gradients, leave_processes
 from evaluate import progress
 from lora import lora_layers
 from memory import out_of_memory
 from model import UserError
 from model.loading import not_finite, resolve_folder, save_model
 from report import write_report
-
-BAD_IN_A_ROW = 5  # steps without an update, because of numbers that are not finite, that end a run
-SCALING_STEPS = 25  # as many with fp16, where loss scaling starts high and falls by such steps
 
 
 @dataclass
@@ -59,13 +57,13 @@ class Run:
     plan: object = None  # memory.Plan: size of the packs, and how many blocks are recomputed
     total: int = 0  # steps of the whole run
     step: int = 0  # steps done
+    rounds: int = 0  # of sampling that they took (GRPO)
     updates: int = 0  # steps that changed the weights
     bad: int = 0  # steps in a row that did not
     best: dict | None = None  # {"step", "accuracy"}
     start_accuracy: float | None = None
     last_accuracy: float | None = None
-    skipped_seen: int = 0  # samples that are left out, summed over the ranks
-    skipped: int = 0  # each counted once
+    skipped: int = 0  # samples that are left out, on all ranks together
     signal: int = 0  # SIGINT or SIGTERM, once it came
     notes: list = field(default_factory=list)  # to print at the start
     next_command: str = ""  # to print at the end
@@ -80,8 +78,8 @@ class Run:
         self.say(console.highlight(f"warning: {text}"))
 
     def compare(self, accuracy: float | None) -> tuple[bool, str]:
-        """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; what to add to
-        its line). The start is no checkpoint, so it is never the best."""
+        """Record the accuracy after this step -> (whether it is the best so far, of equals the latest; words for its
+        line). The start is no checkpoint, so it is never the best."""
         if self.step == 0:
             self.start_accuracy = accuracy
             return False, ", the start"
@@ -90,10 +88,6 @@ class Run:
             return False, ""
         self.best = {"step": self.step, "accuracy": accuracy}
         return True, ", the best so far"
-
-    def loop_state(self, name):
-        """What the loop saved under this name in the checkpoint that the run goes on from, or None."""
-        return self.state.get("loop", {}).get(name)
 
 
 # -- One step
@@ -128,12 +122,12 @@ def lr_factor(step, total, kind="cosine", warmup=0, floor=0.0):
 
 
 def update(engine, micro_batches, loss_of, num_micro_batches):
-    """One optimizer step over this rank's micro-batches. Every rank must call it.
+    """One optimizer step over this rank's micro-batches -> (global gradient norm before clipping, whether the weights
+    were updated: not where the gradient is not finite). Every rank must call it.
 
     loss_of(micro_batch): its share of the loss, already divided by the count over the whole global batch.
     num_micro_batches: of the rank that has most; the others make blank passes, for DeepSpeed reduces gradients in each.
-    Returns (global gradient norm before clipping, whether the update was made: not where the gradient is not finite).
-    OutOfMemoryError: in a pass, before anything was updated. UserError: in the update itself.
+    OutOfMemoryError: in a pass, before anything was updated.
     """
     assert len(micro_batches) <= num_micro_batches, f"{len(micro_batches)} micro-batches, at most {num_micro_batches}"
     for i in range(num_micro_batches):
@@ -148,12 +142,28 @@ def update(engine, micro_batches, loss_of, num_micro_batches):
     try:
         engine.step()
     except torch.OutOfMemoryError:
-        packs = [getattr(each, "packed", each) for each in micro_batches]
         lower = "--offload_optimizer or --lora_rank"
-        raise out_of_memory(engine.device, "updating the weights", packs, lower) from None
+        raise out_of_memory(engine.device, "updating the weights", lower) from None
     if graphs := engine.module.ops.graphs:
         graphs.ready = True
     return float(engine.get_global_grad_norm()), engine.was_step_applied()
+
+
+def shrink(run, engine, largest, step, repeatable=True):
+    """Memory ran out in a pass of this step: clear its gradients and make run.plan smaller, so that it can be repeated.
+    largest: tokens of its largest pack. UserError where a single sample is too much, or where other ranks wait."""
+    plan = run.plan
+    is_single = plan.pack_tokens is not None and largest > plan.pack_tokens  # a sample, or a prompt and a completion
+    if run.world > 1 or not repeatable or (is_single and plan.kept == 0):
+        lower = "--offload_activations, --video_max_pixels or --nframes"
+        raise out_of_memory(run.device, f"training step {step} (the largest pack has {largest:,} tokens)", lower)
+    plan.pack_tokens, plan.kept = largest // 2, 0
+    plan.apply(engine.module)
+    clear_gradients(engine)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = f"packs of at most {plan.pack_tokens:,} tokens, everything recomputed"
+    run.warn(f"step {step}: out of GPU memory; it is repeated, from now on {smaller}: the same update")
 
 
 def check_numbers(run, step, loss, grad_norm, updated):
@@ -165,7 +175,7 @@ def check_numbers(run, step, loss, grad_norm, updated):
     run.bad += 1
     why = "no answer tokens in the batch" if loss is None else f"loss {loss}, gradient norm {grad_norm}"
     run.warn(f"step {step}: {why}: no update ({run.bad} in a row)")
-    if run.bad >= (SCALING_STEPS if run.dtype == torch.float16 else BAD_IN_A_ROW):
+    if run.bad >= (25 if run.dtype == torch.float16 else 5):  # fp16's loss scaling starts high and falls by such steps
         last = checkpoint.checkpoints(run.folder)[-1:] or ["none"]
         problem = f"{run.bad} steps in a row without an update ({why}), last good checkpoint: {last[0]}"
         raise UserError(f"{problem}; lower --learning_rate or look at the data")
@@ -173,11 +183,11 @@ def check_numbers(run, step, loss, grad_norm, updated):
 
 def count_skipped(run, seen):
     """How many samples are left out on all ranks together; UserError where too many are broken. seen: the sum over the
-    ranks, which may know of the same ones: where it grew they gather names."""
-    if seen != run.skipped_seen:
+    ranks, which may know of the same ones."""
+    if seen != run.skipped:
         every = ranks.gather((set(run.loader.skipped), run.loader.too_long))
         names, too_long = (set().union(*column) for column in zip(*every))
-        run.skipped_seen, run.skipped = seen, len(names)
+        run.skipped = len(names)
         run.loader.check_share(len(names - too_long))
     return run.skipped
 
@@ -187,9 +197,7 @@ def count_skipped(run, seen):
 
 class Log:
     """metrics.jsonl, a line on the console every logging_steps, a progress bar on a terminal, what --report_to names.
-
-    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Rank 0 writes, the others do nothing.
-    """
+    columns: (name in metrics.jsonl, heading, format) of the line's numbers. Only rank 0 writes."""
 
     def __init__(self, run, columns):
         self.run, self.columns, self.started, self.first = run, columns, time.perf_counter(), run.step
@@ -204,9 +212,8 @@ class Log:
             for tracker in self.trackers:
                 tracker.log(step, {k: v for k, v in clean.items() if isinstance(v, (int, float))})
 
-    def step(self, step, metrics, seconds, waited, tokens, warnings=(), lines=()):
-        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks. warnings and
-        lines: shown below the step's."""
+    def step(self, step, metrics, seconds, waited, tokens):
+        """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""
         run = self.run
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process; in KiB on Linux
         if run.device.type == "cuda":
@@ -217,10 +224,6 @@ class Log:
         self.bar.update()
         if step % run.cfg.logging_steps == 0 or step == run.total:
             run.say(self.line(step, metrics))
-        for text in warnings:
-            run.warn(f"step {step}: {text}")
-        for text in lines:
-            run.say(f"step {step:>6}  {text}")
 
     def line(self, step, metrics):
         """At most 100 columns; with --verbose, behind them, every other number of metrics.jsonl."""
@@ -231,8 +234,7 @@ class Log:
             text = "-" if value is None else format(value, form)
             shown.append(f"{heading} {text if len(text) < 8 else format(value, '.1e'):>6}")
         left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
-        minutes, seconds = divmod(int(left), 60)
-        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+        shown += [f"{metrics['ms'] / 1000:.1f} s", f"left {timedelta(seconds=int(left))}"]
         if self.run.cfg.verbose:
             known = {name for name, *_ in self.columns}
             others = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in known}
@@ -240,28 +242,24 @@ class Log:
         return "  ".join(shown)
 
     def close(self):
-        for thing in (self.bar, *self.trackers):
-            thing.close()
+        for each in (self.bar, *self.trackers):
+            each.close()
 
 
 # -- After a step: evaluation, checkpoint, end
 
 
-def before_first_step(run, engine, evaluate, judge_start=False):
-    """Evaluate the start, where that is wanted; after a signal, do what was left undone: as if it had not come."""
+def before_first_step(run, engine, evaluate):
+    """After a signal or a kill, do what was left undone: as if it had not come."""
     if run.rank == 0:  # a run killed after its last checkpoint had not come to it
         checkpoint.rotate(run.folder, run.cfg.save_total_limit)
     if run.state.get("stopped"):
-        after_step(run, engine, evaluate, run.state["loop"])
-    elif evaluate and judge_start and run.step == 0:
-        evaluate()
+        after_step(run, engine, evaluate)
 
 
-def after_step(run, engine, evaluate, loop=None):
+def after_step(run, engine, evaluate):
     """Do what is due after step run.step: evaluation, report page, checkpoint. Returns whether the run ends here.
-
-    evaluate() -> whether the answers are the best so far, or None; loop: what the script wants back on --resume.
-    """
+    evaluate() -> whether the answers are the best so far."""
     is_due = lambda every: run.step == run.total or (every > 0 and run.step % every == 0)
     cfg, better, stop = run.cfg, False, stop_requested(run)
     if evaluate and not stop and is_due(cfg.eval_steps):
@@ -270,27 +268,23 @@ def after_step(run, engine, evaluate, loop=None):
         stop = stop_requested(run)
     every = {"steps": cfg.save_steps, "epoch": run.loader.steps_per_epoch, "no": 0}[cfg.save_strategy]
     if better or stop or is_due(every):
-        save(run, engine, loop or {}, stop)
+        save(run, engine, stop)
     return bool(stop)
 
 
-def save(run, engine, loop, stopped=0):
-    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk
-    ends the run with one line; the earlier checkpoints are intact.
-
-    stopped: by this signal; the resumed run does all of after_step once more, and then deletes.
-    """
+def save(run, engine, stopped):
+    """Write checkpoint-{step} and best.json, delete what save_total_limit says. Every rank must call it. A full disk or
+    NaN ends the run with one line. stopped: by this signal; the resumed run does all of after_step once more."""
     folder, error = run.folder / f"checkpoint-{run.step}", None
     model, scaler = engine.module, engine.optimizer.loss_scaler
     retries, limits = ranks.gather_numbers(run.sampler.oom_retries, run.sampler.max_tokens).T
-    names = ("step", "updates", "best", "start_accuracy", "data_hash", "question")
+    names = ("step", "rounds", "updates", "best", "start_accuracy", "data_hash", "question")
     state = {name: getattr(run, name) for name in names} | {
         "global_batch": run.loader.global_batch,
         "loss_scale": scaler.cur_scale if scaler.dynamic else None,
         "skipped": ranks.gather(run.loader.state()),
         "memory": {"oom_retries": int(retries.sum()), "max_sampled_tokens": int(limits.min())},
         "plan": asdict(run.plan),
-        "loop": loop,
         "stopped": bool(stopped),
         "config": as_dict(run.cfg),
     }
@@ -318,13 +312,12 @@ def save(run, engine, loop, stopped=0):
             checkpoint.link_adapter(run.folder)
             if not stopped:
                 checkpoint.rotate(run.folder, run.cfg.save_total_limit)
-        except (OSError, SafetensorError) as problem:
-            error = f"cannot be written ({problem}); earlier ones are intact: free some space, then --resume"
-        except FloatingPointError as problem:
-            error = f"is not written: {problem}; earlier ones are intact: --resume, with a lower --learning_rate"
+        except (OSError, SafetensorError, FloatingPointError) as problem:
+            advice = "free some space or lower --learning_rate, then --resume"
+            error = f"{folder}: cannot be written ({problem}); earlier ones are intact: {advice}"
     for _ in tensors:  # whatever happens on rank 0: the ranks meet in every reduction of it
         pass
-    ranks.raise_together(error and f"{folder}: {error}")
+    ranks.raise_together(error)
 
 
 def write_page(run):
@@ -340,18 +333,15 @@ def write_page(run):
 
 
 def watch_signals(run):
-    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second Ctrl-C ends it at once.
-
-    The deepspeed launcher answers a Ctrl-C, which its processes get too, by sending them SIGTERM: no second one.
-    """
+    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a Ctrl-C after that ends it at once. The
+    deepspeed launcher answers a Ctrl-C, which its processes get too, by sending them SIGTERM: that changes nothing."""
 
     def note(number, _frame):
-        if number == run.signal == signal.SIGINT:
+        if run.signal and number == signal.SIGINT:
             raise SystemExit(128 + number)
         if not run.signal and run.rank == 0:
-            again = "; Ctrl-C again quits at once" if number == signal.SIGINT else ""
-            text = f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint{again}\n"
-            os.write(2, text.encode())  # print() may be in the middle of another line
+            what = "finishing this step, then writing a checkpoint; Ctrl-C quits at once"
+            os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())  # print() may be in another line
         run.signal = run.signal or number
 
     signal.signal(signal.SIGINT, note)

@@ -123,14 +123,14 @@ def test_an_int8_head_and_a_host_embedding_in_the_formula():
 def choose(monkeypatch, gib, factor=1.0, cls=SFT, state=None, **options):
     """(the Plan on a GPU of so many GiB, 10 of them taken, whose passes need `factor` times what the formula says, what
     was tried, the note) for a step of eight clips of R."""
-    model, counts, tried = adapted_3b(), memory.count(adapted_3b()), []
+    model, tried = adapted_3b(), []
     cfg = cls(lora_rank=64, **({"per_device_train_batch_size": 64 if cls is GRPO else 8} | options))
 
     def trial(run, model, examples):
         tried.append(len(examples))
         tokens = len(examples) * memory.unit_tokens(cfg, len(examples[0]))
         sizes = tokens, sum(len(one.patches) for one in examples), model.kept_blocks
-        used = factor * memory.activation_bytes(model.config, counts, cfg, *sizes)
+        used = factor * memory.activation_bytes(model, cfg, *sizes)
         return used if used <= (gib - 10) * GIB else math.inf
 
     monkeypatch.setattr(memory, "room_bytes", lambda *_: (gib - 10) * GIB)
@@ -156,8 +156,7 @@ def test_what_is_auto_is_chosen(monkeypatch, gib, options, expected):
 def test_the_trial_decides(monkeypatch, factor, scale):
     """On 24 GiB some blocks keep their activations: as many as fit by the trial, not by the formula."""
     plan, tried, notes = choose(monkeypatch, 24, factor)
-    model, cfg, counts = adapted_3b(), SFT(lora_rank=64), memory.count(adapted_3b())
-    clips = plan.pack_tokens // 1418
-    size = lambda kept: scale * memory.activation_bytes(model.config, counts, cfg, clips * 1418, clips * 4320, kept)
+    model, cfg, clips = adapted_3b(), SFT(lora_rank=64), plan.pack_tokens // 1418
+    size = lambda kept: scale * memory.activation_bytes(model, cfg, clips * 1418, clips * 4320, kept)
     assert size(plan.kept) <= 14 * GIB < size(plan.kept + 1) and 0 < plan.kept < 68
     assert tried == [8] and f"{plan.kept} of 68 blocks keep their activations" in notes[0]

@@ -88,10 +88,9 @@ def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypat
             here.data[5] = math.nan
 
     before_update(monkeypatch, act)
-    with pytest.raises(UserError, match="checkpoint-5: is not written: .* holds NaN or Inf; earlier ones are intact"):
-        sft(
-            "run", save_steps=1, save_total_limit="none", max_steps=9, deepspeed=tmp_path / "zero.json", max_grad_norm=0
-        )
+    with pytest.raises(UserError, match="checkpoint-5: cannot be written .* holds NaN or Inf.; earlier ones are"):
+        options = {"save_steps": 1, "save_total_limit": "none", "max_steps": 9, "max_grad_norm": 0}
+        sft("run", deepspeed=tmp_path / "zero.json", **options)
     folder = tmp_path / "run"
     assert steps_saved(folder) == [1, 2, 3, 4] and not list(folder.glob(".checkpoint*")) and finite(folder)
     one, two, three, four = (state(folder / f"checkpoint-{i}") for i in (1, 2, 3, 4))
@@ -183,7 +182,7 @@ def test_broken_samples_are_summed_over_the_ranks(monkeypatch):
     monkeypatch.setattr(trainer.ranks, "gather", lambda own: [own, (set(theirs.skipped), theirs.too_long)])
     with pytest.raises(UserError, match="2 of 16 samples are broken, max_skip_share is 0.1"):
         trainer.count_skipped(run, 2)
-    args.max_skip_share, run.skipped_seen = 0.2, 0
+    args.max_skip_share = 0.2
     assert trainer.count_skipped(run, 2) == 2
 
 
@@ -229,16 +228,11 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "where, words",
-    [
-        ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
-        ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
-    ],
-)
-def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
-    sft, tmp_path, monkeypatch, capsys, where, words
-):
+@pytest.mark.parametrize("where, words", [
+    ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
+    ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
+])  # fmt: skip
+def test_what_no_smaller_pack_helps_is_one_line_and_resume_goes_on(sft, tmp_path, monkeypatch, capsys, where, words):
     options = {"save_steps": 2, "pack_tokens": 400}
     whole = sft("whole", **options)
 
@@ -254,7 +248,7 @@ def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
     del ended
     release_run()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert all(part in line for part in (*words, "out of GPU memory", " packs, the largest ")), line
+    assert all(part in line for part in (*words, "out of GPU memory")), line
     again = sft("run", **options, resume=True)
     assert column(again, "loss", "grad_norm") == column(whole, "loss", "grad_norm")
 
@@ -305,7 +299,7 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     same_rollouts(again, whole)
     small_memory(monkeypatch, 0)
     lower = "--max_completion_length, --max_new_tokens or --nframes lowers"
-    with pytest.raises(UserError, match=f"while sampling 4 x 1 prompt; .* tokens in 1 packs.*{lower}"):
+    with pytest.raises(UserError, match=f"while sampling 4 x 1 prompt; {lower}"):
         grpo("none")
 
 

@@ -24,7 +24,7 @@ from model import UserError
 from model.decode import Sampling
 from model.loading import load_model
 from model.packed import IGNORE
-from rollouts import Group, Rollout, Sampler, differ, score_groups
+from rollouts import Group, Rollout, Sampler, differ, score_group
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -131,7 +131,8 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base):
     for control in ("none", "none", "blank", "reversed"):
         examples = [processor.encode(prompt.record, answer=False, control=control) for prompt in prompts]
         groups = sampled(bench, examples, length=40)  # long enough for a weak effect of random weights to show
-        score_groups(rewards, groups, [example.record for example in examples], {}, 8)
+        for group, example in zip(groups, examples):
+            score_group(rewards, group, example.record, [], 8)
         seen.append([(r.text, r.reward) for group in groups for r in group.rollouts])
     assert seen[0] == seen[1] and seen[0] != seen[2] and seen[0] != seen[3]
     assert all([reward for _, reward in seen[0]] != [reward for _, reward in other] for other in seen[2:])

@@ -53,15 +53,11 @@ def test_packing_by_tokens_gives_the_same_update(sft, whole):
     assert column(sft("packed", pack_tokens=400), "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
-        {"lora_enable": False, "tune_merger": True},
-        {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
-    ],
-    ids=["full", "merger only", "bf16 recomputed"],
-)
+@pytest.mark.parametrize("options", [
+    {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
+    {"lora_enable": False, "tune_merger": True},
+    {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
+], ids=["full", "merger only", "bf16 recomputed"])  # fmt: skip
 def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
     folder = sft("run", **options, save_total_limit=1)
     losses, last = column(folder, "loss"), newest_checkpoint(folder)
@@ -357,20 +353,11 @@ def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
     assert console.highlight("warning") == "warning"
 
 
-@pytest.mark.parametrize(
-    "script, start, last, number, words",
-    [
-        ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; accuracy 90.0%", "infer.py"]),
-        (
-            "train_grpo",
-            0.5,
-            0.9,
-            0,
-            ["accuracy 50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"],
-        ),
-        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
-    ],
-)
+@pytest.mark.parametrize("script, start, last, number, words", [
+    ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; accuracy 90.0%", "infer.py"]),
+    ("train_grpo", 0.5, 0.9, 0, ["50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"]),
+    ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
+])  # fmt: skip
 def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
     run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
     run.compare(start)
