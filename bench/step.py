@@ -4,7 +4,6 @@
     python bench/step.py sft grpo --shape S R --peer        # transformers + PEFT in turns with us, in this process
     python bench/step.py sft --memory 12.5                  # GiB that the allocator may take
     python bench/step.py sft --shape long768 --offload_activations --memory 23.5 --repeats 1
-    python bench/step.py sft --model 7b --recompute yes --pack_tokens 4096
     python bench/step.py sft --shape 32x448x448 --batch 2   # frames x height x width
     python bench/step.py grpo --prompts 8 --trace           # where the time goes: kernels, idle share
     python bench/step.py sft grpo --twice                   # the same seed twice, compared bit for bit
@@ -16,7 +15,7 @@
     grpo      a step of train_grpo.py: rollout, reference, update; random rewards that differ within each group
 
 The floor is the arithmetic (bench/workloads.py) at this machine's measured product rate; for a decode step the bytes at
-its copy rate: every weight once, each prompt's keys and values once, each row's own once. The last line is JSON.
+its copy rate. The last line is JSON.
 """
 
 import argparse
@@ -27,6 +26,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -35,10 +35,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from peer import Peer
-from workloads import SIZES, example, model_config, step_flops, workload
+from workloads import SIZES, decode_bytes, example, model_config, step_flops, workload
 
 import lora
 import memory
+import train_grpo
 from config import GRPO, SFT
 from data import pack
 from engine import build_engine, init_distributed, leave_processes, use_deterministic_kernels
@@ -46,21 +47,13 @@ from loader import fill_bins
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
 from model.loading import random_model
-from model.quantized import BASE_DTYPES, quantized_weights
+from model.quantized import BASE_DTYPES
 from rollouts import Group, Rollout
-from train_grpo import (
-    compare_within_groups,
-    freeze_reference,
-    micro_batch,
-    reference_pass,
-    split_micro_batches,
-    update_policy,
-)
 from train_sft import micro_loss
 from trainer import Run, update
 
 RECOMPUTE = {"auto": "auto", "yes": True, "no": False}
-KINDS = ("prefill", "decode", "rollout", "sft", "grpo")
+KINDS = ("prefill", "decode", "rollout", "sft", "grpo")  # those that train come last
 BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
 COLUMNS = ("seconds", "min", "max", "floor", "gib", "device_gib")
 
@@ -70,7 +63,8 @@ def parse(argv=None):
     cuda, add = torch.cuda.is_available(), parser.add_argument
     switch = partial(add, action="store_true")
     add("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
-    add("--shape", nargs="+", default=["R" if cuda else "tiny"], help="S, R, tiny, longN, FxHxW, FxHxW+PROMPT+ANSWER")
+    shapes = "S, R, tiny, longN, FxHxW, FxHxW+PROMPT+ANSWER"
+    add("--shape", nargs="+", type=workload, default=[workload("R" if cuda else "tiny")], help=shapes)
     add("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
     add("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
     add("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
@@ -90,11 +84,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: expected {', '.join(KINDS)}")
-    args.kinds = [kind for kind in KINDS if kind in args.kinds or not args.kinds]  # those that train come last
-    try:
-        args.work = {name: workload(name) for name in args.shape}
-    except ValueError as error:
-        parser.error(f"--shape: {error}")
+    args.kinds = [kind for kind in KINDS if kind in args.kinds or not args.kinds]
     return args
 
 
@@ -112,14 +102,15 @@ class Bench:
         torch.manual_seed(0)
         self.config = model_config(args.model)
         self.model = random_model(self.config, device, self.dtype, 0, args.base_dtype).requires_grad_(False)
-        graphs = self.cuda and not args.offload_activations
-        self.model.ops.graphs = GraphCache(wait=args.memory is not None) if graphs else None
+        if self.cuda and not args.offload_activations:
+            self.model.ops.graphs = GraphCache(wait=args.memory is not None)
         self.model.ops.offload = args.offload_activations
-        names = ("pack_tokens", "lora_rank", "offload_activations", "offload_optimizer")
-        common = {name: getattr(args, name) for name in names} | {"lora_alpha": args.lora_rank, "learning_rate": 1e-4}
-        common["gradient_checkpointing"] = RECOMPUTE[args.recompute]
-        self.cfg = GRPO(num_generations=args.group, **common)
-        self.sft_cfg = SFT(gradient_accumulation_steps=1, **common)
+        self.options = dict(
+            lora_rank=args.lora_rank, lora_alpha=args.lora_rank, learning_rate=1e-4, pack_tokens=args.pack_tokens,
+            gradient_checkpointing=RECOMPUTE[args.recompute], offload_activations=args.offload_activations,
+            offload_optimizer=args.offload_optimizer,
+        )  # fmt: skip
+        self.cfg = GRPO(num_generations=args.group, **self.options)
 
     def measured_rates(self) -> tuple[float, float]:
         """Matrix products (FLOP/s) and copies (bytes/s, read + write)."""
@@ -132,16 +123,15 @@ class Bench:
     def pack(self, work, count, answer=False):
         return pack([example(self.config, work, i, answer) for i in range(count)])
 
-    def sync(self) -> None:
+    def clock(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     def seconds(self, function) -> float:
-        self.sync()
-        start = time.perf_counter()
+        start = self.clock()
         function()
-        self.sync()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def call(self, who, function):
         """(function(), highest GiB without what the others hold at rest); what stays allocated is this contestant's."""
@@ -155,7 +145,7 @@ class Bench:
 
     def measure(self, label: str, steps: dict, floors: dict) -> None:
         """Call the functions of {who: function} in turns and print their rows. Each returns {part: seconds}; part "" is
-        the whole. floors: {part: seconds}."""
+        the whole. floors: {part: seconds}. device_gib: of all processes, with contexts and the allocator's reserve."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -171,13 +161,11 @@ class Bench:
         for (part, floor), who in product(floors.items(), steps):
             times = [parts[part] for parts, _ in calls[who][warm_up:]]
             row = {"work": f"{label} {part}".strip(), "who": who, "seconds": statistics.median(times)}
-            row |= {"min": min(times), "max": max(times), "floor": floor, "gib": max(gib for _, gib in calls[who])}
-            row["device_gib"] = (
-                total - free
-            ) / 2**30  # of all processes, contexts and the allocator's reserve included
+            row |= {"min": min(times), "max": max(times), "floor": floor}
+            row |= {"gib": max(gib for _, gib in calls[who]), "device_gib": (total - free) / 2**30}
             self.rows.append(row)
-            numbers = "".join(f"{row[name]:10.4f}" for name in COLUMNS)
-            print(f"{row['work']:<36}{who:<6}{numbers}{row['seconds'] / floor:10.2f}", flush=True)
+            numbers = "".join(f"{row[name]:11.4f}" for name in COLUMNS)
+            print(f"{row['work']:<36}{who:<6}{numbers}{row['seconds'] / floor:11.2f}", flush=True)
 
 
 class Ours:
@@ -196,24 +184,25 @@ class Ours:
 
     @cached_property
     def frozen(self):
-        return freeze_reference(self.model, self.cfg)
+        return train_grpo.freeze_reference(self.model, self.cfg)
 
     def rollout(self, work, count: int, tokens: int):
         prompts = self.bench.pack(work, count).to(self.bench.device)
         return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
 
-    def fit(self, cfg, work, samples: int, answer: bool):
-        """A trainers' Run with the size of packs and the kept activations that its options ask for."""
-        bench, cfg.per_device_train_batch_size, self.cfg.max_completion_length = self.bench, samples, work.completion
-        run, one = Run(cfg, "bench", Path(), bench.device, bench.dtype, ""), example(bench.config, work, 0, answer)
+    def run(self, cfg, one):
+        """A trainer's Run with the size of packs and the kept activations that its options ask for."""
+        run = Run(cfg, "bench", Path(), self.bench.device, self.bench.dtype, "")
         run.plan = memory.choose(run, self.model, lambda: one)
-        print(*(f"  {note}" for note in run.notes), sep="\n", end="\n" * bool(run.notes), flush=True)
+        for note in run.notes:
+            print(f"  {note}", flush=True)
         return run
 
     def sft(self, work, batch: int):
         engine, bench, answers = self.engine, self.bench, batch * work.completion
-        run = self.fit(bench.sft_cfg, work, batch, answer=True)
         samples = [example(bench.config, work, i, True) for i in range(batch)]
+        cfg = SFT(per_device_train_batch_size=batch, gradient_accumulation_steps=1, **bench.options)
+        run = self.run(cfg, samples[0])
         bins = fill_bins([len(one) for one in samples], run.plan.pack_tokens or sum(map(len, samples)))
         packs = [pack([samples[i] for i in each]) for each in bins]
 
@@ -227,31 +216,27 @@ class Ours:
 
     def grpo(self, work, count: int):
         """Its function returns the seconds of its parts."""
-        engine, frozen, bench, cfg = self.engine, self.frozen, self.bench, self.cfg
-        run = self.fit(cfg, work, count * cfg.num_generations, answer=False)
+        engine, frozen, bench, rows = self.engine, self.frozen, self.bench, count * self.cfg.num_generations
+        cfg = replace(self.cfg, per_device_train_batch_size=rows, max_completion_length=work.completion)
         prompts = {n: example(bench.config, work, n) for n in range(count)}
+        run = self.run(cfg, prompts[0])
         sample = self.rollout(work, count, work.completion)
 
-        def clock():
-            bench.sync()
-            return time.perf_counter()
-
         def step():
-            cfg.per_device_train_batch_size = count * cfg.num_generations
             run.plan.apply(self.model)
-            start, draw, groups = clock(), random.Random(0), []
+            start, draw, groups = bench.clock(), random.Random(0), []
             for n, group in enumerate(sample()):
                 rollouts = [Rollout(n, c.ids, c.logprobs, c.finished, "", reward=draw.random()) for c in group]
                 groups.append(Group(n, work.prompt, rollouts, n))
-            sampled = time.perf_counter()
-            _, normalizer = compare_within_groups(run, groups, len(groups))
-            splits = split_micro_batches(groups, cfg, run.plan.pack_tokens)
-            batches = [micro_batch(prompts, rollouts, bench.device) for rollouts in splits]
+            sampled = bench.clock()
+            _, normalizer = train_grpo.compare_within_groups(run, groups, len(groups))
+            splits = train_grpo.split_micro_batches(groups, cfg, run.plan.pack_tokens)
+            batches = [train_grpo.micro_batch(prompts, rollouts, bench.device) for rollouts in splits]
             if frozen:
-                reference_pass(self.model, frozen, batches, cfg)
-            referred = clock()
-            update_policy(run, engine, None, batches, normalizer, 1, len(batches))
-            end = clock()
+                train_grpo.reference_pass(self.model, frozen, batches, cfg)
+            referred = bench.clock()
+            train_grpo.update_policy(run, engine, None, batches, normalizer, 1, len(batches))
+            end = bench.clock()
             parts = {"rollout": sampled - start, "reference": referred - sampled, "update": end - referred}
             return {"": end - start} | parts
 
@@ -278,7 +263,7 @@ def floors_of(bench, kind, work, count):
     L, T, G = work.prompt, work.completion, bench.args.group
     flops = partial(step_flops, bench.config, work.grid, recompute=bench.args.recompute == "yes")
     compute = lambda flops_of_one: count * flops_of_one / bench.product_rate
-    token = lambda own: step_bytes(bench.model, work, count, G, own) / bench.copy_rate  # own: tokens of a row so far
+    token = lambda own: decode_bytes(bench.model, L, own, count, G) / bench.copy_rate  # own: tokens of a row so far
     if kind == "sft":
         return {"": compute(flops(L + T, head=T, train=True))}
     prefill = compute(flops(L, head=1))
@@ -290,21 +275,12 @@ def floors_of(bench, kind, work, count):
     return {"": sum(parts.values())} | parts
 
 
-def step_bytes(model, work, N: int, G: int, own: float) -> float:
-    """Fewest bytes of a decoding step: layers and head once, a prompt's keys and values once, a row's own once."""
-    config, size = model.config, model.head_weight.element_size()
-    layers = sum(p.numel() for p in model.model.layers.parameters())
-    low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return low_bit + size * (layers + model.head_weight.numel() + token * N * (work.prompt + G * own))
-
-
 def rows(bench, contestants):
     """(label, {who: step}, floors) of each row."""
     args = bench.args
-    for kind, (name, work) in product(args.kinds, args.work.items()):
-        for count in [args.batch or BATCH.get(name, 1)] if kind == "sft" else args.prompts:
-            label = f"{kind} {name} {count}" if kind == "sft" else f"{kind} {name} {count} x {args.group}"
+    for kind, work in product(args.kinds, args.shape):
+        for count in [args.batch or BATCH.get(work.name, 1)] if kind == "sft" else args.prompts:
+            label = f"{kind} {work.name} {count}" + ("" if kind == "sft" else f" x {args.group}")
             able = contestants if kind != "grpo" else contestants[:1]
             steps = {one.name: bench.call(one.name, partial(step_of, one, kind, work, count))[0] for one in able}
             yield label, steps, floors_of(bench, kind, work, count)
@@ -312,19 +288,16 @@ def rows(bench, contestants):
 
 def trace(bench, step) -> None:
     """One call under torch's profiler: the kernels that take most, and the share of time in which none runs."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
         wall = bench.seconds(step)
     order = f"self_{bench.device.type}_time_total"
-    print(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    averages = profiler.key_averages()
+    print(averages.table(sort_by=order, row_limit=20, max_name_column_width=60))
     if bench.cuda:
-        kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        busy = last = 0.0
-        for begin, end in sorted((e.time_range.start, e.time_range.end) for e in kernels):  # microseconds; they overlap
-            busy, last = busy + max(0.0, end - max(begin, last)), max(last, end)
-        print(f"{wall:.3f} s, {len(kernels)} kernels, idle {1 - busy / 1e6 / wall:.1%}", flush=True)
+        busy = sum(e.self_device_time_total for e in averages if not e.is_user_annotation) / 1e6
+        print(f"{wall:.3f} s, idle {1 - busy / wall:.1%} where no kernels overlap", flush=True)
 
 
 def twice(args, device) -> bool:
@@ -350,10 +323,10 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} in {str(bench.dtype)[6:]}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
+    print(f"{args.model} in {bench.dtype}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
           f"{args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
-    print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>10}" for name in (*COLUMNS, "x floor")))
+    print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>11}" for name in (*COLUMNS, "x floor")))
     contestants = []
     for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
         contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])
