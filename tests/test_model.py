@@ -15,7 +15,7 @@ from model import qwen
 from model.loading import ModelConfig, load_model
 from model.packed import VisionPlan
 from model.qwen import Qwen2_5_VL
-from model.rope import mrope_position_ids, mrope_tables
+from model.rope import mrope_position_ids
 
 # grids in patches: 8x8 is one whole window of 112 pixels, 4x12 and 10x6 are cut by its border, 16x8 is two windows
 CASES = {
@@ -159,14 +159,7 @@ def test_bf16_stays_within_its_own_rounding(oracle):
     assert error < 1.5 * theirs_error, (error, theirs_error)
 
 
-def test_rotary_tables_lie_row_by_row():
-    """The GPU kernel reads them so. A transposed table once put every position wrong there, and right on the CPU."""
-    positions = torch.arange(21).view(3, 7)
-    for table in mrope_tables(positions, RULE, torch.float32):
-        assert table.shape == (7, 1, RULE.head_dim // 2) and table.is_contiguous()
-
-
-# ---------------------------------------------------------------- positions
+# -- Positions
 
 RULE = ModelConfig.from_dict(config_dict("tied"))  # tokens_per_second 2, as in the released 3B
 
