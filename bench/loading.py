@@ -36,6 +36,7 @@ SMALL = {"nframes": 8, "resized_height": 56, "resized_width": 56}  # how the tin
 
 
 def read(processor, workers: int, clips: list[dict]) -> None:
+    """Ours, with so many worker processes."""
     records = [{"messages": [{"role": "user", "content": [clip, "Where to?"]}]} for clip in clips]
     for example in examples(processor, records, range(len(clips)), workers=workers):
         assert not isinstance(example, tuple), example  # (number, why it cannot be read)
@@ -53,7 +54,7 @@ def read_peer(vision_process, decoder: str, clips: list[dict]) -> None:
 def readers_of(args) -> dict:
     """{name: function that reads a list of clips}"""
     processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
-    readers = {f"{workers} workers": partial(read, processor, workers) for workers in args.workers}
+    readers = {f"{workers} workers": partial(read, processor, workers) for workers in (0, 1, 2)}
     for decoder in ("decord", "torchcodec") if args.peer else ():
         try:
             import_module(decoder)
@@ -68,9 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="videos of one's own, besides the drawn ones")
     parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second of one's own")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=200, help="small clips a round; a tenth as many of the others")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="qwen-vl-utils on the same files")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,7 +85,7 @@ def main():
         print(f"{'files':<20}  {'reader':<26}  clips/s  CPU ms a clip")
         for name, clips in sets.items():
             rounds = {who: [] for who in readers}
-            for _ in range(args.repeats + 1):
+            for _ in range(4):
                 for who, reader in readers.items():  # they take turns, so that a busy machine slows them alike
                     wall, cpu = time.perf_counter(), sum(os.times()[:4])
                     reader(clips)

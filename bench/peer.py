@@ -6,8 +6,10 @@ import importlib.util
 from functools import cache
 
 import torch
+from workloads import samples
 
 from adapter_files import hf_name
+from data import pack
 from lora import targets
 from model.packed import IGNORE, Segments
 from model.qwen import normalise_patches
@@ -39,7 +41,7 @@ class Peer:
             self.adamw = torch.optim.AdamW(self.params, cfg.learning_rate, betas, cfg.adam_epsilon, fused=True)
 
     def inputs(self, work, count: int, answer: bool = False) -> dict:
-        packed = self.bench.pack(work, count, answer).to(self.bench.device)
+        packed = pack(samples(self.bench.config, work, count, answer)).to(self.bench.device)
         return transformers_inputs(packed, count, self.bench.config, self.bench.dtype)
 
     def sft(self, work, batch: int):

@@ -2,9 +2,7 @@
 
     python bench/step.py                                    # on a GPU 3B and R, on a CPU the tiny model and its shape
     python bench/step.py sft grpo --shape S R --peer        # transformers + PEFT in turns with us, in this process
-    python bench/step.py sft --memory 12.5                  # GiB that the allocator may take
     python bench/step.py sft --shape long768 --offload_activations --memory 23.5 --repeats 1
-    python bench/step.py sft --shape 32x448x448 --batch 2   # frames x height x width
     python bench/step.py grpo --prompts 8 --trace           # where the time goes: kernels, idle share
     python bench/step.py sft grpo --twice                   # the same seed twice, compared bit for bit
 
@@ -27,7 +25,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -35,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from peer import Peer
-from workloads import SIZES, decode_bytes, example, model_config, step_flops, workload
+from workloads import SIZES, decode_bytes, model_config, samples, step_flops, workload
 
 import lora
 import memory
@@ -61,7 +59,6 @@ COLUMNS = ("seconds", "min", "max", "floor", "gib", "device_gib")
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda, add = torch.cuda.is_available(), parser.add_argument
-    switch = partial(add, action="store_true")
     add("kinds", nargs="*", metavar="|".join(KINDS), help="default: all")
     shapes = "S, R, tiny, longN, FxHxW, FxHxW+PROMPT+ANSWER"
     add("--shape", nargs="+", type=workload, default=[workload("R" if cuda else "tiny")], help=shapes)
@@ -75,12 +72,11 @@ def parse(argv=None):
     add("--recompute", default="auto", choices=RECOMPUTE, help="activations, instead of keeping them")
     add("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
     add("--repeats", type=int, default=5 if cuda else 3)
-    switch("--offload_activations")
-    switch("--offload_optimizer")
-    switch("--deterministic")
-    switch("--peer", help="transformers + PEFT too, but for grpo")
-    switch("--trace", help="torch's profiler over one call of each row")
-    switch("--twice", help="three steps of sft and grpo from the same seed, twice")
+    for name in ("offload_activations", "offload_optimizer", "deterministic"):
+        add(f"--{name}", action="store_true")
+    add("--peer", action="store_true", help="transformers + PEFT too, but for grpo")
+    add("--trace", action="store_true", help="torch's profiler over one call of each row")
+    add("--twice", action="store_true", help="three steps of sft and grpo from the same seed, twice")
     args = parser.parse_args(argv)
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"{', '.join(unknown)}: expected {', '.join(KINDS)}")
@@ -119,9 +115,6 @@ class Bench:
         x, y = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         median = lambda function: statistics.median([self.seconds(function) for _ in range(7)][2:])
         return 2 * n**3 / median(lambda: a @ b), 2 * size / median(lambda: y.copy_(x))
-
-    def pack(self, work, count, answer=False):
-        return pack([example(self.config, work, i, answer) for i in range(count)])
 
     def clock(self) -> float:
         if self.cuda:
@@ -169,7 +162,7 @@ class Bench:
 
 
 class Ours:
-    """The trainers' own functions as steps of each kind. What training takes is made when it is first needed."""
+    """The trainers' own functions as steps of each kind."""
 
     name = "ours"
 
@@ -177,17 +170,12 @@ class Ours:
         self.bench, self.model, self.cfg = bench, bench.model, bench.cfg
         lora.inject(self.model, self.cfg)
         self.model.eval()
-
-    @cached_property
-    def engine(self):
-        return build_engine(self.model, self.cfg, self.bench.device, self.bench.dtype)[0]
-
-    @cached_property
-    def frozen(self):
-        return train_grpo.freeze_reference(self.model, self.cfg)
+        if {"sft", "grpo"} & {*bench.args.kinds}:
+            self.engine = build_engine(self.model, self.cfg, bench.device, bench.dtype)[0]
+            self.frozen = train_grpo.freeze_reference(self.model, self.cfg)
 
     def rollout(self, work, count: int, tokens: int):
-        prompts = self.bench.pack(work, count).to(self.bench.device)
+        prompts = pack(samples(self.bench.config, work, count)).to(self.bench.device)
         return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
 
     def run(self, cfg, one):
@@ -200,11 +188,11 @@ class Ours:
 
     def sft(self, work, batch: int):
         engine, bench, answers = self.engine, self.bench, batch * work.completion
-        samples = [example(bench.config, work, i, True) for i in range(batch)]
         cfg = SFT(per_device_train_batch_size=batch, gradient_accumulation_steps=1, **bench.options)
-        run = self.run(cfg, samples[0])
-        bins = fill_bins([len(one) for one in samples], run.plan.pack_tokens or sum(map(len, samples)))
-        packs = [pack([samples[i] for i in each]) for each in bins]
+        examples = samples(bench.config, work, batch, answer=True)
+        run = self.run(cfg, examples[0])
+        bins = fill_bins([len(one) for one in examples], run.plan.pack_tokens or sum(map(len, examples)))
+        packs = [pack([examples[i] for i in each]) for each in bins]
 
         def step():
             run.plan.apply(self.model)
@@ -218,7 +206,7 @@ class Ours:
         """Its function returns the seconds of its parts."""
         engine, frozen, bench, rows = self.engine, self.frozen, self.bench, count * self.cfg.num_generations
         cfg = replace(self.cfg, per_device_train_batch_size=rows, max_completion_length=work.completion)
-        prompts = {n: example(bench.config, work, n) for n in range(count)}
+        prompts = dict(enumerate(samples(bench.config, work, count)))
         run = self.run(cfg, prompts[0])
         sample = self.rollout(work, count, work.completion)
 
@@ -251,10 +239,8 @@ def step_of(contestant, kind, work, count):
     if kind == "decode":
         half, whole = (contestant.rollout(work, count, tokens) for tokens in (T // 2, T))
         return lambda: {"": max(1e-9, (seconds(whole) - seconds(half)) / (T - T // 2))}
-    if kind == "sft":
-        step = contestant.sft(work, count)
-    else:
-        step = contestant.rollout(work, count, T if kind == "rollout" else 1)
+    tokens = {"prefill": 1, "rollout": T}
+    step = contestant.sft(work, count) if kind == "sft" else contestant.rollout(work, count, tokens[kind])
     return lambda: {"": seconds(step)}
 
 
@@ -262,17 +248,14 @@ def floors_of(bench, kind, work, count):
     """{part: seconds} of `count` prompts or samples."""
     L, T, G = work.prompt, work.completion, bench.args.group
     flops = partial(step_flops, bench.config, work.grid, recompute=bench.args.recompute == "yes")
-    compute = lambda flops_of_one: count * flops_of_one / bench.product_rate
+    compute = lambda *sizes, **options: count * flops(*sizes, **options) / bench.product_rate
     token = lambda own: decode_bytes(bench.model, L, own, count, G) / bench.copy_rate  # own: tokens of a row so far
-    if kind == "sft":
-        return {"": compute(flops(L + T, head=T, train=True))}
-    prefill = compute(flops(L, head=1))
-    rollout = prefill + T * token(0.5 * T)
-    if kind != "grpo":
-        return {"": {"prefill": prefill, "decode": token(0.75 * T), "rollout": rollout}[kind]}
-    parts = {"rollout": rollout, "reference": compute(flops(L, [T] * G, G * T))}
-    parts["update"] = compute(flops(L, [T] * G, G * T, train=True))
-    return {"": sum(parts.values())} | parts
+    floors = {"prefill": compute(L, head=1), "decode": token(0.75 * T), "sft": compute(L + T, head=T, train=True)}
+    floors["rollout"] = floors["prefill"] + T * token(0.5 * T)
+    floors["reference"] = compute(L, [T] * G, head=G * T)
+    floors["update"] = compute(L, [T] * G, head=G * T, train=True)
+    parts = {name: floors[name] for name in ("rollout", "reference", "update") if kind == "grpo"}
+    return {"": sum(parts.values())} | parts if parts else {"": floors[kind]}
 
 
 def rows(bench, contestants):
@@ -308,11 +291,10 @@ def twice(args, device) -> bool:
         for _, steps, _ in rows(bench, [Ours(bench)]):
             for _ in range(3):
                 steps[Ours.name]()
-        results.append([p.detach().cpu().clone() for p in bench.model.parameters() if p.requires_grad])
-    gap = max(float((a.float() - b.float()).abs().max()) for a, b in zip(*results, strict=True))
-    equal = all(map(torch.equal, *results))
-    print(f"the same seed twice: {'equal bit for bit' if equal else f'weights up to {gap:.2e} apart'}")
-    return equal
+        results.append(torch.cat([p.detach().float().flatten() for p in bench.model.parameters() if p.requires_grad]))
+    gap = float((results[0] - results[1]).abs().max())
+    print(f"the same seed twice: {f'weights up to {gap:.2e} apart' if gap else 'equal bit for bit'}")
+    return gap == 0
 
 
 def main(argv=None) -> int:

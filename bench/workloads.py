@@ -79,9 +79,12 @@ def workload(name: str) -> Workload:
     return Workload(name, (max(1, frames // 2), height // 28 * 2, width // 28 * 2), text, completion)
 
 
-def example(config: ModelConfig, work: Workload, number: int, answer: bool = False) -> Example:
-    """Example `number` of random words around one clip, as data.Processor makes them: a prompt, or with an answer that
-    is to be learned."""
+def samples(config: ModelConfig, work: Workload, count: int, answer: bool = False) -> list[Example]:
+    """Random words around one clip each, as data.Processor makes them: prompts, or with an answer to be learned."""
+    return [sample(config, work, number, answer) for number in range(count)]
+
+
+def sample(config: ModelConfig, work: Workload, number: int, answer: bool) -> Example:
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.text,), generator=generator).tolist()
     pads = [config.video_token_id] * (work.prompt - work.text)
