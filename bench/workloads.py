@@ -81,10 +81,10 @@ def workload(name: str) -> Workload:
 
 def samples(config: ModelConfig, work: Workload, count: int, answer: bool = False) -> list[Example]:
     """Random words around one clip each, as data.Processor makes them: prompts, or with an answer to be learned."""
-    return [sample(config, work, number, answer) for number in range(count)]
+    return [example(config, work, number, answer) for number in range(count)]
 
 
-def sample(config: ModelConfig, work: Workload, number: int, answer: bool) -> Example:
+def example(config: ModelConfig, work: Workload, number: int, answer: bool) -> Example:
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.text,), generator=generator).tolist()
     pads = [config.video_token_id] * (work.prompt - work.text)

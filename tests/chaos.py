@@ -180,11 +180,11 @@ def random_moments(script: str):
         yield wrong or finish(script, run)
 
 
-def before_each_change(script: str):
-    """SIGKILL before the 1st, 2nd, 3rd … change of a file in a run that saves three checkpoints."""
+def before_each_change(script: str, every: int = 1):
+    """SIGKILL before the 1st, 2nd, 3rd … change of a file in a run that saves three checkpoints; or every n-th."""
     short, number, code = "--max_steps 3 --save_steps 1 --eval_steps 2 --save_total_limit 1", 0, -signal.SIGKILL
     while code:
-        number, run = number + 1, Path(f"change{number}")
+        number, run = number + every, Path(f"change{number}")
         code = end_of(start(script, run, short, kill_before=number))
         if code == -signal.SIGKILL:
             yield finish(script, run, short)

@@ -5,15 +5,12 @@ import os
 import shutil
 import signal
 from functools import partial
-from itertools import combinations, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
-import checkpoint
 import console
 import startup
 import train_sft
@@ -21,7 +18,6 @@ import trainer
 from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
 from config import SFT
 from engine import deepspeed_config
-from memory import Plan
 from model import UserError
 from model.loading import load_model
 from trainer import Run, lr_factor
@@ -53,15 +49,11 @@ def test_packing_by_tokens_gives_the_same_update(sft, whole):
     assert column(sft("packed", pack_tokens=400), "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
-        {"lora_enable": False, "tune_merger": True},
-        {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
-    ],
-    ids=["full", "merger only", "bf16 recomputed"],
-)
+@pytest.mark.parametrize("options", [
+    {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
+    {"lora_enable": False, "tune_merger": True},
+    {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
+], ids=["full", "merger only", "bf16 recomputed"])  # fmt: skip
 def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
     folder = sft("run", **options, save_total_limit=1)
     losses, last = column(folder, "loss"), newest_checkpoint(folder)
@@ -181,95 +173,6 @@ def test_after_a_signal_the_resumed_run_makes_up_for_all(sft, base, tmp_path, mo
     assert steps_saved(folder) == steps_saved(whole)
 
 
-# -- The order after a step: evaluate, best, save, rotate, signal; with everything but the files left out
-
-
-class Killed(BaseException):
-    pass
-
-
-class Order:
-    """Runs of 12 steps; evaluated every third with these scores, saved every second."""
-
-    def __init__(self, folder, monkeypatch, limit, scores):
-        self.folder, self.limit, self.scores, self.changes = folder, limit, scores, -1
-        monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args: iter(()))
-        monkeypatch.setattr(checkpoint, "sync", lambda path: None)
-        monkeypatch.setattr(Path, "rename", lambda path, to, real=Path.rename: (self.change(), real(path, to))[1])
-        for name in ("not_finite", "save_adapter", "write_page"):
-            monkeypatch.setattr(trainer, name, lambda *args: [])
-        monkeypatch.setattr(trainer, "lora_layers", lambda module: [1])
-        monkeypatch.setattr(startup, "environment", dict)
-
-    def change(self):
-        self.changes -= 1
-        if self.changes == 0:
-            raise Killed
-
-    def live(self, stop=None, in_evaluation=None, kill=-1):
-        """From the newest checkpoint on, until a signal at step `stop`, one during the evaluation at step
-        `in_evaluation`, or an end before the `kill`-th renaming of a file. Returns whether it came to its end."""
-        cfg = SFT(output_dir=str(self.folder), resume=True, eval_steps=3, save_steps=2, save_total_limit=self.limit)
-        run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, total=12, plan=Plan(None, 0))
-        run.loader = SimpleNamespace(steps_per_epoch=5, state=dict, global_batch=1)
-        run.sampler = SimpleNamespace(oom_retries=0, max_tokens=1)
-        engine = SimpleNamespace(module=None, optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
-
-        def evaluate():
-            append_lines(self.folder / "metrics.jsonl", [{"step": run.step, "evaluation": self.scores[run.step]}])
-            run.signal = signal.SIGTERM if run.step == in_evaluation else run.signal
-            return run.compare(self.scores[run.step])[0]
-
-        self.folder.mkdir(exist_ok=True)
-        self.changes = kill
-        try:
-            startup.find_source(run)
-            startup.prepare_folder(run)
-            trainer.before_first_step(run, engine, evaluate)
-            for step in range(run.step + 1, run.total + 1):
-                run.step = step
-                append_lines(self.folder / "metrics.jsonl", [{"step": run.step}])
-                run.signal = signal.SIGTERM if run.step == stop else run.signal
-                if trainer.after_step(run, engine, evaluate):
-                    return False
-        except Killed:
-            return False
-        return True
-
-    def result(self):
-        """Everything that is left of the run; it is removed."""
-        while not self.live():
-            pass
-        files = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.is_file() and p.name != "run.json"}
-        result = {str(name): path.read_text() for name, path in files.items() if name.name != "manifest.json"}
-        shutil.rmtree(self.folder)
-        return result
-
-
-@pytest.mark.parametrize("limit", [1, 2, None])
-@pytest.mark.parametrize("scores", [(2, 6, 4, 5), (4, 3, 2, 5)])
-def test_a_run_stopped_at_any_point_ends_like_the_undisturbed_one(tmp_path, monkeypatch, limit, scores):
-    order = Order(tmp_path / "run", monkeypatch, limit, dict(zip((3, 6, 9, 12), scores)))
-    undisturbed = order.result()
-    if limit == 2 and scores[1] == 6:
-        folders = {Path(name).parent.name for name in undisturbed}
-        assert folders == {"", "checkpoint-6", "checkpoint-10", "checkpoint-12"}
-        assert json.loads(undisturbed["best.json"]) == {"step": 6, "accuracy": 6}
-    for stop, in_evaluation in [*product(range(1, 13), [None]), *product([None], (3, 6, 9, 12))]:
-        order.live(stop, in_evaluation)
-        assert order.result() == undisturbed, (stop, in_evaluation)
-    for first, second in combinations(range(1, 13), 2) if limit == 2 and scores[1] == 3 else ():
-        order.live(first)
-        order.live(second)
-        assert order.result() == undisturbed, (first, second)
-    number, finished = 0, False
-    while not finished:  # killed before each renaming
-        number += 1
-        finished = order.live(kill=number)
-        assert order.result() == undisturbed, number
-    assert number >= 15
-
-
 # -- Folders
 
 
@@ -308,16 +211,18 @@ def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
 
 
 def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base, capsys):
-    options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
-    folder = sft("run", **options, eval_controls=3)
-    assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
-    best = folder / f"checkpoint-{read_json(folder / 'best.json')['step']}"
+    options = {"max_steps": 3, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
+    folder = sft("run", **options, eval_controls=3, save_steps=1, save_total_limit=1)
+    accuracies, counts = zip(*column(folder, "eval_accuracy", "eval_count"))
+    assert counts == (4, 4, 4)
+    best = folder / f"checkpoint-{1 + accuracies.index(max(accuracies))}"
+    assert {folder / f"checkpoint-{step}" for step in steps_saved(folder)} == {best, folder / "checkpoint-3"}
     assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == best
-    early, late = column(folder, "evaluation")
+    early, _, late = column(folder, "evaluation")
     assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
     assert capsys.readouterr().out.count("% of 3") == 3
     rows = lines(folder, "rollouts.jsonl")
-    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2, 3) for k in range(4)]
     assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
     assert "before and after" in (folder / "report.html").read_text()
     assert [read_json(folder / "data.json")[name]["samples"] for name in ("train", "held out")] == [20, 4]
@@ -357,20 +262,11 @@ def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
     assert console.highlight("warning") == "warning"
 
 
-@pytest.mark.parametrize(
-    "script, start, last, number, words",
-    [
-        ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; accuracy 90.0%", "infer.py"]),
-        (
-            "train_grpo",
-            0.5,
-            0.9,
-            0,
-            ["accuracy 50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"],
-        ),
-        ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
-    ],
-)
+@pytest.mark.parametrize("script, start, last, number, words", [
+    ("train_sft", None, 0.9, 0, ["loss 5 in the first step, 0.25 in the last; accuracy 90.0%", "infer.py"]),
+    ("train_grpo", 0.5, 0.9, 0, ["50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"]),
+    ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
+])  # fmt: skip
 def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
     run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
     run.compare(start)
