@@ -7,7 +7,6 @@ import resource
 import shutil
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 
 import deepspeed
 import pytest
@@ -23,10 +22,8 @@ import train_grpo
 import train_sft
 import trainer
 from checkpoint import read_json, what_is_broken
-from config import SFT, cli
-from loader import Loader
+from config import cli
 from model import UserError, decode
-from trainer import Run
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -136,9 +133,8 @@ def test_logits_that_are_not_finite_are_wrong_answers(sft, base, monkeypatch):
         infer.main([clip, "--model_id", str(base / "tiny"), "--model_ckpt", "none"])
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_groups_with_log_probs_that_are_not_finite_are_not_trained(grpo, monkeypatch, capfd, value):
-    spoil_logits(monkeypatch, value, slice(2, 3))
+def test_groups_with_log_probs_that_are_not_finite_are_not_trained(grpo, monkeypatch, capfd):
+    spoil_logits(monkeypatch, -math.inf, slice(2, 3))
     folder = grpo("run", save_steps=1, max_steps=2)
     assert column(folder, "not_finite") == [1, 1] and column(folder, "updated") == [True, True] and finite(folder)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in open(folder / "rollouts.jsonl")]  # no bare NaN
@@ -171,20 +167,6 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, base, tmp_path, capl
     sft("broken", **options, resume=True)
     assert column(broken, "skipped", "loss") == column(whole, "skipped", "loss")
     assert not caplog.records  # logged before, not logged again
-
-
-def test_broken_samples_are_summed_over_the_ranks(monkeypatch):
-    """Each of two ranks comes across one broken clip of sixteen: no rank alone knows of more than the share."""
-    args = SFT(max_skip_share=0.1)
-    mine, theirs = (Loader([{}] * 16, None, args, rank=rank, world_size=2) for rank in (0, 1))
-    mine.skip(3, UserError("no video"))
-    theirs.skip(9, UserError("cut short"))
-    run = Run(args, "train_sft", Path(), None, None, loader=mine)
-    monkeypatch.setattr(trainer.ranks, "gather", lambda own: [own, (set(theirs.skipped), theirs.too_long)])
-    with pytest.raises(UserError, match="2 of 16 samples are broken, max_skip_share is 0.1"):
-        trainer.count_skipped(run, 2)
-    args.max_skip_share, run.skipped_seen = 0.2, 0
-    assert trainer.count_skipped(run, 2) == 2
 
 
 # -- Full memory
@@ -229,16 +211,12 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "where, words",
-    [
-        ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
-        ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
-    ],
-)
-def test_out_of_memory_that_nothing_helps_is_one_line_and_resume_goes_on(
-    sft, tmp_path, monkeypatch, capsys, where, words
-):
+@pytest.mark.parametrize("where, words", [
+    ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
+    ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
+])  # fmt: skip
+def test_out_of_memory_that_nothing_helps_is_one_line(sft, tmp_path, monkeypatch, capsys, where, words):
+    """And --resume goes on."""
     options = {"save_steps": 2, "pack_tokens": 400}
     whole = sft("whole", **options)
 

@@ -218,27 +218,6 @@ def test_pickled_weights_are_not_read(folders, tmp_path):
         assert "safetensors file" in refused(load_adapter, load_model(TINY), adapter_folder)
 
 
-def test_code_and_templates_in_a_folder_are_not_run(folders):
-    model_folder, adapter_folder, trace = folders
-    code = f"import os\nos.mkdir({str(trace)!r})\nclass Model:\n    pass\n"
-    template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(trace)!r}) }}}}"
-    for name in ("modeling_qwen.py", "tokenization_bad.py", "__init__.py", "sitecustomize.py"):
-        (model_folder / name).write_text(code)
-        (adapter_folder / name).write_text(code)
-    names = {"AutoConfig": "modeling_qwen.Model", "AutoModel": "elsewhere/repo--modeling_qwen.Model"}
-    change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
-    auto = {"base_model_class": "Model", "parent_library": "modeling_qwen"}
-    change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
-    (model_folder / "chat_template.jinja").write_text(template)
-    bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
-    change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
-    assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
-    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
-    assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
-    (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
-    assert "tokenizer.json" in refused(load_tokenizer, model_folder)
-
-
 def test_wrong_tensors_are_named(folders):
     path = folders[0] / "model.safetensors"
     tensors = load_file(path) | {"model.layers.9.bogus": torch.zeros(1), "visual.merger.ln_q.weight": torch.zeros(7)}

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
+from runs import base, column, lines, release_run, seeds_options, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
 import console
 import startup
 import train_sft
 import trainer
-from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
+from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, rotate, what_is_broken
 from config import SFT
 from engine import deepspeed_config
 from model import UserError
@@ -192,6 +192,14 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     startup.claim(tmp_path / "new", SFT())
 
 
+def test_the_best_checkpoint_stays_beside_the_newest(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "best.json").write_text('{"step": 2, "accuracy": 0.5}')
+    for limit, left in ((None, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (1, [2, 5])):
+        rotate(folder, limit)
+        assert steps_saved(folder) == left
+
+
 def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
     folder = shutil.copytree(whole, tmp_path / "output/run")
     monkeypatch.chdir(tmp_path)
@@ -211,18 +219,16 @@ def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
 
 
 def test_answers_are_generated_and_judged_and_the_data_is_summed_up(sft, base, capsys):
-    options = {"max_steps": 3, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
-    folder = sft("run", **options, eval_controls=3, save_steps=1, save_total_limit=1)
-    accuracies, counts = zip(*column(folder, "eval_accuracy", "eval_count"))
-    assert counts == (4, 4, 4)
-    best = folder / f"checkpoint-{1 + accuracies.index(max(accuracies))}"
-    assert {folder / f"checkpoint-{step}" for step in steps_saved(folder)} == {best, folder / "checkpoint-3"}
+    options = {"max_steps": 2, "eval_data_path": base / "data/val.json", "max_new_tokens": 12, "eval_steps": 1}
+    folder = sft("run", **options, eval_controls=3)
+    assert [count for _, count in column(folder, "eval_accuracy", "eval_count")] == [4, 4]
+    best = folder / f"checkpoint-{read_json(folder / 'best.json')['step']}"
     assert find_adapter(folder) == (folder / "adapter_model.safetensors").resolve().parent == best
-    early, _, late = column(folder, "evaluation")
+    early, late = column(folder, "evaluation")
     assert "controls" not in early and list(late["controls"]) == ["reversed", "shuffled", "blank"]
     assert capsys.readouterr().out.count("% of 3") == 3
     rows = lines(folder, "rollouts.jsonl")
-    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2, 3) for k in range(4)]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, k) for step in (1, 2) for k in range(4)]
     assert all(len(row["tokens"]) == len(row["logprobs"]) == row["n_tokens"] > 0 for row in rows)
     assert "before and after" in (folder / "report.html").read_text()
     assert [read_json(folder / "data.json")[name]["samples"] for name in ("train", "held out")] == [20, 4]
@@ -233,17 +239,9 @@ def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
     zero2 = {"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
     zero2["zero_optimization"] = {"stage": 2, "offload_param": {"device": "cpu"}, "overlap_comm": False}
     (tmp_path / "zero2_offload.json").write_text(json.dumps(zero2))
-    folder = sft(
-        "video_lora", use_liger=True, deepspeed=tmp_path / "zero2_offload.json", data_path=base / "data/train.json",
-        image_folder=base / "data/videos", remove_unused_columns=False, freeze_vision_tower=True, freeze_llm=True,
-        tune_merger=False, bf16=True, lora_enable=True, vision_lora=True, lora_rank=64, lora_alpha=64,
-        lora_dropout=0.05, num_lora_modules=-1, lora_namespan_exclude="['lm_head','embed_tokens']",
-        disable_flash_attn2=True, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=1,
-        gradient_accumulation_steps=5, video_max_pixels=4096, fps=1, learning_rate=2e-4, weight_decay=0.0,
-        warmup_ratio=0.03, lr_scheduler_type="cosine", logging_steps=1, tf32=True, gradient_checkpointing=True,
-        report_to="none", lazy_preprocess=True, save_strategy="steps", save_steps=5, save_total_limit=2,
-        dataloader_num_workers=2,
-    )  # fmt: skip
+    paths = {"deepspeed": tmp_path / "zero2_offload.json", "data_path": base / "data/train.json"}
+    paths |= {"image_folder": base / "data/videos"}
+    folder = sft("video_lora", **seeds_options("SFT"), **paths, max_steps=-1)
     assert column(folder, "step")[-1] == 4 and steps_saved(folder) == [4]  # 16 clips, 5 a step
     config = json.loads((folder / "checkpoint-4/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 64)
