@@ -215,8 +215,7 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     ("one sample", ("while training step 4", "--offload_activations, --video_max_pixels or --nframes")),
     ("AdamW", ("while updating the weights", "--offload_optimizer or --lora_rank")),
 ])  # fmt: skip
-def test_out_of_memory_that_nothing_helps_is_one_line(sft, tmp_path, monkeypatch, capsys, where, words):
-    """And --resume goes on."""
+def test_what_no_smaller_pack_helps_is_one_line_and_resume_goes_on(sft, tmp_path, monkeypatch, capsys, where, words):
     options = {"save_steps": 2, "pack_tokens": 400}
     whole = sft("whole", **options)
 

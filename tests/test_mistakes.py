@@ -25,7 +25,7 @@ import report
 from adapter_files import load_adapter, save_adapter
 from checkpoint import find_adapter
 from config import SFT, Generate, Infer, LoraArgs, parse
-from data import load_tokenizer, read_records
+from data import read_records
 from infer import read_as_trained
 from lora import inject
 from model import UserError
@@ -230,15 +230,6 @@ def test_wrong_tensors_are_named(folders):
         "ln_q.weight: got (7,), expec",
     ):
         assert words in message
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
-def test_no_file_where_one_is_expected(folders, name, make):
-    """A fifo would block whoever opens it."""
-    (folders[0] / name).unlink()
-    make(folders[0] / name)
-    assert str(folders[0]) in refused(load_tokenizer if name == "tokenizer.json" else load_model, folders[0])
 
 
 def test_json_of_another_form(folders):
