@@ -165,7 +165,7 @@ def random_moments(script: str):
     """A run and up to three resumes, each ended by SIGKILL, SIGTERM or SIGINT."""
     number = 0
     while True:
-        run, number, wrong = Path(f"random{number}"), number + 1, ""
+        run, number, wrong = Path(f"{script}_random{number}"), number + 1, ""
         for life in range(RNG.randint(1, 4)):
             kind = RNG.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             trainer, before = start(script, run, "--resume True" * bool(life)), len(lines(run / "metrics.jsonl"))
@@ -184,7 +184,7 @@ def before_each_change(script: str, every: int = 1):
     """SIGKILL before the 1st, 2nd, 3rd … change of a file in a run that saves three checkpoints; or every n-th."""
     short, number, code = "--max_steps 3 --save_steps 1 --eval_steps 2 --save_total_limit 1", 0, -signal.SIGKILL
     while code:
-        number, run = number + every, Path(f"change{number}")
+        number, run = number + every, Path(f"{script}_change{number}")
         code = end_of(start(script, run, short, kill_before=number))
         if code == -signal.SIGKILL:
             yield finish(script, run, short)
