@@ -2,12 +2,13 @@
 
 Both are cloned, the same fixed runs are made by each on this machine (a CPU, fp32), and metrics.jsonl, rollouts.jsonl
 and the last weights are compared value by value, clocks excepted; exit code 1 where one differs. Stored results would
-be worthless: bits differ between processors. --folder keeps all, --runs chooses.
+be worthless: bits differ between processors. --runs chooses.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,8 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-RENAMED: dict[str, str] = {}  # key of the old metrics.jsonl or rollouts.jsonl -> key of the new one
-CLOCKS = ("seconds", "wait", "tokens_per_s", "idle", "traffic", "memory", "time", "eta")
-COMMON = "--overwrite --dataloader_num_workers 1 --eval_samples 8 --eval_controls 0 --save_steps 1000 --eval_steps 1000"
+CLOCK = re.compile("seconds|^ms$|^wait$|^gib$|tokens_per_second")
+COMMON = "--dataloader_num_workers 1 --eval_samples 8 --eval_controls 0 --max_new_tokens 48 --save_steps 1000"
 COT = "--cot --cot_source trajectory --cot_coordinates 0"
 SFT = "train_sft.py --per_device_train_batch_size 8"
 GRPO = "train_grpo.py --max_completion_length 48 --learning_rate 1e-3 --max_steps 10 --per_device_train_batch_size"
@@ -43,20 +43,18 @@ def python(words: str, where: Path) -> None:
 
 def train(folder: Path, side: str, name: str) -> None:
     data, ranks, command, start = RUNS[name]
-    out, launcher = folder / "runs" / side / name, f"-m torch.distributed.run --standalone --nproc_per_node {ranks} "
-    if side == "old" and (out / "report.html").exists():
-        return
-    flags = f"{COMMON} --max_new_tokens 48 --data_path {folder}/data_{data}/train.json --output_dir {out}"
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}" if ranks > 1 else ""
+    flags = f"{COMMON} --data_path {folder}/{data}/train.json --output_dir {folder}/runs/{side}/{name}"
     flags += f" --model_ckpt {folder}/runs/old/{start}" if start else ""
-    python(f"{launcher if ranks > 1 else ''}{command} {flags}", folder / side)
+    python(f"{launcher} {command} {flags}", folder / side)
 
 
 def leaves(value, path: str):
     """(path, leaf) of nested objects and lists, clocks and the places in lists left out."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if not any(clock in key for clock in CLOCKS):
-                yield from leaves(inner, f"{path} {RENAMED.get(key, key)}")
+            if not CLOCK.search(key):
+                yield from leaves(inner, f"{path} {key}")
     elif isinstance(value, list):
         for inner in value:
             yield from leaves(inner, path)
@@ -77,48 +75,38 @@ def contents(run: Path) -> dict[str, list]:
     return result
 
 
-def gap(a, b) -> float:
-    """Relative, of numbers."""
-    if a == b:
-        return 0.0
-    numbers = isinstance(a, int | float) and isinstance(b, int | float)
-    return abs(a - b) / max(abs(a), abs(b)) if numbers else float("inf")
-
-
-def differences(old: dict[str, list], new: dict[str, list]):
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key, []), new.get(key, [])
-        if len(a) != len(b):
-            yield f"{key}: {len(a)} and {len(b)} values"
-        elif a != b:
-            yield f"{key}: differs by up to {max(map(gap, a, b)):.2g}"
+def difference(a: list, b: list) -> str:
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} values"
+    pairs = [(x, y) for x, y in zip(a, b) if x != y]
+    if any(isinstance(value, str | type(None)) for pair in pairs for value in pair):
+        return f"{len(pairs)} of {len(a)} values differ"
+    return f"differs by up to {max(abs(x - y) / max(abs(x), abs(y)) for x, y in pairs):.2g}, relatively"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs=2, metavar=("OLD", "NEW"))
-    parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=RUNS)
+    parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=RUNS, help="those that continue sft need it too")
     args = parser.parse_args()
-    folder = (args.folder or Path(tempfile.mkdtemp())).resolve()
+    folder, code = Path(tempfile.mkdtemp()), 0
+    print(f"all is kept in {folder}")
     for side, commit in zip(("old", "new"), args.commits):
         commit = subprocess.check_output(["git", "-C", ROOT, "rev-parse", commit], text=True).strip()
-        if not (folder / side).exists():
-            subprocess.run(["git", "clone", "-q", ROOT, folder / side], check=True)
-        subprocess.run(["git", "-C", folder / side, "fetch", "-q"], check=True)
+        subprocess.run(["git", "clone", "-q", ROOT, folder / side], check=True)
         subprocess.run(["git", "-C", folder / side, "checkout", "-q", "--detach", commit], check=True)
-    for kind, flags in {"plain": "", "cot": COT}.items():
-        if not (folder / f"data_{kind}/val.json").exists():
-            out = folder / f"data_{kind}"
-            python(f"generate.py --output_dir {out} --num_samples 80 --split 0.8 {flags}", folder / "old")
-    found = False
+    for data, flags in {"plain": "", "cot": COT}.items():
+        python(f"generate.py --output_dir {folder}/{data} --num_samples 80 --split 0.8 {flags}", folder / "old")
     for name in args.runs:
         for side in ("old", "new"):
             train(folder, side, name)
-        lines = list(differences(*(contents(folder / "runs" / side / name) for side in ("old", "new"))))
-        print(f"{name}: {'equal' if not lines else ''}", *lines, sep="\n  ", flush=True)
-        found |= bool(lines)
-    return 1 if found else 0
+        old, new = (contents(folder / "runs" / side / name) for side in ("old", "new"))
+        different = [key for key in sorted(old.keys() | new.keys()) if old[key] != new[key]]
+        print(f"{name}: {len(old)} kinds of values, {len(different)} differ", flush=True)
+        for key in different:
+            print(f"  {key}: {difference(old[key], new[key])}")
+        code |= bool(different)
+    return code
 
 
 if __name__ == "__main__":
