@@ -24,9 +24,10 @@ from lora import COMPONENTS, FLAT, lora_layers, part_of, replace_linears, target
 from model import UserError, loading
 from model.adapters import scale_of
 from model.loading import ModelConfig, module_name, read_object
-from model.quantized import LOW_BIT, quantise
+from model.quantized import format_of, quantise
 
 CONFIG, TENSORS = ADAPTER
+FORMATS = "base_dtype", "head_dtype"  # options that say what the base is kept in
 GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 PREFIX = "base_model.model."  # of every key in PEFT's files
 # Options of PEFT's LoraConfig that change the formula, values of init_lora_weights that change the base
@@ -67,8 +68,8 @@ def save_adapter(model, folder, base_model):
         lora_dropout=args.lora_dropout, bias="none", use_rslora=args.use_rslora,
         target_modules=[hf_name(name) for name in layers], inference_mode=True,
     )  # fmt: skip
-    if model.base_dtype != "bf16":  # PEFT passes over it with a warning
-        config["base_dtype"] = model.base_dtype
+    # PEFT passes over them with a warning
+    config |= {name: kind for name in FORMATS if (kind := getattr(model, name)) != "bf16"}
     folder.mkdir(parents=True, exist_ok=True)
     loading.write_tensors(tensors, folder / TENSORS)
     write_json(folder / CONFIG, config)
@@ -92,8 +93,8 @@ def read_adapter(folder):
 
 
 def trained_on(config):
-    """The format of the base that an adapter was trained on, by its adapter_config."""
-    return from_file(SFT, "base_dtype", config.get("base_dtype", "bf16"), CONFIG)
+    """{option of FORMATS: the format} of the base that an adapter was trained on, by its adapter_config."""
+    return {name: from_file(SFT, name, config.get(name, "bf16"), CONFIG) for name in FORMATS}
 
 
 def split_keys(tensors):
@@ -154,11 +155,11 @@ def load_adapter(model, folder):
 # -- Base and adapter as a whole model
 
 
-def write_merged(base, adapter, out, kind, quantised):
+def write_merged(base, adapter, out, formats, quantised):
     """Write base + adapter into out, a file for each of the base's: bf16, summed in fp32 and rounded once. The adapter
     and one file of the base are held in memory, never the model.
 
-    kind: the format of the base that the adapter was trained on. quantised: merge into the weights as they are in it.
+    formats: trained_on of the adapter. quantised: merge into the weights as they are in them.
     Returns |q| / |delta| of each low-bit layer: what quantising moved, over what was learned.
     """
     model = loading.empty_model(ModelConfig.from_folder(base))
@@ -169,7 +170,7 @@ def write_merged(base, adapter, out, kind, quantised):
         for name, tensor in loading.read_tensors(file):
             tensor, pair = own.get(name, tensor).float(), layers.get(name.removesuffix(".weight"))
             delta = pair["lora_B"].float() @ pair["lora_A"].float() * scale_of(args) if pair else 0
-            if kind != "bf16" and LOW_BIT.fullmatch(name):
+            if (kind := format_of(name, **formats)) != "bf16":
                 low = quantise(tensor, kind, torch.float32).dequantise(torch.float32)
                 errors += [float((tensor - low).norm() / delta.norm())] if pair else []
                 tensor = low if quantised else tensor
@@ -208,7 +209,8 @@ def run_command(cfg):
     """cfg: config.Adapter."""
     adapter = find_adapter(cfg.model_ckpt)
     config, tensors = read_adapter(adapter)
-    base, kind = cfg.model_id or config.get("base_model_name_or_path"), trained_on(config)
+    base, formats = cfg.model_id or config.get("base_model_name_or_path"), trained_on(config)
+    kind = formats["base_dtype"]
     if not base:
         raise UserError("--model_id: the adapter names no base, expected the checkpoint that it was trained on")
     folder = loading.resolve_folder(base, cfg.local_files_only, weights=cfg.command == "merge")
@@ -216,7 +218,9 @@ def run_command(cfg):
         args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
         counts = {component: sum(part_of(name) == component for name in layers) for component in COMPONENTS}
         untrained = sum(not pair["lora_B"].any() for pair in layers.values())
-        print(f"adapter   {adapter}\nbase      {base}, as {kind}: every tensor fits")
+        print(
+            f"adapter   {adapter}\nbase      {base}, as {kind}, its head as {formats['head_dtype']}: every tensor fits"
+        )
         print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
         print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")
@@ -224,10 +228,10 @@ def run_command(cfg):
     out, quantised, errors = Path(cfg.output_dir), cfg.merge_base == "quantised", []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir: {out} already holds something, expected a new folder; choose another name")
-    if quantised and kind == "bf16":
+    if quantised and set(formats.values()) == {"bf16"}:
         raise UserError("--merge_base: got quantised, expected original: the adapter was trained on a bf16 base")
     try:
-        write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, kind, quantised)))
+        write_whole(out, lambda temporary: errors.extend(write_merged(folder, adapter, temporary, formats, quantised)))
     except SafetensorError as error:  # a full disk
         raise UserError(f"--output_dir: {out} cannot be written ({error}); make room or choose another") from None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9

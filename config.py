@@ -134,6 +134,8 @@ class SFT(VideoArgs, LoraArgs):
 
     # -- Precision, memory, DeepSpeed
     base_dtype: Literal["bf16", "fp8", "int8", "nf4"] = "bf16"  # the decoder's frozen linears; int8 for 3B, nf4 from 7B
+    head_dtype: Literal["bf16", "int8"] = "bf16"  # the head, where it is not the embedding as in 3B: for small cards
+    offload_embedding: bool = False  # the embedding stays in CPU memory, looked-up rows go to the GPU; not of 3B
     deepspeed: str | None = None  # json file whose keys override our ZeRO-2 settings
     offload_optimizer: bool = False  # optimizer state in CPU memory
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU (there bf16 is slower)
@@ -256,6 +258,8 @@ class Infer(View):
     model_ckpt: str | None = ""  # adapter; "" = the newest under output/ if any, none = the base alone
     bf16: bool | None = None  # none = bf16 on CUDA, fp32 on CPU
     base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = "auto"  # auto: the base that the adapter was trained on
+    head_dtype: Literal["auto", "bf16", "int8"] = "auto"  # of the head, as base_dtype
+    offload_embedding: bool = False  # the embedding stays in CPU memory, looked-up rows go to the GPU; not of 3B
     max_new_tokens: int = 256  # tokens; chains of thought fit
     temperature: float = 0.0  # 0 = always the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens of this mass; 1 = off

@@ -24,6 +24,7 @@ import deepspeed
 import deepspeed.runtime.compiler
 from pydantic import ValidationError
 
+import ranks
 from checkpoint import read_json
 from lora import param_groups
 from model import UserError
@@ -32,8 +33,6 @@ from model import UserError
 deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
 
 TIMEOUT = timedelta(minutes=10)  # a rank that is silent for so long ends the run
-BUCKET = 100_000_000  # elements reduced or gathered at a time at most; 200 to 400 MB of buffer
-SHARED_BUCKET = 25_000_000  # with several ranks, where only the last is waited for; 100 MB of fp32 still fill a link
 # Keys of a --deepspeed file: the first two are counted here, the last is of ZeRO-3
 NOT_OBEYED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "offload_param")
 # One process and any free port. Without these variables deepspeed looks for MPI.
@@ -132,7 +131,7 @@ def clear_gradients(engine):
 
 def deepspeed_config(cfg, device, dtype, world, count):
     """(our ZeRO-2 settings with those of the --deepspeed file over them, notes to print). count: parameters trained."""
-    cuda, notes, gathered = device.type == "cuda", [], min(count + 1024, BUCKET)
+    cuda, notes, gathered = device.type == "cuda", [], min(count + 1024, ranks.BUCKET)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
         "gradient_accumulation_steps": 1,
@@ -146,7 +145,7 @@ def deepspeed_config(cfg, device, dtype, world, count):
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": cuda,  # gloo has none
-            "reduce_bucket_size": min(count + 1024, BUCKET if world == 1 else SHARED_BUCKET),
+            "reduce_bucket_size": min(count + 1024, ranks.BUCKET),
             "allgather_bucket_size": gathered + gathered % 2,
         },
         "bf16": {"enabled": dtype == torch.bfloat16},

@@ -234,8 +234,9 @@ def evaluate_and_log(run, log, held_out, sampled=False):
 
 def made_by(cfg, adapter) -> dict:
     """What an answer depends on besides its record: model, adapter and a hash of the settings. cfg: config.Infer."""
-    names = "bf16 base_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples benchmark"
-    names = sorted({*as_dict(VideoArgs()), *names.split(), "prompt"} - {"cache_mb"})
+    names = """bf16 base_dtype head_dtype max_new_tokens temperature top_p top_k seed repetition_penalty max_samples
+        benchmark prompt""".split()
+    names = sorted({*as_dict(VideoArgs()), *names} - {"cache_mb"})
     merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
     file = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
     settings = short_hash({name: getattr(cfg, name) for name in names})

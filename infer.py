@@ -30,6 +30,8 @@ from records import TAG, read_records, spread
 
 # What imports torch is imported where it is needed: --help must not wait for it
 
+FIXED = "model_id model_ckpt bf16 base_dtype head_dtype offload_embedding"  # of a Model, besides its video options
+
 
 @dataclass
 class Answer:
@@ -117,7 +119,7 @@ class Model:
         from data import CONTROLS
         from evaluate import Predictions, evaluate, made_by
 
-        if fixed := options.keys() & {"model_id", "model_ckpt", "bf16", "base_dtype", *as_dict(VideoArgs())}:
+        if fixed := options.keys() & {*FIXED.split(), *as_dict(VideoArgs())}:
             raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
         cfg = replace(self.cfg, **options)
         records = read_records(data) if isinstance(data, str | Path) else data
@@ -167,21 +169,21 @@ class Model:
 
         from adapter_files import CONFIG, load_adapter, trained_on
         from lora import merge
-        from model.loading import load_model, not_finite
+        from model.loading import formats_of, load_model, not_finite
 
-        cfg, base, dtype = self.cfg, self.cfg.base_dtype, torch.float32
+        cfg, dtype = self.cfg, torch.float32
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if fast if cfg.bf16 is None else cfg.bf16:
             dtype = torch.bfloat16
-        if base == "auto":
-            base = trained_on(read_json(self.adapter / CONFIG)) if self.adapter else "bf16"
-        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, base).requires_grad_(False).eval()
+        trained, formats = trained_on(read_json(self.adapter / CONFIG) if self.adapter else {}), formats_of(cfg)
+        formats |= {name: kind for name, kind in trained.items() if formats[name] == "auto"}
+        model = load_model(cfg.model_id, device, dtype, cfg.local_files_only, **formats).requires_grad_(False).eval()
         if self.adapter:
             load_adapter(model, self.adapter)
         if names := not_finite(model):
             raise UserError(f"{self.folder}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}")
-        if self.adapter and dtype == torch.float32 and base == "bf16":
+        if self.adapter and dtype == torch.float32 and model.base_dtype == "bf16":
             merge(model)
         return model
 

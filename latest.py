@@ -17,7 +17,8 @@ from script import command
 
 # What a resumed run cannot change: its weights have these shapes, this scale, and are trained beside this base
 FIXED = """lora_enable llm_lora vision_lora merger_lora lora_rank lora_alpha use_rslora num_lora_modules
-    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype""".split()
+    lora_namespan_exclude freeze_llm freeze_vision_tower tune_merger base_dtype
+    head_dtype""".split()
 
 
 def follow(cfg):
@@ -64,10 +65,12 @@ def take_adapter(cfg):
         made = f"--model_ckpt {adapter}, of the run made last" if adapter else "no adapter under output/: a new one"
         cfg.notes += (made,)
     config = read_json(adapter / ADAPTER[0]) if adapter else {}
-    base, kind = config.get("base_model_name_or_path"), config.get("base_dtype", cfg.base_dtype)
-    if "base_dtype" not in cfg.given and kind != cfg.base_dtype:
-        cfg.base_dtype = from_file(type(cfg), "base_dtype", kind, adapter)
-        cfg.notes += (f"--base_dtype {kind}, which the adapter was trained on",)
+    base = config.get("base_model_name_or_path")
+    for name in ("base_dtype", "head_dtype"):
+        kind = config.get(name, getattr(cfg, name))
+        if name not in cfg.given and kind != getattr(cfg, name):
+            setattr(cfg, name, from_file(type(cfg), name, kind, adapter))
+            cfg.notes += (f"--{name} {kind}, which the adapter was trained on",)
     if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
         return
     if "model_id" not in cfg.given:

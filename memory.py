@@ -85,12 +85,13 @@ def activation_bytes(config, counts, cfg, tokens, patches, kept):
     numbers = layers * layer + (L - layers) * tokens * C * on_card
     mlp = 3 * inner * min(tokens, PIECE)  # a long sequence's is computed in pieces, and always again
     redone = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
-    if blocks < depth and patches > LONG:  # a long video goes through the tower a part at a time
+    block_redone = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)  # of a patch
+    if depth and kept == 0 and patches > LONG:  # a long video goes through the tower a part at a time
         numbers += patches // 4 * C
-        return 2 * int(max(numbers + redone, patches // 4 * C + PART * depth * block))
+        return 2 * int(max(numbers + redone, patches // 4 * C + PART * (depth * v.hidden_size + block_redone)))
     numbers += patches * (blocks * block + (depth - blocks) * v.hidden_size * on_card)
     if blocks < depth:
-        redone = max(redone, 1.5 * patches * (8 * v.hidden_size + 3 * v.intermediate_size))
+        redone = max(redone, patches * block_redone)
     return 2 * int(numbers + redone)
 
 
@@ -108,9 +109,9 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     static = 2 * (counts.base + counts.adapters) + counts.low_bit + CONTEXT + LOGITS
     static += 0 if cfg.offload_optimizer else 12 * counts.trained / world
     static += 2 * counts.adapters if getattr(cfg, "beta", 0) and cfg.reference == "start" else 0
-    # gradients: summed in fp32, beside the bucket that is reduced
+    # gradients: summed in fp32, beside the bucket that is reduced in fp32
     update = 0 if cfg.offload_optimizer else 4 * counts.trained / world
-    update += 2 * min(counts.trained, 25e6 if world > 1 else 100e6)
+    update += 6 * min(counts.trained, ranks.BUCKET)
     update += 8 * c.vocab_size * c.hidden_size if counts.head else 0
     update += activation_bytes(c, counts, cfg, tokens, patches * tokens // unit, kept)
     if not hasattr(cfg, "num_generations"):
@@ -120,7 +121,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     cache = c.num_hidden_layers * keys * prompts * (longest + cfg.num_generations * cfg.max_completion_length)
     prefill = prompts * longest * (2 * c.hidden_size + layer)
     # beside low-bit weights adapters stay apart, else they are merged into a copy of the decoder's weights
-    copy = counts.adapters if counts.low_bit else c.num_hidden_layers * c.hidden_size * layer
+    copy = counts.adapters if model.base_dtype != "bf16" else c.num_hidden_layers * c.hidden_size * layer
     return {"update": static + update, "sampling": static + 2 * (copy + cache + prefill)}
 
 
@@ -155,10 +156,12 @@ def summary(model, cfg, records, processor, loader, steps, world):
     whole = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else math.inf
     if most > 0.92 * whole:
         # 8 bits cost a 3B less than 4 do, larger models bear 4 (docs/gpus.md)
-        low_bit = "--base_dtype nf4, " if count(model).base > 6e9 else "--base_dtype int8, "
-        first = low_bit if cfg.base_dtype == "bf16" and cfg.lora_enable and cfg.freeze_llm else ""
-        less = f"try {first}--offload_activations True, a lower --video_max_pixels"
-        yield f"             this GPU has {whole / GIB:.1f} GiB: {less}"
+        ways, frozen = ["--offload_activations True", "a lower --video_max_pixels"], cfg.lora_enable and cfg.freeze_llm
+        if frozen and cfg.head_dtype == "bf16" and not model.config.tie_word_embeddings:
+            ways.insert(0, "--head_dtype int8, --offload_embedding True")
+        if frozen and cfg.base_dtype == "bf16":
+            ways.insert(0, "--base_dtype nf4" if count(model).base > 6e9 else "--base_dtype int8")
+        yield f"             this GPU has {whole / GIB:.1f} GiB: try {', '.join(ways)}"
 
 
 # -- The choice
@@ -226,7 +229,7 @@ def room_bytes(run, counts):
     (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     limit = min(torch.cuda.get_per_process_memory_fraction() * total, free + reserved)
     state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * counts.trained / run.world
-    return (1 - FRAGMENTS) * limit - reserved - state - 2 * min(counts.trained, 100e6) - LOGITS
+    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(counts.trained, ranks.BUCKET) - LOGITS
 
 
 def trial_bytes(run, model, examples):

@@ -5,6 +5,8 @@ import torch.distributed as dist
 
 from model import UserError
 
+BUCKET = 25_000_000  # gradients that ranks add up at a time at most: 50 MB of bf16 and their 100 MB in fp32 fill a link
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0

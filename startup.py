@@ -27,13 +27,11 @@ from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, find_adapte
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
-from lora import FLAT, inject, set_trainable, sizes
+from lora import inject, set_trainable, sizes
 from memory import choose, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
-from model.loading import ModelConfig, load_model, not_finite, resolve_folder
-from model.quantized import quantise_base, quantized_weights
-from model.qwen import Qwen2_5_VL
+from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
 from records import clip_name, data_files
 from reporting.dataset import data_question, dataset_summary
 from rollouts import Sampler
@@ -113,15 +111,16 @@ def build_model(run):
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
     cfg = run.cfg
-    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, cfg.base_dtype)
+    model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, **formats_of(cfg))
     if cfg.resume and (run.folder / START).exists():
         run.adapter = run.folder / START
     elif cfg.model_ckpt is not None and cfg.lora_enable:
         run.adapter = find_adapter(cfg.model_ckpt)
     if run.adapter:
         given = load_adapter(model, run.adapter)
-        if (base := trained_on(read_json(run.adapter / ADAPTER[0]))) != cfg.base_dtype:
-            run.notes.append(f"the adapter was trained with --base_dtype {base} and goes on with {cfg.base_dtype}")
+        for name, kind in trained_on(read_json(run.adapter / ADAPTER[0])).items():
+            if kind != (now := getattr(cfg, name)):
+                run.notes.append(f"the adapter was trained with --{name} {kind} and goes on with {now}")
         run.notes.append(f"adapter of {run.adapter}: rank {given.lora_rank}, alpha {given.lora_alpha:g}")
         own = [name for name in OF_ADAPTER if name in cfg.given and getattr(cfg, name) != getattr(given, name)]
         run.notes += [f"--{name} has no effect: the adapter has its own" for name in own]
@@ -133,8 +132,8 @@ def build_model(run):
         problem = f"{where}: {len(names)} tensors hold NaN or Inf, the first: {names[0]}"
         raise UserError(f"{problem}; take another checkpoint, or download it again")
     model.ops.offload = cfg.offload_activations and run.device.type == "cuda"
-    if cfg.offload_activations and not model.ops.offload:
-        run.notes.append("--offload_activations has no effect: there is no GPU to free")
+    names = ("offload_activations", "offload_embedding") if run.device.type != "cuda" else ()
+    run.notes += [f"--{name} has no effect: there is no GPU to free" for name in names if getattr(cfg, name)]
     if cfg.cuda_graphs and run.device.type == "cuda" and not cfg.offload_activations:
         model.ops.graphs = GraphCache(run.say, wait=True)
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
@@ -248,9 +247,8 @@ def dry_run(cfg, make_loader, records):
     if rank:
         return
     folder = resolve_folder(cfg.model_id, cfg.local_files_only, weights=False)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(ModelConfig.from_folder(folder))
-    quantise_base(model, cfg.base_dtype)
+    model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
+    place_all(model)
     if cfg.model_ckpt is not None and cfg.lora_enable:
         load_adapter(model, find_adapter(cfg.model_ckpt))
     else:
@@ -274,9 +272,8 @@ def describe(cfg, model, processor, records, loader, world):
     """The start-up lines: what differs from the defaults, what is trained, a step's arithmetic, data and memory."""
     diff = " ".join(f"{name}={value}" for name, value in changed(cfg).items())
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
-    numbers, quantized = sizes(model), sum(weight.numel() for weight in quantized_weights(model).values())
+    numbers, whole = sizes(model), sum(parameter.numel() for parameter in empty_model(model.config).parameters())
     trained = sum(numbers[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
-    whole = sum(count for name, count in numbers.items() if not name.endswith(FLAT)) + quantized  # the model's own
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     rounds = f"; up to {1 + cfg.max_resample} rounds of sampling" if hasattr(cfg, "max_resample") else ""

@@ -44,7 +44,7 @@ from engine import build_engine, init_distributed, leave_processes, use_determin
 from loader import fill_bins
 from model.decode import Sampling, generate
 from model.fast.graphs import GraphCache
-from model.loading import random_model
+from model.loading import formats_of, random_model
 from model.quantized import BASE_DTYPES
 from rollouts import Group, Rollout
 from train_sft import micro_loss
@@ -65,6 +65,7 @@ def parse(argv=None):
     add("--model", type=str.lower, default="3b" if cuda else "tiny", choices=[*SIZES, "tiny"])
     add("--memory", type=float, help="GiB that the GPU's allocator may take; default: all")
     add("--base_dtype", default="bf16", choices=BASE_DTYPES, help="of the decoder's frozen linears")
+    add("--head_dtype", default="bf16", choices=("bf16", "int8"), help="of a head that is not the embedding")
     add("--batch", type=int, help="samples of an SFT step; S 5, R 8, tiny 32, else 1")
     add("--prompts", type=int, nargs="+", default=[1, 8], help="of a rollout or GRPO step, a row each")
     add("--group", type=int, default=8, help="completions of a prompt")
@@ -72,7 +73,7 @@ def parse(argv=None):
     add("--recompute", default="auto", choices=RECOMPUTE, help="activations, instead of keeping them")
     add("--lora_rank", type=int, default=64 if cuda else 16, help="alpha is the same")
     add("--repeats", type=int, default=5 if cuda else 3)
-    for name in ("offload_activations", "offload_optimizer", "deterministic"):
+    for name in ("offload_activations", "offload_embedding", "offload_optimizer", "deterministic"):
         add(f"--{name}", action="store_true")
     add("--peer", action="store_true", help="transformers + PEFT too, but for grpo")
     add("--trace", action="store_true", help="torch's profiler over one call of each row")
@@ -97,7 +98,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
         torch.manual_seed(0)
         self.config = model_config(args.model)
-        self.model = random_model(self.config, device, self.dtype, 0, args.base_dtype).requires_grad_(False)
+        self.model = random_model(self.config, device, self.dtype, 0, **formats_of(args)).requires_grad_(False)
         if self.cuda and not args.offload_activations:
             self.model.ops.graphs = GraphCache(wait=args.memory is not None)
         self.model.ops.offload = args.offload_activations
@@ -305,8 +306,7 @@ def main(argv=None) -> int:
         return 0 if twice(args, device) else 1
     bench = Bench(args, device)
     machine = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} in {bench.dtype}, base in {args.base_dtype}, LoRA r={args.lora_rank}, recomputation "
-          f"{args.recompute}; {machine}, torch {torch.__version__}")  # fmt: skip
+    print(f"{args.model} in {bench.dtype}; {machine}, torch {torch.__version__}; {' '.join(sys.argv[1:])}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>11}" for name in (*COLUMNS, "x floor")))
     contestants = []

@@ -146,8 +146,9 @@ def step_flops(config, grid, prompt: int, completions=(), head: int = 0, train=F
 def decode_bytes(model, prompt: int, own: float, N: int, G: int) -> float:
     """Fewest bytes of a decoding step of N prompts and G rows each: every weight of layers and head once, a prompt's
     keys and values once, those of the row's `own` tokens once."""
-    config, size = model.config, model.head_weight.element_size()
+    config, size = model.config, model.model.norm.weight.element_size()
     layers = sum(p.numel() for p in model.model.layers.parameters())
     low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return low_bit + size * (layers + model.head_weight.numel() + token * N * (prompt + G * own))
+    head = model.head_weight.numel() if model.head_dtype == "bf16" else 0  # else it is among low_bit
+    return low_bit + size * (layers + head + token * N * (prompt + G * own))

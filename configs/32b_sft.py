@@ -1,7 +1,12 @@
-"""deepspeed --num_gpus 2 train_sft.py for Qwen2.5-VL-32B on two or more 80 GB cards: rank 16. The weights stand whole
-on each, gradients and optimizer are shared by ZeRO-2. Peak memory, estimated: 80 GB: 67 GiB."""
+"""python train_sft.py for Qwen2.5-VL-32B on one card, or by deepspeed on several: rank 16. The weights stand whole on
+each, on small cards in few bits: the embedding and the optimizer's state are in host memory there. Peak memory,
+estimated: 24 GB: 21 GiB, 48 GB: 23 GiB, 80 GB: 68 GiB."""
 
 model_id = "Qwen/Qwen2.5-VL-32B-Instruct"
+base_dtype = "nf4"  # 80 GB: bf16
+head_dtype = "int8"  # 80 GB: bf16
+offload_embedding = True  # 80 GB: False
+offload_optimizer = True  # 48 GB: False, 80 GB: False
 lora_rank = 16
 learning_rate = 1e-4  # not tuned
 warmup_ratio = 0.03

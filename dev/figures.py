@@ -47,19 +47,18 @@ def column(run: str, stage: str, key: str) -> list[float]:
 
 
 def learn() -> str:
+    cells = [
+        ("SFT", "greedy"),
+        ("SFT", "sampled"),
+        ("start of GRPO", "sampled"),
+        ("GRPO", "sampled"),
+        ("GRPO", "greedy"),
+    ]
     rows = []
     for run, name in NAMES.items():
-        cells = (
-            ("SFT", "greedy"),
-            ("SFT", "sampled"),
-            ("start of GRPO", "sampled"),
-            ("GRPO", "sampled"),
-            ("GRPO", "greedy"),
-        )
         count = len(LEARN["runs"][run]["seeds"])
         rows.append([name, str(count), *(mean(column(run, *cell)) for cell in cells)])
-    head = ["SFT, greedy", "SFT, sampled", "start of GRPO, sampled", "GRPO, sampled", "GRPO, greedy"]
-    return table(["run", "seeds", *head], rows)
+    return table(["run", "seeds", *map(", ".join, cells)], rows)
 
 
 def low_bit() -> str:

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.packed import Packed, Segments
+from model.quantized import Quantized, head_product
 
 STOP_CHECK = 16  # steps between looks at "is every row finished?" on a GPU, where a look waits for the device
 
@@ -118,7 +120,9 @@ class PlainDecoder:
         self.cache = GroupCache(model, lengths, G, longest, -(-max(1, limit - 1) // self.own_bucket) * self.own_bucket)
         hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
         last = prompts.segments.cu_q[1:].long() - 1
-        self.logits = (hidden[last] @ model.head_weight.T).repeat_interleave(G, 0)  # each row draws its first token
+        self.head_product = head_product if isinstance(model.head_weight, Quantized) else F.linear
+        logits = self.head_product(hidden[last], model.head_weight)
+        self.logits = logits.repeat_interleave(G, 0)  # each row draws its first token
         ends = torch.stack([p.max() for p in prompts.position_ids.split(lengths, dim=1)]) + 1
         self.position = ends.repeat_interleave(G)  # (R,): text counts on after t, h and w
         self.banned = torch.tensor(sorted({*model.config.vision_token_ids, *sampling.banned_ids}), device=device)
@@ -148,14 +152,14 @@ class PlainDecoder:
     def step(self, ids: Tensor, t: int) -> Tensor:
         """Token t of every row, ids (R,), through the decoder layers of training: logits of the next, (R, V)."""
         packed = Packed(ids, (self.position + t).expand(3, -1), segments=None)
-        return self.model(packed, self.cache.step) @ self.model.head_weight.T
+        return self.head_product(self.model(packed, self.cache.step), self.model.head_weight)
 
 
 class GroupCache:
     """Keys and values of N prompts and of their N*G completions, for every layer. longest, slots: of the two caches."""
 
     def __init__(self, model, lengths: list[int], G: int, longest: int, slots: int):
-        c, weight, N, self.G = model.config, model.model.embed_tokens.weight, len(lengths), G
+        c, weight, N, self.G = model.config, model.model.norm.weight, len(lengths), G
         self.lengths, self.used = lengths, 0  # used: slots filled in every row
         L, K, D = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
         self.prompt_k, self.prompt_v = (weight.new_zeros(L, N, K, longest, D) for _ in range(2))

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from model import UserError, nearest_path
-from model.quantized import LOW_BIT, put, quantise, quantized_weights
+from model.quantized import EMBEDDING, HEAD, HostEmbedding, format_of, put, quantise, quantized_weights
 from model.qwen import Qwen2_5_VL
 
 
@@ -115,52 +114,74 @@ def fill(kind, values: dict):
 # -- Models
 
 
-def empty_model(config: ModelConfig) -> Qwen2_5_VL:
-    """Names and shapes, on the device `meta`."""
+def formats_of(cfg) -> dict:
+    """How frozen weights are kept, by the options of a config: what `empty_model` and those below take."""
+    return {name: getattr(cfg, name) for name in ("base_dtype", "head_dtype", "offload_embedding")}
+
+
+def empty_model(config: ModelConfig, base_dtype="bf16", head_dtype="bf16", offload_embedding=False) -> Qwen2_5_VL:
+    """Names and shapes, on the device `meta`. The formats are for `place`. UserError where the head is the embedding,
+    which has to stay whole on the device."""
+    if config.tie_word_embeddings and (head_dtype != "bf16" or offload_embedding):
+        option = "offload_embedding" if offload_embedding else "head_dtype"
+        problem = "the head of this model is its embedding (as in 3B), expected a head of its own (7B and larger)"
+        raise UserError(f"--{option}: {problem}; leave it out")
     with torch.device("meta"):
-        return Qwen2_5_VL(config)
+        model = Qwen2_5_VL(config)
+    model.base_dtype, model.head_dtype, model.offload_embedding = base_dtype, head_dtype, offload_embedding
+    return model
 
 
-def place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, base_dtype: str) -> None:
-    """Give a model one of its weights in its dtype, or in few bits if base_dtype says so of this one."""
-    low = base_dtype != "bf16" and LOW_BIT.fullmatch(name)
-    put(model, name, quantise(tensor, base_dtype, dtype) if low else tensor.to(dtype))
+def place(model: Qwen2_5_VL, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Give a model one of its weights in this dtype, or as its formats say of this one."""
+    kind = format_of(name, model.base_dtype, model.head_dtype)
+    if name == EMBEDDING and model.offload_embedding:
+        if not tensor.is_meta:
+            tensor = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda).copy_(tensor)
+        model.model.embed_tokens = HostEmbedding(tensor)
+    else:
+        put(model, name, tensor.to(dtype) if kind == "bf16" else quantise(tensor, kind, dtype))
 
 
-def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=False, base_dtype="bf16") -> Qwen2_5_VL:
+def place_all(model: Qwen2_5_VL) -> None:
+    """Keep weights that are there already as the formats say; loading does it while they come."""
+    for name, p in list(model.named_parameters()):
+        place(model, name, p.detach(), p.dtype)
+
+
+def load_model(model_id, device="cpu", dtype=torch.float32, local_files_only=False, **formats) -> Qwen2_5_VL:
     """A checkpoint's folder or hub id -> the model. Tensors go one by one from the file to their device and dtype.
-    base_dtype: one of quantized.BASE_DTYPES, the format of the decoder layers' linears; bf16 stands for dtype.
+    formats, of empty_model: base_dtype, one of quantized.BASE_DTYPES, of the decoder layers' linears; head_dtype, bf16
+    or int8 (bf16 stands for dtype in both); offload_embedding.
 
     UserError that names missing, surplus and misshapen tensors.
     """
     folder = resolve_folder(model_id, local_files_only)
-    model = empty_model(ModelConfig.from_folder(folder))
+    model = empty_model(ModelConfig.from_folder(folder), **formats)
     expected, actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, {}
     for file in shard_files(folder):
         for name, tensor in read_tensors(file, device):
-            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            if name == HEAD and model.config.tie_word_embeddings:
                 continue  # a second copy of the embedding, written by some exporters
             actual[name] = tuple(tensor.shape)
             if actual[name] == expected.get(name):
-                place(model, name, tensor.to(device), dtype, base_dtype)
+                place(model, name, tensor.to(device), dtype)
     if actual != expected:
         raise UserError(f"{folder}: tensors do not fit config.json: {differences(actual, expected)}")
-    model.base_dtype = base_dtype
     model.ops.bind(model.head_weight)
     return model
 
 
-def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0, base_dtype="bf16") -> Qwen2_5_VL:
+def random_model(config: ModelConfig, device="cpu", dtype=torch.float32, seed=0, **formats) -> Qwen2_5_VL:
     """A model of this shape with random weights, N(0, initializer_range^2) for matrices, as transformers starts one.
-    Made on its device tensor by tensor."""
-    model, generator = empty_model(config), torch.Generator(device).manual_seed(seed)
+    Made on its device tensor by tensor. formats: of empty_model."""
+    model, generator = empty_model(config, **formats), torch.Generator(device).manual_seed(seed)
     for name, p in list(model.named_parameters()):
         tensor = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0, device=device, dtype=dtype)
         if p.dim() > 1:
             std = (config.vision if name.startswith("visual") else config).initializer_range
             tensor.normal_(0.0, std, generator=generator)
-        place(model, name, tensor, dtype, base_dtype)
-    model.base_dtype = base_dtype
+        place(model, name, tensor, dtype)
     model.ops.bind(model.head_weight)
     return model
 
@@ -182,12 +203,15 @@ def save_model(model: Qwen2_5_VL, folder: str | Path, dtype: torch.dtype | None 
 
 
 @torch.no_grad()
-def not_finite(model: nn.Module) -> list[str]:
+def not_finite(model: Qwen2_5_VL) -> list[str]:
     """Names of the tensors that hold a NaN or an Inf: a low-bit weight's scales do then. One wait for the device."""
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: weight.scales for name, weight in quantized_weights(model).items()}
     names, largest = list(tensors), torch._foreach_norm(list(tensors.values()), torch.inf)  # of a NaN: NaN
-    return [name for name, finite in zip(names, torch.stack(largest).isfinite().tolist()) if not finite]
+    wrong = [name for name, finite in zip(names, torch.stack(largest).isfinite().tolist()) if not finite]
+    if model.offload_embedding and not model.model.embed_tokens.weight.norm(torch.inf).isfinite():
+        wrong.append(EMBEDDING)
+    return wrong
 
 
 # -- Files

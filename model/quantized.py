@@ -7,6 +7,7 @@
 
 Only the seven linears of each decoder layer are kept so: the vision tower, norms, biases, embedding and head are a
 small share of the bytes, and the tower bears it badly. Errors of the weights, of their size: 0.8, 2.6 and 9.2 %.
+Where every GiB counts, a head of its own may be kept in int8 too, and the embedding in host memory.
 
 Products with fp8 weights round their input, too: each row to e4m3 times its own scale.
 """
@@ -21,7 +22,8 @@ BASE_DTYPES = ("bf16", "fp8", "int8", "nf4")
 LOW_BIT = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 BLOCK = 64  # weights that share a scale of nf4
-PIECE = 1 << 24  # weights that become nf4 at a time
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+PIECE = 1 << 24  # weights that are quantised, or of a head dequantised, at a time
 TILE = 2 * BLOCK  # weights whose codes share 64 bytes: weight k of them in the high half of byte k, k + 64 in the low
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -71,6 +73,12 @@ class Quantized(nn.Module):
             self.twin = whole
         return whole
 
+    def blocks(self) -> "list[Quantized]":
+        """Its rows, at most PIECE weights a block, as views. Not of fp8, whose rows share one scale."""
+        pieces = (x.split(max(1, PIECE // self.shape[1])) for x in (self.codes, self.scales))
+        shape = lambda codes: (len(codes), self.shape[1])
+        return [Quantized(self.kind, codes, scales, shape(codes), self.dtype) for codes, scales in zip(*pieces)]
+
     def nf4_codes(self) -> Tensor:
         """(out, in rounded up to tiles) uint8, 0 to 15, in the order of the weights."""
         tiles = self.codes.view(len(self.codes), -1, BLOCK)
@@ -79,7 +87,7 @@ class Quantized(nn.Module):
 
 def quantise(weight: Tensor, kind: str, dtype: torch.dtype) -> Quantized:
     """weight (out, in) in a format of BASE_DTYPES. dtype: of the products with it."""
-    if kind == "nf4" and weight.numel() > PIECE:  # by rows: codes are int64 on the way
+    if kind != "fp8" and weight.numel() > PIECE and not weight.is_meta:  # by rows: on the way they take much memory
         pieces = [quantise(rows, kind, dtype) for rows in weight.split(max(1, PIECE // weight.shape[1]))]
         codes, scales = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scales"))
         return Quantized(kind, codes, scales, weight.shape, dtype)
@@ -122,20 +130,43 @@ def product(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.dequantise(x.dtype), bias)
 
 
+def head_product(x: Tensor, head: Quantized, times=product) -> Tensor:
+    """x (n, C) head^T -> (n, V), the head in int8 and never dequantised whole. times: the form of `product`."""
+    return torch.cat([times(x, block) for block in head.blocks()], 1)
+
+
+class HostEmbedding(nn.Module):
+    """A frozen embedding whose weight (V, C) stays in host memory: only looked-up rows go to the device of the ids,
+    for which the host waits. No parameter: those move with the model, and DeepSpeed sends them to the other ranks."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def _apply(self, fn, recurse=True):
+        """.to() and the like change its dtype, never its device."""
+        self.weight = self.weight.to(fn(self.weight[:0]).dtype)
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:  # (n,) -> (n, C)
+        rows = torch.empty(len(ids), self.weight.shape[1], dtype=self.weight.dtype, pin_memory=ids.is_cuda)
+        torch.index_select(self.weight, 0, ids.cpu(), out=rows)
+        return rows.to(ids.device, non_blocking=True)
+
+
+def format_of(name: str, base_dtype: str, head_dtype: str) -> str:
+    """Of a model's weight by its name; bf16 stands for the dtype of the products."""
+    if name == HEAD:
+        return head_dtype
+    return base_dtype if LOW_BIT.fullmatch(name) else "bf16"
+
+
 def put(module: nn.Module, name: str, weight: "Tensor | Quantized") -> None:
     """Replace a parameter of a model by name."""
     owner, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner)
     delattr(owner, leaf)
     setattr(owner, leaf, weight if isinstance(weight, Quantized) else nn.Parameter(weight))
-
-
-def quantise_base(model: nn.Module, kind: str) -> None:
-    """Quantise the weights of a model that is there already; loading does it while they come."""
-    for name, p in list(model.named_parameters()):
-        if kind != "bf16" and LOW_BIT.fullmatch(name):
-            put(model, name, quantise(p, kind, p.dtype))
-    model.base_dtype = kind
 
 
 def quantized_weights(model: nn.Module) -> dict[str, Quantized]:

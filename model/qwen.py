@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from model.adapters import Weights, has_dropout, weights_of
 from model.ops import Ops, fast_forms
 from model.packed import IGNORE, Packed, Segments, VisionPlan
-from model.quantized import Quantized, product
+from model.quantized import Quantized, head_product, product
 from model.rope import mrope_tables
 
 __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "target_logprobs"]
@@ -35,9 +35,9 @@ __all__ = ["IGNORE", "Packed", "Qwen2_5_VL", "Segments", "normalise_patches", "t
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_EPS = 1e-6  # of the tower's norms; config.json has no key for it
-LONG = 65_536  # patches from which on a recomputed tower runs in parts; so many blocks' inputs take 5.4 GB
+LONG = 65_536  # patches from which on a tower that keeps nothing runs in parts; so many blocks' inputs take 5.4 GB
 PIECE = 32_768  # tokens whose MLP is trained at a time, and computed again: its activations are 16 times as large as x
-PART = 4096  # patches of a part, whose activations take 5.8 GB while it is computed again
+PART = 32_768  # patches of a part, whose blocks' inputs take 2.7 GB while it is computed again
 
 
 # -- Operations, in their plain forms
@@ -99,7 +99,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """`target_logprobs` with the whole (N, V) logits at once, by autograd."""
-    logits = F.linear(hidden, head_weight).float() / temperature
+    times = head_product if isinstance(head_weight, Quantized) else F.linear
+    logits = times(hidden, head_weight).float() / temperature
     if banned is not None:
         logits[:, banned] = float("-inf")
     logp = logits.log_softmax(-1)
@@ -110,7 +111,7 @@ def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_en
 def target_logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
     """Log-prob of each target under softmax(hidden head_weight^T / temperature). SFT and GRPO both end here.
 
-    hidden: (N, C), rows whose target is trained. head_weight: (V, C). targets: (N,) int64, none IGNORE.
+    hidden: (N, C), rows whose target is trained. head_weight: (V, C), or a Quantized. targets: (N,) int64, none IGNORE.
     banned: int64 ids that the policy can never draw; they are left out of the softmax, as in sampling.
     Returns log-probs (N,) float32 with gradient, entropies (N,) float32 in nats without (None unless with_entropy;
     they cost half as much as all the rest), and (N,) bool: is the target the most likely token.
@@ -135,11 +136,12 @@ def feed_forward(ops: Ops, x: Tensor, weight: Tensor, eps: float, gate, up, down
     return x + ops.linear(ops.swiglu(*ops.linear(h, gate, up)), down, last=is_recomputed)[0]
 
 
-def recomputed(block: nn.Module, *args) -> Tensor:
+def recomputed(block: nn.Module, *args, is_recomputed=True) -> Tensor:
     """block(*args), of which only the arguments are kept: the backward pass computes it again (Chen et al., 2016; arXiv
-    1604.06174). With `ops.offload` they wait in host memory."""
+    1604.06174), with is_recomputed without its last product. With `ops.offload` they wait in host memory."""
+    how = {"use_reentrant": False, "preserve_rng_state": has_dropout(block)}
     with saved_tensors_hooks(to_host, from_host) if block.ops.offload else nullcontext():
-        return checkpoint(block, *args, is_recomputed=True, use_reentrant=False, preserve_rng_state=has_dropout(block))
+        return checkpoint(block, *args, is_recomputed=is_recomputed, **how)
 
 
 def to_host(x: Tensor) -> tuple[Tensor, torch.device]:
@@ -289,7 +291,7 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         return VisionPlan.build(grid_thw, self.config, weight.device, weight.dtype)
 
-    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None) -> Tensor:
+    def forward(self, patches: Tensor, plan: VisionPlan, recompute: int = 0, graphs=None, is_part=False) -> Tensor:
         """patches: (P, 1176) uint8 pixels or normalised floats, in 2x2-block order. Returns (M, out_hidden_size) in
         the same order. recompute: so many blocks keep only their input for the backward pass."""
         P, weight, cell = len(patches), self.patch_embed.proj.weight, self.config.spatial_merge_size**2
@@ -299,24 +301,25 @@ class VisionTower(nn.Module):
         x = F.linear(patches, weight.flatten(1))  # (P, width): a convolution whose stride is its kernel is a product
         x = x.view(P // cell, -1).index_select(0, plan.order).view(P, -1)  # in window order
         args = x, plan.tables, [plan.windows, plan.steps], recompute
-        x = self.through(*args) if graphs is None else graphs.run(self.blocks, self.through, *args)
+        x = self.through(*args, is_part) if graphs is None else graphs.run(self.blocks, self.through, *args)
         return self.merger(x).index_select(0, plan.inverse)
 
-    def through(self, x: Tensor, tables, segments, recompute: int) -> Tensor:
-        """(P, width) through the blocks. segments: [windows, whole grid steps]."""
+    def through(self, x: Tensor, tables, segments, recompute: int, is_part=False) -> Tensor:
+        """(P, width) through the blocks. segments: [windows, whole grid steps]. is_part: of in_parts, whose own
+        recomputation goes through the blocks inside of the backward pass, and needs their results."""
         for i, block in enumerate(self.blocks):
             args = x, tables, segments[i in self.config.fullatt_block_indexes]
-            x = recomputed(block, *args) if i < recompute else block(*args)
+            x = recomputed(block, *args, is_recomputed=not is_part) if i < recompute else block(*args)
         return x
 
     def in_parts(self, patches: Tensor, grid_thw) -> Tensor:
-        """forward() of a long video, a few grid steps at a time: exact, for no block looks across them. Of each part
-        only the patches are kept; the backward pass computes it again, and then keeps all of it."""
+        """forward() of a long video, some grid steps at a time: exact, for no block looks across them. Of each part
+        only the patches are kept; the backward pass computes it again, and once more block by block."""
         steps = [(max(1, PART // (h * w)), t, h, w) for t, h, w in grid_thw]  # grid steps of a part
         grids = [(min(n, t - i), h, w) for n, t, h, w in steps for i in range(0, t, n)]
-        again = {"use_reentrant": False, "preserve_rng_state": has_dropout(self)}
-        parts = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True)
-        return torch.cat([checkpoint(self, part, self.plan([grid]), **again) for part, grid in parts])
+        how = {"is_part": True, "use_reentrant": False, "preserve_rng_state": has_dropout(self)}
+        parts, depth = zip(patches.split([t * h * w for t, h, w in grids]), grids, strict=True), len(self.blocks)
+        return torch.cat([checkpoint(self, part, self.plan([grid]), depth, **how) for part, grid in parts])
 
 
 # -- The model
@@ -333,7 +336,8 @@ class Qwen2_5_VL(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.base_dtype = "bf16"  # or a format of quantized.py, in which the decoder layers' linears are kept
+        # how frozen weights are kept (loading.py): the decoder layers' linears, the head, the embedding on the host
+        self.base_dtype, self.head_dtype, self.offload_embedding = "bf16", "bf16", False
         self.gradient_checkpointing = False  # keep only each block's input; recompute the rest going back
         self.kept_blocks = 0  # with it: of tower and layers, in this order, the last so many keep all
 
@@ -352,7 +356,7 @@ class Qwen2_5_VL(nn.Module):
         return min(depth, depth + layers - self.kept_blocks), max(0, layers - self.kept_blocks)
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> "Tensor | Quantized":
         """(V, C)"""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
@@ -368,7 +372,7 @@ class Qwen2_5_VL(nn.Module):
             assert is_pad.sum() == count, f"{is_pad.sum()} image and video pads, but {count} vision tokens"
         pads = torch.nonzero_static(is_pad, size=count)[:, 0]
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if recompute and len(packed.patches) > LONG:
+            if recompute and self.kept_blocks == 0 and len(packed.patches) > LONG:
                 vision = visual.in_parts(packed.patches, packed.grid_thw)  # (M, C)
             else:
                 vision = visual(packed.patches, plan, recompute, self.ops.graphs)
@@ -403,4 +407,5 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, packed: Packed) -> Tensor:
         """(T, V). For tests and small inputs; training goes through target_logprobs, which never holds them all."""
-        return self(packed) @ self.head_weight.T
+        times = head_product if isinstance(self.head_weight, Quantized) else F.linear
+        return times(self(packed), self.head_weight)

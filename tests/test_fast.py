@@ -7,9 +7,12 @@ from conftest import SHAPES, Sequence, pack_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import CASES, adapted, gradients
+from torch import nn
 
 from model import qwen
+from model.adapters import Weights
 from model.fast import graphs, portable
+from model.quantized import quantise
 from model.qwen import Segments, target_logprobs
 
 
@@ -122,3 +125,40 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
         made.append([*rest, *results(lambda h, w, f=function: f(h, w, targets, temperature, banned)[0], hidden, head)])
     for ours, plain in zip(*made, strict=True):
         assert torch.allclose(ours.float(), plain.float(), atol=1e-5, rtol=1e-4), (ours - plain).abs().max()
+
+
+# -- Products with adapters inside
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("outs", [(276, 276), (520,), (200, 40, 300), (40,), (128,)])
+def test_adapters_inside_of_a_product_equal_those_beside_it(outs, kind):
+    """Values and gradients of `linear` in its fast and its plain form: columns and rows of the weights, neither; widths
+    that are no multiples of 8, linears without adapters, and one group's weights in another group."""
+    torch.manual_seed(0)
+    width, rank, T = 132, 8, 37
+    weights = [torch.randn(out, width) for out in outs]
+    if kind == "bf16":
+        weights = [nn.Parameter(w, requires_grad=False) for w in weights]
+    else:
+        weights = [quantise(w, kind, torch.float32) for w in weights]
+    bias = [torch.randn(out) for out in outs]
+
+    def pass_of(form, numbers, seed):
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(shape, generator=g)
+        x, leaves, layers = draw(T, width).requires_grad_(), [], []
+        for i in numbers:
+            pair = [None, None] if i == 1 and len(outs) == 3 else [draw(rank, width), draw(outs[i], rank)]
+            leaves += [leaf.requires_grad_() for leaf in pair if leaf is not None]
+            layers.append(Weights(weights[i], bias[i], *pair, scale=0.5))
+        ys = [y[:, : outs[i]] for i, y in zip(numbers, form(x, *layers))]
+        loss = sum((y * draw(*y.shape)).sum() for y in ys)
+        return [*ys, *torch.autograd.grad(loss, [x, *leaves])]
+
+    every = tuple(range(len(outs)))
+    for seed, numbers in enumerate([every, every[:1], every[::-1], every]):
+        for fast, plain in zip(
+            pass_of(portable.linear, numbers, seed), pass_of(qwen.linear, numbers, seed), strict=True
+        ):
+            assert (fast - plain).norm() <= 1e-5 * plain.norm(), (outs, numbers, fast.shape)

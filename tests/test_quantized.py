@@ -7,20 +7,22 @@ import shutil
 import pytest
 import torch
 from conftest import Sequence, config_dict, pack_sequences
-from runs import base, column, release_run, sft  # noqa: F401 (fixtures)
+from runs import base, column, grpo, release_run, sft  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 from test_model import CASES
 
 import adapter_files
 import infer
 import lora
-from config import LoraArgs
+from config import GRPO, SFT, LoraArgs, parse
 from model import UserError, loading, qwen
+from model import quantized as formats
 from model.adapters import Weights
 from model.decode import PlainDecoder, Sampling, generate
 from model.fast import portable, quantized
 from model.loading import ModelConfig, load_model, not_finite, save_model
-from model.quantized import BASE_DTYPES, E4M3, NF4, quantise, quantized_weights, rounded_rows
+from model.quantized import BASE_DTYPES, E4M3, EMBEDDING, HEAD, NF4, quantise, quantized_weights, rounded_rows
+from model.qwen import target_logprobs
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -216,3 +218,108 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     low = quantise(original, "nf4", torch.float32).dequantise(torch.float32)
     for kind, weight in (("original", original), ("quantised", low)):
         assert tensors[kind][name].equal((weight + delta).to(torch.bfloat16)), kind
+
+
+# -- A head in int8, an embedding in host memory
+
+SMALL = {"head_dtype": "int8", "offload_embedding": True}
+
+
+@pytest.mark.parametrize("rows, width, vocabulary", [(1, 1, 5), (17, 24, 50), (9, 13, 41), (5, 72, 65)])
+@pytest.mark.parametrize("temperature, banned", [(1.0, None), (0.7, torch.tensor([1, 4]))])
+def test_log_probs_of_an_int8_head_are_those_of_its_numbers(monkeypatch, rows, width, vocabulary, temperature, banned):
+    """And their gradients; seven rows of the head at a time, three of the hidden states."""
+    whole = quantise(gaussian(vocabulary, width), "int8", torch.float32)
+    monkeypatch.setattr(formats, "PIECE", 7 * width)
+    monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * vocabulary * 3)
+    head, exact = quantise(gaussian(vocabulary, width), "int8", torch.float32), whole.dequantise(torch.float32)
+    assert head.codes.equal(whole.codes) and head.scales.equal(whole.scales)
+    blocks = [block.shape[0] for block in head.blocks()]
+    assert sum(blocks) == vocabulary and max(blocks) == min(7, vocabulary)
+    targets, made = torch.arange(rows) % (vocabulary - 5) + 5 if vocabulary > 5 else torch.tensor([2]), []
+    for form, weight in ((qwen.logprobs, exact), (qwen.logprobs, head), (target_logprobs, head)):
+        hidden = gaussian(rows, width, seed=3).requires_grad_()
+        logprobs, entropy, right = form(hidden, weight, targets, temperature, banned)
+        made.append([logprobs, entropy, right, *torch.autograd.grad((logprobs * gaussian(rows, seed=4)).sum(), hidden)])
+    assert portable.FORMS["logprobs"] is qwen.fast_forms("cpu", torch.float32)["logprobs"]
+    for plain, *others in zip(*made, strict=True):
+        assert all(torch.allclose(plain.float(), other.float(), atol=1e-5, rtol=1e-4) for other in others)
+
+
+def test_a_small_model_is_its_dequantised_one(tmp_path, monkeypatch):
+    """Loaded and made; logits, embeddings to the bit, and what each decoder draws."""
+    whole = model_of("bf16")
+    save_model(whole, tmp_path)
+    monkeypatch.setattr(formats, "PIECE", 50 * whole.config.hidden_size)  # of 260 rows
+    loaded = load_model(tmp_path, DEVICE, **SMALL)
+    made = loading.random_model(whole.config, DEVICE, seed=0, **SMALL)
+    head = quantized_weights(loaded)[HEAD]
+    assert set(quantized_weights(loaded)) == {HEAD} and head.codes.equal(quantized_weights(made)[HEAD].codes)
+    assert {HEAD, EMBEDDING}.isdisjoint(dict(loaded.named_parameters())) and not not_finite(loaded)
+    packed = pack_sequences([Sequence(whole.config, CASES["mixed"])]).to(DEVICE)
+    embed, on_host = whole.model.embed_tokens, loaded.model.embed_tokens
+    assert on_host(packed.input_ids).equal(embed(packed.input_ids)) and on_host.weight.device.type == "cpu"
+    assert made.model.embed_tokens.weight.equal(on_host.weight)
+    with torch.no_grad():
+        whole.lm_head.weight.copy_(head.dequantise(torch.float32))
+    assert torch.allclose(loaded.logits(packed), whole.logits(packed), atol=1e-4, rtol=1e-4)
+    prompt = pack_sequences([Sequence(whole.config, CASES["video"])]).to(DEVICE)
+    draw = lambda model, decoder: [
+        row.ids for row in generate(model, prompt, Sampling(12), 3, noise(), decoder=decoder)[0]
+    ]
+    noise = lambda: torch.Generator(DEVICE).manual_seed(0)
+    assert draw(loaded, None) == draw(loaded, PlainDecoder) == draw(whole, PlainDecoder)
+    loaded.bfloat16()
+    assert on_host(packed.input_ids).dtype == head.dtype == torch.bfloat16 and head.codes.dtype == torch.int8
+    on_host.weight[7] = float("nan")
+    assert not_finite(loaded) == [EMBEDDING]
+
+
+@pytest.fixture(scope="module")
+def untied(base, tmp_path_factory):
+    """runs.py's random checkpoint with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    shutil.copytree(base / "tiny", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    save_model(loading.random_model(ModelConfig.from_dict(config)), folder)
+    return folder
+
+
+def test_runs_of_a_small_model(untied, sft, grpo, base, tmp_path, capsys):
+    """SFT with one option and with both; GRPO and infer.py follow the adapter; merge takes the original head."""
+    head = sft("head", model_id=untied, head_dtype="int8", max_steps=2)
+    whole = sft("whole", model_id=untied, max_steps=2, **SMALL)
+    assert column(whole, "loss", "grad_norm") == column(head, "loss", "grad_norm")
+    assert "--offload_embedding has no effect" in capsys.readouterr().out
+    adapter = whole / "checkpoint-2"
+    for file, key in (("adapter_config.json", None), ("trainer_state.json", "config"), ("../run.json", "config")):
+        facts = json.loads((adapter / file).read_text())
+        assert (facts[key] if key else facts)["head_dtype"] == "int8"
+    with pytest.raises(UserError, match="--head_dtype: got 'bf16', expected 'int8'"):
+        sft("whole", head_dtype="bf16", resume=True)
+    release_run()
+    after = grpo("after", model_id=untied, model_ckpt=adapter, max_steps=1, offload_embedding=True)
+    out = capsys.readouterr().out
+    assert "--head_dtype int8, which the adapter was trained on" in out and column(after, "updated") == [True]
+    network = infer.Model(adapter, offload_embedding=True).network
+    assert set(quantized_weights(network)) == {HEAD} and network.offload_embedding
+    assert not quantized_weights(infer.Model(adapter, head_dtype="bf16").network)
+    original = load_file(untied / "model.safetensors")[HEAD]
+    low = quantise(original, "int8", torch.float32).dequantise(torch.float32)
+    for kind, weight in (("original", original), ("quantised", low)):
+        lora.main(["merge", str(adapter), str(tmp_path / kind), "--merge_base", kind])
+        assert load_file(tmp_path / kind / "model.safetensors")[HEAD].equal(weight.to(torch.bfloat16))
+
+
+def test_where_small_models_are_refused(untied, base, sft, capsys):
+    for option, value in SMALL.items():
+        with pytest.raises(UserError, match=f"--{option}: the head of this model is its embedding"):
+            sft("tied", dry_run=True, **{option: value})
+        for cls in (SFT, GRPO):
+            with pytest.raises(UserError, match=f"--{option}: got {value!r}, expected .* stay frozen"):
+                parse(cls, [f"--{option}={value}", "--freeze_llm=False", "--llm_lora=False"])
+    with pytest.raises(UserError, match="--head_dtype: the head"):
+        infer.Model(base / "tiny", head_dtype="int8").network  # noqa: B018
+    sft("planned", model_id=untied, dry_run=True, **SMALL)
+    numbers = sum(p.numel() for p in loading.empty_model(ModelConfig.from_folder(untied)).parameters())
+    assert f" of {numbers:,} parameters" in capsys.readouterr().out

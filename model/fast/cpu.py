@@ -81,7 +81,7 @@ class CpuDecoder(PlainDecoder):
             qkv, bias = fused(layer.input_layernorm.weight, q, k, v), torch.cat([q.bias, k.bias, v.bias])
             gate_up = fused(layer.post_attention_layernorm.weight, gate, up)
             self.layers.append((qkv, bias, fused(None, o), gate_up, fused(None, down)))
-        self.head = model.head_weight * model.model.norm.weight
+        self.head = fused(model.model.norm.weight, Weights(model.head_weight, None))
         every = torch.arange(int(self.position.max()) + sampling.max_new_tokens)
         self.tables = mrope_tables(every.expand(3, -1), model.config, self.head.dtype)
 

@@ -8,7 +8,8 @@ A bf16 base gets a copy of its weights with the adapters merged, for the length 
 a step (dev/LOG.md). Beside low-bit weights, which are read as they are stored, adapters stay apart: the smallest
 reaches the sampler, and no copy of the weights exists.
 
-Nothing in the loop waits for the device, except a look every STOP_CHECK steps at whether all rows have ended.
+Nothing in the loop waits for the device, except a look every STOP_CHECK steps at whether all rows have ended, and
+looking up tokens in an embedding that is in host memory.
 """
 
 import warnings
@@ -111,6 +112,14 @@ def stacked_adapter(stack: list[Weights], rank: int, like: Tensor) -> tuple[Tens
     return A, B
 
 
+def stored(weights: list) -> list[Tensor | None]:
+    """Where the numbers of up to three weights lie, then where their scales do: cells of the table."""
+    empty = [None] * (3 - len(weights))
+    numbers = [w.codes if isinstance(w, Quantized) else w for w in weights]
+    scales = [w.scales if isinstance(w, Quantized) else None for w in weights]
+    return [*numbers, *empty, *scales, *empty]
+
+
 class Step:
     """One token of R = N*G rows: buffers, the order of the kernels, and the graph made of it."""
 
@@ -120,11 +129,13 @@ class Step:
         c, device = model.config, model.head_weight.device
         self.config, self.N, self.G, self.Lp, self.S, self.mode, self.rank = c, N, G, Lp, S, mode, rank
         self.R, self.H, self.K, self.D = N * G, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.kind, self.graph, self.device = model.base_dtype, None, device
-        self.embedding, self.first_norm = model.model.embed_tokens.weight.data, norms_of(model)[0].data
+        self.graph, self.device = None, device
+        self.kinds = dict.fromkeys(LINEARS, model.base_dtype) | {"head": model.head_dtype}
+        self.embed, self.first_norm = model.model.embed_tokens, norms_of(model)[0].data
+        self.on_host = model.offload_embedding
         self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self.early = {"launch_pdl": True} if self.pdl else {}
-        C, inner, heads, V = c.hidden_size, c.intermediate_size, self.H * self.D, len(model.head_weight)
+        C, inner, heads, V = c.hidden_size, c.intermediate_size, self.H * self.D, c.vocab_size
         self.shapes = {  # (rows of W, columns) of each product
             "qkv": (heads + 2 * self.K * self.D, C), "o": (C, heads), "gate_up": (inner, C), "down": (C, inner),
             "head": (V, C),
@@ -132,9 +143,9 @@ class Step:
         self.block_m = 16 if self.R <= 16 else 32 if self.R <= 32 else 64
         self.R_pad = round_up(self.R, self.block_m)
         self.tiles = {name: few if self.R <= 16 else many for name, (few, many) in TILES.items()}
-        for name in LINEARS if self.kind != "bf16" else ():
+        for name in [name for name, kind in self.kinds.items() if kind != "bf16"]:
             t, few = self.tiles[name], self.R <= 16
-            n, k = min(t.n, 32) if few else t.n, 128 if few or self.kind == "nf4" else t.k
+            n, k = min(t.n, 32) if few else t.n, 128 if few or self.kinds[name] == "nf4" else t.k
             self.tiles[name] = t._replace(n=n, k=k, stages=6 if few and name == "gate_up" else t.stages)
         self.queries = min(64, pow2(G * self.H // self.K, 16))
         tiles = -(-G * self.H // self.K // self.queries)
@@ -173,7 +184,8 @@ class Step:
         rounded up: padded rows would cost every step, another capture costs once."""
         kept = _steps.setdefault(model, OrderedDict())
         size = (N, G, cache.prompt_k.shape[3], cache.own_k.shape[3], mode, rank)
-        key = (*size, model.model.embed_tokens.weight.data_ptr())  # a model that moved is another
+        fixed = model.model.embed_tokens.weight, norms_of(model)[0]  # a model that moved is another
+        key = (*size, *(weight.data_ptr() for weight in fixed))
         if key not in kept:
             kept[key] = cls(model, *size)
             if len(kept) > MAX_GRAPHS:
@@ -205,15 +217,12 @@ class Step:
     def addresses(self, model, layers, cache) -> tuple[list[list[int]], list]:
         """The table: a row of caches, one of the head, one of each product of each layer; and what was made for it."""
         norms, alive = norms_of(model), []
-        table = [[cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v], [model.head_weight]]
+        table = [[cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v], stored([model.head_weight])]
         for i, stacks in enumerate(layers):
             behind = {"o": norms[2 * i + 1], "down": norms[2 * i + 2]}
             for name, stack in stacks.items():
-                A, B = stacked_adapter(stack, self.rank, model.head_weight) if self.rank else (None, None)
-                stored, empty = [w.weight for w in stack], [None] * (3 - len(stack))
-                scales = [w.scales if isinstance(w, Quantized) else None for w in stored]
-                stored = [w.codes if isinstance(w, Quantized) else w for w in stored]
-                table.append([*stored, *empty, *scales, *empty, A, B, behind.get(name)])
+                A, B = stacked_adapter(stack, self.rank, norms[0]) if self.rank else (None, None)
+                table.append([*stored([w.weight for w in stack]), A, B, behind.get(name)])
                 alive.append((A, B))
         rows = [[0 if t is None else t.data_ptr() for t in row] + [0] * (CELLS - len(row)) for row in table]
         wide = [row[i] for row in rows[1:] for i in (0, 1, 2, 6, 7)] + rows[0]
@@ -222,10 +231,9 @@ class Step:
 
     def product(self, name: str, i: int, x, out, ssq=None, residual=None) -> None:
         """out = a product of layer i, or of the head, from x and the sums of squares that `ssq` left."""
-        (N, K), row, kind, scale = self.shapes[name], 1, "bf16", x
+        (N, K), row, kind, scale = self.shapes[name], 1, self.kinds[name], x
         if name != "head":
-            number, kind = 4 * i + list(LINEARS).index(name), self.kind
-            row = 2 + number
+            row = 2 + 4 * i + list(LINEARS).index(name)
             if self.rank:
                 self.launch_linear(A_TILE, x, scale, self.h, CELLS * row + 6, LINEARS[name] * self.rank, K, ssq=ssq)
             if kind == "fp8":
@@ -265,9 +273,15 @@ class Step:
             PDL=self.pdl, num_warps=2, **self.early,
         )  # fmt: skip
 
+    def look_up(self) -> None:
+        """Before `launch`: the rows of an embedding in host memory, for which a graph cannot wait."""
+        if self.on_host:
+            self.x.copy_(self.embed(self.ids))
+
     def launch(self) -> None:
         self.used += 1
-        torch.index_select(self.embedding, 0, self.ids, out=self.x)
+        if not self.on_host:
+            torch.index_select(self.embed.weight.data, 0, self.ids, out=self.x)
         torch.mul(self.x, self.first_norm, out=self.scaled)
         self.ssq["down"].zero_()
         self.ssq["down"][0, : self.R] = self.x.float().square().sum(1)
@@ -313,7 +327,7 @@ class CudaDecoder(PlainDecoder):
         mode = "greedy" if sampling.temperature == 0 else "logits" if truncated else "race"
         layers = [stacks_of(layer) for layer in model.model.layers]
         if model.base_dtype == "bf16":
-            layers = merged(layers, model.head_weight)
+            layers = merged(layers, model.model.norm.weight)
         adapters = [w.A for stacks in layers for stack in stacks.values() for w in stack if w.A is not None]
         rank = round_up(max(map(len, adapters), default=0), 16)
         self.fast_step = Step.fitting(model, len(prompts.segments.q_lengths), G, self.cache, mode, rank)
@@ -326,6 +340,7 @@ class CudaDecoder(PlainDecoder):
     def draw(self, t: int) -> None:
         step = self.fast_step
         if t:
+            step.look_up()
             step.graph.replay()
             self.logits = step.logits
         if step.mode == "logits":

@@ -14,18 +14,18 @@ keeps one number a row (the log-sum-exp), backward computes the chunk again and 
     d logp(y | h) / dh = (onehot(y) - softmax(h W^T / tau)) W / tau
 """
 
-import math
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adapters import Weights, aligned
+from model.adapters import ALIGN, Weights, aligned
 from model.fast import quantized
 from model.packed import Segments
-from model.quantized import Quantized
+from model.quantized import Quantized, head_product
 
 CHUNK_BYTES = 256 << 20  # float32 logits held at a time; 441 rows at the real vocabulary
 
@@ -64,24 +64,34 @@ def widen(x: Tensor, dim: int, size: int) -> Tensor:
 
 def padded(layer: Weights, width: int) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, the weight (out, in) widened to the input's width, both to an aligned output."""
-    out = aligned(len(layer.weight))
-    bias = layer.bias if layer.bias is None else in_shape(layer.bias, (out,))
-    return in_shape(layer.weight, (out, width)), bias
+    weight, out = layer.weight, aligned(len(layer.weight))
+    if weight.requires_grad:
+        return widen(widen(weight, 0, out), 1, width), bias_of(layer, out)
+    return corner(weight, out, width, weight.dtype), bias_of(layer, out)
 
 
-def in_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x with zeros behind it along each dimension. A frozen tensor moves once into a storage of that size, of which it
-    is a view ever after: that costs nothing. (A trained one's storage is the optimizer's: it is copied each time.)"""
-    if tuple(x.shape) == shape:
-        return x
-    wide = x
-    if x.requires_grad or x.untyped_storage().nbytes() != math.prod(shape) * x.itemsize or x.storage_offset():
-        for dim, size in enumerate(shape):
-            wide = widen(wide, dim, size)
-        if x.requires_grad:
-            return wide
-        x.data = wide[tuple(slice(n) for n in x.shape)]
-    return x.detach().as_strided(shape, (*shape[1:], 1))
+def corner(weight: Tensor | Quantized, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A frozen weight (out, in) as the upper left corner of (rows, columns), zeros elsewhere at first. A tensor moves
+    into a storage of that size once, of which it is a view ever after. Codes become numbers in a new one each time."""
+    (out, width), shape = weight.shape, (rows, columns)
+    if isinstance(weight, Quantized):
+        if shape == (out, width):
+            return quantized.dequantise(weight, dtype)
+        wide = torch.zeros(shape, dtype=dtype, device=weight.device)
+        quantized.dequantise(weight, dtype, wide[:out, :width])
+        return wide
+    if shape == (out, width):
+        return weight.detach()
+    wide = getattr(weight, "wide", None)
+    if wide is not None and wide.data_ptr() != weight.data_ptr():
+        wide = None  # the weight was moved since
+    if wide is None or len(wide) < rows or wide.shape[1] < columns:
+        size = shape if wide is None else [max(pair) for pair in zip(shape, wide.shape)]
+        larger = weight.new_zeros(size, requires_grad=False)
+        larger[:out, :width] = weight.detach()
+        weight.data, weight.wide = larger[:out, :width], larger
+        wide = larger
+    return wide[:rows, :columns]
 
 
 def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -95,51 +105,118 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 class Project(torch.autograd.Function):
     """Frozen weights, adapters without dropout; gradients to x and to every A and B. Of weights in few bits only the
-    codes are kept. The last product of a recomputed block is left out inside of a backward pass: nobody asks for it."""
+    codes are kept. The last product of a recomputed block is left out inside of a backward pass: nobody asks for it.
+
+    Beside a large product an adapter's small one reads and writes the whole result once more. So it goes inside, as R
+    more columns or rows of the weight (R: sum of the ranks), where the side that is copied for it is the smaller one:
+
+        [x h] [W sB]^T = y          g [W sB] = [g W, s g B]     out much larger than in
+        y = x W^T + s h B^T         [g, s g B] [W; A] = d_x     in much larger than out
+    """
 
     @staticmethod
     def forward(ctx, x, last, layers, *adapters):
         """layers: Weights. adapters: A and B of each, or None and None."""
         unused = last and torch._C._current_graph_task_id() != -1
-        A, ctx.ranks = [a for a in adapters[::2] if a is not None], [0 if a is None else len(a) for a in adapters[::2]]
-        h = x @ widen(stack(A), 1, x.shape[1]).T if A else x.new_empty(len(x), 0)  # (T, sum of ranks)
-        fp8 = any(isinstance(w.weight, Quantized) and w.weight.kind == "fp8" for w in layers)
-        rounded = quantized.round_rows(x) if fp8 and not unused else None  # once for all that share x
-        outs = []
-        for w, b, own in zip(layers, adapters[1::2], h.split(ctx.ranks, 1)):
-            if unused:
-                y = x.new_empty(len(x), w.weight.shape[0])
-            elif isinstance(w.weight, Quantized):  # not padded: those of real models are aligned
+        A, B = [widen(a, 1, x.shape[1]) for a in adapters[::2] if a is not None], adapters[1::2]
+        ctx.layers, ctx.ranks = layers, [0 if a is None else len(a) for a in adapters[::2]]
+        T, width, R = *x.shape, sum(ctx.ranks)
+        ctx.inside, fp8 = way_inside(layers, width, R), is_fp8(layers)
+        both = x.new_empty(T, width + R) if ctx.inside == "columns" else None
+        if both is not None:
+            both[:, :width] = x
+            x, h = both.split([width, R], 1)
+            torch.mm(x, stack(A).T, out=h)
+        else:
+            h = x @ stack(A).T if A else x.new_empty(T, 0)
+        ctx.save_for_backward(x, h, *adapters)
+        if unused:
+            return tuple(x.new_empty(T, height(w)) for w in layers)
+        if both is not None and not fp8:
+            weights = with_columns(layers, B, ctx.ranks, width, x.dtype)
+            return tuple(F.linear(both, weight, bias_of(w, len(weight))) for w, weight in zip(layers, weights))
+        rounded, outs = quantized.round_rows(x) if fp8 else None, []  # once for all that share x
+        for w, b, own in zip(layers, B, h.split(ctx.ranks, 1)):
+            if isinstance(w.weight, Quantized):
                 y = quantized.product(x, w.weight, w.bias, rounded)
             else:
-                y = F.linear(x, *padded(w, x.shape[1]))
-            if b is not None and not unused:
-                y.addmm_(own, widen(b, 0, y.shape[1]).T, alpha=w.scale)
-            outs.append(y)
-        ctx.save_for_backward(x, h, *adapters)
-        ctx.layers = layers
+                y = F.linear(x, *padded(w, width))
+            outs.append(y if b is None else y.addmm_(own, widen(b, 0, y.shape[1]).T, alpha=w.scale))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *grads):
         x, h, *adapters = ctx.saved_tensors
-        d_x, back, d_B = None, [], []
-        for w, b, g, own in zip(ctx.layers, adapters[1::2], grads, h.split(ctx.ranks, 1)):
-            if ctx.needs_input_grad[0]:
-                low = isinstance(w.weight, Quantized)
-                weight = quantized.dequantise(w.weight, g.dtype) if low else padded(w, x.shape[1])[0]
-                d_x = g @ weight if d_x is None else d_x.addmm_(g, weight)
-            if b is not None:
-                back.append(scaled(g @ widen(b, 0, g.shape[1]), w.scale))  # (T, r)
-                d_B.append(scaled(g[:, : len(b)].T @ own, w.scale))
-        if not back:
-            return d_x, None, None, *adapters
-        back, A = stack(back, 1), [a for a in adapters[::2] if a is not None]  # (T, sum of ranks)
-        if d_x is not None:
-            d_x.addmm_(back, widen(stack(A), 1, x.shape[1]))
-        d_A = (back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A])
-        made = iter(zip(d_A, d_B))
-        return d_x, None, None, *(d for b in adapters[1::2] for d in ((None, None) if b is None else next(made)))
+        (width, R), layers, B, d_x = (x.shape[1], h.shape[1]), ctx.layers, adapters[1::2], None
+        A = [a for a in adapters[::2] if a is not None]
+        if ctx.inside == "columns" and ctx.needs_input_grad[0]:
+            both = sum_of_products(grads, with_columns(layers, B, ctx.ranks, width, x.dtype))
+            d_x, back = both.split([width, R], 1)
+        else:
+            each = zip(layers, B, grads)
+            back = [scaled(g @ widen(b, 0, g.shape[1]), w.scale) for w, b, g in each if b is not None]
+            back = stack(back, 1) if back else h
+        if ctx.needs_input_grad[0]:
+            if ctx.inside == "rows":
+                d_x = torch.cat([grads[0], back], 1) @ with_rows(layers[0], A[0], width, x.dtype)
+            else:
+                if d_x is None:
+                    whole = (corner(w.weight, height(w), width, x.dtype) for w in layers)
+                    d_x = sum_of_products(grads, whole)
+                d_x = torch.addmm(d_x, back, widen(stack(A), 1, width)) if A else d_x
+        d_A, d_adapters = iter((back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A]) if A else ()), []
+        for w, b, g, own in zip(layers, B, grads, h.split(ctx.ranks, 1)):
+            d_adapters += (None, None) if b is None else (next(d_A), scaled(g[:, : len(b)].T @ own, w.scale))
+        return d_x, None, None, *d_adapters
+
+
+def way_inside(layers, width: int, R: int) -> str:
+    """ "columns" or "rows" of the weights, or "" where adapters stay beside them."""
+    out = sum(w.weight.shape[0] for w in layers)
+    if not R or R % ALIGN or R * 8 > width:
+        return ""
+    return "columns" if out >= 2 * width else "rows" if len(layers) == 1 and width >= 2 * out else ""
+
+
+def height(layer: Weights) -> int:
+    """Columns of a linear's output. Low-bit weights are not padded: those of real models are aligned."""
+    out = layer.weight.shape[0]
+    return out if isinstance(layer.weight, Quantized) else aligned(out)
+
+
+def is_fp8(layers) -> bool:
+    return any(isinstance(w.weight, Quantized) and w.weight.kind == "fp8" for w in layers)
+
+
+def sum_of_products(grads, weights: Iterator[Tensor]) -> Tensor:
+    total = grads[0] @ next(weights)
+    for g, weight in zip(grads[1:], weights):
+        total.addmm_(g, weight)
+    return total
+
+
+def with_columns(layers, B, ranks, width: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """(out, width + R) of each layer: W, and s B behind it in the columns of its own rank."""
+    first = width
+    for w, b, rank in zip(layers, B, ranks):
+        weight = corner(w.weight, height(w), width + sum(ranks), dtype)
+        weight[:, width:] = 0
+        if b is not None:
+            torch.mul(b, w.scale, out=weight[: len(b), first : first + rank])
+        first += rank
+        yield weight
+
+
+def with_rows(layer: Weights, A: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(out + r, width): W, and A below it."""
+    out = height(layer)
+    weight = corner(layer.weight, out + len(A), width, dtype)
+    weight[out:, : A.shape[1]] = A
+    return weight
+
+
+def bias_of(layer: Weights, size: int) -> Tensor | None:
+    return None if layer.bias is None else widen(layer.bias, 0, size)
 
 
 # -- Attention
@@ -195,13 +272,26 @@ def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor
 # -- Log-probs
 
 
-def chunk_logits(hidden: Tensor, head_weight: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
-    logits = F.linear(hidden, head_weight).float()  # (n, V)
+def chunk_logits(hidden: Tensor, head_weight, temperature: float, banned: Tensor | None) -> Tensor:
+    if isinstance(head_weight, Quantized):
+        logits = head_product(hidden, head_weight, quantized.product).float()  # (n, V)
+    else:
+        logits = F.linear(hidden, head_weight).float()
     if temperature != 1.0:
         logits /= temperature
     if banned is not None:
         logits[:, banned] = float("-inf")
     return logits
+
+
+def through_head(d: Tensor, head_weight) -> Tensor:
+    """d (n, V) of logits -> (n, C) of hidden states. The terms of an int8 head's blocks are summed in float32."""
+    if isinstance(head_weight, Tensor):
+        return d @ head_weight
+    blocks, total = head_weight.blocks(), 0.0
+    for block, part in zip(blocks, d.split([len(block.codes) for block in blocks], 1)):
+        total = total + (part @ quantized.dequantise(block, d.dtype)).float()
+    return total.to(d.dtype)
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -221,15 +311,15 @@ class TargetLogprobs(torch.autograd.Function):
             if with_entropy:
                 logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
                 entropy[s] = -logp.exp().mul_(logp).sum(-1)
-        ctx.save_for_backward(hidden, head_weight, targets, lse)
-        ctx.options = temperature, banned, rows
+        ctx.save_for_backward(hidden, targets, lse)
+        ctx.options = head_weight, temperature, banned, rows
         ctx.mark_non_differentiable(entropy, correct)
         return logprobs, entropy if with_entropy else None, correct
 
     @staticmethod
     def backward(ctx, grad, _entropy, _correct):
-        hidden, head_weight, targets, lse = ctx.saved_tensors
-        temperature, banned, rows = ctx.options
+        hidden, targets, lse = ctx.saved_tensors
+        head_weight, temperature, banned, rows = ctx.options
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head_weight, dtype=torch.float32) if need_head else None
@@ -239,7 +329,7 @@ class TargetLogprobs(torch.autograd.Function):
             d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
             d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
             if need_hidden:
-                d_hidden[s] = d @ head_weight
+                d_hidden[s] = through_head(d, head_weight)
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
         return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 4

@@ -22,17 +22,18 @@ LEAST_ROWS = 512  # rows of x from which on fp8 products outrun bf16 ones
 _pairs: dict = {}  # device -> (256, 2) float32: the numbers of a byte's high and low half
 
 
-def dequantise(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """weight.dequantise; int8 and nf4 by one kernel on a GPU."""
+def dequantise(weight: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """weight.dequantise, into `out`, whose rows may be strided, if it is given; int8 and nf4 by a kernel on a GPU."""
     if triton is None or weight.device.type == "cpu" or weight.kind == "fp8":
-        return weight.dequantise(dtype)
+        whole = weight.dequantise(dtype)
+        return whole if out is None else out.copy_(whole)
     (N, K), bytes_a_row = weight.shape, weight.codes.shape[1]
     if weight.device not in _pairs:
         byte = torch.arange(256)
         _pairs[weight.device] = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).to(weight.device)
-    out = torch.empty(N, K, dtype=dtype, device=weight.device)
+    out = torch.empty(N, K, dtype=dtype, device=weight.device) if out is None else out
     dequantise_kernel[(triton.cdiv(bytes_a_row, 1024), N)](
-        weight.codes, weight.scales, _pairs[weight.device], out, K, bytes_a_row, weight.scales.stride(0),
+        weight.codes, weight.scales, _pairs[weight.device], out, K, bytes_a_row, weight.scales.stride(0), out.stride(0),
         IS_NF4=weight.kind == "nf4", GROUP=BLOCK, SIZE=1024, num_warps=4,
     )  # fmt: skip
     return out
@@ -93,10 +94,10 @@ if triton:
     PERMUTES: tl.constexpr = tl.constexpr(permutes())
 
     @triton.jit
-    def dequantise_kernel(codes, scales, table, out, K, BYTES, stride, IS_NF4: tl.constexpr, GROUP: tl.constexpr,
-                          SIZE: tl.constexpr):  # fmt: skip
+    def dequantise_kernel(codes, scales, table, out, K, BYTES, stride, pitch, IS_NF4: tl.constexpr,
+                          GROUP: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
         """out (N, K) = codes (N, BYTES) times scales, in float32, rounded once. stride: from a row's scales to the
-        next row's. table (256, 2): the numbers of a byte of nf4."""
+        next row's; pitch: of out. table (256, 2): the numbers of a byte of nf4."""
         n = tl.program_id(1).to(tl.int64)
         i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         byte = tl.load(codes + n * BYTES + i, mask=i < BYTES, other=0)
@@ -106,10 +107,10 @@ if triton:
             high = tl.load(table + byte.to(tl.int32) * 2) * tl.load(first, mask=k < K, other=0.0).to(tl.float32)
             low = tl.load(table + byte.to(tl.int32) * 2 + 1)
             low *= tl.load(first + 1, mask=k + GROUP < K, other=0.0).to(tl.float32)
-            tl.store(out + n * K + k, high, mask=k < K)
-            tl.store(out + n * K + k + GROUP, low, mask=k + GROUP < K)
+            tl.store(out + n * pitch + k, high, mask=k < K)
+            tl.store(out + n * pitch + k + GROUP, low, mask=k + GROUP < K)
         else:
-            tl.store(out + n * K + i, byte.to(tl.float32) * tl.load(scales + n * stride), mask=i < K)
+            tl.store(out + n * pitch + i, byte.to(tl.float32) * tl.load(scales + n * stride), mask=i < K)
 
     @triton.jit
     def round_rows_kernel(x, codes, scales, K: tl.constexpr, SIZE: tl.constexpr):
