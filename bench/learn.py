@@ -27,8 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 import numpy as np
 from figures import STUDENT, mean
 
+from checkpoint import checkpoints
 from clips import OPTIONS, draw_clip, render, write_mp4
-from quickstart import GRPO, HALF, SAMPLED, SFT, last
+from quickstart import GRPO, HALF, SAMPLED, SFT
 
 CLIPS = "--num_samples 1800 --split 0.5556 --overwrite"  # 1,000 to train on, 400 to choose by, 400 to report
 COT = "--cot --cot_source trajectory --cot_coordinates 0"
@@ -113,7 +114,7 @@ def learn(seed: int, data: Path, out: Path, args) -> dict[str, dict]:
     flags = ["--model_ckpt", start, "--output_dir", grpo, *GRPO.split(), *shlex.split(args.grpo)]
     run("train_grpo.py", *common, *flags)
     clock.append(time.perf_counter())
-    rows = {"SFT": last(sft), "start of GRPO": start, "GRPO": last(grpo)}
+    rows = {"SFT": checkpoints(sft)[-1], "start of GRPO": start, "GRPO": checkpoints(grpo)[-1]}
     columns = {"greedy": ("report", ""), "sampled": ("report", SAMPLED)}
     columns |= {kind: (kind, "") for kind in FAR if args.far}
     for (name, adapter), began, end in zip(rows.items(), clock, clock[1:]):

@@ -55,9 +55,10 @@ settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
 
-@pytest.mark.parametrize("case", cases("answers"), ids=lambda case: f"{case['why'][:40]}: {case['completion'][:40]}")
+@pytest.mark.parametrize("case", cases("answers") + cases("typed"))
 def test_case(case):
-    assert accuracy(case["completion"], sample_from_record(case["record"])) == case["accuracy"]
+    sample = sample_from_record(case["record"])
+    assert accuracy(case["completion"], sample) == pytest.approx(case["accuracy"], abs=1e-6), case
 
 
 @settings(max_examples=150)
@@ -94,10 +95,9 @@ def test_answer(question, answer, text, right):
 @pytest.mark.parametrize("text", ["A, " * 2000, "word B then " * 500, "((A) " * 1000, "<think>" * 2000])
 def test_a_policy_that_repeats_itself_is_read_fast(text):
     """A group of such completions is scored at every step; each took seconds once."""
+    sample = sample_from_record({"question": "Which way?\n(A) left\n(B) right\n(C) up\n(D) down", "answer": "(D)"})
     began = time.process_time()
-    record = {"question": "Which way?\n(A) left\n(B) right\n(C) up\n(D) down", "answer": "(D)"}
-    assert accuracy(text, sample_from_record(record)) == 0
-    assert time.process_time() - began < 1
+    assert accuracy(text, sample) == 0 and time.process_time() - began < 1
 
 
 # -- Typed answers: the published values, an independent computation of each kind
@@ -107,13 +107,6 @@ def reward(kind, solution, said, **columns):
     record = {"problem": "?", "problem_type": kind, "solution": f"<answer>{solution}</answer>", **columns}
     check_solution(0, record)
     return accuracy(f"<think>First {solution}.</think><answer>{said}</answer>", sample_from_record(record))
-
-
-@pytest.mark.parametrize(
-    "case", cases("typed"), ids=lambda case: f"{case['record']['problem_type']}: {case['note'][:40]}"
-)
-def test_typed_case(case):
-    assert accuracy(case["completion"], sample_from_record(case["record"])) == pytest.approx(case["accuracy"], abs=1e-6)
 
 
 numbers = st.decimals(-1000, 1000, places=1, allow_nan=False)
