@@ -15,7 +15,6 @@ There GRPO starts from the first checkpoint with a mean reward of 0.6 (greedy); 
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -23,21 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 
 import numpy as np
+from figures import STUDENT, mean
 
 from checkpoint import checkpoints
 from clips import OPTIONS, draw_clip, render, write_mp4
 from quickstart import GRPO, HALF, SAMPLED, SFT
 
 CLIPS = "--num_samples 1800 --split 0.5556 --overwrite"  # 1,000 to train on, 400 to choose by, 400 to report
-COT = " --cot --cot_source trajectory --cot_coordinates 0"
+COT = "--cot --cot_source trajectory --cot_coordinates 0"
 # Answers such as "<answer>0.2 to 0.7</answer>" take 14 tokens; they have no reasoning for the format reward
 TYPED_SFT, TYPED_GRPO = "--max_steps 400 --max_new_tokens 24", "--rewards accuracy --max_completion_length 24"
 TYPED_START = 0.6
 FAR = ("speed", "radius", "ball", "background")
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by seeds
 
 
 def run(script: str, *flags) -> str:
@@ -60,8 +59,8 @@ def early(folder: Path, data: Path, typed: bool) -> Path:
     sampled on the clips to choose by; of typed records the first with TYPED_START, greedy."""
     least = TYPED_START if typed else HALF
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        checkpoint = folder / f"checkpoint-{row['step']}"
         if (row.get("eval_accuracy") or 0) >= least:
+            checkpoint = folder / f"checkpoint-{row['step']}"
             if typed or accuracy(checkpoint, data, SAMPLED)["accuracy"] >= HALF:
                 return checkpoint
     raise SystemExit(f"{folder}: no checkpoint reaches {least}")
@@ -69,8 +68,8 @@ def early(folder: Path, data: Path, typed: bool) -> Path:
 
 def make_data(folder: Path, args, typed: bool) -> None:
     if not (folder / "report.json").exists():
-        flags = f"{CLIPS} --task {args.task}" + ("" if args.plain or typed else COT)
-        run("generate.py", "--output_dir", folder, *flags.split())
+        chains = "" if args.plain or typed else COT
+        run("generate.py", "--output_dir", folder, "--task", args.task, *CLIPS.split(), *chains.split())
         held_out = json.loads((folder / "val.json").read_text())
         (folder / "choose.json").write_text(json.dumps(held_out[:400]))
         (folder / "report.json").write_text(json.dumps(held_out[400:]))
@@ -104,24 +103,23 @@ def far_clips(folder: Path, records: list[dict]) -> None:
 
 def learn(seed: int, data: Path, out: Path, args) -> dict[str, dict]:
     """{run: {column: result of accuracy}} of one seed."""
-    sft, grpo, typed = out / f"sft{seed}", out / f"grpo{seed}", args.task != "direction"
+    sft, grpo = out / f"sft{seed}", out / f"grpo{seed}"
     common = ["--data_path", data / "train.json", "--eval_data_path", data / "choose.json"]
     common += ["--seed", seed, "--overwrite"]
-    began = time.perf_counter()
+    clock = [time.perf_counter()]
     run("train_sft.py", *common, "--output_dir", sft, *SFT.split(), *shlex.split(args.sft))
-    trained = time.perf_counter()
-    start = early(sft, data / "choose.json", typed)
-    again = time.perf_counter()
+    clock.append(time.perf_counter())
+    start = early(sft, data / "choose.json", args.task != "direction")
+    clock.append(time.perf_counter())
     flags = ["--model_ckpt", start, "--output_dir", grpo, *GRPO.split(), *shlex.split(args.grpo)]
     run("train_grpo.py", *common, *flags)
-    seconds = {"SFT": trained - began, "start of GRPO": 0, "GRPO": time.perf_counter() - again}
+    clock.append(time.perf_counter())
+    rows = {"SFT": checkpoints(sft)[-1], "start of GRPO": start, "GRPO": checkpoints(grpo)[-1]}
     columns = {"greedy": ("report", ""), "sampled": ("report", SAMPLED)}
     columns |= {kind: (kind, "") for kind in FAR if args.far}
-    rows = {}
-    adapters = {"SFT": checkpoints(sft)[-1], "start of GRPO": start, "GRPO": checkpoints(grpo)[-1]}
-    for name, adapter in adapters.items():
+    for (name, adapter), began, end in zip(rows.items(), clock, clock[1:]):
         rows[name] = {key: accuracy(adapter, data / f"{file}.json", how) for key, (file, how) in columns.items()}
-        rows[name]["seconds"] = seconds[name]
+        rows[name]["seconds"] = end - began
     return rows
 
 
@@ -136,11 +134,7 @@ def table(results: dict[int, dict]) -> str:
             shares = [f"{c['accuracy']:.1%} ({c['interval'][0]:.1%} to {c['interval'][1]:.1%})" for c in cells]
             lines.append([name, str(seed), *shares, f"{rows[name]['seconds']:.0f}"])
         if len(results) in STUDENT:
-            means = []
-            for key in columns:
-                values = [rows[name][key]["accuracy"] for rows in results.values()]
-                half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-                means.append(f"**{statistics.mean(values):.1%}** ± {half:.1%}")
+            means = [mean([rows[name][key]["accuracy"] for rows in results.values()]) for key in columns]
             lines.append([name, "mean", *means, ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -9,16 +9,18 @@ frames and sizes. CPU time counts this process and its workers. The last line is
 """
 
 import argparse
-import importlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
@@ -29,73 +31,68 @@ from data import Processor, load_tokenizer
 from loader import Samples
 from model.loading import ModelConfig
 
-TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+TINY = ROOT / "assets" / "tiny"
 SMALL = {"nframes": 8, "resized_height": 56, "resized_width": 56}  # how the tiny model sees a 64x64 clip
 
 
-def ours(options: dict, workers: int):
-    """-> function: paths -> they are read once, with so many worker processes."""
+def read(processor, workers: int, clips: list[dict]) -> None:
+    """Ours, with so many worker processes."""
+    records = [{"messages": [{"role": "user", "content": [clip, "Where to?"]}]} for clip in clips]
+    for example in Samples(records, processor, False).read(range(len(clips)), workers):
+        assert not isinstance(example, tuple), example  # (number, why it cannot be read)
+
+
+def read_peer(vision_process, decoder: str, clips: list[dict]) -> None:
+    """By qwen-vl-utils with this decoder."""
+    vision_process.FORCE_QWENVL_VIDEO_READER = decoder  # what its environment variable sets, read at import
+    vision_process.get_video_reader_backend.cache_clear()
+    for clip in clips:
+        _, facts = vision_process.fetch_video(clip, return_video_metadata=True)
+        assert facts["video_backend"] == decoder, f"{facts['video_backend']} was taken, expected {decoder}"
+
+
+def readers_of(args) -> dict:
+    """{name: function that reads a list of clips}"""
     processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
-
-    def read(paths):
-        parts = [{"type": "video", "video": path} | options for path in paths]
-        records = [{"messages": [{"role": "user", "content": [part, "Where to?"]}]} for part in parts]
-        assert all(
-            not isinstance(e, tuple) for e in Samples(records, processor, False).read(range(len(paths)), workers)
-        )
-
-    return read
-
-
-def peer(options: dict, decoder: str):
-    """-> function: paths -> they are read once by qwen-vl-utils with this decoder. ImportError where there is none."""
-    importlib.import_module(decoder)
-    vision_process = importlib.import_module("qwen_vl_utils.vision_process")
-
-    def read(paths):
-        vision_process.FORCE_QWENVL_VIDEO_READER = decoder  # what its environment variable sets, read at import
-        vision_process.get_video_reader_backend.cache_clear()
-        for path in paths:
-            _, facts = vision_process.fetch_video({"video": path} | options, return_video_metadata=True)
-            assert facts["video_backend"] == decoder, f"{facts['video_backend']} was taken, expected {decoder}"
-
-    return read
+    readers = {f"{workers} workers": partial(read, processor, workers) for workers in (0, 1, 2)}
+    for decoder in ("decord", "torchcodec") if args.peer else ():
+        try:
+            import_module(decoder)
+            vision_process = import_module("qwen_vl_utils.vision_process")
+            readers[f"qwen-vl-utils, {decoder}"] = partial(read_peer, vision_process, decoder)
+        except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
+            print(f"{decoder} is not usable here: {str(error).strip().splitlines()[0]}")
+    return readers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="videos of one's own, besides the drawn ones")
     parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second of one's own")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=200, help="small clips a round; a tenth as many of the others")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="qwen-vl-utils on the same files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
+    readers, results = readers_of(args), []
     with tempfile.TemporaryDirectory() as folder:
         rng, drawn = np.random.default_rng(0), [f"{folder}/{i}.mp4" for i in range(16)]
         for path in drawn:
             write_mp4(path, render(draw_clip(rng, "Ascending", 64, 30)))
-        sets = [("64x64, 1 s", drawn * args.clips, SMALL, args.clips)]
-        sets += [(Path(f).name[:20], [f] * args.clips, {"fps": args.fps}, max(1, args.clips // 10)) for f in args.files]
+        sets = {"64x64, 1 s": [{"type": "video", "video": drawn[i % 16]} | SMALL for i in range(args.clips)]}
+        for file in args.files:
+            clip = {"type": "video", "video": file, "fps": args.fps}
+            sets[Path(file).name[:20]] = [clip] * max(1, args.clips // 10)
         print(f"{'files':<20}  {'reader':<26}  clips/s  CPU ms a clip")
-        for name, paths, options, count in sets:
-            readers = {f"{workers} workers": ours(options, workers) for workers in args.workers}
-            for decoder in ("decord", "torchcodec") if args.peer else ():
-                try:
-                    readers[f"qwen-vl-utils, {decoder}"] = peer(options, decoder)
-                except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
-                    print(f"{decoder} is not usable here: {str(error).strip().splitlines()[0]}")
+        for name, clips in sets.items():
             rounds = {who: [] for who in readers}
-            for i in range(args.repeats + 1):  # they take turns, so that a busy machine slows them alike
-                for who, read in readers.items():
+            for _ in range(4):
+                for who, reader in readers.items():  # they take turns, so that a busy machine slows them alike
                     wall, cpu = time.perf_counter(), sum(os.times()[:4])
-                    read(paths[:count])
+                    reader(clips)
                     wall, cpu = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
-                    rounds[who] += [(count / wall, 1000 * cpu / count)] * (i > 0)  # the first fills the page cache
+                    rounds[who].append((len(clips) / wall, 1000 * cpu / len(clips)))
             for who, times in rounds.items():
-                rate, cpu = map(statistics.median, zip(*times))
+                rate, cpu = map(statistics.median, zip(*times[1:]))  # the first fills the page cache
                 print(f"{name:<20}  {who:<26}  {rate:>7.1f}  {cpu:>13.2f}", flush=True)
                 results.append({"files": name, "reader": who, "clips_s": rate, "cpu_ms": cpu})
     print(json.dumps({"bench": "loading", "cores": os.cpu_count(), "args": vars(args), "results": results}))

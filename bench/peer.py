@@ -1,19 +1,29 @@
-"""The usual software on the same work: transformers + PEFT as a careful user runs them, with FlashAttention 2 and,
-where it is installed, Liger. It shares the benchmark's frozen weights.
-
-Without the flash-attn package its place is taken by the kernel that ships with torch, which is the same one; on a CPU
-attention is SDPA.
+"""The usual software on the same work: transformers + PEFT as a careful user runs them, with FlashAttention 2 (torch's
+own kernel, the same as the package's; on a CPU SDPA) and, where it is installed, Liger. It shares our frozen weights.
 """
 
 import importlib.util
 from functools import cache
 
 import torch
+from workloads import samples
 
 from adapter_files import hf_name
+from data import pack
 from lora import targets
 from model.packed import IGNORE, Segments
 from model.qwen import normalise_patches
+
+
+def transformers_inputs(packed, batch: int, config, dtype) -> dict:
+    """A packed batch of equally long samples or prompts as transformers' keyword arguments; no padding."""
+    ids = packed.input_ids.view(batch, -1)
+    return dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), second_per_grid_ts=torch.ones(batch, device=ids.device),
+        mm_token_type_ids=2 * (ids == config.video_token_id).int(),
+        pixel_values_videos=normalise_patches(packed.patches, dtype),
+        video_grid_thw=torch.tensor(packed.grid_thw, device=ids.device),
+    )  # fmt: skip
 
 
 class Peer:
@@ -30,19 +40,12 @@ class Peer:
             betas = (cfg.adam_beta1, cfg.adam_beta2)
             self.adamw = torch.optim.AdamW(self.params, cfg.learning_rate, betas, cfg.adam_epsilon, fused=True)
 
-    def inputs(self, packed, batch: int) -> dict:
-        """A batch of equally long samples or prompts as transformers' keyword arguments, on the device; no padding."""
-        packed = packed.to(self.bench.device)
-        ids = packed.input_ids.view(batch, -1)
-        return dict(
-            input_ids=ids, attention_mask=torch.ones_like(ids), second_per_grid_ts=torch.ones(batch, device=ids.device),
-            mm_token_type_ids=2 * (ids == self.bench.config.video_token_id).int(),
-            pixel_values_videos=normalise_patches(packed.patches, self.bench.dtype),
-            video_grid_thw=torch.tensor(packed.grid_thw, device=ids.device),
-        )  # fmt: skip
+    def inputs(self, work, count: int, answer: bool = False) -> dict:
+        packed = pack(samples(self.bench.config, work, count, answer)).to(self.bench.device)
+        return transformers_inputs(packed, count, self.bench.config, self.bench.dtype)
 
     def sft(self, work, batch: int):
-        inputs = self.inputs(self.bench.pack(work, batch, True), batch)
+        inputs = self.inputs(work, batch, answer=True)
         labels = inputs["input_ids"].clone()
         labels[:, : work.prompt] = IGNORE
 
@@ -57,7 +60,7 @@ class Peer:
 
     def rollout(self, work, count: int, tokens: int):
         """generate makes `group` copies of every prompt."""
-        inputs = self.inputs(self.bench.pack(work, count), count)
+        inputs = self.inputs(work, count)
         draw = dict(do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=0)
         draw |= dict(num_return_sequences=self.bench.args.group, max_new_tokens=tokens, min_new_tokens=tokens)
         draw["bad_words_ids"] = [[i] for i in self.bench.config.vision_token_ids]
@@ -66,7 +69,7 @@ class Peer:
 
 def peer_model(model):
     """transformers' model on the weights of `model`; prints what it runs with."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     with torch.device("meta"):
         peer = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.raw))
@@ -79,18 +82,12 @@ def peer_model(model):
             if hasattr(module, name):
                 setattr(module, name, getattr(type(module)(module.config), name).to(model.head_weight.device))
     name = "SDPA"
-    if not model.head_weight.is_cuda:
-        peer.set_attn_implementation("sdpa")
-    elif importlib.util.find_spec("flash_attn"):
-        peer.set_attn_implementation("flash_attention_2")
-        name = "FlashAttention 2"
-    else:
-        from transformers import AttentionInterface
-
+    peer.set_attn_implementation("sdpa")
+    if model.head_weight.is_cuda:
+        name = "torch's FlashAttention 2"
         AttentionInterface.register("flash_attention_2", flash_torch)
         for config in (peer.config, peer.config.text_config, peer.config.vision_config):
             config._attn_implementation = "flash_attention_2"  # set_attn_implementation would look for the package
-        name = "torch's FlashAttention 2"
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
 

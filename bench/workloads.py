@@ -7,7 +7,6 @@ longN   N frames of 364x644, which the pixel budget leaves of 360x640; text as i
 tiny    the tiny model's own: 8 frames of 56x56, grid 4x4x4 (16 video tokens), 101 prompt tokens, 80 answer tokens
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 from data import Example
 from model.loading import ModelConfig
 from model.packed import IGNORE
+from model.quantized import quantized_weights
 from model.rope import mrope_position_ids
 
 # hidden, MLP, layers, heads, kv heads, rows of the embedding, tied, merger's output; config.json of each hub repository
@@ -33,28 +33,24 @@ SIZES = {
 
 
 def model_config(size: str = "3b") -> ModelConfig:
-    """A released size, from config.json as far as the model reads it, or `tiny`: the shape of assets/tiny."""
+    """A released size, what its config.json has beside the defaults of such models, or `tiny`: that of assets/tiny."""
     if size == "tiny":
         return ModelConfig.from_folder(ROOT / "assets" / "tiny")
     C, inner, L, H, K, V, tied, vision_inner = SIZES[size]
-    vision = dict(
-        model_type="qwen2_5_vl", depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_inner,
-        out_hidden_size=C, in_chans=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
-    )  # fmt: skip
+    vision = dict(hidden_size=1280, intermediate_size=vision_inner, out_hidden_size=C, tokens_per_second=2)
     return ModelConfig.from_dict(dict(
-        architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", hidden_size=C,
-        intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=K, vocab_size=V,
-        rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
-        hidden_act="silu", max_position_embeddings=128000, tie_word_embeddings=tied, vision_config=vision,
+        model_type="qwen2_5_vl", hidden_size=C, intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H,
+        num_key_value_heads=K, vocab_size=V, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), max_position_embeddings=128000,
         vision_start_token_id=151652, vision_end_token_id=151653, image_token_id=151655, video_token_id=151656,
-        bos_token_id=151643, eos_token_id=151645,
+        vision_config=vision,
     ))  # fmt: skip
 
 
 class Workload(NamedTuple):
     """One sample's size."""
 
+    name: str
     grid: tuple[int, int, int]  # of its clip, in patches
     text: int  # tokens of the prompt, vision start and end included
     completion: int  # tokens to be answered
@@ -64,7 +60,11 @@ class Workload(NamedTuple):
         return self.text + self.grid[0] * self.grid[1] * self.grid[2] // 4
 
 
-NAMED = {"S": Workload((2, 4, 4), 72, 128), "R": Workload((8, 18, 30), 82, 256), "tiny": Workload((4, 4, 4), 101, 80)}
+NAMED = {
+    "S": Workload("S", (2, 4, 4), 72, 128),
+    "R": Workload("R", (8, 18, 30), 82, 256),
+    "tiny": Workload("tiny", (4, 4, 4), 101, 80),
+}
 
 
 def workload(name: str) -> Workload:
@@ -72,18 +72,19 @@ def workload(name: str) -> Workload:
     such as 32x448x448 or 8x56x56+100+16. ValueError for another name."""
     if name in NAMED:
         return NAMED[name]
-    name = re.sub(r"^long(\d+)$", r"\1x364x644", name)
-    own = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:\+(\d+)\+(\d+))?", name)
-    if not own:
-        raise ValueError(f"{name!r}, expected S, R, tiny, long64, 32x448x448 or 32x448x448+80+256")
-    frames, height, width = map(int, own.groups()[:3])
-    grid = max(1, frames // 2), height // 28 * 2, width // 28 * 2
-    return Workload(grid, int(own[4] or NAMED["R"].text), int(own[5] or NAMED["R"].completion))
+    shape = f"{name[4:]}x364x644" if name.startswith("long") else name
+    size, *text = shape.split("+")
+    frames, height, width = map(int, size.split("x"))
+    text, completion = map(int, text or (82, 256))
+    return Workload(name, (max(1, frames // 2), height // 28 * 2, width // 28 * 2), text, completion)
 
 
-def example(config: ModelConfig, work: Workload, number: int, answer: bool = False) -> Example:
-    """Example `number` of random words around one clip, as data.Processor makes them: a prompt, or with an answer that
-    is to be learned."""
+def samples(config: ModelConfig, work: Workload, count: int, answer: bool = False) -> list[Example]:
+    """Random words around one clip each, as data.Processor makes them: prompts, or with an answer to be learned."""
+    return [example(config, work, number, answer) for number in range(count)]
+
+
+def example(config: ModelConfig, work: Workload, number: int, answer: bool) -> Example:
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.text,), generator=generator).tolist()
     pads = [config.video_token_id] * (work.prompt - work.text)
@@ -101,47 +102,53 @@ def example(config: ModelConfig, work: Workload, number: int, answer: bool = Fal
     )  # fmt: skip
 
 
-# -- Floating-point operations, a multiplication and its addition counted as two
+# -- Floors
 #
-# Products with weights grow with the tokens, attention with queries times keys. They are counted apart: with frozen
-# weights a product's backward pass is one more product (the gradient to its input), while FlashAttention's backward is
-# 2.5 times its forward (five products instead of two; Dao, 2023). Adapters and everything elementwise are left out.
+# A multiplication and its addition are two floating-point operations. Products with weights grow with the tokens,
+# attention with queries times keys. They are counted apart: with frozen weights a product's backward pass is one more
+# product (the gradient to its input), while FlashAttention's backward is 2.5 times its forward (five products instead
+# of two; Dao, 2023). Adapters and everything elementwise are left out.
 
 ATTENTION_BACKWARD = 2.5  # times the forward pass
 
 
-def vision_flops(config, grid: tuple[int, int, int]) -> tuple[float, float]:
-    """(products, attention) of the tower's forward pass over one clip of this (t, h, w) in patches: attention within
-    windows and, in a few blocks, within whole grid steps."""
+def forward_flops(config, grid: tuple[int, int, int], prompt: int, completions=()) -> tuple[float, float]:
+    """(products, attention) of one clip of this (t, h, w) in patches and a prompt of so many tokens, with completions
+    of these lengths; without the head. The tower attends within windows, in a few blocks within whole grid steps."""
     v, (t, h, w) = config.vision, grid
-    P, cell = t * h * w, v.spatial_merge_size**2 * v.hidden_size
+    cell = v.spatial_merge_size**2 * v.hidden_size
     block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
     embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
     merger = (cell * cell + cell * v.out_hidden_size) / v.spatial_merge_size**2
     side, whole = v.window_size // v.patch_size, len(v.fullatt_block_indexes)
     area = [n // side * side**2 + (n % side) ** 2 for n in (h, w)]  # patches x patches of the windows along each side
-    keys = whole * h * w + (v.depth - whole) * area[0] * area[1] / (h * w)  # of a patch, in all blocks together
-    return 2 * P * (block * v.depth + embed + merger), 4 * P * keys * v.hidden_size
+    pairs = t * (whole * (h * w) ** 2 + (v.depth - whole) * area[0] * area[1])  # queries x keys
+    products, attention = 2 * t * h * w * (block * v.depth + embed + merger), 4 * pairs * v.hidden_size
 
-
-def language_flops(config, prompt: int, completions=()) -> tuple[float, float]:
-    """(products, attention) of the layers' forward pass over a prompt of so many tokens, causal, and its completions'
-    lengths; without the head."""
     C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     weights = 2 * C * C + 2 * C * config.num_key_value_heads * config.head_dim + 3 * C * inner
-    pairs = prompt * prompt / 2 + sum(own * (prompt + own / 2) for own in completions)  # queries x keys
-    return layers * 2 * (prompt + sum(completions)) * weights, layers * 4 * pairs * C
-
-
-def head_flops(config, tokens: int) -> float:
-    return 2 * tokens * config.hidden_size * config.vocab_size
+    pairs = prompt * prompt / 2 + sum(own * (prompt + own / 2) for own in completions)  # causal
+    products += layers * 2 * (prompt + sum(completions)) * weights
+    return products, attention + layers * 4 * pairs * C
 
 
 def step_flops(config, grid, prompt: int, completions=(), head: int = 0, train=False, recompute=False) -> float:
     """One clip, its prompt once, its completions, `head` tokens through the head: a forward pass, or with its backward
     pass, adapters on frozen weights. The head's logits are made again there; recompute: the blocks' forward too."""
-    products, attention = map(sum, zip(vision_flops(config, grid), language_flops(config, prompt, completions)))
+    products, attention = forward_flops(config, grid, prompt, completions)
+    logits = 2 * head * config.hidden_size * config.vocab_size
     if not train:
-        return products + attention + head_flops(config, head)
+        return products + attention + logits
     again = products + attention if recompute else 0.0
-    return 2 * products + (1 + ATTENTION_BACKWARD) * attention + again + 3 * head_flops(config, head)
+    return 2 * products + (1 + ATTENTION_BACKWARD) * attention + again + 3 * logits
+
+
+def decode_bytes(model, prompt: int, own: float, N: int, G: int) -> float:
+    """Fewest bytes of a decoding step of N prompts and G rows each: every weight of layers and head once, a prompt's
+    keys and values once, those of the row's `own` tokens once."""
+    config, size = model.config, model.model.norm.weight.element_size()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    low_bit = sum(w.codes.nbytes + w.scales.nbytes for w in quantized_weights(model).values())
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head = model.head_weight.numel() if model.head_dtype == "bf16" else 0  # else it is among low_bit
+    return low_bit + size * (layers + head + token * N * (prompt + G * own))

@@ -3,10 +3,8 @@ inputs there: `tensors`, `rewards`, `lengths`, and of each case `knobs` (GRPOCon
 
 Run by hand, never by the tests: `pip install trl==1.16.0 accelerate datasets && python tests/make_grpo_trl_numbers.py`.
 
-Everything but the network is TRL's: the trainer is built on a tiny random text model; its sampler is replaced by fixed
-completions, its reward function by fixed rewards and its per-token log-prob function by fixed tensors (the policy's is
-a leaf that wants a gradient). So `_generate_and_score_completions` makes TRL's advantages, masks, importance weights
-and token counts, and `_compute_loss` makes TRL's loss; backward makes d loss / d log-prob.
+Everything but the network is TRL's: its sampler is replaced by fixed completions, its reward function by fixed rewards,
+its per-token log-prob function by fixed tensors (the policy's is a leaf that wants a gradient).
 """
 
 import json
@@ -58,11 +56,6 @@ def make_trainer(folder, knobs):
     return trainer
 
 
-def numbers(tensor):
-    """float32 -> the 9 digits that tell it from its neighbours."""
-    return [float(f"{value:.9g}") for value in tensor.tolist()]
-
-
 def run(case, tensors):
     """One setting -> TRL's advantages, loss, gradient (N,) and logged shares."""
     cap = case["sampler_is_cap"]
@@ -93,7 +86,7 @@ def run(case, tensors):
     return {
         "knobs": case["knobs"], "sampler_is_cap": cap, "epsilon": trainer.epsilon_low,
         "epsilon_high": trainer.epsilon_high, "beta": trainer.beta, "has_old": "old_per_token_logps" in inputs,
-        "loss": loss.item(), "advantages": numbers(inputs["advantages"]), "gradient": numbers(leaf.grad),
+        "loss": loss.item(), "advantages": inputs["advantages"].tolist(), "gradient": leaf.grad.tolist(),
         "shares": {key: logged[name][-1] for key, name in SHARES.items() if name in logged},
     }  # fmt: skip
 
@@ -102,11 +95,7 @@ def main():
     tensors = {name: torch.tensor(values) for name, values in NUMBERS["tensors"].items()}
     cases = {name: run(case, tensors) for name, case in NUMBERS["cases"].items()}
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    # one entry, and one case, a line: short enough to read, and it diffs well
-    document = {key: value for key, value in NUMBERS.items() if key != "cases"} | {"made_with": versions}
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in document.items())
-    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
-    FILE.write_text(f'{{\n{head} "cases": {{\n{body}\n }}\n}}\n')
+    FILE.write_text(json.dumps(NUMBERS | {"made_with": versions, "cases": cases}, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import gc
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import conftest  # noqa: F401 (sets the environment before torch is imported)
 import pytest
@@ -21,6 +23,7 @@ from assets.make_tiny import init
 from config import Generate
 from engine import leave_processes
 
+CASES = Path(__file__).with_name("cases")
 # Random weights write random text: these rewards differ within its groups, and can be learned.
 REWARDS = """
 def vowels(text, sample):
@@ -55,6 +58,13 @@ def flags_for(script, base, output, **options):
         flags |= {"model_ckpt": "none", "num_generations": 4, "max_resample": 0, "max_completion_length": 8}
         flags |= {"rewards": f"{base}/rewards.py:vowels", "warmup_ratio": 0}
     return [word for name, value in (flags | options).items() for word in (f"--{name}", str(value))]
+
+
+def seeds_options(name):
+    """The original project's command, {flag: value}, but for its paths."""
+    words = shlex.split(json.loads((CASES / "commands.json").read_text())[name])
+    flags = {word[2:]: value for word, value in zip(words[::2], words[1::2], strict=True)}
+    return {flag: value for flag, value in flags.items() if "/" not in value}
 
 
 def execute(script, base, output, **options):

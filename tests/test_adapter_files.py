@@ -104,17 +104,14 @@ def test_unpacking_has_the_gradient_of_plain_views(dtype):
 # -- In a model
 
 
-@pytest.mark.parametrize(
-    ("changes", "counts"),
-    [
-        ({}, [10, 2, 14]),
-        ({"tune_merger": True}, [10, 0, 14]),
-        ({"llm_lora": False}, [10, 2, 0]),
-        ({"num_lora_modules": 15}, [0, 1, 14]),
-        ({"lora_namespan_exclude": ["lm_head", "mlp"]}, [4, 0, 8]),
-        ({"lora_enable": False, "freeze_vision_tower": False, "tune_merger": True}, [0, 0, 0]),
-    ],
-)
+@pytest.mark.parametrize(("changes", "counts"), [
+    ({}, [10, 2, 14]),
+    ({"tune_merger": True}, [10, 0, 14]),
+    ({"llm_lora": False}, [10, 2, 0]),
+    ({"num_lora_modules": 15}, [0, 1, 14]),
+    ({"lora_namespan_exclude": ["lm_head", "mlp"]}, [4, 0, 8]),
+    ({"lora_enable": False, "freeze_vision_tower": False, "tune_merger": True}, [0, 0, 0]),
+])  # fmt: skip
 def test_where_adapters_go_and_what_is_trained(model, changes, counts):
     before, parameters = logits(model), dict(model.named_parameters())
     names = lora.inject(model, with_args(**changes))
@@ -222,16 +219,13 @@ def make_peft(folder, **options):
     return hf
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": "all-linear", "use_rslora": True},
-        {"target_modules": r".*(language_model.*o_proj|blocks.*gate_proj|merger\.mlp\.[02])", "lora_dropout": 0.1},
-        {"target_modules": ["v_proj", "qkv"], "bias": "lora_only"},
-        {"target_modules": ["q_proj"], "modules_to_save": ["merger"]},
-        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
-    ],
-)
+@pytest.mark.parametrize("options", [
+    {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": r".*(language_model.*o_proj|blocks.*gate_proj|merger\.mlp\.[02])", "lora_dropout": 0.1},
+    {"target_modules": ["v_proj", "qkv"], "bias": "lora_only"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["merger"]},
+    {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+])  # fmt: skip
 def test_we_load_pefts(tmp_path, options):
     hf, model = make_peft(tmp_path, **options), load()
     before = logits(model)
@@ -259,16 +253,13 @@ def test_an_adapter_of_transformers_4_loads(tmp_path):
 # -- What does not fit
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"use_dora": True}, "use_dora = True in adapter_config.json, expected plain LoRA; merge it with PEFT"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save = ['embed_tokens']"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    ({"use_dora": True}, "use_dora = True in adapter_config.json, expected plain LoRA; merge it with PEFT"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"modules_to_save": ["embed_tokens"]}, "modules_to_save = ['embed_tokens']"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+])  # fmt: skip
 def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path, options, words):
     make_peft(tmp_path, **{"target_modules": ["q_proj"]} | options)
     model = load()

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,31 +18,10 @@ from judges import JUDGES
 from model import UserError
 from rewards import accuracy, check_solution, sample_from_record
 
-WORDS = (
-    "the red cube", "a ball", "left", "Jones", "12.5", "2:30", "both (A) and (B)", "J. Smith", "no one", "3 of 4", "-2",
-    "vitamin C", "50 %", "Left to Right", "Right to Left", "Mr. X", "the U.S. flag", "at 3 p.m.", "x = 3", "两只猫",
-    "vorwärts über", "up/down", "moves (quickly)", "it's over", "C major", "A ball falls",
-)  # fmt: skip
-BY_LINE = (
-    "({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}", "- {}. {}", "（{}）{}", "{}、{}", "* {}) {}", "**{}.** {}",
-    "Option {}: {}", "<{}> {}", "{} - {}", "({}): {}", "【{}】{}", "• {}) {}", "  {}.  {}",
-)  # fmt: skip
-IN_LINE = ("({}) {}", "[{}] {}", "{}. {}", "{}) {}", "{}: {}")
-LEADS = ("", "Subtitles:\n0:05 the man enters\n1:12 he leaves\n", "It takes 12.5 s.\nMr. J. Smith asks:\n")
-LEADS += ("J. Doe.\n", "A. Smith and B. Jones meet.\n", "1. He enters\n2. He sits\n")
-TAILS = ("", "\nYour answer:", "\nAnswer with the option's letter from the given choices directly.")
-TAILS += ("\nPlease provide only the single option letter (e.g., A, B, C, etc.) within the <answer> </answer> tags.",)
-ONE = (
-    "{}", "({})", "{}.", "The answer is {}", "option {}", r"\boxed{{{}}}", '"{}"', "'{}'", "[{}]", "**{}**", "（{}）",
-    "“{}”", "{})", "({}", "It is {}", "I choose {}", r"$\boxed{{\text{{{}}}}}$", "The correct option is ({}).",
-    "「{}」", "{} is correct", "Answer: {}", "Die Antwort ist {}", "答案是{}", "选{}。",
-)  # fmt: skip
-WITH_WORDS = ("({}) {}", "{}. {}", "{}: {}", "[{}] {}", "The answer is ({}) {}.", "Option {}: {}", "**{}. {}**")
-SEVERAL = (
-    "{} and {}", "{} or {}", "{}, {}", "{}/{}", "{} {}", "({}) ({})", "either {} or {}", "both {} and {}", "{};{}",
-    "{} & {}", "{}, maybe {}", "{}\n{}", "Option {} or option {}", "neither {} nor {}", "not {} and not {}",
-    "{} oder {}", "{}或{}", "{} ({})",
-)  # fmt: skip
+# Words of options; how options are listed, a line each or in one line, and what stands around them; how an answer names
+# one option by its label, by label and words, or names two
+SPELLINGS = json.loads(Path(__file__).with_name("cases").joinpath("spellings.json").read_text(encoding="utf-8"))
+WORDS, BY_LINE, IN_LINE, LEADS, TAILS, ONE, WITH_WORDS, SEVERAL = SPELLINGS.values()
 
 
 @st.composite

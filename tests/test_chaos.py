@@ -1,4 +1,4 @@
-"""A small part of tests/chaos.py: kills, 20 broken files and datasets; it sees a failure."""
+"""A small part of tests/chaos.py, what does not depend on how fast the machine is: kills, broken files and datasets."""
 
 import subprocess
 import sys
@@ -15,15 +15,14 @@ import chaos
 with tempfile.TemporaryDirectory() as folder:
     chaos.prepare(Path(folder), 1)
     for script in chaos.SCRIPTS:
-        print(script, list(islice(chaos.before_each_change(script), 1)))
+        print(script, list(chaos.before_each_change(script, 40)))
     for kind in ("files", "datasets"):
         print(kind, sum(fault == "" for fault in islice(chaos.mutated(kind), 20)))
 """
 
 
 def test_kills_before_changes_of_files_and_broken_files():
-    """What does not depend on how fast this machine is; random moments are left to `make chaos`."""
     command = [sys.executable, "-c", SOME, str(TOOL.parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    results = "train_sft ['']", "train_grpo ['']", "files 20", "datasets 20"
+    results = "train_sft ['', '', '']", "train_grpo ['', '', '']", "files 20", "datasets 20"
     assert done.returncode == 0 and all(line in done.stdout for line in results), done.stdout + done.stderr

@@ -121,16 +121,13 @@ def test_trouble_that_passes_loses_nothing(tmp_path, trouble):
     assert KEY not in (tmp_path / "cache").read_text()
 
 
-@pytest.mark.parametrize(
-    ("trouble", "words"),
-    [
-        (503, "HTTP 503"),  # for good
-        (status(401, KEY.encode()), "HTTP 401"),
-        (status(404, f"no such\nmodel {KEY}".encode()), "HTTP 404: no such model .key."),
-        (status(302, Location="http://127.0.0.1:9/"), "HTTP 302"),  # not followed: it would carry the key along
-        (status(429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
-    ],
-)
+@pytest.mark.parametrize(("trouble", "words"), [
+    (503, "HTTP 503"),  # for good
+    (status(401, KEY.encode()), "HTTP 401"),
+    (status(404, f"no such\nmodel {KEY}".encode()), "HTTP 404: no such model .key."),
+    (status(302, Location="http://127.0.0.1:9/"), "HTTP 302"),  # not followed: it would carry the key along
+    (status(429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
+])  # fmt: skip
 def test_trouble_that_lasts_ends_the_run_and_a_later_run_pays_for_the_rest(tmp_path, trouble, words):
     good = completion(GOOD)
     with Server(good, good, trouble) as server, pytest.raises(UserError, match=words) as error:

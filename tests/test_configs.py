@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
@@ -64,26 +65,9 @@ def test_it_fits_the_cards_it_names(path, gigabytes):
 # -- The memory formula against peaks of torch's allocator on an H200, in GiB: a step of workload R
 
 
-FROZEN_TOWER = {"vision_lora": False, "merger_lora": False}
-# name: (model, clips a pass, blocks that keep their activations, options, GiB). "counted": block by block at commit
-# ccd0005, whose counts were within 0.5 % of measured peaks; the rest is measured, torch 2.11
-PEAKS = {
-    "recomputed": ("3b", 8, 0, {}, 15.37),
-    "18 kept": ("3b", 8, 18, {}, 31.35),
-    "36 kept": ("3b", 8, 36, {}, 48.20),
-    "52 kept": ("3b", 8, 52, {}, 71.04),
-    "kept": ("3b", 8, 68, {}, 93.80),
-    "half of it kept": ("3b", 4, 68, {}, 52.51),
-    "one clip": ("3b", 1, 0, {}, 11.00),
-    "offloaded inputs": ("3b", 8, 0, {"offload_activations": True}, 11.89),
-    "rank 16, counted": ("3b", 8, 0, {"lora_rank": 16, "lora_alpha": 16}, 13.71),
-    "frozen tower, counted": ("3b", 8, 0, FROZEN_TOWER, 11.85),
-    "trained merger, counted": ("3b", 8, 0, FROZEN_TOWER | {"tune_merger": True}, 12.67),
-    "full language model, counted": ("3b", 8, 0, {"lora_enable": False, "freeze_llm": False}, 55.36),
-    "7B, counted": ("7b", 8, 0, {}, 26.08),
-    "7B, frozen tower, counted": ("7b", 8, 0, FROZEN_TOWER | {"lora_rank": 16, "lora_alpha": 16}, 20.76),
-    "offloaded optimizer, counted": ("3b", 8, 0, {"offload_optimizer": True}, 13.60),
-}
+# model, clips a pass, blocks that keep their activations, options, GiB. "counted": block by block at commit ccd0005,
+# whose counts were within 0.5 % of measured peaks; the rest is measured, torch 2.11
+PEAKS = {case.pop("name"): case for case in cases("peaks")}
 
 
 def model_of(size, cfg):
@@ -103,7 +87,7 @@ def adapted_3b():
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_estimate_is_within_8_percent(name):
-    size, clips, kept, options, expected = PEAKS[name]
+    size, clips, kept, options, expected = PEAKS[name].values()
     options = {"lora_rank": 64, "lora_alpha": 64, "pack_tokens": None, "per_device_train_batch_size": clips} | options
     cfg = SFT(**options)
     peak = memory.estimate(model_of(size, cfg), cfg, [(1418, 4320)], kept=kept)["update"] - CONTEXT

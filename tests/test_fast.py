@@ -11,7 +11,7 @@ from torch import nn
 
 from model import qwen
 from model.adapters import Weights
-from model.fast import portable
+from model.fast import graphs, portable
 from model.quantized import quantise
 from model.qwen import Segments, target_logprobs
 
@@ -68,6 +68,27 @@ def test_packed_attention_equals_the_loop(lengths, causal, heads):
 @given(st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=4))
 def test_shared_prompt_equals_the_loop(groups):
     check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=4))
+def test_padding_for_cuda_graphs_changes_no_attention(groups):
+    """Round sizes cover every query and key once; the batch's own rows are what they were, the others finite."""
+    lengths = [prompt for prompt, _ in groups]
+    for own in (Segments.shared_prompt(lengths, [c for _, c in groups]), Segments.full(lengths)):
+        rows = graphs.round_up(own.num_tokens, graphs.GRANULE)
+        wide, keys = graphs.padded(own, rows), rows if own.kv_index is None else len(own.kv_index)
+        assert sum(wide.q_lengths) == wide.num_tokens == rows and max(wide.q_lengths) <= wide.max_q
+        assert wide.q_lengths[: len(own.q_lengths)] == own.q_lengths
+        assert wide.k_lengths[: len(own.k_lengths)] == own.k_lengths and max(wide.k_lengths) <= wide.max_k
+        if own.kv_index is not None:
+            assert len(wide.kv_index) == sum(wide.k_lengths) >= keys
+            assert wide.kv_index[:keys].equal(own.kv_index)
+        qkv = torch.randn(3, rows, 2, 8, generator=torch.Generator().manual_seed(0))
+        out = qwen.attention(*qkv, wide)
+        assert out.isfinite().all()
+        agree([out[: own.num_tokens]], [qwen.attention(*qkv[:, : own.num_tokens], own)], 1e-6)
+    assert graphs.split_into(300, 128) == [128, 128, 44] and graphs.split_into(0, 128) == []
 
 
 @pytest.mark.parametrize("shared", [False, True])

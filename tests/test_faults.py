@@ -7,7 +7,6 @@ import resource
 import shutil
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 
 import deepspeed
 import pytest
@@ -23,10 +22,8 @@ import train_grpo
 import train_sft
 import trainer
 from checkpoint import read_json, what_is_broken
-from config import SFT, cli
-from loader import Loader
+from config import cli
 from model import UserError, decode
-from trainer import Run
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
@@ -135,9 +132,8 @@ def test_logits_that_are_not_finite_are_wrong_answers(sft, base, monkeypatch):
         infer.main([clip, "--model_id", str(base / "tiny"), "--model_ckpt", "none"])
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_groups_with_log_probs_that_are_not_finite_are_not_trained(grpo, monkeypatch, capfd, value):
-    spoil_logits(monkeypatch, value, slice(2, 3))
+def test_groups_with_log_probs_that_are_not_finite_are_not_trained(grpo, monkeypatch, capfd):
+    spoil_logits(monkeypatch, -math.inf, slice(2, 3))
     folder = grpo("run", save_steps=1, max_steps=2)
     assert column(folder, "not_finite") == [1, 1] and column(folder, "updated") == [True, True] and finite(folder)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in open(folder / "rollouts.jsonl")]  # no bare NaN

@@ -113,16 +113,13 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch)
         follow(parse(SFT, ["--resume", "--output_dir", "output/grpo_mine_lora"]))
 
 
-@pytest.mark.parametrize(
-    ("model", "argv", "expected"),
-    [
-        (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
-        (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
-        (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None)),
-        (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
-    ],
-)
+@pytest.mark.parametrize(("model", "argv", "expected"), [
+    (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
+    (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
+    (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None)),
+    (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
+    ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
+])  # fmt: skip
 def test_defaults_follow_the_model(tmp_path, model, argv, expected):
     """By the hidden size in config.json, or by a hub id's name; what is given wins, and what was chosen is said."""
     if isinstance(model, int):

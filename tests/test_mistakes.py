@@ -25,7 +25,7 @@ import report
 from adapter_files import load_adapter, save_adapter
 from checkpoint import find_adapter
 from config import SFT, Generate, Infer, LoraArgs, parse
-from data import load_tokenizer, read_records
+from data import read_records
 from infer import read_as_trained
 from lora import inject, set_trainable
 from model import UserError
@@ -222,27 +222,6 @@ def test_pickled_weights_are_not_read(folders, tmp_path):
         assert "safetensors file" in refused(load_adapter, load_model(TINY), adapter_folder)
 
 
-def test_code_and_templates_in_a_folder_are_not_run(folders):
-    model_folder, adapter_folder, trace = folders
-    code = f"import os\nos.mkdir({str(trace)!r})\nclass Model:\n    pass\n"
-    template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(trace)!r}) }}}}"
-    for name in ("modeling_qwen.py", "tokenization_bad.py", "__init__.py", "sitecustomize.py"):
-        (model_folder / name).write_text(code)
-        (adapter_folder / name).write_text(code)
-    names = {"AutoConfig": "modeling_qwen.Model", "AutoModel": "elsewhere/repo--modeling_qwen.Model"}
-    change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
-    auto = {"base_model_class": "Model", "parent_library": "modeling_qwen"}
-    change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
-    (model_folder / "chat_template.jinja").write_text(template)
-    bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
-    change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
-    assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
-    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
-    assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
-    (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
-    assert "tokenizer.json" in refused(load_tokenizer, model_folder)
-
-
 def test_wrong_tensors_are_named(folders):
     path = folders[0] / "model.safetensors"
     tensors = load_file(path) | {"model.layers.9.bogus": torch.zeros(1), "visual.merger.ln_q.weight": torch.zeros(7)}
@@ -251,27 +230,6 @@ def test_wrong_tensors_are_named(folders):
     message = refused(load_model, folders[0])
     assert "9.bogus: got (1,), expected none" in message and "norm.weight: got no tensor" in message
     assert "ln_q.weight: got (7,), expec" in message
-
-
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "http://a.b", "..", ""])
-def test_names_that_lead_out(folders, tmp_path, name):
-    """A shard, a file of a checkpoint's manifest, a model's name."""
-    index = {"weight_map": {"model.embed_tokens.weight": name}}
-    (folders[0] / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "is not a plain file name" in refused(load_model, folders[0])
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / checkpoint.MANIFEST).write_text(json.dumps({name: {"bytes": 2, "sha256": "0"}}))
-    assert checkpoint.what_is_broken(tmp_path / "checkpoint-1")
-    assert "not a hub id" in refused(resolve_folder, f"//evil/{name}")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
-def test_no_file_where_one_is_expected(folders, name, make):
-    """A fifo would block whoever opens it."""
-    (folders[0] / name).unlink()
-    make(folders[0] / name)
-    assert str(folders[0]) in refused(load_tokenizer if name == "tokenizer.json" else load_model, folders[0])
 
 
 def test_json_of_another_form(folders):
@@ -284,7 +242,14 @@ def test_json_of_another_form(folders):
         change_json(config, **change)
         assert str(model_folder) in refused(load_model, model_folder)
         config.write_text(whole)
-    for text in ("[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', "[" * 10**5, "\xff", ""):
+    for text in (
+        "[]",
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**5,
+        "\xff",
+        "",
+    ):
         index.write_text(text, encoding="latin-1")
         assert "model.safetensors.index.json" in refused(load_model, model_folder)
     for text in ("[]", "1", "[" * 10**5, '{"model_type": "qwen2_5_vl", "vision_config": 3}', "\xff"):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import MagicMock, call
 
 import numpy as np
@@ -174,27 +175,7 @@ def test_wandb_has_config_scalars_and_page_and_what_it_lacks_is_one_line(tmp_pat
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-BREAK_IN = "</main><script>document.title = 'in'</script><img src=x onerror=\"document.title = 'in'\">"
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {BROWSERS} is installed")
-VISIBLE = [
-    "#curves figure svg .line", ".legend li", "table.confusion td", "table.controls svg .bar", "header pre", "svg text",
-    "#rollouts .strip img", ".tokens i.p3", ".question", "#data td svg .bar", ".example img",
-]  # fmt: skip
-# Run on the page: which of VISIBLE have no size, the text of every figure with the pointer at step 20, the two themes'
-# background, the path of the loss
-LOOK = """
-const boxes = selector => Array.from(document.querySelectorAll(selector), e => e.getBoundingClientRect());
-const result = { hidden: VISIBLE.filter(s => !boxes(s).some(box => box.width > 10 && box.height > 6)) };
-const loss = charts.find(c => c.svg.closest("figure").innerText.includes("loss"));
-const box = loss.svg.getBoundingClientRect();
-const at = { clientX: (loss.x(20) + 1) / WIDTH * box.width + box.left, clientY: box.top + 50 };
-loss.svg.dispatchEvent(new PointerEvent("pointermove", at));
-result.hover = Array.from(document.querySelectorAll("figure"), f => f.innerText);
-const colour = () => getComputedStyle(document.body).backgroundColor;
-result.themes = [colour(), (document.getElementById("theme").click(), colour())];
-result.loss = loss.svg.querySelector(".line").getAttribute("d");
-document.documentElement.dataset.result = JSON.stringify(result);
-"""
 
 
 @pytest.fixture
@@ -216,10 +197,8 @@ def browse(tmp_path):
 def test_all_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, browse, monkeypatch, tmp_path):
     with (grpo_run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in ((41, None), (42, 0.02)))
-    code = f"const VISIBLE = {json.dumps(VISIBLE)};{LOOK}"
-    (tmp_path / "template.html").write_text(
-        report.TEMPLATE.read_text().replace("{% endraw %}</script>", code + "{% endraw %}</script>")
-    )
+    code, end = Path(__file__).with_name("cases").joinpath("look.js").read_text(), "{% endraw %}</script>"
+    (tmp_path / "template.html").write_text(report.TEMPLATE.read_text().replace(end, code + end))
     monkeypatch.setattr(report, "TEMPLATE", tmp_path / "template.html")
     page_of(grpo_run)
     text, console = browse(grpo_run / "report.html", "--dump-dom")
@@ -231,14 +210,3 @@ def test_all_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, brows
     assert re.search(r"loss\s+0\.05\b", values) and re.search(r"KL\s+0\.2\b", values) and "1 not finite" in values
     assert result["themes"] == ["rgb(255, 255, 255)", "rgb(19, 21, 24)"]
     assert result["loss"].count("M") == 2 and result["loss"].endswith("h0"), "a gap, then a point alone"
-
-
-@needs_browser
-def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):
-    rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
-    write_lines(grpo_run / "rollouts.jsonl", rows)
-    page = page_of(grpo_run).replace("</main>", "</main><script>document.title = 'in'</script>")
-    (grpo_run / "report.html").write_text(page)
-    text, console = browse(grpo_run / "report.html", "--dump-dom")
-    assert "<title>grpo</title>" in text and text.count("<script") == 2
-    assert len(console) == 1 and "Content Security Policy" in console[0], console

@@ -11,15 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from runs import base, column, execute, grpo, lines, two_ranks, weights  # noqa: F401 (fixtures)
+from runs import base, column, execute, grpo, lines, seeds_options, two_ranks, weights  # noqa: F401 (fixtures)
 
 import train_grpo
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from grpo import group_advantages, grpo_loss, loss_normalizer
-from lora import inject, lora_layers, trainable_parameters
+from lora import inject, trainable_parameters
 from model import UserError
 from model.decode import Sampling
 from model.loading import load_model
@@ -68,18 +66,6 @@ def sampled(bench, prompts=None, length=8):
 def micro_batches(prompts, groups, cfg):
     splits = train_grpo.split_micro_batches(groups, cfg, None)
     return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts, "cpu") for rollouts in splits]
-
-
-def test_the_training_forward_gives_the_samplers_logprobs(bench):
-    """Vision tokens are neither drawn nor in the softmax."""
-    model, _, prompts, cfg = bench
-    groups = sampled(bench)
-    (batch,) = micro_batches(prompts, groups, cfg)
-    rollouts, banned = [rollout for group in groups for rollout in group.rollouts], set(model.config.vision_token_ids)
-    assert len({rollout.text for rollout in rollouts}) > 4 and not any(banned & set(r.ids) for r in rollouts)
-    assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] - batch.sampler).abs().max() < 1e-4
-    batch.packed.targets[batch.rows] = model.config.video_token_id
-    assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] == -torch.inf).all()
 
 
 def repeated_form(prompt, rollouts):
@@ -304,21 +290,15 @@ def test_answers_that_cannot_be_read_are_named_and_counted(grpo, base, tmp_path,
 
 def test_the_flags_of_the_seeds_command(grpo, base, capfd):
     """Its GRPO command with our paths."""
-    folder = grpo(
-        "grpo_video_lora", image_folder=base / "data/videos", per_device_train_batch_size=8, num_generations=8,
-        gradient_accumulation_steps=1, num_train_epochs=1, max_steps=-1, learning_rate=2e-4, disable_flash_attn2=True,
-        bf16=True, fp16=False, freeze_llm=True, freeze_vision_tower=True, tune_merger=False, lora_enable=True,
-        vision_lora=True, lora_rank=64, lora_alpha=64, lora_dropout=0.05, num_lora_modules=-1,
-        lora_namespan_exclude="['lm_head','embed_tokens']", gradient_checkpointing=True, logging_steps=1,
-        dataloader_num_workers=2,
-    )  # fmt: skip
+    options = {"num_generations": 8, "max_steps": -1, "image_folder": base / "data/videos"}
+    folder = grpo("grpo_video_lora", **seeds_options("GRPO"), **options)
     assert len(column(folder, "reward")) == 6 and max(column(folder, "sampler_gap")) < 0.1  # bf16
     config = json.loads((folder / "checkpoint-6/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 64)
     assert "bfloat16" in capfd.readouterr().out
 
 
-# -- The loss: against TRL's numbers, against one Python loop in double precision, where numbers get extreme
+# -- The loss: against TRL's numbers, and where numbers get extreme
 
 
 # Made with TRL 1.16.0 by tests/make_grpo_trl_numbers.py, which has the settings.
@@ -357,46 +337,6 @@ def test_trl_advantages_loss_and_gradient(name):
         assert (metrics[key] / metrics["tokens"]).item() == pytest.approx(share, abs=1e-6), key
 
 
-def reference_loss(cfg, normalizer, logprobs, advantages, index, old, ref, sampler, keep):
-    loss = 0.0
-    for i, advantage in enumerate(advantages):
-        tokens = [t for t in range(len(index)) if index[t] == i and keep[i]]
-        mean_log_ratio = sum(logprobs[t] - old[t] for t in tokens) / max(1, len(tokens))
-        for t in tokens:
-            ratio = math.exp(mean_log_ratio if cfg.importance_sampling_level == "sequence" else logprobs[t] - old[t])
-            term = -min(ratio * advantage, min(max(ratio, 1 - cfg.epsilon), 1 + cfg.epsilon_high) * advantage)
-            term *= min(math.exp(old[t] - sampler[t]), cfg.sampler_is_cap)
-            kl = math.exp(ref[t] - logprobs[t]) - (ref[t] - logprobs[t]) - 1
-            term += cfg.beta * kl * (ratio if cfg.use_bias_correction_kl else 1)
-            loss += term / (len(tokens) if cfg.aggregation == "sequence" else 1)
-    return loss / normalizer
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_reference_implementation(data):
-    n, g = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
-    draw = lambda strategy, size: data.draw(st.lists(strategy, min_size=size, max_size=size))
-    one_of = lambda *options: data.draw(st.sampled_from(options))
-    tensors = {name: draw(st.floats(-3, 0, width=32), n) for name in ("logprobs", "old", "ref", "sampler")}
-    tensors |= {"index": draw(st.integers(0, g - 1), n)}  # in any order: tokens of a completion need not be neighbours
-    tensors |= {"advantages": draw(st.floats(-2, 2, width=32), g), "keep": draw(st.booleans(), g)}
-    low, high = one_of((0.2, 0.2), (0.1, 0.28), (0.5, 3.0))
-    cfg = GRPO(epsilon=low, epsilon_high=high, beta=one_of(0.0, 0.04, 1.0), use_bias_correction_kl=one_of(True, False),
-               aggregation=one_of("token", "sequence", "constant"), sampler_is_cap=one_of(0.9, 2.0),
-               importance_sampling_level=one_of("token", "sequence"))  # fmt: skip
-    ours, metrics = grpo_loss(cfg=cfg, normalizer=7, **{name: torch.tensor(value) for name, value in tensors.items()})
-    expected = pytest.approx(reference_loss(cfg, 7, **tensors), rel=1e-4, abs=1e-5)
-    assert ours.item() == expected and metrics["tokens"] == sum(tensors["keep"][i] for i in tensors["index"])
-    # micro-batches add up: completion 0, and the others
-    index, per_completion = torch.tensor(tensors.pop("index")), ("advantages", "keep")
-    total = 0.0
-    for mine, own in ((index == 0, slice(0, 1)), (index > 0, slice(1, None))):
-        part = {k: torch.tensor(v)[own if k in per_completion else mine] for k, v in tensors.items()}
-        total += grpo_loss(cfg=cfg, normalizer=7, index=index[mine] - own.start, **part)[0].item()
-    assert total == expected
-
-
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("gap", [-200.0, -15.0, 15.0, 200.0])
@@ -432,9 +372,6 @@ def test_masked_completions_give_nothing_even_when_they_are_nan(keep, level):
     assert bool(logprobs.grad.any()) == keep[0]
 
 
-# -- Advantages of the loss
-
-
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("reward", [0.0, 1.2, 0.1, 1 / 3, 1e6])
 def test_equal_rewards_teach_exactly_nothing(scale, reward):
@@ -454,21 +391,6 @@ def test_a_pack_cuts_no_group_that_fits(tokens, expected):
     groups = [Group(g, 10, [Rollout(g, [1] * 5, [0.0] * 5, True, "") for _ in range(3)], g) for g in range(4)]
     batches = train_grpo.split_micro_batches(groups, GRPO(), tokens)
     assert [[rollout.group for rollout in each] for each in batches] == expected
-
-
-def test_the_reference_stays_as_it_was(bench, base):
-    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
-    model = adapted(base, cfg)
-    before = model(prompts).detach()
-    frozen = train_grpo.freeze_reference(model, cfg)
-    without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
-    shake(model, seed=1)
-    now = model(prompts).detach()
-    with frozen():
-        assert torch.equal(model(prompts), before)
-    with without():
-        assert not any(layer.enabled for _, layer in lora_layers(model))
-    assert torch.equal(model(prompts), now) and not torch.equal(now, before)
 
 
 def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):

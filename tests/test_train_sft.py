@@ -5,23 +5,19 @@ import os
 import shutil
 import signal
 from functools import partial
-from itertools import combinations, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import base, column, lines, release_run, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
+from runs import base, column, lines, release_run, seeds_options, sft, state, steps_saved, two_ranks, weights, whole  # noqa: F401 (fixtures)
 
-import checkpoint
 import console
 import startup
 import train_sft
 import trainer
-from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, what_is_broken
+from checkpoint import append_lines, find_adapter, newest_checkpoint, read_json, rotate, what_is_broken
 from config import SFT
 from engine import deepspeed_config
-from memory import Plan
 from model import UserError
 from model.loading import load_model
 from trainer import Run, lr_factor
@@ -177,95 +173,6 @@ def test_after_a_signal_the_resumed_run_makes_up_for_all(sft, base, tmp_path, mo
     assert steps_saved(folder) == steps_saved(whole)
 
 
-# -- The order after a step: evaluate, best, save, rotate, signal; with everything but the files left out
-
-
-class Killed(BaseException):
-    pass
-
-
-class Order:
-    """Runs of 12 steps; evaluated every third with these scores, saved every second."""
-
-    def __init__(self, folder, monkeypatch, limit, scores):
-        self.folder, self.limit, self.scores, self.changes = folder, limit, scores, -1
-        monkeypatch.setattr(checkpoint, "optimizer_state", lambda *args: iter(()))
-        monkeypatch.setattr(checkpoint, "sync", lambda path: None)
-        monkeypatch.setattr(Path, "rename", lambda path, to, real=Path.rename: (self.change(), real(path, to))[1])
-        for name in ("not_finite", "save_adapter", "write_page"):
-            monkeypatch.setattr(trainer, name, lambda *args: [])
-        monkeypatch.setattr(trainer, "lora_layers", lambda module: [1])
-        monkeypatch.setattr(startup, "environment", dict)
-
-    def change(self):
-        self.changes -= 1
-        if self.changes == 0:
-            raise Killed
-
-    def live(self, stop=None, in_evaluation=None, kill=-1):
-        """From the newest checkpoint on, until a signal at step `stop`, one during the evaluation at step
-        `in_evaluation`, or an end before the `kill`-th renaming of a file. Returns whether it came to its end."""
-        cfg = SFT(output_dir=str(self.folder), resume=True, eval_steps=3, save_steps=2, save_total_limit=self.limit)
-        run = Run(cfg, "train_sft", self.folder, torch.device("cpu"), torch.float32, total=12, plan=Plan(None, 0))
-        run.loader = SimpleNamespace(steps_per_epoch=5, state=dict, global_batch=1)
-        run.sampler = SimpleNamespace(oom_retries=0, max_tokens=1)
-        engine = SimpleNamespace(module=None, optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
-
-        def evaluate():
-            append_lines(self.folder / "metrics.jsonl", [{"step": run.step, "evaluation": self.scores[run.step]}])
-            run.signal = signal.SIGTERM if run.step == in_evaluation else run.signal
-            return run.compare(self.scores[run.step])[0]
-
-        self.folder.mkdir(exist_ok=True)
-        self.changes = kill
-        try:
-            startup.find_source(run)
-            startup.prepare_folder(run)
-            trainer.before_first_step(run, engine, evaluate)
-            for step in range(run.step + 1, run.total + 1):
-                run.step = step
-                append_lines(self.folder / "metrics.jsonl", [{"step": run.step}])
-                run.signal = signal.SIGTERM if run.step == stop else run.signal
-                if trainer.after_step(run, engine, evaluate):
-                    return False
-        except Killed:
-            return False
-        return True
-
-    def result(self):
-        """Everything that is left of the run; it is removed."""
-        while not self.live():
-            pass
-        files = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.is_file() and p.name != "run.json"}
-        result = {str(name): path.read_text() for name, path in files.items() if name.name != "manifest.json"}
-        shutil.rmtree(self.folder)
-        return result
-
-
-@pytest.mark.parametrize("limit", [1, 2, None])
-@pytest.mark.parametrize("scores", [(2, 6, 4, 5), (4, 3, 2, 5)])
-def test_a_run_stopped_at_any_point_ends_like_the_undisturbed_one(tmp_path, monkeypatch, limit, scores):
-    order = Order(tmp_path / "run", monkeypatch, limit, dict(zip((3, 6, 9, 12), scores)))
-    undisturbed = order.result()
-    if limit == 2 and scores[1] == 6:
-        folders = {Path(name).parent.name for name in undisturbed}
-        assert folders == {"", "checkpoint-6", "checkpoint-10", "checkpoint-12"}
-        assert json.loads(undisturbed["best.json"]) == {"step": 6, "accuracy": 6}
-    for stop, in_evaluation in [*product(range(1, 13), [None]), *product([None], (3, 6, 9, 12))]:
-        order.live(stop, in_evaluation)
-        assert order.result() == undisturbed, (stop, in_evaluation)
-    for first, second in combinations(range(1, 13), 2) if limit == 2 and scores[1] == 3 else ():
-        order.live(first)
-        order.live(second)
-        assert order.result() == undisturbed, (first, second)
-    number, finished = 0, False
-    while not finished:  # killed before each renaming
-        number += 1
-        finished = order.live(kill=number)
-        assert order.result() == undisturbed, number
-    assert number >= 15
-
-
 # -- Folders
 
 
@@ -283,6 +190,14 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
         startup.claim(tmp_path / "new", SFT(resume=True))
     first.close()
     startup.claim(tmp_path / "new", SFT())
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "best.json").write_text('{"step": 2, "accuracy": 0.5}')
+    for limit, left in ((None, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (1, [2, 5])):
+        rotate(folder, limit)
+        assert steps_saved(folder) == left
 
 
 def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
@@ -324,17 +239,9 @@ def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
     zero2 = {"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
     zero2["zero_optimization"] = {"stage": 2, "offload_param": {"device": "cpu"}, "overlap_comm": False}
     (tmp_path / "zero2_offload.json").write_text(json.dumps(zero2))
-    folder = sft(
-        "video_lora", use_liger=True, deepspeed=tmp_path / "zero2_offload.json", data_path=base / "data/train.json",
-        image_folder=base / "data/videos", remove_unused_columns=False, freeze_vision_tower=True, freeze_llm=True,
-        tune_merger=False, bf16=True, lora_enable=True, vision_lora=True, lora_rank=64, lora_alpha=64,
-        lora_dropout=0.05, num_lora_modules=-1, lora_namespan_exclude="['lm_head','embed_tokens']",
-        disable_flash_attn2=True, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=1,
-        gradient_accumulation_steps=5, video_max_pixels=4096, fps=1, learning_rate=2e-4, weight_decay=0.0,
-        warmup_ratio=0.03, lr_scheduler_type="cosine", logging_steps=1, tf32=True, gradient_checkpointing=True,
-        report_to="none", lazy_preprocess=True, save_strategy="steps", save_steps=5, save_total_limit=2,
-        dataloader_num_workers=2,
-    )  # fmt: skip
+    paths = {"deepspeed": tmp_path / "zero2_offload.json", "data_path": base / "data/train.json"}
+    paths |= {"image_folder": base / "data/videos"}
+    folder = sft("video_lora", **seeds_options("SFT"), **paths, max_steps=-1)
     assert column(folder, "step")[-1] == 4 and steps_saved(folder) == [4]  # 16 clips, 5 a step
     config = json.loads((folder / "checkpoint-4/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 64)
