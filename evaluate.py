@@ -152,7 +152,8 @@ def evaluate(sampler, records, sampling, seed=0, control="none", step=0, predict
                     predictions.write(number, answers[number])
                 if number < EVAL_SHOWN:
                     group = Group(number, len(example), [rollout])
-                    rows.append(row(step, facts_of(record, sample), group, rollout, decode_token))
+                    line = row(step, facts_of(record, sample), group, rollout, decode_token)
+                    rows.append({name: line[name] for name in line if name not in ("advantage", "trained")})
     sampler.model.train(mode)
     every = ranks.gather((answers, skipped, rows))
     answers, skipped = (dict(sorted(pair for each in every for pair in each[i].items())) for i in (0, 1))

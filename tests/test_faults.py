@@ -7,6 +7,7 @@ import resource
 import shutil
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -22,8 +23,10 @@ import train_grpo
 import train_sft
 import trainer
 from checkpoint import read_json, what_is_broken
-from config import cli
+from config import SFT, cli
+from loader import Loader
 from model import UserError, decode
+from trainer import Run
 
 # ruff: noqa: F811 (fixtures are imported by name)
 

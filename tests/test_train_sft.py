@@ -241,7 +241,7 @@ def test_the_flags_of_the_seeds_command(sft, base, tmp_path, capfd):
     (tmp_path / "zero2_offload.json").write_text(json.dumps(zero2))
     paths = {"deepspeed": tmp_path / "zero2_offload.json", "data_path": base / "data/train.json"}
     paths |= {"image_folder": base / "data/videos"}
-    folder = sft("video_lora", **seeds_options("SFT"), **paths, max_steps=-1)
+    folder = sft("video_lora", **seeds_options("SFT") | {"report_to": "none"}, **paths, max_steps=-1)
     assert column(folder, "step")[-1] == 4 and steps_saved(folder) == [4]  # 16 clips, 5 a step
     config = json.loads((folder / "checkpoint-4/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 64)
