@@ -152,9 +152,8 @@ def read_file(file: str) -> list[bytes]:
         where = f"line {lines + error.lineno} column {error.colno}"
         raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
     except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
-        raise UserError(
-            f"{file}: cannot be read ({error}); expected .json or .jsonl; of a table load_dataset(...).to_json(...) makes one"
-        ) from None
+        problem = f"{file}: cannot be read ({error}); expected .json or .jsonl"
+        raise UserError(f"{problem}; of a table load_dataset(...).to_json(...) makes one") from None
 
 
 # -- A record in any form -> its messages, and what stands beside them

@@ -50,6 +50,23 @@ def test_gpu_equals_cpu(dtype):
         assert (ours - right).norm() <= 1.5 * (plain - right).norm() + 1e-4 * right.norm() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, heads, size", [(1, 64, 1, 32), (130, 68, 3, 80), (2050, 3420, 16, 128)])
+def test_operations_equal_the_plain_forms(rows, width, heads, size, dtype):
+    """SwiGLU and rotary, outputs and gradients, as near to float32 as the plain forms are."""
+    torch.manual_seed(0)
+    gate, up = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    x, angle = torch.randn(rows, heads, size, device=DEVICE), torch.randn(rows, 1, size // 2, device=DEVICE)
+    for name, inputs, rest in (("swiglu", (gate, up), ()), ("rotate", (x,), ((angle.cos(), angle.sin()),))):
+        results, plain = [], getattr(qwen, name)
+        for form, kind in ((plain, torch.float32), (gpu.FORMS[name], dtype), (plain, dtype)):
+            own = [i.to(kind).requires_grad_() for i in inputs]
+            out = form(*own, *(tuple(t.to(kind) for t in tables) for tables in rest))
+            results.append([out, *torch.autograd.grad((out * out.detach().float().cos()).sum(), own)])
+        for exact, fast, slow in zip(*results):
+            assert (fast.float() - exact).norm() <= 1.5 * (slow.float() - exact).norm() + 1e-5 * exact.norm(), name
+
+
 @pytest.mark.parametrize("lengths", [[9000, 8704], [300, 70]])
 def test_attention_is_as_near_to_float32_as_bf16_is(lengths):
     """Long segments by cuDNN, short ones by FlashAttention."""
@@ -299,6 +316,19 @@ def test_first_and_second_tokens_follow_the_exact_distribution():
     check_distribution(ids[ids[:, 0] == common, 1], second, 0.01)
 
 
+def test_same_seed_same_rows_streaming_and_early_end():
+    model, streamed = gpu_model("grouped"), []
+    _, prompt = prompt_of(model, "video")
+
+    def run(seed, on_token=None):
+        return generate(model, prompt, Sampling(100, stop_ids=tuple(range(3, 60))), 3, noise(seed), on_token)[0]
+
+    first = run(3, lambda row, token: streamed.append((row, token)))
+    assert first == run(3) and [r.ids for r in first] != [r.ids for r in run(4)]
+    assert [[t for r, t in streamed if r == i] for i in range(3)] == [r.ids for r in first]
+    assert all(r.finished for r in first)
+
+
 def test_a_kept_graph_sees_new_adapters_and_frees_its_caches():
     model, sampling = gpu_model("grouped", size=0.0), Sampling(30, temperature=0.0)
     _, prompt = prompt_of(model, "text")
@@ -326,6 +356,19 @@ def test_the_plain_decoder_takes_what_the_kernels_do_not(monkeypatch):
         monkeypatch.setattr(decoder, "merged", no_room)
         with pytest.warns(UserWarning, match="slow decoding"):
             assert make(1.0) is PlainDecoder
+
+
+@pytest.mark.parametrize("truncated", [0, 30])
+def test_a_part_of_a_batch_draws_what_the_whole_batch_draws(truncated):
+    """First tokens: the later ones may differ where a product over fewer rows rounds otherwise."""
+    model, sampling = gpu_model("tied", adapters=False), Sampling(1, 1.3, top_k=truncated)
+    sequences, whole_prompts = prompt_of(model, 6, 7, 8, 9)
+    half = pack_sequences(sequences[2:]).to(DEVICE)
+    drawn = []
+    for prompts, seeds in ((whole_prompts, (0, 1, 2, 3)), (half, (2, 3)), (half, (8, 9))):
+        groups = generate(model, prompts, sampling, 40, [noise(seed) for seed in seeds])
+        drawn.append(torch.tensor([c.ids[0] for group in groups[-2:] for c in group]))
+    assert (drawn[0] == drawn[1]).sum() >= 76 and (drawn[0] == drawn[2]).sum() < 40
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
