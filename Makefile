@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 MINUTES ?= 20
+GPU_TESTS := GPU_TESTS=1 .venv/bin/python -m pytest -q tests/test_gpu.py tests/test_fast.py tests/test_quantized.py
 RUN    := $(VENV)/bin/python
 # Every file is held against its SHA-256; torch is pinned without one, its CPU and CUDA builds being different files.
 PIP    := $(RUN) -m pip install -q --disable-pip-version-check
@@ -14,6 +15,7 @@ quickstart: $(VENV)/run      ## the whole way on the tiny model: generate -> SFT
 test: $(VENV)/dev            ## lint, then every test
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 tests
+	@$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || exit 0; $(GPU_TESTS)
 
 test-docs: $(VENV)/dev       ## run every command of README and docs that a CPU can run
 	$(RUN) dev/test_docs.py

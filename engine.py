@@ -131,7 +131,7 @@ def clear_gradients(engine):
 
 def deepspeed_config(cfg, device, dtype, world, count):
     """(our ZeRO-2 settings with those of the --deepspeed file over them, notes to print). count: parameters trained."""
-    cuda, notes, gathered = device.type == "cuda", [], min(count + 1024, ranks.BUCKET)
+    cuda, notes, bucket = device.type == "cuda", [], min(count + 1024, ranks.bucket_size(world))
     config = {
         "train_micro_batch_size_per_gpu": 1,  # ours to count: the boundary of a step is set by hand
         "gradient_accumulation_steps": 1,
@@ -145,8 +145,8 @@ def deepspeed_config(cfg, device, dtype, world, count):
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": cuda,  # gloo has none
-            "reduce_bucket_size": min(count + 1024, ranks.BUCKET),
-            "allgather_bucket_size": gathered + gathered % 2,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket + bucket % 2,
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},

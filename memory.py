@@ -21,7 +21,7 @@ from model.qwen import LONG, PART, PIECE, target_logprobs
 GIB = 2**30
 CONTEXT = int(1.3 * GIB)  # of CUDA and its kernels, outside torch's allocator: measured on an H100, torch 2.11
 LOGITS = int(0.25 * GIB)  # of one chunk of rows in float32, and the workspaces of cuBLAS
-FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
+FRAGMENTS = 0.06  # of the memory: what the allocator cannot use
 LOOKED_AT = 1000  # samples looked at for an estimate
 CPU_TOKENS = 8192  # of a pack on a CPU, where nothing is recomputed
 HOST = 3e6  # / hidden size: tokens that would take an H200 as long as a pass costs besides
@@ -104,8 +104,8 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     static = 2 * (base + adapters) + low_bit + 12 * own + CONTEXT + LOGITS
     if getattr(cfg, "beta", 0) and cfg.reference == "start":
         static += 2 * adapters
-    # update: gradients summed in fp32, the bucket that is reduced in fp32, the gradient of the head, activations
-    update = 4 * own + 6 * min(trained, ranks.BUCKET)
+    # update: gradients summed in fp32, the bucket that is reduced, the gradient of the head, activations
+    update = 4 * own + 2 * min(trained, ranks.bucket_size(world))
     update += 8 * c.vocab_size * c.hidden_size if model.head_weight.requires_grad else 0
     update += activation_bytes(model, cfg, tokens, patches * tokens // unit, kept)
     if not hasattr(cfg, "num_generations"):
@@ -220,13 +220,13 @@ def fit(run, model, example, given):
 
 def room_bytes(run, model):
     """What the passes may take: of what this process may allocate, without fragments, what is not there already, nor
-    will be: AdamW's moments come with the first step, gradients in each."""
+    will be: AdamW's moments come with the first step, gradients in each, a bucket of them once more in fp32."""
     torch.cuda.empty_cache()
     (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     limit = min(torch.cuda.get_per_process_memory_fraction() * total, free + reserved)
     *_, trained = count(model)
     state = 0 if run.cfg.offload_optimizer else (4 if run.source else 12) * trained / run.world
-    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(trained, ranks.BUCKET) - LOGITS
+    return (1 - FRAGMENTS) * limit - reserved - state - 6 * min(trained, ranks.bucket_size(run.world)) - LOGITS
 
 
 def trial_bytes(run, model, examples):

@@ -5,8 +5,6 @@ import torch.distributed as dist
 
 from model import UserError
 
-BUCKET = 25_000_000  # gradients that ranks add up at a time at most: 50 MB of bf16 and their 100 MB in fp32 fill a link
-
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -14,6 +12,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def bucket_size(world: int) -> int:
+    """Gradients that are added up at a time at most. 100 MB of fp32 fill a link between ranks; alone, fewer buckets are
+    less work for the host: 62 ms a step of S, 67 with five."""
+    return 100_000_000 if world == 1 else 25_000_000
 
 
 def gather(value) -> list:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many small products; threads only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "GPU_TESTS" not in os.environ:  # whole runs are compared with numbers of a CPU
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np

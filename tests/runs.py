@@ -69,6 +69,8 @@ def seeds_options(name):
 
 def execute(script, base, output, **options):
     """Run the script in this process; returns the run's folder."""
+    if torch.cuda.is_available():
+        pytest.skip("GPU_TESTS is set: runs are compared on a CPU")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags_for(script, base, output, **options)])
         try:
