@@ -19,6 +19,9 @@ from model import UserError
 # some milliseconds, made steps 7 to 8 times as long where two other programs wanted the cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# On a GPU memory that is freed in pieces of one size serves another size: 7B GRPO fits into 15 GiB only so (dev/LOG.md)
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # What a disk or a standard output can do to any script at any time: no mistake of ours
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}

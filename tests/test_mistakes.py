@@ -25,7 +25,7 @@ import report
 from adapter_files import load_adapter, save_adapter
 from checkpoint import find_adapter
 from config import SFT, Generate, Infer, LoraArgs, parse
-from data import read_records
+from data import load_tokenizer, read_records
 from infer import read_as_trained
 from lora import inject, set_trainable
 from model import UserError
@@ -276,3 +276,24 @@ def test_what_is_taken_over_from_an_adapter(folders):
     own = {"nframes": 4, "image_folder": "/", "cache_mb": 10**9, "model_id": "evil/model"}
     assert read_as_trained(cfg, own, state) == ["--nframes 4, as in training"]
     assert cfg.image_folder is None and cfg.cache_mb == 1024 and cfg.model_id == "assets/tiny"
+
+
+def test_code_and_templates_in_a_folder_are_not_run(folders):
+    model_folder, adapter_folder, trace = folders
+    code = f"import os\nos.mkdir({str(trace)!r})\nclass Model:\n    pass\n"
+    template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(trace)!r}) }}}}"
+    for name in ("modeling_qwen.py", "tokenization_bad.py", "__init__.py", "sitecustomize.py"):
+        (model_folder / name).write_text(code)
+        (adapter_folder / name).write_text(code)
+    names = {"AutoConfig": "modeling_qwen.Model", "AutoModel": "elsewhere/repo--modeling_qwen.Model"}
+    change_json(model_folder / "config.json", auto_map=names, trust_remote_code=True, architectures=["Model"])
+    auto = {"base_model_class": "Model", "parent_library": "modeling_qwen"}
+    change_json(adapter_folder / "adapter_config.json", auto_mapping=auto, base_model_name_or_path="http://evil.test/x")
+    (model_folder / "chat_template.jinja").write_text(template)
+    bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
+    change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
+    assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
+    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
+    assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
+    (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
+    assert "tokenizer.json" in refused(load_tokenizer, model_folder)

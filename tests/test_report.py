@@ -175,6 +175,7 @@ def test_wandb_has_config_scalars_and_page_and_what_it_lacks_is_one_line(tmp_pat
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+BREAK_IN = "</main><script>document.title = 'in'</script><img src=x onerror=\"document.title = 'in'\">"
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {BROWSERS} is installed")
 
 
@@ -210,3 +211,14 @@ def test_all_is_drawn_and_hovering_shows_one_step_in_every_chart(grpo_run, brows
     assert re.search(r"loss\s+0\.05\b", values) and re.search(r"KL\s+0\.2\b", values) and "1 not finite" in values
     assert result["themes"] == ["rgb(255, 255, 255)", "rgb(19, 21, 24)"]
     assert result["loss"].count("M") == 2 and result["loss"].endswith("h0"), "a gap, then a point alone"
+
+
+@needs_browser
+def test_a_completion_that_is_a_script_is_text_and_the_policy_stops_another_script(grpo_run, browse):
+    rows = [row | {"question": BREAK_IN, "rewards": {BREAK_IN: 1.0}} for row in rollout_rows(1, 1, text=BREAK_IN)]
+    write_lines(grpo_run / "rollouts.jsonl", rows)
+    page = page_of(grpo_run).replace("</main>", "</main><script>document.title = 'in'</script>")
+    (grpo_run / "report.html").write_text(page)
+    text, console = browse(grpo_run / "report.html", "--dump-dom")
+    assert "<title>grpo</title>" in text and text.count("<script") == 2
+    assert len(console) == 1 and "Content Security Policy" in console[0], console

@@ -68,6 +68,18 @@ def micro_batches(prompts, groups, cfg):
     return [train_grpo.micro_batch(dict(enumerate(prompts)), rollouts, "cpu") for rollouts in splits]
 
 
+def test_the_training_forward_gives_the_samplers_logprobs(bench):
+    """Vision tokens are neither drawn nor in the softmax."""
+    model, _, prompts, cfg = bench
+    groups = sampled(bench)
+    (batch,) = micro_batches(prompts, groups, cfg)
+    rollouts, banned = [rollout for group in groups for rollout in group.rollouts], set(model.config.vision_token_ids)
+    assert len({rollout.text for rollout in rollouts}) > 4 and not any(banned & set(r.ids) for r in rollouts)
+    assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] - batch.sampler).abs().max() < 1e-4
+    batch.packed.targets[batch.rows] = model.config.video_token_id
+    assert (train_grpo.token_logprobs(model, model, batch, cfg)[0] == -torch.inf).all()
+
+
 def repeated_form(prompt, rollouts):
     """The reference form of a packed group: every completion behind its own copy of prompt and clip."""
     for rollout in rollouts:
@@ -397,3 +409,18 @@ def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
     free, held = (column(grpo(f"{beta}", max_steps=5, learning_rate=1e-2, beta=beta), "kl") for beta in (1e-9, 10.0))
     assert held[-1] < free[-1] / 3, (free, held)
     assert column(grpo("off", max_steps=2, beta=0), "kl") == []
+
+
+def test_the_reference_stays_as_it_was(bench, base):
+    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
+    model = adapted(base, cfg)
+    before = model(prompts).detach()
+    frozen = train_grpo.freeze_reference(model, cfg)
+    without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
+    shake(model, seed=1)
+    now = model(prompts).detach()
+    with frozen():
+        assert torch.equal(model(prompts), before)
+    with without():
+        assert not any(layer.enabled for _, layer in lora_layers(model))
+    assert torch.equal(model(prompts), now) and not torch.equal(now, before)
