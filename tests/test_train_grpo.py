@@ -17,7 +17,7 @@ import train_grpo
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from grpo import group_advantages, grpo_loss, loss_normalizer
-from lora import inject, trainable_parameters
+from lora import inject, lora_layers, trainable_parameters
 from model import UserError
 from model.decode import Sampling
 from model.loading import load_model
