@@ -149,6 +149,8 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
     assert contents(tmp_path) == {"mine.txt": b"notes"}
     G.generate(options(tmp_path))
     before = contents(tmp_path)
+    with G.claimed(tmp_path), pytest.raises(UserError, match="another process makes a dataset there"):
+        G.generate(options(tmp_path, overwrite=True))
     with pytest.raises(UserError, match="already holds .*--overwrite"):
         G.generate(options(tmp_path, seed=9))
     assert contents(tmp_path) == before
