@@ -192,7 +192,8 @@ def ask_server(cfg: Generate, choices, hashes, strips, cache: Path, about: str =
 #    DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes: the split is kept
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # folders of published Kinetics copies
+# folders of published Kinetics copies
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
 
 
 class Video(NamedTuple):
@@ -206,11 +207,12 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     from reader import index_frames  # imports torch: neither --help nor drawn clips must wait for that
 
     inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = lambda parent: [path for path in inside(parent) if path.is_dir()]
     root, listed, videos, unreadable = Path(cfg.from_folder), [], [], {}
-    splits = {path: SPLITS[path.name.lower()] for path in inside(root) if path.name.lower() in SPLITS}
+    splits = {path: SPLITS[path.name.lower()] for path in folders(root) if path.name.lower() in SPLITS}
     if len(set(splits.values())) < 2:
         splits = {root: ""}
-    for folder in (folder for parent in splits for folder in inside(parent) if folder.is_dir()):
+    for folder in (folder for parent in splits for folder in folders(parent)):
         label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
         files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
         listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
@@ -293,6 +295,7 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
 
 def check_options(cfg: Generate) -> None:
     """UserError for options that contradict each other, before anything is drawn or written."""
+    require(0 < cfg.split < 1, "split", cfg.split, "0 < split < 1: clips for train.json and for val.json")
     if cfg.cot and cfg.task != "direction":
         raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
     if cfg.from_folder is not None:
