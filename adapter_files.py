@@ -202,7 +202,8 @@ def run_command(cfg):
         args, layers, others = fit_adapter(loading.empty_model(ModelConfig.from_folder(folder)), adapter)
         counts = Counter(map(part_of, layers))
         untrained = sum(not B.any() for _, B in layers.values())
-        print(f"adapter   {adapter}\nbase      {base}, as {kind}, its head as {head}: every tensor fits")
+        kinds = kind if head == "bf16" else f"{kind}, its head as {head}"
+        print(f"adapter   {adapter}\nbase      {base}, as {kinds}: every tensor fits")
         print(f"rank      {args.lora_rank}, alpha {args.lora_alpha:g}, use_rslora {args.use_rslora}")
         print(f"targets   {len(layers)} layers: " + ", ".join(f"{name} {counts[name]}" for name in COMPONENTS))
         print(f"          {untrained} of them untrained (B is zero), {len(others)} tensors of the base trained too")

@@ -35,7 +35,8 @@ def closing_lines(run, stop_signal):
     stopped = f", stopped by {signal.Signals(stop_signal).name}" if stop_signal else ""
     yield f"{run.folder}: step {run.step} of {run.total}{stopped}"
     name = "reward" if run.script == "train_grpo" else "loss"
-    rows = map(json.loads, (run.folder / METRICS).read_bytes().splitlines())
+    lines = (run.folder / METRICS).read_bytes().splitlines() if (run.folder / METRICS).exists() else []
+    rows = map(json.loads, lines)
     values = [row[name] for row in rows if row.get(name) is not None]
     judged = [(run.start_accuracy, "at the start"), (run.last_accuracy, "in the last evaluation")]
     accuracies = [f"{accuracy:.1%} {when}" for accuracy, when in judged if accuracy is not None]

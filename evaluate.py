@@ -71,6 +71,10 @@ class Evaluation:
     controls: dict[str, "Evaluation"] = field(default_factory=dict)  # with the frames reversed, shuffled, blank
     known: int = 0  # answers that were there before
 
+    def __repr__(self):
+        low, high = self.interval or (0, 1)
+        return f"{self.right:g} of {self.count} right ({low:.1%} to {high:.1%})"
+
     count = property(lambda self: len(self.answers))
     right = property(lambda self: sum(answer["right"] for answer in self.answers.values()))
     accuracy = property(lambda self: self.right / self.count if self.count else None)
@@ -239,7 +243,9 @@ class Predictions:
         self.path, self.records, self.known = Path(cfg.output), records, {}
         merged = Path(cfg.model_id) / MANIFEST  # of lora.py merge: the same folder may hold another model later
         weights = adapter / "adapter_model.safetensors" if adapter else merged if merged.exists() else None
-        other = ("output", "json", "controls", "cache_mb", "dataloader_num_workers")  # they change no answer
+        # they change no answer, or only where the weights and records, which are hashed too, come from
+        other = ("output", "json", "controls", "cache_mb", "dataloader_num_workers", "offload_embedding")
+        other += ("model_ckpt", "local_files_only", "data_path", "video")
         settings = {name: value for name, value in as_dict(cfg).items() if name not in other}
         self.source = [settings, weights and sha256(weights)]
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ All files are made in a hidden folder and moved into place at the end. What is d
 # first, for it handles Ctrl-C
 from config import Generate, QUESTION, as_dict, changed, cli, ignored_options, parse, split_list
 
+import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
@@ -41,6 +42,7 @@ from openai_client import Client, Question, ask_all
 from script import command
 
 OURS = ("videos", "train.json", "val.json", "metadata.json")  # what a dataset consists of
+LOCK = ".unfinished.lock"
 CACHE = "cot_cache.jsonl"  # outlives killed runs and --overwrite: answers cost money
 
 
@@ -190,7 +192,8 @@ def ask_server(cfg: Generate, choices, hashes, strips, cache: Path, about: str =
 #    DIR/train/class_name/, DIR/val/class_name/  as Kinetics comes: the split is kept
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ts")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # folders of published Kinetics copies
+# folders of published Kinetics copies
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
 
 
 class Video(NamedTuple):
@@ -204,11 +207,12 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     from reader import index_frames  # imports torch: neither --help nor drawn clips must wait for that
 
     inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = lambda parent: [path for path in inside(parent) if path.is_dir()]
     root, listed, videos, unreadable = Path(cfg.from_folder), [], [], {}
-    splits = {path: SPLITS[path.name.lower()] for path in inside(root) if path.name.lower() in SPLITS}
+    splits = {path: SPLITS[path.name.lower()] for path in folders(root) if path.name.lower() in SPLITS}
     if len(set(splits.values())) < 2:
         splits = {root: ""}
-    for folder in (folder for parent in splits for folder in inside(parent) if folder.is_dir()):
+    for folder in (folder for parent in splits for folder in folders(parent)):
         label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
         files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
         listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
@@ -291,6 +295,7 @@ def folder_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
 
 def check_options(cfg: Generate) -> None:
     """UserError for options that contradict each other, before anything is drawn or written."""
+    require(0 < cfg.split < 1, "split", cfg.split, "0 < split < 1: clips for train.json and for val.json")
     if cfg.cot and cfg.task != "direction":
         raise UserError(f"--cot with --task {cfg.task}: chains of thought are of the direction; leave --cot out")
     if cfg.from_folder is not None:
@@ -306,10 +311,38 @@ def check_options(cfg: Generate) -> None:
         Client.from_env(cfg.cot_model)
 
 
+@contextmanager
+def claimed(out: Path):
+    """Inside, the folder is there and locked for this process. The lock ends with the process, however it ends."""
+    path = out / LOCK
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            raise BlockingIOError  # its owner removed it in between
+    except OSError as error:
+        is_taken = isinstance(error, (BlockingIOError, FileNotFoundError))
+        why = "another process makes a dataset there" if is_taken else error.strerror
+        raise UserError(f"--output_dir: {out}: {why}; choose another folder") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+        with suppress(OSError):  # it holds something
+            out.rmdir()
+
+
 def generate(cfg: Generate, make_dataset=None) -> dict:
     """Makes the whole dataset; returns what metadata.json holds. UserError before anything is overwritten."""
     check_options(cfg)
-    make_dataset = make_dataset or (drawn_dataset if cfg.from_folder is None else folder_dataset)
+    with claimed(Path(cfg.output_dir)):
+        return make(cfg, make_dataset or (drawn_dataset if cfg.from_folder is None else folder_dataset))
+
+
+def make(cfg: Generate, make_dataset) -> dict:
+    """What generate does while the folder is its own."""
     out, began = Path(cfg.output_dir), time.monotonic()
     existing = [name for name in OURS if (out / name).exists()]
     if existing and not cfg.overwrite:
@@ -339,8 +372,6 @@ def generate(cfg: Generate, make_dataset=None) -> dict:
                 (work / name).rename(out / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):  # it holds something
-            out.rmdir()
     print(f"{out}: {len(records['train'])} train, {len(records['val'])} val, {time.monotonic() - began:.1f} s")
     here = out.resolve().parent == Path("data").resolve()  # there, train_sft.py takes the dataset made last
     print("next: " + command("train_sft.py", *([] if here else ["--data_path", str(out / "train.json")])))

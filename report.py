@@ -16,12 +16,11 @@ import math
 import os
 import re
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +42,7 @@ MAX_LISTED, MAX_EXAMPLES = 40, 6  # classes of a dataset: more different answers
 OPTION = re.compile(r"\([A-Z]\) .+")  # a line of a question, as generate.py writes it
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
-MAX_ROLLOUTS = 20_000  # lines read at either end of rollouts.jsonl, which may have gigabytes
+WINDOW = 16 * 2**20  # bytes read at either end of rollouts.jsonl, which may have gigabytes
 TILES = [  # label, key, its finite values (N,) -> (value, remark)
     ("Held-out accuracy", "eval_accuracy", lambda y: (f"{100 * y[-1]:.1f} %", f"from {100 * y[0]:.1f} % at first")),
     ("Reward", "reward", lambda y: (f"{y[-10:].mean():.3g}", f"from {y[:10].mean():.3g}; means of 10 steps")),
@@ -80,14 +79,16 @@ def read_run(folder: Path) -> dict:
 
 
 def read_lines(path: Path, most: int | None = None) -> list[dict]:
-    """Objects of a .jsonl, without a line that a crash cut; most: the first and the last so many."""
-    rows = []
+    """Objects of a .jsonl, without a line that a crash cut; most: of the first and the last so many bytes."""
+    rows, data = [], b""
     if path.is_file():
         with path.open("rb") as file:
-            lines = [*islice(file, most), *deque(file, most)]
-        for line in lines:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
+            data = file.read(most) + file.readline()
+            file.seek(max(file.tell(), path.stat().st_size - (most or 0)))
+            data += file.read()
+    for line in data.splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
@@ -97,7 +98,7 @@ def read_lines(path: Path, most: int | None = None) -> list[dict]:
 def read_groups(path: Path) -> list[dict]:
     """The completions of each prompt at each step, from the best to the worst."""
     groups = {}
-    for row in read_lines(path, MAX_ROLLOUTS):
+    for row in read_lines(path, WINDOW):
         rows = groups.setdefault((row["step"], row["prompt"], row["id"]), [])
         rows.append(rows[0] | row if rows else row)  # clip, question and answer stand in the first of a group
     result = []

@@ -87,7 +87,7 @@ class Run:
         if accuracy is None or (self.best and accuracy < self.best["accuracy"]):
             return False, ""
         self.best = {"step": self.step, "accuracy": accuracy}
-        return True, ", the best so far"
+        return True, ", the best checkpoint so far"
 
 
 # -- One step
@@ -200,7 +200,7 @@ class Log:
     columns: (name in metrics.jsonl, heading, format) of the line's numbers. Only rank 0 writes."""
 
     def __init__(self, run, columns):
-        self.run, self.columns, self.started, self.first = run, columns, time.perf_counter(), run.step
+        self.run, self.columns, self.started, self.first = run, columns, None, run.step
         self.bar = progress(run.total, run.rank, initial=run.step, unit="step")
         self.trackers = [] if run.rank else [tracker(run) for tracker in console.trackers(run.cfg)]
 
@@ -214,7 +214,7 @@ class Log:
 
     def step(self, step, metrics, seconds, waited, tokens):
         """Log step 1 … total. seconds: of the whole step, `waited` of them for data; tokens: of all ranks."""
-        run = self.run
+        run, self.started = self.run, self.started or time.perf_counter() - seconds  # the evaluation before is no step
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process; in KiB on Linux
         if run.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(run.device)
@@ -255,6 +255,8 @@ def before_first_step(run, engine, evaluate):
         checkpoint.rotate(run.folder, run.cfg.save_total_limit)
     if run.state.get("stopped"):
         after_step(run, engine, evaluate)
+    elif run.step == run.total:
+        run.say(f"all {run.total} steps are done: nothing is left to do")
 
 
 def after_step(run, engine, evaluate):

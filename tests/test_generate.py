@@ -149,6 +149,8 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
     assert contents(tmp_path) == {"mine.txt": b"notes"}
     G.generate(options(tmp_path))
     before = contents(tmp_path)
+    with G.claimed(tmp_path), pytest.raises(UserError, match="another process makes a dataset there"):
+        G.generate(options(tmp_path, overwrite=True))
     with pytest.raises(UserError, match="already holds .*--overwrite"):
         G.generate(options(tmp_path, seed=9))
     assert contents(tmp_path) == before
@@ -232,10 +234,14 @@ def test_train_and_val_as_kinetics_comes(root):
         shutil.copytree(root / name, kinetics / "validation" / name)
     _, train, val = from_folder(kinetics, split=0.5)
     assert len(train) == 30 and len(val) == 15 and all(record["id"].startswith("validation/") for record in val)
+    for old, new in (("train", "training"), ("validation", "validate")):
+        (kinetics / old).rename(kinetics / new)
+    assert [len(records) for records in from_folder(kinetics, overwrite=True)[1:]] == [30, 15]
     vehicles = root.parent / "vehicles"  # a class that is called train; one clip a class: all are for training
     for name in ("train", "bus"):
         (vehicles / name).mkdir(parents=True)
         os.link(root / "ball_rising" / "0.mp4", vehicles / name / "0.mp4")
+    (vehicles / "val").write_text("a file is no split")
     metadata, _, val = from_folder(vehicles, overwrite=True)
     assert metadata["counts"] == {"train": {"train": 1, "bus": 1}, "val": {}}
     assert val == []  # the old file is gone

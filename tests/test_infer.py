@@ -4,6 +4,7 @@ looks at the frames."""
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from checkpoint import write_whole
 from clips import png, write_mp4
 from config import QUESTION, Generate, LoraArgs
 from data import load_tokenizer, look_at_file
-from evaluate import opposite, wilson
+from evaluate import Evaluation, opposite, wilson
 from infer import Model
 from lora import inject, lora_layers
 from model import UserError
@@ -280,6 +281,9 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     out, again = run(capsys, *flags)
     assert len(names) == 5 and path.read_text() == "".join(lines) and "4 of 9 answers are taken from" in out
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    same = shutil.copy(dataset, dataset.with_name("same.json"))
+    run(capsys, *flags, "--data_path", same, "--model_ckpt", "none", "--local_files_only", "True")
+    assert len(names) == 5, "the same model and records under other names"
     with pytest.raises(UserError, match="by this model"):
         run(capsys, *flags, "--max_new_tokens", 9)
     other = dataset.with_name("other.json")
@@ -297,6 +301,7 @@ def test_the_tiny_base_is_small_and_was_never_taught_direction(tmp_path):
 
 
 def test_wilson_interval_and_opposites():
+    assert repr(Evaluation({0: {"right": 1.0}})) == "1 of 1 right (20.7% to 100.0%)"
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
     table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for (right, count), interval in table.items():

@@ -110,6 +110,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ("generate --frame_size 32", "at least 40"),
         ("generate --frame_size 41", "even number"),
         ("generate --num_samples 7", "at least 8"),
+        ("generate --split 1", "--split: got 1.0, expected 0 < split < 1"),
         ("generate --video_length 4", "at least 8"),
         ("generate --cot --cot_source openai", "OPENAI_API_KEY: not set"),
         ("generate --cot --task distance", "--cot .* direction"),

@@ -207,7 +207,8 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     assert json.loads((whole / "run.json").read_text())["config"]["base_dtype"] == "nf4"
     assert {q.kind for q in quantized_weights(infer.Model(folder).network).values()} == {"nf4"}
     assert not quantized_weights(infer.Model(folder, base_dtype="bf16").network)
-    capsys.readouterr()
+    lora.main(["check", str(folder)])
+    assert ", as nf4: every tensor fits" in capsys.readouterr().out
     tensors = {}
     for kind in ("original", "quantised"):
         lora.main(["merge", str(folder), str(tmp_path / kind), "--merge_base", kind])

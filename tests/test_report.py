@@ -130,9 +130,12 @@ def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     text = page_of(grpo_run)
     assert "never" not in text and 'data-points="0,1 1, 2,3 3, 4, 5,6"' in text and re.search("a.mp4: [^<]", text)
     write_lines(grpo_run / "rollouts.jsonl", [row for step in range(50) for row in rollout_rows(step, 2)])
-    monkeypatch.setattr(report, "MAX_ROLLOUTS", 18)  # of a file of gigabytes both ends are read
+    size = (grpo_run / "rollouts.jsonl").stat().st_size
+    monkeypatch.setattr(report, "WINDOW", size // 10)  # of a file of gigabytes both ends are read
     steps = [group["step"] for group in report.read_run(grpo_run)["groups"]]
     assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
+    lines = report.read_lines(grpo_run / "rollouts.jsonl", size * 2 // 3)  # the two windows overlap: nothing is lost
+    assert lines == report.read_lines(grpo_run / "rollouts.jsonl")
 
 
 def tracked(folder, report_to, rows, **options):

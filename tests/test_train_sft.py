@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -265,13 +266,20 @@ def test_warnings_stand_out_on_a_terminal_unless_no_color(monkeypatch):
     ("train_grpo", 0.5, 0.9, 0, ["50.0% at the start, 90.0% in the last evaluation; best 90.0% at step 2", "infer.py"]),
     ("train_sft", None, None, signal.SIGTERM, ["stopped by SIGTERM", "train_sft.py --resume"]),
 ])  # fmt: skip
-def test_a_run_ends_with_its_result_report_and_next_command(tmp_path, script, start, last, number, words):
-    run = Run(SFT(), script, tmp_path, None, None, total=2, next_command="python infer.py clip.mp4")
+def test_a_run_ends_with_its_result(tmp_path, capsys, monkeypatch, script, start, last, number, words):
+    run = Run(SFT(), script, tmp_path, torch.device("cpu"), None, total=2, next_command="python infer.py clip.mp4")
+    log = trainer.Log(run, [])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: 1e9)  # an evaluation has passed: no part of a step
+    log.step(1, {}, 5.0, 0.0, 10)
     run.compare(start)
     run.step = 2
-    run.compare(last)
+    assert run.compare(last)[1] == (", the best checkpoint so far" if last else "")
+    trainer.before_first_step(run, None, None)
+    assert re.search("left 0:00:05\n(?s:.*)all 2 steps are done: nothing is left to do", capsys.readouterr().out)
     append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
     append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
     text = "\n".join(console.closing_lines(run, number))
     for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2.0 MB"]:
         assert word in text, text
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "result" in "\n".join(console.closing_lines(run, number))
