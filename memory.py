@@ -84,9 +84,9 @@ def activation_bytes(model, cfg, tokens, patches, kept):
     numbers = layers * layer + inputs * (L - layers) * tokens * C
     again = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
 
-    # vision tower, of a patch; a long video goes through it a part at a time. A block has 5 linears and keeps 10 widths:
-    # 4 as above, q and k turned, attention's result, and qkv's whole output, of which v is a view. 9 is fitted: so much
-    # one more kept block adds to measured peaks, beside its input; 1.5 and 8 as above
+    # vision tower, of a patch; a long video goes through it a part at a time. A block has 5 linears, and keeps 10
+    # widths: 4 as above, q and k turned, attention's result, and qkv's whole output, of which v is a view. 9 is fitted:
+    # so much one more kept block adds to measured peaks, beside its input; 1.5 and 8 as above
     block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank
     block_again = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)
     if depth and kept == 0 and patches > LONG:

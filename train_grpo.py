@@ -300,7 +300,8 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
 
 
 def reduce_sums(run, sums):
-    """Sums over this rank's micro-batches, of all updates so far -> ({name: mean over the tokens of all ranks}, sum of the loss)."""
+    """Sums over this rank's micro-batches, in all updates so far -> ({name: mean over the tokens of all ranks}, sum of
+    the loss)."""
     cfg, names = run.cfg, ["loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "sampler_gap"]
     names += ["kl"] * (cfg.beta > 0) + ["sampler_capped"] * (cfg.sampler_is_cap is not None)
     own = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in names])
