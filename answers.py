@@ -140,7 +140,7 @@ def answer_span(text: str) -> str | None:
 # Words right before a label that say it is meant: "the answer is A", "option A", "ich wähle A"
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
 CUES |= set("therefore thus with say but sondern ist est es antwort réponse respuesta ответ".split())
-BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a label "A"
+BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
 TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
 DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
@@ -194,26 +194,30 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
             mentions[-1] = mentions[-1]._replace(end=match.end())
             continue
         if kind == "bare" or (kind == "words" and label in options):
-            kind = kind_of(span, *match.span(), plain(options.get(label, "")))
+            kind = kind_of(span, *match.span(), options)
         if kind:
             mentions.append(Mention(*match.span(), owners if kind == "words" else {label}, kind))
     return mentions
 
 
-def kind_of(span: str, start: int, end: int, words: str) -> str:
+def kind_of(span: str, start: int, end: int, options: dict[str, str]) -> str:
     """The kind of a mention by a letter or number without brackets: "label" where it begins its clause or a cue stands
-    before it, else "beside"; "" for an article, and for a number of another kind. words: its option's."""
+    before it, else "beside"; "" for an article, a letter inside of a sentence and a number of another kind."""
     before, label, behind = span[max(0, start - NEAR) : start].casefold(), span[start:end], span[end:]
     if label.isdigit() and (re.search(r"\d[.,:]$|(?:^|\s)[-+]$", before) or re.match(r"\s*%|[.,:]\d", behind)):
         return ""  # 12.5, -2, 2 %
+    if not re.search(r"\w", before + behind):
+        return "label"  # nothing else was said
     previous = re.findall(r"[\w']+", re.split("[;:!?]", before)[-1])[-1:]
     meant = not previous or previous[0] in CUES or re.match(EAST_ASIAN, previous[0])
     if label.islower():
         return "label" if meant and re.match(r"\W*$|[).:,]", behind) else ""
-    if label in "AI" or label.isdigit():  # words too, or a count: the end, a mark, "because …" or its own words follow
-        follows = "|".join(map(re.escape, filter(None, (*BEHIND, words))))
-        if not re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE):
-            return ""
+    # The end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
+    own = [options.get(label, "")] if label in "AI" else options.values()
+    follows = "|".join(map(re.escape, filter(None, (*BEHIND, *map(plain, own)))))
+    ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
+    if not ended or (label == "I" and label not in options):
+        return ""
     return "label" if meant else "beside"
 
 

@@ -40,6 +40,11 @@ def num_blocks(model):
     return len(model.visual.blocks) + len(model.model.layers)
 
 
+def is_grpo(cfg):
+    """Whether these are GRPO's options: a unit is a prompt with its completions."""
+    return hasattr(cfg, "num_generations")
+
+
 def units_per_step(cfg):
     """Of one rank: samples, or in GRPO groups, which no pack cuts."""
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // getattr(cfg, "num_generations", 1)
@@ -47,7 +52,7 @@ def units_per_step(cfg):
 
 def unit_tokens(cfg, tokens):
     """Of a sample, or in GRPO of a prompt with all its completions."""
-    return tokens + (cfg.num_generations * cfg.max_completion_length if hasattr(cfg, "num_generations") else 0)
+    return tokens + (cfg.num_generations * cfg.max_completion_length if is_grpo(cfg) else 0)
 
 
 # -- The formula
@@ -69,14 +74,19 @@ def activation_bytes(model, cfg, tokens, patches, kept):
     depth = v.depth if any(p.requires_grad for p in model.visual.blocks[-1].parameters()) else 0
     layers, blocks, inputs = min(kept, L), min(max(0, kept - L), depth), not cfg.offload_activations
 
-    # language model: layers that keep everything, the others' inputs, and the layer that is computed again
+    # language model: layers that keep everything, the others' inputs, and the layer that is computed again. Of a layer
+    # (model/qwen.py) autograd keeps 4 C, x and the sum behind attention, each before and after its norm; attention's q
+    # and result, k and v; the MLP's gate, up and their product; x A^T of 7 linears. In a pass back gradients are there
+    # too: of x and the MLP's three, or 1.5 times a layer of about 8 C, which is no count but fits measured peaks
     attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
     mlp = 3 * inner * min(tokens, PIECE)  # of a long sequence it is computed in pieces, and always again
     layer = tokens * (4 * C + attention + 7 * rank) + (mlp if tokens <= PIECE else 0)
     numbers = layers * layer + inputs * (L - layers) * tokens * C
     again = 1.5 * (8 * C * tokens + mlp) if layers < L else C * tokens + mlp
 
-    # vision tower, of a patch; a long video goes through it a part at a time
+    # vision tower, of a patch; a long video goes through it a part at a time. A block has 5 linears, and keeps 10
+    # widths: 4 as above, q and k turned, attention's result, and qkv's whole output, of which v is a view. 9 is fitted:
+    # so much one more kept block adds to measured peaks, beside its input; 1.5 and 8 as above
     block = 9 * v.hidden_size + 3 * v.intermediate_size + 5 * rank
     block_again = 1.5 * (8 * v.hidden_size + 3 * v.intermediate_size)
     if depth and kept == 0 and patches > LONG:
@@ -108,7 +118,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
     update = 4 * own + 2 * min(trained, ranks.bucket_size(world))
     update += 8 * c.vocab_size * c.hidden_size if model.head_weight.requires_grad else 0
     update += activation_bytes(model, cfg, tokens, patches * tokens // unit, kept)
-    if not hasattr(cfg, "num_generations"):
+    if not is_grpo(cfg):
         return {"update": static + update}
     # sampling: keys and values of all prompts and completions, and a copy of the decoder with the adapters merged in;
     # low-bit weights keep them apart
@@ -139,10 +149,10 @@ def sample_sizes(records, processor, answer):
 
 def summary(model, cfg, records, processor, loader, steps, world):
     """Data, steps, memory."""
-    is_grpo = hasattr(cfg, "num_generations")
-    sizes = sample_sizes(records, processor, answer=not is_grpo)
+    answer = not is_grpo(cfg)
+    sizes = sample_sizes(records, processor, answer)
     lengths = [tokens for tokens, _ in sizes.values()]
-    span = f"{min(lengths):,} to {max(lengths):,} {'prompt tokens' if is_grpo else 'tokens'}"
+    span = f"{min(lengths):,} to {max(lengths):,} {'tokens' if answer else 'prompt tokens'}"
     looked = f"{len(sizes):,} of {min(LOOKED_AT, len(records)):,} checked are readable"
     yield f"  data       {len(records):,} samples ({looked}): {span}, median {statistics.median(lengths):,.0f}"
     yield f"  steps      {steps:,}; {loader.steps_per_epoch:,} are an epoch"
@@ -182,7 +192,7 @@ def choose(run, model, sample):
 
 def largest_sample(run, records, processor):
     """The largest Example that can be read, of those looked at, the same on all ranks."""
-    answer = not hasattr(run.cfg, "num_generations")
+    answer = not is_grpo(run.cfg)
     sizes, *_ = ranks.gather(sample_sizes(records, processor, answer) if run.rank == 0 else None)
     for number in sorted(sizes, key=sizes.get, reverse=True):
         try:
@@ -231,7 +241,7 @@ def room_bytes(run, model):
 
 def trial_bytes(run, model, examples):
     """What a forward and a backward pass over these samples or groups take; infinity where memory runs out."""
-    if hasattr(run.cfg, "num_generations"):
+    if is_grpo(run.cfg):
         group = [[0] * run.cfg.max_completion_length] * run.cfg.num_generations
         packed = pack_groups(examples, [group] * len(examples))
     else:

@@ -135,14 +135,15 @@ def sample_round(run, rewards, prompts, step, stream):
     one is for the same prompts with their frames shuffled, where a reward needs that."""
     cfg, sampler = run.cfg, run.sampler
     sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_k, cfg.top_p, stop_ids=sampler.stop_ids)
-    seed = cfg.seed + 1_000_003 * (step + 1) + 15_485_863 * stream  # and a prompt's number: the same on any rank
-    drawn = sampler(prompts, sampling, cfg.num_generations, [seed + 7_919 * prompt.number for prompt in prompts])
+    # by a prompt's number, not its rank's: it gets the same completions on any rank
+    seeds = [trainer.seed_of(cfg, step, prompt.number, stream) for prompt in prompts]
+    drawn = sampler(prompts, sampling, cfg.num_generations, seeds)
     shuffled = {}  # prompt's number: texts
     if any(reward.fn is temporal for reward in rewards):
         movable = [prompt for prompt in prompts if any(steps > 1 for steps, _, _ in prompt.grid_thw)]
         able = {prompt.number: prompt.record for prompt in movable}
         others = [sampler.processor.encode(record, answer=False, control="shuffled") for record in able.values()]
-        seeds = [seed + 15_485_863 + 7_919 * number for number in able]
+        seeds = [trainer.seed_of(cfg, step, number, stream + 1) for number in able]
         texts = sampler(others, sampling, max(1, cfg.num_generations // 2), seeds)
         shuffled = {number: [sampler.rollout(0, one).text for one in each] for number, each in zip(able, texts)}
     groups = []
@@ -198,6 +199,7 @@ def learn(run, engine, frozen, groups, examples, normalizer, step):
             break
         except torch.OutOfMemoryError:
             largest = max((len(batch.packed.input_ids) for batch in batches), default=0)
+        # after an update of this step the weights are no longer those that the step began with
         trainer.shrink(run, engine, largest, step, repeatable=run.updates == updates)
     if not any(group.finite for group in groups):  # the model itself may be beyond repair
         trainer.check_numbers(run, step, math.nan, math.nan, updated=False)
@@ -255,14 +257,16 @@ def micro_batch(examples, rollouts, device):
 def update_policy(run, engine, frozen, batches, normalizer, step, num_micro_batches):
     """num_iterations updates with the same rollouts -> metrics. num_micro_batches: of the rank that has most; 0 where
     no rank has a token to learn from."""
-    cfg, metrics, sums, loss = run.cfg, {"grad_norm": None, "updated": False}, Counter(), 0.0
+    cfg, metrics = run.cfg, {"grad_norm": None, "updated": False}
+    sums, loss = Counter(), 0.0  # of all updates so far: the metrics are means over them
     loss_of = partial(micro_loss, engine, cfg, normalizer, sums)
     if frozen:
         reference_pass(engine.module, frozen, batches, cfg)
     for _ in range(cfg.num_iterations if num_micro_batches else 0):
-        before, (grad_norm, updated) = loss, trainer.update(engine, batches, loss_of, num_micro_batches)
+        before = loss
+        grad_norm, updated = trainer.update(engine, batches, loss_of, num_micro_batches)
         means, loss = reduce_sums(run, sums)
-        trainer.check_numbers(run, step, loss - before, grad_norm, updated)
+        trainer.check_numbers(run, step, loss - before, grad_norm, updated)  # the difference: this update's own loss
         metrics |= means | {"grad_norm": grad_norm, "updated": updated or metrics["updated"]}
     return metrics
 
@@ -296,7 +300,8 @@ def micro_loss(engine, cfg, normalizer, sums, batch):
 
 
 def reduce_sums(run, sums):
-    """Sums over this rank's micro-batches -> ({name: mean over the tokens of all ranks}, sum of the loss)."""
+    """Sums over this rank's micro-batches, in all updates so far -> ({name: mean over the tokens of all ranks}, sum of
+    the loss)."""
     cfg, names = run.cfg, ["loss", "tokens", "ratio", "clip_low", "clip_high", "entropy", "sampler_gap"]
     names += ["kl"] * (cfg.beta > 0) + ["sampler_capped"] * (cfg.sampler_is_cap is not None)
     own = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=run.device) for name in names])

@@ -93,11 +93,18 @@ class Run:
 # -- One step
 
 
+def seed_of(cfg, step, number, stream=0):
+    """The seed of step 1 … total, for a rank or a prompt by its number, and for one of the step's streams of random
+    numbers. It depends on nothing else, so a resumed run draws the same; the factors are primes of different sizes, so
+    neighbouring steps, numbers and streams have different seeds."""
+    return cfg.seed + 1_000_003 * (step + 1) + 7_919 * number + 15_485_863 * stream
+
+
 def begin_step(run, engine, step):
     """Seed torch's random numbers by step and rank, and set the learning rates of step 1 … total. Returns the last
     parameter group's: the language model's, if that is trained."""
     cfg = run.cfg
-    torch.manual_seed(cfg.seed + 1_000_003 * (step + 1) + 7_919 * run.rank)
+    torch.manual_seed(seed_of(cfg, step, run.rank))
     warmup = warmup_steps(cfg, run.total)
     factor = lr_factor(step - 1, run.total, cfg.lr_scheduler_type, warmup, cfg.min_lr_ratio)
     for group in engine.optimizer.param_groups:

@@ -72,7 +72,11 @@ def padded(layer: Weights, width: int) -> tuple[Tensor, Tensor | None]:
 
 def corner(weight: Tensor | Quantized, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A frozen weight (out, in) as the upper left corner of (rows, columns), zeros elsewhere at first. A tensor moves
-    into a storage of that size once, of which it is a view ever after. Codes become numbers in a new one each time."""
+    into a storage of that size once, of which it is a view ever after. Codes become numbers in a new one each time.
+
+    Behind the zeros that align it, the storage's spare columns and rows are scratch: each product with an adapter in
+    them (with_columns, with_rows) fills them for itself. So two products with one weight must not be under way at once,
+    as on two streams of a GPU."""
     (out, width), shape = weight.shape, (rows, columns)
     if isinstance(weight, Quantized):
         if shape == (out, width):
@@ -125,11 +129,11 @@ class Project(torch.autograd.Function):
         both = x.new_empty(T, width + R) if ctx.inside == "columns" else None
         if both is not None:
             both[:, :width] = x
-            x, h = both.split([width, R], 1)
-            torch.mm(x, stack(A).T, out=h)
+            kept, h = both.split([width, R], 1)  # the copy is kept, so that x itself can go
+            torch.mm(kept, stack(A).T, out=h)
         else:
-            h = x @ stack(A).T if A else x.new_empty(T, 0)
-        ctx.save_for_backward(x, h, *adapters)
+            kept, h = x, x @ stack(A).T if A else x.new_empty(T, 0)
+        ctx.save_for_backward(kept, h, *adapters)
         if unused:
             return tuple(x.new_empty(T, height(w)) for w in layers)
         if both is not None and not fp8:
