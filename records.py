@@ -207,6 +207,8 @@ def read_form(record: dict) -> Conversation:
     turns = read_question(record, form, options, solution) if form in QUESTIONS else read_chat(record, form)
     if solution is not None and turns[-1].role != "assistant":
         turns.append(Turn("assistant", solution))
+    if system and turns[0].role == "system":
+        raise UserError("a system column beside another system turn; expected one of them")
     turns = [Turn("system", system), *turns] if system else turns
     return Conversation(turns, solution, options, record.get("problem_type") or "")
 
@@ -239,7 +241,8 @@ def read_chat(record: dict, form: str) -> list[Turn]:
 def read_question(record: dict, form: str, options: list[str], solution: str | None) -> list[Turn]:
     """Video-R1, query and response, Alpaca: earlier questions and answers, one question, and at most one answer."""
     history = record.get("history") or []
-    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+    are_texts = lambda pair: isinstance(pair, list) and [type(text) for text in pair] == [str, str]
+    if not isinstance(history, list) or not all(map(are_texts, history)):
         raise UserError(f"history is {str(history)[:80]}; expected pairs of a question and its answer")
     texts = [text for pair in history for text in pair]
     texts.append("\n".join(filter(None, (record[form], record.get("input")))))
@@ -334,7 +337,8 @@ def parts_of(turn: Turn, tagged: bool) -> Iterator[str | Media]:
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
     for part in [turn.content] if isinstance(turn.content, str) else turn.content:
         kind = part.get("type") if isinstance(part, dict) else None
-        text = first_of(part, "text", "value") if kind == "text" else part
+        is_text = kind == "text" and not any(map(part.get, FILE_KEYS[:-1]))  # a file beside it would be lost
+        text = first_of(part, "text", "value") if is_text else part
         if isinstance(text, str):
             has_tags = turn.role == "user" and (tagged or text is turn.content)
             pieces = TAG.split(text) if has_tags else [text]  # text, kind, text, kind, text
