@@ -41,7 +41,7 @@ from model.loading import ModelConfig, resolve_folder
 from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
 from reader import file_stamp
-from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name, sample_name
 from video import TEMPORAL, ClipPlan, Options, apply_control, frames_in, from_patches, plan_clip, read_clip
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
@@ -347,7 +347,8 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
         return
     results = list(results)
     good = [result for result in results if "refused" not in result]
-    refused = [f"sample {i}: {result['refused']}" for i, result in enumerate(results) if "refused" in result]
+    refused = {i: result["refused"] for i, result in enumerate(results) if "refused" in result}
+    refused = [f"{sample_name(records, i)}: {reason}" for i, reason in refused.items()]
     if not good:
         raise UserError(f"{file}: nothing can be used; {refused[0]}")
     yield file

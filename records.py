@@ -418,6 +418,13 @@ def record_name(record: dict) -> str:
     return str(name)[:80] if name is not None else clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
 
 
+def sample_name(records: Sequence[dict], i: int) -> str:
+    """What messages call sample i of a selection: its number in the file, and its record's name."""
+    while isinstance(records, Selection):
+        records, i = records.records, records.numbers[i]
+    return f"sample {i} ({record_name(records[i])})"
+
+
 def clip_name(record: dict) -> str | None:
     """The first file that a record's turns name; None for text alone, clips inside the record and a refused one."""
     try:
