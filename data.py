@@ -16,6 +16,7 @@ from config import Look, cli, ignored_options, parse
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
     cli(lambda: parse(Look))
 
+import base64
 import json
 import logging
 import math
@@ -27,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -233,11 +233,14 @@ class Processor:
 
     def inline_file(self, address: str) -> str:
         """data:video/mp4;base64,... (RFC 2397, as OpenAI and ms-swift use it) as a file, written once a process."""
-        path = Path(self.inline.name) / f"{blake2b(address.encode(), digest_size=16).hexdigest()}_{os.getpid()}"
+        head, _, text = address.partition(",")
+        suffix = re.sub(r"^x-|\W", "", head.partition("/")[2].partition(";")[0])[:9]  # all that tells a tga
+        digest = blake2b(address.encode(), digest_size=16).hexdigest()
+        path = Path(self.inline.name) / f"{digest}_{os.getpid()}.{suffix}"
         if not path.exists():
             try:
-                path.write_bytes(urlopen(address).read())
-            except (OSError, ValueError) as error:
+                path.write_bytes(base64.b64decode("".join(text.split()), validate=True))
+            except ValueError as error:
                 raise UserError(f"{address[:40]}… is not base64 ({error}); encode the file again") from None
         return str(path)
 

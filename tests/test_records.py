@@ -4,6 +4,7 @@ refused in one line. cases/forms.jsonl holds the records, written here after the
 import base64
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -97,14 +98,18 @@ def test_options_in_a_column_are_asked_and_read(processor):
 def test_clips_inside_a_record(processor, clips):
     """data: addresses, as OpenAI and ms-swift have them: the same ids and patches as from the file."""
     plain = processor.encode({"messages": chat("<video><image>?", "!"), "videos": ["0.mp4"], "images": ["p.png"]})
-    movie, still = (f"data:{kind};base64," + base64.b64encode((clips / name).read_bytes()).decode()
-                    for name, kind in (("0.mp4", "video/mp4"), ("p.png", "image/png")))  # fmt: skip
+    (clips / "p.tga").write_bytes(struct.pack("<2xB9x2H2B", 2, 84, 56, 24, 0) + bytes(84 * 56 * 3))
+    names = {"0.mp4": "video/mp4", "p.png": "image/png", "p.tga": "image/x-tga"}
+    movie, still, tga = (f"data:{kind};base64," + base64.b64encode((clips / name).read_bytes()).decode()
+                         for name, kind in names.items())  # fmt: skip
     swift = {"messages": chat("<video><image>?", "!"), "videos": [movie], "images": [still]}
     urls = {"type": "video_url", "video_url": {"url": movie}}, {"type": "image_url", "image_url": still}
     for record in (swift, {"messages": chat([*urls, "?"], "!")}):
         example = processor.encode(record)
         assert np.array_equal(example.ids, plain.ids) and torch.equal(example.patches, plain.patches)
         assert clip_name(record) is None and len(record_name(record)) <= 80
+    dark = processor.encode({"messages": chat("<image>?", "!"), "images": [tga]})  # a kind known by its suffix alone
+    assert dark.grid_thw == [(1, 4, 6)] and not dark.patches.any()
     file = {"type": "video_url", "video_url": {"url": f"file://{clips / '0.mp4'}"}}
     assert processor.encode({"messages": chat([file, "?"], "!")}).grid_thw == [(2, 4, 4)]
 
