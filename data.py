@@ -40,8 +40,8 @@ from model import UserError, nearest_path
 from model.loading import ModelConfig, resolve_folder
 from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
-from reader import file_stamp
-from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name, sample_name
+from reader import errors_name, file_stamp
+from records import DATA_SUFFIXES, IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name, sample_name
 from video import TEMPORAL, ClipPlan, Options, apply_control, frames_in, from_patches, plan_clip, read_clip
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
@@ -202,7 +202,8 @@ class Processor:
         paths = tuple(self.locate_file(path, folder) for path in media.paths)
         if media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0]):
             paths = frames_in(paths[0])
-        options = Options.from_args(media.kind, self.args, media.options)
+        with errors_name(paths[0]):
+            options = Options.from_args(media.kind, self.args, media.options)
         return self.plan_clip(media.kind, paths, options, tuple(map(file_stamp, paths)))
 
     def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
@@ -368,7 +369,7 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
 
 def records_of(file: str, question: str) -> tuple:
     """(records, whether they are a dataset's) of a dataset, or of a clip and a question about it."""
-    if file.lower().endswith((".json", ".jsonl")) and not Path(file).is_dir():
+    if file.lower().endswith(DATA_SUFFIXES) and not Path(file).is_dir():
         return read_records(file), True
     return [{"messages": [{"role": "user", "content": [clip_part(file), question]}]}], False
 
@@ -379,6 +380,8 @@ def clip_part(file: str | Path, image_folder: str | None = None) -> dict:
     if not (path.exists() or image_folder or "://" in str(file)):
         expected = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
         raise UserError(f"{file}: no such file; {expected}")
+    if path.suffix.lower() in DATA_SUFFIXES and path.is_file():
+        raise UserError(f"{file}: a dataset, expected a video or an image; give it as --data_path")
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
     return {"type": kind, "path": str(path.absolute() if path.exists() else file)}
 

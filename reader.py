@@ -55,6 +55,15 @@ def file_stamp(path: str) -> tuple:
 
 
 @contextmanager
+def errors_name(path: str) -> Iterator[None]:
+    """A UserError inside begins with the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
 def open_stream(path: str, picture: bool = False) -> Iterator[av.VideoStream]:
     """A file's default video stream; of a picture, if that is expected. FFmpeg's errors inside become a UserError."""
     file_stamp(path)

@@ -37,6 +37,8 @@ UNREAD_IN_TURN = "tool_calls", "thinking", "reasoning_content"
 IMAGE_SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif".split()
 )
+TABLE_SUFFIXES = ".parquet", ".csv", ".tsv", ".arrow", ".xlsx"  # of datasets that are not read
+DATA_SUFFIXES = ".json", ".jsonl", *TABLE_SUFFIXES
 SUFFIX = "|".join(map(re.escape, IMAGE_SUFFIXES))
 SUFFIX += r"|\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|m?ts|m2ts|m2v|flv|wmv|3gp|gif|apng|vob|ogv|mxf|h264|hevc)"
 # In JSON: a quoted name with one of these suffixes, perhaps of a web address; or a picture or clip itself
@@ -137,23 +139,25 @@ def read_file(file: str) -> list[bytes]:
         reason = "not a file" if os.path.exists(file) else "no such file"
         expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(file)}"
         raise UserError(f"{file}: {reason}; {expected}")
+    if file.lower().endswith(TABLE_SUFFIXES):
+        raise UserError(f"{file}: a table, which is not read; load_dataset(...).to_json(...) makes a .jsonl of it")
     lines, values = 0, []  # lines: before the one that is being read
     try:
         text = Path(file).read_text("utf-8-sig")
         if not file.lower().endswith(".jsonl"):
-            values = json.loads(text)
+            values = json.loads(text) if text.strip() else []
         else:
             for lines, line in enumerate(text.split("\n")):  # noqa: B007 (an error below says where)
                 values += [json.loads(line)] if line.strip() else []
-        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-            raise ValueError("expected an array [...] of objects, or one object a line in .jsonl")
+        if not values or not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            problem = "it is empty; " if values == [] else ""
+            raise ValueError(f"{problem}expected an array [...] of objects, or one object a line in .jsonl")
         return [json.dumps(value, ensure_ascii=False).encode("utf-8") for value in values]
     except json.JSONDecodeError as error:
         where = f"line {lines + error.lineno} column {error.colno}"
         raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
     except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
-        problem = f"{file}: cannot be read ({error}); expected .json or .jsonl"
-        raise UserError(f"{problem}; of a table load_dataset(...).to_json(...) makes one") from None
+        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
 # -- A record in any form -> its messages, and what stands beside them

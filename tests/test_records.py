@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import as_transformers, text_of, trained_text
 
+from data import records_of
 from model import UserError
 from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name
 from rewards import accuracy, reference_answer, sample_from_record
@@ -173,20 +174,22 @@ def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
 
 NOT_JSON = {
     "a.json": {
-        "line 1 column 1 is not JSON": ["hello", ""],
+        "line 1 column 1 is not JSON": ["hello"],
         "line 2 column 1 is not JSON (Extra data); one object a line is .jsonl": ['{"a": 1}\n{"a": 2}'],
         "is not JSON": ["[\n{}\n {}]", "[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', "[{}]]"],
-        "expected an array": ["12", "{}", "[]", "[{}, 1]"],
+        "expected an array": ["12", "{}", "[{}, 1]"],
+        "it is empty": ["", " \n", "[]"],
         "cannot be read": ['[{"a": ' + "[" * 100_000, '[{"a": ' + "1" * 5000 + "}]", b'[\n{"a": "\xc3"}]'],
         "can't encode character": ['[{}, {"a": "\\ud83d"}]'],
     },
     "a.jsonl": {
         "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
         "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
-        "expected an array": ["{}\n[]\n", "\n\n"],
+        "expected an array": ["{}\n[]\n"],
+        "it is empty": ["\n\n", ""],
         "cannot be read": ['{}\n{"a":' + "[" * 100_000],
     },
-    "a.csv": {"is not JSON": ["question,answer"]},
+    "a.csv": {"a table, which is not read; load_dataset(...).to_json(...) makes": ["question,answer"]},
 }
 
 
@@ -195,7 +198,7 @@ def test_what_is_no_dataset(tmp_path, name, message):
     for content in NOT_JSON[name][message]:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError) as caught:
-            read_records(tmp_path / name)
+            records_of(str(tmp_path / name), "")  # as python data.py reads it
         assert message in str(caught.value) and "\n" not in str(caught.value), caught.value
 
 
