@@ -202,7 +202,7 @@ class Processor:
         paths = tuple(self.locate_file(path, folder) for path in media.paths)
         if media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0]):
             paths = frames_in(paths[0])
-        with errors_name(paths[0]):
+        with errors_name(media.paths[0][:100]):  # as the record has it
             options = Options.from_args(media.kind, self.args, media.options)
         return self.plan_clip(media.kind, paths, options, tuple(map(file_stamp, paths)))
 
