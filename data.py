@@ -16,6 +16,7 @@ from config import Look, cli, ignored_options, parse
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
     cli(lambda: parse(Look))
 
+import base64
 import json
 import logging
 import math
@@ -27,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ from model import UserError, nearest_path
 from model.loading import ModelConfig, resolve_folder
 from model.qwen import IGNORE, Packed, Segments
 from model.rope import mrope_position_ids
-from reader import file_stamp
-from records import IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name
+from reader import errors_name, file_stamp
+from records import DATA_SUFFIXES, IMAGE_SUFFIXES, Media, Turn, read_records, read_turns, record_name, sample_name
 from video import TEMPORAL, ClipPlan, Options, apply_control, frames_in, from_patches, plan_clip, read_clip
 
 # The system turn that Qwen2.5-VL's chat template adds when a conversation brings none
@@ -202,7 +202,8 @@ class Processor:
         paths = tuple(self.locate_file(path, folder) for path in media.paths)
         if media.kind == "video" and len(paths) == 1 and os.path.isdir(paths[0]):
             paths = frames_in(paths[0])
-        options = Options.from_args(media.kind, self.args, media.options)
+        with errors_name(media.paths[0][:100]):  # as the record has it
+            options = Options.from_args(media.kind, self.args, media.options)
         return self.plan_clip(media.kind, paths, options, tuple(map(file_stamp, paths)))
 
     def read(self, plan: ClipPlan, control: str, seed: str) -> tuple[Tensor, list[int]]:
@@ -233,11 +234,14 @@ class Processor:
 
     def inline_file(self, address: str) -> str:
         """data:video/mp4;base64,... (RFC 2397, as OpenAI and ms-swift use it) as a file, written once a process."""
-        path = Path(self.inline.name) / f"{blake2b(address.encode(), digest_size=16).hexdigest()}_{os.getpid()}"
+        head, _, text = address.partition(",")
+        suffix = re.sub(r"^x-|\W", "", head.partition("/")[2].partition(";")[0])[:9]  # all that tells a tga
+        digest = blake2b(address.encode(), digest_size=16).hexdigest()
+        path = Path(self.inline.name) / f"{digest}_{os.getpid()}.{suffix}"
         if not path.exists():
             try:
-                path.write_bytes(urlopen(address).read())
-            except (OSError, ValueError) as error:
+                path.write_bytes(base64.b64decode("".join(text.split()), validate=True))
+            except ValueError as error:
                 raise UserError(f"{address[:40]}… is not base64 ({error}); encode the file again") from None
         return str(path)
 
@@ -347,7 +351,8 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
         return
     results = list(results)
     good = [result for result in results if "refused" not in result]
-    refused = [f"sample {i}: {result['refused']}" for i, result in enumerate(results) if "refused" in result]
+    refused = {i: result["refused"] for i, result in enumerate(results) if "refused" in result}
+    refused = [f"{sample_name(records, i)}: {reason}" for i, reason in refused.items()]
     if not good:
         raise UserError(f"{file}: nothing can be used; {refused[0]}")
     yield file
@@ -364,7 +369,7 @@ def look_at_file(file: str, processor: Processor, as_json: bool, question: str) 
 
 def records_of(file: str, question: str) -> tuple:
     """(records, whether they are a dataset's) of a dataset, or of a clip and a question about it."""
-    if file.lower().endswith((".json", ".jsonl")) and not Path(file).is_dir():
+    if file.lower().endswith(DATA_SUFFIXES) and not Path(file).is_dir():
         return read_records(file), True
     return [{"messages": [{"role": "user", "content": [clip_part(file), question]}]}], False
 
@@ -375,6 +380,8 @@ def clip_part(file: str | Path, image_folder: str | None = None) -> dict:
     if not (path.exists() or image_folder or "://" in str(file)):
         expected = f"expected a video, an image, or a folder of frames{nearest_path(path)}"
         raise UserError(f"{file}: no such file; {expected}")
+    if path.suffix.lower() in DATA_SUFFIXES and path.is_file():
+        raise UserError(f"{file}: a dataset, expected a video or an image; give it as --data_path")
     kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
     return {"type": kind, "path": str(path.absolute() if path.exists() else file)}
 

@@ -20,7 +20,7 @@ from data import CONTROLS
 from loader import Samples
 from model import UserError
 from model.decode import Sampling
-from records import Selection, data_files, read_records, record_name, spread
+from records import Selection, data_files, read_records, record_name, sample_name, spread
 from rewards import accuracy, check_solution, extract_answer, format, read_answer, reference_answer, sample_from_record
 from rollouts import Group, facts_of, prompt_batches, row
 
@@ -54,7 +54,7 @@ def answerable(cfg, what, records, strict=True):
     if not faults:
         return good, []
     number, error = next(iter(faults.items()))
-    first = f"sample {number}: {error}"
+    first = f"{sample_name(records, number)}: {error}"
     note = f"the answers of {len(faults)} of {looked_at} {what} samples cannot be read, the first: {first}"
     if strict and (len(faults) > cfg.max_skip_share * looked_at or not len(good)):
         raise UserError(f"{note}; max_skip_share is {cfg.max_skip_share}")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import Example, Processor, TooLong, pack
 from model import UserError
-from records import Selection
+from records import sample_name
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STEPS_AHEAD = 2  # optimizer steps that are decoded ahead
@@ -40,8 +40,7 @@ class Samples(Dataset):
         try:
             example = self.processor.encode(self.records[i], self.answer, self.control)
         except UserError as error:  # an exception from a worker process would come with its traceback
-            number = self.records.numbers[i] if isinstance(self.records, Selection) else i  # in the file
-            return i, type(error)(f"sample {number}: {error}")
+            return i, type(error)(f"{sample_name(self.records, i)}: {error}")
         example.number = i
         return example
 

@@ -55,6 +55,15 @@ def file_stamp(path: str) -> tuple:
 
 
 @contextmanager
+def errors_name(path: str) -> Iterator[None]:
+    """A UserError inside begins with the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
 def open_stream(path: str, picture: bool = False) -> Iterator[av.VideoStream]:
     """A file's default video stream; of a picture, if that is expected. FFmpeg's errors inside become a UserError."""
     file_stamp(path)
@@ -213,15 +222,18 @@ def resize(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 def decode(stream: av.VideoStream, wanted: set[int] | None) -> Iterator[av.VideoFrame]:
     """Frames from where the container stands; with `wanted` (pts), without those that neither it nor another frame
-    needs, which takes a quarter less time."""
+    needs, which takes a quarter less time. Not of AV1: its decoder asks only once, at its first packet."""
+    if stream.codec_context.codec.canonical_name == "av1":
+        wanted = None
     for packet in stream.container.demux(stream):
         is_needed = wanted is None or not packet.size or packet.pts in wanted
         stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
         yield from packet.decode()
 
 
-def read_frames(path: str, seeks: Sequence[tuple[int | None, int]], size: tuple[int, int]) -> list[Tensor]:
-    """Frames of one video, each (3, *size) uint8. seeks: FrameIndex.seeks of each, in ascending order."""
+def read_frames(path: str, seeks: Sequence[tuple], size: tuple[int, int], skip: bool = True) -> list[Tensor]:
+    """Frames of one video, each (3, *size) uint8. seeks: FrameIndex.seeks of each, in ascending order. skip: decode
+    only what is needed; where that misses frames, all are decoded."""
     scaler, frames = VideoReformatter(), {}
     with open_stream(path) as stream:
         smooth = SMOOTH if is_picture(stream.container) else None
@@ -229,7 +241,7 @@ def read_frames(path: str, seeks: Sequence[tuple[int | None, int]], size: tuple[
             missing = {time for _, time in run}
             if position is not None:
                 stream.container.seek(position, stream=stream)
-            for number, frame in enumerate(decode(stream, None if position is None else missing)):
+            for number, frame in enumerate(decode(stream, missing if skip and position is not None else None)):
                 time = number if position is None else frame.pts
                 if time in missing:
                     missing.remove(time)
@@ -237,6 +249,8 @@ def read_frames(path: str, seeks: Sequence[tuple[int | None, int]], size: tuple[
                 if not missing:
                     break
     missing = [time for position, time in seeks if (position, time) not in frames]
+    if missing and skip:
+        return read_frames(path, seeks, size, skip=False)
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(seeks)} frames do not decode; write it again")
     return [frames[seek] for seek in seeks]

@@ -37,6 +37,8 @@ UNREAD_IN_TURN = "tool_calls", "thinking", "reasoning_content"
 IMAGE_SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif".split()
 )
+TABLE_SUFFIXES = ".parquet", ".csv", ".tsv", ".arrow", ".xlsx"  # of datasets that are not read
+DATA_SUFFIXES = ".json", ".jsonl", *TABLE_SUFFIXES
 SUFFIX = "|".join(map(re.escape, IMAGE_SUFFIXES))
 SUFFIX += r"|\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|m?ts|m2ts|m2v|flv|wmv|3gp|gif|apng|vob|ogv|mxf|h264|hevc)"
 # In JSON: a quoted name with one of these suffixes, perhaps of a web address; or a picture or clip itself
@@ -137,23 +139,25 @@ def read_file(file: str) -> list[bytes]:
         reason = "not a file" if os.path.exists(file) else "no such file"
         expected = f"expected a .json or .jsonl dataset, python generate.py makes one{nearest_path(file)}"
         raise UserError(f"{file}: {reason}; {expected}")
+    if file.lower().endswith(TABLE_SUFFIXES):
+        raise UserError(f"{file}: a table, which is not read; load_dataset(...).to_json(...) makes a .jsonl of it")
     lines, values = 0, []  # lines: before the one that is being read
     try:
         text = Path(file).read_text("utf-8-sig")
         if not file.lower().endswith(".jsonl"):
-            values = json.loads(text)
+            values = json.loads(text) if text.strip() else []
         else:
             for lines, line in enumerate(text.split("\n")):  # noqa: B007 (an error below says where)
                 values += [json.loads(line)] if line.strip() else []
-        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
-            raise ValueError("expected an array [...] of objects, or one object a line in .jsonl")
+        if not values or not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            problem = "it is empty; " if values == [] else ""
+            raise ValueError(f"{problem}expected an array [...] of objects, or one object a line in .jsonl")
         return [json.dumps(value, ensure_ascii=False).encode("utf-8") for value in values]
     except json.JSONDecodeError as error:
         where = f"line {lines + error.lineno} column {error.colno}"
         raise UserError(f"{file}: {where} is not JSON ({error.msg}); one object a line is .jsonl") from None
     except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, half a character, a number without end
-        problem = f"{file}: cannot be read ({error}); expected .json or .jsonl"
-        raise UserError(f"{problem}; of a table load_dataset(...).to_json(...) makes one") from None
+        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
 # -- A record in any form -> its messages, and what stands beside them
@@ -207,6 +211,8 @@ def read_form(record: dict) -> Conversation:
     turns = read_question(record, form, options, solution) if form in QUESTIONS else read_chat(record, form)
     if solution is not None and turns[-1].role != "assistant":
         turns.append(Turn("assistant", solution))
+    if system and turns[0].role == "system":
+        raise UserError("a system column beside another system turn; expected one of them")
     turns = [Turn("system", system), *turns] if system else turns
     return Conversation(turns, solution, options, record.get("problem_type") or "")
 
@@ -239,7 +245,8 @@ def read_chat(record: dict, form: str) -> list[Turn]:
 def read_question(record: dict, form: str, options: list[str], solution: str | None) -> list[Turn]:
     """Video-R1, query and response, Alpaca: earlier questions and answers, one question, and at most one answer."""
     history = record.get("history") or []
-    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+    are_texts = lambda pair: isinstance(pair, list) and [type(text) for text in pair] == [str, str]
+    if not isinstance(history, list) or not all(map(are_texts, history)):
         raise UserError(f"history is {str(history)[:80]}; expected pairs of a question and its answer")
     texts = [text for pair in history for text in pair]
     texts.append("\n".join(filter(None, (record[form], record.get("input")))))
@@ -334,7 +341,8 @@ def parts_of(turn: Turn, tagged: bool) -> Iterator[str | Media]:
     """Text and clips of one message; a tag, and a part that names no file, as a Media without paths."""
     for part in [turn.content] if isinstance(turn.content, str) else turn.content:
         kind = part.get("type") if isinstance(part, dict) else None
-        text = first_of(part, "text", "value") if kind == "text" else part
+        is_text = kind == "text" and not any(map(part.get, FILE_KEYS[:-1]))  # a file beside it would be lost
+        text = first_of(part, "text", "value") if is_text else part
         if isinstance(text, str):
             has_tags = turn.role == "user" and (tagged or text is turn.content)
             pieces = TAG.split(text) if has_tags else [text]  # text, kind, text, kind, text
@@ -412,6 +420,13 @@ def record_name(record: dict) -> str:
     name = first_of(record, "id", "problem_id")
     text = first_of(record, *CHATS, *QUESTIONS) or record
     return str(name)[:80] if name is not None else clip_name(record) or json.dumps(text, ensure_ascii=False)[:60]
+
+
+def sample_name(records: Sequence[dict], i: int) -> str:
+    """What messages call sample i of a selection: its number in the file, and its record's name."""
+    while isinstance(records, Selection):
+        records, i = records.records, records.numbers[i]
+    return f"sample {i} ({record_name(records[i])})"
 
 
 def clip_name(record: dict) -> str | None:

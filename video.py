@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model import UserError
-from reader import index_frames, read_frames, read_image
+from reader import errors_name, index_frames, read_frames, read_image
 from records import IMAGE_SUFFIXES
 
 PATCH, TEMPORAL, MERGE = 14, 2, 2  # pixels, frames, patches a side; the same in every Qwen2.5-VL
@@ -220,11 +220,12 @@ def plan_clip(kind: str, paths: tuple[str, ...], options: Options, stamp: tuple 
     total = len(index.times) if index else len(paths)
     fps = 0.0 if kind == "image" else index.fps if index and total > 1 else options.fps
     indices, sample_fps, notes = [0], math.inf, []
-    if kind == "video":
-        indices, sample_fps = sample_frames(total, fps, options, listed=index is None or total == 1)
+    with errors_name(paths[0]):
+        if kind == "video":
+            indices, sample_fps = sample_frames(total, fps, options, listed=index is None or total == 1)
+        h, w, size_notes = frame_size(kind, *source, len(indices), options)
     if kind == "video" and total == 1:
         notes.append("one picture where a video is expected: a clip of two equal frames")
-    h, w, size_notes = frame_size(kind, *source, len(indices), options)
     times = tuple(index.times[i] if index else i / options.fps for i in indices)
     if index and total > 1:
         off, time, by_rate = max((abs(time - i / fps), time, i / fps) for time, i in zip(times, indices))

@@ -190,7 +190,7 @@ def test_the_plan_of_a_dataset(processor, clips):
     lines = lines_of(processor, clips / "d.json").splitlines()
     lengths = [length(processor, r) for r in records[:3]]
     assert f"3, {sum(lengths)} tokens: {lengths[0]} to {lengths[2]} a sample, median {lengths[1]}" in lines[1]
-    assert lines[2].count("sample 3: ") == 1 and "no readable video" in lines[2]
+    assert lines[2].count("sample 3 (broken.mp4): ") == 1 and "no readable video" in lines[2]
     results = lines_of(processor, clips / "d.json", as_json=True)
     assert [result.get("learned") for result in results] == [["x"], ["xx"], ["xxx"], None]
     broken = [{"question": str(i)} for i in range(30)]

@@ -17,7 +17,7 @@ from test_data import record
 from test_video import write_clip
 
 from data import pack
-from loader import Loader
+from loader import Loader, Samples
 from model import UserError
 from records import Selection, read_records
 
@@ -179,6 +179,8 @@ def test_too_long_samples_do_not_count_as_broken(processor):
     steps = list(loader.iterate(0, 3))
     assert sorted(len(packed.names) for step in steps for packed in step) == [0, 0, 0, 0, 0, 1]
     assert 9 == len(loader.skipped) == len(loader.too_long)
+    twice = Selection(Selection(records, [9, 4]), [1])  # as of --max_samples and of an evaluation's
+    assert str(Samples(twice, processor, True)[0][1]).startswith("sample 4 (4.mp4): ")
     processor.args.max_seq_length = 10
     with pytest.raises(UserError, match="all 10 samples are left out"):
         list(make_loader(processor).iterate(0, 3))

@@ -3,6 +3,7 @@ what is not read is refused with the true reason."""
 
 import os
 import struct
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,6 +32,7 @@ STREAMS = {
     "h264.avi": dict(g="7", bf="3", sc_threshold="0"),
     "h264.mkv": {},
     "vp9.webm": dict(codec="libvpx-vp9"),
+    "av1.mp4": dict(codec="libsvtav1", preset="10"),
     "animation.gif": dict(codec="gif", pix_fmt="rgb8"),
     "one_keyframe.ts": dict(g="250", bf="3", sc_threshold="0"),
     "one_keyframe_hevc.ts": HEVC,
@@ -60,6 +62,8 @@ def textured(n):
 @pytest.mark.parametrize("name", STREAMS)
 def test_frames_are_those_of_decoding_all(tmp_path, name):
     """cut: as a recording of a broadcast, whose first packets are gone; it begins with the second keyframe."""
+    if STREAMS[name].get("codec") not in {None, *av.codecs_available}:
+        pytest.skip("PyAV without this encoder")
     path = Path(write_clip(tmp_path / name, textured(60), **STREAMS[name]))
     is_cut, data = name.startswith("cut"), path.read_bytes()
     if is_cut:
@@ -71,7 +75,8 @@ def test_frames_are_those_of_decoding_all(tmp_path, name):
     assert plan.total_frames == len(means) == (30 if is_cut else 60) and not plan.notes
     assert plan.source_fps == STREAMS[name].get("fps", 10)  # as it was written, in a raw stream too
     assert np.allclose(plan.times, np.array(plan.indices) / plan.source_fps, atol=0.011)
-    assert np.abs(brightness(plan) - means[list(plan.indices)]).max() < 0.1
+    for some in (plan, replace(plan, indices=plan.indices[2:], seeks=plan.seeks[2:])):  # without the first ones too
+        assert np.abs(brightness(some) - means[list(some.indices)]).max() < 0.1
 
 
 def write_at(path, codec, ticks, rate=30, **options):

@@ -121,6 +121,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         (f"{FOLDER} two --output_dir two/new --overwrite", "own"),
         (f"{FOLDER} two --output_dir . --overwrite", "own"),
         ("infer --model_id TINY", "no clip given"),
+        ("infer broken/lvb_val.json --model_id TINY --model_ckpt none", "a dataset, .*give it as --data_path"),
         ("infer a.mp4 --model_id TINY --model_ckpt nowhere", "nowhere: no such folder"),
         ("infer --data_path nowhere.json --model_id TINY", "nowhere.json: no such file"),
         (f"{BENCHMARK} mvbenhc mvbench", "got 'mvbenhc', expected one of video-r1-mvbench, .*tempcompass-yes_no"),

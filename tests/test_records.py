@@ -4,6 +4,7 @@ refused in one line. cases/forms.jsonl holds the records, written here after the
 import base64
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import as_transformers, text_of, trained_text
 
+from data import records_of
 from model import UserError
 from records import Media, Selection, clip_name, data_files, read_records, read_turns, record_name
 from rewards import accuracy, reference_answer, sample_from_record
@@ -97,14 +99,18 @@ def test_options_in_a_column_are_asked_and_read(processor):
 def test_clips_inside_a_record(processor, clips):
     """data: addresses, as OpenAI and ms-swift have them: the same ids and patches as from the file."""
     plain = processor.encode({"messages": chat("<video><image>?", "!"), "videos": ["0.mp4"], "images": ["p.png"]})
-    movie, still = (f"data:{kind};base64," + base64.b64encode((clips / name).read_bytes()).decode()
-                    for name, kind in (("0.mp4", "video/mp4"), ("p.png", "image/png")))  # fmt: skip
+    (clips / "p.tga").write_bytes(struct.pack("<2xB9x2H2B", 2, 84, 56, 24, 0) + bytes(84 * 56 * 3))
+    names = {"0.mp4": "video/mp4", "p.png": "image/png", "p.tga": "image/x-tga"}
+    movie, still, tga = (f"data:{kind};base64," + base64.b64encode((clips / name).read_bytes()).decode()
+                         for name, kind in names.items())  # fmt: skip
     swift = {"messages": chat("<video><image>?", "!"), "videos": [movie], "images": [still]}
     urls = {"type": "video_url", "video_url": {"url": movie}}, {"type": "image_url", "image_url": still}
     for record in (swift, {"messages": chat([*urls, "?"], "!")}):
         example = processor.encode(record)
         assert np.array_equal(example.ids, plain.ids) and torch.equal(example.patches, plain.patches)
         assert clip_name(record) is None and len(record_name(record)) <= 80
+    dark = processor.encode({"messages": chat("<image>?", "!"), "images": [tga]})  # a kind known by its suffix alone
+    assert dark.grid_thw == [(1, 4, 6)] and not dark.patches.any()
     file = {"type": "video_url", "video_url": {"url": f"file://{clips / '0.mp4'}"}}
     assert processor.encode({"messages": chat([file, "?"], "!")}).grid_thw == [(2, 4, 4)]
 
@@ -168,20 +174,22 @@ def test_a_file_is_read_as_json_loads_reads_it(tmp_path, name, separator):
 
 NOT_JSON = {
     "a.json": {
-        "line 1 column 1 is not JSON": ["hello", ""],
+        "line 1 column 1 is not JSON": ["hello"],
         "line 2 column 1 is not JSON (Extra data); one object a line is .jsonl": ['{"a": 1}\n{"a": 2}'],
         "is not JSON": ["[\n{}\n {}]", "[{},]", "[{}", "[", "[,", "[{}}", '[{"a": 1},\n{"a": }]', "[{}]]"],
-        "expected an array": ["12", "{}", "[]", "[{}, 1]"],
+        "expected an array": ["12", "{}", "[{}, 1]"],
+        "it is empty": ["", " \n", "[]"],
         "cannot be read": ['[{"a": ' + "[" * 100_000, '[{"a": ' + "1" * 5000 + "}]", b'[\n{"a": "\xc3"}]'],
         "can't encode character": ['[{}, {"a": "\\ud83d"}]'],
     },
     "a.jsonl": {
         "line 4 column 7 is not JSON": ['{"a": 1}\n\n{"a": 2}\n{"a": \n'],
         "line 1 column 4 is not JSON (Extra data)": ["{} {}"],
-        "expected an array": ["{}\n[]\n", "\n\n"],
+        "expected an array": ["{}\n[]\n"],
+        "it is empty": ["\n\n", ""],
         "cannot be read": ['{}\n{"a":' + "[" * 100_000],
     },
-    "a.csv": {"is not JSON": ["question,answer"]},
+    "a.csv": {"a table, which is not read; load_dataset(...).to_json(...) makes": ["question,answer"]},
 }
 
 
@@ -190,7 +198,7 @@ def test_what_is_no_dataset(tmp_path, name, message):
     for content in NOT_JSON[name][message]:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError) as caught:
-            read_records(tmp_path / name)
+            records_of(str(tmp_path / name), "")  # as python data.py reads it
         assert message in str(caught.value) and "\n" not in str(caught.value), caught.value
 
 
