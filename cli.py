@@ -195,6 +195,8 @@ def follow_model(cfg):
     for size in sizes[-1:]:
         path = Path(__file__).with_name("configs") / f"{size}b_{script}.py"
         values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
+        if not (getattr(cfg, "lora_enable", False) and cfg.freeze_llm):  # these are for a base that training freezes
+            given |= {"base_dtype", "head_dtype", "offload_embedding"}
         values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
         vars(cfg).update(values)
         cfg.settle(cfg.given)
