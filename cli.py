@@ -235,6 +235,7 @@ def help_text(cls, every):
 def read_argv(cls, argv):
     """([(name, value, "")], words without a flag) of a command line."""
     kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
+    positional = [f for f in fields(cls) if f.metadata.get("positional")]  # they need no flag
     words, bare, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
@@ -244,21 +245,22 @@ def read_argv(cls, argv):
         name, equals, value = arg[2:].partition("=")
         name = name.replace("-", "_")
         kind = kinds.get(SYNONYMS.get(name, name))
-        is_switch = bool in (kind, *typing.get_args(kind))
+        is_switch = bool in (kind, *typing.get_args(kind)) or (kind is None and positional)
         if not equals:
             follows = rest[0].lower() if rest and not rest[0].startswith("--") else None
-            if follows is not None and (not is_switch or follows in SWITCH):
+            table, meaning = NAMES.get(name, ("", ""))
+            known = follows in SWITCH or (table == "by_value" and follows in meaning)
+            if follows is not None and (not is_switch or known or not positional):
                 value = rest.pop(0)
             elif is_switch or kind is None:
                 value = "true"
             else:
                 raise UserError(f"--{name}: got no value, expected {type_name(kind)}")
         words.append((name, value, ""))
-    for f in fields(cls):
-        if f.metadata.get("positional") and bare:  # it needs no flag; a list, the last one, takes all that follow
-            is_list = typing.get_origin(f.type) is list
-            words.append((f.name, bare if is_list else bare[0], ""))
-            bare = [] if is_list else bare[1:]
+    for f in positional[: len(bare)]:
+        is_list = typing.get_origin(f.type) is list  # the last one, it takes all that follow
+        words.append((f.name, bare if is_list else bare[0], ""))
+        bare = [] if is_list else bare[1:]
     return words, bare
 
 

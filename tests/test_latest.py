@@ -125,7 +125,8 @@ FULL = dict(base_dtype="bf16", head_dtype="bf16", offload_embedding=False, adam_
     (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
     (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
     (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None, base_dtype="nf4")),
-    (5120, "--freeze_llm False --llm_lora False", FULL), (5120, "--freeze_vision_tower False --lora_enable False", FULL),
+    (5120, "--freeze_llm False --llm_lora False", FULL),
+    (5120, "--lora_enable False --freeze_vision_tower False", FULL),
     (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
     ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
 ])  # fmt: skip
