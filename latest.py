@@ -43,7 +43,8 @@ def take_options(cfg, path, script):
     run, ours = read_json(path), as_dict(cfg)
     if run["script"] != script:
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
-    theirs = {name: run["config"][name] for name in ours.keys() & run["config"].keys()}
+    known = {"head_dtype": "bf16", "offload_embedding": False} | run["config"]  # an older run has none of the two
+    theirs = {name: known[name] for name in ours.keys() & known.keys()}
     new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
     for name in new & FIXED:
         what = f"got {ours[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
