@@ -197,6 +197,9 @@ def follow_model(cfg):
         width = max(map(int, re.findall(r'"hidden_size": *(\d+)', text)), default=0)  # the tower's is smaller
         sizes = [size for size in WIDTHS if WIDTHS[size] <= width]
     else:
+        if any(file.with_name(name).is_file() for name in ("adapter_config.json", "run.json")):
+            problem = f"--model_id: {cfg.model_id} is the folder of an adapter or a run, expected a base model"
+            raise UserError(f"{problem}; an adapter is given by --model_ckpt {cfg.model_id}")
         named = re.search(r"/.*-(\d+)B\b", cfg.model_id)
         sizes = [size for size in WIDTHS if named and size <= int(named[1])]
     for size in sizes[-1:]:
