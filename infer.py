@@ -121,7 +121,8 @@ class Model:
         apply(cfg, [(name, value, "") for name, value in options.items()])
         if fixed := cfg.given & {*FIXED.split(), *as_dict(VideoArgs())}:
             raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
-        cfg.check()
+        if options:  # else as they are: --benchmark sets a prompt beside a --question
+            cfg.check()
         records = spread(read_records(data) if isinstance(data, str | Path) else data, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: no records, expected at least one")
