@@ -36,15 +36,19 @@ SWITCH = ("true", "false", "1", "0", "yes", "no", "none", "auto")  # what may fo
 # -- Options beside each other: the tables name each once, whichever script has it
 
 FROZEN = "its default beside --lora_enable False or --freeze_llm False: such weights stay frozen"
-RULES = [  # an option, and another that tells the scripts; what is expected of it; whether c, a config, is so
-    ("freeze_llm", "True, or --llm_lora False: either adapters or all of its weights",
+EITHER = "either adapters or all weights are trained, expected"
+RULES = [  # an option, and another that tells the scripts; what is expected of it, or all of a message with that word;
+    # whether c, a config, is so
+    ("freeze_llm", f"--freeze_llm False beside --llm_lora True: {EITHER} --llm_lora False or --freeze_llm True",
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
-    ("freeze_vision_tower", "True, or --vision_lora False: either adapters or all of its weights",
-     lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
+    ("freeze_vision_tower", f"--freeze_vision_tower False beside --vision_lora True: {EITHER} --vision_lora False or "
+     "--freeze_vision_tower True", lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
     ("base_dtype lora_enable", FROZEN, lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
     ("head_dtype lora_enable", FROZEN, lambda c: c.head_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
     ("offload_embedding lora_enable", FROZEN, lambda c: not c.offload_embedding or (c.lora_enable and c.freeze_llm)),
-    ("resume", "False beside --overwrite", lambda c: not (c.resume and c.overwrite)),
+    ("fp16", "--fp16 True beside --bf16 True, expected one of them at most", lambda c: not (c.bf16 and c.fp16)),
+    ("resume", "--resume beside --overwrite, expected one of them: to go on with the run, or to start anew",
+     lambda c: not (c.resume and c.overwrite)),
     ("temperature beta", "a number above 0", lambda c: c.temperature > 0),
     ("num_generations", "a divisor of per_device_train_batch_size {c.per_device_train_batch_size} x "
      "gradient_accumulation_steps {c.gradient_accumulation_steps}: groups are whole",
@@ -59,8 +63,8 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.command in ("merge", "check")),
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
     ("output_dir command", "a new folder, as in {c.__doc__}", lambda c: c.output_dir or c.command == "check"),
-    ("files", "at least one, as in {c.__doc__}", lambda c: c.files),
-    ("runs", "at least one, as in {c.__doc__}", lambda c: c.runs),
+    ("files", "no file given, expected at least one, as in {c.__doc__}", lambda c: c.files),
+    ("runs", "no run given, expected at least one, as in {c.__doc__}", lambda c: c.runs),
 ]  # fmt: skip
 IGNORED = [  # options that may have been given to a script that has the first, why they have no effect, when
     ("num_train_epochs", "max_steps decides", lambda c: c.max_steps != -1),
@@ -90,8 +94,10 @@ def check(c):
         require(value is None or ok(value), f.name, value, expected)
     for names, expected, ok in RULES:
         if all(hasattr(c, name) for name in names.split()):
-            name = names.split()[0]
-            require(ok(c), name, getattr(c, name), expected.format(c=c))
+            name, expected = names.split()[0], expected.format(c=c)
+            if "expected" in expected and not ok(c):
+                raise UserError(expected)
+            require(ok(c), name, getattr(c, name), expected)
 
 
 def ignored_options(c):
@@ -174,7 +180,8 @@ def read_config(cls, path):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--config {path}: cannot be read as settings: {reason}") from error
     lines = path.read_text(encoding="utf-8").splitlines()
-    line_of = lambda name: next((n for n, line in enumerate(lines, 1) if line.lstrip(' {"').startswith(name)), 1)
+    is_of = lambda name, line: re.match(rf"""[\s{{["']*{re.escape(name)}\b""", line)
+    line_of = lambda name: next((n for n, line in enumerate(lines, 1) if is_of(name, line)), 1)
     return [(name.replace("-", "_"), value, f"{path}: line {line_of(name)}") for name, value in values.items()]
 
 
@@ -190,11 +197,16 @@ def follow_model(cfg):
         width = max(map(int, re.findall(r'"hidden_size": *(\d+)', text)), default=0)  # the tower's is smaller
         sizes = [size for size in WIDTHS if WIDTHS[size] <= width]
     else:
+        if any(file.with_name(name).is_file() for name in ("adapter_config.json", "run.json")):
+            problem = f"--model_id: {cfg.model_id} is the folder of an adapter or a run, expected a base model"
+            raise UserError(f"{problem}; an adapter is given by --model_ckpt {cfg.model_id}")
         named = re.search(r"/.*-(\d+)B\b", cfg.model_id)
         sizes = [size for size in WIDTHS if named and size <= int(named[1])]
     for size in sizes[-1:]:
         path = Path(__file__).with_name("configs") / f"{size}b_{script}.py"
         values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
+        if not (getattr(cfg, "lora_enable", False) and cfg.freeze_llm):  # these are for a base that training freezes
+            given |= {"base_dtype", "head_dtype", "offload_embedding"}
         values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
         vars(cfg).update(values)
         cfg.settle(cfg.given)
@@ -233,6 +245,7 @@ def help_text(cls, every):
 def read_argv(cls, argv):
     """([(name, value, "")], words without a flag) of a command line."""
     kinds = kinds_of(cls) | {"config": str, "local_rank": str}  # the deepspeed launcher inserts --local_rank
+    positional = [f for f in fields(cls) if f.metadata.get("positional")]  # they need no flag
     words, bare, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
@@ -242,21 +255,22 @@ def read_argv(cls, argv):
         name, equals, value = arg[2:].partition("=")
         name = name.replace("-", "_")
         kind = kinds.get(SYNONYMS.get(name, name))
-        is_switch = bool in (kind, *typing.get_args(kind))
+        is_switch = bool in (kind, *typing.get_args(kind)) or (kind is None and positional)
         if not equals:
             follows = rest[0].lower() if rest and not rest[0].startswith("--") else None
-            if follows is not None and (not is_switch or follows in SWITCH):
+            table, meaning = NAMES.get(name, ("", ""))
+            known = follows in SWITCH or (table == "by_value" and follows in meaning)
+            if follows is not None and (not is_switch or known or not positional):
                 value = rest.pop(0)
             elif is_switch or kind is None:
                 value = "true"
             else:
                 raise UserError(f"--{name}: got no value, expected {type_name(kind)}")
         words.append((name, value, ""))
-    for f in fields(cls):
-        if f.metadata.get("positional") and bare:  # it needs no flag; a list, the last one, takes all that follow
-            is_list = typing.get_origin(f.type) is list
-            words.append((f.name, bare if is_list else bare[0], ""))
-            bare = [] if is_list else bare[1:]
+    for f in positional[: len(bare)]:
+        is_list = typing.get_origin(f.type) is list  # the last one, it takes all that follow
+        words.append((f.name, bare if is_list else bare[0], ""))
+        bare = [] if is_list else bare[1:]
     return words, bare
 
 

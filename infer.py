@@ -23,7 +23,7 @@ from queue import SimpleQueue
 
 from answers import answer_span, extract_answer, parse_options
 from checkpoint import BEST, STATE, best_checkpoint, find_adapter, read_json
-from cli import from_file
+from cli import apply, from_file
 from latest import grpo_command
 from model import UserError
 from records import TAG, read_records, spread
@@ -117,9 +117,12 @@ class Model:
         from data import CONTROLS
         from evaluate import Predictions, evaluate
 
-        if fixed := options.keys() & {*FIXED.split(), *as_dict(VideoArgs())}:
+        cfg = replace(self.cfg)
+        apply(cfg, [(name, value, "") for name, value in options.items()])
+        if fixed := cfg.given & {*FIXED.split(), *as_dict(VideoArgs())}:
             raise UserError(f"evaluate: {min(fixed)} cannot change for one call; give it to Model")
-        cfg = replace(self.cfg, **options)
+        if options:  # else as they are: --benchmark sets a prompt beside a --question
+            cfg.check()
         records = spread(read_records(data) if isinstance(data, str | Path) else data, cfg.max_samples, cfg.seed)
         if not len(records):
             raise UserError("evaluate: no records, expected at least one")

@@ -43,7 +43,8 @@ def take_options(cfg, path, script):
     run, ours = read_json(path), as_dict(cfg)
     if run["script"] != script:
         raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
-    theirs = {name: run["config"][name] for name in ours.keys() & run["config"].keys()}
+    known = {"head_dtype": "bf16", "offload_embedding": False} | run["config"]  # an older run has none of the two
+    theirs = {name: known[name] for name in ours.keys() & known.keys()}
     new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
     for name in new & FIXED:
         what = f"got {ours[name]!r}, expected {theirs[name]!r} as in {cfg.output_dir}"
@@ -68,20 +69,19 @@ def take_adapter(cfg):
         cfg.notes += (f"--model_ckpt {adapter}, of the run made last",)
     config = read_json(adapter / ADAPTER[0])
     base = config.get("base_model_name_or_path")
-    for name in ("base_dtype", "head_dtype"):
-        kind = config.get(name, getattr(cfg, name))
-        if name not in cfg.given and kind != getattr(cfg, name):
-            setattr(cfg, name, from_file(type(cfg), name, kind, adapter))
-            cfg.notes += (f"--{name} {kind}, which the adapter was trained on",)
-    if not base or Path(base).resolve() == Path(cfg.model_id).resolve():
-        return
-    if "model_id" not in cfg.given:
+    is_other = base and Path(base).resolve() != Path(cfg.model_id).resolve()
+    if is_other and "model_id" not in cfg.given:
         cfg.model_id = base
         cfg.notes += (f"--model_id {base}, which the adapter was made for",)
         follow_model(cfg)
-    elif newest:
+    elif is_other and newest:
         problem = f"--model_id {cfg.model_id}: the newest adapter, {adapter}, was made for {base}"
         raise UserError(f"{problem}; give --model_ckpt FOLDER, or --model_ckpt none for a new adapter")
+    for name in ("base_dtype", "head_dtype"):  # the adapter's beats what suits the model
+        kind = config.get(name, "bf16")
+        if name not in cfg.given and kind != getattr(cfg, name):
+            setattr(cfg, name, from_file(type(cfg), name, kind, adapter))
+            cfg.notes += (f"--{name} {kind}, which the adapter was trained on",)
 
 
 def take_dataset(cfg):

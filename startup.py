@@ -22,7 +22,7 @@ import torch
 import checkpoint
 import console
 import ranks
-from adapter_files import load_adapter
+from adapter_files import load_adapter, trained_on
 from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, sha256, write_json
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
@@ -95,6 +95,8 @@ def find_source(run):
     run.notes.append(f"--resume: {where}")
     if run.source:
         run.state = read_json(run.source / STATE)
+        older = run.state.get("loop", {}).get("rounds", run.state["step"])  # where checkpoints had it until 2026-11-30
+        run.state.setdefault("rounds", older)
         for name in ("step", "rounds", "updates", "best", "start_accuracy"):
             setattr(run, name, run.state[name])
 
@@ -130,10 +132,13 @@ def adapt(model, cfg, folder):
         inject(model, cfg)
         set_trainable(model, cfg)
         return []
-    given = load_adapter(model, folder)
+    given, kinds = load_adapter(model, folder), trained_on(read_json(Path(folder) / ADAPTER[0]))
     set_trainable(model, cfg)
     own = [name for name in OF_ADAPTER if name in cfg.given and getattr(cfg, name) != getattr(given, name)]
     notes = [f"--{name} has no effect: the adapter has its own" for name in own]
+    for name, kind in kinds.items():
+        if kind != getattr(model, name):
+            notes.append(f"the adapter was trained with --{name} {kind} and goes on with {getattr(model, name)}")
     return [f"adapter of {folder}: rank {given.lora_rank}, alpha {given.lora_alpha:g}", *notes]
 
 
@@ -236,6 +241,8 @@ def dry_run(cfg, make_loader, records):
     model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
     place_all(model)
     notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
+    if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
+        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")

@@ -61,7 +61,19 @@ def test_commands_with_words_that_have_no_flag():
     assert cfg.text == config.QUESTION  # the shell hands over \n as two characters
     look = parse(Look, ["a.mp4", "--fps", "4", "b.mp4", "c,d.json"])
     assert (look.files, look.nframes, look.fps) == (["a.mp4", "b.mp4", "c,d.json"], None, 4.0)
-    cfg = parse(Infer, ["--json", "clip.mp4", "--question=What moves?", "--model_ckpt", "none"])
+    cfg = parse(
+        Infer,
+        [
+            "--torch_dtype",
+            "auto",
+            "--json",
+            "--trust-remote-code",
+            "clip.mp4",
+            "--question=What moves?",
+            "--model_ckpt",
+            "none",
+        ],
+    )
     assert (cfg.video, cfg.json, cfg.text, cfg.model_ckpt) == ("clip.mp4", True, "What moves?", None)
     cfg = parse(Adapter, ["merge", "a", "b"])
     assert (cfg.command, cfg.model_ckpt, cfg.output_dir) == ("merge", "a", "b")

@@ -175,7 +175,12 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     for wrong, words in {
         lambda: list(model.stream("nowhere.mp4")): "nowhere.mp4: no such file",
         lambda: Model(temprature=1): "did you mean temperature",
+        lambda: Model(model_id="output/a/checkpoint-5"): "adapter is given by --model_ckpt output/a/checkpoint-5",
         lambda: model.evaluate([], fps=1.0): "fps cannot change for one call",
+        lambda: model.evaluate([], temprature=1): "did you mean temperature",
+        lambda: model.evaluate([], max_samples=-3): "--max_samples: got -3, expected a number above 0",
+        lambda: model.evaluate([], temperature=-1): "--temperature: got -1.0, expected at least 0",
+        lambda: model.evaluate([], controls="reverse"): "--controls: got 'reverse', expected names out of",
     }.items():
         with pytest.raises(UserError, match=words):
             wrong()

@@ -14,7 +14,7 @@ import generate
 import infer
 import train_grpo
 import train_sft
-from config import GRPO, SFT, parse
+from config import GRPO, SFT, Infer, parse
 from latest import follow
 from model import UserError
 
@@ -90,6 +90,11 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
     assert (cfg.data_path, cfg.output_dir) == ("data/old/train.json", "output/grpo_old_lora")
     assert (cfg.learning_rate, cfg.dataloader_num_workers, cfg.base_dtype) == (1e-5, 8, "nf4")  # of a 3B
     assert follow(parse(GRPO, ["--base_dtype", "bf16"])).base_dtype == "bf16"
+    made("base/config.json", hidden_size=5120)  # a 32B, whose own formats are nf4 and int8
+    made("output/run/checkpoint-3/adapter_config.json", base_model_name_or_path="base", base_dtype="int8")
+    for flags in ([], ["--model_id", "base"]):
+        cfg = follow(parse(GRPO, flags))
+        assert (cfg.base_dtype, cfg.head_dtype, cfg.offload_embedding) == ("int8", "bf16", True)
     assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
     with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
         follow(parse(GRPO, ["--model_id", "assets/tiny"]))
@@ -107,16 +112,23 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch)
     assert (cfg.output_dir, cfg.data_path, cfg.max_steps, cfg.lora_rank) == ("output/mine_lora", "a.json", 9, 8)
     assert (cfg.fps, cfg.nframes, cfg.model_ckpt) == (1.0, None, "a")
     assert "--model_ckpt has no effect" in " ".join(cfg.notes)
+    made("base/config.json", hidden_size=5120)  # its head_dtype is no run's that has none
+    assert follow(parse(SFT, ["--resume", "--model_id", "base"])).head_dtype == "bf16"
     with pytest.raises(UserError, match="--lora_rank: got 4, expected 8 as in output/mine_lora: a resumed run"):
         follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
     with pytest.raises(UserError, match="--resume: output/grpo_mine_lora is a run of train_grpo.py, not of train_sft"):
         follow(parse(SFT, ["--resume", "--output_dir", "output/grpo_mine_lora"]))
 
 
+FULL = dict(base_dtype="bf16", head_dtype="bf16", offload_embedding=False, adam_beta2=0.999)
+
+
 @pytest.mark.parametrize(("model", "argv", "expected"), [
     (2048, "", dict(lora_rank=64, learning_rate=2e-4, per_device_train_batch_size=8, nframes=None, fps=2.0)),
     (2048, "--lora_rank 8 --nframes 16", dict(lora_rank=8, learning_rate=2e-4, nframes=16)),
-    (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None)),
+    (5120, "", dict(lora_rank=16, per_device_train_batch_size=2, eval_data_path=None, base_dtype="nf4")),
+    (5120, "--freeze_llm False --llm_lora False", FULL),
+    (5120, "--lora_enable False --freeze_vision_tower False", FULL),
     (256, "", dict(lora_rank=16, learning_rate=3e-3, nframes=8)),
     ("Qwen/Qwen2.5-VL-3B-Instruct", "--fps 1", dict(lora_rank=64, fps=1.0, nframes=None)),
 ])  # fmt: skip
@@ -127,6 +139,7 @@ def test_defaults_follow_the_model(tmp_path, model, argv, expected):
     name = str(tmp_path) if isinstance(model, int) else model
     cfg = parse(SFT, ["--model_id", name, *argv.split()])
     assert {option: getattr(cfg, option) for option in expected} == expected
+    assert parse(Infer, ["--model_id", name]).base_dtype == "auto"
     chosen = " ".join(note for note in cfg.notes if note.startswith("chosen by the model, as in configs/"))
     assert bool(chosen) == (expected["learning_rate"] != 3e-3 if "learning_rate" in expected else True)
     assert not any(f" {option} " in chosen for option in cfg.given)

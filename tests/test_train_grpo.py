@@ -14,6 +14,7 @@ import torch
 from runs import base, column, execute, grpo, lines, seeds_options, two_ranks, weights  # noqa: F401 (fixtures)
 
 import train_grpo
+from checkpoint import write_whole
 from config import GRPO
 from data import Processor, load_tokenizer, pack, read_records
 from grpo import group_advantages, grpo_loss, loss_normalizer
@@ -213,7 +214,7 @@ def test_resume_goes_on_bit_for_bit(grpo, lost):
         assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
 
 
-def test_more_is_sampled_until_enough_groups_differ(grpo, base):
+def test_more_is_sampled_until_enough_groups_differ(grpo, base, capsys):
     """Only some prompts differ in accuracy: rounds go on until enough do; a resumed run goes on in the data."""
     (base / "some.py").write_text("""
 def accuracy(text, sample):
@@ -233,7 +234,16 @@ def accuracy(text, sample):
     assert column(whole, "epoch")[-1] == sum(column(whole, "rounds")) / 6
     for step in (3, 4):
         shutil.rmtree(broken / f"checkpoint-{step}", ignore_errors=True)
+    saved = json.loads((broken / "checkpoint-2/trainer_state.json").read_text())
+    older = json.dumps(saved | {"loop": {"rounds": saved.pop("rounds")}})  # as it was until 2026-11-30
+
+    def fill(folder):
+        shutil.copytree(whole / "checkpoint-2", folder, ignore=lambda *_: ["manifest.json"], dirs_exist_ok=True)
+        (folder / "trainer_state.json").write_text(older)
+
+    write_whole(broken / "checkpoint-2", fill)
     grpo("broken", **options, resume=True)
+    assert "going on from" in capsys.readouterr().out
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
 
 
