@@ -219,7 +219,7 @@ def choose_adapter(cfg):
     why = "of the run saved last under output/" if newest else "as given"
     if best_checkpoint(folder.parent) == folder:
         share = read_json(folder.parent / BEST)["accuracy"]
-        why += f", the best of its run: {share:.1%} of its held-out clips are right"
+        why += f", the best checkpoint of its run: {share:.1%} of its held-out clips are right"
     return folder, f"adapter {folder}, {why}"
 
 

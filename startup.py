@@ -154,7 +154,8 @@ def start(run, model, processor, loader, records, held_out):
     if loader.pack_tokens is not None:  # else micro-batches as given, or GRPO's prompts
         loader.pack_tokens = run.plan.pack_tokens
     judged = f"judged every {cfg.eval_steps} steps and at the end" if cfg.eval_steps else "judged at the end"
-    run.notes.append(f"{len(held_out):,} held-out samples, {judged}" if held_out else "no held-out samples")
+    if run.step < run.total or run.state.get("stopped"):  # not of a run that is done
+        run.notes.append(f"{len(held_out):,} held-out samples, {judged}" if held_out else "no held-out samples")
     if run.rank == 0:
         prepare_folder(run)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}))

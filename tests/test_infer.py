@@ -118,7 +118,7 @@ def test_which_adapter_answers_and_why(capsys, here, tiny, clip):
     assert run(capsys, clip, "--model_id", tiny, "--model_ckpt", "none")[1]["text"] == plain["text"]
     assert Model("output/b/checkpoint-7").notes == ["adapter output/b/checkpoint-7, as given"]
     (here / "output/b/best.json").write_text(json.dumps({"step": 7, "accuracy": 0.4}))
-    assert Model("output/b").notes[0].endswith("the best of its run: 40.0% of its held-out clips are right")
+    assert Model("output/b").notes[0].endswith("the best checkpoint of its run: 40.0% of its held-out clips are right")
     save_trained_adapter(tiny, here / "output/c/checkpoint-1", named="someone/else")
     out, result = run(capsys, clip, "--model_id", tiny, "--max_new_tokens", 1)
     assert result["adapter"] is None and "was made for someone/else and is not used" in out
