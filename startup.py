@@ -28,7 +28,7 @@ from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
 from lora import inject, set_trainable, sizes
-from memory import choose, largest_sample, summary
+from memory import choose, is_grpo, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
@@ -264,7 +264,7 @@ def describe(cfg, model, processor, records, loader, world, notes):
     yield f"  changed    {diff or 'nothing, all defaults'}"
     yield f"  trained    {trained:,} of {whole:,} parameters ({100 * trained / whole:.3g} %)"
     batch, micro, total = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, total_steps(cfg, loader)
-    what = "completions" if hasattr(cfg, "num_generations") else "samples"
+    what = "completions" if is_grpo(cfg) else "samples"
     yield f"  a step     {batch} x {micro} micro-batches x {world} ranks = {batch * micro * world:,} {what}"
     end = cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else cfg.min_lr_ratio)
     rate = f"learning rate {cfg.learning_rate:g} at its peak, {end:g} at the end"
