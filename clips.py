@@ -88,7 +88,8 @@ def sampled_frames(length: int) -> np.ndarray:
 
 def draw_clip(rng: np.random.Generator, label: str, size: int, length: int) -> Clip:
     """A clip of this label: everything but its direction is drawn independently of the label."""
-    ball, background = rng.choice(list(BALLS)), rng.choice(list(BACKGROUNDS))
+    # as rng.choice draws, which swallows a Ctrl-C
+    ball, background = (list(names)[rng.integers(len(names))] for names in (BALLS, BACKGROUNDS))
     jitter = rng.uniform(-12, 12, (2, 3))
     # A longer clip is a slower one, so that the same share of the picture passes between the frames a model samples.
     speed = rng.uniform(*SPEED, 2) * size / 64 * min(1.0, 30 / length)

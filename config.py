@@ -7,13 +7,14 @@ The defaults suit the tiny model (assets/tiny) on a laptop; a larger --model_id 
 The comment behind a default is its text in --help, a class's docstring the example there. Nothing here imports torch.
 """
 
+from script import cli  # isort: skip  first, for it handles Ctrl-C
+
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cli import as_dict, changed, check, ignored_options, parse, split_list
-from script import cli
 
 __all__ = ["GRPO", "QUESTION", "SFT", "Adapter", "Generate", "Infer", "LoraArgs", "Look", "Report", "VideoArgs"]
 __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list"]

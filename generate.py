@@ -32,14 +32,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm.contrib.concurrent import thread_map
 
 import clips
 from cli import require
 from clips import DIRECTIONS, OPTIONS, SIGNS, Clip
 from model import UserError, nearest_path
 from openai_client import Client, Question, ask_all
-from script import command
+from script import command, in_threads
 
 OURS = ("videos", "train.json", "val.json", "metadata.json")  # what a dataset consists of
 LOCK = ".unfinished.lock"
@@ -94,7 +93,7 @@ def write_clips(cfg: Generate, jobs: list[Job], folder: Path) -> list[str]:
 
     folder.mkdir()
     # threads suffice: numpy and FFmpeg release Python's lock while they work
-    return thread_map(write, jobs, max_workers=cfg.workers or os.cpu_count(), desc="drawing", disable=None)
+    return in_threads(write, jobs, cfg.workers or os.cpu_count(), "drawing")
 
 
 def drawn_dataset(cfg: Generate, out: Path, work: Path) -> tuple[list, dict]:
@@ -224,8 +223,7 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
         except (UserError, UnicodeEncodeError) as error:
             return str(error)
 
-    workers = cfg.workers or os.cpu_count()
-    reasons = thread_map(why_unreadable, listed, max_workers=workers, desc="reading", disable=None)
+    reasons = in_threads(why_unreadable, listed, cfg.workers or os.cpu_count(), "reading")
     for video, why in zip(listed, reasons, strict=True):
         if why:
             unreadable[os.fsencode(video.path).decode("utf-8", "backslashreplace")] = why

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import requests
-from tqdm import tqdm
 
 from model import UserError
+from script import in_threads
 
 MAX_WAIT = 300  # seconds between two tries, also where Retry-After asks for more
 MAX_BODY = 1 << 17  # bytes; an answer is some 2 kB
@@ -145,12 +144,8 @@ def ask(client: Client, cache_path: Path, cache: dict[str, list], question: Ques
 
 def ask_all(client: Client, cache_path: Path, questions: list[Question], workers: int) -> list[str | None]:
     """Answers in the order of the questions, None where one is dropped; see `client.counts`. NoAnswerError ends it."""
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            answers = pool.map(partial(ask, client, cache_path, read_cache(cache_path)), questions)
-            answers = list(tqdm(answers, "asking", len(questions), disable=None, unit="clip"))
-        finally:
-            client.stop.set()
+    one = partial(ask, client, cache_path, read_cache(cache_path))
+    answers = in_threads(one, questions, workers, "asking", client.stop)
     client.counts["kept"] = sum(answer is not None for answer in answers)
     client.counts["dropped"] = len(answers) - client.counts["kept"]
     return answers

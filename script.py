@@ -4,6 +4,7 @@ Every script imports it before torch: what the environment must hold by then is 
 handled here.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from model import UserError
@@ -66,6 +68,36 @@ def leave(line, code=2):
         except OSError:  # Python flushes it once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code) from None
+
+
+def in_threads(function, items, workers, desc, stop=None):
+    """[function(item), …] by `workers` threads, with a progress bar. The first Ctrl-C drops what has not begun
+    and raises KeyboardInterrupt when the threads are done, the second ends the process. An error drops it too. Both set
+    the event `stop`."""
+    from tqdm import tqdm
+
+    stop, noted = stop or threading.Event(), []
+
+    def note(*_):  # raised here, amid the pool's work, it could leave a lock taken, and the pool would wait for ever
+        if noted:
+            interrupted()
+        noted.append(True)
+        stop.set()
+
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals never come
+    before = signal.signal(signal.SIGINT, note) if in_main else None
+    try:
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            results = pool.map(lambda item: None if stop.is_set() else function(item), items)
+            try:
+                return list(tqdm(results, desc, len(items), disable=None, unit="clip"))
+            finally:
+                stop.set()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+        if noted:
+            raise KeyboardInterrupt from None
 
 
 def interrupted(*_):

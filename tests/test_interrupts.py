@@ -8,6 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from config import Generate
+from generate import plan
+from script import in_threads
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,3 +52,35 @@ def test_during_generate_infer_and_training(tmp_path):
     after = interrupt(process, "step     4/").partition("SIGINT")[2]
     assert "held-out samples" not in after, f"no evaluation is started after the first Ctrl-C:\n{after}"
     assert list(run.glob("checkpoint-*")) and "--resume" in after
+
+
+def test_no_ctrl_c_is_lost_while_clips_are_planned():
+    """numpy's Generator.choice swallows an exception of a signal handler more often than not."""
+
+    def raises(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raises)
+    for i in range(30):
+        signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.001 * i)
+        with pytest.raises(KeyboardInterrupt):
+            plan(Generate(num_samples=3000))
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("mistake, expected", [(False, KeyboardInterrupt), (True, ZeroDivisionError)])
+def test_threads_drop_what_has_not_begun(mistake, expected):
+    done = []
+
+    def work(i):
+        done.append(i)
+        if i == 20 and mistake:
+            raise ZeroDivisionError
+        if i == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(expected):
+        in_threads(work, list(range(10_000)), 2, "working")
+    assert 20 < len(done) < 1000 and signal.getsignal(signal.SIGINT) is handler, len(done)
