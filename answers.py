@@ -55,8 +55,8 @@ BRACKETED = [rf"{LEAD}?(?<!\b[a-z0-9]){one}\s*{LABEL}{two}[.:]?" for one, two in
 
 @lru_cache(1024)
 def parse_options(question: str) -> dict[str, str]:
-    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list. Of several that
-    with most labels at line starts counts, then the longest, then the last."""
+    """Question text -> {label: words} in the order given, not to be changed; {} where there is no list. Of several one
+    without a question below it counts, then that with most labels at line starts, then the longest, then the last."""
     text, lists = fold(question).replace("**", ""), []
     for style in BARE + BRACKETED:
         marks, bracketed = list(re.finditer(style, text, re.IGNORECASE | re.MULTILINE)), style in BRACKETED
@@ -67,9 +67,11 @@ def parse_options(question: str) -> dict[str, str]:
             by_lines = [mark for mark in later if None not in (mark["lead"], first["lead"])]
             for chain in (chain_of(first, later), chain_of(first, by_lines, most=9 if bracketed else 1)):
                 options = words_of(text, chain)
-                if len(options) > 1 and (bracketed or behind_question(text, chain)):
-                    lists.append((sum(mark["lead"] is not None for mark in chain), len(chain), options))
-    return max(reversed(lists), key=lambda each: each[:2], default=(0, 0, {}))[2]
+                is_last = not any(line.rstrip().endswith("?") for line in text[chain[-1].end() :].split("\n")[1:])
+                if len(options) > 1 and (bracketed or (is_last and behind_question(text, chain))):
+                    leads = sum(mark["lead"] is not None for mark in chain)
+                    lists.append((is_last, leads, len(chain), first.start(), options))
+    return max(lists, key=lambda each: each[:4], default=({},))[-1]
 
 
 def chain_of(first: re.Match, later: list[re.Match], most: int = 1) -> list[re.Match]:
@@ -83,13 +85,10 @@ def chain_of(first: re.Match, later: list[re.Match], most: int = 1) -> list[re.M
 
 
 def behind_question(text: str, chain: list[re.Match]) -> bool:
-    """Whether labels without brackets are a list: a dialogue and subtitles stand before the question, and
-    "A. Smith and B. Jones meet." is a sentence."""
-    before, below = text[: chain[0].start()].strip(), text[chain[-1].end() :].split("\n")[1:]
-    if not before or any(line.rstrip().endswith("?") for line in below):
-        return False
+    """Whether labels without brackets are a list: not at the text's start; "A. Smith and B. Jones meet" is a sentence."""
+    before = text[: chain[0].start()].strip()
     dotted = chain[0][0].endswith(".") and not all(mark["lead"] is not None for mark in chain)
-    return not dotted or len(chain) > 2 or before.endswith(("?", ":"))
+    return bool(before) and (not dotted or len(chain) > 2 or before.endswith(("?", ":")))
 
 
 def words_of(text: str, chain: list[re.Match]) -> dict[str, str]:
@@ -139,14 +138,20 @@ def answer_span(text: str) -> str | None:
 
 # Words right before a label that say it is meant: "the answer is A", "option A", "ich wähle A"
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
-CUES |= set("therefore thus with say but sondern ist est es antwort réponse respuesta ответ".split())
-BEHIND = ("is", "because", "since", "as", "and", "or", "instead", "rather")  # words that may follow a bare label
-TOGETHER = set("and or maybe perhaps possibly probably also either both even it could be might option choice".split())
+CUES |= set("therefore thus hence with say but guess believe only just clearly definitely certainly that's".split())
+CUES |= set("sondern ist est c'est es è é antwort réponse respuesta risposta resposta ответ".split())
+# Words that may follow a bare label
+BEHIND = *"is was would must seems fits matches because since as and or but then only instead".split(), "rather than"
+TOGETHER = set("and or but then maybe perhaps possibly probably also either both even it could be might".split())
+TOGETHER |= {"option", "choice", "vs", "versus"}
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
-DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "nicht", "不是"}
+DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "except", "nicht", "不是"}
 BETWEEN = {"the", "a", "option", "choice", "answer", "letter", "be"}  # words between a denial and its option
 NEAR = 60  # characters before a mention that are looked at: all of them, for each of "A, A, A, …", took seconds
-DENIED_BEHIND = re.compile(r"\W*(?:is|was)\s+(?:wrong|incorrect|impossible|not)\b|\W*(?:isn't|can't|cannot)\b")
+WRONG = "wrong|incorrect|false|impossible"
+DENIED_BEHIND = re.compile(
+    rf"\W*(?:(?:is|was)\s+(?:{WRONG}|not)|isn't|can't|cannot|does(?:n't| not) (?:fit|match))\b"
+)
 
 
 class Mention(NamedTuple):
@@ -163,7 +168,8 @@ def extract_answer(text: str, options: dict[str, str]) -> str | None:
     there is no answer."""
     if not options:
         return normalise(answer_span(text) or "") or None
-    for span in filter(None, map(plain, answer_spans(text))):
+    for span in filter(None, answer_spans(text)):
+        span = plain(re.sub(r"(?m)^([^\w\n]*\w[^\w\n]*)\n", r"\1;\n", span))  # a label's own line is a clause
         mentions = [mention for mention in mentions_in(span, options) if not is_denied(span, mention)]
         if any(together(span, one, two) for one, two in zip(mentions, mentions[1:])):
             return None
@@ -191,7 +197,7 @@ def mentions_in(span: str, options: dict[str, str]) -> list[Mention]:
         kind, label = match.lastgroup, match[match.lastgroup].upper()
         owners = by_words.get(label.casefold(), set())
         if mentions and mentions[-1].kind != "words" and mentions[-1].labels & owners:  # "(A) left" is one mention
-            mentions[-1] = mentions[-1]._replace(end=match.end())
+            mentions[-1] = mentions[-1]._replace(end=match.end(), kind="label")
             continue
         if kind == "bare" or (kind == "words" and label in options):
             kind = kind_of(span, *match.span(), options)
@@ -208,10 +214,12 @@ def kind_of(span: str, start: int, end: int, options: dict[str, str]) -> str:
         return ""  # 12.5, -2, 2 %
     if not re.search(r"\w", before + behind):
         return "label"  # nothing else was said
-    previous = re.findall(r"[\w']+", re.split("[;:!?]", before)[-1])[-1:]
+    previous = re.findall(r"[\w']+", re.split(rf"[;:!?→]|\b(?:{WRONG}|no\b[,.])", before)[-1])[-1:]
     meant = not previous or previous[0] in CUES or re.match(EAST_ASIAN, previous[0])
     if label.islower():
-        return "label" if meant and re.match(r"\W*$|[).:,]", behind) else ""
+        if meant and re.match(rf"\W*$|[).:,]|\s+(?:{'|'.join(BEHIND)})\b", behind):
+            return "label"
+        return "beside" if label.upper() in options and re.match(r"\W*$|\s*[,;/&|]", behind) else ""
     # The end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
     own = [options.get(label, "")] if label in "AI" else options.values()
     follows = "|".join(map(re.escape, filter(None, (*BEHIND, *map(plain, own)))))
@@ -229,8 +237,8 @@ def together(span: str, one: Mention, two: Mention) -> bool:
 
 
 def is_denied(span: str, mention: Mention) -> bool:
-    """Whether the answer says that it is not this option: "not B", "rather than B", "B is wrong"."""
-    before = span[max(0, mention.start - NEAR) : mention.start].casefold()
+    """Whether the answer says that it is not this option: "not B", "not A or B", "rather than B", "B is wrong"."""
+    before = re.sub(r"\W[a-z0-9]\W+or\W*$", " ", span[max(0, mention.start - NEAR) : mention.start].casefold())
     words = [word for word in re.findall(r"[\w']+", before) if word not in BETWEEN]
     denied = bool(words) and (words[-1] in DENIALS or words[-1].endswith("n't"))
     return denied or bool(DENIED_BEHIND.match(span[mention.end :].casefold()))

@@ -110,7 +110,7 @@ def likeness(said: str, true: str) -> float:
 # -- Time spans
 
 TIME = r"[-+]?(?:[0-9]{1,20}:){0,2}[0-9]{0,20}\.?[0-9]{1,20}"  # 7.5, 1:05.5, 1:02:03
-BETWEEN = r"\s*(?:s|sec|seconds?)?\s*(?:to|and|until|-*>|-|~|,|;)\s*"
+BETWEEN = r"\s*(?:s|secs?|seconds?)?\s*(?:to|and|until|-*>|→|-|~|,|;)\s*"
 PAIR = re.compile(rf"(?<![\w.:])({TIME}){BETWEEN}({TIME})", re.IGNORECASE)
 OTHER_UNIT = re.compile(r"%|\b(?:ms|min|mins|minutes?|hours?|frames?)\b", re.IGNORECASE)
 
@@ -198,7 +198,8 @@ def boxes_iou(said: dict, true: dict) -> float:
 # -- The table
 
 read_text = lambda text: normalize("NFC", text).strip() or None
-read_yes_no = lambda text: (re.findall(r"^(?:yes|no)\b", plain(text).casefold()) or [None])[0]
+YES_NO = re.compile(r"(yes|no)\b(?!\s*(?:/|or\b|and\b)\s*(?:yes|no)\b)")  # the first word, but not "yes or no"
+read_yes_no = lambda text: (match := YES_NO.match(plain(text).casefold())) and match[1]
 SPAN = Judge('one time span, such as "2.5 to 7.5"', partial(read_spans, most=1), span_iou)
 TUBE = Judge('{"time": [start, end], "boxes": {…}}', partial(read_boxes, timed=True), boxes_iou)
 TABLE = {
