@@ -85,7 +85,7 @@ def chain_of(first: re.Match, later: list[re.Match], most: int = 1) -> list[re.M
 
 
 def behind_question(text: str, chain: list[re.Match]) -> bool:
-    """Whether labels without brackets are a list: not at the text's start; "A. Smith and B. Jones meet" is a sentence."""
+    """Whether labels without brackets are a list: not at the text's start; "A. Smith and B. Jones" are names."""
     before = text[: chain[0].start()].strip()
     dotted = chain[0][0].endswith(".") and not all(mark["lead"] is not None for mark in chain)
     return bool(before) and (not dotted or len(chain) > 2 or before.endswith(("?", ":")))
@@ -149,9 +149,7 @@ DENIALS = {"not", "nor", "neither", "never", "cannot", "than", "except", "nicht"
 BETWEEN = {"the", "a", "option", "choice", "answer", "letter", "be"}  # words between a denial and its option
 NEAR = 60  # characters before a mention that are looked at: all of them, for each of "A, A, A, …", took seconds
 WRONG = "wrong|incorrect|false|impossible"
-DENIED_BEHIND = re.compile(
-    rf"\W*(?:(?:is|was)\s+(?:{WRONG}|not)|isn't|can't|cannot|does(?:n't| not) (?:fit|match))\b"
-)
+DENIED_BEHIND = re.compile(rf"\W*(?:(?:is|was)\s+(?:{WRONG}|not)|isn't|can't|cannot|does(?:n't| not) (?:fit|match))\b")
 
 
 class Mention(NamedTuple):

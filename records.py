@@ -32,7 +32,7 @@ RECORD_WEIGHTS = "loss_weight", "loss_scale"  # 0 = not learned
 TURN_WEIGHTS = (*RECORD_WEIGHTS, "loss", "weight", "train")
 # What changes the meaning of a record, or of a turn, and is not read: where it holds something, the record is refused
 UNREAD = "chosen rejected rejected_response rejected_messages rejected_images tools audio audios objects".split()
-UNREAD_IN_TURN = "tool_calls", "thinking", "reasoning_content"
+UNREAD_IN_TURN = "tool_calls", "function_call", "thinking", "reasoning", "reasoning_content"
 
 IMAGE_SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .ico .avif .heic .heif".split()
