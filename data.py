@@ -240,9 +240,12 @@ class Processor:
         path = Path(self.inline.name) / f"{digest}_{os.getpid()}.{suffix}"
         if not path.exists():
             try:
-                path.write_bytes(base64.b64decode("".join(text.split()), validate=True))
+                data = base64.b64decode("".join(text.split()), validate=True)
             except ValueError as error:
                 raise UserError(f"{address[:40]}… is not base64 ({error}); encode the file again") from None
+            if not data:
+                raise UserError(f"{address[:40]} holds no file; expected it in base64 behind the comma")
+            path.write_bytes(data)
         return str(path)
 
     def warn_once(self, note: str, record: dict) -> None:
