@@ -134,13 +134,12 @@ def index_frames(path: str) -> FrameIndex:
         has_times = is_plain_avi or container.format.name.startswith(("mov", "matroska"))
         if has_times and keyframes and is_increasing(shown):
             pts = shown[bisect_left(shown, keyframes[0]) :]  # nothing decodes before a keyframe
-            mean = (len(pts) - 1) / ((pts[-1] - pts[0]) * time_base) if pts[1:] else fps
-            fps = fps if 2 / 3 < mean / fps < 1.5 else mean  # the header of a slide show names any rate
             container.seek(keyframes[0], stream=stream)
             size = next((shown_size(frame) for frame in container.decode(stream)), None)
             if size:
                 seeks = [(keyframes[max(0, bisect_right(keyframes, time) - 1)], time) for time in pts]
-                return FrameIndex(size, fps, [(time - pts[0]) * time_base for time in pts], seeks)
+                times = [(time - pts[0]) * time_base for time in pts]
+                return FrameIndex(size, rate_of(times, fps), times, seeks)
     with open_stream(path) as stream:
         frames = [(frame.pts, shown_size(frame)) for frame in stream.container.decode(stream)]
     if not frames:
@@ -149,7 +148,14 @@ def index_frames(path: str) -> FrameIndex:
     if not is_increasing(pts) or is_raw:
         pts, time_base = range(len(frames)), 1 / fps
     counted = [(None, i) for i in range(len(pts))]
-    return FrameIndex(sizes[0], fps, [(time - pts[0]) * time_base for time in pts], counted)
+    times = [(time - pts[0]) * time_base for time in pts]
+    return FrameIndex(sizes[0], rate_of(times, fps), times, counted)
+
+
+def rate_of(times: Sequence[float], fps: float) -> float:
+    """The header's rate, or the mean of the times where it is far from that: a slide show's names any."""
+    mean = (len(times) - 1) / times[-1] if times[1:] else fps
+    return fps if 2 / 3 < mean / fps < 1.5 else mean
 
 
 def is_increasing(times: Sequence[int | None]) -> bool:
@@ -168,12 +174,14 @@ def read_packets(path: str, stream: av.VideoStream) -> tuple[list[int | None], l
                 shown.append(packet.pts)
             if packet.is_keyframe and packet.pts is not None:
                 keyframes.append(packet.pts)
-    name = container.format.name
+    name, rate = container.format.name, float(stream.average_rate or stream.guessed_rate or 1)
+    if name == "avi":  # of frames that were dropped it has empty packets
+        count = max(count, round(end * rate))
     # An edit list of an MP4 leaves the first frames out of the index
     promised = min(stream.frames, len(stream.index_entries)) if name.startswith("mov") else stream.frames
     seconds = (container.duration or 0) / av.time_base  # all that some headers promise
     by_time = not stream.frames and name.startswith(("matroska", "mov", "flv", "mxf"))
-    is_short = end + 2 / float(stream.average_rate or stream.guessed_rate or 1) < 0.9 * seconds
+    is_short = end + 2 / rate < 0.9 * seconds
     if corrupt or count < 0.99 * promised - 1 or (by_time and is_short):
         header = f"its header promises {promised} frames, {seconds:.1f} seconds"
         raise UserError(f"{path}: cut off after {count} frames, {end:.1f} seconds; {header}; download it again")
@@ -233,13 +241,13 @@ def decode(stream: av.VideoStream, wanted: set[int] | None) -> Iterator[av.Video
 
 def read_frames(path: str, seeks: Sequence[tuple], size: tuple[int, int], skip: bool = True) -> list[Tensor]:
     """Frames of one video, each (3, *size) uint8. seeks: FrameIndex.seeks of each, in ascending order. skip: decode
-    only what is needed; where that misses frames, all are decoded."""
+    only what is needed; where that misses frames, as behind a keyframe that only begins a refresh, all are decoded."""
     scaler, frames = VideoReformatter(), {}
     with open_stream(path) as stream:
         smooth = SMOOTH if is_picture(stream.container) else None
         for position, run in groupby(dict.fromkeys(seeks), key=itemgetter(0)):
             missing = {time for _, time in run}
-            if position is not None:
+            if position is not None and skip:
                 stream.container.seek(position, stream=stream)
             for number, frame in enumerate(decode(stream, missing if skip and position is not None else None)):
                 time = number if position is None else frame.pts
@@ -250,6 +258,7 @@ def read_frames(path: str, seeks: Sequence[tuple], size: tuple[int, int], skip: 
                     break
     missing = [time for position, time in seeks if (position, time) not in frames]
     if missing and skip:
+        seeks = [(position and 0, time) for position, time in seeks]  # in one go, from the start
         return read_frames(path, seeks, size, skip=False)
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(seeks)} frames do not decode; write it again")

@@ -28,6 +28,7 @@ STREAMS = {
     "h264.mp4": {},
     "short_gops.mp4": dict(g="7", bf="2"),
     "intra.mp4": dict(g="1", bf="0"),
+    "intra_refresh.mp4": {"x264-params": "intra-refresh=1:keyint=20"},  # its keyframes only begin one
     "mpeg4.avi": dict(codec="mpeg4", b="4000000"),
     "h264.avi": dict(g="7", bf="3", sc_threshold="0"),
     "h264.mkv": {},
@@ -98,8 +99,9 @@ def test_a_varying_frame_rate_is_noted(tmp_path):
     plan = plan_clip("video", (write_at(tmp_path / "a.mp4", "libx264", ticks),), Options(nframes=6))
     assert np.allclose(plan.times, [ticks[i] / 30 for i in plan.indices], atol=1e-3) and plan.total_frames == 45
     assert "the frame rate varies" in plan.notes[0] and "counts as one of" in plan.notes[0]
-    slides = plan_clip("video", (write_at(tmp_path / "a.webm", "libvpx-vp9", range(0, 900, 90)),), Options())
-    assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
+    for name, codec in (("a.webm", "libvpx-vp9"), ("a.ts", "libx264"), ("a.avi", "mpeg4")):  # AVI: in empty packets
+        slides = plan_clip("video", (write_at(tmp_path / name, codec, range(0, 900, 90)),), Options())
+        assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
 
 
 QUADRANTS = np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((32, 48), np.uint8))
