@@ -102,6 +102,11 @@ def first_answer(text: str) -> str:
     return (block[1] if block else text).strip()
 
 
+def plain_number(text: str) -> str:
+    """The text, or "" where Python's float() reads no number in it, as in "5 m" and "**5**"."""
+    return text if re.fullmatch(r"[-+.0-9e]+", text) else ""
+
+
 def official_score(family: str, text: str, question: dict) -> float | None:
     """What the official scorer says of an answer: 0 to 1, None where it leaves it out, is as ours, or is none: MMVU's
     asks another model, LongVideoBench's guesses at random what it cannot read."""
@@ -122,12 +127,12 @@ def official_score(family: str, text: str, question: dict) -> float | None:
             return float(said == true[0] or said[:2] in (f"{true[0]}.", f"{true[0]})"))
         case "vsi-bench", _:  # up to the first blank
             word = text.split(" ")[0].rstrip(".").strip()
-            return ours(word, "MRA") * ("," not in word) if kind == "MRA" else float(word.lower() == true.lower())
+            return ours(plain_number(word), "MRA") if kind == "MRA" else float(word.lower() == true.lower())
         case "charades-sta", _:
             pairs = re.findall(r"([0-9]+\.?[0-9]*) (?:to|and) ([0-9]+\.?[0-9]*)", text)
             return ours(" to ".join(pairs[-1]), "time span") if pairs else 0.0
         case "video-mme", _:
-            letter = re.search("[ABCD]", text)  # the phrases that it removes before hold none
+            letter = re.search("[ABCD]", text.replace("Answer:", ""))  # other phrases that it removes hold none
             return float(letter[0] == true) if letter else None
         case "video-holmes", _:  # the first marked letter, A before B; else the first that occurs
             block = (re.findall("<answer>(.*?)</answer>", text, re.DOTALL) or [text])[-1]
@@ -137,7 +142,7 @@ def official_score(family: str, text: str, question: dict) -> float | None:
             return float(first_answer(text) == first_answer(true))
         case "video-r1", "numerical":  # 3 and 3.0 differ
             has_mark = [bool(set(".,") & set(first_answer(each))) for each in (text, true)]
-            return ours(first_answer(text), kind) * (has_mark[0] == has_mark[1])
+            return ours(plain_number(first_answer(text).replace(",", "")), kind) * (has_mark[0] == has_mark[1])
 
 
 def totals(family: str, scores: list[tuple[dict, float]]) -> dict[str, float | None]:
