@@ -215,11 +215,33 @@ def to_rgb(frame: av.VideoFrame, scaler: VideoReformatter, interpolation=None) -
 
     scaler: the same for all frames of a clip, as setting one up takes fifty times longer than a 64x64 frame.
     """
+    height, width = frame.height, frame.width
+    if interpolation is not None:
+        frame = in_whole_cells(frame)
     if frame.format.has_palette or any(c.is_alpha for c in frame.format.components):
         rgba = scaler.reformat(frame, format="rgba", interpolation=interpolation, threads=1).to_ndarray()
         rgba, alpha = rgba.astype(np.uint16), rgba[..., 3:].astype(np.uint16)
-        return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    return scaler.reformat(frame, format="rgb24", interpolation=interpolation, threads=1).to_ndarray()
+        rgb = ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    else:
+        rgb = scaler.reformat(frame, format="rgb24", interpolation=interpolation, threads=1).to_ndarray()
+    return rgb[:height, :width]
+
+
+def in_whole_cells(frame: av.VideoFrame) -> av.VideoFrame:
+    """A frame with halved chroma and an odd side, with its last row or column repeated: where a chroma value has but
+    half of its pixels, FFmpeg would stretch all of the chroma by less than two."""
+    height, width = (side + side % 2 for side in (frame.height, frame.width))
+    is_halved = frame.format.name.startswith("yuv") and "444" not in frame.format.name
+    if not is_halved or (height, width) == (frame.height, frame.width):
+        return frame
+    whole = av.VideoFrame(width, height, frame.format.name)
+    whole.colorspace, whole.color_range = frame.colorspace, frame.color_range
+    for source, target in zip(frame.planes, whole.planes):
+        size = 2 if frame.format.components[0].bits > 8 else 1  # bytes
+        pixels = np.frombuffer(source, f"u{size}").reshape(source.height, -1)[:, : source.width]
+        rows, columns = target.height - source.height, target.line_size // size - source.width
+        target.update(np.pad(pixels, ((0, rows), (0, columns)), mode="edge"))
+    return whole
 
 
 def resize(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -164,6 +164,9 @@ PICTURES = {  # name -> picture, options of Pillow's save, largest mean error
     "lossy.webp": (RGB, dict(quality=90), 0.5),
     "alpha.webp": (RGBA, dict(quality=90), 1.0),
     "420.avif": (RGB, dict(quality=90), 0.5),
+    "odd.jpg": (RGB.crop((0, 0, 159, 119)), dict(quality=90), 0.5),
+    "odd_alpha.webp": (RGBA.crop((0, 0, 159, 119)), dict(quality=90), 1.0),
+    "odd.avif": (RGB.crop((0, 0, 160, 119)), dict(quality=90), 0.5),
 }
 
 
@@ -179,7 +182,7 @@ def test_pictures_are_those_of_pillow(tmp_path, name):
     picture, options, most = PICTURES[name]
     picture.save(tmp_path / name, **options)
     mine = read_image(str(tmp_path / name)).permute(1, 2, 0).numpy()
-    assert mine.shape[:2] == (H, W)
+    assert mine.shape[:2] == (picture.height, picture.width)
     assert np.abs(mine - on_white(Image.open(tmp_path / name))).mean() <= most
 
 
