@@ -79,13 +79,14 @@ def warn_once(what: str, message: str) -> None:
 
 def sample_from_record(record: dict) -> Sample:
     """A dataset record of any form -> Sample of its last question and its answer: the solution where that stands
-    apart, else the last answer. UserError without one of them, and for an unknown problem_type."""
+    apart, else the last turn. UserError without one of them, and for an unknown problem_type."""
     talk = read_form(record)
     last = {message.role: plain_text(message.content) for message in talk.messages}
-    question, answer = last.get("user"), talk.solution or last.get("assistant")
+    question = last.get("user")
+    answer = talk.solution or (last["assistant"] if talk.messages[-1].role == "assistant" else None)
     if question is None or not answer:
         raise UserError(f"record has no {'question' if question is None else 'answer'}: {short(str(record))}")
-    options = {letter: without_label(letter, words) for letter, words in zip(LETTERS, talk.options)}
+    options = {letter: without_label(letter, words).rstrip(" .,;") for letter, words in zip(LETTERS, talk.options)}
     return Sample(question, answer, options or None, talk.problem_type, record=record)
 
 

@@ -51,6 +51,9 @@ def test_what_cannot_be_read_is_said(caplog):
         accuracy("(A)", unreadable)
     with pytest.raises(UserError, match="duration is None, expected seconds"):
         rewards.check_solution({"problem": "When?", "problem_type": "timestamp tIoU", "solution": "[3, 8]"})
+    with pytest.raises(UserError, match="record has no answer"):  # the last question has none, the one before has
+        roles = ("user", "assistant", "user")
+        sample_from_record({"messages": [{"role": role, "content": "B"} for role in roles]})
     rewards.warned.clear()
     for _ in range(2):
         sample = Sample("Options:\nA left\nB right", "right")
