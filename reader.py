@@ -96,7 +96,7 @@ def choose_stream(path: str, container) -> av.VideoStream:
     if not readable:
         types = ", ".join(s.type for s in container.streams) or "nothing"
         raise UserError(f"{path}: no video that FFmpeg decodes, got {types}; convert it to h264, or a picture to png")
-    if in_tiles or has_alpha:
+    if in_tiles or (has_alpha and is_picture(container)):  # a video may have its depth in a stream of its own
         problem = "a picture in tiles, or with its transparency in a stream of its own (HEIC, AVIF)"
         raise UserError(f"{path}: {problem}, which is not read; convert it to png")
     return max(readable, key=lambda s: (bool(s.disposition & Disposition.default), s.height * s.width, s.frames))

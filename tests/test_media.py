@@ -104,6 +104,18 @@ def test_a_varying_frame_rate_is_noted(tmp_path):
         assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
 
 
+def test_of_several_streams_the_largest(tmp_path):
+    """Beside one of depth in grey, as of a range camera."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        streams = [
+            file.add_stream("ffv1", rate=10, width=w, height=56, pix_fmt=p) for w, p in ((28, "gray"), (84, "bgr0"))
+        ]
+        for stream in streams:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(ramp(1, 56, stream.width)[0], format="rgb24")))
+            file.mux(stream.encode())
+    assert index_frames(str(tmp_path / "a.mkv")).size == (56, 84)
+
+
 QUADRANTS = np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((32, 48), np.uint8))
 # What a display matrix (a, b, c, d) makes of them, by its definition: (x, y) is shown at (a x + c y, b x + d y)
 MATRICES = {
