@@ -140,8 +140,8 @@ def answer_span(text: str) -> str | None:
 CUES = set("option choice answer letter caption sentence is be it's choose chose pick select think so then".split())
 CUES |= set("therefore thus hence with say but guess believe only just clearly definitely certainly that's".split())
 CUES |= set("sondern ist est c'est es è é antwort réponse respuesta risposta resposta ответ".split())
-# Words that may follow a bare label
-BEHIND = *"is was would must seems fits matches because since as and or but then only instead".split(), "rather than"
+BEHIND = "is", "because", "since", "as", "and", "or", "instead", "rather than"  # words that may follow a bare label
+CLAUSE = BEHIND + tuple("was would must seems fits matches but then only".split())  # one that begins its clause
 TOGETHER = set("and or but then maybe perhaps possibly probably also either both even it could be might".split())
 TOGETHER |= {"option", "choice", "vs", "versus"}
 TOGETHER |= set("und oder et ou y o и или 和 与 及 或 或者".split())
@@ -215,12 +215,13 @@ def kind_of(span: str, start: int, end: int, options: dict[str, str]) -> str:
     previous = re.findall(r"[\w']+", re.split(rf"[;:!?→]|\b(?:{WRONG}|no\b[,.])", before)[-1])[-1:]
     meant = not previous or previous[0] in CUES or re.match(EAST_ASIAN, previous[0])
     if label.islower():
-        if meant and re.match(rf"\W*$|[).:,]|\s+(?:{'|'.join(BEHIND)})\b", behind):
+        if meant and re.match(rf"\W*$|[).:,]|\s+(?:{'|'.join(CLAUSE)})\b", behind):
             return "label"
         return "beside" if label.upper() in options and re.match(r"\W*$|\s*[,;/&|]", behind) else ""
     # The end, a mark, "because …" or an option's words follow; A and I are words too, so only words of their own
     own = [options.get(label, "")] if label in "AI" else options.values()
-    follows = "|".join(map(re.escape, filter(None, (*BEHIND, *map(plain, own)))))
+    words = CLAUSE if meant and label != "I" else BEHIND
+    follows = "|".join(map(re.escape, filter(None, (*words, *map(plain, own)))))
     ended = re.match(rf"\s*(?:$|[^\w\s'(]|{EAST_ASIAN})|\s+(?:\(|(?:{follows})(?!\w))", behind, re.IGNORECASE)
     if not ended or (label == "I" and label not in options):
         return ""
