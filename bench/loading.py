@@ -42,14 +42,15 @@ def read(processor, workers: int, clips: list[dict]) -> None:
 
 def peer() -> dict:
     """{name: function that reads clips by qwen-vl-utils}, if it can be used here."""
-    os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # it would fall back to another one
+    os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
     try:
         import decord  # noqa: F401
-        from qwen_vl_utils.vision_process import fetch_video
-    except (ImportError, OSError) as error:  # not there, or made for another machine
+        from qwen_vl_utils import vision_process
+    except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch
         print(f"the peer is not usable here: {error}")
         return {}
-    return {"qwen-vl-utils, decord": lambda clips: [fetch_video(clip) for clip in clips]}
+    del vision_process.VIDEO_READER_BACKENDS["torchvision"]  # which would take over where decord fails
+    return {"qwen-vl-utils, decord": lambda clips: [vision_process.fetch_video(clip) for clip in clips]}
 
 
 def main():
