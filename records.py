@@ -295,7 +295,10 @@ def read_options(record: dict) -> list[str]:
     """["A. Left", ...]. Options without letters get them."""
     options = record.get("options") or []
     if isinstance(options, dict):  # exports write null for an option that a question lacks
-        options = [f"{letter}. {words}" for letter, words in options.items() if words is not None]
+        options = {label.strip().upper(): words for label, words in options.items() if words is not None}
+        if "".join(options) != ascii_uppercase[: len(options)]:
+            raise UserError(f"options are labelled {', '.join(options)[:80]}; expected A, B, C and so on")
+        options = list(options.values())
     is_list = isinstance(options, list) and all(isinstance(words, str) or is_number(words) for words in options)
     if not is_list or len(options) > len(ascii_uppercase):
         raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(ascii_uppercase)} texts")
