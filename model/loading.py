@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -95,7 +96,17 @@ class ModelConfig:
                 if value not in allowed:
                     raise ValueError(f"{name} is {value}, expected {allowed[0]}")
             tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-            return fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+            config = fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+            for name, size, unit in [
+                ("hidden_size", config.hidden_size, 8 * config.num_attention_heads),  # 8: adapters.ALIGN
+                ("num_attention_heads", config.num_attention_heads, config.num_key_value_heads),
+                ("vision_config's hidden_size", config.vision.hidden_size, lcm(8, 4 * config.vision.num_heads)),
+            ]:
+                if size % unit:
+                    raise ValueError(f"{name} is {size}, expected a multiple of {unit}")
+            if 2 * sum(config.mrope_section) != config.head_dim:
+                raise ValueError(f"mrope_section is {config.mrope_section}, expected a sum of {config.head_dim // 2}")
+            return config
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{source}: no Qwen2.5-VL that is supported ({str(error)[:200]})") from None
 

@@ -170,6 +170,9 @@ def test_help_of_every_script_needs_no_torch():
         ({"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [4, 6, 6]}}, "rope_scaling type is yarn"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config's hidden_act is quick_gelu"),
+        ({"hidden_size": 60}, "hidden_size is 60, expected a multiple of "),
+        ({"vision_config": {"num_heads": 5}}, "vision_config's hidden_size is "),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "mrope_section is [1, 2, 3], expected a sum"),
     ],
 )
 def test_other_models_are_refused(change, message):
