@@ -286,15 +286,18 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
     for folder in (Path(name), Path(__file__).resolve().parents[1] / name):  # assets/tiny, wherever the script began
         if folder.is_dir():
             return folder
+    expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
+    no_id = UserError(f"{name}: no such folder, and not a hub id; {expected}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
-        raise UserError(f"{name}: no such folder, and not a hub id; {expected}")
+        raise no_id
     from huggingface_hub import snapshot_download  # slow to import, needed only here
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except HFValidationError:  # a space in it, nothing behind the slash
+        raise no_id from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = f"no such folder, and the hub gave nothing ({str(error).strip().splitlines()[0]})"
         raise UserError(f"{name}: {reason}; download it: hf download {name}{nearest_path(name)}") from None

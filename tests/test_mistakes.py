@@ -105,6 +105,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ("lora check adapter --model_id other", "is --model_id its base model"),
         ("lora merge adapter", "--output_dir: got None, expected a new folder"),
         ("lora merge adapter new --model_id nowhere", "no such folder"),
+        ("lora merge adapter new --model_id somewhere/", "somewhere/: no such folder, and not a hub id"),
         ("lora merge adapter new --model_id other", "is --model_id its base model"),
         ("lora merge adapter other", "already holds something"),
         ("generate --frame_size 32", "at least 40"),
