@@ -83,7 +83,9 @@ class ModelConfig:
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
         """UserError for a config.json of another model, and for sizes that are missing or that no such model has."""
         try:
-            text, vision = raw | (raw.get("text_config") or {}), {"in_channels": 3} | raw["vision_config"]
+            # transformers 4.52 to 4.56 repeat image_token_id in text_config, as null
+            own = {key: value for key, value in (raw.get("text_config") or {}).items() if value is not None}
+            text, vision = raw | own, {"in_channels": 3} | raw["vision_config"]
             rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
             text |= {"mrope_section": rope.get("mrope_section"), "vision": fill(VisionConfig, vision), "raw": raw}
             for name, value, allowed in [
