@@ -299,7 +299,11 @@ def test_code_and_templates_in_a_folder_are_not_run(folders):
     bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
     change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
     assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
-    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
+    tokenizer, text = load_tokenizer(model_folder), "up " * 9
+    tokenizer.enable_truncation(4)  # a file that says so is read whole all the same
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(model_folder / "tokenizer.json"))
+    assert load_tokenizer(model_folder).encode(text).ids == load_tokenizer(TINY).encode(text).ids
     assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
     (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
     assert "tokenizer.json" in refused(load_tokenizer, model_folder)
