@@ -97,7 +97,7 @@ class ModelConfig:
             ]:
                 if value not in allowed:
                     raise ValueError(f"{name} is {value}, expected {allowed[0]}")
-            tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")  # before 5 the latter counted
             config = fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
             for name, size, unit in [
                 ("hidden_size", config.hidden_size, 8 * config.num_attention_heads),  # 8: adapters.ALIGN
