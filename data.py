@@ -60,10 +60,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not path.is_file():  # a fifo would block for good
         raise UserError(f"{path}: no such file; expected the tokenizer of a Qwen2.5-VL checkpoint")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise UserError(f"{path}: no tokenizer of a Qwen2.5-VL checkpoint ({reason}); download it again") from None
+    tokenizer.no_truncation()  # transformers saves with it what its last call was asked for
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @dataclass(eq=False)

@@ -224,7 +224,8 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = scores.sort(descending=True)
         mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.empty_like(mass_before, dtype=torch.bool).scatter_(1, order, mass_before >= sampling.top_p)
+        beyond = (mass_before >= sampling.top_p) & (mass_before > 0)  # the first stays, also for top_p 0
+        drop = torch.empty_like(beyond).scatter_(1, order, beyond)
         scores = scores.masked_fill(drop, float("-inf"))
     return scores
 

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -82,7 +83,9 @@ class ModelConfig:
     def from_dict(cls, raw: dict, source: str = "config") -> "ModelConfig":
         """UserError for a config.json of another model, and for sizes that are missing or that no such model has."""
         try:
-            text, vision = raw | (raw.get("text_config") or {}), {"in_channels": 3} | raw["vision_config"]
+            # transformers 4.52 to 4.56 repeat image_token_id in text_config, as null
+            own = {key: value for key, value in (raw.get("text_config") or {}).items() if value is not None}
+            text, vision = raw | own, {"in_channels": 3} | raw["vision_config"]
             rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
             text |= {"mrope_section": rope.get("mrope_section"), "vision": fill(VisionConfig, vision), "raw": raw}
             for name, value, allowed in [
@@ -94,8 +97,18 @@ class ModelConfig:
             ]:
                 if value not in allowed:
                     raise ValueError(f"{name} is {value}, expected {allowed[0]}")
-            tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-            return fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+            tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")  # before 5 the latter counted
+            config = fill(cls, {"rope_theta": rope.get("rope_theta")} | text | {"tie_word_embeddings": tied})
+            for name, size, unit in [
+                ("hidden_size", config.hidden_size, 8 * config.num_attention_heads),  # 8: adapters.ALIGN
+                ("num_attention_heads", config.num_attention_heads, config.num_key_value_heads),
+                ("vision_config's hidden_size", config.vision.hidden_size, lcm(8, 4 * config.vision.num_heads)),
+            ]:
+                if size % unit:
+                    raise ValueError(f"{name} is {size}, expected a multiple of {unit}")
+            if 2 * sum(config.mrope_section) != config.head_dim:
+                raise ValueError(f"mrope_section is {config.mrope_section}, expected a sum of {config.head_dim // 2}")
+            return config
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{source}: no Qwen2.5-VL that is supported ({str(error)[:200]})") from None
 
@@ -275,15 +288,18 @@ def resolve_folder(model_id: str | Path, local_files_only: bool = False, weights
     for folder in (Path(name), Path(__file__).resolve().parents[1] / name):  # assets/tiny, wherever the script began
         if folder.is_dir():
             return folder
+    expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
+    no_id = UserError(f"{name}: no such folder, and not a hub id; {expected}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        expected = f"expected a checkpoint's folder or 'owner/name'{nearest_path(name)}"
-        raise UserError(f"{name}: no such folder, and not a hub id; {expected}")
+        raise no_id
     from huggingface_hub import snapshot_download  # slow to import, needed only here
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except HFValidationError:  # a space in it, nothing behind the slash
+        raise no_id from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = f"no such folder, and the hub gave nothing ({str(error).strip().splitlines()[0]})"
         raise UserError(f"{name}: {reason}; download it: hf download {name}{nearest_path(name)}") from None

@@ -97,7 +97,8 @@ def quantise(weight: Tensor, kind: str, dtype: torch.dtype) -> Quantized:
         codes = (w / scales.masked_fill(scales == 0, 1)).round().clamp(-127, 127).to(torch.int8)
     elif kind == "fp8":
         mantissa, exponent = torch.frexp(w.abs().amax() / E4M3_MAX)  # the next power of two
-        scales = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).view(1, 1)
+        one = mantissa * 0 + 1  # NaN where a weight is NaN or Inf, of which no exponent would tell
+        scales = torch.ldexp(one, exponent - (mantissa == 0.5).int()).view(1, 1)
         codes = to_e4m3(w / scales).view(torch.uint8)
     else:  # bitsandbytes' rule: w times the reciprocal of its block's largest, then the nearest code, of two the lower
         blocks = F.pad(w, (0, -w.shape[1] % TILE)).view(len(w), -1, BLOCK)

@@ -70,7 +70,7 @@ def test_top_k_and_top_p_against_transformers():
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     scores = torch.randn(32, 100, generator=torch.Generator().manual_seed(0)) * 3
-    for k, p in ((5, 1.0), (0, 0.8), (20, 0.6), (0, 1e-9), (1, 1.0)):
+    for k, p in ((5, 1.0), (0, 0.8), (20, 0.6), (0, 1e-9), (0, 0.0), (1, 1.0)):
         expected = TopKLogitsWarper(k)(None, scores) if k else scores
         expected = TopPLogitsWarper(p)(None, expected) if p < 1 else expected
         assert truncate(scores, Sampling(top_k=k, top_p=p)).isinf().equal(expected.isinf()), (k, p)

@@ -1,6 +1,8 @@
 """Every fast form of model/fast/ against its plain form in model/qwen.py, over shapes, outputs and gradients. What only
 a GPU runs is in test_gpu.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import SHAPES, Sequence, pack_sequences
@@ -47,6 +49,14 @@ def test_the_fast_model_equals_the_plain_one(shape, layout, recompute):
     assert len(made[0]) == 2 + len(model.visual.blocks) + len(model.model.layers)
     for mine, theirs in zip(*made, strict=True):
         assert (mine - theirs).norm() <= 2e-4 * theirs.norm() + 1e-5
+
+
+def test_passes_in_several_threads_are_the_same():
+    model = adapted()
+    packed = pack_sequences([Sequence(model.config, CASES["video"])])
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        whole, passes = model(packed), pool.map(torch.no_grad()(lambda _: model(packed)), range(200))
+        assert all(whole.equal(one) for one in passes)
 
 
 # -- Attention

@@ -105,6 +105,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
         ("lora check adapter --model_id other", "is --model_id its base model"),
         ("lora merge adapter", "--output_dir: got None, expected a new folder"),
         ("lora merge adapter new --model_id nowhere", "no such folder"),
+        ("lora merge adapter new --model_id somewhere/", "somewhere/: no such folder, and not a hub id"),
         ("lora merge adapter new --model_id other", "is --model_id its base model"),
         ("lora merge adapter other", "already holds something"),
         ("generate --frame_size 32", "at least 40"),
@@ -170,6 +171,9 @@ def test_help_of_every_script_needs_no_torch():
         ({"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [4, 6, 6]}}, "rope_scaling type is yarn"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config's hidden_act is quick_gelu"),
+        ({"hidden_size": 60}, "hidden_size is 60, expected a multiple of "),
+        ({"vision_config": {"num_heads": 5}}, "vision_config's hidden_size is "),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "mrope_section is [1, 2, 3], expected a sum"),
     ],
 )
 def test_other_models_are_refused(change, message):
@@ -295,7 +299,11 @@ def test_code_and_templates_in_a_folder_are_not_run(folders):
     bad = {"auto_map": {"AutoTokenizer": ["tokenization_bad.Model"] * 2}, "chat_template": template}
     change_json(model_folder / "tokenizer_config.json", **bad, trust_remote_code=True, tokenizer_class="Model")
     assert load_adapter(load_model(model_folder), adapter_folder).lora_rank == 2
-    assert load_tokenizer(model_folder).encode("up").ids == load_tokenizer(TINY).encode("up").ids
+    tokenizer, text = load_tokenizer(model_folder), "up " * 9
+    tokenizer.enable_truncation(4)  # a file that says so is read whole all the same
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(model_folder / "tokenizer.json"))
+    assert load_tokenizer(model_folder).encode(text).ids == load_tokenizer(TINY).encode(text).ids
     assert not any(name in sys.modules for name in ("modeling_qwen", "tokenization_bad"))
     (model_folder / "tokenizer.json").write_bytes(pickle.dumps(Bomb(trace)))
     assert "tokenizer.json" in refused(load_tokenizer, model_folder)

@@ -87,7 +87,11 @@ def test_checkpoints_of_either_key_style_whole_or_in_shards(tmp_path, oracle):
         save_file({name: tensors[name] for name in names[i::2]}, tmp_path / f"new/part{i}.safetensors")
     index = {"weight_map": {name: f"part{k % 2}.safetensors" for k, name in enumerate(names)}}
     (tmp_path / "new/model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "new/config.json").write_text((tmp_path / "hf/config.json").read_text())
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config["text_config"] |= {"image_token_id": None, "video_token_id": None}  # as 4.52 to 4.56 write them
+    (tmp_path / "new/config.json").write_text(json.dumps(config))
+    text = config["text_config"] | {"tie_word_embeddings": True}  # counts beside the False outside, as in transformers
+    assert ModelConfig.from_dict(config | {"text_config": text}).tie_word_embeddings
     for where in (folder, tmp_path / "hf", tmp_path / "new"):
         again = load_model(where)
         assert all(again.state_dict()[name].equal(tensor) for name, tensor in ours.state_dict().items()), where

@@ -68,6 +68,9 @@ def test_codes_are_the_nearest(kind, shape, size):
     unit = (w / scale).clamp(grid.min(), grid.max())
     best = (unit.flatten()[:, None] - grid).abs().amin(1).view(shape)
     assert ((unit - again / scale).abs() - best).max() <= 1e-5 * grid.max()
+    for bad in (torch.nan, -torch.inf):  # not_finite looks at the scales
+        w[0, 0] = bad
+        assert not quantise(w, kind, torch.float32).scales.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

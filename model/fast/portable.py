@@ -75,8 +75,8 @@ def corner(weight: Tensor | Quantized, rows: int, columns: int, dtype: torch.dty
     into a storage of that size once, of which it is a view ever after. Codes become numbers in a new one each time.
 
     Behind the zeros that align it, the storage's spare columns and rows are scratch: each product with an adapter in
-    them (with_columns, with_rows) fills them for itself. So two products with one weight must not be under way at once,
-    as on two streams of a GPU."""
+    them (with_columns, with_rows) fills them for itself. So two products with one weight may be under way at once, in
+    two threads or on two streams of a GPU, only with the same adapters in it."""
     (out, width), shape = weight.shape, (rows, columns)
     if isinstance(weight, Quantized):
         if shape == (out, width):
@@ -204,7 +204,8 @@ def with_columns(layers, B, ranks, width: int, dtype: torch.dtype) -> Iterator[T
     first = width
     for w, b, rank in zip(layers, B, ranks):
         weight = corner(w.weight, height(w), width + sum(ranks), dtype)
-        weight[:, width:] = 0
+        weight[:, width:first] = 0  # all but its own, which another thread may be reading
+        weight[:, first + rank :] = 0
         if b is not None:
             torch.mul(b, w.scale, out=weight[: len(b), first : first + rank])
         first += rank
