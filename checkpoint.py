@@ -51,9 +51,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """UserError if it is not there or not JSON."""
+    """The object in a JSON file. UserError if it is not there, not JSON, or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r:.40} is no object")
+        return value
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected JSON; take another file or checkpoint") from None
 
