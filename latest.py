@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
 from config import LoraArgs, as_dict
-from model import UserError
+from model import UserError, nearest_path
 from records import data_files
 from script import command
 
@@ -26,6 +26,8 @@ def follow(cfg):
         runs = [file.parent for file in by_age("output", RUN) if read_json(file)["script"] == script]
         cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
     path = Path(cfg.output_dir) / RUN
+    if cfg.resume and not path.exists():
+        cfg.notes += (f"--resume: no run in {cfg.output_dir}, a new one begins{nearest_path(cfg.output_dir)}",)
     if cfg.resume and path.exists():
         take_options(cfg, path, script)
     elif not cfg.lora_enable:
