@@ -207,7 +207,7 @@ def find_adapter(path, script=None):
     if path == "":
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
-            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN)["script"] == script}
+            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN).get("script") == script}
         if not runs:
             return None
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))

@@ -214,6 +214,8 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     for folder in (folder for parent in splits for folder in folders(parent)):
         label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
         files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
+            print(f"no clip in {folder}: expected {', '.join(VIDEO_SUFFIXES)} directly in it")
         listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
 
     def why_unreadable(video):

@@ -76,13 +76,15 @@ def in_threads(function, items, workers, desc, stop=None):
     the event `stop`."""
     from tqdm import tqdm
 
-    stop, noted = stop or threading.Event(), []
+    asks, stop, noted = stop is not None, stop or threading.Event(), []
 
     def note(*_):  # raised here, amid the pool's work, it could leave a lock taken, and the pool would wait for ever
         if noted:
             interrupted()
         noted.append(True)
         stop.set()
+        if asks:  # a server, which may take a minute, and is paid for what was asked
+            os.write(2, b"\nwaiting for the answers to what was asked; Ctrl-C again stops at once\n")
 
     in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals never come
     before = signal.signal(signal.SIGINT, note) if in_main else None

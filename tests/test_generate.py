@@ -253,11 +253,12 @@ def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
     (folder / "gone.mp4").symlink_to("nowhere.mp4")
     os.mkfifo(folder / "pipe.mp4")
     os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
+    (root / "ball_nested" / "clips").mkdir(parents=True)
     (metadata, train, val), out = from_folder(root), capsys.readouterr().out
     names = [os.path.basename(path) for path in metadata["unreadable"]]
     assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
     assert len(train + val) == 30
-    assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
+    assert "ball_nested: expected .mp4" in out and "4 clips are unreadable" in out and out.count("unreadable: ") == 4
 
 
 def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys):
