@@ -296,6 +296,11 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     assert len(names) == 5, "the same model and records under other names"
     with pytest.raises(UserError, match="by this model"):
         run(capsys, *flags, "--max_new_tokens", 9)
+    for output, words in ((same, "line 1 is no prediction"), (here, "Is a directory"), (same / "x", "File exists")):
+        before = same.write_text(same.read_text().replace("\n", " ")) and same.read_bytes()  # a single line
+        with pytest.raises(UserError, match=words):
+            run(capsys, *flags, "--output", output)
+        assert same.read_bytes() == before
     other = dataset.with_name("other.json")
     other.write_text(dataset.read_text().replace("(B) Right to Left", "(A) Left to Right"))
     with pytest.raises(UserError, match="of these records"):
