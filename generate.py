@@ -349,6 +349,8 @@ def make(cfg: Generate, make_dataset) -> dict:
         holds = f"already holds {', '.join(existing)}"
         raise UserError(f"--output_dir {out}: {holds}, expected a new folder; or give --overwrite")
     work = out / ".unfinished"
+    if existing == ["videos"] and not work.exists():  # a killed run leaves .unfinished beside it
+        raise UserError(f"--output_dir {out}: its videos/ is of no dataset made here; choose another folder")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:

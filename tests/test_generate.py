@@ -155,6 +155,9 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
         G.generate(options(tmp_path, seed=9))
     assert contents(tmp_path) == before
     G.generate(options(tmp_path, seed=9, num_samples=8, overwrite=True))
+    (tmp_path / "own/videos").mkdir(parents=True)
+    with pytest.raises(UserError, match="its videos/ is of no dataset made here"):
+        G.generate(options(tmp_path / "own", overwrite=True))
     after = contents(tmp_path)
     assert after["mine.txt"] == b"notes" and len([name for name in after if name.endswith("mp4")]) == 8
 
