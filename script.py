@@ -25,8 +25,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# What a disk or a standard output can do to any script at any time: no mistake of ours
+# What a disk, a standard output or a name can do to any script at any time: no mistake of ours
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def command(script, *arguments):
