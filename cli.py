@@ -138,7 +138,7 @@ def from_file(cls, name, value, path):
     """A text, or a config file's value, as one of the field's type. path: where it stands, "" for the command line."""
     kind = kinds_of(cls)[name]
     text = str(value)
-    if types.NoneType in typing.get_args(kind) and text.lower() in ("none", "null"):
+    if types.NoneType in typing.get_args(kind) and text.lower() in ("none", "null", "~"):
         return None
     if "list" in type_name(kind):
         text = [str(item) for item in value] if isinstance(value, list | tuple) else split_list(text)
