@@ -64,6 +64,7 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
     ("output_dir command", "a new folder, as in {c.__doc__}", lambda c: c.output_dir or c.command == "check"),
     ("output_dir", "a folder's name; is a shell's variable unset?", lambda c: c.output_dir != ""),
+    ("model_id fps", "a folder or a hub id; is a shell's variable unset?", lambda c: c.model_id != ""),
     ("preview", "a .png to write", lambda c: (c.preview or ".png").lower().endswith(".png")),
     ("files", "no file given, expected at least one, as in {c.__doc__}", lambda c: c.files),
     ("runs", "no run given, expected at least one, as in {c.__doc__}", lambda c: c.runs),
