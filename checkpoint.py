@@ -51,9 +51,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """UserError if it is not there or not JSON."""
+    """The object in a JSON file. UserError if it is not there, not JSON, or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r:.40} is no object")
+        return value
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected JSON; take another file or checkpoint") from None
 
@@ -204,7 +207,7 @@ def find_adapter(path, script=None):
     if path == "":
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
-            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN)["script"] == script}
+            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN).get("script") == script}
         if not runs:
             return None
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))

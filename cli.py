@@ -63,6 +63,9 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.command in ("merge", "check")),
     ("model_ckpt command", "an adapter's folder, as in {c.__doc__}", lambda c: c.model_ckpt),
     ("output_dir command", "a new folder, as in {c.__doc__}", lambda c: c.output_dir or c.command == "check"),
+    ("output_dir", "a folder's name; is a shell's variable unset?", lambda c: c.output_dir != ""),
+    ("model_id fps", "a folder or a hub id; is a shell's variable unset?", lambda c: c.model_id != ""),
+    ("preview", "a .png to write", lambda c: (c.preview or ".png").lower().endswith(".png")),
     ("files", "no file given, expected at least one, as in {c.__doc__}", lambda c: c.files),
     ("runs", "no run given, expected at least one, as in {c.__doc__}", lambda c: c.runs),
 ]  # fmt: skip
@@ -136,7 +139,7 @@ def from_file(cls, name, value, path):
     """A text, or a config file's value, as one of the field's type. path: where it stands, "" for the command line."""
     kind = kinds_of(cls)[name]
     text = str(value)
-    if types.NoneType in typing.get_args(kind) and text.lower() in ("none", "null"):
+    if types.NoneType in typing.get_args(kind) and text.lower() in ("none", "null", "~"):
         return None
     if "list" in type_name(kind):
         text = [str(item) for item in value] if isinstance(value, list | tuple) else split_list(text)
@@ -152,15 +155,19 @@ def from_file(cls, name, value, path):
 
 # What the user's own Python, or a parser, may raise
 BROKEN = (SyntaxError, NameError, TypeError, ValueError, AttributeError, ArithmeticError, ImportError, LookupError)
+BROKEN += (AssertionError, RuntimeError, OSError, SystemExit)
 
 
 def load_file(cls, path):
     """{name: value} of a config file. Of YAML texts, to be read as on the command line. Of Python the variables without
     a leading _, or the defaults that a copy of config.py has changed."""
     if path.suffix != ".py":
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before it
         load = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix)
-        return load(text) if load else yaml.load(text, Loader=yaml.BaseLoader)
+        values = load(text) if load else yaml.load(text, Loader=yaml.BaseLoader)
+        if not isinstance(values, dict):
+            raise TypeError(f"got {values!r:.40}, expected names with values")
+        return values
     space = runpy.run_path(str(path))
     if is_dataclass(space.get(cls.__name__)):
         ours, theirs = as_dict(cls()).items(), as_dict(space[cls.__name__]())
@@ -172,10 +179,10 @@ def load_file(cls, path):
 def read_config(cls, path):
     """[(name, value, where: file and line)] of a config file."""
     if not path.is_file() or path.suffix not in (".py", ".yaml", ".yml", ".json", ".toml"):
-        problem = "is no .py, .yaml, .json or .toml file" if path.is_file() else "does not exist"
+        problem = "is no .py, .yaml, .json or .toml file" if path.exists() else "does not exist"
         raise UserError(f"--config: {str(path)!r} {problem}{nearest_path(path)}")
     try:
-        values = dict(load_file(cls, path))
+        values = load_file(cls, path)
     except (*BROKEN, yaml.YAMLError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--config {path}: cannot be read as settings: {reason}") from error
@@ -283,7 +290,7 @@ def apply(cfg, words):
         try:
             if name not in kinds and name in NAMES:
                 ours, value, note = translate(name, value)
-            if ours and ours not in kinds:
+            if ours not in kinds and (ours or not note):
                 hint = nearest(ours, kinds, cutoff=0.85) or "; --help all lists them"
                 raise UserError(f"no such option of {cls.__doc__.split()[1]}{hint}")
         except UserError as error:

@@ -21,8 +21,10 @@ __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list
 
 # Types of options with what is expected besides, and whether a value is so; other numbers are above 0
 Whole = Annotated[int, "at least 0", lambda v: v >= 0]
+Seed = Annotated[int, "0 to 2**63 - 1", lambda v: 0 <= v < 2**63]
 Weight = Annotated[float, "at least 0", lambda v: v >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
+Mass = Annotated[float, "a number above 0, at most 1", lambda v: 0 < v <= 1]
 Several = Annotated[int, "at least 2", lambda v: v >= 2]
 AtLeast8 = Annotated[int, "at least 8", lambda v: v >= 8]
 TwoTo8 = Annotated[int, "2 to 8", lambda v: 2 <= v <= 8]
@@ -60,7 +62,7 @@ class Generate(Options):
     output_dir: str = "data/synthetic_videos"  # folder for videos/, train.json, val.json
     num_samples: AtLeast8 = 20  # clips in all, some of each class; 1000 teach the tiny model
     split: Share = 0.8  # share of the clips that goes to train.json; 0 < split < 1
-    seed: Whole = 42  # same seed and options, same files
+    seed: Seed = 42  # same seed and options, same files
     overwrite: bool = False  # replace a dataset that is already in output_dir
     workers: Whole = 0  # threads that draw or read clips; 0 = one a core
 
@@ -199,7 +201,7 @@ class SFT(VideoArgs, LoraArgs):
     save_strategy: Literal["steps", "epoch", "no"] = "steps"  # steps, epoch, or no: only at the end
     save_steps: int = 100  # steps between checkpoints
     save_total_limit: int | None = 2  # checkpoints that stay, besides the best one; none = all
-    seed: Whole = 42  # order of the data, adapters' start, sampling
+    seed: Seed = 42  # order of the data, adapters' start, sampling
     max_skip_share: Share = 0.05  # the run stops when more than this share of the samples is broken
 
 
@@ -221,7 +223,7 @@ class GRPO(SFT):
     num_generations: Several = 8  # completions a prompt (G)
     max_completion_length: int = 128  # tokens a completion; the dataset's chains of thought take about 80
     temperature: Weight = 1.0  # of sampling and of the log-probs alike
-    top_p: Share = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
+    top_p: Mass = 1.0  # 1 = off; below 1 the sampler is no longer the policy that is trained
     top_k: Whole = 0  # 0 = off; as top_p
     max_resample: Whole = 1  # more rounds of sampling, each with new prompts, until enough groups differ in accuracy
     rewards: str = "accuracy,format"  # of accuracy,format,temporal,judge, or my_rewards.py:name
@@ -282,10 +284,10 @@ class Infer(View):
     offload_embedding: bool = False  # the embedding stays in CPU memory, looked-up rows go to the GPU; not of 3B
     max_new_tokens: int = 256  # tokens; chains of thought fit
     temperature: Weight = 0.0  # 0 = always the likeliest token
-    top_p: Share = 1.0  # sample from the likeliest tokens of this mass; 1 = off
+    top_p: Mass = 1.0  # sample from the likeliest tokens of this mass; 1 = off
     top_k: Whole = 0  # sample from this many tokens; 0 = off
     repetition_penalty: float = 1.0  # divides the logits of tokens already there; 1 = off
-    seed: Whole = 42  # of sampling; the shuffled control's orders follow from the samples' names
+    seed: Seed = 42  # of sampling; the shuffled control's orders follow from the samples' names
 
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked

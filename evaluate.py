@@ -248,14 +248,19 @@ class Predictions:
         other += ("model_ckpt", "local_files_only", "data_path", "video")
         settings = {name: value for name, value in as_dict(cfg).items() if name not in other}
         self.source = [settings, weights and sha256(weights)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            data = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise UserError(f"--output: {self.path}: {error.strerror}; choose another file") from None
         whole = data[: data.rfind(b"\n") + 1]
         try:
             for line in map(json.loads, whole.splitlines()):
                 if line["made_by"] != self.made_by(line["number"]):
                     raise ValueError
                 self.known[line["number"]] = line
+            if not b'{"number": '.startswith(data[len(whole) :][:11]):  # another file without a line break
+                raise ValueError
         except (ValueError, KeyError, TypeError, IndexError):
             problem = f"line {len(self.known) + 1} is no prediction of these records by this model and these settings"
             raise UserError(f"--output: {self.path}: {problem}; choose another file") from None

@@ -214,6 +214,8 @@ def find_videos(cfg: Generate) -> tuple[list[Video], dict[str, str]]:
     for folder in (folder for parent in splits for folder in folders(parent)):
         label = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name.replace("_", " "))
         files = [path for path in inside(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+        if not files:
+            print(f"no clip in {folder}: expected {', '.join(VIDEO_SUFFIXES)} directly in it")
         listed += [Video(path, " ".join(label.split()), splits[folder.parent]) for path in files]
 
     def why_unreadable(video):
@@ -347,6 +349,8 @@ def make(cfg: Generate, make_dataset) -> dict:
         holds = f"already holds {', '.join(existing)}"
         raise UserError(f"--output_dir {out}: {holds}, expected a new folder; or give --overwrite")
     work = out / ".unfinished"
+    if existing == ["videos"] and not work.exists():  # a killed run leaves .unfinished beside it
+        raise UserError(f"--output_dir {out}: its videos/ is of no dataset made here; choose another folder")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:

@@ -57,7 +57,8 @@ class Model:
     """
 
     def __init__(self, model: str | Path = "", argv=(), **options):
-        is_base = (Path(model) / "config.json").exists() or not Path(model).parent.is_dir()  # the latter: a hub id
+        # with a config.json, or a hub id; "" is no folder, though the current one may have a config.json
+        is_base = model != "" and ((Path(model) / "config.json").exists() or not Path(model).parent.is_dir())
         options = ({"model_id": model, "model_ckpt": None} if is_base else {"model_ckpt": model}) | options
         self.cfg = cfg = parse(Infer, [*(f"--{name}={value}" for name, value in options.items()), *argv])
         self.adapter, why = choose_adapter(cfg)

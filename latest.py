@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
 from cli import follow_model, from_file
 from config import LoraArgs, as_dict
-from model import UserError
+from model import UserError, nearest_path
 from records import data_files
 from script import command
 
@@ -23,9 +23,11 @@ def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how."""
     script = Path(sys.argv[0]).stem
     if cfg.resume and "output_dir" not in cfg.given:
-        runs = [file.parent for file in by_age("output", RUN) if read_json(file)["script"] == script]
+        runs = [file.parent for file in by_age("output", RUN) if read_json(file).get("script") == script]
         cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
     path = Path(cfg.output_dir) / RUN
+    if cfg.resume and not path.exists():
+        cfg.notes += (f"--resume: no run in {cfg.output_dir}, a new one begins{nearest_path(cfg.output_dir)}",)
     if cfg.resume and path.exists():
         take_options(cfg, path, script)
     elif not cfg.lora_enable:
@@ -41,8 +43,8 @@ def follow(cfg):
 def take_options(cfg, path, script):
     """--resume: the run's own options, by its run.json, for all that was not given."""
     run, ours = read_json(path), as_dict(cfg)
-    if run["script"] != script:
-        raise UserError(f"--resume: {cfg.output_dir} is a run of {run['script']}.py, not of {script}.py")
+    if run.get("script") != script:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {run.get('script')}.py, not of {script}.py")
     known = {"head_dtype": "bf16", "offload_embedding": False} | run["config"]  # an older run has none of the two
     theirs = {name: known[name] for name in ours.keys() & known.keys()}
     new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
@@ -104,7 +106,7 @@ def take_dataset(cfg):
 def grpo_command(adapter, model_ckpt):
     """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
     run = adapter and adapter.parent / RUN
-    if run and run.exists() and read_json(run)["script"] == "train_sft":
+    if run and run.exists() and read_json(run).get("script") == "train_sft":
         yield "next: " + command("train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else []))
 
 

@@ -25,8 +25,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# What a disk or a standard output can do to any script at any time: no mistake of ours
+# What a disk, a standard output or a name can do to any script at any time: no mistake of ours
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def command(script, *arguments):
@@ -76,13 +77,15 @@ def in_threads(function, items, workers, desc, stop=None):
     the event `stop`."""
     from tqdm import tqdm
 
-    stop, noted = stop or threading.Event(), []
+    asks, stop, noted = stop is not None, stop or threading.Event(), []
 
     def note(*_):  # raised here, amid the pool's work, it could leave a lock taken, and the pool would wait for ever
         if noted:
             interrupted()
         noted.append(True)
         stop.set()
+        if asks:  # a server, which may take a minute, and is paid for what was asked
+            os.write(2, b"\nwaiting for the answers to what was asked; Ctrl-C again stops at once\n")
 
     in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals never come
     before = signal.signal(signal.SIGINT, note) if in_main else None

@@ -155,6 +155,9 @@ def test_a_filled_folder_is_left_alone_and_a_killed_run_started_again(tmp_path, 
         G.generate(options(tmp_path, seed=9))
     assert contents(tmp_path) == before
     G.generate(options(tmp_path, seed=9, num_samples=8, overwrite=True))
+    (tmp_path / "own/videos").mkdir(parents=True)
+    with pytest.raises(UserError, match="its videos/ is of no dataset made here"):
+        G.generate(options(tmp_path / "own", overwrite=True))
     after = contents(tmp_path)
     assert after["mine.txt"] == b"notes" and len([name for name in after if name.endswith("mp4")]) == 8
 
@@ -253,11 +256,12 @@ def test_unreadable_files_are_listed_and_generation_goes_on(root, clip, capsys):
     (folder / "gone.mp4").symlink_to("nowhere.mp4")
     os.mkfifo(folder / "pipe.mp4")
     os.link(clip, folder / os.fsdecode(b"\xff.mp4"))
+    (root / "ball_nested" / "clips").mkdir(parents=True)
     (metadata, train, val), out = from_folder(root), capsys.readouterr().out
     names = [os.path.basename(path) for path in metadata["unreadable"]]
     assert sorted(names) == ["\\xff.mp4", "cut.mp4", "gone.mp4", "pipe.mp4"]
     assert len(train + val) == 30
-    assert "4 clips are unreadable" in out and out.count("unreadable: ") == 4
+    assert "ball_nested: expected .mp4" in out and "4 clips are unreadable" in out and out.count("unreadable: ") == 4
 
 
 def test_chains_of_thought_come_from_the_server(root, clip, monkeypatch, capsys):

@@ -117,6 +117,8 @@ def test_which_adapter_answers_and_why(capsys, here, tiny, clip):
     assert chosen["adapter"] == "output/a/checkpoint-5" and len({r["text"] for r in (plain, result, chosen)}) == 3
     assert run(capsys, clip, "--model_id", tiny, "--model_ckpt", "none")[1]["text"] == plain["text"]
     assert Model("output/b/checkpoint-7").notes == ["adapter output/b/checkpoint-7, as given"]
+    (here / "config.json").write_text("{}")  # somebody else's
+    assert Model().adapter == Path("output/b/checkpoint-7")
     (here / "output/b/best.json").write_text(json.dumps({"step": 7, "accuracy": 0.4}))
     assert Model("output/b").notes[0].endswith("the best checkpoint of its run: 40.0% of its held-out clips are right")
     save_trained_adapter(tiny, here / "output/c/checkpoint-1", named="someone/else")
@@ -161,6 +163,8 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     answer = model.ask(str(clip), "Where?")
     assert (answer.text, answer.completion_tokens) == (command["text"], 12) and capsys.readouterr().out == ""
     assert base_alone.adapter is None and base_alone.ask(clip, "Where?").text != answer.text
+    (here / "list").mkdir()
+    (here / "list/adapter_config.json").write_text("[]")
     image = here / "image.png"
     image.write_bytes(png(frames_of("A")[0]))
     mixed = model.ask([image, clip, clip], "What is alike?")
@@ -174,6 +178,7 @@ def test_ask_from_python(capsys, here, tiny, clip, base):  # noqa: F811
     assert [accuracy(text, sample) for text in ("Left to right.", "(B)", "")] == [1, 0, 0]
     for wrong, words in {
         lambda: list(model.stream("nowhere.mp4")): "nowhere.mp4: no such file",
+        lambda: Model("list"): "adapter_config.json: cannot be read .* is no object",
         lambda: Model(temprature=1): "did you mean temperature",
         lambda: Model(model_id="output/a/checkpoint-5"): "adapter is given by --model_ckpt output/a/checkpoint-5",
         lambda: model.evaluate([], fps=1.0): "fps cannot change for one call",
@@ -291,6 +296,11 @@ def test_predictions_are_written_as_they_come_and_continued(capsys, monkeypatch,
     assert len(names) == 5, "the same model and records under other names"
     with pytest.raises(UserError, match="by this model"):
         run(capsys, *flags, "--max_new_tokens", 9)
+    for output, words in ((same, "line 1 is no prediction"), (here, "Is a directory"), (same / "x", "File exists")):
+        before = same.write_text(same.read_text().replace("\n", " ")) and same.read_bytes()  # a single line
+        with pytest.raises(UserError, match=words):
+            run(capsys, *flags, "--output", output)
+        assert same.read_bytes() == before
     other = dataset.with_name("other.json")
     other.write_text(dataset.read_text().replace("(B) Right to Left", "(A) Left to Right"))
     with pytest.raises(UserError, match="of these records"):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_ctrl_c_while_clips_are_drawn_up_is_seldom_lost():
 
 
 @pytest.mark.parametrize("mistake, expected", [(False, KeyboardInterrupt), (True, ZeroDivisionError)])
-def test_threads_drop_what_has_not_begun(mistake, expected):
+def test_threads_drop_what_has_not_begun(capfd, mistake, expected):
     done = []
 
     def work(i):
@@ -87,5 +88,6 @@ def test_threads_drop_what_has_not_begun(mistake, expected):
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(expected):
-        in_threads(work, list(range(10_000)), 2, "working")
+        in_threads(work, list(range(10_000)), 2, "asking", threading.Event())
+    assert ("waiting for the answers" in capfd.readouterr().err) != mistake
     assert 20 < len(done) < 1000 and signal.getsignal(signal.SIGINT) is handler, len(done)

@@ -114,6 +114,8 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch)
     assert "--model_ckpt has no effect" in " ".join(cfg.notes)
     made("base/config.json", hidden_size=5120)  # its head_dtype is no run's that has none
     assert follow(parse(SFT, ["--resume", "--model_id", "base"])).head_dtype == "bf16"
+    note = "--resume: no run in output/mein_lora, a new one begins; did you mean output/mine_lora?"
+    assert note in follow(parse(SFT, ["--resume", "--output_dir", "output/mein_lora", "--data_path", "a.json"])).notes
     with pytest.raises(UserError, match="--lora_rank: got 4, expected 8 as in output/mine_lora: a resumed run"):
         follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
     with pytest.raises(UserError, match="--resume: output/grpo_mine_lora is a run of train_grpo.py, not of train_sft"):

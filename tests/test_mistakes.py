@@ -161,8 +161,9 @@ def test_help_of_every_script_needs_no_torch():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (name, done.stderr)
         assert name == "quickstart" or f"{name}.py [" in done.stdout.splitlines()[0], done.stdout
-    done = subprocess.run([sys.executable, ROOT / "infer.py", "missing.mp4"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: missing.mp4") and done.stderr.count("\n") == 1
+    for name in ("missing.mp4", "is it moving? " * 20):
+        done = subprocess.run([sys.executable, ROOT / "infer.py", name], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {name}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
