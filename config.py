@@ -23,6 +23,8 @@ __all__ += ["as_dict", "changed", "cli", "ignored_options", "parse", "split_list
 Whole = Annotated[int, "at least 0", lambda v: v >= 0]
 Weight = Annotated[float, "at least 0", lambda v: v >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
+Decay = Annotated[float, "at least 0 and below 1", lambda v: 0 <= v < 1]
+Seed = Annotated[int, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32]
 Several = Annotated[int, "at least 2", lambda v: v >= 2]
 AtLeast8 = Annotated[int, "at least 8", lambda v: v >= 8]
 TwoTo8 = Annotated[int, "2 to 8", lambda v: 2 <= v <= 8]
@@ -60,7 +62,7 @@ class Generate(Options):
     output_dir: str = "data/synthetic_videos"  # folder for videos/, train.json, val.json
     num_samples: AtLeast8 = 20  # clips in all, some of each class; 1000 teach the tiny model
     split: Share = 0.8  # share of the clips that goes to train.json; 0 < split < 1
-    seed: Whole = 42  # same seed and options, same files
+    seed: Seed = 42  # same seed and options, same files
     overwrite: bool = False  # replace a dataset that is already in output_dir
     workers: Whole = 0  # threads that draw or read clips; 0 = one a core
 
@@ -179,8 +181,8 @@ class SFT(VideoArgs, LoraArgs):
     vision_lr: float | None = None  # peak rate of the vision tower's tensors; none = learning_rate
     merger_lr: float | None = None  # peak rate of the merger's tensors; none = learning_rate
     weight_decay: Weight = 0.0  # never on biases and norms
-    adam_beta1: Share = 0.9  # first moment
-    adam_beta2: Share = 0.99  # second moment; 0.999 is too slow for a few hundred steps
+    adam_beta1: Decay = 0.9  # first moment
+    adam_beta2: Decay = 0.99  # second moment; 0.999 is too slow for a few hundred steps
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: Weight = 1.0  # clip the global gradient norm; 0 = off
     warmup_ratio: Share = 0.15  # share of all steps with a rising rate; 29 of 192
@@ -199,7 +201,7 @@ class SFT(VideoArgs, LoraArgs):
     save_strategy: Literal["steps", "epoch", "no"] = "steps"  # steps, epoch, or no: only at the end
     save_steps: int = 100  # steps between checkpoints
     save_total_limit: int | None = 2  # checkpoints that stay, besides the best one; none = all
-    seed: Whole = 42  # order of the data, adapters' start, sampling
+    seed: Seed = 42  # order of the data, adapters' start, sampling
     max_skip_share: Share = 0.05  # the run stops when more than this share of the samples is broken
 
 
@@ -285,7 +287,7 @@ class Infer(View):
     top_p: Share = 1.0  # sample from the likeliest tokens of this mass; 1 = off
     top_k: Whole = 0  # sample from this many tokens; 0 = off
     repetition_penalty: float = 1.0  # divides the logits of tokens already there; 1 = off
-    seed: Whole = 42  # of sampling; the shuffled control's orders follow from the samples' names
+    seed: Seed = 42  # of sampling; the shuffled control's orders follow from the samples' names
 
     # -- A dataset instead of one clip
     data_path: str | None = None  # json or jsonl to evaluate: accuracy, confusion, reversed, shuffled, blanked
