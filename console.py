@@ -50,7 +50,8 @@ def closing_lines(run, stop_signal):
     resume = command(f"{run.script}.py", "--resume", "--output_dir", str(run.folder))
     if run.world > 1:  # its folder has the options, not the number of processes
         resume = "the same command with --resume, and without --overwrite"
-    yield f"  next    {resume if stop_signal else run.next_command}"
+    if following := resume if stop_signal else run.next_command:
+        yield f"  next    {following}"
 
 
 # -- --report_to: the scalars of metrics.jsonl, for packages that the user installs

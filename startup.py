@@ -118,9 +118,9 @@ def build_model(run):
     """(the base on its device with the adapter of --model_ckpt or a fresh one, the Processor of its clips and chats).
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    cfg, begun = run.cfg, run.folder / START
+    cfg = run.cfg
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, **formats_of(cfg))
-    run.adapter = begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
+    run.adapter = first_adapter(cfg)
     run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
@@ -134,6 +134,12 @@ def build_model(run):
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
     return model, processor
+
+
+def first_adapter(cfg):
+    """The folder of the adapter that the run begins with, or began with; None for a fresh one."""
+    begun = Path(cfg.output_dir) / START
+    return begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
 
 
 def adapt(model, cfg, folder):
@@ -252,7 +258,7 @@ def dry_run(cfg, make_loader, records):
     world, folder = int(os.environ.get("WORLD_SIZE", "1")), resolve_folder(cfg.model_id, cfg.local_files_only, False)
     model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
     place_all(model)
-    notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
+    notes = [*adapt(model, cfg, first_adapter(cfg)), *ignored_options(cfg)]
     if problem := taken(Path(cfg.output_dir), cfg):
         notes.append(problem)
     processor = Processor(load_tokenizer(folder), model.config, cfg)
