@@ -35,7 +35,7 @@ SWITCH = ("true", "false", "1", "0", "yes", "no", "none", "auto")  # what may fo
 
 # -- Options beside each other: the tables name each once, whichever script has it
 
-FROZEN = "its default beside --lora_enable False or --freeze_llm False: such weights stay frozen"
+FROZEN = "its default without adapters or beside --freeze_llm False: such weights stay frozen, no whole model is saved"
 EITHER = "either adapters or all weights are trained, expected"
 RULES = [  # an option, and another that tells the scripts; what is expected of it, or all of a message with that word;
     # whether c, a config, is so
@@ -43,9 +43,9 @@ RULES = [  # an option, and another that tells the scripts; what is expected of 
      lambda c: c.freeze_llm or not (c.lora_enable and c.llm_lora)),
     ("freeze_vision_tower", f"--freeze_vision_tower False beside --vision_lora True: {EITHER} --vision_lora False or "
      "--freeze_vision_tower True", lambda c: c.freeze_vision_tower or not (c.lora_enable and c.vision_lora)),
-    ("base_dtype lora_enable", FROZEN, lambda c: c.base_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
-    ("head_dtype lora_enable", FROZEN, lambda c: c.head_dtype == "bf16" or (c.lora_enable and c.freeze_llm)),
-    ("offload_embedding lora_enable", FROZEN, lambda c: not c.offload_embedding or (c.lora_enable and c.freeze_llm)),
+    ("base_dtype lora_enable", FROZEN, lambda c: c.base_dtype == "bf16" or freezes_base(c)),
+    ("head_dtype lora_enable", FROZEN, lambda c: c.head_dtype == "bf16" or freezes_base(c)),
+    ("offload_embedding lora_enable", FROZEN, lambda c: not c.offload_embedding or freezes_base(c)),
     ("fp16", "--fp16 True beside --bf16 True, expected one of them at most", lambda c: not (c.bf16 and c.fp16)),
     ("resume", "--resume beside --overwrite, expected one of them: to go on with the run, or to start anew",
      lambda c: not (c.resume and c.overwrite)),
@@ -80,6 +80,12 @@ IGNORED = [  # options that may have been given to a script that has the first, 
     ("hard_negatives question num_options", "it is for --from_folder", lambda c: c.from_folder is None),
     ("cot_source cot_model cot_workers cot_coordinates", "there is no --cot", lambda c: not c.cot),
 ]
+
+
+def freezes_base(c):
+    """Whether c trains adapters beside a frozen language model: checkpoints do without the base's weights."""
+    has_adapters = c.llm_lora or c.vision_lora or (c.merger_lora and not c.tune_merger)
+    return c.lora_enable and c.freeze_llm and has_adapters
 
 
 def require(ok, name, value, expected):
@@ -212,7 +218,7 @@ def follow_model(cfg):
     for size in sizes[-1:]:
         path = Path(__file__).with_name("configs") / f"{size}b_{script}.py"
         values, given = load_file(type(cfg), path), {*cfg.given, "model_id"}
-        if not (getattr(cfg, "lora_enable", False) and cfg.freeze_llm):  # these are for a base that training freezes
+        if not (hasattr(cfg, "lora_enable") and freezes_base(cfg)):
             given |= {"base_dtype", "head_dtype", "offload_embedding"}
         values = {name: value for name, value in values.items() if hasattr(cfg, name) and name not in given}
         vars(cfg).update(values)

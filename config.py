@@ -25,6 +25,7 @@ Seed = Annotated[int, "0 to 2**63 - 1", lambda v: 0 <= v < 2**63]
 Weight = Annotated[float, "at least 0", lambda v: v >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda v: 0 <= v <= 1]
 Mass = Annotated[float, "a number above 0, at most 1", lambda v: 0 < v <= 1]
+Decay = Annotated[float, "at least 0 and below 1", lambda v: 0 <= v < 1]
 Several = Annotated[int, "at least 2", lambda v: v >= 2]
 AtLeast8 = Annotated[int, "at least 8", lambda v: v >= 8]
 TwoTo8 = Annotated[int, "2 to 8", lambda v: 2 <= v <= 8]
@@ -181,8 +182,8 @@ class SFT(VideoArgs, LoraArgs):
     vision_lr: float | None = None  # peak rate of the vision tower's tensors; none = learning_rate
     merger_lr: float | None = None  # peak rate of the merger's tensors; none = learning_rate
     weight_decay: Weight = 0.0  # never on biases and norms
-    adam_beta1: Share = 0.9  # first moment
-    adam_beta2: Share = 0.99  # second moment; 0.999 is too slow for a few hundred steps
+    adam_beta1: Decay = 0.9  # first moment
+    adam_beta2: Decay = 0.99  # second moment; 0.999 is too slow for a few hundred steps
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: Weight = 1.0  # clip the global gradient norm; 0 = off
     warmup_ratio: Share = 0.15  # share of all steps with a rising rate; 29 of 192

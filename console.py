@@ -44,12 +44,14 @@ def closing_lines(run, stop_signal):
     results += [f"accuracy {', '.join(accuracies)}"] if accuracies else []
     results += [f"best {run.best['accuracy']:.1%} at step {run.best['step']}"] if run.best else []
     yield f"  result  {'; '.join(results) or 'nothing was trained or judged'}"
-    size = (run.folder / ROLLOUTS).stat().st_size if (run.folder / ROLLOUTS).exists() else 0
-    yield f"  report  {run.folder / 'report.html'}; {ROLLOUTS} has {size / 1e6:.1f} MB"
+    rollouts = run.folder / ROLLOUTS
+    size = f"; {ROLLOUTS} has {rollouts.stat().st_size / 1e3:,.0f} kB" if rollouts.exists() else ""
+    yield f"  report  {run.folder / 'report.html'}{size}"
     resume = command(f"{run.script}.py", "--resume", "--output_dir", str(run.folder))
     if run.world > 1:  # its folder has the options, not the number of processes
         resume = "the same command with --resume, and without --overwrite"
-    yield f"  next    {resume if stop_signal else run.next_command}"
+    if following := resume if stop_signal else run.next_command:
+        yield f"  next    {following}"
 
 
 # -- --report_to: the scalars of metrics.jsonl, for packages that the user installs

@@ -27,7 +27,7 @@ from checkpoint import ADAPTER, BEST, METRICS, ROLLOUTS, RUN, STATE, read_json, 
 from config import as_dict, changed, ignored_options
 from data import Processor, load_tokenizer
 from engine import build_engine, init_distributed, precision, use_deterministic_kernels
-from lora import inject, set_trainable, sizes
+from lora import inject, lora_layers, set_trainable, sizes
 from memory import choose, is_grpo, largest_sample, summary
 from model import UserError
 from model.fast.graphs import GraphCache
@@ -76,10 +76,20 @@ def claim(folder, cfg):
     except OSError as error:
         why = "another process trains there" if isinstance(error, BlockingIOError) else error.strerror
         raise UserError(f"--output_dir: {folder}: {why}; choose another folder") from None
-    if (folder / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        ways = "--resume goes on with it, --overwrite starts anew, another --output_dir keeps it"
-        raise UserError(f"--output_dir: {folder} already holds a run; {ways}")
+    if problem := taken(folder, cfg):
+        raise UserError(f"--output_dir: {problem}")
     return lock
+
+
+def taken(folder, cfg):
+    """What would be lost if this run began in the folder, and the ways out; None where that is nothing, or wanted. Of a
+    run that was refused at its first step there is nothing to lose."""
+    is_ours = (folder / RUN).exists()
+    has_files = any((folder / name).exists() for name in (METRICS, ROLLOUTS, *ADAPTER))
+    if cfg.overwrite or (cfg.resume and is_ours) or not (has_files or checkpoint.checkpoints(folder)):
+        return None
+    what = "a run; --resume goes on with it," if is_ours else "checkpoints or an adapter of another program;"
+    return f"{folder} already holds {what} --overwrite starts anew, another --output_dir keeps it"
 
 
 def data_hash(text):
@@ -108,9 +118,9 @@ def build_model(run):
     """(the base on its device with the adapter of --model_ckpt or a fresh one, the Processor of its clips and chats).
     When resuming, too, it is the model as the run began: GRPO takes its reference from it. start() puts the state back.
     """
-    cfg, begun = run.cfg, run.folder / START
+    cfg = run.cfg
     model = load_model(cfg.model_id, run.device, run.dtype, cfg.local_files_only, **formats_of(cfg))
-    run.adapter = begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
+    run.adapter = first_adapter(cfg)
     run.notes += adapt(model, cfg, run.adapter)
     if names := not_finite(model):
         where = run.adapter if names[0].endswith("adapters") else cfg.model_id
@@ -124,6 +134,12 @@ def build_model(run):
     processor = Processor(load_tokenizer(resolve_folder(cfg.model_id, cfg.local_files_only)), model.config, cfg)
     run.sampler = Sampler(model, processor, cfg)
     return model, processor
+
+
+def first_adapter(cfg):
+    """The folder of the adapter that the run begins with, or began with; None for a fresh one."""
+    begun = Path(cfg.output_dir) / START
+    return begun if cfg.resume and begun.exists() else cfg.model_ckpt and Path(cfg.model_ckpt)
 
 
 def adapt(model, cfg, folder):
@@ -157,13 +173,14 @@ def start(run, model, processor, loader, records, held_out):
     if run.step < run.total or run.state.get("stopped"):  # not of a run that is done
         run.notes.append(f"{len(held_out):,} held-out samples, {judged}" if held_out else "no held-out samples")
     if run.rank == 0:
+        lines = list(describe(cfg, model, processor, records, loader, run.world, run.notes))  # may refuse the data
         prepare_folder(run)
         write_json(run.folder / DATA, dataset_summary({"train": records, "held out": held_out}))
         where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         dtype = f"{str(run.dtype).removeprefix('torch.')} ({run.dtype_reason})"
         run.say(f"{run.script}: {cfg.model_id} -> {run.folder}: {run.step} of {run.total} steps are done")
         run.say(f"  precision  {dtype}; fp32 master weights; {where}, {torch.get_num_threads()} threads")
-        for line in describe(cfg, model, processor, records, loader, run.world, run.notes):
+        for line in lines:
             run.say(line)
     run.next_command = ask_about(run, processor, (held_out or records)[0])
     watch_signals(run)
@@ -241,9 +258,9 @@ def dry_run(cfg, make_loader, records):
     world, folder = int(os.environ.get("WORLD_SIZE", "1")), resolve_folder(cfg.model_id, cfg.local_files_only, False)
     model = empty_model(ModelConfig.from_folder(folder), **formats_of(cfg))
     place_all(model)
-    notes = [*adapt(model, cfg, cfg.model_ckpt), *ignored_options(cfg)]
-    if (Path(cfg.output_dir) / RUN).exists() and not (cfg.resume or cfg.overwrite):
-        notes.append(f"{cfg.output_dir} holds a run: it will take --resume, --overwrite or another folder")
+    notes = [*adapt(model, cfg, first_adapter(cfg)), *ignored_options(cfg)]
+    if problem := taken(Path(cfg.output_dir), cfg):
+        notes.append(problem)
     processor = Processor(load_tokenizer(folder), model.config, cfg)
     loader = make_loader(cfg, records, processor, 0, world)
     print(f"plan of {Path(sys.argv[0]).name}: {cfg.model_id} -> {cfg.output_dir} (nothing is run or written)")
@@ -285,6 +302,7 @@ def ask_about(run, processor, record):
         clip = ""
     newest = Path("output").resolve() in run.folder.resolve().parents  # infer.py takes the run made last there
     words = [] if newest else ["--model_ckpt", str(run.folder)]
-    if not run.cfg.lora_enable:  # checkpoints are whole models
-        words = ["--model_id", str(run.folder / f"checkpoint-{run.total}"), "--model_ckpt", "none"]
+    if not lora_layers(run.sampler.model):  # checkpoints are whole models
+        last = run.folder / f"checkpoint-{max(run.step, run.total)}"
+        words = ["--model_id", str(last), "--model_ckpt", "none"]
     return command("infer.py", clip, *words) if clip else ""

@@ -262,7 +262,7 @@ def before_first_step(run, engine, evaluate):
         checkpoint.rotate(run.folder, run.cfg.save_total_limit)
     if run.state.get("stopped"):
         after_step(run, engine, evaluate)
-    elif run.step == run.total:
+    elif run.step >= run.total:
         run.say(f"all {run.total} steps are done: nothing is left to do")
 
 

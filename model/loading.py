@@ -77,6 +77,9 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         path = Path(folder) / "config.json"
+        if not path.is_file():
+            problem = f"{folder}: no config.json in it, expected a model's folder"
+            raise UserError(f"{problem}; an adapter or a run is given as --model_ckpt, a whole model as checkpoint-N")
         return cls.from_dict(read_object(path), str(path))
 
     @classmethod

@@ -103,6 +103,7 @@ FOLDER, BENCHMARK = "generate --from_folder", "infer --model_id TINY --model_ckp
     [
         ("lora check nowhere", "no such folder"),
         ("lora check adapter --model_id other", "is --model_id its base model"),
+        ("lora check adapter --model_id adapter", "adapter: no config.json in it, expected a model's folder"),
         ("lora merge adapter", "--output_dir: got None, expected a new folder"),
         ("lora merge adapter new --model_id nowhere", "no such folder"),
         ("lora merge adapter new --model_id somewhere/", "somewhere/: no such folder, and not a hub id"),

@@ -214,7 +214,7 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     assert ", as nf4: every tensor fits" in capsys.readouterr().out
     sft("again", base_dtype="bf16", model_ckpt=folder, dry_run=True)
     out = capsys.readouterr().out
-    assert "with --base_dtype nf4 and goes on with bf16" in out and "again holds a run: it will take --resume" in out
+    assert "with --base_dtype nf4 and goes on with bf16" in out and "again already holds a run; --resume" in out
     tensors = {}
     for kind in ("original", "quantised"):
         lora.main(["merge", str(folder), str(tmp_path / kind), "--merge_base", kind])

@@ -54,7 +54,7 @@ def write_run(folder, config, metrics, groups):
     examples = [{"id": "c", "video": "b.mp4", "class": LABELS[0]}, {"id": "d", "video": "d.mp4"}]
     train = {"samples": 1234, "classes": {LABELS[0]: 617, LABELS[1]: 383}, "examples": examples}
     info = {"script": folder.name, "command": [f"{folder.name}.py", "--learning_rate", "1.25e-4"]}
-    info |= {"machine": {"cpu": "a fast one", "gpus": []}, "versions": {"torch": "9.8.7", "commit": "0123456789abcdef"}}
+    info |= {"machine": {"gpus": []}, "versions": {"torch": "9.8.7", "commit": "0123456789abcdef"}}
     data = {"train": train, "held out": {"samples": 77, "classes": {}, "examples": []}}
     files = {"run": info | {"config": as_dict(config)}, "best": {"step": 40, "accuracy": 0.9}, "data": data}
     for name, value in files.items():
@@ -97,7 +97,7 @@ def page_of(*runs):
 def test_sections_and_their_contents_with_nothing_from_elsewhere(grpo_run):
     text = page_of(grpo_run)
     for words in ('id="curves"', 'id="evaluation"', 'id="rollouts"', 'id="data"', 'id="setup"', "9.8.7",
-                  "0123456789", "a fast one", "grpo.py --learning_rate 1.25e-4", "0.001", "Confusion matrix",
+                  "0123456789 · CPU<", "grpo.py --learning_rate 1.25e-4", "0.001", "Confusion matrix",
                   "4.0 %", "flipped 95.0 %", "Chance is 25.0 %", "Best checkpoint", "KL to the reference",
                   "Odd number", "before and after", "advantage −1.00", "truncated",
                   "The same at every step:", "ratio 1.", "d.mp4: no such", "seed = 3"):  # fmt: skip

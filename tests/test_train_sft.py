@@ -52,16 +52,17 @@ def test_packing_by_tokens_gives_the_same_update(sft, whole):
 
 @pytest.mark.parametrize("options", [
     {"lora_enable": False, "freeze_llm": False, "freeze_vision_tower": False, "tune_merger": True},
-    {"lora_enable": False, "tune_merger": True},
+    {"llm_lora": False, "vision_lora": False, "tune_merger": True},
     {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "max_steps": 3},
 ], ids=["full", "merger only", "bf16 recomputed"])  # fmt: skip
-def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options):
+def test_every_way_of_training_lowers_the_loss_and_loads_again(sft, base, options, capsys):
     folder = sft("run", **options, save_total_limit=1)
     losses, last = column(folder, "loss"), newest_checkpoint(folder)
     assert losses[-1] < losses[0]
-    if options.get("lora_enable", True):
+    if "bf16" in options:
         assert find_adapter(folder) == last
         return
+    assert f"--model_id {last} --model_ckpt none" in capsys.readouterr().out
     trained, before = (load_model(p).state_dict() for p in (last, base / "tiny"))
     changed = {name for name in trained if not torch.equal(trained[name], before[name])}
     merger = {name for name in trained if name.startswith("visual.merger.")}
@@ -186,6 +187,18 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     assert steps_saved(folder) == [1] and column(folder, "step") == [1]
     start, given = (path / "adapter_model.safetensors" for path in (folder / "start_adapter", whole / "checkpoint-2"))
     assert start.read_bytes() == given.read_bytes() and column(folder, "loss")[0] < column(whole, "loss")[0]
+    sft("run", resume=True, dry_run=True)  # checkpoint-2 is gone, its copy is there
+    (tmp_path / "bad.json").write_text('[{"video": "gone.mp4", "problem": "Which way?", "solution": "up"}]')
+    for name in ("run", "refused"):  # nothing is lost, and nothing stands in the way
+        with pytest.raises(UserError, match="all samples are left out"):
+            sft(name, overwrite=name == "run", data_path=tmp_path / "bad.json")
+        release_run()
+    assert steps_saved(folder) == [1]
+    startup.claim(tmp_path / "refused", SFT()).close()
+    for theirs in ("a/checkpoint-500", "b/adapter_config.json"):
+        (tmp_path / theirs).mkdir(parents=True)
+        with pytest.raises(UserError, match="of another program; --overwrite"):
+            startup.claim((tmp_path / theirs).parent, SFT(resume=True))
     first = startup.claim(tmp_path / "new", SFT())
     with pytest.raises(UserError, match="another process"):
         startup.claim(tmp_path / "new", SFT(resume=True))
@@ -274,12 +287,14 @@ def test_a_run_ends_with_its_result(tmp_path, capsys, monkeypatch, script, start
     run.compare(start)
     run.step = 2
     assert run.compare(last)[1] == (", the best checkpoint so far" if last else "")
+    run.total = 1  # a resumed run's --max_steps
     trainer.before_first_step(run, None, None)
-    assert re.search("left 0:00:05\n(?s:.*)all 2 steps are done: nothing is left to do", capsys.readouterr().out)
+    assert re.search("left 0:00:05\n(?s:.*)all 1 steps are done: nothing is left to do", capsys.readouterr().out)
     append_lines(tmp_path / "metrics.jsonl", [{"step": k, "loss": v, "reward": v} for k, v in ((1, 5.0), (2, 0.25))])
     append_lines(tmp_path / "rollouts.jsonl", [{"completion": "x" * 2_000_000}])
     text = "\n".join(console.closing_lines(run, number))
-    for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2.0 MB"]:
+    for word in [*words, str(tmp_path / "report.html"), "rollouts.jsonl has 2,000 kB"]:
         assert word in text, text
     (tmp_path / "metrics.jsonl").unlink()
-    assert "result" in "\n".join(console.closing_lines(run, number))
+    run.next_command = ""  # of text alone
+    assert "result" in "\n".join(console.closing_lines(run, number)) and len([*console.closing_lines(run, 0)]) == 3
