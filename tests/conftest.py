@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import lora
 from model import UserError, loading
 from model.loading import ModelConfig, save_model
 from model.qwen import Packed, Qwen2_5_VL, Segments
@@ -90,6 +91,15 @@ def random_model(shape: str = "tied", seed: int = 0) -> Qwen2_5_VL:
             if p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def move_adapters(model, size=0.1, seed=2):
+    """As after training: every adapter and every other trained tensor moves."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = [tensor for name, tensor in lora.trainable_parameters(model) if not name.endswith(lora.FLAT)]
+    for tensor in moved + [view for _, layer in lora.lora_layers(model) for view in (layer.lora_A, layer.lora_B)]:
+        tensor.add_(size * torch.randn(tensor.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")
