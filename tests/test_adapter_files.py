@@ -9,8 +9,6 @@ import peft
 import pytest
 import torch
 from conftest import TINY, Sequence, move_adapters, pack_sequences, refused, write
-from make_peft4_adapter import FOLDER as PEFT4
-from make_peft4_adapter import GRID, IDS, arithmetic_base, patches
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,6 +17,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import lora
 from adapter_files import TENSORS, load_adapter, save_adapter
 from config import SFT, LoraArgs
+from dev.make_peft4_adapter import FOLDER as PEFT4
+from dev.make_peft4_adapter import GRID, IDS, arithmetic_base, patches
 from lora import main
 from model.adapters import BlockAdapters, LoRALinear, Unpack
 from model.loading import load_model

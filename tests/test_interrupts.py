@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from clips import draw_clip
 from script import in_threads
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(*command, **env):

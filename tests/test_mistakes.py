@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, cases, python, refused, write
-from make_peft4_adapter import arithmetic_base
 from safetensors.torch import load_file, save_file
 from test_adapter_files import make_adapter
 
@@ -27,6 +26,7 @@ from adapter_files import load_adapter, save_adapter
 from checkpoint import find_adapter
 from config import SFT, Generate, Infer, LoraArgs, parse
 from data import load_tokenizer, read_records
+from dev.make_peft4_adapter import arithmetic_base
 from infer import read_as_trained
 from lora import inject, set_trainable
 from model.loading import ModelConfig, load_model, resolve_folder

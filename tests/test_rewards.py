@@ -1,12 +1,9 @@
 """Rewards: each one's value, how they are chosen and added, the command, and every way they can go wrong."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, python
 from test_client import Server, completion
 
 import rewards
@@ -120,8 +117,7 @@ def test_command(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, RECORD]))
     code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; from script import cli\ntry: cli(rewards.main)\n"
     code += "finally: print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=f"{ROOT}")
     *lines, torch = done.stdout.splitlines()
     assert json.loads(lines[0]) == {"accuracy": 1, "format": 1}
     assert json.loads(lines[1]) == {"accuracy": 0, "format": 0}

@@ -304,7 +304,7 @@ def test_the_flags_of_the_seeds_command(grpo, base, capfd):
 # -- The loss: against TRL's numbers, and where numbers get extreme
 
 
-# Made with TRL 1.16.0 by tests/make_grpo_trl_numbers.py, which has the settings.
+# Made with TRL 1.16.0 by dev/make_grpo_trl_numbers.py, which has the settings.
 TRL = json.loads(Path(__file__).with_name("grpo_trl_numbers.json").read_text())
 AGGREGATION = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
 INDEX = torch.repeat_interleave(torch.arange(len(TRL["lengths"])), torch.tensor(TRL["lengths"]))

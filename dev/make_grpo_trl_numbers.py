@@ -1,7 +1,7 @@
 """Makes the results in tests/grpo_trl_numbers.json, GRPO losses and gradients out of TRL's own GRPOTrainer, from the
 inputs there: `tensors`, `rewards`, `lengths`, and of each case `knobs` (GRPOConfig's) and `sampler_is_cap`.
 
-Run by hand, never by the tests: `pip install trl==1.16.0 accelerate datasets && python tests/make_grpo_trl_numbers.py`.
+Run by hand, never by the tests: `pip install trl==1.16.0 accelerate datasets && python dev/make_grpo_trl_numbers.py`.
 
 Everything but the network is TRL's: its sampler is replaced by fixed completions, its reward function by fixed rewards,
 its per-token log-prob function by fixed tensors (the policy's is a leaf that wants a gradient).
@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-FILE = Path(__file__).with_name("grpo_trl_numbers.json")
+FILE = Path(__file__).resolve().parents[1] / "tests" / "grpo_trl_numbers.json"
 NUMBERS = json.loads(FILE.read_text())
 LENGTHS = NUMBERS["lengths"]  # three prompts of four completions
 EOS, PAD, WORD = 1, 0, 2

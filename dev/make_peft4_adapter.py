@@ -1,10 +1,11 @@
 """Makes tests/peft4: an adapter as PEFT 0.14.0 saves it under transformers 4.51.3, and the logits it gives there.
 
 Run by hand, never by the tests, in an environment of its own:
-    pip install torch transformers==4.51.3 peft==0.14.0 av pytest && python tests/make_peft4_adapter.py
+    pip install torch transformers==4.51.3 peft==0.14.0 av pytest && python dev/make_peft4_adapter.py
 The base is not kept: its weights are arithmetic, so the tests make the same ones.
 """
 
+# ruff: noqa: E402
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from model.loading import ModelConfig, random_model, save_model
 
-FOLDER = Path(__file__).with_name("peft4")
+FOLDER = ROOT / "tests" / "peft4"
 # text, a clip of one grid step (2 frames of 56x56, 4 merged tokens), text; ids of conftest's shapes
 IDS = [5, 6, 7, 250, 254, 254, 254, 254, 251, 8, 9, 10]
 GRID = (1, 4, 4)
