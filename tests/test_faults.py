@@ -151,8 +151,8 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, base, tmp_path, capl
     shutil.copytree(base / "data", tmp_path / "data")
     records = json.loads((tmp_path / "data/train.json").read_text())
     (tmp_path / "data/videos" / records[3]["video"]).write_bytes(b"no video")
-    cut = tmp_path / "data/videos" / records[9]["video"]
-    cut.write_bytes(cut.read_bytes()[:-600])
+    short = tmp_path / "data/videos" / records[9]["video"]
+    short.write_bytes(short.read_bytes()[:-600])
     options = {"data_path": tmp_path / "data/train.json", "max_skip_share": 0.2, "per_device_train_batch_size": 4}
     options |= {"max_steps": 12, "save_steps": 2, "save_total_limit": "none", "pack_tokens": 400}
     options |= {"dataloader_num_workers": 2}

@@ -5,7 +5,6 @@ import os
 import re
 import struct
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -60,26 +59,14 @@ def test_frames_are_those_of_decoding_all(tmp_path, name):
         assert np.abs(brightness(some) - means[list(some.indices)]).max() < 0.1
 
 
-def write_at(path, codec, ticks, rate=30, **options):
-    """Frames of a ramp at these ticks of a rate."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
-        for tick, rgb in zip(ticks, ramp(len(ticks))):
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame.pts, frame.time_base = tick, Fraction(1, rate)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    return str(path)
-
-
 def test_a_varying_frame_rate_is_noted(tmp_path):
     """The times are the true ones; the time ids cannot be. A slide show's header names any rate."""
     ticks = [*range(30), *range(30, 120, 6)]  # 30 frames in a second, then 15 in three seconds
-    plan = plan_clip("video", (write_at(tmp_path / "a.mp4", "libx264", ticks),), Options(nframes=6))
+    plan = plan_clip("video", (write_clip(tmp_path / "a.mp4", ramp(45), 30, ticks=ticks),), Options(nframes=6))
     assert np.allclose(plan.times, [ticks[i] / 30 for i in plan.indices], atol=1e-3) and plan.total_frames == 45
     assert "the frame rate varies" in plan.notes[0] and "counts as one of" in plan.notes[0]
-    slides = plan_clip("video", (write_at(tmp_path / "a.webm", "libvpx-vp9", range(0, 900, 90)),), Options())
+    path = write_clip(tmp_path / "a.webm", ramp(10), 30, "libvpx-vp9", ticks=range(0, 900, 90))
+    slides = plan_clip("video", (path,), Options())
     assert slides.source_fps == pytest.approx(1 / 3) and slides.times[-1] == 27 and not slides.notes[1:]
 
 

@@ -129,17 +129,6 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base):
 # -- Advantages
 
 
-def compare(rewards, accuracy=None, wanted=9, **options):
-    """(the groups whose completions have these rewards, all of the same text, metrics, normalizer) of a step. accuracy:
-    likewise, that component."""
-    groups = []
-    for g, (values, right) in enumerate(zip(rewards, accuracy or rewards)):
-        rollouts = [Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5) for a, r in zip(right, values)]
-        groups.append(Group(g, 3, rollouts, g, differs=differ(rollouts)))
-    run = SimpleNamespace(cfg=GRPO(num_generations=2, **options))
-    return groups, *train_grpo.compare_within_groups(run, groups, wanted)
-
-
 SAME = [[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]]
 LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
 
@@ -151,7 +140,12 @@ LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 
     (SAME, None, 3, 0.0, 6, []), (SAME, None, 3, 0.1, 6, [0, 1, 2]),  # for their KL alone; they count in the mean
 ])  # fmt: skip
 def test_which_groups_a_step_trains_on(rewards, accuracy, wanted, beta, normalizer, trained):
-    groups, _, divisor = compare(rewards, accuracy, wanted, beta=beta)
+    """Groups of completions that have these rewards. accuracy: likewise, that component."""
+    groups, run = [], SimpleNamespace(cfg=GRPO(num_generations=2, beta=beta))
+    for g, (values, right) in enumerate(zip(rewards, accuracy or rewards)):
+        rollouts = [Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5) for a, r in zip(right, values)]
+        groups.append(Group(g, 3, rollouts, g, differs=differ(rollouts)))
+    _, divisor = train_grpo.compare_within_groups(run, groups, wanted)
     assert [group.number for group in groups if group.trained] == trained and divisor == normalizer
 
 
@@ -232,10 +226,13 @@ def test_more_is_sampled_until_enough_groups_differ(grpo, base, capsys):
 # -- However the batch is cut
 
 
+TWO = {"max_steps": 2, "max_resample": 1, "save_steps": 2}
+
+
 @pytest.fixture(scope="session")
 def two_steps(base):
     """Two steps of four prompts, or two: 16 completions a round."""
-    return execute(train_grpo, base, base / "two_steps", max_steps=2, max_resample=1, save_steps=2)
+    return execute(train_grpo, base, base / "two_steps", **TWO)
 
 
 def assert_same_run(one, other):
@@ -254,13 +251,12 @@ def assert_same_run(one, other):
     {"pack_tokens": 150},
 ])  # fmt: skip
 def test_how_the_batch_is_split_changes_nothing(grpo, two_steps, options):
-    assert_same_run(grpo("run", max_steps=2, max_resample=1, save_steps=2, **options), two_steps)
+    assert_same_run(grpo("run", **TWO, **options), two_steps)
 
 
 def test_two_ranks_equal_one(base, two_steps, tmp_path):
     """One group dropped or chosen as all ranks see it, counts over all ranks."""
-    options = {"max_steps": 2, "max_resample": 1, "save_steps": 2, "per_device_train_batch_size": 8}
-    assert_same_run(two_ranks(train_grpo, base, tmp_path / "two", **options), two_steps)
+    assert_same_run(two_ranks(train_grpo, base, tmp_path / "two", **TWO, per_device_train_batch_size=8), two_steps)
 
 
 # -- Rewards, answers, flags
@@ -354,9 +350,8 @@ def test_no_overflow_and_the_kl_pulls_back(gap, unbiased, level):
     if not (unbiased and level == "sequence" and gap < 0):  # a broadcast ratio is no unbiased KL (TRL says so too)
         assert (logprobs.grad.sign() == -math.copysign(1, gap)).all(), logprobs.grad
     logprobs.grad = None
-    loss, metrics = grpo_loss(
-        logprobs, -torch.ones(2), index, 1, GRPO(beta=0.0, importance_sampling_level=level), old=ref
-    )
+    cfg = GRPO(beta=0.0, importance_sampling_level=level)
+    loss, metrics = grpo_loss(logprobs, -torch.ones(2), index, 1, cfg, old=ref)
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all()
 

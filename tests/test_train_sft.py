@@ -173,16 +173,14 @@ def test_after_a_signal_the_resumed_run_makes_up_for_all(sft, base, tmp_path, mo
 
 def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(UserError, match="already holds a run; --resume goes on .*--overwrite"):
-        sft("run")
+    assert re.search("already holds a run; --resume goes on .*--overwrite", refused(sft, "run"))
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     sft("run", overwrite=True, max_steps=1, model_ckpt=folder / "checkpoint-2")  # it starts from what it overwrites
     assert steps_saved(folder) == [1] and column(folder, "step") == [1]
     start, given = (path / "adapter_model.safetensors" for path in (folder / "start_adapter", whole / "checkpoint-2"))
     assert start.read_bytes() == given.read_bytes() and column(folder, "loss")[0] < column(whole, "loss")[0]
     first = startup.claim(tmp_path / "new", SFT())
-    with pytest.raises(UserError, match="another process"):
-        startup.claim(tmp_path / "new", SFT(resume=True))
+    assert "another process" in refused(startup.claim, tmp_path / "new", SFT(resume=True))
     first.close()
     startup.claim(tmp_path / "new", SFT())
 
@@ -198,16 +196,12 @@ def test_the_best_checkpoint_stays_beside_the_newest(whole, tmp_path):
 def test_find_adapter_names_what_is_there(base, whole, tmp_path, monkeypatch):
     folder = shutil.copytree(whole, tmp_path / "output/run")
     monkeypatch.chdir(tmp_path)
-    assert find_adapter("").resolve() == (folder / "checkpoint-5").resolve()
     assert find_adapter("", script="train_grpo") is None
-    assert find_adapter(folder / "checkpoint-1") == folder / "checkpoint-1"
     theirs = shutil.copytree(folder / "checkpoint-5", tmp_path / "theirs")  # as other trainers leave it
     shutil.copytree(folder / "checkpoint-1", theirs / "checkpoint-1")
     assert find_adapter(theirs) == theirs
-    with pytest.raises(UserError, match="checkpoint-19: no such folder.*checkpoint-1"):
-        find_adapter(folder / "checkpoint-19")
-    with pytest.raises(UserError, match="whole model.*--model_id"):
-        find_adapter(base / "tiny")
+    assert re.search("checkpoint-19: no such folder.*checkpoint-1", refused(find_adapter, folder / "checkpoint-19"))
+    assert re.search("whole model.*--model_id", refused(find_adapter, base / "tiny"))
 
 
 # -- What a run says

@@ -1,6 +1,7 @@
 """Which frames of a clip, at what size, and their patches. test_media.py has the files."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,14 +23,17 @@ FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"  # made with qwen-v
 CASES = json.loads((FIXTURES / "cases.json").read_text())["cases"]
 
 
-def write_clip(path, frames, fps=10, codec="libx264", pix_fmt="yuv420p", container=None, **codec_options):
-    """frames: (H, W, 3) uint8 arrays."""
+def write_clip(path, frames, fps=10, codec="libx264", pix_fmt="yuv420p", container=None, ticks=None, **codec_options):
+    """frames: (H, W, 3) uint8 arrays. ticks: when each is shown, in parts of 1 / fps."""
     with av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.options = pix_fmt, codec_options
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for i, rgb in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            if ticks:
+                frame.pts, frame.time_base = ticks[i], Fraction(1, fps)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return str(path)
 
