@@ -2,21 +2,19 @@
 
     python bench/loading.py                          # drawn clips: 64x64 of one second
     python bench/loading.py a.mp4 b.mkv --fps 4      # files of one's own
-    python bench/loading.py --peer                   # also qwen-vl-utils with decord and torchcodec, where installed
+    python bench/loading.py --peer                   # also qwen-vl-utils with decord, where they are installed
 
 Ours goes from file to token ids, positions and patch rows; the peer from file to resized frames. Both choose the same
-frames and sizes. CPU time counts this process and its workers. The last line is one JSON object.
+frames and sizes. CPU time counts this process and its workers.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,27 +40,17 @@ def read(processor, workers: int, clips: list[dict]) -> None:
         assert not isinstance(example, tuple), example  # (number, why it cannot be read)
 
 
-def read_peer(vision_process, decoder: str, clips: list[dict]) -> None:
-    """By qwen-vl-utils with this decoder."""
-    vision_process.FORCE_QWENVL_VIDEO_READER = decoder  # what its environment variable sets, read at import
-    vision_process.get_video_reader_backend.cache_clear()
-    for clip in clips:
-        _, facts = vision_process.fetch_video(clip, return_video_metadata=True)
-        assert facts["video_backend"] == decoder, f"{facts['video_backend']} was taken, expected {decoder}"
-
-
-def readers_of(args) -> dict:
-    """{name: function that reads a list of clips}"""
-    processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
-    readers = {f"{workers} workers": partial(read, processor, workers) for workers in (0, 1, 2)}
-    for decoder in ("decord", "torchcodec") if args.peer else ():
-        try:
-            import_module(decoder)
-            vision_process = import_module("qwen_vl_utils.vision_process")
-            readers[f"qwen-vl-utils, {decoder}"] = partial(read_peer, vision_process, decoder)
-        except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch or FFmpeg
-            print(f"{decoder} is not usable here: {str(error).strip().splitlines()[0]}")
-    return readers
+def peer() -> dict:
+    """{name: function that reads clips by qwen-vl-utils}, if it can be used here."""
+    os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
+    try:
+        import decord  # noqa: F401
+        from qwen_vl_utils import vision_process
+    except (ImportError, RuntimeError, OSError) as error:  # not there, or made for another torch
+        print(f"the peer is not usable here: {error}")
+        return {}
+    del vision_process.VIDEO_READER_BACKENDS["torchvision"]  # which would take over where decord fails
+    return {"qwen-vl-utils, decord": lambda clips: [vision_process.fetch_video(clip) for clip in clips]}
 
 
 def main():
@@ -73,7 +61,9 @@ def main():
     parser.add_argument("--peer", action="store_true", help="qwen-vl-utils on the same files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    readers, results = readers_of(args), []
+    processor = Processor(load_tokenizer(TINY), ModelConfig.from_folder(TINY), VideoArgs(cache_mb=0))
+    readers = {f"{workers} workers": partial(read, processor, workers) for workers in (0, 1, 2)}
+    readers |= peer() if args.peer else {}
     with tempfile.TemporaryDirectory() as folder:
         rng, drawn = np.random.default_rng(0), [f"{folder}/{i}.mp4" for i in range(16)]
         for path in drawn:
@@ -94,8 +84,6 @@ def main():
             for who, times in rounds.items():
                 rate, cpu = map(statistics.median, zip(*times[1:]))  # the first fills the page cache
                 print(f"{name:<20}  {who:<26}  {rate:>7.1f}  {cpu:>13.2f}", flush=True)
-                results.append({"files": name, "reader": who, "clips_s": rate, "cpu_ms": cpu})
-    print(json.dumps({"bench": "loading", "cores": os.cpu_count(), "args": vars(args), "results": results}))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import importlib.util
 from functools import cache
 
 import torch
-from workloads import samples
+from workloads import packed_samples
 
 from adapter_files import hf_name
-from data import pack
 from lora import targets
 from model.packed import IGNORE, Segments
 from model.qwen import normalise_patches
@@ -35,23 +34,27 @@ class Peer:
         self.bench, cfg = bench, bench.cfg
         self.plain = peer_model(bench.model)  # for sampling, as if its adapters had been merged
         if "sft" in bench.args.kinds:
-            self.trained = peft_model(peer_model(bench.model), bench.model, cfg)
+            from peft import LoraConfig, get_peft_model
+
+            peer, names = peer_model(bench.model), [hf_name(name) for name in targets(bench.model, cfg)]
+            if cfg.gradient_checkpointing:
+                peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
+            # adapters in the weights' dtype: PEFT alone would take float32
+            self.trained = get_peft_model(peer, lora, autocast_adapter_dtype=False).train()
             self.params = [p for p in self.trained.parameters() if p.requires_grad]
             betas = (cfg.adam_beta1, cfg.adam_beta2)
             self.adamw = torch.optim.AdamW(self.params, cfg.learning_rate, betas, cfg.adam_epsilon, fused=True)
 
-    def inputs(self, work, count: int, answer: bool = False) -> dict:
-        packed = pack(samples(self.bench.config, work, count, answer)).to(self.bench.device)
-        return transformers_inputs(packed, count, self.bench.config, self.bench.dtype)
-
     def sft(self, work, batch: int):
-        inputs = self.inputs(work, batch, answer=True)
+        bench, packed = self.bench, packed_samples(self.bench, work, batch, answer=True)
+        inputs = transformers_inputs(packed, batch, bench.config, bench.dtype)
         labels = inputs["input_ids"].clone()
         labels[:, : work.prompt] = IGNORE
 
         def step():
             self.trained(**inputs, labels=labels, use_cache=False).loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.params, self.bench.cfg.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.params, bench.cfg.max_grad_norm)
             self.adamw.step()
             self.adamw.zero_grad()
             return float(norm)
@@ -60,10 +63,11 @@ class Peer:
 
     def rollout(self, work, count: int, tokens: int):
         """generate makes `group` copies of every prompt."""
-        inputs = self.inputs(work, count)
+        bench, packed = self.bench, packed_samples(self.bench, work, count)
+        inputs = transformers_inputs(packed, count, bench.config, bench.dtype)
         draw = dict(do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=0)
-        draw |= dict(num_return_sequences=self.bench.args.group, max_new_tokens=tokens, min_new_tokens=tokens)
-        draw["bad_words_ids"] = [[i] for i in self.bench.config.vision_token_ids]
+        draw |= dict(num_return_sequences=bench.args.group, max_new_tokens=tokens, min_new_tokens=tokens)
+        draw["bad_words_ids"] = [[i] for i in bench.config.vision_token_ids]
         return torch.no_grad()(lambda: self.plain.generate(**inputs, **draw))
 
 
@@ -95,17 +99,6 @@ def peer_model(model):
         name += ", Liger"
     print(f"peer: transformers + PEFT, {name}")
     return peer.requires_grad_(False).eval()
-
-
-def peft_model(peer, model, cfg):
-    """Adapters by PEFT on the layers that cfg names, in the weights' dtype (PEFT alone would take float32)."""
-    from peft import LoraConfig, get_peft_model
-
-    if cfg.gradient_checkpointing:
-        peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    names = [hf_name(name) for name in targets(model, cfg)]
-    config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
-    return get_peft_model(peer, config, autocast_adapter_dtype=False).train()
 
 
 def flash_torch(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **_):

@@ -29,11 +29,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peer import Peer
-from workloads import SIZES, decode_bytes, model_config, samples, step_flops, workload
+from torch.profiler import ProfilerActivity, profile
+from workloads import SIZES, decode_bytes, example, model_config, packed_samples, step_flops, workload
 
 import lora
 import memory
@@ -53,6 +54,7 @@ from trainer import Run, update
 RECOMPUTE = {"auto": "auto", "yes": True, "no": False}
 KINDS = ("prefill", "decode", "rollout", "sft", "grpo")  # those that train come last
 BATCH = {"S": 5, "R": 8, "tiny": 32}  # samples of an SFT step
+OPTIONS = ("lora_rank", "pack_tokens", "offload_activations", "offload_optimizer")  # of the trainers, as they are
 COLUMNS = ("seconds", "min", "max", "floor", "gib", "device_gib")
 
 
@@ -102,11 +104,8 @@ class Bench:
         if self.cuda and not args.offload_activations:
             self.model.ops.graphs = GraphCache(wait=args.memory is not None)
         self.model.ops.offload = args.offload_activations
-        self.options = dict(
-            lora_rank=args.lora_rank, lora_alpha=args.lora_rank, learning_rate=1e-4, pack_tokens=args.pack_tokens,
-            gradient_checkpointing=RECOMPUTE[args.recompute], offload_activations=args.offload_activations,
-            offload_optimizer=args.offload_optimizer,
-        )  # fmt: skip
+        self.options = {name: getattr(args, name) for name in OPTIONS} | {"lora_alpha": args.lora_rank}
+        self.options |= {"gradient_checkpointing": RECOMPUTE[args.recompute], "learning_rate": 1e-4}
         self.cfg = GRPO(num_generations=args.group, **self.options)
 
     def measured_rates(self) -> tuple[float, float]:
@@ -176,7 +175,7 @@ class Ours:
             self.frozen = train_grpo.freeze_reference(self.model, self.cfg)
 
     def rollout(self, work, count: int, tokens: int):
-        prompts = pack(samples(self.bench.config, work, count)).to(self.bench.device)
+        prompts = packed_samples(self.bench, work, count)
         return lambda: generate(self.model, prompts, Sampling(tokens, 1.0), self.cfg.num_generations)
 
     def run(self, cfg, one):
@@ -190,7 +189,7 @@ class Ours:
     def sft(self, work, batch: int):
         engine, bench, answers = self.engine, self.bench, batch * work.completion
         cfg = SFT(per_device_train_batch_size=batch, gradient_accumulation_steps=1, **bench.options)
-        examples = samples(bench.config, work, batch, answer=True)
+        examples = [example(bench.config, work, number, answer=True) for number in range(batch)]
         run = self.run(cfg, examples[0])
         bins = fill_bins([len(one) for one in examples], run.plan.pack_tokens or sum(map(len, examples)))
         packs = [pack([examples[i] for i in each]) for each in bins]
@@ -199,7 +198,6 @@ class Ours:
             run.plan.apply(self.model)
             sums = torch.zeros(2, dtype=torch.float64, device=bench.device)
             update(engine, packs, partial(micro_loss, engine, answers, sums), len(packs))
-            return float(sums[0]) / answers
 
         return step
 
@@ -207,7 +205,7 @@ class Ours:
         """Its function returns the seconds of its parts."""
         engine, frozen, bench, rows = self.engine, self.frozen, self.bench, count * self.cfg.num_generations
         cfg = replace(self.cfg, per_device_train_batch_size=rows, max_completion_length=work.completion)
-        prompts = dict(enumerate(samples(bench.config, work, count)))
+        prompts = {number: example(bench.config, work, number) for number in range(count)}
         run = self.run(cfg, prompts[0])
         sample = self.rollout(work, count, work.completion)
 
@@ -240,8 +238,8 @@ def step_of(contestant, kind, work, count):
     if kind == "decode":
         half, whole = (contestant.rollout(work, count, tokens) for tokens in (T // 2, T))
         return lambda: {"": max(1e-9, (seconds(whole) - seconds(half)) / (T - T // 2))}
-    tokens = {"prefill": 1, "rollout": T}
-    step = contestant.sft(work, count) if kind == "sft" else contestant.rollout(work, count, tokens[kind])
+    length = T if kind == "rollout" else 1
+    step = contestant.sft(work, count) if kind == "sft" else contestant.rollout(work, count, length)
     return lambda: {"": seconds(step)}
 
 
@@ -253,10 +251,11 @@ def floors_of(bench, kind, work, count):
     token = lambda own: decode_bytes(bench.model, L, own, count, G) / bench.copy_rate  # own: tokens of a row so far
     floors = {"prefill": compute(L, head=1), "decode": token(0.75 * T), "sft": compute(L + T, head=T, train=True)}
     floors["rollout"] = floors["prefill"] + T * token(0.5 * T)
-    floors["reference"] = compute(L, [T] * G, head=G * T)
-    floors["update"] = compute(L, [T] * G, head=G * T, train=True)
-    parts = {name: floors[name] for name in ("rollout", "reference", "update") if kind == "grpo"}
-    return {"": sum(parts.values())} | parts if parts else {"": floors[kind]}
+    if kind != "grpo":
+        return {"": floors[kind]}
+    group = partial(compute, L, [T] * G, head=G * T)
+    parts = {"rollout": floors["rollout"], "reference": group(), "update": group(train=True)}
+    return {"": sum(parts.values())} | parts
 
 
 def rows(bench, contestants):
@@ -272,12 +271,9 @@ def rows(bench, contestants):
 
 def trace(bench, step) -> None:
     """One call under torch's profiler: the kernels that take most, and the share of time in which none runs."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
         wall = bench.seconds(step)
-    order = f"self_{bench.device.type}_time_total"
-    averages = profiler.key_averages()
+    averages, order = profiler.key_averages(), f"self_{bench.device.type}_time_total"
     print(averages.table(sort_by=order, row_limit=20, max_name_column_width=60))
     if bench.cuda:
         busy = sum(e.self_device_time_total for e in averages if not e.is_user_annotation) / 1e6
@@ -309,10 +305,9 @@ def main(argv=None) -> int:
     print(f"{args.model} in {bench.dtype}; {machine}, torch {torch.__version__}; {' '.join(sys.argv[1:])}")
     print(f"products {bench.product_rate / 1e12:.4g} TFLOP/s, copies {bench.copy_rate / 1e9:.4g} GB/s")
     print(f"{'work':<36}{'who':<6}" + "".join(f"{name:>11}" for name in (*COLUMNS, "x floor")))
-    contestants = []
-    for kind in [Peer] * args.peer + [Ours]:  # the peer needs the model without our adapters
-        contestants.insert(0, bench.call(kind.name, partial(kind, bench))[0])
-    for label, steps, floors in rows(bench, contestants):
+    # the peer is made first, for it needs the model without our adapters
+    made = [bench.call(kind.name, partial(kind, bench))[0] for kind in [Peer] * args.peer + [Ours]]
+    for label, steps, floors in rows(bench, made[::-1]):
         bench.measure(label, steps, floors)
         if args.trace:
             trace(bench, steps[Ours.name])

@@ -1,11 +1,5 @@
 """Qwen2.5-VL's released shapes, the sizes of the work that benchmarks measure, made-up samples, and what a step costs
-by its shapes alone.
-
-S       the smallest real use: a 2x4x4 grid (8 video tokens), 72 prompt tokens, 128 answer tokens
-R       a real clip: 16 frames of 252x420, grid 8x18x30 (1,080 video tokens), 82 prompt tokens, 256 answer tokens
-longN   N frames of 364x644, which the pixel budget leaves of 360x640; text as in R
-tiny    the tiny model's own: 8 frames of 56x56, grid 4x4x4 (16 video tokens), 101 prompt tokens, 80 answer tokens
-"""
+by its shapes alone."""
 
 import sys
 from pathlib import Path
@@ -17,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from data import Example
+from data import Example, pack
 from model.loading import ModelConfig
 from model.packed import IGNORE
 from model.quantized import quantized_weights
@@ -61,15 +55,15 @@ class Workload(NamedTuple):
 
 
 NAMED = {
-    "S": Workload("S", (2, 4, 4), 72, 128),
-    "R": Workload("R", (8, 18, 30), 82, 256),
-    "tiny": Workload("tiny", (4, 4, 4), 101, 80),
+    "S": Workload("S", (2, 4, 4), 72, 128),  # the smallest real use: 8 video tokens
+    "R": Workload("R", (8, 18, 30), 82, 256),  # a real clip: 16 frames of 252x420, 1,080 video tokens
+    "tiny": Workload("tiny", (4, 4, 4), 101, 80),  # the tiny model's own: 8 frames of 56x56, 16 video tokens
 }
 
 
 def workload(name: str) -> Workload:
-    """S, R, tiny, longN, or FRAMESxHEIGHTxWIDTH in pixels with +PROMPT+ANSWER in tokens behind it if they are not R's,
-    such as 32x448x448 or 8x56x56+100+16. ValueError for another name."""
+    """One of NAMED, longN: N frames of 364x644, which the pixel budget leaves of 360x640, or FRAMESxHEIGHTxWIDTH in
+    pixels such as 32x448x448, with +PROMPT+ANSWER in tokens if they are not R's. ValueError for another name."""
     if name in NAMED:
         return NAMED[name]
     shape = f"{name[4:]}x364x644" if name.startswith("long") else name
@@ -79,12 +73,13 @@ def workload(name: str) -> Workload:
     return Workload(name, (max(1, frames // 2), height // 28 * 2, width // 28 * 2), text, completion)
 
 
-def samples(config: ModelConfig, work: Workload, count: int, answer: bool = False) -> list[Example]:
-    """Random words around one clip each, as data.Processor makes them: prompts, or with an answer to be learned."""
-    return [example(config, work, number, answer) for number in range(count)]
+def packed_samples(bench, work: Workload, count: int, answer: bool = False):
+    """On the device of `bench`: prompts, or with an answer to be learned."""
+    return pack([example(bench.config, work, number, answer) for number in range(count)]).to(bench.device)
 
 
-def example(config: ModelConfig, work: Workload, number: int, answer: bool) -> Example:
+def example(config: ModelConfig, work: Workload, number: int, answer: bool = False) -> Example:
+    """Random words around one clip, as data.Processor makes them."""
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(0, min(150_000, config.vision_start_token_id), (work.text,), generator=generator).tolist()
     pads = [config.video_token_id] * (work.prompt - work.text)
@@ -102,24 +97,22 @@ def example(config: ModelConfig, work: Workload, number: int, answer: bool) -> E
     )  # fmt: skip
 
 
-# -- Floors
-#
-# A multiplication and its addition are two floating-point operations. Products with weights grow with the tokens,
-# attention with queries times keys. They are counted apart: with frozen weights a product's backward pass is one more
-# product (the gradient to its input), while FlashAttention's backward is 2.5 times its forward (five products instead
-# of two; Dao, 2023). Adapters and everything elementwise are left out.
+# -- Floors: a multiplication and its addition are two operations; adapters and everything elementwise are left out.
+# With frozen weights a product's backward pass is one more product, the gradient to its input. FlashAttention's is
 
-ATTENTION_BACKWARD = 2.5  # times the forward pass
+ATTENTION_BACKWARD = 2.5  # times its forward: five products instead of two (Dao, 2023)
 
 
-def forward_flops(config, grid: tuple[int, int, int], prompt: int, completions=()) -> tuple[float, float]:
-    """(products, attention) of one clip of this (t, h, w) in patches and a prompt of so many tokens, with completions
-    of these lengths; without the head. The tower attends within windows, in a few blocks within whole grid steps."""
+def step_flops(config, grid, prompt: int, completions=(), head: int = 0, train=False, recompute=False) -> float:
+    """One clip of this (t, h, w) in patches, its prompt once, completions of these lengths, `head` tokens through the
+    head: a forward pass, or with its backward pass, adapters on frozen weights. The head's logits are made again there;
+    recompute: the blocks' forward too."""
     v, (t, h, w) = config.vision, grid
     cell = v.spatial_merge_size**2 * v.hidden_size
     block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
     embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
     merger = (cell * cell + cell * v.out_hidden_size) / v.spatial_merge_size**2
+    # the tower attends within windows, in a few blocks within whole grid steps
     side, whole = v.window_size // v.patch_size, len(v.fullatt_block_indexes)
     area = [n // side * side**2 + (n % side) ** 2 for n in (h, w)]  # patches x patches of the windows along each side
     pairs = t * (whole * (h * w) ** 2 + (v.depth - whole) * area[0] * area[1])  # queries x keys
@@ -129,14 +122,8 @@ def forward_flops(config, grid: tuple[int, int, int], prompt: int, completions=(
     weights = 2 * C * C + 2 * C * config.num_key_value_heads * config.head_dim + 3 * C * inner
     pairs = prompt * prompt / 2 + sum(own * (prompt + own / 2) for own in completions)  # causal
     products += layers * 2 * (prompt + sum(completions)) * weights
-    return products, attention + layers * 4 * pairs * C
-
-
-def step_flops(config, grid, prompt: int, completions=(), head: int = 0, train=False, recompute=False) -> float:
-    """One clip, its prompt once, its completions, `head` tokens through the head: a forward pass, or with its backward
-    pass, adapters on frozen weights. The head's logits are made again there; recompute: the blocks' forward too."""
-    products, attention = forward_flops(config, grid, prompt, completions)
-    logits = 2 * head * config.hidden_size * config.vocab_size
+    attention += layers * 4 * pairs * C
+    logits = 2 * head * C * config.vocab_size
     if not train:
         return products + attention + logits
     again = products + attention if recompute else 0.0
