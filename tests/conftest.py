@@ -2,20 +2,24 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "assets" / "tiny"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many small products; threads only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "GPU_TESTS" not in os.environ:  # whole runs are compared with numbers of a CPU
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
 import torch
 
-from model import loading
+import lora
+from model import UserError, loading
 from model.loading import ModelConfig, save_model
 from model.qwen import Packed, Qwen2_5_VL, Segments
 from model.rope import mrope_position_ids
@@ -25,6 +29,30 @@ def cases(name):
     """The lines of a file in tests/cases."""
     text = Path(__file__).with_name("cases").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def refused(function, *args, **options):
+    """The one line that a user's mistake is answered with."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    message = str(caught.value)
+    del caught  # its traceback holds this frame, and a run with its lock
+    assert "\n" not in message
+    return message
+
+
+def write(path, content):
+    """A file and its folder: bytes, text, or anything else as JSON. Returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def python(*words, cwd=ROOT, **env):
+    """python WORDS, to its end."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
 # hidden, layers, heads, kv heads, tied, vision width/depth/heads, window, full-attention blocks, mrope_section
@@ -65,6 +93,15 @@ def random_model(shape: str = "tied", seed: int = 0) -> Qwen2_5_VL:
             if p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def move_adapters(model, size=0.1, seed=2):
+    """As after training: every adapter and every other trained tensor moves."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = [tensor for name, tensor in lora.trainable_parameters(model) if not name.endswith(lora.FLAT)]
+    for tensor in moved + [view for _, layer in lora.lora_layers(model) for view in (layer.lora_A, layer.lora_B)]:
+        tensor.add_(size * torch.randn(tensor.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -115,6 +116,28 @@ def two_ranks(script, base, output, **options):
         process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     return output
+
+
+def cut(folder, name, *steps):
+    """A copy of a run, beside it, that lost these checkpoints: what is there to be resumed."""
+    copy = shutil.copytree(folder, folder.with_name(name), symlinks=True)
+    for step in steps:
+        shutil.rmtree(copy / f"checkpoint-{step}")
+    return copy
+
+
+def same_files(one, other, step):
+    """Whether the checkpoints are the same bit for bit: weights, AdamW's moments, adapter."""
+    names = "optimizer-00000.safetensors", "adapter_model.safetensors"
+    folders = [folder / f"checkpoint-{step}" for folder in (one, other)]
+    return all(len({(folder / name).read_bytes() for folder in folders}) == 1 for name in names)
+
+
+def apart(one, other):
+    """The largest difference of the weights in two checkpoints, which have the same names."""
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys() and mine
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
 def lines(folder, file="metrics.jsonl"):

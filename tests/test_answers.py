@@ -68,11 +68,8 @@ def test_list_made_by_hand(listed, data):
     right = data.draw(st.sampled_from(sorted(options)))
     answer, named = data.draw(answers(options))
     text = f"<think>Not ({right}).</think><answer>{answer}</answer>"
-    own, video_r1 = (
-        {"question": question, "answer": right},
-        {"problem": question, "solution": f"<answer>{right}</answer>"},
-    )
-    for record in (own, video_r1):
+    video_r1 = {"problem": question, "solution": f"<answer>{right}</answer>"}
+    for record in ({"question": question, "answer": right}, video_r1):
         assert accuracy(text, sample_from_record(record)) == (named == right), parse_options(question)
     record = {"problem": "Which is it?", "options": list(options.values()), "problem_type": "multiple choice"}
     if named and named.isalpha():

@@ -1,16 +1,13 @@
 """bench/step.py runs on a CPU; its floors by hand."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import config_dict, random_model
+from conftest import ROOT, config_dict, python, random_model
 
 from model.loading import ModelConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 from workloads import decode_bytes, step_flops  # noqa: E402
@@ -19,8 +16,7 @@ SMALL = ["--shape", "8x56x56+40+8", "--batch", "2", "--prompts", "1", "--group",
 
 
 def test_each_kind_of_step():
-    command = [sys.executable, "bench/step.py", "--peer", *SMALL]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("bench/step.py", "--peer", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     rows = json.loads(lines[-1])["results"]

@@ -2,11 +2,10 @@
 
 import base64
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cases
+from conftest import TINY, cases, write
 
 import benchmarks
 import clips
@@ -17,9 +16,7 @@ from model.decode import Completion
 from model.loading import ModelConfig
 from report import jpeg
 
-TINY = Path(__file__).resolve().parents[1] / "assets/tiny"
 BASE = ["--model_id", str(TINY), "--model_ckpt", "none"]
-LABELS = ["Left to Right", "Right to Left", "Falling Down", "Ascending"]
 
 
 @pytest.fixture
@@ -27,17 +24,15 @@ def put(tmp_path):
     """put({path: JSON, text or bytes}, paths of clips) writes a benchmark's folder and returns it. Each clip is three
     seconds of a ball that moves to the right."""
 
-    def write(files, places=()):
-        for path, data in files.items():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            text = data if isinstance(data, str | bytes) else json.dumps(data)
-            (tmp_path / path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    def put(files, places=()):
+        for path, content in files.items():
+            write(tmp_path / path, content)
         for path in places:
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            clips.write_mp4(tmp_path / path, clips.render(clips.draw_clip(np.random.default_rng(0), LABELS[0], 64, 90)))
+            clip = clips.render(clips.draw_clip(np.random.default_rng(0), "Left to Right", 64, 90))
+            clips.write_mp4(write(tmp_path / path, ""), clip)
         return str(tmp_path)
 
-    return write
+    return put
 
 
 @pytest.fixture

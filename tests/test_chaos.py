@@ -1,10 +1,6 @@
 """A small part of tests/chaos.py, what does not depend on how fast the machine is: kills, broken files and datasets."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-TOOL = Path(__file__).with_name("chaos.py")
+from conftest import ROOT, python
 
 SOME = """
 import sys, tempfile
@@ -22,7 +18,6 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_kills_before_changes_of_files_and_broken_files():
-    command = [sys.executable, "-c", SOME, str(TOOL.parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = python("-c", SOME, ROOT / "tests")
     results = "train_sft ['', '', '']", "train_grpo ['', '', '']", "files 20", "datasets 20"
     assert done.returncode == 0 and all(line in done.stdout for line in results), done.stdout + done.stderr

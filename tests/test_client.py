@@ -9,15 +9,14 @@ import time
 import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from generate import check_answer
 from model import UserError
 from openai_client import MAX_ASKS, Client, Question, ask_all
 
-ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-secret-0123456789"
 GOOD = "<think>The ball goes on to larger x in every frame.</think><answer>(A) Left to Right</answer>"
 

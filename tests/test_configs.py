@@ -5,14 +5,12 @@ import math
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import cases
+from conftest import ROOT, cases
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 from workloads import NAMED, example, model_config

@@ -2,18 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
+from conftest import ROOT, python
 from runs import base, grpo, lines  # noqa: F401 (fixtures are imported by name)
 
 import generate
 import quickstart
 
 # ruff: noqa: F811
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def block(page, name):
@@ -53,7 +50,7 @@ def test_the_option(tmp_path):
 
     def parse(*flags):
         code = "from config import SFT, cli, parse; print(cli(lambda: parse(SFT)).eval_temperature)"
-        return subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
+        return python("-c", code, *flags, cwd=tmp_path)
 
     assert "of the answers in an SFT evaluation" in parse("--help", "all").stdout
     assert parse("--eval_temperature", "0.7").stdout == "0.7\n"
@@ -67,9 +64,8 @@ NOT_HERE = """my_rewards.py sft_video.py video_generator.py src/training/train.p
 
 
 def test_the_pages_have_the_measured_tables_and_name_files_that_exist():
-    assert subprocess.run([sys.executable, "dev/figures.py", "--check"], cwd=ROOT).returncode == 0
+    assert python("dev/figures.py", "--check").returncode == 0
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for name in set(re.findall(r"[\w/.-]*\w\.py\b", page.read_text(encoding="utf-8"))) - {*NOT_HERE}:
-            assert any((ROOT / folder / name).exists() for folder in (".", "configs", "docs", "model")), (
-                f"{page.name}: {name}"
-            )
+            places = [ROOT / folder / name for folder in (".", "configs", "docs", "model")]
+            assert any(place.exists() for place in places), f"{page.name}: {name}"

@@ -1,4 +1,4 @@
-"""Decoding against transformers' generate, against the full forward, and sampling against exact probabilities."""
+"""Decoding against transformers' generate, sampling against exact probabilities; the fused form: test_quantized.py."""
 
 import copy
 from dataclasses import replace
@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Sequence, pack_sequences, random_model
-from test_model import CASES, adapted
+from test_model import CASES
 
-from model.decode import PlainDecoder, Sampling, generate, truncate
+from model.decode import Sampling, generate, truncate
 from model.qwen import target_logprobs
 from model.rope import mrope_position_ids
 
@@ -74,15 +74,3 @@ def test_top_k_and_top_p_against_transformers():
         expected = TopKLogitsWarper(k)(None, scores) if k else scores
         expected = TopPLogitsWarper(p)(None, expected) if p < 1 else expected
         assert truncate(scores, Sampling(top_k=k, top_p=p)).isinf().equal(expected.isinf()), (k, p)
-
-
-@pytest.mark.parametrize("cases", [("video", "text"), ("video",)], ids=["two", "one"])
-def test_fused_decoding_equals_the_decoder_layers(cases):
-    """With adapters, grouped heads: the same draws, and log-probs within rounding."""
-    model = adapted("grouped").eval()
-    prompts, made = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(cases)]), []
-    for decoder in (None, PlainDecoder):
-        made.append(generate(model, prompts, Sampling(12), 3, torch.Generator().manual_seed(0), decoder=decoder))
-    for fast, slow in zip(sum(made[0], []), sum(made[1], []), strict=True):
-        assert fast.ids == slow.ids
-        assert torch.allclose(torch.tensor(fast.logprobs), torch.tensor(slow.logprobs), atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 a GPU runs is in test_gpu.py."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -62,26 +63,23 @@ def test_passes_in_several_threads_are_the_same():
 # -- Attention
 
 
-def check_attention(segments: Segments, H: int, K: int):
-    generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(segments.num_tokens, n, 16, generator=generator) for n in (H, K, K)]
-    agree(*(results(lambda *x, f=form: f(*x, segments), *qkv) for form in (portable.attention, qwen.attention)), 1e-5)
+GROUPS = st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=8)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans(), st.sampled_from([(4, 4), (4, 2), (6, 1)]))
-def test_packed_attention_equals_the_loop(lengths, causal, heads):
-    check_attention((Segments.causal if causal else Segments.full)(lengths), *heads)
+@given(GROUPS, st.sampled_from([(4, 4), (4, 2), (6, 1)]))
+def test_attention_of_packed_and_shared_prompts_equals_the_loop(groups, heads):
+    lengths = [prompt for prompt, _ in groups]
+    shared = Segments.shared_prompt(lengths, [completions for _, completions in groups])
+    for segments in (Segments.causal(lengths), Segments.full(lengths), shared):
+        qkv = torch.randn(3, segments.num_tokens, heads[0], 16, generator=torch.Generator().manual_seed(0))
+        qkv = qkv[0], qkv[1, :, : heads[1]], qkv[2, :, : heads[1]]
+        forms = [partial(form, segments=segments) for form in (portable.attention, qwen.attention)]
+        agree(*(results(form, *qkv) for form in forms), 1e-5)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=4))
-def test_shared_prompt_equals_the_loop(groups):
-    check_attention(Segments.shared_prompt([p for p, _ in groups], [c for _, c in groups]), 4, 2)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 9), max_size=5)), min_size=1, max_size=4))
+@given(GROUPS)
 def test_padding_for_cuda_graphs_changes_no_attention(groups):
     """Round sizes cover every query and key once; the batch's own rows are what they were, the others finite."""
     lengths = [prompt for prompt, _ in groups]
@@ -168,7 +166,6 @@ def test_adapters_inside_of_a_product_equal_those_beside_it(outs, kind):
 
     every = tuple(range(len(outs)))
     for seed, numbers in enumerate([every, every[:1], every[::-1], every]):
-        for fast, plain in zip(
-            pass_of(portable.linear, numbers, seed), pass_of(qwen.linear, numbers, seed), strict=True
-        ):
+        made = [pass_of(form, numbers, seed) for form in (portable.linear, qwen.linear)]
+        for fast, plain in zip(*made, strict=True):
             assert (fast - plain).norm() <= 1e-5 * plain.norm(), (outs, numbers, fast.shape)

@@ -12,7 +12,8 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from runs import base, column, finite, grpo, lines, release_run, sft, state, steps_saved, weights, whole  # noqa: F401 (fixtures)
+from conftest import refused
+from runs import apart, base, column, cut, finite, grpo, lines, release_run, same_files, sft, state, steps_saved, whole  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -47,16 +48,13 @@ def damaged(folder, name, value, to):
 
 def test_a_base_or_adapter_with_a_number_that_is_none_neither_trains_nor_answers(sft, base, whole, tmp_path):
     model = damaged(base / "tiny", "layers.1.mlp.up_proj", math.inf, tmp_path / "model")
-    with pytest.raises(UserError, match="model: 1 tensors hold NaN or Inf, the first: model.layers.1.mlp.up_proj.wei"):
-        sft("run", model_id=model)
+    first = "model: 1 tensors hold NaN or Inf, the first: model.layers.1.mlp.up_proj.wei"
+    assert first in refused(sft, "run", model_id=model)
     adapter = damaged(whole / "checkpoint-1", "lora_A", math.nan, tmp_path / "adapter")
     clip = str(next((base / "data/videos").iterdir()))
-    for attempt in (
-        lambda: sft("run", model_ckpt=adapter),
-        lambda: infer.main([clip, "--model_id", str(base / "tiny"), "--model_ckpt", str(adapter)]),
-    ):
-        with pytest.raises(UserError, match="adapter: 1 tensors hold NaN or Inf"):
-            attempt()
+    asked = [clip, "--model_id", str(base / "tiny"), "--model_ckpt", str(adapter)]
+    for message in (refused(sft, "run", model_ckpt=adapter), refused(infer.main, asked)):
+        assert "adapter: 1 tensors hold NaN or Inf" in message
 
 
 def before_update(monkeypatch, act):
@@ -109,9 +107,8 @@ def test_a_step_with_nan_is_reported_and_skipped_and_many_stop_the_run(grpo, tmp
     monkeypatch.setattr(train_grpo, "micro_loss", lambda *args: real(*args) * (math.nan if next(calls) in bad else 1))
     with pytest.raises(UserError, match="5 steps in a row.*checkpoint-8"):
         grpo("run", max_steps=20, save_steps=1, save_total_limit="none")
-    one, two, three = (weights(tmp_path / f"run/checkpoint-{i}") for i in (1, 2, 3))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any(not torch.equal(two[name], three[name]) for name in one)
+    one, two, three = (tmp_path / f"run/checkpoint-{i}" for i in (1, 2, 3))
+    assert apart(one, two) == 0 < apart(two, three)
     assert "step 2: loss" in capfd.readouterr().out
 
 
@@ -154,17 +151,15 @@ def test_what_is_left_out_is_counted_on_after_a_resume(sft, base, tmp_path, capl
     shutil.copytree(base / "data", tmp_path / "data")
     records = json.loads((tmp_path / "data/train.json").read_text())
     (tmp_path / "data/videos" / records[3]["video"]).write_bytes(b"no video")
-    cut = tmp_path / "data/videos" / records[9]["video"]
-    cut.write_bytes(cut.read_bytes()[:-600])
+    short = tmp_path / "data/videos" / records[9]["video"]
+    short.write_bytes(short.read_bytes()[:-600])
     options = {"data_path": tmp_path / "data/train.json", "max_skip_share": 0.2, "per_device_train_batch_size": 4}
     options |= {"max_steps": 12, "save_steps": 2, "save_total_limit": "none", "pack_tokens": 400}
     options |= {"dataloader_num_workers": 2}
     whole = sft("whole", **options)
     counts = column(whole, "skipped")
     assert counts == sorted(counts) and counts[-1] == 2
-    broken = shutil.copytree(whole, tmp_path / "broken")
-    for step in (8, 10, 12):
-        shutil.rmtree(broken / f"checkpoint-{step}")
+    broken = cut(whole, "broken", 8, 10, 12)
     caplog.clear()
     sft("broken", **options, resume=True)
     assert column(broken, "skipped", "loss") == column(whole, "skipped", "loss")
@@ -217,14 +212,12 @@ def test_out_of_memory_repeats_the_step_with_smaller_packs(sft, monkeypatch, cap
     assert capfd.readouterr().out.count("step 4: out of GPU memory; it is repeated, from now on packs of at most ") == 1
     plans = [read_json(run / f"checkpoint-{step}/trainer_state.json")["plan"] for step in (4, 6)]
     assert plans[0] == plans[1] and 100 < plans[0]["pack_tokens"] < 200
-    losses = column(run, "loss")
-    shutil.rmtree(run / "checkpoint-6")
-    again = sft("run", **options, resume=True)
-    assert column(again, "loss") == losses  # bit for bit: what was learned of the memory is kept
+    cut(run, "again", 6)
+    again = sft("again", **options, resume=True)
+    assert column(again, "loss") == column(run, "loss")  # bit for bit: what was learned of the memory is kept
     for mine, theirs in zip(column(again, "loss", "grad_norm"), column(whole, "loss", "grad_norm"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-    mine, theirs = weights(again / "checkpoint-6"), weights(whole / "checkpoint-6")
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in theirs)
+    assert apart(again / "checkpoint-6", whole / "checkpoint-6") < 1e-5
 
 
 @pytest.mark.parametrize("where, words", [
@@ -286,14 +279,12 @@ def test_sampling_in_halves_gives_what_the_whole_batch_gives(grpo, base, monkeyp
     assert sizes[:6] == [24, 12, 8, 4, 8, 4]  # 24 do not fit, 12 do not; from now on neither is tried again
     assert max(sizes[2:]) == 8 and column(halves, "oom_retries") == [2] * 4
     same_rollouts(halves, whole)
-    for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
-        assert (whole / "checkpoint-4" / name).read_bytes() == (halves / "checkpoint-4" / name).read_bytes()
+    assert same_files(whole, halves, 4)
     shown = capfd.readouterr().out
     assert shown.count("out of GPU memory while sampling 4 x 6 prompts") == 1 and "in halves from now on" in shown
-
-    shutil.rmtree(halves / "checkpoint-4")
+    cut(halves, "again", 4)
     del sizes[:]
-    again = grpo("halves", **options, resume=True)
+    again = grpo("again", **options, resume=True)
     assert max(sizes) == 8 and column(again, "oom_retries") == [2] * 4  # the resumed run knows
     same_rollouts(again, whole)
     small_memory(monkeypatch, 0)

@@ -7,15 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from clips import draw_clip
 from script import in_threads
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(*command, **env):

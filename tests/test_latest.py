@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused, write
 
 import clips
 import generate
@@ -29,20 +30,16 @@ def here(tmp_path, monkeypatch):
 
 def made(name, age=0, **content):
     """A file of JSON, so many seconds old."""
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path = write(Path(name), content)
     os.utime(path, (0, path.stat().st_mtime - age))
 
 
 def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     """From a folder with spaces and umlauts, without a flag for what was made: dataset, run, adapter."""
     for label, direction in {"Ball fällt": "Falling Down", "Ball steigt": "Ascending"}.items():
-        folder = Path("Meine Clips") / label
-        folder.mkdir(parents=True)
         for i in range(6):
             clip = clips.draw_clip(np.random.default_rng(i), direction, 64, 12)
-            clips.write_mp4(folder / f"{i}.mp4", clips.render(clip))
+            clips.write_mp4(write(Path("Meine Clips") / label / f"{i}.mp4", ""), clips.render(clip))
     Path("my_rewards.py").write_text(REWARD)
     with pytest.raises(UserError, match="python generate.py --num_samples 1400.*--from_folder DIR"):
         follow(parse(SFT, []))
@@ -64,9 +61,8 @@ def test_clips_of_ones_own_in_four_commands(monkeypatch, capfd):
     out, command = type_in(command, f"--max_steps 2 {SHORT}")
     assert f"--data_path {Path('data/Meine Clips/train.json')}, the dataset made last" in out
     assert "output/Meine Clips_lora: step 2 of 2" in out
-    assert (
-        "  schedule   cosine: 2 steps, 1 of them warm-up; learning rate 0.003 at its peak, 0.00015 at the end\n" in out
-    )
+    schedule = "cosine: 2 steps, 1 of them warm-up; learning rate 0.003 at its peak, 0.00015 at the end"
+    assert f"  schedule   {schedule}\n" in out
     assert command.startswith(f"python {scripts}/infer.py 'Meine Clips/") and Path(shlex.split(command)[2]).is_file()
     out, command = type_in(command)
     assert f"adapter {Path('output/Meine Clips_lora')}/checkpoint-2" in out and "What does the video show?" in out
@@ -96,8 +92,7 @@ def test_grpo_takes_the_adapter_its_base_and_its_data(monkeypatch):
         cfg = follow(parse(GRPO, flags))
         assert (cfg.base_dtype, cfg.head_dtype, cfg.offload_embedding) == ("int8", "bf16", True)
     assert follow(parse(GRPO, ["--model_ckpt", "output/run"])).model_id == "base"
-    with pytest.raises(UserError, match="was made for base; give --model_ckpt"):
-        follow(parse(GRPO, ["--model_id", "assets/tiny"]))
+    assert "was made for base; give --model_ckpt" in refused(follow, parse(GRPO, ["--model_id", "assets/tiny"]))
     for flags in (["--model_ckpt", "none", "--model_id", "a"], ["--lora_enable", "False", "--freeze_llm", "False"]):
         cfg = follow(parse(GRPO, [*flags]))
         assert cfg.data_path == "data/new/train.json" and "output/run" not in " ".join(cfg.notes)
@@ -116,10 +111,11 @@ def test_a_resumed_run_has_its_own_options_and_keeps_what_it_trains(monkeypatch)
     assert follow(parse(SFT, ["--resume", "--model_id", "base"])).head_dtype == "bf16"
     note = "--resume: no run in output/mein_lora, a new one begins; did you mean output/mine_lora?"
     assert note in follow(parse(SFT, ["--resume", "--output_dir", "output/mein_lora", "--data_path", "a.json"])).notes
-    with pytest.raises(UserError, match="--lora_rank: got 4, expected 8 as in output/mine_lora: a resumed run"):
-        follow(parse(SFT, ["--resume", "--lora_rank", "4"]))
-    with pytest.raises(UserError, match="--resume: output/grpo_mine_lora is a run of train_grpo.py, not of train_sft"):
-        follow(parse(SFT, ["--resume", "--output_dir", "output/grpo_mine_lora"]))
+    for flags, message in (
+        (["--lora_rank", "4"], "--lora_rank: got 4, expected 8 as in output/mine_lora: a resumed run"),
+        (["--output_dir", "output/grpo_mine_lora"], "--resume: output/grpo_mine_lora is a run of train_grpo.py, not "),
+    ):
+        assert message in refused(follow, parse(SFT, ["--resume", *flags]))
 
 
 FULL = dict(base_dtype="bf16", head_dtype="bf16", offload_embedding=False, adam_beta2=0.999)

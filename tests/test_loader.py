@@ -13,6 +13,7 @@ import pytest
 import runs
 import test_data
 import torch
+from conftest import write
 from test_data import record
 from test_video import write_clip
 
@@ -24,14 +25,11 @@ from records import Selection, read_records
 clips, processor, base, sft = test_data.clips, test_data.processor, runs.base, runs.sft  # fixtures
 
 
-def loader_args(**changes):
-    args = dict(seed=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, pack_tokens=None)
-    return SimpleNamespace(**{**args, "dataloader_num_workers": 0, "max_skip_share": 0.05, **changes})
-
-
 def make_loader(processor, records=None, rank=0, world_size=1, collate_=pack, **changes):
+    args = dict(seed=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, pack_tokens=None)
+    args |= dict(dataloader_num_workers=0, max_skip_share=0.05) | changes
     records = [record(i) for i in range(10)] if records is None else records
-    return Loader(records, processor, loader_args(**changes), rank=rank, world_size=world_size, collate=collate_)
+    return Loader(records, processor, SimpleNamespace(**args), rank=rank, world_size=world_size, collate=collate_)
 
 
 def names(steps):
@@ -58,11 +56,10 @@ def test_an_epoch_has_every_sample_once_in_an_order_of_the_seed(processor):
 def test_an_epoch_has_each_file_as_often_as_its_weight_says(processor, tmp_path):
     """Two files with weights 2 and 0.4, each with a clip 0.mp4 of its own beside it."""
     for folder, shade in (("a", 40), ("b", 200)):
-        (tmp_path / folder).mkdir()
-        write_clip(tmp_path / folder / "0.mp4", [np.full((64, 64, 3), shade, np.uint8)] * 12)
+        write_clip(write(tmp_path / folder / "0.mp4", ""), [np.full((64, 64, 3), shade, np.uint8)] * 12)
     a = [record(0, answer=f"a{i}") for i in range(6)]
     b = [{"id": f"b{i}", **record(0, answer=f"b{i}")} for i in range(10)]
-    (tmp_path / "a/train.json").write_text(json.dumps(a))
+    write(tmp_path / "a/train.json", a)
     (tmp_path / "b/train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in b))
     records = read_records(f"{tmp_path}/a/train.json:2,{tmp_path}/b/train.jsonl:0.4")
     processor.args.image_folder = None

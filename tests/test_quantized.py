@@ -7,14 +7,15 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Sequence, config_dict, pack_sequences
-from runs import base, column, grpo, release_run, sft  # noqa: F401 (fixtures)
+from conftest import Sequence, config_dict, pack_sequences, refused
+from runs import base, column, cut, grpo, release_run, sft  # noqa: F401 (fixtures)
 from safetensors.torch import load_file
 from test_model import CASES
 
 import adapter_files
 import infer
 import lora
+from checkpoint import read_json
 from config import GRPO, SFT, LoraArgs, parse
 from model import UserError, loading, qwen
 from model import quantized as formats
@@ -150,6 +151,10 @@ def test_fp8_products_on_a_gpu_multiply_the_codes(T, N, K):
 # -- Models
 
 
+def noise():
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
 def model_of(kind, shape="grouped"):
     return loading.random_model(ModelConfig.from_dict(config_dict(shape)), DEVICE, seed=0, base_dtype=kind).eval()
 
@@ -174,19 +179,19 @@ def test_only_the_decoders_linears_are_low_bit(kind, tmp_path):
     assert (logits - expected).norm() <= (0.2 if kind == "fp8" else 1e-4) * expected.norm()
 
 
-@pytest.mark.parametrize("kind", LOW)
+@pytest.mark.parametrize("kind", BASE_DTYPES)
 @pytest.mark.parametrize("size", [1e-6, 0.05])
-def test_the_sampler_sees_the_smallest_adapter(kind, size):
-    """Log-probs of what was sampled are the training forward's, with an adapter as after one step at such a rate."""
+@pytest.mark.parametrize("cases", [("video", "text"), ("video",)], ids=["two", "one"])
+def test_the_sampler_sees_the_smallest_adapter(kind, size, cases):
+    """Draws and log-probs of the fused decoder are the layers', with an adapter as after one step at such a rate."""
     model = model_of(kind)
     lora.inject(model, LoraArgs(lora_rank=4))
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             layer.lora_B.normal_(0, size)
-    packed = pack_sequences([Sequence(model.config, CASES["video"])]).to(DEVICE)
-    rows = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0))[0]
-    again = generate(model, packed, Sampling(8), 3, torch.Generator(DEVICE).manual_seed(0), decoder=PlainDecoder)[0]
-    for row, slow in zip(rows, again):
+    prompts = pack_sequences([Sequence(model.config, CASES[c], seed=i) for i, c in enumerate(cases)]).to(DEVICE)
+    fused, layers = (generate(model, prompts, Sampling(8), 3, noise(), decoder=form) for form in (None, PlainDecoder))
+    for row, slow in zip(sum(fused, []), sum(layers, []), strict=True):
         assert row.ids == slow.ids
         assert torch.allclose(torch.tensor(row.logprobs), torch.tensor(slow.logprobs), atol=1e-4)
 
@@ -194,20 +199,32 @@ def test_the_sampler_sees_the_smallest_adapter(kind, size):
 # -- Runs
 
 
-def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path, capsys):
+def stated(folder, option):
+    """What adapter, checkpoint and run say of an option."""
+    facts = [read_json(folder / file) for file in ("adapter_config.json", "trainer_state.json", "../run.json")]
+    return [each.get("config", each)[option] for each in facts]
+
+
+def merges(adapter, base, name, low):
+    """Merges into the base's original and its quantised weights: (kind, a tensor of the base, of the merged model)."""
+    original = load_file(base / "model.safetensors")[name].float()
+    quantised = quantise(original, low, torch.float32).dequantise(torch.float32)
+    for choice, kind, weight in (("original", "original", original), ("quantised", low, quantised)):
+        out = adapter.parents[1] / f"merged_{choice}"
+        lora.main(["merge", str(adapter), str(out), "--merge_base", choice])
+        yield kind, weight, load_file(out / "model.safetensors")[name]
+
+
+def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, capsys):
     """Adapter, state and infer.py name the base; merging leaves the original weights under it unless told otherwise."""
     whole = sft("whole", base_dtype="nf4", max_steps=4, save_steps=2)
-    shutil.copytree(whole, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again/checkpoint-4")
-    with pytest.raises(UserError, match="--base_dtype: got 'int8', expected 'nf4'"):
-        sft("again", base_dtype="int8", max_steps=4, resume=True)
+    cut(whole, "again", 4)
+    assert "--base_dtype: got 'int8', expected 'nf4'" in refused(sft, "again", base_dtype="int8", resume=True)
     release_run()
     again = sft("again", base_dtype="nf4", max_steps=4, resume=True)
     assert column(again, "loss") == column(whole, "loss")
     folder = whole / "checkpoint-4"
-    assert json.loads((folder / "adapter_config.json").read_text())["base_dtype"] == "nf4"
-    assert json.loads((folder / "trainer_state.json").read_text())["config"]["base_dtype"] == "nf4"
-    assert json.loads((whole / "run.json").read_text())["config"]["base_dtype"] == "nf4"
+    assert stated(folder, "base_dtype") == ["nf4"] * 3
     assert {q.kind for q in quantized_weights(infer.Model(folder).network).values()} == {"nf4"}
     assert not quantized_weights(infer.Model(folder, base_dtype="bf16").network)
     lora.main(["check", str(folder)])
@@ -215,20 +232,14 @@ def test_a_run_on_a_low_bit_base_is_resumed_asked_and_merged(sft, base, tmp_path
     sft("again", base_dtype="bf16", model_ckpt=folder, dry_run=True)
     out = capsys.readouterr().out
     assert "with --base_dtype nf4 and goes on with bf16" in out and "again already holds a run; --resume" in out
-    tensors = {}
-    for kind in ("original", "quantised"):
-        lora.main(["merge", str(folder), str(tmp_path / kind), "--merge_base", kind])
-        assert f"{kind if kind == 'original' else 'nf4'} weights" in (out := capsys.readouterr().out), out
-        assert float(out.split("adapter: median ")[1].split(",")[0]) > 0.1
-        tensors[kind] = load_file(tmp_path / kind / "model.safetensors")
     _, adapters = adapter_files.read_adapter(folder)
     q = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_"
     delta = 2 * adapters[q + "B.weight"] @ adapters[q + "A.weight"]  # alpha 32 over rank 16
     name = "model.layers.0.mlp.up_proj.weight"
-    original = load_file(base / "tiny/model.safetensors")[name].float()
-    low = quantise(original, "nf4", torch.float32).dequantise(torch.float32)
-    for kind, weight in (("original", original), ("quantised", low)):
-        assert tensors[kind][name].equal((weight + delta).to(torch.bfloat16)), kind
+    for kind, weight, merged in merges(folder, base / "tiny", name, "nf4"):
+        assert f"{kind} weights" in (out := capsys.readouterr().out), out
+        assert float(out.split("adapter: median ")[1].split(",")[0]) > 0.1
+        assert merged.equal((weight + delta).to(torch.bfloat16)), kind
 
 
 # -- A head in int8, an embedding in host memory
@@ -275,11 +286,9 @@ def test_a_small_model_is_its_dequantised_one(tmp_path, monkeypatch):
         whole.lm_head.weight.copy_(head.dequantise(torch.float32))
     assert torch.allclose(loaded.logits(packed), whole.logits(packed), atol=1e-4, rtol=1e-4)
     prompt = pack_sequences([Sequence(whole.config, CASES["video"])]).to(DEVICE)
-    draw = lambda model, decoder: [
-        row.ids for row in generate(model, prompt, Sampling(12), 3, noise(), decoder=decoder)[0]
-    ]
-    noise = lambda: torch.Generator(DEVICE).manual_seed(0)
-    assert draw(loaded, None) == draw(loaded, PlainDecoder) == draw(whole, PlainDecoder)
+    choices = (loaded, None), (loaded, PlainDecoder), (whole, PlainDecoder)
+    drawn = [generate(model, prompt, Sampling(12), 3, noise(), decoder=decoder)[0] for model, decoder in choices]
+    assert all([row.ids for row in rows] == [row.ids for row in drawn[0]] for rows in drawn)
     loaded.bfloat16()
     assert on_host(packed.input_ids).dtype == head.dtype == torch.bfloat16 and head.codes.dtype == torch.int8
     on_host.weight[7] = float("nan")
@@ -296,18 +305,15 @@ def untied(base, tmp_path_factory):
     return folder
 
 
-def test_runs_of_a_small_model(untied, sft, grpo, base, tmp_path, capsys):
+def test_runs_of_a_small_model(untied, sft, grpo, base, capsys):
     """SFT with one option and with both; GRPO and infer.py follow the adapter; merge takes the original head."""
     head = sft("head", model_id=untied, head_dtype="int8", max_steps=2)
     whole = sft("whole", model_id=untied, max_steps=2, **SMALL)
     assert column(whole, "loss", "grad_norm") == column(head, "loss", "grad_norm")
     assert "--offload_embedding has no effect" in capsys.readouterr().out
     adapter = whole / "checkpoint-2"
-    for file, key in (("adapter_config.json", None), ("trainer_state.json", "config"), ("../run.json", "config")):
-        facts = json.loads((adapter / file).read_text())
-        assert (facts[key] if key else facts)["head_dtype"] == "int8"
-    with pytest.raises(UserError, match="--head_dtype: got 'bf16', expected 'int8'"):
-        sft("whole", head_dtype="bf16", resume=True)
+    assert stated(adapter, "head_dtype") == ["int8"] * 3
+    assert "--head_dtype: got 'bf16', expected 'int8'" in refused(sft, "whole", head_dtype="bf16", resume=True)
     release_run()
     after = grpo("after", model_id=untied, model_ckpt=adapter, max_steps=1, offload_embedding=True)
     out = capsys.readouterr().out
@@ -315,17 +321,14 @@ def test_runs_of_a_small_model(untied, sft, grpo, base, tmp_path, capsys):
     network = infer.Model(adapter, offload_embedding=True).network
     assert set(quantized_weights(network)) == {HEAD} and network.offload_embedding
     assert not quantized_weights(infer.Model(adapter, head_dtype="bf16").network)
-    original = load_file(untied / "model.safetensors")[HEAD]
-    low = quantise(original, "int8", torch.float32).dequantise(torch.float32)
-    for kind, weight in (("original", original), ("quantised", low)):
-        lora.main(["merge", str(adapter), str(tmp_path / kind), "--merge_base", kind])
-        assert load_file(tmp_path / kind / "model.safetensors")[HEAD].equal(weight.to(torch.bfloat16))
+    for kind, weight, merged in merges(adapter, untied, HEAD, "int8"):
+        assert merged.equal(weight.to(torch.bfloat16)), kind
 
 
 def test_where_small_models_are_refused(untied, base, sft, capsys):
     for option, value in SMALL.items():
-        with pytest.raises(UserError, match=f"--{option}: the head of this model is its embedding"):
-            sft("tied", dry_run=True, **{option: value})
+        message = refused(sft, "tied", dry_run=True, **{option: value})
+        assert f"--{option}: the head of this model is its embedding" in message
         for cls in (SFT, GRPO):
             with pytest.raises(UserError, match=f"--{option}: got {value!r}, expected .* stay frozen"):
                 parse(cls, [f"--{option}={value}", "--freeze_llm=False", "--llm_lora=False"])

@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
-import numpy as np
 import pytest
 import torch
+from conftest import refused, write
+from test_video import ramp, write_clip
 
 import console
 import report
-from clips import write_mp4
 from config import GRPO, SFT, as_dict
-from model import UserError
 from trainer import Log, Run
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{body}}{% raw %}"
@@ -27,51 +26,35 @@ IMAGE = "data:image/jpeg;base64,"
 
 
 def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_clip(path):
-    """A short mp4 in which a bright bar moves to the right."""
-    pictures = np.zeros((10, 48, 64, 3), np.uint8)
-    for k, picture in enumerate(pictures):
-        picture[:, 4 * k : 4 * k + 8] = 255
-    write_mp4(path, pictures)
-
-
-def rollout_rows(step, right, sample="a", text="Answer: (A)"):
+def rollout_rows(step, right, text="Answer: (A)"):
     """A group of four, `right` of them right, their tokens from likely to unlikely."""
     for k in range(4):
         reward = float(k < right)
-        yield {"step": step, "prompt": 0, "id": sample, "video": f"{sample}.mp4", "question": "<video>\nWhich way?",
+        yield {"step": step, "prompt": 0, "id": "a", "video": "a.mp4", "question": "<video>\nWhich way?",
                "answer": LABELS[0], "completion": text, "finished": k < 3, "tokens": [text, " end"],
                "logprobs": [-0.01, -1.0 - k], "advantage": 2 * reward - 1, "reward": reward + 1,
                "rewards": {"accuracy": reward, "format": 1.0}}  # fmt: skip
 
 
-def write_run(folder, config, metrics, groups):
-    """A run's folder with everything in it. groups: arguments of rollout_rows."""
-    folder.mkdir()
+@pytest.fixture
+def grpo_run(tmp_path):
+    """A run's folder with everything in it, and its data."""
+    folder, data = tmp_path / "grpo", tmp_path / "data"
+    write(data / "metadata.json", {"options": {"seed": 3}, "fps": 30})
+    (data / "videos").mkdir()
+    for name in "ab":
+        write_clip(data / "videos" / f"{name}.mp4", ramp(10))
     examples = [{"id": "c", "video": "b.mp4", "class": LABELS[0]}, {"id": "d", "video": "d.mp4"}]
     train = {"samples": 1234, "classes": {LABELS[0]: 617, LABELS[1]: 383}, "examples": examples}
-    info = {"script": folder.name, "command": [f"{folder.name}.py", "--learning_rate", "1.25e-4"]}
+    info = {"script": "grpo", "command": ["grpo.py", "--learning_rate", "1.25e-4"]}
     info |= {"machine": {"gpus": []}, "versions": {"torch": "9.8.7", "commit": "0123456789abcdef"}}
-    data = {"train": train, "held out": {"samples": 77, "classes": {}, "examples": []}}
-    files = {"run": info | {"config": as_dict(config)}, "best": {"step": 40, "accuracy": 0.9}, "data": data}
-    for name, value in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "rollouts.jsonl", [row for group in groups for row in rollout_rows(*group)])
-    return folder
-
-
-@pytest.fixture
-def two_runs(tmp_path):
-    """An SFT run and a GRPO run on the same data."""
-    data = tmp_path / "data"
-    (data / "videos").mkdir(parents=True)
-    for name in "ab":
-        write_clip(data / "videos" / f"{name}.mp4")
-    (data / "metadata.json").write_text(json.dumps({"options": {"seed": 3}, "fps": 30}))
+    info["config"] = as_dict(GRPO(data_path=str(data / "train.json"), learning_rate=1.25e-4))
+    write(folder / "run.json", info)
+    write(folder / "best.json", {"step": 40, "accuracy": 0.9})
+    write(folder / "data.json", {"train": train, "held out": {"samples": 77, "classes": {}, "examples": []}})
     rows = [{"step": s, "loss": 1 / s, "reward": s / 40, "reward/accuracy": s / 50, "kl": 0.01 * s, "ms": 400.0 + s,
              "tokens_per_second": 9000.0 + s, "gib": 1.5 + s / 100, "odd_number": s % 7, "ratio": 1.0, "wait": s / 90}
             for s in range(1, 41)]  # fmt: skip
@@ -79,15 +62,9 @@ def two_runs(tmp_path):
                 "confusion": {LABELS[0]: {LABELS[0]: 9, LABELS[1]: 1}, LABELS[1]: {LABELS[1]: 8}},
                 "controls": {"reversed": {"accuracy": 0.04, "flipped": 0.95}, "blank": {"accuracy": 0.26}}}  # fmt: skip
     rows.append({"step": 40, "eval_accuracy": 0.9, "eval_count": 400, "evaluation": measured})
-    path, losses = str(data / "train.json"), [{"step": s, "loss": 5 / s, "token_accuracy": 0.5} for s in range(1, 9)]
-    sft = write_run(tmp_path / "sft", SFT(data_path=path), losses, [(1, 0, "b"), (40, 3, "b"), (40, 4, "a")])
-    grpo = GRPO(data_path=path, learning_rate=1.25e-4)
-    return sft, write_run(tmp_path / "grpo", grpo, rows, [(1, 1), (40, 4)])
-
-
-@pytest.fixture
-def grpo_run(two_runs):
-    return two_runs[1]
+    write_lines(folder / "metrics.jsonl", rows)
+    write_lines(folder / "rollouts.jsonl", [*rollout_rows(1, 1), *rollout_rows(40, 4)])
+    return folder
 
 
 def page_of(*runs):
@@ -120,10 +97,8 @@ def test_everything_from_model_and_data_is_escaped(grpo_run, count):
 
 def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     values = [1.0, float("nan"), 3.0, None, float("inf"), 6.0]
-    write_lines(
-        grpo_run / "metrics.jsonl",
-        [{"step": k, "loss": v, "never": None, "gib": float("inf")} for k, v in enumerate(values)],
-    )
+    rows = [{"step": k, "loss": value, "never": None, "gib": float("inf")} for k, value in enumerate(values)]
+    write_lines(grpo_run / "metrics.jsonl", rows)
     with (grpo_run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     (grpo_run.parent / "data" / "videos" / "a.mp4").write_bytes(b"no video")
@@ -160,18 +135,17 @@ def test_tensorboard_has_the_scalars_and_a_resumed_run_hides_what_came_after_its
 def test_wandb_has_config_scalars_and_page_and_what_it_lacks_is_one_line(tmp_path, monkeypatch):
     wandb = MagicMock(Error=ConnectionError)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (tmp_path / "run.json").write_text(json.dumps({"id": "abc", "config": {"seed": 3}}))
-    (tmp_path / "report.html").write_text("page")
+    write(tmp_path / "run.json", {"id": "abc", "config": {"seed": 3}})
+    write(tmp_path / "report.html", "page")
     tracked(tmp_path, "wandb", {3: {"loss": 5.0, "note": "text"}})
     assert wandb.init.call_args.kwargs.items() >= {"id": "abc", "resume": "allow", "config": {"seed": 3}}.items()
     logged = wandb.init.return_value.log.call_args_list
     assert logged == [call({"loss": 5.0}, step=3), call({"report": wandb.Html.return_value})]
     wandb.init.side_effect = ConnectionError("No API key configured. Use `wandb login` to log in.")
-    with pytest.raises(UserError, match="^--report_to wandb: No API key.*WANDB_MODE=offline"):
-        tracked(tmp_path, "wandb", {})
+    assert re.search("^--report_to wandb: No API key.*WANDB_MODE=offline", refused(tracked, tmp_path, "wandb", {}))
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(UserError, match="--report_to wandb: that package is not installed; pip install wandb"):
-        console.trackers(SFT(report_to="wandb"))
+    missing = "--report_to wandb: that package is not installed; pip install wandb"
+    assert missing in refused(console.trackers, SFT(report_to="wandb"))
 
 
 # -- In a headless browser: drawn, hovered, dark, with hostile text

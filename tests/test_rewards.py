@@ -1,12 +1,10 @@
 """Rewards: each one's value, how they are chosen and added, the command, and every way they can go wrong."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
+from conftest import ROOT, python, refused
 from test_client import Server, completion
 
 import rewards
@@ -103,9 +101,9 @@ def test_rewards_of_both_kinds_see_the_record(user_file, record, name, value):
 
 def test_mistakes_in_a_users_rewards(user_file):
     for name in ("fails", "trl_two", "source", "nan", "words"):  # met before the model is loaded
-        with pytest.raises(UserError, match=f"reward {name}: .*; completion: .*So") as caught:
-            rewards.try_rewards(load_rewards(f"{user_file}:{name}"), {"question": QUESTION, "answer": "(A)"})
-        assert "\n" not in str(caught.value)
+        chosen = load_rewards(f"{user_file}:{name}")
+        message = refused(rewards.try_rewards, chosen, {"question": QUESTION, "answer": "(A)"})
+        assert re.search(f"reward {name}: .*; completion: .*So", message)
     for spec, weights, message in (
         ("accuracy,accuracy", None, "twice"),
         (f"{user_file}:sourc", None, "did you mean source"),
@@ -123,8 +121,7 @@ def test_command(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, RECORD]))
     code = "import sys, rewards; sys.argv = ['rewards.py', 'a.jsonl']; from script import cli\ntry: cli(rewards.main)\n"
     code += "finally: print([name for name in ('torch', 'numpy') if name in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=f"{ROOT}")
     *lines, torch = done.stdout.splitlines()
     assert json.loads(lines[0]) == {"accuracy": 1, "format": 1}
     assert json.loads(lines[1]) == {"accuracy": 0, "format": 0}

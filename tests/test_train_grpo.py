@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import base, column, execute, grpo, lines, seeds_options, two_ranks, weights  # noqa: F401 (fixtures)
+from conftest import move_adapters
+from runs import apart, base, column, cut, execute, grpo, lines, same_files, seeds_options, two_ranks  # noqa: F401 (fixtures)
 
 import train_grpo
 from checkpoint import write_whole
@@ -32,24 +33,12 @@ from rollouts import Group, Rollout, Sampler, differ, score_group
 def bench(base):
     """(model with a random adapter, processor, prompts of two clips, cfg)"""
     cfg = GRPO(num_generations=4, per_device_train_batch_size=8, max_completion_length=8, nframes=4)
-    model, records = adapted(base, cfg), read_records(base / "data/few.json")
-    processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
-    return model, processor, [processor.encode(records[k], answer=False) for k in (0, 1)], cfg
-
-
-def adapted(base, cfg):
-    model = load_model(base / "tiny")
+    model, records = load_model(base / "tiny"), read_records(base / "data/few.json")
     torch.manual_seed(0)
     inject(model, cfg)
-    shake(model)
-    return model
-
-
-def shake(model, size=0.05, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in trainable_parameters(model):
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    move_adapters(model, 0.05)
+    processor = Processor(load_tokenizer(base / "tiny"), model.config, cfg)
+    return model, processor, [processor.encode(records[k], answer=False) for k in (0, 1)], cfg
 
 
 def sampled(bench, prompts=None, length=8):
@@ -140,17 +129,6 @@ def test_another_video_gives_other_rollouts_and_rewards(bench, base):
 # -- Advantages
 
 
-def compare(rewards, accuracy=None, wanted=9, **options):
-    """(the groups whose completions have these rewards, all of the same text, metrics, normalizer) of a step. accuracy:
-    likewise, that component."""
-    groups = []
-    for g, (values, right) in enumerate(zip(rewards, accuracy or rewards)):
-        rollouts = [Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5) for a, r in zip(right, values)]
-        groups.append(Group(g, 3, rollouts, g, differs=differ(rollouts)))
-    run = SimpleNamespace(cfg=GRPO(num_generations=2, **options))
-    return groups, *train_grpo.compare_within_groups(run, groups, wanted)
-
-
 SAME = [[1.0, 1.0], [0.0, 0.0], [0.1, 0.1]]
 LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
 
@@ -162,7 +140,12 @@ LENGTHS, RIGHT = [[0.3, 0.0], [0.2, 0.2], [1.1, 0.0], [1.0, 0.0]], [[0, 0], [0, 
     (SAME, None, 3, 0.0, 6, []), (SAME, None, 3, 0.1, 6, [0, 1, 2]),  # for their KL alone; they count in the mean
 ])  # fmt: skip
 def test_which_groups_a_step_trains_on(rewards, accuracy, wanted, beta, normalizer, trained):
-    groups, _, divisor = compare(rewards, accuracy, wanted, beta=beta)
+    """Groups of completions that have these rewards. accuracy: likewise, that component."""
+    groups, run = [], SimpleNamespace(cfg=GRPO(num_generations=2, beta=beta))
+    for g, (values, right) in enumerate(zip(rewards, accuracy or rewards)):
+        rollouts = [Rollout(g, [5], [-1.0], True, "same", {"accuracy": a}, r, r > 0.5) for a, r in zip(right, values)]
+        groups.append(Group(g, 3, rollouts, g, differs=differ(rollouts)))
+    _, divisor = train_grpo.compare_within_groups(run, groups, wanted)
     assert [group.number for group in groups if group.trained] == trained and divisor == normalizer
 
 
@@ -202,24 +185,19 @@ def test_resume_goes_on_bit_for_bit(grpo, lost):
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": "none", "learning_rate": 1e-2, "num_iterations": 2}
     options |= {"model_ckpt": start, "beta": 0.5}
     whole = grpo("whole", **options)
-    broken = shutil.copytree(whole, whole.with_name("broken"))
-    for step in lost:
-        shutil.rmtree(broken / f"checkpoint-{step}")
+    broken = cut(whole, "broken", *lost)
     shutil.rmtree(start)
     grpo("broken", **options, resume=True)
     assert lines(whole, "rollouts.jsonl") == lines(broken, "rollouts.jsonl")
     names = "kl", "loss", "grad_norm", "reward", "entropy", "clipped"
     assert column(whole, *names) == column(broken, *names) and min(column(whole, "kl")) > 1e-3
-    for name in ("optimizer-00000.safetensors", "adapter_model.safetensors"):
-        assert (whole / "checkpoint-5" / name).read_bytes() == (broken / "checkpoint-5" / name).read_bytes()
+    assert same_files(whole, broken, 5)
 
 
 def test_more_is_sampled_until_enough_groups_differ(grpo, base, capsys):
     """Only some prompts differ in accuracy: rounds go on until enough do; a resumed run goes on in the data."""
-    (base / "some.py").write_text("""
-def accuracy(text, sample):
-    return float(len(text)) if "3" in sample.record["id"] else 0.0
-""")
+    own = 'def accuracy(text, sample):\n    return len(text) * ("3" in sample.record["id"])\n'
+    (base / "some.py").write_text(own)
     records = [json.loads(json.dumps(record)) for record in read_records(base / "data/train.json")][:12]
     for k, record in enumerate(records):
         record["id"] = f"{k}-{'3' if k % 3 else '0'}"
@@ -227,13 +205,11 @@ def accuracy(text, sample):
     options = {"data_path": base / "data/twelve.json", "rewards": f"{base}/some.py:accuracy", "max_resample": 2}
     options |= {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
     whole = grpo("whole", **options)
-    broken = shutil.copytree(whole, whole.with_name("broken"))
+    broken = cut(whole, "broken", 4)
     assert set(column(whole, "rounds")) <= {1, 2, 3} and max(column(whole, "rounds")) > 1
     for rounds, differing in column(whole, "rounds", "groups_differing"):
         assert differing >= 2 or rounds == 3
     assert column(whole, "epoch")[-1] == sum(column(whole, "rounds")) / 6
-    for step in (3, 4):
-        shutil.rmtree(broken / f"checkpoint-{step}", ignore_errors=True)
     saved = json.loads((broken / "checkpoint-2/trainer_state.json").read_text())
     older = json.dumps(saved | {"loop": {"rounds": saved.pop("rounds")}})  # as it was until 2026-11-30
 
@@ -250,10 +226,13 @@ def accuracy(text, sample):
 # -- However the batch is cut
 
 
+TWO = {"max_steps": 2, "max_resample": 1, "save_steps": 2}
+
+
 @pytest.fixture(scope="session")
 def two_steps(base):
     """Two steps of four prompts, or two: 16 completions a round."""
-    return execute(train_grpo, base, base / "two_steps", max_steps=2, max_resample=1, save_steps=2)
+    return execute(train_grpo, base, base / "two_steps", **TWO)
 
 
 def assert_same_run(one, other):
@@ -261,8 +240,7 @@ def assert_same_run(one, other):
     rows = [lines(folder, "rollouts.jsonl") for folder in (one, other)]
     names = "step", "prompt", "id", "completion", "n_tokens", "trained"
     assert [[row[name] for name in names] for row in rows[0]] == [[row[name] for name in names] for row in rows[1]]
-    mine, theirs = (weights(folder / "checkpoint-2") for folder in (one, other))
-    assert max(float((mine[key] - theirs[key]).abs().max()) for key in mine) < 1e-5
+    assert apart(one / "checkpoint-2", other / "checkpoint-2") < 1e-5
     for name in ("reward", "kl", "loss", "entropy", "grad_norm"):
         assert column(one, name) == pytest.approx(column(other, name), abs=1e-5)
 
@@ -273,13 +251,12 @@ def assert_same_run(one, other):
     {"pack_tokens": 150},
 ])  # fmt: skip
 def test_how_the_batch_is_split_changes_nothing(grpo, two_steps, options):
-    assert_same_run(grpo("run", max_steps=2, max_resample=1, save_steps=2, **options), two_steps)
+    assert_same_run(grpo("run", **TWO, **options), two_steps)
 
 
 def test_two_ranks_equal_one(base, two_steps, tmp_path):
     """One group dropped or chosen as all ranks see it, counts over all ranks."""
-    options = {"max_steps": 2, "max_resample": 1, "save_steps": 2, "per_device_train_batch_size": 8}
-    assert_same_run(two_ranks(train_grpo, base, tmp_path / "two", **options), two_steps)
+    assert_same_run(two_ranks(train_grpo, base, tmp_path / "two", **TWO, per_device_train_batch_size=8), two_steps)
 
 
 # -- Rewards, answers, flags
@@ -373,9 +350,8 @@ def test_no_overflow_and_the_kl_pulls_back(gap, unbiased, level):
     if not (unbiased and level == "sequence" and gap < 0):  # a broadcast ratio is no unbiased KL (TRL says so too)
         assert (logprobs.grad.sign() == -math.copysign(1, gap)).all(), logprobs.grad
     logprobs.grad = None
-    loss, metrics = grpo_loss(
-        logprobs, -torch.ones(2), index, 1, GRPO(beta=0.0, importance_sampling_level=level), old=ref
-    )
+    cfg = GRPO(beta=0.0, importance_sampling_level=level)
+    loss, metrics = grpo_loss(logprobs, -torch.ones(2), index, 1, cfg, old=ref)
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all()
 
@@ -421,16 +397,8 @@ def test_beta_0_makes_no_reference_pass_and_a_large_one_holds_the_policy(grpo):
     assert column(grpo("off", max_steps=2, beta=0), "kl") == []
 
 
-def test_the_reference_stays_as_it_was(bench, base):
-    cfg, prompts = GRPO(beta=0.1), pack(bench[2])
-    model = adapted(base, cfg)
-    before = model(prompts).detach()
-    frozen = train_grpo.freeze_reference(model, cfg)
-    without = train_grpo.freeze_reference(model, replace(cfg, reference="base"))
-    shake(model, seed=1)
-    now = model(prompts).detach()
-    with frozen():
-        assert torch.equal(model(prompts), before)
-    with without():
+def test_the_reference_may_be_the_base(bench):
+    """The start as reference: test_adapter_files.py, and the resumed runs above."""
+    model, _, _, cfg = bench
+    with train_grpo.freeze_reference(model, replace(cfg, beta=0.1, reference="base"))():
         assert not any(layer.enabled for _, layer in lora_layers(model))
-    assert torch.equal(model(prompts), now) and not torch.equal(now, before)

@@ -1,12 +1,14 @@
 """Which frames of a clip, at what size, and their patches. test_media.py has the files."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from conftest import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,14 +23,17 @@ FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"  # made with qwen-v
 CASES = json.loads((FIXTURES / "cases.json").read_text())["cases"]
 
 
-def write_clip(path, frames, fps=10, codec="libx264", pix_fmt="yuv420p", container=None, **codec_options):
-    """frames: (H, W, 3) uint8 arrays."""
+def write_clip(path, frames, fps=10, codec="libx264", pix_fmt="yuv420p", container=None, ticks=None, **codec_options):
+    """frames: (H, W, 3) uint8 arrays. ticks: when each is shown, in parts of 1 / fps."""
     with av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.options = pix_fmt, codec_options
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for i, rgb in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            if ticks:
+                frame.pts, frame.time_base = ticks[i], Fraction(1, fps)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return str(path)
 
@@ -91,27 +96,11 @@ def test_spans_equal_qwen_vl_utils(case):
 # -- Options
 
 
-@pytest.mark.parametrize(
-    "expected, note, kind, source, n, options",
-    [
-        ((336, 336), "", "video", (64, 64), 8, {}),  # the default minimum enlarges
-        ((56, 56), "", "video", (64, 64), 8, dict(max_pixels=4096)),
-        ((308, 308), "", "video", (64, 64), 8, dict(max_pixels=100352)),  # 336 x 336 would be above it
-        ((28, 28), "", "video", (64, 64), 8, dict(max_pixels=784)),
-        ((28, 28), "", "image", (64, 64), 1, dict(max_pixels=800)),
-        ((56, 56), "", "video", (64, 64), 8, dict(min_pixels=3136)),
-        ((756, 756), "lowered to 602112", "video", (2000, 2000), 8, dict(max_pixels=10**6)),
-        ((476, 476), "", "video", (2000, 2000), 768, {}),  # all frames share 128000 * 784 * 0.9 pixels
-        ((308, 308), "", "video", (2000, 2000), 8, dict(total_pixels=8 * 28**2 * 4)),  # never below the minimum
-        ((4004, 3192), "", "image", (5000, 4000), 1, {}),
-        ((56, 56), "", "image", (20, 20), 1, {}),
-        ((112, 28), "", "video", (64, 64), 8, dict(resized_height=100, resized_width=30)),
-    ],
-)
-def test_sizes_by_options(expected, note, kind, source, n, options):
+@pytest.mark.parametrize("case", cases("sizes"), ids=str)
+def test_sizes_by_options(case):
     """As qwen-vl-utils, but an explicit maximum beats the default minimum."""
-    h, w, notes = video.frame_size(kind, *source, n, Options(**options))
-    assert (h, w) == expected and bool(note) == bool(notes) and note in "".join(notes)
+    *size, notes = video.frame_size(case["kind"], *case["source"], case["n"], Options(**case["options"]))
+    assert size == case["expected"] and bool(notes) == bool(case["note"]) and case["note"] in "".join(notes)
 
 
 def test_options_of_an_item_overrule_the_scripts():
