@@ -21,7 +21,8 @@ LEARN = json.loads((ROOT / "docs/figures/learn.json").read_text())
 SPEED = json.loads((ROOT / "docs/figures/speed.json").read_text())
 
 NAMES = {
-    "cot": "chains of thought (the quickstart)", "again": "the same at e1aeb47, AMD EPYC, torch 2.13", "plain": "plain answers", "int8": "chains, base in int8",
+    "cot": "chains of thought (the quickstart)", "again": "the same at e1aeb47, AMD EPYC, torch 2.13",
+    "plain": "plain answers", "int8": "chains, base in int8",
     "fp8": "chains, base in fp8", "nf4": "chains, base in nf4", "format": "reward `format` alone, 40 steps",
     "beta0": "plain, 40 steps, beta 0", "beta0.02": "plain, 40 steps, beta 0.02 (the default)",
     "beta1": "plain, 40 steps, beta 1", "beta10": "plain, 40 steps, beta 10",
