@@ -200,6 +200,11 @@ def link_adapter(run_folder):
             temporary.rename(run_folder / name)
 
 
+def script_of(folder):
+    """Name of the script whose run is in the folder; None where it has none, or one of others."""
+    return read_json(folder / RUN).get("script") if (folder / RUN).exists() else None
+
+
 def find_adapter(path, script=None):
     """The adapter's folder that --model_ckpt means: an adapter (ours, or PEFT's); a checkpoint-N; a run, for its best
     checkpoint, or its newest if none was evaluated; "" for the run under output/ that saved one last, of this script if
@@ -207,7 +212,7 @@ def find_adapter(path, script=None):
     if path == "":
         runs = {file.parents[1] for file in Path("output").rglob("checkpoint-*/adapter_config.json")}
         if script:
-            runs = {run for run in runs if (run / RUN).exists() and read_json(run / RUN).get("script") == script}
+            runs = {run for run in runs if script_of(run) == script}
         if not runs:
             return None
         path = max(runs, key=lambda run: max(folder.stat().st_mtime for folder in run.glob("checkpoint-*")))

@@ -8,7 +8,7 @@ Each choice is a note, a line at the start of the run. What is given by a flag o
 import sys
 from pathlib import Path
 
-from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json
+from checkpoint import ADAPTER, RUN, STATE, find_adapter, read_json, script_of
 from cli import follow_model, from_file
 from config import LoraArgs, as_dict
 from model import UserError, nearest_path
@@ -23,7 +23,7 @@ def follow(cfg):
     """cfg with what the command line leaves open settled by what was made last in this folder; its notes say how."""
     script = Path(sys.argv[0]).stem
     if cfg.resume and "output_dir" not in cfg.given:
-        runs = [file.parent for file in by_age("output", RUN) if read_json(file).get("script") == script]
+        runs = [file.parent for file in by_age("output", RUN) if script_of(file.parent) == script]
         cfg.output_dir = str(runs[-1]) if runs else cfg.output_dir
     path = Path(cfg.output_dir) / RUN
     if cfg.resume and not path.exists():
@@ -43,8 +43,8 @@ def follow(cfg):
 def take_options(cfg, path, script):
     """--resume: the run's own options, by its run.json, for all that was not given."""
     run, ours = read_json(path), as_dict(cfg)
-    if run.get("script") != script:
-        raise UserError(f"--resume: {cfg.output_dir} is a run of {run.get('script')}.py, not of {script}.py")
+    if (owner := script_of(path.parent)) != script:
+        raise UserError(f"--resume: {cfg.output_dir} is a run of {owner}.py, not of {script}.py")
     known = {"head_dtype": "bf16", "offload_embedding": False} | run["config"]  # an older run has none of the two
     theirs = {name: known[name] for name in ours.keys() & known.keys()}
     new = {name for name in theirs.keys() & cfg.given if theirs[name] != ours[name]}
@@ -105,8 +105,7 @@ def take_dataset(cfg):
 
 def grpo_command(adapter, model_ckpt):
     """Lines for infer.py to end with, about the adapter that --model_ckpt means: after an SFT run, how GRPO goes on."""
-    run = adapter and adapter.parent / RUN
-    if run and run.exists() and read_json(run).get("script") == "train_sft":
+    if adapter and script_of(adapter.parent) == "train_sft":
         yield "next: " + command("train_grpo.py", *(["--model_ckpt", model_ckpt] if model_ckpt else []))
 
 

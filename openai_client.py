@@ -145,7 +145,9 @@ def ask(client: Client, cache_path: Path, cache: dict[str, list], question: Ques
 def ask_all(client: Client, cache_path: Path, questions: list[Question], workers: int) -> list[str | None]:
     """Answers in the order of the questions, None where one is dropped; see `client.counts`. NoAnswerError ends it."""
     one = partial(ask, client, cache_path, read_cache(cache_path))
-    answers = in_threads(one, questions, workers, "asking", client.stop)
+    # a server may take a minute, and is paid for what was asked
+    notice = "\nwaiting for the answers to what was asked; Ctrl-C again stops at once\n"
+    answers = in_threads(one, questions, workers, "asking", client.stop, notice)
     client.counts["kept"] = sum(answer is not None for answer in answers)
     client.counts["dropped"] = len(answers) - client.counts["kept"]
     return answers

@@ -71,21 +71,20 @@ def leave(line, code=2):
     raise SystemExit(code) from None
 
 
-def in_threads(function, items, workers, desc, stop=None):
+def in_threads(function, items, workers, desc, stop=None, notice=""):
     """[function(item), …] by `workers` threads, with a progress bar. The first Ctrl-C drops what has not begun
     and raises KeyboardInterrupt when the threads are done, the second ends the process. An error drops it too. Both set
-    the event `stop`."""
+    the event `stop`. notice: printed at the first Ctrl-C."""
     from tqdm import tqdm
 
-    asks, stop, noted = stop is not None, stop or threading.Event(), []
+    stop, noted = stop or threading.Event(), []
 
     def note(*_):  # raised here, amid the pool's work, it could leave a lock taken, and the pool would wait for ever
         if noted:
             interrupted()
         noted.append(True)
         stop.set()
-        if asks:  # a server, which may take a minute, and is paid for what was asked
-            os.write(2, b"\nwaiting for the answers to what was asked; Ctrl-C again stops at once\n")
+        os.write(2, notice.encode())
 
     in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals never come
     before = signal.signal(signal.SIGINT, note) if in_main else None

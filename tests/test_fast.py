@@ -19,9 +19,13 @@ from model.quantized import quantise
 from model.qwen import Segments, target_logprobs
 
 
-def agree(fast, slow, atol=1e-4):
-    for mine, theirs in zip(fast, slow, strict=True):
-        assert torch.allclose(mine.float(), theirs.float(), atol=atol, rtol=1e-4), (mine - theirs).abs().max()
+@torch.no_grad()
+def apart(fast, slow, atol=1e-4):
+    """The largest difference as a multiple of what is allowed, atol + 1e-4 of the slow form's; NaN where one is NaN."""
+    pairs = [(mine.float(), theirs.float()) for mine, theirs in zip(fast, slow, strict=True) if theirs.numel()]
+    assert pairs and all(mine.shape == theirs.shape for mine, theirs in pairs)
+    ratios = [((mine - theirs).abs() / (atol + 1e-4 * theirs.abs())).amax() for mine, theirs in pairs]
+    return float(torch.stack(ratios).amax())
 
 
 def results(function, *tensors):
@@ -75,7 +79,7 @@ def test_attention_of_packed_and_shared_prompts_equals_the_loop(groups, heads):
         qkv = torch.randn(3, segments.num_tokens, heads[0], 16, generator=torch.Generator().manual_seed(0))
         qkv = qkv[0], qkv[1, :, : heads[1]], qkv[2, :, : heads[1]]
         forms = [partial(form, segments=segments) for form in (portable.attention, qwen.attention)]
-        agree(*(results(form, *qkv) for form in forms), 1e-5)
+        assert apart(*(results(form, *qkv) for form in forms), 1e-5) <= 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -95,7 +99,7 @@ def test_padding_for_cuda_graphs_changes_no_attention(groups):
         qkv = torch.randn(3, rows, 2, 8, generator=torch.Generator().manual_seed(0))
         out = qwen.attention(*qkv, wide)
         assert out.isfinite().all()
-        agree([out[: own.num_tokens]], [qwen.attention(*qkv[:, : own.num_tokens], own)], 1e-6)
+        assert apart([out[: own.num_tokens]], [qwen.attention(*qkv[:, : own.num_tokens], own)], 1e-6) <= 1
     assert graphs.split_into(300, 128) == [128, 128, 44] and graphs.split_into(0, 128) == []
 
 
@@ -112,10 +116,8 @@ def test_the_last_layer_computes_only_the_rows_asked_for(shared):
     tails, query_rows, where = packed.segments.tails(rows)
     assert tails.q_lengths == [1, lengths[1] - 2, 0] and query_rows[where].equal(rows)
     assert model.ops.trim_last_layer
-    agree(
-        gradients(lambda packed: model(packed, rows=rows), packed, model),
-        gradients(lambda packed: model(packed)[rows], packed, model),
-    )
+    cut = gradients(lambda packed: model(packed, rows=rows), packed, model)
+    assert apart(cut, gradients(lambda packed: model(packed)[rows], packed, model)) <= 1
 
 
 # -- Log-probs
@@ -131,8 +133,7 @@ def test_target_logprobs_equal_the_whole_softmax(monkeypatch, temperature, banne
     for function in (target_logprobs, qwen.logprobs):
         rest = function(hidden, head, targets, temperature, banned)[1:]
         made.append([*rest, *results(lambda h, w, f=function: f(h, w, targets, temperature, banned)[0], hidden, head)])
-    for ours, plain in zip(*made, strict=True):
-        assert torch.allclose(ours.float(), plain.float(), atol=1e-5, rtol=1e-4), (ours - plain).abs().max()
+    assert apart(*made, 1e-5) <= 1
 
 
 # -- Products with adapters inside

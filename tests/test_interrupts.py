@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from clips import draw_clip
-from script import in_threads
+from openai_client import Client, Question, ask_all
 
 
 def start(*command, **env):
@@ -73,19 +72,22 @@ def test_a_ctrl_c_while_clips_are_drawn_up_is_seldom_lost():
 
 
 @pytest.mark.parametrize("mistake, expected", [(False, KeyboardInterrupt), (True, ZeroDivisionError)])
-def test_threads_drop_what_has_not_begun(capfd, mistake, expected):
-    done = []
+def test_threads_drop_what_has_not_begun(tmp_path, capfd, mistake, expected):
+    client, done = Client("key"), []
 
-    def work(i):
-        done.append(i)
+    def work(prompt, png):
+        done.append(i := int(prompt))
         if i == 20 and mistake:
             raise ZeroDivisionError
         if i == 20:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.001)
+        return "an answer"
 
+    client.complete = work
+    questions = [Question(str(i), "", bytes, lambda text: (text, "")) for i in range(10_000)]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(expected):
-        in_threads(work, list(range(10_000)), 2, "asking", threading.Event())
+        ask_all(client, tmp_path / "cache", questions, 2)
     assert ("waiting for the answers" in capfd.readouterr().err) != mistake
     assert 20 < len(done) < 1000 and signal.getsignal(signal.SIGINT) is handler, len(done)
