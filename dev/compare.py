@@ -31,6 +31,9 @@ RUNS = {  # name: (dataset, ranks, script and flags, the old commit's run that i
     "grpo": ("plain", 1, f"{GRPO} 32", "sft"),
     "grpo_cot": ("cot", 1, f"{GRPO} 32", "sft_cot"),
     "grpo_2ranks": ("plain", 2, f"{GRPO} 16", "sft"),
+    "sft_span": ("span", 1, f"{SFT} --max_steps 120 --learning_rate 1e-3", ""),
+    "grpo_span": ("span", 1, f"{GRPO} 32 --rewards accuracy", "sft_span"),
+    "grpo_cot_int8": ("cot", 1, f"{GRPO} 32 --base_dtype int8", "sft_cot"),
 }
 
 
@@ -95,7 +98,7 @@ def main() -> int:
         commit = subprocess.check_output(["git", "-C", ROOT, "rev-parse", commit], text=True).strip()
         subprocess.run(["git", "clone", "-q", ROOT, folder / side], check=True)
         subprocess.run(["git", "-C", folder / side, "checkout", "-q", "--detach", commit], check=True)
-    for data, flags in {"plain": "", "cot": COT}.items():
+    for data, flags in {"plain": "", "cot": COT, "span": "--task time_span"}.items():
         python(f"generate.py --output_dir {folder}/{data} --num_samples 80 --split 0.8 {flags}", folder / "old")
     for name in args.runs:
         for side in ("old", "new"):
