@@ -3,8 +3,9 @@
     python dev/figures.py            write the tables anew
     python dev/figures.py --check    exit code 1 where a page says something else (a test runs it)
 
-A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. docs/figures/learn.json is what bench/learn.py
-measured; docs/figures/speed.json has the last lines of bench/step.py's runs.
+A table stands between `<!-- figures: NAME -->` and `<!-- end -->`; of figures in sentences it says which page lacks
+them. docs/figures/learn.json is what bench/learn.py measured; docs/figures/speed.json has the last lines of
+bench/step.py's runs.
 """
 
 import json
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/gpus.md")
 PARTS = ("rollout", "reference", "update")  # of a GRPO step
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # 97.5 %, by the number of seeds
 LEARN = json.loads((ROOT / "docs/figures/learn.json").read_text())
@@ -90,6 +91,54 @@ def speed() -> str:
     return table(["model", "work", "median", "peak GiB (of the device)", "above its floor", "how, commit"], rows)
 
 
+def gain(run: str, key: str) -> str:
+    """GRPO minus SFT, paired by seed."""
+    pairs = zip(column(run, "GRPO", key), column(run, "SFT", key), strict=True)
+    return mean([grpo - sft for grpo, sft in pairs], "+")
+
+
+def spread(stage: str, key: str, digits: int = 1) -> str:
+    """The least and the most of the seeds that README names, in percent."""
+    values = column("again", stage, key)
+    return " to ".join(f"{round(100 * value, digits):g}" for value in (min(values), max(values)))
+
+
+def measured(work: str, *words: str, model: str = "3b") -> tuple[str, str]:
+    """Seconds and GiB of a row of speed.json; `words` are in its command."""
+    fits = lambda run: run["model"] == model and {*words} <= {*run["argv"]}
+    row = next(row for run in SPEED if fits(run) for row in run["results"] if row["work"] == work)
+    return f"{row['seconds']:#.{3 if row['seconds'] >= 1 else 2}g}", f"{row['gib']:.1f}"
+
+
+def sentences() -> dict[str, list[str]]:
+    """{page: what it must say, line breaks aside}"""
+    start, sampled, greedy = spread("start of GRPO", "sampled", 0), spread("GRPO", "sampled"), spread("GRPO", "greedy")
+    sft = f"{spread('SFT', 'sampled')} % sampled, {spread('SFT', 'greedy')} % greedy"
+    far = [f"{gain('plain', key)} on {word}" for key, word in zip(FAR, ("speed", "size", "colours", "backgrounds"))]
+    kept, less = measured("sft R 8", "decode"), measured("sft R 8", "--recompute")
+    readme = [measured(work) for work in ("sft long768 1", "grpo R 1 x 8", "grpo R 8 x 8")]
+    small, large = measured("sft R 1", model="7b"), measured("grpo R 1 x 8", model="72b")
+    return {
+        "README.md": [
+            f"right {start} % of the time when sampled, GRPO reaches {sampled} % sampled and {greedy} % greedy. "
+            f"So does SFT to its end: {sft}.",
+            *(f"| {seconds} s, {gib} GiB |" for seconds, gib in [kept, *readme]), f"s, {less[1]} GiB |",
+            f"| {measured('sft S 5')[0]} s |",
+        ],
+        "docs/results.md": [
+            f"is {gain('cot', 'sampled')} points sampled and {gain('cot', 'greedy')} greedy with chains of thought, "
+            f"{gain('plain', 'sampled')} sampled with plain answers", f"{', '.join(far)}.",
+        ],
+        "docs/gpus.md": [
+            f"{kept[0]} s and {kept[1]} GiB when everything is kept, {less[0]} s and {less[1]} GiB when all is",
+            f"in {small[0]} s with the allocator held to 15 GiB ({small[1]} used",
+            f"SFT within 23 GiB ({measured('sft R 1', model='32b')[1]} used",
+            f"GRPO within 29 ({measured('grpo R 1 x 8', model='32b')[1]} used",
+            f"{measured('sft R 1', model='72b')[1]} GiB in SFT (r=64) and {large[1]} in GRPO (r=16, {large[0]} s)",
+        ],
+    }  # fmt: skip
+
+
 def main() -> int:
     code = 0
     for page in PAGES:
@@ -101,6 +150,10 @@ def main() -> int:
             code = 1
         elif new != text:
             (ROOT / page).write_text(new)
+        for sentence in sentences()[page]:
+            if sentence not in " ".join(new.split()):
+                print(f"{page} does not say: {sentence}")
+                code = 1
     return code
 
 
