@@ -180,16 +180,23 @@ def random_moments(script: str):
         yield wrong or finish(script, run)
 
 
-def before_each_change(script: str, every: int = 1):
-    """SIGKILL before the 1st, 2nd, 3rd … change of a file in a run that saves three checkpoints; or every n-th."""
-    short, number, code = "--max_steps 3 --save_steps 1 --eval_steps 2 --save_total_limit 1", 0, -signal.SIGKILL
-    while code:
-        number, run = number + every, Path(f"{script}_change{number}")
+def before_changes(script: str, every: int = 1):
+    """SIGKILL before the n-th change of a file in a run that saves three checkpoints, for each n (or every n-th) once,
+    in random order: a few tries already lie all over the run."""
+    short, most = "--max_steps 3 --save_steps 1 --eval_steps 2 --save_total_limit 1", 400
+    numbers = [*range(every, most, every)]
+    RNG.shuffle(numbers)
+    for number in numbers:
+        if number >= most:  # the run ends with fewer changes
+            continue
+        run = Path(f"{script}_change{number}")
         code = end_of(start(script, run, short, kill_before=number))
         if code == -signal.SIGKILL:
             yield finish(script, run, short)
         elif code:
             yield f"change {number}: exit code {code}"
+        else:
+            most = number
 
 
 def other_ranks(script: str):
@@ -288,7 +295,7 @@ def mutate_records(text: str) -> str:
 RESUMED = "resumed, it equals the undisturbed run"
 TRIES = [  # what is promised, its generator, of what, share of the time
     (f"{{}}.py ended at random moments by SIGKILL, SIGTERM, SIGINT: {RESUMED}", random_moments, SCRIPTS, 5),
-    (f"{{}}.py killed before each single change of a file: {RESUMED}", before_each_change, SCRIPTS, 5),
+    (f"{{}}.py killed before a change of a file, any of all, each once: {RESUMED}", before_changes, SCRIPTS, 5),
     ("{}.py, one of 2 ranks killed: the other ends; resumed on 1 or 2 it is one rank's run", other_ranks, SCRIPTS, 2),
     ("mutated {}: read, or left out with one line; no traceback, no hang", mutated, ("files", "datasets"), 3),
 ]

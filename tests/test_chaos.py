@@ -11,7 +11,7 @@ import chaos
 with tempfile.TemporaryDirectory() as folder:
     chaos.prepare(Path(folder), 1)
     for script in chaos.SCRIPTS:
-        print(script, list(chaos.before_each_change(script, 40)))
+        print(script, list(chaos.before_changes(script, 40)))
     for kind in ("files", "datasets"):
         print(kind, sum(fault == "" for fault in islice(chaos.mutated(kind), 20)))
 """
