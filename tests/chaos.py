@@ -295,7 +295,7 @@ def mutate_records(text: str) -> str:
 RESUMED = "resumed, it equals the undisturbed run"
 TRIES = [  # what is promised, its generator, of what, share of the time
     (f"{{}}.py ended at random moments by SIGKILL, SIGTERM, SIGINT: {RESUMED}", random_moments, SCRIPTS, 5),
-    (f"{{}}.py killed before a change of a file, any of all, each once: {RESUMED}", before_changes, SCRIPTS, 5),
+    (f"{{}}.py killed before a change of a file, drawn from all: {RESUMED}", before_changes, SCRIPTS, 5),
     ("{}.py, one of 2 ranks killed: the other ends; resumed on 1 or 2 it is one rank's run", other_ranks, SCRIPTS, 2),
     ("mutated {}: read, or left out with one line; no traceback, no hang", mutated, ("files", "datasets"), 3),
 ]
