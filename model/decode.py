@@ -63,7 +63,7 @@ def generate(
     on_token(row, id) is called for every token as it is drawn. decoder: makes the decoder, instead of the model's own.
     Returns a list of G completions for each prompt.
     """
-    assert prompts.segments.kv_index is None, "prompts are plain causal segments"
+    assert prompts.segments.prefix is None, "prompts are plain causal segments"
     make_decoder, was_training = decoder or model.ops.decoder or PlainDecoder, model.training
     model.eval()  # no dropout
     decoder = None

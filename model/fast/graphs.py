@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import LoRALinear
@@ -41,21 +40,26 @@ def split_into(n: int, most: int) -> list[int]:
     return [min(most, n - i) for i in range(0, n, most)]
 
 
-def padded(segments: Segments, rows: int) -> Segments:
+def padded(segments: Segments, rows: int, is_prefix=False) -> Segments:
     """Segments of T tokens as such of `rows`, their number and sizes rounded up: what a graph is made for.
 
-    Padding attends to itself. Keys without a query have segments without queries: their gradient is zero.
+    Padding attends to itself, in a prefix to nothing, where its keys have segments without queries: so every key gets
+    a gradient.
     """
     max_q = pow2(segments.max_q, 64)
     max_k = pow2(max(segments.max_k, max_q), 64)
     padding = split_into(rows - segments.num_tokens, max_q)
-    q, k, index = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding], segments.kv_index
-    if index is not None:
-        keys = round_up(sum(k), 8 * GRANULE)
-        unused = split_into(keys - sum(k), max_k)
-        q, k, index = q + [0] * len(unused), k + unused, F.pad(index, (0, keys - len(index)))
+    none = [0] * len(padding)
+    q, k = (padding + none, none + padding) if is_prefix else (padding, padding)
+    q, k = [*segments.q_lengths, *q], [*segments.k_lengths, *k]
     empty = [0] * (pow2(len(q), 8) - len(q))
-    return replace(Segments.build(q + empty, k + empty, segments.is_causal, index), max_q=max_q, max_k=max_k)
+    prefix = segments.prefix and padded(segments.prefix, rows, is_prefix=True)
+    return replace(Segments.build(q + empty, k + empty, segments.is_causal, prefix), max_q=max_q, max_k=max_k)
+
+
+def with_prefix(segments: list[Segments]) -> list[Segments]:
+    """All that a pass reads: prefixes too."""
+    return [each for one in segments for each in (one, one.prefix) if each]
 
 
 @contextmanager
@@ -113,11 +117,9 @@ class Capture:
         for mine, new in zip((self.x, *self.tables), (x, *tables)):
             mine[: len(new)].copy_(new)
         self.x[len(x) :].zero_()
-        for mine, new in zip(self.segments, segments):
+        for mine, new in zip(with_prefix(self.segments), with_prefix(segments)):
             mine.cu_q.copy_(new.cu_q, non_blocking=True)
             mine.cu_k.copy_(new.cu_k, non_blocking=True)
-            if new.kv_index is not None:
-                mine.kv_index.copy_(new.kv_index)
 
     def forward(self, x, tables, segments) -> Tensor:
         self.forwards += 1
@@ -169,9 +171,7 @@ class Stack:
             return plainly(x, tables, segments)
         params = [p for p in self.parameters if p.requires_grad] if grad else []
         wide = [padded(one, rows) for one in segments]
-        sizes = [
-            (s.is_causal, s.max_q, s.max_k, len(s.cu_q), None if s.kv_index is None else len(s.kv_index)) for s in wide
-        ]
+        sizes = [(s.is_causal, s.max_q, s.max_k, len(s.cu_q)) for s in with_prefix(wide)]
         key = (
             rows, *sizes, grad, x.requires_grad, recompute, dropout,
             *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
