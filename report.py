@@ -33,7 +33,7 @@ from checkpoint import BEST, METRICS, ROLLOUTS, RUN, read_json, write_file
 from clips import encode_image
 from model import UserError, nearest_path
 from records import IMAGE_SUFFIXES, TAG, data_files, read_form, record_name, spread
-from rewards import Sample, plain_text, reference_answer, sample_from_record
+from rewards import Sample, plain_text, read_answer, reference_answer, sample_from_record
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MAX_CLASSES = 30  # of a confusion matrix that is shown
@@ -296,6 +296,16 @@ def dataset_summary(splits: dict[str, Sequence[dict]]) -> dict:
             examples = list(examples.values())[:MAX_EXAMPLES]
             result[split] = {"samples": len(records), "classes": classes, "examples": examples}
     return result
+
+
+def two_answers(records: Sequence[dict]) -> Iterator[str]:
+    """A note where records have an `answer` that says other than their `solution`, which counts."""
+    both = [each for each in some_samples(records) if None not in map(each.record.get, ("solution", "answer"))]
+    said = [(each, read_answer(str(each.record["answer"]), each)) for each in both]
+    differ = [each.record for each, answer in said if answer not in (None, read_answer(each.answer, each))]
+    for record in differ[:1]:
+        first = f"{record_name(record)}: {str(record['solution'])[:40]!r}, {str(record['answer'])[:40]!r}"
+        yield f"solution and answer differ in {len(differ)} of {len(both)} samples with both; solution counts: {first}"
 
 
 def data_question(records: Sequence[dict]) -> dict | None:

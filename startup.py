@@ -33,7 +33,7 @@ from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
 from records import clip_name, data_files
-from report import data_question, dataset_summary
+from report import data_question, dataset_summary, two_answers
 from rollouts import Sampler
 from script import command
 from trainer import Run, warmup_steps, watch_signals
@@ -289,7 +289,7 @@ def describe(cfg, model, processor, records, loader, world, notes):
     yield from summary(model, cfg, records, processor, loader, total, world)
     if loader.epoch_size != len(records):
         yield f"  note       an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path"
-    yield from (f"  note       {text}" for text in notes)
+    yield from (f"  note       {text}" for text in [*notes, *two_answers(records)])
 
 
 def ask_about(run, processor, record):
