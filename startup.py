@@ -88,7 +88,8 @@ def taken(folder, cfg):
     has_files = any((folder / name).exists() for name in (METRICS, ROLLOUTS, *ADAPTER))
     if cfg.overwrite or (cfg.resume and is_ours) or not (has_files or checkpoint.checkpoints(folder)):
         return None
-    what = "a run; --resume goes on with it," if is_ours else "checkpoints or an adapter of another program;"
+    theirs = f"checkpoints or an adapter, and no {RUN}: another program's, or left where --overwrite was killed;"
+    what = "a run; --resume goes on with it," if is_ours else theirs
     return f"{folder} already holds {what} --overwrite starts anew, another --output_dir keeps it"
 
 

@@ -191,7 +191,7 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     startup.claim(tmp_path / "refused", SFT()).close()
     for theirs in ("a/checkpoint-500", "b/adapter_config.json"):
         (tmp_path / theirs).mkdir(parents=True)
-        with pytest.raises(UserError, match="of another program; --overwrite"):
+        with pytest.raises(UserError, match="no run.json: another program's, or .*; --overwrite"):
             startup.claim((tmp_path / theirs).parent, SFT(resume=True))
     first = startup.claim(tmp_path / "new", SFT())
     assert "another process" in refused(startup.claim, tmp_path / "new", SFT(resume=True))
