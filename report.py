@@ -44,8 +44,7 @@ FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
 WINDOW = 16 * 2**20  # bytes read at either end of rollouts.jsonl, which may have gigabytes
 KINDS = {METRICS: {"step": int | float, "evaluation": dict | None}}  # of what a line must hold, or may
-KINDS[ROLLOUTS] = {"step": int | float, "prompt": int, "reward": int | float, "rewards": dict}
-KINDS[ROLLOUTS] |= {"id": str | int | float | None, "tokens": list | None, "logprobs": list | None}
+KINDS[ROLLOUTS] = {"step": int, "prompt": int, "id": str | int | float | None, "reward": int | float, "rewards": dict}
 TILES = [  # label, key, its finite values (N,) -> (value, remark)
     ("Held-out accuracy", "eval_accuracy", lambda y: (f"{100 * y[-1]:.1f} %", f"from {100 * y[0]:.1f} % at first")),
     ("Reward", "reward", lambda y: (f"{y[-10:].mean():.3g}", f"from {y[:10].mean():.3g}; means of 10 steps")),
@@ -303,9 +302,9 @@ def two_answers(records: Sequence[dict]) -> Iterator[str]:
     both = [each for each in some_samples(records) if None not in map(each.record.get, ("solution", "answer"))]
     said = [(each, read_answer(str(each.record["answer"]), each)) for each in both]
     differ = [each.record for each, answer in said if answer not in (None, read_answer(each.answer, each))]
-    for record in differ[:1]:
-        first = f"{record_name(record)}: {str(record['solution'])[:40]!r}, {str(record['answer'])[:40]!r}"
-        yield f"solution and answer differ in {len(differ)} of {len(both)} samples with both; solution counts: {first}"
+    if differ:
+        count = f"{len(differ)} of {len(both)} samples with both"
+        yield f"solution and answer differ in {count}, the first {record_name(differ[0])}; the solution counts"
 
 
 def data_question(records: Sequence[dict]) -> dict | None:
