@@ -215,15 +215,17 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ops = ops
 
-    def through(self, x: Tensor, tables, segments, recompute: int, attention=None, query_rows=None) -> Tensor:
+    def through(self, x, tables, segments, recompute: int, attention=None, query_rows=None, store=None) -> Tensor:
         """(T, C) through the layers, of which the first `recompute` keep only their input.
 
         segments: [Segments]. With query_rows (n,), the tokens that the last layer computes, a second one follows for
         that layer (Segments.tails), and (n, C) comes out. attention: (layer, q, k, v) -> out, replaces packed
-        attention."""
+        attention. store(layer, k, v) is called by the latter, if it is given."""
         last = len(self.layers) - 1
 
         def packed(layer, q, k, v):
+            if store:
+                store(layer, k, v)
             return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
 
         for number, layer in enumerate(self.layers):
@@ -391,10 +393,11 @@ class Qwen2_5_VL(nn.Module):
         empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
         return 0.0 * self.visual(empty, self.visual.plan([(1, m, m)]), self.num_recomputed()[0], self.ops.graphs).sum()
 
-    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None, store=None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
 
-        attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
+        attention: (layer, q, k, v) -> out, replaces packed attention: a token's step beside the cache of decode.py.
+        store(layer, k, v): gets keys and values, turned, (T, K, D) each, in every layer: for that cache."""
         # what follows from lengths, grids and positions alone
         device, segments, query_rows = self.head_weight.device, [packed.segments], None
         plan = self.visual.plan(packed.grid_thw) if packed.patches is not None else None
@@ -405,9 +408,9 @@ class Qwen2_5_VL(nn.Module):
         tables = mrope_tables(packed.position_ids, self.config, self.head_weight.dtype)
         args = self.embed(packed, plan), tables, segments, self.num_recomputed()[1]
         if self.ops.graphs is None or attention is not None or query_rows is not None:
-            x = self.model.through(*args, attention, query_rows)
+            x = self.model.through(*args, attention, query_rows, store)
         else:
-            x = self.ops.graphs.run(self.model.layers, self.model.through, *args)
+            x = self.ops.graphs.run(self.model.layers, self.model.through, *args, store=store)
         x = self.ops.norm(x, self.model.norm.weight, self.config.rms_norm_eps)
         return x if rows is None else x.index_select(0, rows.to(device, non_blocking=True))
 

@@ -193,6 +193,12 @@ def test_captured_passes_equal_plain_ones(recompute, trained):
     assert len(logged) >= 2, logged
     with torch.no_grad():
         assert off([model(packed)], [plain(packed)]) <= 0.05
+        for n in range(3):  # keys and values of a prompt pass: plainly, captured, replayed
+            stored, captures = [[], []], len(logged)
+            for one, into in zip((model, plain), stored):
+                one(packed, store=lambda layer, k, v, into=into: into.extend((k.clone(), v.clone())))
+            assert len(stored[0]) == 2 * len(model.model.layers) and off(*stored) <= 0.05
+            assert sum("DecoderLayer" in line for line in logged[captures:]) == (n == 1), logged
 
 
 def test_changed_weights_are_seen():
@@ -282,7 +288,7 @@ def test_a_step_equals_the_plain_forms(shape, N, G, kind):
     _, prompts = prompt_of(model, *(300 + 77 * n for n in range(N)))
     cache = GroupCache(model, prompts.segments.q_lengths, G, 1024, 128)
     with torch.no_grad():
-        model(prompts, cache.prefill(prompts.segments, model.ops.attention))
+        model(prompts, store=cache.store)
         apart = [decoder.stacks_of(layer) for layer in model.model.layers]
         merges = model.base_dtype == "bf16"
         layers = decoder.merged(apart, model.model.norm.weight) if merges else apart

@@ -83,15 +83,17 @@ def fresh_leaves(blocks):
 class Capture:
     """One stack at one size: its buffers and graphs."""
 
-    def __init__(self, through, x: Tensor, tables, segments: list, params, grads, rows: int, pool, stream):
-        """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference."""
-        self.forwards = 0
+    def __init__(self, through, x: Tensor, tables, segments, params, grads, rows: int, stores: bool, pool, stream):
+        """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference. stores:
+        whether the blocks hand on keys and values."""
+        self.forwards, self.stored = 0, []  # (layer, keys, values)
         self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
         self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
         self.segments = [one.to(x.device) for one in segments]
         self.fill(x, tables, segments)
         self.wanted = [self.x] * (x.requires_grad and torch.is_grad_enabled()) + params
-        forward = lambda: through(self.x, self.tables, self.segments)
+        store = {"store": lambda *one: self.stored.append(one)} if stores else {}
+        forward = lambda: through(self.x, self.tables, self.segments, **store)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside of a graph: libraries make their workspaces
             out = forward()
@@ -100,6 +102,7 @@ class Capture:
                 torch.autograd.grad(out, self.wanted, self.grad)
             del out
         torch.cuda.current_stream().wait_stream(stream)
+        self.stored.clear()
         torch.cuda.empty_cache()  # what this took belongs to that stream, and the graphs have memory of their own
         how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -163,22 +166,24 @@ class Stack:
         self.parameters = list(blocks.parameters())
         self.kept, self.seen, self.grads = OrderedDict(), {}, []  # seen: bytes that a size keeps for its backward pass
 
-    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int) -> Tensor:
-        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
+    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int, store=None) -> Tensor:
+        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays.
+        store: of LanguageModel.through, without gradients."""
         rows, grad, plainly = round_up(len(x), GRANULE), torch.is_grad_enabled(), partial(through, recompute=recompute)
+        stored = {"store": store} if store else {}  # the tower's has no such thing
         dropout = any(layer.dropout and layer.training for layer in self.layers)
         if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
-            return plainly(x, tables, segments)
+            return plainly(x, tables, segments, **stored)
         params = [p for p in self.parameters if p.requires_grad] if grad else []
         wide = [padded(one, rows) for one in segments]
         sizes = [(s.is_causal, s.max_q, s.max_k, len(s.cu_q)) for s in with_prefix(wide)]
         key = (
-            rows, *sizes, grad, x.requires_grad, recompute, dropout,
+            rows, *sizes, grad, x.requires_grad, recompute, dropout, store is None,
             *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
         )  # fmt: skip
         if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
             before = torch.cuda.memory_allocated(x.device)
-            out = plainly(x, tables, segments)
+            out = plainly(x, tables, segments, **stored)
             self.seen[key] = torch.cuda.memory_allocated(x.device) - before
             return out
         if key not in self.kept:
@@ -186,7 +191,8 @@ class Stack:
             self.grads = self.grads or [torch.empty_like(p) for p in params]
             with fresh_leaves(self.blocks) as leaves:
                 wanted, grads = [leaves[p] for p in params], self.grads if params else []
-                self.kept[key] = Capture(plainly, x, tables, wide, wanted, grads, rows, self.pool.id, self.stream)
+                how = wanted, grads, rows, store is not None, self.pool.id, self.stream
+                self.kept[key] = Capture(plainly, x, tables, wide, *how)
             kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
             self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
             if len(self.kept) > MAX_KEPT:
@@ -194,7 +200,10 @@ class Stack:
         self.kept.move_to_end(key)
         if self.kept[key].wanted:
             return Replay.apply(self.kept[key], tables, wide, x, *params)
-        return self.kept[key].forward(x, tables, wide)
+        out = self.kept[key].forward(x, tables, wide)
+        for layer, k, v in self.kept[key].stored if store else ():
+            store(layer, k[: len(x)], v[: len(x)])
+        return out
 
 
 def fits(needed: int, device) -> bool:
@@ -213,10 +222,10 @@ class GraphCache:
     def __init__(self, log=lambda text: None, wait: bool = False):
         self.log, self.stacks, self.stream, self.ready = log, {}, torch.cuda.Stream(), not wait
 
-    def run(self, blocks, through, *args) -> Tensor:
+    def run(self, blocks, through, *args, **store) -> Tensor:
         """Stack.run of these blocks."""
         if not self.ready:
-            return through(*args)
+            return through(*args, **store)
         if blocks not in self.stacks:
             self.stacks[blocks] = Stack(blocks, self.stream, self.log)
-        return self.stacks[blocks].run(through, *args)
+        return self.stacks[blocks].run(through, *args, **store)
