@@ -280,10 +280,13 @@ def read_argv(cls, argv):
             else:
                 raise UserError(f"--{name}: got no value, expected {type_name(kind)}")
         words.append((name, value, ""))
+    flags = {SYNONYMS.get(name, name): value for name, value, _ in words}
     for f in positional[: len(bare)]:
         is_list = typing.get_origin(f.type) is list  # the last one, it takes all that follow
-        words.append((f.name, bare if is_list else bare[0], ""))
-        bare = [] if is_list else bare[1:]
+        value, bare = (bare, []) if is_list else (bare[0], bare[1:])
+        if flags.get(f.name, value) != value:
+            raise UserError(f"--{f.name}: got {flags[f.name]!r}, and {value!r} without a flag; expected one of them")
+        words.append((f.name, value, ""))
     return words, bare
 
 

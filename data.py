@@ -121,6 +121,8 @@ class Processor:
         assert control in CONTROLS, f"control {control!r}, expected one of {CONTROLS}"
         name = name or record_name(record)
         ids, trained, plans = self.layout(record, answer)
+        if control != "none" and not any(plan.kind == "video" or control == "blank" for plan in plans):
+            raise UserError(f"control {control}: no {'clip' if control == 'blank' else 'video'} in it, nothing changes")
         targets = np.full(len(ids), IGNORE, np.int64)
         targets[:-1][trained[1:]] = ids[1:][trained[1:]]
         grids, seconds = [plan.grid_thw for plan in plans], [plan.second_per_grid for plan in plans]

@@ -118,14 +118,14 @@ def clear_gradients(engine):
     """After a backward pass that did not come to its end: no trace of this step's gradients is left. DeepSpeed throws
     everything away where a gradient is not finite, so it is given such a one. Alone only: ranks would have to agree."""
     scaler = engine.optimizer.loss_scaler
-    scale = scaler.cur_scale
+    before = dict(vars(scaler))  # the scale, and what it goes by
     if engine.optimizer.ready_for_gradients:  # it had begun to reduce them
         engine.optimizer.independent_gradient_partition_epilogue()
     engine.set_gradient_accumulation_boundary(True)
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     engine.backward(float("nan") * sum(p.flatten()[0] for p in trained), scale_wrt_gas=False)
     engine.step()
-    scaler.cur_scale = scale
+    vars(scaler).update(before)
     assert not engine.was_step_applied(), "a gradient of NaN was applied"
 
 

@@ -318,4 +318,4 @@ def print_tables(result, controls, tasks, most=8):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, at_once=True)

@@ -84,6 +84,10 @@ def inject(model, args):
     """Give the linear layers that args (LoraArgs) name a fresh adapter, and freeze all that args do not free; returns
     the layers' names."""
     names = targets(model, args)
+    sides = [min(model.get_submodule(name).weight.shape) for name in names]
+    if sides and args.lora_rank > max(sides):
+        expected = f"expected at most {max(sides)}: no layer that is adapted has a higher rank itself"
+        raise UserError(f"--lora_rank: got {args.lora_rank}, {expected}")
     replace_linears(model, names, args)
     return names
 

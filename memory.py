@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 
 import ranks
-from data import pack, pack_groups
+from data import TooLong, pack, pack_groups
 from lora import FLAT, sizes
 from model import UserError
 from model.packed import IGNORE
 from model.quantized import quantized_weights
 from model.qwen import LONG, PART, PIECE, target_logprobs
+from records import sample_name
 
 GIB = 2**30
 CONTEXT = int(1.3 * GIB)  # of CUDA and its kernels, outside torch's allocator: measured on an H100, torch 2.11
@@ -134,16 +135,19 @@ def estimate(model, cfg, lengths, world=1, kept=None):
 
 
 def sample_sizes(records, processor, answer):
-    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, without what cannot be read."""
-    sizes, most = {}, min(LOOKED_AT, len(records))
+    """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, without what cannot be read.
+    UserError where that alone is too much for a run: an old one is still there, that --overwrite would remove."""
+    sizes, broken, most, share = {}, 0, min(LOOKED_AT, len(records)), processor.args.max_skip_share
     for number in (k * len(records) // most for k in range(most)):
         try:
             ids, _, plans = processor.layout(records[number], answer)
             sizes[number] = len(ids), sum(math.prod(plan.grid_thw) for plan in plans)
         except UserError as error:
-            why = error
+            why, broken = f"{sample_name(records, number)}: {error}", broken + (not isinstance(error, TooLong))
     if not sizes:
         raise UserError(f"all samples are left out; the last: {why}")
+    if broken > share * len(records):
+        raise UserError(f"{broken} of {len(records)} samples are broken, max_skip_share is {share}; the last: {why}")
     return sizes
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
+from answers import parse_options
 from model import UserError, nearest_path
 
 TAG = re.compile(r"<(video|image)>\n?")  # it and the line break after it give way to the clip, as in Qwen's fine-tuning
@@ -207,7 +208,8 @@ def read_form(record: dict) -> Conversation:
     for key in ("system", "problem_type", *texts):
         if not isinstance(record.get(key), str | None):
             raise UserError(f"{key} is a {type(record[key]).__name__}, expected text")
-    solution, options, system = read_solution(record), read_options(record), record.get("system")
+    solution, system = read_solution(record), record.get("system")
+    options = read_options(record, form, solution)
     turns = read_question(record, form, options, solution) if form in QUESTIONS else read_chat(record, form)
     if solution is not None and turns[-1].role != "assistant":
         turns.append(Turn("assistant", solution))
@@ -291,17 +293,22 @@ def read_solution(record: dict) -> str | None:
     return None
 
 
-def read_options(record: dict) -> list[str]:
-    """["A. Left", ...]. Options without letters get them."""
-    options = record.get("options") or []
+def read_options(record: dict, form: str, solution: str | None) -> list[str]:
+    """["A. Left", ...]. Options without letters get them. Of a question that lists none, choices are options too, and
+    candidates beside a solution: else these may be answers that a model gave."""
+    columns = ("options", "choices", "candidates") if solution else ("options", "choices")
+    column = next(filter(record.get, columns), "options")
+    if column != "options" and (form in CHATS or parse_options(record[form])):
+        return []
+    options = record.get(column) or []
     if isinstance(options, dict):  # exports write null for an option that a question lacks
         options = {label.strip().upper(): words for label, words in options.items() if words is not None}
         if "".join(options) != ascii_uppercase[: len(options)]:
-            raise UserError(f"options are labelled {', '.join(options)[:80]}; expected A, B, C and so on")
+            raise UserError(f"{column} are labelled {', '.join(options)[:80]}; expected A, B, C and so on")
         options = list(options.values())
     is_list = isinstance(options, list) and all(isinstance(words, str) or is_number(words) for words in options)
     if not is_list or len(options) > len(ascii_uppercase):
-        raise UserError(f"options are {str(options)[:80]}; expected a list of at most {len(ascii_uppercase)} texts")
+        raise UserError(f"{column} are {str(options)[:80]}; expected a list of at most {len(ascii_uppercase)} texts")
     options = list(map(str, options))
     lettered = all(re.match(rf"\(?{letter}[.):]", words) for words, letter in zip(options, ascii_uppercase))
     return options if lettered else [f"{letter}. {words}" for letter, words in zip(ascii_uppercase, options)]

@@ -33,7 +33,7 @@ from checkpoint import BEST, METRICS, ROLLOUTS, RUN, read_json, write_file
 from clips import encode_image
 from model import UserError, nearest_path
 from records import IMAGE_SUFFIXES, TAG, data_files, read_form, record_name, spread
-from rewards import Sample, plain_text, reference_answer, sample_from_record
+from rewards import Sample, plain_text, read_answer, reference_answer, sample_from_record
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MAX_CLASSES = 30  # of a confusion matrix that is shown
@@ -43,6 +43,8 @@ OPTION = re.compile(r"\([A-Z]\) .+")  # a line of a question, as generate.py wri
 FRAMES = 8  # shown of a clip
 SIDE = 168  # pixels: larger frames are shrunk for the page, their longest side to this
 WINDOW = 16 * 2**20  # bytes read at either end of rollouts.jsonl, which may have gigabytes
+KINDS = {METRICS: {"step": int | float, "evaluation": dict | None}}  # of what a line must hold, or may
+KINDS[ROLLOUTS] = {"step": int, "prompt": int, "id": str | int | float | None, "reward": int | float, "rewards": dict}
 TILES = [  # label, key, its finite values (N,) -> (value, remark)
     ("Held-out accuracy", "eval_accuracy", lambda y: (f"{100 * y[-1]:.1f} %", f"from {100 * y[0]:.1f} % at first")),
     ("Reward", "reward", lambda y: (f"{y[-10:].mean():.3g}", f"from {y[:10].mean():.3g}; means of 10 steps")),
@@ -79,16 +81,21 @@ def read_run(folder: Path) -> dict:
 
 
 def read_lines(path: Path, most: int | None = None) -> list[dict]:
-    """Objects of a .jsonl, without a line that a crash cut; most: of the first and the last so many bytes."""
+    """Objects of a .jsonl, without a line that a crash cut; most: of the first and the last so many bytes. UserError
+    for a line that no trainer wrote."""
     rows, data = [], b""
     if path.is_file():
         with path.open("rb") as file:
             data = file.read(most) + file.readline()
             file.seek(max(file.tell(), path.stat().st_size - (most or 0)))
             data += file.read()
-    for line in data.splitlines():
-        with suppress(ValueError):
+    for number, line in enumerate(data.splitlines(), 1):
+        with suppress(json.JSONDecodeError, UnicodeDecodeError):
             rows.append(json.loads(line))
+            facts = rows[-1] if isinstance(rows[-1], dict) else {}
+            if wrong := [key for key, kind in KINDS[path.name].items() if not isinstance(facts.get(key), kind)]:
+                problem = f"line {number} of those read is {line[:60].decode(errors='replace')!r}"
+                raise UserError(f"{path}: {problem}, expected an object with {wrong[0]} as the trainers write it")
     return rows
 
 
@@ -99,7 +106,7 @@ def read_groups(path: Path) -> list[dict]:
     """The completions of each prompt at each step, from the best to the worst."""
     groups = {}
     for row in read_lines(path, WINDOW):
-        rows = groups.setdefault((row["step"], row["prompt"], row["id"]), [])
+        rows = groups.setdefault((row["step"], row["prompt"], row.get("id")), [])
         rows.append(rows[0] | row if rows else row)  # clip, question and answer stand in the first of a group
     result = []
     for (step, _, sample), rows in groups.items():
@@ -170,7 +177,7 @@ def columns(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     A null is NaN (JSON has none); a key with nothing else is left out. "class/X" is the accuracy on class X."""
     points = {}
     for row in rows:
-        table = row.get("evaluation", {}).get("confusion", {})
+        table = (row.get("evaluation") or {}).get("confusion", {})
         classes = {f"class/{true}": said.get(true, 0) / sum(said.values()) for true, said in table.items()}
         for key, value in (row | (classes if 1 < len(classes) <= COLOURS else {})).items():
             if (value is None or type(value) in (int, float)) and key not in NOT_CHARTED:
@@ -288,6 +295,16 @@ def dataset_summary(splits: dict[str, Sequence[dict]]) -> dict:
             examples = list(examples.values())[:MAX_EXAMPLES]
             result[split] = {"samples": len(records), "classes": classes, "examples": examples}
     return result
+
+
+def two_answers(records: Sequence[dict]) -> Iterator[str]:
+    """A note where records have an `answer` that says other than their `solution`, which counts."""
+    both = [each for each in some_samples(records) if None not in map(each.record.get, ("solution", "answer"))]
+    said = [(each, read_answer(str(each.record["answer"]), each)) for each in both]
+    differ = [each.record for each, answer in said if answer not in (None, read_answer(each.answer, each))]
+    if differ:
+        count = f"{len(differ)} of {len(both)} samples with both"
+        yield f"solution and answer differ in {count}, the first {record_name(differ[0])}; the solution counts"
 
 
 def data_question(records: Sequence[dict]) -> dict | None:

@@ -35,10 +35,12 @@ def command(script, *arguments):
     return shlex.join(["python", os.path.relpath(Path(__file__).with_name(script)), *arguments])
 
 
-def cli(main, each_rank=True):
+def cli(main, each_rank=True, at_once=False):
     """Run a script's main(). each_rank: whether every process that a launcher starts prints its mistake; what all ranks
-    of a machine report alike only the first one prints."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    of a machine report alike only the first one prints. at_once: Ctrl-C ends the process where it is, for nothing has
+    to be put away; an exception amid Python that C++ calls would end it by an abort."""
+    if not at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ from model import UserError
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig, empty_model, formats_of, load_model, not_finite, place_all, resolve_folder
 from records import clip_name, data_files
-from report import data_question, dataset_summary
+from report import data_question, dataset_summary, two_answers
 from rollouts import Sampler
 from script import command
 from trainer import Run, warmup_steps, watch_signals
@@ -88,7 +88,8 @@ def taken(folder, cfg):
     has_files = any((folder / name).exists() for name in (METRICS, ROLLOUTS, *ADAPTER))
     if cfg.overwrite or (cfg.resume and is_ours) or not (has_files or checkpoint.checkpoints(folder)):
         return None
-    what = "a run; --resume goes on with it," if is_ours else "checkpoints or an adapter of another program;"
+    theirs = f"checkpoints or an adapter, and no {RUN}: another program's, or left where --overwrite was killed;"
+    what = "a run; --resume goes on with it," if is_ours else theirs
     return f"{folder} already holds {what} --overwrite starts anew, another --output_dir keeps it"
 
 
@@ -289,7 +290,7 @@ def describe(cfg, model, processor, records, loader, world, notes):
     yield from summary(model, cfg, records, processor, loader, total, world)
     if loader.epoch_size != len(records):
         yield f"  note       an epoch draws {loader.epoch_size:,} samples, by the weights of --data_path"
-    yield from (f"  note       {text}" for text in notes)
+    yield from (f"  note       {text}" for text in [*notes, *two_answers(records)])
 
 
 def ask_about(run, processor, record):

@@ -275,16 +275,16 @@ def reference_pass(model, frozen, batches, cfg):
     """Put the frozen reference's log-probs into the batches, for the KL."""
     with torch.no_grad(), frozen():
         for batch in batches:
-            batch.ref = token_logprobs(model, model, batch, cfg)[0]
+            batch.ref = token_logprobs(model, model, batch, cfg, with_entropy=False)[0]
 
 
-def token_logprobs(forward, model, batch, cfg):
+def token_logprobs(forward, model, batch, cfg, with_entropy=True):
     """Log-probs (N,) of the completions' tokens, with gradient, and entropies (N,): as they are sampled, without the
     vision tokens. forward: the model itself, or the engine around it."""
     hidden = forward(batch.packed, rows=batch.rows)  # (N, C)
     banned = torch.tensor(model.config.vision_token_ids, device=hidden.device)
     targets = batch.packed.targets[batch.rows.to(hidden.device, non_blocking=True)]
-    return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned)[:2]
+    return target_logprobs(hidden, model.head_weight, targets, cfg.temperature, banned, with_entropy)[:2]
 
 
 def micro_loss(engine, cfg, normalizer, sums, batch):

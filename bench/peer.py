@@ -10,6 +10,7 @@ from workloads import packed_samples
 
 from adapter_files import hf_name
 from lora import targets
+from model.fast.attention import Flash
 from model.packed import IGNORE, Segments
 from model.qwen import normalise_patches
 
@@ -106,8 +107,6 @@ def flash_torch(module, query, key, value, attention_mask, cu_seq_lens_q=None, m
 
     The vision tower gives its windows as cu_seq_lens_q, in one row; everything else is causal and not padded.
     """
-    from model.fast.gpu import FlashVarlen
-
     (B, _, L, _), M = query.shape, key.shape[2]
     if cu_seq_lens_q is None:
         segments = equal_segments(B, L, M, query.device)
@@ -115,7 +114,7 @@ def flash_torch(module, query, key, value, attention_mask, cu_seq_lens_q=None, m
         windows, longest = cu_seq_lens_q.int(), int(max_length_q)
         segments = Segments([], [], False, windows, windows, None, longest, longest, L)
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (T, H or K, D)
-    return FlashVarlen.apply(*packed, segments).unflatten(0, (B, L)), None
+    return Flash.apply(*packed, segments).unflatten(0, (B, L)), None
 
 
 @cache

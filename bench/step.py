@@ -192,7 +192,7 @@ class Ours:
         examples = [example(bench.config, work, number, answer=True) for number in range(batch)]
         run = self.run(cfg, examples[0])
         bins = fill_bins([len(one) for one in examples], run.plan.pack_tokens or sum(map(len, examples)))
-        packs = [pack([examples[i] for i in each]) for each in bins]
+        packs = [pack([examples[i] for i in each], pin=bench.cuda) for each in bins]  # as train_sft.py collates
 
         def step():
             run.plan.apply(self.model)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.packed import Packed, Segments
+from model.packed import Packed
 from model.quantized import Quantized, head_product
 
 STOP_CHECK = 16  # steps between looks at "is every row finished?" on a GPU, where a look waits for the device
@@ -63,7 +63,7 @@ def generate(
     on_token(row, id) is called for every token as it is drawn. decoder: makes the decoder, instead of the model's own.
     Returns a list of G completions for each prompt.
     """
-    assert prompts.segments.kv_index is None, "prompts are plain causal segments"
+    assert prompts.segments.prefix is None, "prompts are plain causal segments"
     make_decoder, was_training = decoder or model.ops.decoder or PlainDecoder, model.training
     model.eval()  # no dropout
     decoder = None
@@ -118,7 +118,7 @@ class PlainDecoder:
         self.logprobs = torch.zeros(R, limit, device=device)
         longest = -(-max(lengths) // self.prompt_bucket) * self.prompt_bucket
         self.cache = GroupCache(model, lengths, G, longest, -(-max(1, limit - 1) // self.own_bucket) * self.own_bucket)
-        hidden = model(prompts, self.cache.prefill(prompts.segments, model.ops.attention))
+        hidden = model(prompts, store=self.cache.store)
         last = prompts.segments.cu_q[1:].long() - 1
         self.head_product = head_product if isinstance(model.head_weight, Quantized) else F.linear
         logits = self.head_product(hidden[last], model.head_weight)
@@ -168,16 +168,11 @@ class GroupCache:
         hidden = torch.zeros(padding.shape).masked_fill(padding, float("-inf")).to(weight.device, weight.dtype)
         self.hidden = hidden.repeat_interleave(K, 0)[:, None]  # (N*K, 1, longest)
 
-    def prefill(self, segments: Segments, packed_attention: Callable):
-        """Attention of the prompt pass: packed, and each prompt's keys and values are written down once."""
-
-        def attention(layer, q, k, v):
-            for n, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
-                self.prompt_k[layer, n, :, : len(keys)] = keys.transpose(0, 1)
-                self.prompt_v[layer, n, :, : len(values)] = values.transpose(0, 1)
-            return packed_attention(q, k, v, segments)
-
-        return attention
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write down the prompts' keys and values, packed (T, K, D)."""
+        for n, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
+            self.prompt_k[layer, n, :, : len(keys)] = keys.transpose(0, 1)
+            self.prompt_v[layer, n, :, : len(values)] = values.transpose(0, 1)
 
     def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token a row. q: (R, H, D); k, v: (R, K, D). Returns (R, H, D)."""

@@ -22,6 +22,7 @@ class Ops:
     norm: Callable  # (x (T, C), weight (C,), eps) -> (T, C)
     swiglu: Callable  # (gate, up) of one shape -> silu(gate) * up
     rotate: Callable  # (x (T, H, D), (cos, sin) each (T, 1, D/2)) -> (T, H, D)
+    tower_attention: Callable  # (ops, qkv (P, 3 H, D), (cos, sin), segments) -> (P, H, D)
     logprobs: Callable  # target_logprobs of qwen.py, with its arguments
     decoder: Callable | None = None  # makes a decode.Decoder, with the arguments of PlainDecoder; None: the plain one
     trim_last_layer: bool = False  # the last layer computes only the query rows

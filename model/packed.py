@@ -1,15 +1,15 @@
 """A packed batch: sequences laid end to end without padding, and what follows from their lengths and grids alone.
 
 A `Segments` says who attends to whom. Segment s owns a contiguous run of queries and a run of keys; causal segments are
-aligned at their ends (the last query sees every key), as in FlashAttention 2.1 and later. Keys normally are the packed
-tokens themselves; with `kv_index` they are gathered, so that G completions can attend to one stored prompt:
+aligned at their ends (the last query sees every key), as in FlashAttention 2.1 and later. With a `prefix`, other
+segments over the same tokens, queries see the keys that these give them too: so G completions attend to one prompt.
 
     packed tokens   p0 p1 p2 | a0 a1 | b0 b1          (one prompt, completions a and b)
-    segment 0       queries p0 p1 p2    keys p0 p1 p2
-    segment 1       queries a0 a1       keys p0 p1 p2 a0 a1
-    segment 2       queries b0 b1       keys p0 p1 p2 b0 b1
+    segments        p0 p1 p2 see themselves; a0 a1 themselves; b0 b1 themselves; each causally
+    their prefix    p0 p1 p2 see nothing more; a0 a1 b0 b1 see p0 p1 p2; the last segment has keys a0 a1 b0 b1, no query
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -50,17 +50,17 @@ class Segments:
     is_causal: bool
     cu_q: Tensor  # (S+1,) int32, cumulative query lengths
     cu_k: Tensor  # (S+1,) int32, cumulative key lengths
-    kv_index: Tensor | None = None  # (sum(k_lengths),) int64: the packed token behind each key; None = keys are queries
+    prefix: "Segments | None" = None  # what the same queries see beside, before the keys of their own segment
     max_q: int = 0  # the longest of each
     max_k: int = 0
     num_tokens: int = 0  # T
     dense: tuple | None = field(default=None, repr=False)  # fast/portable.py's plan, made once, used by every layer
 
     @classmethod
-    def build(cls, q_lengths, k_lengths, is_causal: bool, kv_index: Tensor | None = None) -> "Segments":
+    def build(cls, q_lengths, k_lengths, is_causal: bool, prefix: "Segments | None" = None) -> "Segments":
         cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (q_lengths, k_lengths))
         sizes = {"max_q": max(q_lengths, default=0), "max_k": max(k_lengths, default=0), "num_tokens": sum(q_lengths)}
-        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, kv_index, **sizes)
+        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, prefix, **sizes)
 
     @classmethod
     def causal(cls, lengths: list[int]) -> "Segments":
@@ -75,19 +75,23 @@ class Segments:
     @classmethod
     def shared_prompt(cls, prompt_lengths: list[int], completion_lengths: list[list[int]]) -> "Segments":
         """Prompt n, then its completions, in packed order; each completion sees its prompt and itself."""
-        q_lengths, k_lengths, index, start = [], [], [], 0
+        lengths, q_lengths, k_lengths = [], [], []
         for prompt, completions in zip(prompt_lengths, completion_lengths, strict=True):
-            shared = torch.arange(start, start + prompt)
-            starts = accumulate(completions, initial=start + prompt)
-            own = [torch.arange(first, first + n) for first, n in zip(starts, completions)]
-            q_lengths += [prompt, *completions]
-            k_lengths += [prompt, *(prompt + n for n in completions)]
-            index += [shared, *(keys for one in own for keys in (shared, one))]
-            start += prompt + sum(completions)
-        return cls.build(q_lengths, k_lengths, True, torch.cat(index))
+            lengths += [prompt, *completions]
+            q_lengths += [prompt, sum(completions), 0]
+            k_lengths += [0, prompt, sum(completions)]
+        return cls.build(lengths, lengths, True, cls.build(q_lengths, k_lengths, False))
+
+    def before(self) -> list[slice]:
+        """Of each segment the prefix's keys that its queries see."""
+        if self.prefix is None:
+            return [slice(0, 0)] * len(self.q_lengths)
+        ends, starts = list(accumulate(self.prefix.q_lengths)), list(accumulate(self.prefix.k_lengths, initial=0))
+        firsts = accumulate(self.q_lengths[:-1], initial=0)
+        return [slice(*starts[i : i + 2]) for i in (min(bisect_right(ends, first), len(ends) - 1) for first in firsts)]
 
     def to(self, device) -> "Segments":
-        return replace(self, dense=None, **moved(self, device))
+        return replace(self, dense=None, prefix=self.prefix and self.prefix.to(device), **moved(self, device))
 
     def tails(self, rows: Tensor) -> tuple["Segments", Tensor, Tensor]:
         """Queries only from the first of `rows` (sorted packed tokens) in each segment on, the keys all the same: what
@@ -99,7 +103,11 @@ class Segments:
         owner = torch.arange(len(end)).repeat_interleave(lengths)  # segment of each token
         lengths = torch.zeros_like(end).scatter_reduce(0, owner[rows], end[owner[rows]] - rows, "amax")
         left = (end - lengths)[owner] <= torch.arange(len(owner))
-        tails = Segments.build(lengths.tolist(), self.k_lengths, True, self.kv_index)
+        prefix = self.prefix
+        if prefix:
+            counts = [int(part.sum()) for part in left.split(prefix.q_lengths)]
+            prefix = Segments.build(counts, prefix.k_lengths, False)
+        tails = Segments.build(lengths.tolist(), self.k_lengths, True, prefix)
         return tails, left.nonzero()[:, 0], (left.cumsum(0) - 1)[rows]
 
 

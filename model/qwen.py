@@ -48,10 +48,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
     q: (T, H, D); k, v: (T, K, D), K divides H (grouped-query attention). Returns (T, H, D) in q's dtype."""
     groups = q.shape[1] // k.shape[1]
-    if segments.kv_index is not None:
-        k, v = k[segments.kv_index], v[segments.kv_index]
-    outs = []
-    for qs, ks, vs in zip(q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths)):
+    outs, own = [], [x.split(n) for x, n in ((q, segments.q_lengths), (k, segments.k_lengths), (v, segments.k_lengths))]
+    for qs, ks, vs, before in zip(*own, segments.before()):
+        ks, vs = torch.cat([k[before], ks]), torch.cat([v[before], vs])
         ks, vs = ks.repeat_interleave(groups, 1), vs.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", qs.float(), ks.float()) * q.shape[-1] ** -0.5
         if segments.is_causal:
@@ -95,6 +94,14 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = tables
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def tower_attention(ops: Ops, qkv: Tensor, tables: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    """qkv (P, 3 H, D): queries and keys are turned, then attend -> (P, H, D)."""
+    H = qkv.shape[1] // 3
+    qk, v = qkv.split([2 * H, H], dim=1)
+    q, k = ops.rotate(qk, tables).chunk(2, dim=1)
+    return ops.attention(q, k, v, segments)
 
 
 def logprobs(hidden, head_weight, targets, temperature=1.0, banned=None, with_entropy=True):
@@ -208,15 +215,17 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ops = ops
 
-    def through(self, x: Tensor, tables, segments, recompute: int, attention=None, query_rows=None) -> Tensor:
+    def through(self, x, tables, segments, recompute: int, attention=None, query_rows=None, store=None) -> Tensor:
         """(T, C) through the layers, of which the first `recompute` keep only their input.
 
         segments: [Segments]. With query_rows (n,), the tokens that the last layer computes, a second one follows for
         that layer (Segments.tails), and (n, C) comes out. attention: (layer, q, k, v) -> out, replaces packed
-        attention."""
+        attention. store(layer, k, v) is called by the latter, if it is given."""
         last = len(self.layers) - 1
 
         def packed(layer, q, k, v):
+            if store:
+                store(layer, k, v)
             return self.ops.attention(q, k, v, segments[-1 if layer == last else 0])
 
         for number, layer in enumerate(self.layers):
@@ -242,9 +251,8 @@ class VisionBlock(nn.Module):
         qkv, proj, gate, up, down = weights_of(self, *self.attn.values(), *self.mlp.values())
 
         h = ops.norm(x, self.norm1.weight, VISION_EPS)
-        qk, v = ops.linear(h, qkv)[0].view(P, 3 * self.H, self.D).split([2 * self.H, self.H], dim=1)
-        q, k = ops.rotate(qk, tables).chunk(2, dim=1)  # (P, H, D)
-        x = x + ops.linear(ops.attention(q, k, v, segments).reshape(P, -1), proj)[0]
+        out = ops.tower_attention(ops, ops.linear(h, qkv)[0].view(P, 3 * self.H, self.D), tables, segments)
+        x = x + ops.linear(out.reshape(P, -1), proj)[0]
 
         return feed_forward(ops, x, self.norm2.weight, VISION_EPS, gate, up, down, is_recomputed)
 
@@ -330,7 +338,7 @@ class Qwen2_5_VL(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.ops = config, Ops(attention, linear, norm, swiglu, rotate, logprobs)
+        self.config, self.ops = config, Ops(attention, linear, norm, swiglu, rotate, tower_attention, logprobs)
         self.visual = VisionTower(config.vision, self.ops)
         self.model = LanguageModel(config, self.ops)
         self.lm_head = None
@@ -385,10 +393,11 @@ class Qwen2_5_VL(nn.Module):
         empty = x.new_zeros(m * m, self.visual.patch_embed.proj.weight[0].numel())
         return 0.0 * self.visual(empty, self.visual.plan([(1, m, m)]), self.num_recomputed()[0], self.ops.graphs).sum()
 
-    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, packed: Packed, attention=None, rows: Tensor | None = None, store=None) -> Tensor:
         """Hidden states after the final norm: (T, C), or (n, C) of the sorted tokens `rows` (n,), on the host.
 
-        attention: (layer, q, k, v) -> out, replaces packed attention: the cache of decode.py."""
+        attention: (layer, q, k, v) -> out, replaces packed attention: a token's step beside the cache of decode.py.
+        store(layer, k, v): gets keys and values, turned, (T, K, D) each, in every layer: for that cache."""
         # what follows from lengths, grids and positions alone
         device, segments, query_rows = self.head_weight.device, [packed.segments], None
         plan = self.visual.plan(packed.grid_thw) if packed.patches is not None else None
@@ -399,9 +408,9 @@ class Qwen2_5_VL(nn.Module):
         tables = mrope_tables(packed.position_ids, self.config, self.head_weight.dtype)
         args = self.embed(packed, plan), tables, segments, self.num_recomputed()[1]
         if self.ops.graphs is None or attention is not None or query_rows is not None:
-            x = self.model.through(*args, attention, query_rows)
+            x = self.model.through(*args, attention, query_rows, store)
         else:
-            x = self.ops.graphs.run(self.model.layers, self.model.through, *args)
+            x = self.ops.graphs.run(self.model.layers, self.model.through, *args, store=store)
         x = self.ops.norm(x, self.model.norm.weight, self.config.rms_norm_eps)
         return x if rows is None else x.index_select(0, rows.to(device, non_blocking=True))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, cases, python
+from conftest import TINY, cases, python, refused
 from test_video import ramp, write_clip
 from transformers import AutoTokenizer
 
@@ -118,6 +118,7 @@ def test_a_clip_is_decoded_once_until_its_file_changes(processor, clips, monkeyp
     for control in ("reversed", "shuffled", "blank"):  # not by writing over what is kept
         other = processor.encode(record(3), control=control)
         assert np.array_equal(other.ids, first.ids) and not torch.equal(other.patches, before)
+    assert "nothing changes" in refused(processor.encode, {"problem": "Which?", "solution": "A"}, control="shuffled")
     assert len(decoded) == 1 and torch.equal(first.patches, before)
     write_clip(clips / "3.mp4", ramp(30)[::-1])
     changed = processor.encode(record(3))

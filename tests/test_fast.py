@@ -89,13 +89,12 @@ def test_padding_for_cuda_graphs_changes_no_attention(groups):
     lengths = [prompt for prompt, _ in groups]
     for own in (Segments.shared_prompt(lengths, [c for _, c in groups]), Segments.full(lengths)):
         rows = graphs.round_up(own.num_tokens, graphs.GRANULE)
-        wide, keys = graphs.padded(own, rows), rows if own.kv_index is None else len(own.kv_index)
-        assert sum(wide.q_lengths) == wide.num_tokens == rows and max(wide.q_lengths) <= wide.max_q
-        assert wide.q_lengths[: len(own.q_lengths)] == own.q_lengths
-        assert wide.k_lengths[: len(own.k_lengths)] == own.k_lengths and max(wide.k_lengths) <= wide.max_k
-        if own.kv_index is not None:
-            assert len(wide.kv_index) == sum(wide.k_lengths) >= keys
-            assert wide.kv_index[:keys].equal(own.kv_index)
+        wide = graphs.padded(own, rows)
+        for old, new in zip(graphs.with_prefix([own]), graphs.with_prefix([wide]), strict=True):
+            assert sum(new.q_lengths) == sum(new.k_lengths) == new.num_tokens == rows
+            assert max(new.q_lengths) <= new.max_q and max(new.k_lengths) <= new.max_k
+            assert new.q_lengths[: len(old.q_lengths)] == old.q_lengths
+            assert new.k_lengths[: len(old.k_lengths)] == old.k_lengths
         qkv = torch.randn(3, rows, 2, 8, generator=torch.Generator().manual_seed(0))
         out = qwen.attention(*qkv, wide)
         assert out.isfinite().all()

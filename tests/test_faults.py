@@ -82,6 +82,9 @@ def test_bad_numbers_change_nothing_and_are_never_saved(sft, tmp_path, monkeypat
         elif number == 3:
             hooks[0].remove()
         elif number == 4:
+            before = dict(vars(engine.optimizer.loss_scaler))
+            trainer.clear_gradients(engine)
+            assert vars(engine.optimizer.loss_scaler) == before  # when it overflowed last, too
             here = engine.optimizer.single_partition_of_fp32_groups[-1] if dtype == torch.bfloat16 else adapters
             here.data[5] = math.nan
 

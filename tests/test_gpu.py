@@ -12,7 +12,8 @@ import lora
 from config import LoraArgs
 from model import loading, qwen
 from model.decode import GroupCache, PlainDecoder, Sampling, generate
-from model.fast import decoder, gpu
+from model.fast import attention as fast_attention
+from model.fast import decoder, gpu, portable
 from model.fast.graphs import GraphCache
 from model.loading import ModelConfig
 from model.quantized import BASE_DTYPES, head_product
@@ -53,34 +54,79 @@ def test_gpu_equals_cpu(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, width, heads, size", [(1, 64, 1, 32), (130, 68, 3, 80), (2050, 3420, 16, 128)])
 def test_operations_equal_the_plain_forms(rows, width, heads, size, dtype):
-    """SwiGLU and rotary, outputs and gradients, as near to float32 as the plain forms are."""
+    """Norm, SwiGLU and rotary, outputs and gradients, as near to float32 as the plain forms are."""
     torch.manual_seed(0)
     gate, up = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
     x, angle = torch.randn(rows, heads, size, device=DEVICE), torch.randn(rows, 1, size // 2, device=DEVICE)
-    for name, inputs, rest in (("swiglu", (gate, up), ()), ("rotate", (x,), ((angle.cos(), angle.sin()),))):
+    weight, grad = torch.rand(width, device=DEVICE), torch.randn(rows, 4000, device=DEVICE)
+    for name, inputs, rest in (
+        ("norm", (gate,), lambda kind: (weight.to(kind), 1e-6)),
+        ("swiglu", (gate, up), lambda kind: ()),
+        ("rotate", (x,), lambda kind: ((angle.cos().to(kind), angle.sin().to(kind)),)),
+    ):
         results, plain = [], getattr(qwen, name)
         for form, kind in ((plain, torch.float32), (gpu.FORMS[name], dtype), (plain, dtype)):
             own = [i.to(kind).requires_grad_() for i in inputs]
-            out = form(*own, *(tuple(t.to(kind) for t in tables) for tables in rest))
-            results.append([out, *torch.autograd.grad((out * out.detach().float().cos()).sum(), own)])
+            out = form(*own, *rest(kind))
+            strided = grad.to(kind)[:, : out[0].numel()].view(out.shape)
+            results.append([out, *torch.autograd.grad(out, own, strided)])
         for exact, fast, slow in zip(*results):
             assert (fast.float() - exact).norm() <= 1.5 * (slow.float() - exact).norm() + 1e-5 * exact.norm(), name
 
 
-@pytest.mark.parametrize("lengths", [[9000, 8704], [300, 70]])
-def test_attention_is_as_near_to_float32_as_bf16_is(lengths):
-    """Long segments by cuDNN, short ones by FlashAttention."""
-    segments = Segments.causal(lengths).to(DEVICE)
-    make = lambda n: torch.randn(segments.num_tokens, n, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    inputs, weight = [make(n) for n in (4, 2, 2)], make(4).detach()
+@pytest.mark.parametrize("lengths, kind", [
+    ([9000, 8704], "dense"), ([700] * 13, "dense"), ([300, 70], "flash"), ([9000, 1, 1], "flash"), ([65, 64], "tower"),
+    ([540] * 16, "tower dense"), ([[700, 256, 1, 300], [64, 5, 130], [130]], "prefix"),
+])  # fmt: skip
+def test_attention_is_as_near_to_float32_as_bf16_is(lengths, kind):
+    """Long segments and those of one length by cuDNN, the others by FlashAttention."""
+    (H, K, D), make = ((3, 3, 80), Segments.full) if "tower" in kind else ((4, 2, 128), Segments.causal)
+    if kind == "prefix":
+        segments = Segments.shared_prompt([n for n, *_ in lengths], [own for _, *own in lengths]).to(DEVICE)
+    else:
+        segments = make(lengths).to(DEVICE)
+    make = lambda n: torch.randn(segments.num_tokens, n, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    inputs, weight = [make(n) for n in (H, K, K)], make(H).detach()
     if torch.cuda.get_device_capability()[0] == 9:
-        assert gpu.is_long(inputs[0], segments) == (sum(lengths) > 8192)
+        assert fast_attention.is_dense(inputs[0], segments) == ("dense" in kind)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     right = qwen.attention(*exact, segments)
-    out = gpu.attention(*inputs, segments)
+    out = fast_attention.attention(*inputs, segments)
     right = [right, *torch.autograd.grad(right, exact, weight.float())]
     for mine, other in zip([out, *torch.autograd.grad(out, inputs, weight)], right):
         assert relative(mine, other) < 0.006
+
+
+@pytest.mark.parametrize("size", [80, 32, 20])
+@pytest.mark.parametrize("lengths", [[64, 40, 0, 1, 64, 33], [7], [100, 30]])
+def test_windows_are_as_near_to_float32_as_bf16_is(lengths, size):
+    segments = Segments.full(lengths).to(DEVICE)
+    qkv, angle = (torch.randn(sum(lengths), n, d, device=DEVICE) for n, d in ((9, size), (1, size // 2)))
+    weight, made = torch.randn(sum(lengths), 3, size, device=DEVICE), []
+    plain = Qwen2_5_VL(ModelConfig.from_dict(config_dict("tied"))).ops
+    for form, kind in ((qwen.tower_attention, torch.float32), (gpu.FORMS["tower_attention"], torch.bfloat16)):
+        own, tables = qkv.to(kind).requires_grad_(), (angle.cos().to(kind), angle.sin().to(kind))
+        out = form(plain, own, tables, segments)
+        made.append([out, *torch.autograd.grad((out * weight).sum(), own)])
+    for exact, ours in zip(*made):
+        assert relative(ours, exact) < 0.01
+
+
+@pytest.mark.parametrize("temperature, banned", [(1.0, None), (0.7, torch.tensor([1, 5, 6]))])
+@pytest.mark.parametrize("rows, vocabulary", [(7, 50), (100, 20_001)])
+def test_log_probs_equal_the_whole_softmax(monkeypatch, rows, vocabulary, temperature, banned):
+    """Log-probs, entropies, hits and gradients, in chunks; bf16 as near to float32 as the plain form is."""
+    monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * vocabulary * 33)
+    hidden, head = torch.randn(rows, 24, device=DEVICE), torch.randn(vocabulary, 24, device=DEVICE)
+    targets, made = torch.randint(7, vocabulary, (rows,), device=DEVICE), []
+    banned, weight = None if banned is None else banned.to(DEVICE), torch.randn(rows, device=DEVICE)
+    for form, kind in ((qwen.logprobs, 0), (target_logprobs, 0), (qwen.logprobs, 1), (target_logprobs, 1)):
+        own = [x.to((torch.float32, torch.bfloat16)[kind]).requires_grad_() for x in (hidden, head)]
+        logprobs, entropy, right = form(*own, targets, temperature, banned)
+        assert form(*own, targets, temperature, banned, False)[1] is None
+        made.append([logprobs, entropy, right, *torch.autograd.grad((logprobs * weight).sum(), own)])
+    for exact, fast, plain_bf16, fast_bf16 in zip(*made):
+        assert relative(fast, exact) < 1e-5 and relative(fast_bf16, exact) < 1.5 * relative(plain_bf16, exact) + 1e-3
 
 
 # -- CUDA graphs
@@ -147,6 +193,12 @@ def test_captured_passes_equal_plain_ones(recompute, trained):
     assert len(logged) >= 2, logged
     with torch.no_grad():
         assert off([model(packed)], [plain(packed)]) <= 0.05
+        for n in range(3):  # keys and values of a prompt pass: plainly, captured, replayed
+            stored, captures = [[], []], len(logged)
+            for one, into in zip((model, plain), stored):
+                one(packed, store=lambda layer, k, v, into=into: into.extend((k.clone(), v.clone())))
+            assert len(stored[0]) == 2 * len(model.model.layers) and off(*stored) <= 0.05
+            assert sum("DecoderLayer" in line for line in logged[captures:]) == (n == 1), logged
 
 
 def test_changed_weights_are_seen():
@@ -236,7 +288,7 @@ def test_a_step_equals_the_plain_forms(shape, N, G, kind):
     _, prompts = prompt_of(model, *(300 + 77 * n for n in range(N)))
     cache = GroupCache(model, prompts.segments.q_lengths, G, 1024, 128)
     with torch.no_grad():
-        model(prompts, cache.prefill(prompts.segments, model.ops.attention))
+        model(prompts, store=cache.store)
         apart = [decoder.stacks_of(layer) for layer in model.model.layers]
         merges = model.base_dtype == "bf16"
         layers = decoder.merged(apart, model.model.norm.weight) if merges else apart

@@ -111,8 +111,9 @@ def test_other_models_are_refused(change, message):
     assert message in refused(ModelConfig.from_dict, raw | change, "config.json")
 
 
-def test_a_run_that_trains_nothing_is_refused():
+def test_a_run_that_trains_nothing_or_too_much_is_refused():
     assert "nothing is left to train" in refused(set_trainable, load_model(TINY), LoraArgs(lora_enable=False))
+    assert "got 1000000, expected at most 192:" in refused(inject, load_model(TINY), LoraArgs(lora_rank=1_000_000))
 
 
 # -- Folders made to do harm: nothing in them is run, and what is refused is refused in one line

@@ -111,6 +111,8 @@ def test_gaps_cut_files_and_broken_clips(grpo_run, monkeypatch):
     assert steps[0] == 0 and steps[-1] == 49 and len(steps) < 12 and steps == sorted(steps)
     lines = report.read_lines(grpo_run / "rollouts.jsonl", size * 2 // 3)  # the two windows overlap: nothing is lost
     assert lines == report.read_lines(grpo_run / "rollouts.jsonl")
+    write_lines(grpo_run / "rollouts.jsonl", [*rollout_rows(1, 1), {"step": 1, "loss": 2.0}])  # of another program
+    assert re.search("rollouts.jsonl: line 5 .*expected an object with prompt", refused(page_of, grpo_run))
 
 
 def tracked(folder, report_to, rows, **options):

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, python, refused
 from test_client import Server, completion
 
+import report
 import rewards
 from model import UserError
 from rewards import Sample, accuracy, load_rewards, reference_answer, sample_from_record, score, total
@@ -57,6 +58,8 @@ def test_what_cannot_be_read_is_said(caplog):
         sample = Sample("Options:\nA left\nB right", "right")
         assert sample.options == {} and accuracy("right", sample) == 1
     assert caplog.text.count("so it counts as an open question") == 1
+    both = [RECORD | {"solution": solution} for solution in ("<answer>left to right</answer>", "B", "(B)")]
+    assert "differ in 2 of 3 samples" in next(report.two_answers(both))
     letters = Sample("Where?", "B")
     assert accuracy("(B) right", letters) == 1 and accuracy("A", letters) == 0
     assert "only letters are compared" in caplog.text

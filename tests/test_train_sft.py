@@ -181,16 +181,17 @@ def test_a_folder_that_is_taken_is_refused_then_overwritten(sft, whole, tmp_path
     start, given = (path / "adapter_model.safetensors" for path in (folder / "start_adapter", whole / "checkpoint-2"))
     assert start.read_bytes() == given.read_bytes() and column(folder, "loss")[0] < column(whole, "loss")[0]
     sft("run", resume=True, dry_run=True)  # checkpoint-2 is gone, its copy is there
-    (tmp_path / "bad.json").write_text('[{"video": "gone.mp4", "problem": "Which way?", "solution": "up"}]')
+    bad = '{"video": "gone.mp4", "problem": "Which way?", "solution": "up"}'
+    (tmp_path / "bad.json").write_text(f'[{bad}, {{"problem": "Up?", "solution": "up"}}]')
     for name in ("run", "refused"):  # nothing is lost, and nothing stands in the way
-        with pytest.raises(UserError, match="all samples are left out"):
+        with pytest.raises(UserError, match="1 of 2 samples are broken.*sample 0"):
             sft(name, overwrite=name == "run", data_path=tmp_path / "bad.json")
         release_run()
     assert steps_saved(folder) == [1]
     startup.claim(tmp_path / "refused", SFT()).close()
     for theirs in ("a/checkpoint-500", "b/adapter_config.json"):
         (tmp_path / theirs).mkdir(parents=True)
-        with pytest.raises(UserError, match="of another program; --overwrite"):
+        with pytest.raises(UserError, match="no run.json: another program's, or .*; --overwrite"):
             startup.claim((tmp_path / theirs).parent, SFT(resume=True))
     first = startup.claim(tmp_path / "new", SFT())
     assert "another process" in refused(startup.claim, tmp_path / "new", SFT(resume=True))

@@ -1,15 +1,13 @@
-"""Fast forms on CUDA: FlashAttention, and Triton kernels for what costs more in memory traffic than in arithmetic.
-
-Triton comes with torch's CUDA builds. Without it rotary embedding and SwiGLU stay plain.
+"""Fast forms on CUDA: Triton kernels for what costs more in memory traffic than in arithmetic, attention.py's kernels,
+and portable.py's products. Triton comes with torch's CUDA builds; without it portable.py and the plain forms do it all.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import qwen
 from model.fast import portable
-from model.packed import Segments
+from model.fast.attention import Rotate, attention, tower_attention
 
 try:
     import triton
@@ -18,69 +16,6 @@ except ImportError:  # CPU builds of torch bring none
     triton = None
 
 BLOCK = 2048  # numbers a program handles; 4 KB of bf16
-# Mean length from which on. No smaller than graphs.ROWS: these lengths are the host's, which a graph would freeze.
-LONG, LONG_STEP = 8192, 512
-
-
-# -- Attention
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` of qwen.py: bf16 and fp16 by FlashAttention's variable-length kernel, the rest by dense batches."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return portable.attention(q, k, v, segments)
-    assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
-    if is_long(q, segments):
-        return long_attention(q, k, v, segments)
-    if segments.kv_index is not None:
-        k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-    return FlashVarlen.apply(q, k, v, segments)
-
-
-def is_long(q: Tensor, segments: Segments) -> bool:
-    """Whether cuDNN's kernels are worth a call for each segment: on Hopper cards alone they outrun FlashAttention 2."""
-    square = segments.is_causal and segments.kv_index is None and segments.q_lengths == segments.k_lengths
-    if not square or segments.num_tokens <= LONG * len(segments.q_lengths):
-        return False
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
-
-
-def long_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Few long causal segments by cuDNN, one after the other. Each is padded at its end, which nothing before it sees:
-    cuDNN plans its kernels anew for every length."""
-    outs = []
-    for n, *heads in zip(segments.q_lengths, *(x.split(segments.q_lengths) for x in (q, k, v))):
-        padded = (F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP)) if n % LONG_STEP else x for x in heads)
-        heads = [x.transpose(0, 1)[None] for x in padded]  # (1, H or K, n, D)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outs.append(out[0].transpose(0, 1)[:n])
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
-
-
-class FlashVarlen(torch.autograd.Function):
-    """FlashAttention 2 (Dao, 2023; arXiv 2307.08691) as it ships with torch: no padding, no mask. Called below
-    `torch.nn.attention.varlen`, because that wrapper of torch 2.11 refuses K < H, which the kernels themselves take."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments):
-        sizes = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, segments.is_causal)
-        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, False)
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
-        ctx.sizes = sizes
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse, rng_state, unused = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, *ctx.sizes, rng_state, unused
-        )
-        return *grads, None
-
-
-# -- Elementwise kernels
 
 
 class SwiGLU(torch.autograd.Function):
@@ -103,32 +38,107 @@ class SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
-class Rotate(torch.autograd.Function):
-    """One kernel. The gradient is turned back, so only the tables are kept for it."""
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`norm` of qwen.py; a trained weight's gradient is left to torch."""
+    return qwen.norm(x, weight, eps) if weight.requires_grad else Norm.apply(x, weight, eps)
+
+
+class Norm(torch.autograd.Function):
+    """One kernel each way. The gradient may be a strided view: portable.Project hands on one that a product made."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin, 1.0)
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, out = eps, torch.empty_like(x)
+        assert x.is_contiguous(), f"strides {x.stride()}"
+        norm_kernel[(len(x),)](x, weight, out, eps, C=x.shape[1], WIDE=triton.next_power_of_2(x.shape[1]), num_warps=4)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        return turn(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
+        x, weight = ctx.saved_tensors
+        grad, d_x, wide = grad if grad.stride(1) == 1 else grad.contiguous(), torch.empty_like(x), x.shape[1]
+        norm_backward_kernel[(len(x),)](
+            grad, x, weight, d_x, grad.stride(0), ctx.eps, C=wide, WIDE=triton.next_power_of_2(wide), num_warps=4
+        )
+        return d_x, None, None
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x (T, H, D) turned by sign times its angles; its rows may be strided, heads lie side by side. cos, sin:
-    (T, 1, D/2)."""
-    T, H, D = x.shape
-    assert x.stride(2) == 1 and x.stride(1) == D, f"heads lie side by side, not with strides {x.stride()}"
-    assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, not with strides {cos.stride()}"
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
-    rotary_kernel[(T, triton.cdiv(H, heads))](x, out, cos, sin, x.stride(0), H, sign, D=D, HALF=half, HEADS=heads)
-    return out
+def row_statistics(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Of portable.py, the logits read once."""
+    n, V = logits.shape
+    lse, chosen, top, entropy = torch.empty(4, n, device=logits.device)
+    statistics_kernel[(n,)](logits, targets, lse, chosen, top, entropy, V, 1 / temperature, ENTROPY=with_entropy,
+                            SIZE=4096, num_warps=8)  # fmt: skip
+    return lse, chosen, top, entropy if with_entropy else None
+
+
+def logits_gradient(logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """Of portable.py, written over the logits."""
+    (n, V), factor = logits.shape, grad / temperature
+    gradient_kernel[(n, triton.cdiv(V, 8192))](logits, lse, targets, factor, V, 1 / temperature, SIZE=8192, num_warps=8)
+    return logits
 
 
 if triton:
+
+    @triton.jit
+    def statistics_kernel(logits, targets, lse, chosen, top, entropy, V, inverse, ENTROPY: tl.constexpr,
+                          SIZE: tl.constexpr):  # fmt: skip
+        """A row a program: every lane keeps its largest logit, and sums relative to it."""
+        n = tl.program_id(0).to(tl.int64)
+        i = tl.arange(0, SIZE)
+        high = tl.full([SIZE], -1e30, tl.float32)
+        total, weighted = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
+        for first in range(0, V, SIZE):
+            z = tl.load(logits + n * V + first + i, mask=first + i < V, other=float("-inf")).to(tl.float32) * inverse
+            z = tl.where(z < -1e30, -1e30, z)  # a NaN stays one
+            higher = tl.maximum(high, z)
+            fade, weight = tl.exp(high - higher), tl.exp(z - higher)
+            if ENTROPY:
+                weighted = fade * (weighted + (high - higher) * total) + weight * (z - higher)
+            total, high = fade * total + weight, higher
+        highest = tl.max(high, 0)
+        fade = tl.exp(high - highest)
+        whole = tl.sum(total * fade, 0)
+        tl.store(lse + n, highest + tl.log(whole))
+        tl.store(top + n, highest)
+        z = tl.load(logits + n * V + tl.load(targets + n)).to(tl.float32) * inverse
+        tl.store(chosen + n, z)
+        if ENTROPY:  # log of the sum - mean of z - highest
+            tl.store(entropy + n, tl.log(whole) - tl.sum(fade * (weighted + (high - highest) * total), 0) / whole)
+
+    @triton.jit
+    def gradient_kernel(logits, lse, targets, factor, V, inverse, SIZE: tl.constexpr):
+        n = tl.program_id(0).to(tl.int64)
+        i = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        z = tl.load(logits + n * V + i, mask=i < V, other=0.0).to(tl.float32) * inverse
+        right = (i == tl.load(targets + n)).to(tl.float32)
+        d = (right - tl.exp(z - tl.load(lse + n))) * tl.load(factor + n)
+        tl.store(logits + n * V + i, d, mask=i < V)
+
+    @triton.jit
+    def normalised(x, t, eps, C: tl.constexpr, WIDE: tl.constexpr):
+        """Row t of x over its root mean square, the inverse of that, and which of WIDE numbers are in the row."""
+        i = tl.arange(0, WIDE)
+        row = tl.load(x + t * C + i, mask=i < C, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(row * row, 0) / C + eps)
+        return row * inverse, inverse, i
+
+    @triton.jit
+    def norm_kernel(x, weight, out, eps, C: tl.constexpr, WIDE: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        unit, _, i = normalised(x, t, eps, C, WIDE)
+        tl.store(out + t * C + i, unit * tl.load(weight + i, mask=i < C, other=0.0).to(tl.float32), mask=i < C)
+
+    @triton.jit
+    def norm_backward_kernel(grad, x, weight, d_x, stride, eps, C: tl.constexpr, WIDE: tl.constexpr):
+        """With u = x / rms and g = grad * weight: d_x = (g - u mean(g u)) / rms."""
+        t = tl.program_id(0).to(tl.int64)
+        unit, inverse, i = normalised(x, t, eps, C, WIDE)
+        g = tl.load(grad + t * stride + i, mask=i < C, other=0.0).to(tl.float32)
+        g *= tl.load(weight + i, mask=i < C, other=0.0).to(tl.float32)
+        tl.store(d_x + t * C + i, (g - unit * (tl.sum(g * unit, 0) / C)) * inverse, mask=i < C)
 
     @triton.jit
     def swiglu_kernel(gate, up, out, n, BLOCK: tl.constexpr):
@@ -147,22 +157,13 @@ if triton:
         tl.store(d_up + i, d * g * s, mask=i < n)
         tl.store(d_gate + i, d * u * s * (1 + g * (1 - s)), mask=i < n)
 
-    @triton.jit
-    def rotary_kernel(x, out, cos, sin, stride, H, sign, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):
-        t = tl.program_id(0).to(tl.int64)
-        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-        i = tl.arange(0, HALF)[None, :]
-        inside = (head < H) & (i < D // 2)
-        c = tl.load(cos + t * (D // 2) + i, mask=i < D // 2).to(tl.float32)
-        s = tl.load(sin + t * (D // 2) + i, mask=i < D // 2).to(tl.float32) * sign
-        first = x + t * stride + head * D + i
-        a = tl.load(first, mask=inside).to(tl.float32)
-        b = tl.load(first + D // 2, mask=inside).to(tl.float32)
-        to = out + (t * H + head) * D + i
-        tl.store(to, a * c - b * s, mask=inside)
-        tl.store(to + D // 2, b * c + a * s, mask=inside)
 
-
-FORMS = dict(portable.FORMS, attention=attention)
+FORMS = dict(portable.FORMS, attention=attention, tower_attention=tower_attention)
 if triton:
-    FORMS |= dict(swiglu=SwiGLU.apply, rotate=lambda x, tables: Rotate.apply(x, *tables))
+    forms = row_statistics, logits_gradient
+    FORMS |= dict(
+        norm=norm,
+        swiglu=SwiGLU.apply,
+        rotate=lambda x, tables: Rotate.apply(x, *tables),
+        logprobs=lambda *args: portable.TargetLogprobs.apply(*args, forms),
+    )

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import LoRALinear
@@ -41,21 +40,26 @@ def split_into(n: int, most: int) -> list[int]:
     return [min(most, n - i) for i in range(0, n, most)]
 
 
-def padded(segments: Segments, rows: int) -> Segments:
+def padded(segments: Segments, rows: int, is_prefix=False) -> Segments:
     """Segments of T tokens as such of `rows`, their number and sizes rounded up: what a graph is made for.
 
-    Padding attends to itself. Keys without a query have segments without queries: their gradient is zero.
+    Padding attends to itself, in a prefix to nothing, where its keys have segments without queries: so every key gets
+    a gradient.
     """
     max_q = pow2(segments.max_q, 64)
     max_k = pow2(max(segments.max_k, max_q), 64)
     padding = split_into(rows - segments.num_tokens, max_q)
-    q, k, index = [*segments.q_lengths, *padding], [*segments.k_lengths, *padding], segments.kv_index
-    if index is not None:
-        keys = round_up(sum(k), 8 * GRANULE)
-        unused = split_into(keys - sum(k), max_k)
-        q, k, index = q + [0] * len(unused), k + unused, F.pad(index, (0, keys - len(index)))
+    none = [0] * len(padding)
+    q, k = (padding + none, none + padding) if is_prefix else (padding, padding)
+    q, k = [*segments.q_lengths, *q], [*segments.k_lengths, *k]
     empty = [0] * (pow2(len(q), 8) - len(q))
-    return replace(Segments.build(q + empty, k + empty, segments.is_causal, index), max_q=max_q, max_k=max_k)
+    prefix = segments.prefix and padded(segments.prefix, rows, is_prefix=True)
+    return replace(Segments.build(q + empty, k + empty, segments.is_causal, prefix), max_q=max_q, max_k=max_k)
+
+
+def with_prefix(segments: list[Segments]) -> list[Segments]:
+    """All that a pass reads: prefixes too."""
+    return [each for one in segments for each in (one, one.prefix) if each]
 
 
 @contextmanager
@@ -79,15 +83,17 @@ def fresh_leaves(blocks):
 class Capture:
     """One stack at one size: its buffers and graphs."""
 
-    def __init__(self, through, x: Tensor, tables, segments: list, params, grads, rows: int, pool, stream):
-        """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference."""
-        self.forwards = 0
+    def __init__(self, through, x: Tensor, tables, segments, params, grads, rows: int, stores: bool, pool, stream):
+        """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference. stores:
+        whether the blocks hand on keys and values."""
+        self.forwards, self.stored = 0, []  # (layer, keys, values)
         self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
         self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
         self.segments = [one.to(x.device) for one in segments]
         self.fill(x, tables, segments)
         self.wanted = [self.x] * (x.requires_grad and torch.is_grad_enabled()) + params
-        forward = lambda: through(self.x, self.tables, self.segments)
+        store = {"store": lambda *one: self.stored.append(one)} if stores else {}
+        forward = lambda: through(self.x, self.tables, self.segments, **store)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside of a graph: libraries make their workspaces
             out = forward()
@@ -96,6 +102,7 @@ class Capture:
                 torch.autograd.grad(out, self.wanted, self.grad)
             del out
         torch.cuda.current_stream().wait_stream(stream)
+        self.stored.clear()
         torch.cuda.empty_cache()  # what this took belongs to that stream, and the graphs have memory of their own
         how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -113,11 +120,9 @@ class Capture:
         for mine, new in zip((self.x, *self.tables), (x, *tables)):
             mine[: len(new)].copy_(new)
         self.x[len(x) :].zero_()
-        for mine, new in zip(self.segments, segments):
+        for mine, new in zip(with_prefix(self.segments), with_prefix(segments)):
             mine.cu_q.copy_(new.cu_q, non_blocking=True)
             mine.cu_k.copy_(new.cu_k, non_blocking=True)
-            if new.kv_index is not None:
-                mine.kv_index.copy_(new.kv_index)
 
     def forward(self, x, tables, segments) -> Tensor:
         self.forwards += 1
@@ -161,24 +166,24 @@ class Stack:
         self.parameters = list(blocks.parameters())
         self.kept, self.seen, self.grads = OrderedDict(), {}, []  # seen: bytes that a size keeps for its backward pass
 
-    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int) -> Tensor:
-        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays."""
+    def run(self, through, x: Tensor, tables, segments: list[Segments], recompute: int, store=None) -> Tensor:
+        """through(x, tables, segments, recompute), which sends x (T, C) through the blocks; as graphs where it pays.
+        store: of LanguageModel.through, without gradients."""
         rows, grad, plainly = round_up(len(x), GRANULE), torch.is_grad_enabled(), partial(through, recompute=recompute)
+        stored = {"store": store} if store else {}  # the tower's has no such thing
         dropout = any(layer.dropout and layer.training for layer in self.layers)
         if rows > ROWS or (recompute and dropout):  # masks would have to be drawn twice alike
-            return plainly(x, tables, segments)
+            return plainly(x, tables, segments, **stored)
         params = [p for p in self.parameters if p.requires_grad] if grad else []
         wide = [padded(one, rows) for one in segments]
-        sizes = [
-            (s.is_causal, s.max_q, s.max_k, len(s.cu_q), None if s.kv_index is None else len(s.kv_index)) for s in wide
-        ]
+        sizes = [(s.is_causal, s.max_q, s.max_k, len(s.cu_q)) for s in with_prefix(wide)]
         key = (
-            rows, *sizes, grad, x.requires_grad, recompute, dropout,
+            rows, *sizes, grad, x.requires_grad, recompute, dropout, store is None,
             *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
         )  # fmt: skip
         if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
             before = torch.cuda.memory_allocated(x.device)
-            out = plainly(x, tables, segments)
+            out = plainly(x, tables, segments, **stored)
             self.seen[key] = torch.cuda.memory_allocated(x.device) - before
             return out
         if key not in self.kept:
@@ -186,7 +191,8 @@ class Stack:
             self.grads = self.grads or [torch.empty_like(p) for p in params]
             with fresh_leaves(self.blocks) as leaves:
                 wanted, grads = [leaves[p] for p in params], self.grads if params else []
-                self.kept[key] = Capture(plainly, x, tables, wide, wanted, grads, rows, self.pool.id, self.stream)
+                how = wanted, grads, rows, store is not None, self.pool.id, self.stream
+                self.kept[key] = Capture(plainly, x, tables, wide, *how)
             kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
             self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
             if len(self.kept) > MAX_KEPT:
@@ -194,7 +200,10 @@ class Stack:
         self.kept.move_to_end(key)
         if self.kept[key].wanted:
             return Replay.apply(self.kept[key], tables, wide, x, *params)
-        return self.kept[key].forward(x, tables, wide)
+        out = self.kept[key].forward(x, tables, wide)
+        for layer, k, v in self.kept[key].stored if store else ():
+            store(layer, k[: len(x)], v[: len(x)])
+        return out
 
 
 def fits(needed: int, device) -> bool:
@@ -213,10 +222,10 @@ class GraphCache:
     def __init__(self, log=lambda text: None, wait: bool = False):
         self.log, self.stacks, self.stream, self.ready = log, {}, torch.cuda.Stream(), not wait
 
-    def run(self, blocks, through, *args) -> Tensor:
+    def run(self, blocks, through, *args, **store) -> Tensor:
         """Stack.run of these blocks."""
         if not self.ready:
-            return through(*args)
+            return through(*args, **store)
         if blocks not in self.stacks:
             self.stacks[blocks] = Stack(blocks, self.stream, self.log)
-        return self.stacks[blocks].run(through, *args)
+        return self.stacks[blocks].run(through, *args, **store)

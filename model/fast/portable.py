@@ -126,17 +126,14 @@ class Project(torch.autograd.Function):
         ctx.layers, ctx.ranks = layers, [0 if a is None else len(a) for a in adapters[::2]]
         T, width, R = *x.shape, sum(ctx.ranks)
         ctx.inside, fp8 = way_inside(layers, width, R), is_fp8(layers)
-        both = x.new_empty(T, width + R) if ctx.inside == "columns" else None
-        if both is not None:
-            both[:, :width] = x
+        kept, h = x, x @ stack(A).T if A else x.new_empty(T, 0)
+        if ctx.inside == "columns":
+            both = torch.cat([x, h], 1)
             kept, h = both.split([width, R], 1)  # the copy is kept, so that x itself can go
-            torch.mm(kept, stack(A).T, out=h)
-        else:
-            kept, h = x, x @ stack(A).T if A else x.new_empty(T, 0)
         ctx.save_for_backward(kept, h, *adapters)
         if unused:
             return tuple(x.new_empty(T, height(w)) for w in layers)
-        if both is not None and not fp8:
+        if ctx.inside == "columns" and not fp8:
             weights = with_columns(layers, B, ctx.ranks, width, x.dtype)
             return tuple(F.linear(both, weight, bias_of(w, len(weight))) for w, weight in zip(layers, weights))
         rounded, outs = quantized.round_rows(x) if fp8 else None, []  # once for all that share x
@@ -167,7 +164,7 @@ class Project(torch.autograd.Function):
                 if d_x is None:
                     whole = (corner(w.weight, height(w), width, x.dtype) for w in layers)
                     d_x = sum_of_products(grads, whole)
-                d_x = torch.addmm(d_x, back, widen(stack(A), 1, width)) if A else d_x
+                d_x = d_x.addmm_(back, widen(stack(A), 1, width)) if A else d_x
         d_A, d_adapters = iter((back.T @ x)[:, : A[0].shape[1]].split([len(a) for a in A]) if A else ()), []
         for w, b, g, own in zip(layers, B, grads, h.split(ctx.ranks, 1)):
             d_adapters += (None, None) if b is None else (next(d_A), scaled(g[:, : len(b)].T @ own, w.scale))
@@ -256,37 +253,56 @@ def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor
     None where that is the order in which they are packed."""
     q_starts, k_starts = accumulate(segments.q_lengths, initial=0), accumulate(segments.k_lengths, initial=0)
     sizes = defaultdict(list)
-    for n, m, *starts in zip(segments.q_lengths, segments.k_lengths, q_starts, k_starts):
+    for n, m, q, k, before in zip(segments.q_lengths, segments.k_lengths, q_starts, k_starts, segments.before()):
+        keys = torch.cat([torch.arange(before.start, before.stop), torch.arange(k, k + m)])
         if n:
-            sizes[n, m].append(starts)
-    q_rows = [torch.arange(q, q + n) for (n, _), starts in sizes.items() for q, _ in starts]
-    k_rows = [torch.arange(k, k + m) for (_, m), starts in sizes.items() for _, k in starts]
-    is_packed = len(sizes) == 1 and len(q_rows) == len(segments.q_lengths)
-    q_rows, k_rows = None if is_packed else torch.cat(q_rows).to(device), torch.cat(k_rows)
-    if segments.kv_index is not None:
-        k_rows = segments.kv_index.cpu()[k_rows]
-    is_packed = is_packed and segments.kv_index is None
+            sizes[n, len(keys)].append((torch.arange(q, q + n), keys))
+    q_rows, k_rows = (torch.cat(rows) for rows in zip(*(pair for pairs in sizes.values() for pair in pairs)))
+    is_packed = len(sizes) == 1 and len(q_rows) == segments.num_tokens and 0 not in segments.q_lengths
     batches = []
-    for (n, m), starts in sizes.items():
+    for (n, m), pairs in sizes.items():
         is_cut = segments.is_causal and n != m  # aligned at the ends
         mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if is_cut else None
-        batches.append((len(starts), n, m, mask))
-    return batches, q_rows, None if is_packed else k_rows.to(device)
+        batches.append((len(pairs), n, m, mask))
+    keys_packed = is_packed and segments.prefix is None
+    return batches, None if is_packed else q_rows.to(device), None if keys_packed else k_rows.to(device)
 
 
 # -- Log-probs
 
 
-def chunk_logits(hidden: Tensor, head_weight, temperature: float, banned: Tensor | None) -> Tensor:
+def chunk_logits(hidden: Tensor, head_weight, banned: Tensor | None) -> Tensor:
+    """(n, V) in the hidden states' dtype, before the temperature; -inf where banned."""
     if isinstance(head_weight, Quantized):
-        logits = head_product(hidden, head_weight, quantized.product).float()  # (n, V)
+        logits = head_product(hidden, head_weight, quantized.product)
     else:
-        logits = F.linear(hidden, head_weight).float()
-    if temperature != 1.0:
-        logits /= temperature
+        logits = F.linear(hidden, head_weight)
     if banned is not None:
         logits[:, banned] = float("-inf")
     return logits
+
+
+def row_statistics(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Of softmax(logits / temperature), float32 (n,) each: the log-sum-exp, the target's logit / temperature, the
+    largest one, and the entropy in nats, or None. Writes over float32 logits."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits /= temperature
+    lse, chosen, top = logits.logsumexp(-1), logits.gather(1, targets[:, None])[:, 0], logits.amax(-1)
+    if not with_entropy:
+        return lse, chosen, top, None
+    logp = logits.sub_(lse[:, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
+    return lse, chosen, top, -logp.exp().mul_(logp).sum(-1)
+
+
+def logits_gradient(logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """grad (n,) of the log-probs -> (n, V) in the logits' dtype: grad / temperature (onehot - softmax)."""
+    d = logits.float()
+    if temperature != 1.0:
+        d /= temperature
+    d = d.sub_(lse[:, None]).exp_().neg_()
+    d.scatter_add_(1, targets[:, None], torch.ones_like(d[:, :1]))
+    return d.mul_(grad[:, None] / temperature).to(logits.dtype)
 
 
 def through_head(d: Tensor, head_weight) -> Tensor:
@@ -301,43 +317,43 @@ def through_head(d: Tensor, head_weight) -> Tensor:
 
 class TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, banned, with_entropy):
+    def forward(ctx, hidden, head_weight, targets, temperature, banned, with_entropy, forms):
+        """forms: (row_statistics, logits_gradient), the device's."""
         N, V = hidden.shape[0], head_weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * V))
-        logprobs, entropy, lse = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
-        correct = torch.empty(N, dtype=torch.bool, device=hidden.device)
+        lse, chosen, top, entropy = (hidden.new_empty(N, dtype=torch.float32) for _ in range(4))
         for i in range(0, N, rows):
             s = slice(i, i + rows)
-            logits = chunk_logits(hidden[s], head_weight, temperature, banned)
-            lse[s] = logits.logsumexp(-1)
-            chosen = logits.gather(1, targets[s, None])[:, 0]
-            logprobs[s] = chosen - lse[s]
-            correct[s] = chosen >= logits.amax(-1)
+            logits = chunk_logits(hidden[s], head_weight, banned)
+            lse[s], chosen[s], top[s], nats = forms[0](logits, targets[s], temperature, with_entropy)
             if with_entropy:
-                logp = logits.sub_(lse[s, None]).clamp_(min=-1e30)  # the clamp keeps 0 * -inf out
-                entropy[s] = -logp.exp().mul_(logp).sum(-1)
+                entropy[s] = nats
         ctx.save_for_backward(hidden, targets, lse)
-        ctx.options = head_weight, temperature, banned, rows
+        ctx.options = head_weight, temperature, banned, rows, forms[1]
+        correct = chosen >= top
         ctx.mark_non_differentiable(entropy, correct)
-        return logprobs, entropy if with_entropy else None, correct
+        return chosen - lse, entropy if with_entropy else None, correct
 
     @staticmethod
     def backward(ctx, grad, _entropy, _correct):
         hidden, targets, lse = ctx.saved_tensors
-        head_weight, temperature, banned, rows = ctx.options
+        head_weight, temperature, banned, rows, gradient = ctx.options
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head_weight, dtype=torch.float32) if need_head else None
         for i in range(0, hidden.shape[0], rows):
             s = slice(i, i + rows)
-            d = chunk_logits(hidden[s], head_weight, temperature, banned).sub_(lse[s, None]).exp_().neg_()
-            d.scatter_add_(1, targets[s, None], torch.ones_like(d[:, :1]))  # onehot - softmax
-            d = d.mul_(grad[s, None] / temperature).to(hidden.dtype)
+            d = gradient(chunk_logits(hidden[s], head_weight, banned), lse[s], targets[s], grad[s], temperature)
             if need_hidden:
                 d_hidden[s] = through_head(d, head_weight)
             if need_head:
                 d_head += (d.T @ hidden[s]).float()
-        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 4
+        return d_hidden, None if d_head is None else d_head.to(head_weight.dtype), *[None] * 5
 
 
-FORMS = dict(attention=attention, linear=linear, logprobs=TargetLogprobs.apply)
+def logprobs(*args) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`target_logprobs` of qwen.py, with its arguments."""
+    return TargetLogprobs.apply(*args, (row_statistics, logits_gradient))
+
+
+FORMS = dict(attention=attention, linear=linear, logprobs=logprobs)

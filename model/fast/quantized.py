@@ -51,7 +51,8 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return rounded_rows(x)
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=E4M3), torch.empty(len(x), 1, device=x.device)
-    round_rows_kernel[(len(x),)](x, codes, scales, x.shape[1], SIZE=2048, num_warps=8)
+    size = triton.next_power_of_2(x.shape[1])
+    round_rows_kernel[(len(x),)](x, codes, scales, x.shape[1], SIZE=size, num_warps=min(16, max(1, size // 512)))
     return codes, scales
 
 
@@ -116,19 +117,14 @@ if triton:
 
     @triton.jit
     def round_rows_kernel(x, codes, scales, K: tl.constexpr, SIZE: tl.constexpr):
-        """A row a program: read twice, the second time from the nearest cache."""
+        """A row a program."""
         t = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, SIZE)
-        top = tl.zeros([SIZE], tl.float32)
-        for k in range(0, K, SIZE):
-            top = tl.maximum(top, tl.abs(tl.load(x + t * K + k + i, mask=k + i < K, other=0.0).to(tl.float32)))
-        scale = tl.max(top, 0) / 448.0
+        row = tl.load(x + t * K + i, mask=i < K, other=0.0).to(tl.float32)
+        scale = tl.max(tl.abs(row), 0) / 448.0
         tl.store(scales + t, scale)
-        inverse = 1.0 / tl.where(scale == 0, 1.0, scale)
-        for k in range(0, K, SIZE):
-            part = tl.load(x + t * K + k + i, mask=k + i < K, other=0.0).to(tl.float32) * inverse
-            part = tl.minimum(tl.maximum(part, -448.0), 448.0)
-            tl.store(codes + t * K + k + i, part.to(tl.float8e4nv), mask=k + i < K)
+        row = tl.minimum(tl.maximum(row * (1.0 / tl.where(scale == 0, 1.0, scale)), -448.0), 448.0)
+        tl.store(codes + t * K + i, row.to(tl.float8e4nv), mask=i < K)
 
     @triton.jit
     def add_nf4(acc, byte, pair, a_high, a_low):
