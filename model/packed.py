@@ -55,6 +55,7 @@ class Segments:
     max_k: int = 0
     num_tokens: int = 0  # T
     dense: tuple | None = field(default=None, repr=False)  # fast/portable.py's plan, made once, used by every layer
+    recurs: bool | None = field(default=None, repr=False)  # whether fast/attention.py has met this shape before
 
     @classmethod
     def build(cls, q_lengths, k_lengths, is_causal: bool, prefix: "Segments | None" = None) -> "Segments":
@@ -91,7 +92,9 @@ class Segments:
         return [slice(*starts[i : i + 2]) for i in (min(bisect_right(ends, first), len(ends) - 1) for first in firsts)]
 
     def to(self, device) -> "Segments":
-        return replace(self, dense=None, prefix=self.prefix and self.prefix.to(device), **moved(self, device))
+        return replace(
+            self, dense=None, recurs=None, prefix=self.prefix and self.prefix.to(device), **moved(self, device)
+        )
 
     def tails(self, rows: Tensor) -> tuple["Segments", Tensor, Tensor]:
         """Queries only from the first of `rows` (sorted packed tokens) in each segment on, the keys all the same: what

@@ -21,11 +21,12 @@ WINDOW = 64  # patches of a whole window of the released models: 8 x 8
 LARGE = 8192  # tokens; no fewer than graphs.ROWS, for a graph would freeze the host's lengths
 LEAST = 256  # length of many segments of one length
 LONG, LONG_STEP = 8192, 512  # mean length of segments that go one after the other; what each is padded to
+_met: set = set()  # shapes of large batches of one length
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`attention` of qwen.py in bf16 and fp16; in other dtypes by portable.py's dense batches."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.bfloat16, torch.float16) or (segments.prefix and not triton):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
     if is_dense(q, segments):
@@ -37,23 +38,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def is_dense(q: Tensor, segments: Segments) -> bool:
-    """Whether cuDNN takes them: large batches of segments of one length, and long causal segments. Only on Hopper cards
-    its kernels outrun FlashAttention 2."""
+    """Whether cuDNN takes them: long causal segments, and large batches of segments of one length whose shape was met
+    before: it plans its kernels anew for every shape, for 0.05 s. Only on Hopper cards they outrun FlashAttention 2."""
     lengths = segments.q_lengths
     if segments.num_tokens <= LARGE or segments.prefix or lengths != segments.k_lengths:
         return False
-    is_long = segments.is_causal and segments.num_tokens > LONG * len(lengths)
-    if not is_long and (lengths[0] < LEAST or len(set(lengths)) > 1):
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
         return False
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up in any order
+    if torch.are_deterministic_algorithms_enabled():  # its backward pass adds up in any order
+        return False
+    if segments.is_causal and segments.num_tokens > LONG * len(lengths):
+        return True
+    if not is_uniform(lengths) or lengths[0] < LEAST:
+        return False
+    if segments.recurs is None:  # decided by the first of the layers that share them
+        shape = len(lengths), lengths[0], *q.shape[1:], segments.is_causal
+        segments.recurs = shape in _met
+        _met.add(shape)
+    return segments.recurs
+
+
+def is_uniform(lengths: list[int]) -> bool:
+    return len(lengths) > 1 and len(set(lengths)) == 1
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Segments of one length as they lie, others one after the other. cuDNN plans its kernels anew for every shape, for
-    0.05 s: so these are padded, at the end, which nothing before it sees."""
+    """Segments of one length as they lie, others one after the other, padded to fewer lengths that need a plan: at the
+    end, which nothing before it sees."""
     lengths = segments.q_lengths
-    if len(set(lengths)) == 1:
+    if is_uniform(lengths):
         return cudnn(*(x.view(-1, lengths[0], *x.shape[1:]) for x in (q, k, v)), segments.is_causal).flatten(0, 1)
     outs = []
     for n, *heads in zip(lengths, *(x.split(lengths) for x in (q, k, v))):
@@ -170,10 +183,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor | None = 
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     assert x.stride()[1:] == out.stride()[1:] == (D, 1), f"heads lie side by side, not with strides {x.stride()}"
     assert cos.is_contiguous() and sin.is_contiguous(), f"tables lie row by row, not with strides {cos.stride()}"
-    heads, half = triton.next_power_of_2(min(H, BLOCK // D)), triton.next_power_of_2(D // 2)
-    rotary_kernel[(T, triton.cdiv(H, heads))](
-        x, out, cos, sin, x.stride(0), out.stride(0), H, sign, D=D, HALF=half, HEADS=heads
-    )
+    sizes = {"D": D, "HALF": triton.next_power_of_2(D // 2), "HEADS": triton.next_power_of_2(min(H, BLOCK // D))}
+    rotary_kernel[(T, triton.cdiv(H, sizes["HEADS"]))](x, out, cos, sin, x.stride(0), out.stride(0), H, sign, **sizes)
     return out
 
 

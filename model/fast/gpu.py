@@ -1,5 +1,5 @@
 """Fast forms on CUDA: Triton kernels for what costs more in memory traffic than in arithmetic, attention.py's kernels,
-and portable.py's products. Triton comes with torch's CUDA builds; without it portable.py and the plain forms do it all.
+and portable.py's products. Triton comes with torch's CUDA builds; without it plain forms stand in for its kernels.
 """
 
 import torch
