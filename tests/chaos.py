@@ -181,11 +181,12 @@ def random_moments(script: str):
 
 
 def before_changes(script: str, every: int = 1):
-    """SIGKILL before the n-th change of a file in a run that saves three checkpoints, for each n (or every n-th) once,
-    in random order: a few tries already lie all over the run."""
+    """SIGKILL before the n-th change of a file in a run that saves three checkpoints, for each n once, in random order:
+    a few tries already lie all over the run. Or for every so many-th n, in order."""
     short, most = "--max_steps 3 --save_steps 1 --eval_steps 2 --save_total_limit 1", 400
     numbers = [*range(every, most, every)]
-    RNG.shuffle(numbers)
+    if every == 1:
+        RNG.shuffle(numbers)
     for number in numbers:
         if number >= most:  # the run ends with fewer changes
             continue
