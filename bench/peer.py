@@ -38,7 +38,8 @@ class Peer:
             from peft import LoraConfig, get_peft_model
 
             peer, names = peer_model(bench.model), [hf_name(name) for name in targets(bench.model, cfg)]
-            if cfg.gradient_checkpointing:
+            keeps_all = cfg.gradient_checkpointing == "auto" and not bench.model.head_weight.is_cuda  # as ours does
+            if cfg.gradient_checkpointing and not keeps_all:
                 peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
             # adapters in the weights' dtype: PEFT alone would take float32
