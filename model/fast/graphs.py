@@ -184,7 +184,8 @@ class Stack:
         if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
             before = torch.cuda.memory_allocated(x.device)
             out = plainly(x, tables, segments, **stored)
-            self.seen[key] = torch.cuda.memory_allocated(x.device) - before
+            if not any(one.dense for one in segments):  # a plan of this batch's lengths, which a graph would freeze
+                self.seen[key] = torch.cuda.memory_allocated(x.device) - before
             return out
         if key not in self.kept:
             began = time.perf_counter()
