@@ -197,7 +197,7 @@ class Stack:
             kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
             self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
             if len(self.kept) > MAX_KEPT:
-                self.kept.popitem(last=False)
+                del self.seen[self.kept.popitem(last=False)[0]]  # to be made again it has to come twice again
         self.kept.move_to_end(key)
         if self.kept[key].wanted:
             return Replay.apply(self.kept[key], tables, wide, x, *params)
