@@ -72,7 +72,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     for n, *heads in zip(lengths, *(x.split(lengths) for x in (q, k, v))):
         heads = [F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP))[None] for x in heads]
         outs.append(cudnn(*heads, is_causal=True)[0, :n])
-    return torch.cat(outs)
+    return portable.stack(outs)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
