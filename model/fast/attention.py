@@ -123,19 +123,19 @@ class FlashWithPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments):
         out, lse, *state = flash(q, k, v, segments)
-        other, other_lse, *other_state = flash(q, k, v, segments.prefix)
+        other, other_lse, *_ = flash(q, k, v, segments.prefix)
         T, H, D = out.shape
         merge_kernel[(T,)](out, lse, other, other_lse, T, H=H, D=D, WIDE=triton.next_power_of_2(H * D))
-        ctx.save_for_backward(q, k, v, out, lse, *state, *other_state)
+        ctx.save_for_backward(q, k, v, out, lse, *state)  # states are of dropout: there is none, any will do
         ctx.segments = segments
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        *saved, state, unused, other_state, other_unused = ctx.saved_tensors
+        q, k, v, out, lse, *state = ctx.saved_tensors
         grad = grad.contiguous()
-        own = flash_backward(grad, *saved, ctx.segments, state, unused)
-        torch._foreach_add_(own, flash_backward(grad, *saved, ctx.segments.prefix, other_state, other_unused))
+        own, other = (flash_backward(grad, q, k, v, out, lse, s, *state) for s in (ctx.segments, ctx.segments.prefix))
+        torch._foreach_add_(own, other)
         return *own, None
 
 
