@@ -94,11 +94,10 @@ def flash(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> tuple[Tensor, ...]:
     return torch.ops.aten._flash_attention_forward(q, k, v, *sizes, 0.0, s.is_causal, False)[:4]
 
 
-def flash_backward(grad: Tensor, q, k, v, out, lse, s: Segments, *state) -> list[Tensor]:
+def flash_backward(grad: Tensor, q, k, v, out, lse, s: Segments, *state) -> tuple[Tensor, ...]:
     """Gradients of q, k, v."""
     sizes = s.cu_q, s.cu_k, s.max_q, s.max_k
-    grads = torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *sizes, 0.0, s.is_causal, *state)
-    return list(grads)
+    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *sizes, 0.0, s.is_causal, *state)
 
 
 class Flash(torch.autograd.Function):

@@ -85,7 +85,7 @@ class Capture:
 
     def __init__(self, through, x: Tensor, tables, segments, params, grads, rows: int, stores: bool, pool, stream):
         """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference. stores:
-        whether the blocks hand on keys and values."""
+        whether the blocks hand on keys and values, which every size holds for itself."""
         self.forwards, self.stored = 0, []  # (layer, keys, values)
         self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
         self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
@@ -202,7 +202,7 @@ class Stack:
         if self.kept[key].wanted:
             return Replay.apply(self.kept[key], tables, wide, x, *params)
         out = self.kept[key].forward(x, tables, wide)
-        for layer, k, v in self.kept[key].stored if store else ():
+        for layer, k, v in self.kept[key].stored:
             store(layer, k[: len(x)], v[: len(x)])
         return out
 
