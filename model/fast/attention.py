@@ -25,8 +25,9 @@ _met: set = set()  # shapes of large batches of one length
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` of qwen.py in bf16 and fp16; in other dtypes by portable.py's dense batches."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or (segments.prefix and not triton):
+    """`attention` of qwen.py in bf16 and fp16; in float32, and before Ampere, by portable.py's dense batches."""
+    is_old = torch.cuda.get_device_capability(q.device) < (8, 0)  # FlashAttention refuses it
+    if is_old or q.dtype not in (torch.bfloat16, torch.float16) or (segments.prefix and not triton):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
     if is_dense(q, segments):
@@ -43,10 +44,8 @@ def is_dense(q: Tensor, segments: Segments) -> bool:
     lengths = segments.q_lengths
     if segments.num_tokens <= LARGE or segments.prefix or lengths != segments.k_lengths:
         return False
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return False
-    if torch.are_deterministic_algorithms_enabled():  # its backward pass adds up in any order
-        return False
+    if torch.cuda.get_device_capability(q.device)[0] != 9 or torch.are_deterministic_algorithms_enabled():
+        return False  # its backward pass adds up in any order
     if segments.is_causal and segments.num_tokens > LONG * len(lengths):
         return True
     if not is_uniform(lengths) or lengths[0] < LEAST:
