@@ -87,9 +87,9 @@ class Segments:
         """Of each segment the prefix's keys that its queries see."""
         if self.prefix is None:
             return [slice(0, 0)] * len(self.q_lengths)
-        ends, starts = list(accumulate(self.prefix.q_lengths)), list(accumulate(self.prefix.k_lengths, initial=0))
-        firsts = accumulate(self.q_lengths[:-1], initial=0)
-        return [slice(*starts[i : i + 2]) for i in (min(bisect_right(ends, first), len(ends) - 1) for first in firsts)]
+        ends, starts = list(accumulate(self.prefix.q_lengths[:-1])), list(accumulate(self.prefix.k_lengths, initial=0))
+        owners = (bisect_right(ends, first) for first in accumulate(self.q_lengths[:-1], initial=0))
+        return [slice(*starts[i : i + 2]) for i in owners]
 
     def to(self, device) -> "Segments":
         return replace(

@@ -25,8 +25,9 @@ _met: set = set()  # shapes of large batches of one length
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` of qwen.py in bf16 and fp16; in other dtypes by portable.py's dense batches."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or (segments.prefix and not triton):
+    """`attention` of qwen.py in bf16 and fp16; in float32, and before Ampere, by portable.py's dense batches."""
+    is_old = torch.cuda.get_device_capability(q.device) < (8, 0)  # FlashAttention refuses it
+    if is_old or q.dtype not in (torch.bfloat16, torch.float16) or (segments.prefix and not triton):
         return portable.attention(q, k, v, segments)
     assert q.shape[0] == segments.num_tokens, f"{q.shape[0]} queries, but segments of {segments.num_tokens}"
     if is_dense(q, segments):
@@ -43,10 +44,8 @@ def is_dense(q: Tensor, segments: Segments) -> bool:
     lengths = segments.q_lengths
     if segments.num_tokens <= LARGE or segments.prefix or lengths != segments.k_lengths:
         return False
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return False
-    if torch.are_deterministic_algorithms_enabled():  # its backward pass adds up in any order
-        return False
+    if torch.cuda.get_device_capability(q.device)[0] != 9 or torch.are_deterministic_algorithms_enabled():
+        return False  # its backward pass adds up in any order
     if segments.is_causal and segments.num_tokens > LONG * len(lengths):
         return True
     if not is_uniform(lengths) or lengths[0] < LEAST:
@@ -72,7 +71,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     for n, *heads in zip(lengths, *(x.split(lengths) for x in (q, k, v))):
         heads = [F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP))[None] for x in heads]
         outs.append(cudnn(*heads, is_causal=True)[0, :n])
-    return torch.cat(outs)
+    return portable.stack(outs)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -94,11 +93,10 @@ def flash(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> tuple[Tensor, ...]:
     return torch.ops.aten._flash_attention_forward(q, k, v, *sizes, 0.0, s.is_causal, False)[:4]
 
 
-def flash_backward(grad: Tensor, q, k, v, out, lse, s: Segments, *state) -> list[Tensor]:
+def flash_backward(grad: Tensor, q, k, v, out, lse, s: Segments, *state) -> tuple[Tensor, ...]:
     """Gradients of q, k, v."""
     sizes = s.cu_q, s.cu_k, s.max_q, s.max_k
-    grads = torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *sizes, 0.0, s.is_causal, *state)
-    return list(grads)
+    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *sizes, 0.0, s.is_causal, *state)
 
 
 class Flash(torch.autograd.Function):
@@ -123,19 +121,19 @@ class FlashWithPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments):
         out, lse, *state = flash(q, k, v, segments)
-        other, other_lse, *other_state = flash(q, k, v, segments.prefix)
+        other, other_lse, *_ = flash(q, k, v, segments.prefix)
         T, H, D = out.shape
         merge_kernel[(T,)](out, lse, other, other_lse, T, H=H, D=D, WIDE=triton.next_power_of_2(H * D))
-        ctx.save_for_backward(q, k, v, out, lse, *state, *other_state)
+        ctx.save_for_backward(q, k, v, out, lse, *state)  # states are of dropout: there is none, any will do
         ctx.segments = segments
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        *saved, state, unused, other_state, other_unused = ctx.saved_tensors
+        q, k, v, out, lse, *state = ctx.saved_tensors
         grad = grad.contiguous()
-        own = flash_backward(grad, *saved, ctx.segments, state, unused)
-        torch._foreach_add_(own, flash_backward(grad, *saved, ctx.segments.prefix, other_state, other_unused))
+        own, other = (flash_backward(grad, q, k, v, out, lse, s, *state) for s in (ctx.segments, ctx.segments.prefix))
+        torch._foreach_add_(own, other)
         return *own, None
 
 

@@ -85,7 +85,7 @@ class Capture:
 
     def __init__(self, through, x: Tensor, tables, segments, params, grads, rows: int, stores: bool, pool, stream):
         """params: what gets a gradient beside x; grads: buffers that it is put into. Both empty for inference. stores:
-        whether the blocks hand on keys and values."""
+        whether the blocks hand on keys and values, which every size holds for itself."""
         self.forwards, self.stored = 0, []  # (layer, keys, values)
         self.x = x.new_zeros(rows, x.shape[1]).requires_grad_(x.requires_grad)
         self.tables = tuple(t.new_zeros(rows, *t.shape[1:]) for t in tables)
@@ -184,7 +184,8 @@ class Stack:
         if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
             before = torch.cuda.memory_allocated(x.device)
             out = plainly(x, tables, segments, **stored)
-            self.seen[key] = torch.cuda.memory_allocated(x.device) - before
+            if not any(one.dense for one in segments):  # a plan of this batch's lengths, which a graph would freeze
+                self.seen[key] = torch.cuda.memory_allocated(x.device) - before
             return out
         if key not in self.kept:
             began = time.perf_counter()
@@ -196,12 +197,12 @@ class Stack:
             kind, seconds = type(self.blocks[0]).__name__, time.perf_counter() - began
             self.log(f"CUDA graphs of {len(self.blocks)} {kind}s for {rows} rows: made in {seconds:.1f} s")
             if len(self.kept) > MAX_KEPT:
-                self.kept.popitem(last=False)
+                del self.seen[self.kept.popitem(last=False)[0]]  # to be made again it has to come twice again
         self.kept.move_to_end(key)
         if self.kept[key].wanted:
             return Replay.apply(self.kept[key], tables, wide, x, *params)
         out = self.kept[key].forward(x, tables, wide)
-        for layer, k, v in self.kept[key].stored if store else ():
+        for layer, k, v in self.kept[key].stored:
             store(layer, k[: len(x)], v[: len(x)])
         return out
 
