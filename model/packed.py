@@ -54,6 +54,7 @@ class Segments:
     max_q: int = 0  # the longest of each
     max_k: int = 0
     num_tokens: int = 0  # T
+    before: list[slice] = field(default_factory=list)  # of each segment the prefix's keys that its queries see
     dense: tuple | None = field(default=None, repr=False)  # fast/portable.py's plan, made once, used by every layer
     recurs: bool | None = field(default=None, repr=False)  # whether fast/attention.py has met this shape before
 
@@ -61,7 +62,12 @@ class Segments:
     def build(cls, q_lengths, k_lengths, is_causal: bool, prefix: "Segments | None" = None) -> "Segments":
         cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (q_lengths, k_lengths))
         sizes = {"max_q": max(q_lengths, default=0), "max_k": max(k_lengths, default=0), "num_tokens": sum(q_lengths)}
-        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, prefix, **sizes)
+        before = [slice(0, 0)] * len(q_lengths)
+        if prefix:
+            ends, starts = list(accumulate(prefix.q_lengths[:-1])), list(accumulate(prefix.k_lengths, initial=0))
+            owners = (bisect_right(ends, first) for first in accumulate(q_lengths[:-1], initial=0))
+            before = [slice(*starts[i : i + 2]) for i in owners]
+        return cls(list(q_lengths), list(k_lengths), is_causal, cu_q, cu_k, prefix, before=before, **sizes)
 
     @classmethod
     def causal(cls, lengths: list[int]) -> "Segments":
@@ -82,14 +88,6 @@ class Segments:
             q_lengths += [prompt, sum(completions), 0]
             k_lengths += [0, prompt, sum(completions)]
         return cls.build(lengths, lengths, True, cls.build(q_lengths, k_lengths, False))
-
-    def before(self) -> list[slice]:
-        """Of each segment the prefix's keys that its queries see."""
-        if self.prefix is None:
-            return [slice(0, 0)] * len(self.q_lengths)
-        ends, starts = list(accumulate(self.prefix.q_lengths[:-1])), list(accumulate(self.prefix.k_lengths, initial=0))
-        owners = (bisect_right(ends, first) for first in accumulate(self.q_lengths[:-1], initial=0))
-        return [slice(*starts[i : i + 2]) for i in owners]
 
     def to(self, device) -> "Segments":
         return replace(

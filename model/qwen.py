@@ -49,7 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     q: (T, H, D); k, v: (T, K, D), K divides H (grouped-query attention). Returns (T, H, D) in q's dtype."""
     groups = q.shape[1] // k.shape[1]
     outs, own = [], [x.split(n) for x, n in ((q, segments.q_lengths), (k, segments.k_lengths), (v, segments.k_lengths))]
-    for qs, ks, vs, before in zip(*own, segments.before()):
+    for qs, ks, vs, before in zip(*own, segments.before):
         ks, vs = torch.cat([k[before], ks]), torch.cat([v[before], vs])
         ks, vs = ks.repeat_interleave(groups, 1), vs.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", qs.float(), ks.float()) * q.shape[-1] ** -0.5

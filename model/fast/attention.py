@@ -69,8 +69,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
         return cudnn(*(x.view(-1, lengths[0], *x.shape[1:]) for x in (q, k, v)), segments.is_causal).flatten(0, 1)
     outs = []
     for n, *heads in zip(lengths, *(x.split(lengths) for x in (q, k, v))):
-        heads = [F.pad(x, (0, 0, 0, 0, 0, -n % LONG_STEP))[None] for x in heads]
-        outs.append(cudnn(*heads, is_causal=True)[0, :n])
+        if missing := -n % LONG_STEP:
+            heads = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in heads]
+        outs.append(cudnn(*(x[None] for x in heads), is_causal=True)[0, :n])
     return portable.stack(outs)
 
 

@@ -253,7 +253,7 @@ def of_one_size(segments: Segments, device) -> tuple[list, Tensor | None, Tensor
     None where that is the order in which they are packed."""
     q_starts, k_starts = accumulate(segments.q_lengths, initial=0), accumulate(segments.k_lengths, initial=0)
     sizes = defaultdict(list)
-    for n, m, q, k, before in zip(segments.q_lengths, segments.k_lengths, q_starts, k_starts, segments.before()):
+    for n, m, q, k, before in zip(segments.q_lengths, segments.k_lengths, q_starts, k_starts, segments.before):
         keys = torch.cat([torch.arange(before.start, before.stop), torch.arange(k, k + m)])
         if n:
             sizes[n, len(keys)].append((torch.arange(q, q + n), keys))
