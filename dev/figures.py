@@ -124,7 +124,7 @@ def sentences() -> dict[str, list[str]]:
             f"right {start} % of the time when sampled, GRPO reaches {sampled} % sampled and {greedy} % greedy. "
             f"So does SFT to its end: {sft}.",
             *(f"| {seconds} s, {gib} GiB |" for seconds, gib in [kept, *readme]), f"{fast[0]} s, {less[1]} GiB |",
-            f"| {measured('sft S 5')[0]} s |",
+            f"(kept: {measured('sft S 5')[0]} s)",
         ],
         "docs/results.md": [
             f"is {gain('cot', 'sampled')} points sampled and {gain('cot', 'greedy')} greedy with chains of thought, "
