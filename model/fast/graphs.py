@@ -182,10 +182,15 @@ class Stack:
             *(p.data_ptr() for p in self.parameters), *(layer.enabled for layer in self.layers),
         )  # fmt: skip
         if key not in self.kept and not (key in self.seen and fits(self.seen[key], x.device)):
-            before = torch.cuda.memory_allocated(x.device)
-            out = plainly(x, tables, segments, **stored)
+            before, held = torch.cuda.memory_allocated(x.device), []  # held: bytes of keys and values
+
+            def counted(layer, k, v):
+                held.append(k.nbytes + v.nbytes)
+                store(layer, k, v)
+
+            out = plainly(x, tables, segments, **({"store": counted} if store else {}))
             if not any(one.dense for one in segments):  # a plan of this batch's lengths, which a graph would freeze
-                self.seen[key] = torch.cuda.memory_allocated(x.device) - before
+                self.seen[key] = torch.cuda.memory_allocated(x.device) - before + sum(held)
             return out
         if key not in self.kept:
             began = time.perf_counter()
