@@ -186,6 +186,9 @@ def test_captured_passes_equal_plain_ones(recompute, trained):
     for turn in range(3):
         for text, clips in ((30, ["video"]), (80, ["images"]), (55, ["video", "text"])):
             packed = batch(model.config, clips, text + turn)
+            if len(clips) == 2:  # the second as a completion of the first
+                prompt, own = packed.segments.q_lengths
+                packed.segments = Segments.shared_prompt([prompt], [[own]]).to(DEVICE)
             right = gradients(plain, packed)
             junk = torch.full((64 << 20,), torch.nan, device=DEVICE)
             del junk
