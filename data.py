@@ -54,6 +54,13 @@ class TooLong(UserError):
     """A sample that cannot be brought within max_seq_length: left out on purpose, not broken."""
 
 
+def check_share(broken: int, records, args, last) -> None:
+    """UserError if more of the records than args.max_skip_share are broken. last: the last of them, and why."""
+    if broken > args.max_skip_share * len(records):
+        most = f"max_skip_share is {args.max_skip_share}"
+        raise UserError(f"{broken} of {len(records)} samples are broken, {most}; the last: {last}")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A checkpoint's tokenizer.json. No class that the folder names is imported, no template of it rendered."""
     path = Path(folder) / "tokenizer.json"

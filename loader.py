@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import Example, Processor, TooLong, pack
+from data import Example, Processor, TooLong, check_share, pack
 from model import UserError
 from records import sample_name
 
@@ -162,10 +162,7 @@ class Loader:
 
     def check_share(self, broken: int) -> None:
         """broken: samples of all ranks. UserError if it is more than max_skip_share of them."""
-        if broken > self.args.max_skip_share * len(self.records):
-            most = f"max_skip_share is {self.args.max_skip_share}"
-            last = next(reversed(self.skipped.values()), "on another rank")
-            raise UserError(f"{broken} of {len(self.records)} samples are broken, {most}; the last: {last}")
+        check_share(broken, self.records, self.args, next(reversed(self.skipped.values()), "on another rank"))
 
     def state(self) -> dict:
         """What a resumed run needs to go on counting: JSON, of this rank."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import ranks
-from data import TooLong, pack, pack_groups
+from data import TooLong, check_share, pack, pack_groups
 from lora import FLAT, sizes
 from model import UserError
 from model.packed import IGNORE
@@ -137,7 +137,7 @@ def estimate(model, cfg, lengths, world=1, kept=None):
 def sample_sizes(records, processor, answer):
     """{number: (tokens, patches)} of up to LOOKED_AT samples spread over the dataset, without what cannot be read.
     UserError where that alone is too much for a run: an old one is still there, that --overwrite would remove."""
-    sizes, broken, most, share = {}, 0, min(LOOKED_AT, len(records)), processor.args.max_skip_share
+    sizes, broken, most = {}, 0, min(LOOKED_AT, len(records))
     for number in (k * len(records) // most for k in range(most)):
         try:
             ids, _, plans = processor.layout(records[number], answer)
@@ -146,8 +146,8 @@ def sample_sizes(records, processor, answer):
             why, broken = f"{sample_name(records, number)}: {error}", broken + (not isinstance(error, TooLong))
     if not sizes:
         raise UserError(f"all samples are left out; the last: {why}")
-    if broken > share * len(records):
-        raise UserError(f"{broken} of {len(records)} samples are broken, max_skip_share is {share}; the last: {why}")
+    if broken:  # else there is no `why`
+        check_share(broken, records, processor.args, why)
     return sizes
 
 

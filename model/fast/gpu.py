@@ -80,6 +80,11 @@ def logits_gradient(logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, 
     return logits
 
 
+def logprobs(*args) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`target_logprobs` of qwen.py, with its arguments."""
+    return portable.TargetLogprobs.apply(*args, (row_statistics, logits_gradient))
+
+
 if triton:
 
     @triton.jit
@@ -160,10 +165,5 @@ if triton:
 
 FORMS = dict(portable.FORMS, attention=attention, tower_attention=tower_attention)
 if triton:
-    forms = row_statistics, logits_gradient
-    FORMS |= dict(
-        norm=norm,
-        swiglu=SwiGLU.apply,
-        rotate=lambda x, tables: Rotate.apply(x, *tables),
-        logprobs=lambda *args: portable.TargetLogprobs.apply(*args, forms),
-    )
+    rotate = lambda x, tables: Rotate.apply(x, *tables)
+    FORMS |= dict(norm=norm, swiglu=SwiGLU.apply, rotate=rotate, logprobs=logprobs)
